@@ -1,0 +1,78 @@
+# Needs only make and a Python of 3.11 or later. Everything is installed into .venv, once: the stamps below
+# are renewed only when pyproject.toml or constraints.txt changes.
+#
+#   make demo RANKS=4 DATA=path ARGS="..."
+#   make test PYTHON=/path/to/python3.12     the Python that creates .venv
+#   make gpu-check PY=python3                no .venv: an interpreter that already has torch and pytest
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PY ?=
+RANKS ?= 2
+DATA ?=
+ARGS ?=
+
+# One place spells the torch version; see constraints.txt for why it is installed alone and first.
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+ifeq ($(strip $(PY)),)
+RUN := .venv/bin/python
+TORCHRUN := .venv/bin/torchrun
+INSTALLED := .venv/.installed
+INSTALLED_DEV := .venv/.installed-dev
+else
+RUN := $(PY)
+TORCHRUN := $(PY) -m torch.distributed.run
+INSTALLED :=
+INSTALLED_DEV :=
+export PYTHONPATH := $(CURDIR)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check zoo gpu-check clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' \
+		| while IFS="$$(printf '\t')" read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
+
+demo: $(INSTALLED)  ## train a CTR model on RANKS local ranks (RANKS=2, DATA=, ARGS=)
+	OMP_NUM_THREADS=1 $(TORCHRUN) --standalone --nproc-per-node $(RANKS) \
+		examples/train_ctr.py $(if $(DATA),--data $(DATA)) $(ARGS)
+
+test: $(INSTALLED_DEV)  ## run the tests that are not marked slow
+	$(RUN) -m pytest $(ARGS)
+
+test-all: $(INSTALLED_DEV)  ## run every test
+	$(RUN) -m pytest -m "" $(ARGS)
+
+# Doctests run on descompiler alone: its links reach passes/ and cost_models/ under their import names, once.
+# pytest's exit status 5 says that there was no doctest, which is not a failure.
+check: $(INSTALLED_DEV)  ## lint, format, types, doctests
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest -q --doctest-modules descompiler || [ $$? -eq 5 ]
+
+zoo: $(INSTALLED_DEV)  ## run the tests on public model libraries, slow ones too
+	$(RUN) -m pytest -m zoo $(ARGS)
+
+gpu-check: $(INSTALLED_DEV)  ## run the tests that need a GPU (PY=python3: without .venv)
+	$(RUN) -m pytest tests/test_gpu.py -rs $(ARGS)
+
+clean:  ## remove builds and caches, keep .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "no python3.11 or python3 found; say PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, not " + sys.version if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	.venv/bin/python -m pip install --quiet "$(TORCH)"
+	.venv/bin/python -m pip install --quiet -c constraints.txt setuptools
+	.venv/bin/python -m pip install --quiet --no-build-isolation -c constraints.txt -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	.venv/bin/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev,zoo]'
+	@touch $@
