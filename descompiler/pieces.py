@@ -1,0 +1,171 @@
+"""Pieces: which part of an original parameter each rank holds, and the way back.
+
+One description serves every split. A parameter is divided along one dimension into contiguous ranges; each range
+belongs to one rank or to all of them. A rank's piece is the concatenation of its own ranges, in order, followed by
+the ranges that all ranks hold, in order.
+
+    split          dim   ranges of a [6, 4] table on 2 ranks (start, stop, owner)
+    replicate      0     (0, 6, ALL)
+    whole table    0     (0, 6, 1)
+    rows           0     (0, 3, 0) (3, 6, 1)
+    columns        1     (0, 2, 0) (2, 4, 1)
+    co-located     1     columns that follow the shards of a Linear's input; dense features' columns are ALL's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALL = -1
+"""Owner of a range that every rank holds."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """A contiguous range ``[start, stop)`` of a dimension and the rank that owns it (or `ALL`)."""
+
+    start: int
+    stop: int
+    owner: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How one parameter of ``shape`` is cut among ``ranks``; `join` undoes `cut` bit for bit.
+
+    Examples
+    --------
+    >>> pieces = Pieces.by_sizes((5, 2), dim=0, sizes=[3, 2], ranks=2)
+    >>> w = torch.arange(10.).reshape(5, 2)
+    >>> [p.shape[0] for p in (pieces.cut(w, 0), pieces.cut(w, 1))]
+    [3, 2]
+    >>> torch.equal(pieces.join([pieces.cut(w, 0), pieces.cut(w, 1)]), w)
+    True
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    ranges: tuple[Range, ...]
+    ranks: int
+
+    def __post_init__(self) -> None:
+        position = 0
+        for r in self.ranges:
+            if r.start != position or r.stop < r.start or not (r.owner == ALL or 0 <= r.owner < self.ranks):
+                raise ValueError(f"ranges {self.ranges} do not tile dimension {self.dim} of {self.shape}")
+            position = r.stop
+        if position != self._size():
+            raise ValueError(f"ranges {self.ranges} do not tile dimension {self.dim} of {self.shape}")
+
+    def _size(self) -> int:
+        return self.shape[self.dim] if self.shape else 1
+
+    @staticmethod
+    def replicate(shape: Sequence[int], ranks: int) -> Pieces:
+        """Every rank holds everything."""
+        size = shape[0] if len(shape) else 1
+        return Pieces(tuple(shape), 0, (Range(0, size, ALL),), ranks)
+
+    @staticmethod
+    def whole(shape: Sequence[int], owner: int, ranks: int) -> Pieces:
+        """One rank holds everything."""
+        size = shape[0] if len(shape) else 1
+        return Pieces(tuple(shape), 0, (Range(0, size, owner),), ranks)
+
+    @staticmethod
+    def by_sizes(shape: Sequence[int], dim: int, sizes: Sequence[int], ranks: int) -> Pieces:
+        """Rank r holds the r-th of consecutive ranges of the given sizes (zero sizes are left out)."""
+        ranges, start = [], 0
+        for owner, size in enumerate(sizes):
+            if size:
+                ranges.append(Range(start, start + size, owner))
+            start += size
+        return Pieces(tuple(shape), dim, tuple(ranges) or (Range(0, 0, 0),), ranks)
+
+    @property
+    def is_replicated(self) -> bool:
+        return all(r.owner == ALL for r in self.ranges)
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """The ranks that own a non-empty range, in order."""
+        return tuple(sorted({r.owner for r in self.ranges if r.owner != ALL and r.size}))
+
+    def own(self, rank: int) -> list[Range]:
+        """The ranges that belong to ``rank`` alone."""
+        return [r for r in self.ranges if r.owner == rank and r.size]
+
+    def shared(self) -> list[Range]:
+        """The ranges that every rank holds."""
+        return [r for r in self.ranges if r.owner == ALL and r.size]
+
+    def own_size(self, rank: int) -> int:
+        return sum(r.size for r in self.own(rank))
+
+    def shared_size(self) -> int:
+        return sum(r.size for r in self.shared())
+
+    def piece_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape of the rank's piece; the divided dimension may be 0."""
+        if not self.shape:
+            return ()
+        shape = list(self.shape)
+        shape[self.dim] = self.own_size(rank) + self.shared_size()
+        return tuple(shape)
+
+    def numel(self, rank: int) -> int:
+        return torch.Size(self.piece_shape(rank)).numel()
+
+    def cut(self, weight: Tensor, rank: int) -> Tensor:
+        """The rank's piece of a full tensor (new storage, also where it is all of it)."""
+        if not self.shape:
+            return weight.clone()
+        ranges = [*self.own(rank), *self.shared()]
+        if not ranges:
+            return weight.narrow(self.dim, 0, 0).clone()
+        return torch.cat([weight.narrow(self.dim, r.start, r.size) for r in ranges], self.dim)
+
+    def place(self, full: Tensor, piece: Tensor, rank: int) -> None:
+        """Copy the rank's piece to its place in a full tensor."""
+        if not self.shape:
+            full.copy_(piece)
+            return
+        position = 0
+        for r in [*self.own(rank), *self.shared()]:
+            full.narrow(self.dim, r.start, r.size).copy_(piece.narrow(self.dim, position, r.size))
+            position += r.size
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The full tensor from all ranks' pieces: the inverse of `cut`."""
+        full = parts[0].new_empty(self.shape)
+        for rank, part in enumerate(parts):
+            self.place(full, part, rank)
+        return full
+
+    def to_json(self) -> dict[str, Any]:
+        ranges = [[r.start, r.stop, r.owner] for r in self.ranges]
+        return {"shape": list(self.shape), "dim": self.dim, "ranges": ranges, "ranks": self.ranks}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Pieces:
+        ranges = tuple(Range(*r) for r in data["ranges"])
+        return Pieces(tuple(data["shape"]), data["dim"], ranges, data["ranks"])
+
+
+def even_sizes(size: int, parts: int) -> list[int]:
+    """Sizes of ``parts`` consecutive ranges that tile ``size``, as equal as can be, larger ones first.
+
+    >>> even_sizes(7, 3)
+    [3, 2, 2]
+    """
+    small, rest = divmod(size, parts)
+    return [small + (i < rest) for i in range(parts)]

@@ -1,0 +1,265 @@
+"""A model as a pure graph: what passes take and return.
+
+The graph holds ATen operators (torch.export's training IR). Its placeholders are the model's parameters, buffers and
+constants (by their original names, in `Program.sources`) and the tensors that the user passes to forward.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from descompiler.errors import DescompilerError
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a placeholder's value comes from: ``kind`` is parameter, buffer, constant or input."""
+
+    kind: str
+    name: str
+
+
+@dataclass
+class Program:
+    """A captured model.
+
+    Attributes
+    ----------
+    graph : torch.fx.Graph
+        Output is a flat list of tensors.
+    sources : dict of str to Source
+        By placeholder name.
+    constants : dict of str to Tensor
+        Values of the constants, by the name of their source.
+    parameters : dict of str to Tensor
+        The original parameters by name, on the meta device: shapes, dtypes and `requires_grad`.
+    batch : sympy.Symbol or None
+        The symbol of the batch size in the shapes of ``node.meta["val"]``.
+    journal : list of str
+        What the passes did.
+    """
+
+    graph: fx.Graph
+    sources: dict[str, Source]
+    constants: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+    training: bool
+    batch: sympy.Symbol | None
+    journal: list[str] = field(default_factory=list)
+
+    def source(self, node: Any) -> Source | None:
+        """The source of a placeholder node; None for any other node."""
+        if isinstance(node, fx.Node) and node.op == "placeholder":
+            return self.sources[node.name]
+        return None
+
+    def parameter(self, node: Any) -> str | None:
+        """Name of the parameter that a node is, or None."""
+        source = self.source(node)
+        return source.name if source is not None and source.kind == "parameter" else None
+
+    def note(self, text: str) -> None:
+        self.journal.append(text)
+
+    def fingerprint(self) -> str:
+        """Equal on two ranks exactly if they captured the same graph over the same parameters."""
+        digest = hashlib.sha256(canonical(self).encode())
+        for name, p in self.parameters.items():
+            digest.update(f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}".encode())
+        for name, c in sorted(self.constants.items()):
+            digest.update(name.encode() + c.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+class Pass(Protocol):
+    """A transformation of programs; its fields are its options."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, program: Program) -> Program: ...
+
+
+def run_passes(program: Program, passes: tuple[Pass, ...]) -> Program:
+    """Apply passes in order, checking the graph after each and naming the one that broke it."""
+    for p in passes:
+        program = p(program)
+        try:
+            program.graph.lint()
+            missing = {n.name for n in program.graph.nodes if n.op == "placeholder"} - set(program.sources)
+            if missing:
+                raise ValueError(f"placeholders without a source: {sorted(missing)}")
+        except (RuntimeError, ValueError) as error:
+            raise DescompilerError(f"pass {p.name!r} broke the graph: {error}") from error
+    return program
+
+
+def copy_program(program: Program) -> Program:
+    """A program with its own graph, for passes that edit it in place."""
+    graph = fx.Graph()
+    result = graph.graph_copy(program.graph, {})
+    graph.output(result)
+    return replace(program, graph=graph, journal=list(program.journal))
+
+
+def value(node: Any) -> Any:
+    """The fake value of a node: a FakeTensor, a SymInt, or a tuple of them."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else None
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(value(node), Tensor)
+
+
+def shape_of(node: fx.Node) -> list[int | sympy.Expr]:
+    """Shape with ints where static and sympy expressions where the batch size enters."""
+    return [int(s) if isinstance(s, int) else s.node.expr for s in value(node).shape]
+
+
+def rowwise(program: Program, node: Any) -> bool:
+    """Whether the node is a tensor whose dim 0 is exactly the batch and whose other dims are static."""
+    if not is_tensor(node):
+        return False
+    shape = shape_of(node)
+    return bool(shape) and shape[0] == program.batch and all(isinstance(s, int) for s in shape[1:])
+
+
+def tail(node: fx.Node) -> tuple[int, ...]:
+    """Static shape after the batch dimension."""
+    return tuple(int(s) for s in value(node).shape[1:])
+
+
+def signature(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an ATen call by the names of its schema, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    found: dict[str, Any] = {}
+    for i, a in enumerate(schema.arguments):
+        if a.name in node.kwargs:
+            found[a.name] = node.kwargs[a.name]
+        elif i < len(node.args):
+            found[a.name] = node.args[i]
+        elif a.has_default_value():
+            found[a.name] = a.default_value
+    return found
+
+
+def user_line(node: fx.Node) -> str:
+    """``file:line`` of the user's code that made this node; empty if unknown."""
+    torch_home = str(Path(torch.__file__).parent)
+    here = str(Path(__file__).parent)
+    lines = [x.strip() for x in (node.meta.get("stack_trace") or "").splitlines() if x.strip().startswith("File")]
+    for line in reversed(lines):
+        path = line.split('"')[1]
+        if not path.startswith((torch_home, here)):
+            return f"{path}:{line.split('line ')[1].split(',')[0]}"
+    return ""
+
+
+def where(node: fx.Node) -> str:
+    """The node for an error text: operator and user's line."""
+    line = user_line(node)
+    return f"{target_name(node)}" + (f" at {line}" if line else "")
+
+
+def target_name(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return getattr(target, "__name__", str(target))
+
+
+def canonical(program: Program, annotate: dict[fx.Node, Any] | None = None) -> str:
+    """Graph text with renumbered names, shapes and (``annotate``) placements; equal for equal graphs."""
+    return canonical_graph(program.graph, program.sources, annotate)
+
+
+def canonical_graph(graph: fx.Graph, sources: dict[str, Source], annotate: dict[fx.Node, Any] | None = None) -> str:
+    names: dict[fx.Node, str] = {}
+    lines = []
+
+    def text(x: Any) -> str:
+        if isinstance(x, fx.Node):
+            return names[x]
+        if isinstance(x, list | tuple):
+            return "[" + ", ".join(map(text, x)) + "]"
+        return str(x)
+
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            source = sources.get(node.name)
+            names[node] = f"{source.kind}:{source.name}" if source else node.name
+            if not node.users:
+                continue
+            lines.append(f"{names[node]}{_shape_text(node)}")
+        elif node.op == "output":
+            lines.append(f"return {text(node.args[0])}")
+        else:
+            names[node] = f"%{sum(1 for n in names.values() if n.startswith('%'))}"
+            args = [text(a) for a in node.args] + [f"{k}={text(v)}" for k, v in node.kwargs.items()]
+            mark = f"  # {annotate[node]}" if annotate and node in annotate else ""
+            lines.append(f"{names[node]}{_shape_text(node)} = {target_name(node)}({', '.join(args)}){mark}")
+    return "\n".join(lines) + "\n"
+
+
+def _shape_text(node: fx.Node) -> str:
+    if not is_tensor(node):
+        return ""
+    return (
+        "[" + ",".join(str(s) if isinstance(s, int) else "b" if s.is_Symbol else str(s) for s in shape_of(node)) + "]"
+    )
+
+
+def eliminate_dead_code(graph: fx.Graph) -> int:
+    """Erase calls that nobody uses and that change nothing; returns how many."""
+    erased = 0
+    for node in reversed(list(graph.nodes)):
+        if node.op != "call_function" or node.users:
+            continue
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and (schema.is_mutable or node.target is aten.batch_norm.default):
+            continue
+        graph.erase_node(node)
+        erased += 1
+    return erased
+
+
+def interpret(program: Program, values: dict[str, Any], override: Any = None) -> tuple[list[Any], dict[fx.Node, Any]]:
+    """Run a program's graph.
+
+    Parameters
+    ----------
+    values : dict
+        Placeholder name to value.
+    override : callable, optional
+        ``override(node, args, kwargs)`` may return a value to use in place of the call's, or NotImplemented.
+
+    Returns
+    -------
+    list, dict
+        The flat outputs, and the value of every node.
+    """
+    env: dict[fx.Node, Any] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = values[node.name]
+        elif node.op == "output":
+            return list(fx.map_arg(node.args[0], lambda n: env[n])), env
+        else:
+            args = fx.map_arg(node.args, lambda n: env[n])
+            kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
+            result = NotImplemented if override is None else override(node, args, kwargs)
+            env[node] = node.target(*args, **kwargs) if result is NotImplemented else result
+    raise DescompilerError("the graph has no output")
+
+
+PURE_PYTHON = {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.getitem}

@@ -1,0 +1,571 @@
+"""The operators that an emitted program calls, and the exchange behind them.
+
+A program's forward makes at most four collectives: a header (row counts, agreement, errors), the ids into the region,
+the region's values out of it; its backward sends the gradients of those values back. Everything that crosses in one
+direction at one stage shares one all-to-all. Starts and waits are separate calls, so that work which does not depend on
+an exchange runs beside it, in backward too: `torch.autograd` runs the newest ready node first, and the local operators
+are newer than the start of the exchange.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from descompiler import traffic as wire
+from descompiler.errors import InputError, RankError
+from descompiler.traffic import Traffic
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lookups
+
+
+def bag(
+    weight: Tensor,
+    ids: Tensor,
+    mode: str,
+    padding_idx: int | None = None,
+    sparse: bool = False,
+    scale_grad_by_freq: bool = False,
+) -> Tensor:
+    """``nn.EmbeddingBag`` on 2-D ids ``[b, L]``: ``[b, dim]``."""
+    if not ids.shape[0]:
+        return lookup(weight, ids, -1, sparse).sum(1)
+    return F.embedding_bag(
+        ids, weight, mode=mode, padding_idx=padding_idx, sparse=sparse, scale_grad_by_freq=scale_grad_by_freq
+    )
+
+
+def lookup(weight: Tensor, ids: Tensor, padding_idx: int = -1, sparse: bool = False) -> Tensor:
+    """``weight[ids]`` with the gradients of ``nn.Embedding``; ``padding_idx`` -1 is none."""
+    return torch.ops.aten.embedding.default(weight, ids, padding_idx, False, sparse)
+
+
+def lookup_rows(weight: Tensor, ids: Tensor, start: int, padding_idx: int = -1, sparse: bool = False) -> Tensor:
+    """Rows that this rank owns, zeros for the others' ids.
+
+    Only owned rows are selected: a masked lookup of some other row would leave entries in sparse gradients, and
+    optimisers such as SparseAdam move every row that has one.
+    """
+    position = ids - start
+    owned = torch.nonzero(((position >= 0) & (position < weight.shape[0])).reshape(-1)).squeeze(1)
+    rows = lookup(weight, position.reshape(-1)[owned], padding_idx, sparse)
+    out = weight.new_zeros((ids.numel(), weight.shape[1])).to(rows.dtype).index_copy(0, owned, rows)
+    return out.reshape(*ids.shape, weight.shape[1])
+
+
+def bag_rows(
+    weight: Tensor,
+    ids: Tensor,
+    start: int,
+    mode: str,
+    padding_idx: int | None,
+    local_padding: int,
+    sparse: bool,
+) -> Tensor:
+    """This rank's term of a bag over all rows; the mean divides by the whole bag's count."""
+    rows = lookup_rows(weight, ids, start, local_padding, sparse)
+    if padding_idx is not None:
+        rows = rows * (ids != padding_idx).unsqueeze(-1)
+    total = rows.sum(1)
+    if mode == "mean":
+        count = torch.full_like(ids[:, :1], ids.shape[1]) if padding_idx is None else (ids != padding_idx).sum(1, True)
+        total = total / count.clamp(min=1)
+    return total
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.factor, None
+
+
+def scale_grad(x: Tensor, factor: float) -> Tensor:
+    """``x``; its gradient is multiplied by ``factor``."""
+    return x if factor == 1 else _ScaleGradient.apply(x, factor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts: what crosses, known at compile time
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the ids of a lookup have to be."""
+
+    table: str
+    rows: int
+    starts: tuple[int, ...] | None = None  # fields of an offsets table: column f's ids lie in its own range
+    line: str = ""
+
+    def problem(self, ids: Tensor) -> str | None:
+        """Why these ids are wrong, or None."""
+        name = f"table {self.table!r}" + (f" ({self.line})" if self.line else "")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            return f"{name}: ids must be integers, and are {ids.dtype}; convert them with .long()"
+        if not ids.numel():
+            return None
+        if self.starts is None:
+            low, high = ids.aminmax()
+            if int(low) >= 0 and int(high) < self.rows:
+                return None
+            bad = ((ids < 0) | (ids >= self.rows)).nonzero()[0].tolist()
+            limits = f"0 to {self.rows - 1}"
+        else:
+            starts = torch.tensor(self.starts, device=ids.device)
+            stops = torch.tensor([*self.starts[1:], self.rows], device=ids.device)
+            wrong = (ids < starts) | (ids >= stops)
+            if not bool(wrong.any()):
+                return None
+            bad = wrong.nonzero()[0].tolist()
+            limits = f"{int(starts[bad[1]])} to {int(stops[bad[1]]) - 1}, the range of field {bad[1]}"
+        return (
+            f"{name}: id {int(ids[tuple(bad)])} in row {bad[0]} of the batch (position {bad}) is not in {limits}; "
+            "check the vocabulary size or the preprocessing"
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Ids ``[b, *tail]`` that enter the region; ``columns[r]`` of dim 1 go to rank r (None: all, (): none)."""
+
+    name: str
+    tail: tuple[int, ...]
+    columns: tuple[tuple[int, ...] | None, ...]
+
+    def tail_on(self, rank: int) -> tuple[int, ...]:
+        columns = self.columns[rank]
+        return self.tail if columns is None else (len(columns), *self.tail[1:])
+
+    def width(self, rank: int) -> int:
+        """Ids per row that go to ``rank``."""
+        return 0 if self.columns[rank] == () else torch.Size(self.tail_on(rank)).numel()
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A value that leaves the region: rank r sends ``[rows, *tails[r]]``, or nothing (None).
+
+    ``segments`` are the (size, owner) of the sharded dimension ``dim``; None: the ranks' terms are summed.
+    """
+
+    name: str
+    tails: tuple[tuple[int, ...] | None, ...]
+    dim: int = 0
+    segments: tuple[tuple[int, int], ...] | None = None
+
+    def width(self, rank: int) -> int:
+        """Elements per row that ``rank`` sends."""
+        tail = self.tails[rank]
+        return 0 if tail is None else torch.Size(tail).numel()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All that crosses, in one program.
+
+    Attributes
+    ----------
+    norm_channels : tuple of int
+        Channels of each batch norm that is computed over the global batch.
+    sparse_lookups : tuple of (int, int)
+        (ids per row, dim) of each lookup in a replicated table with sparse gradients.
+    shared_columns : tuple of int
+        Elements of each slice of a co-located weight that all ranks hold.
+    """
+
+    ranks: int
+    entries: tuple[Entry, ...] = ()
+    exits: tuple[Exit, ...] = ()
+    id_bytes: int = 8
+    norm_channels: tuple[int, ...] = ()
+    sparse_lookups: tuple[tuple[int, int], ...] = ()
+    shared_columns: tuple[int, ...] = ()
+    dense_elements: int = 0
+
+    def predict(self, rank: int, rows: Sequence[int], itemsize: int, *, backward: bool = True) -> Traffic:
+        """Bytes that ``rank`` sends in a step in which rank r has ``rows[r]`` rows."""
+        n, result = self.ranks, Traffic()
+        if n == 1:
+            return result
+        mine, rest = rows[rank], wire.others(rows, rank)
+        result.add(wire.HEADER, (n - 1) * wire.HEADER_BYTES)
+        ids = sum(e.width(r) for e in self.entries for r in range(n) if r != rank)
+        result.add(wire.ENTER, self.id_bytes * mine * ids)
+        width = [sum(e.width(r) for e in self.exits) for r in range(n)]
+        result.add(wire.EXIT, itemsize * width[rank] * rest)
+        for channels in self.norm_channels:
+            result.add(wire.NORM_FORWARD, (n - 1) * (2 * channels + 1) * itemsize)
+        if backward:
+            result.add(wire.RETURN, itemsize * mine * (sum(width) - width[rank]))
+            for channels in self.norm_channels:
+                result.add(wire.NORM_BACKWARD, wire.all_reduce_bytes(2 * channels * itemsize, n))
+            for count in self.shared_columns:
+                result.add(wire.SHARED_COLUMNS, wire.all_reduce_bytes(count * itemsize, n))
+            for count, dim in self.sparse_lookups:
+                most = max(rows)  # gathered with equal sizes: shorter batches are padded
+                result.add(wire.SPARSE_GRADIENTS, (n - 1) * most * count * (8 + dim * itemsize))
+            result.add(wire.DENSE_GRADIENTS, wire.all_reduce_bytes(self.dense_elements * itemsize, n))
+        return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The runtime of one compiled module
+
+
+@dataclass
+class Handle:
+    """One exchange under way."""
+
+    work: Any = None
+    received: Tensor | None = None
+    tensors: tuple[Any, ...] = ()
+    backward_work: Any = None
+    backward_received: Tensor | None = None
+
+
+@dataclass
+class Runtime:
+    """What emitted operators know at run time. One per compiled module; programs set their layout before they run."""
+
+    group: Any
+    rank: int
+    ranks: int
+    loss: str
+    traffic: Traffic = field(default_factory=Traffic)
+    layout: Layout = field(default_factory=lambda: Layout(1))
+    checks: tuple[Check, ...] = ()
+    mode: int = 0
+    mode_name: str = ""
+    rows: list[int] = field(default_factory=list)
+    started: bool = False
+    wire_dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def header_device(self) -> torch.device:
+        """Where small control tensors live: NCCL needs them on the GPU."""
+        return self.device if self.ranks > 1 and dist.get_backend(self.group) == "nccl" else torch.device("cpu")
+
+    def begin(self, rows: int, ids: Sequence[Tensor]) -> int:
+        """Check ids, exchange row counts, agree with the other ranks; returns the rows of the global batch."""
+        problem = next(filter(None, (c.problem(i) for c, i in zip(self.checks, ids, strict=True))), None)
+        self.header(rows, problem)
+        return sum(self.rows)
+
+    def header(self, rows: int, problem: str | None) -> None:
+        """Every rank calls this once a step, also when it has failed: then all ranks raise."""
+        self.started = True
+        if self.ranks == 1:
+            self.rows = [rows]
+            if problem is not None:
+                raise InputError(problem)
+            return
+        device = self.header_device()
+        mine = torch.tensor([rows, int(problem is not None), self.mode, 0], dtype=torch.int64, device=device)
+        every = torch.empty(self.ranks * 4, dtype=torch.int64, device=device)
+        dist.all_gather_into_tensor(every, mine, group=self.group)
+        self.traffic.add(wire.HEADER, (self.ranks - 1) * mine.numel() * mine.element_size())
+        table = every.cpu().reshape(self.ranks, 4).tolist()
+        self.rows = [t[0] for t in table]
+        if any(t[1] for t in table):
+            self._raise_everywhere(problem, InputError)
+        if len({t[2] for t in table}) > 1:
+            self._raise_everywhere(f"runs in mode {self.mode_name}", RankError, "ranks call forward in different modes")
+
+    def _raise_everywhere(self, problem: str | None, kind: type[Exception], title: str = "") -> None:
+        texts: list[Any] = [None] * self.ranks
+        dist.all_gather_object(texts, problem, group=self.group)
+        lines = [f"rank {r}: {t}" for r, t in enumerate(texts) if t is not None]
+        raise kind("\n".join([title, *lines] if title else lines))
+
+    # ---- ids into the region
+
+    def enter_start(self, ids: Sequence[Tensor]) -> Handle:
+        """Send each rank the ids that its tables need; ``ids`` follow ``layout.entries``."""
+        entries, mine = self.layout.entries, self.rows[self.rank]
+        dtype = torch.int32 if self.layout.id_bytes == 4 else torch.int64
+        chunks, sent = [], []
+        for r in range(self.ranks):
+            size = 0
+            for e, x in zip(entries, ids, strict=True):
+                if e.width(r):
+                    columns = e.columns[r]
+                    part = x if columns is None else x[:, list(columns)]
+                    chunks.append(part.to(dtype).reshape(-1))
+                    size += mine * e.width(r)
+            sent.append(size)
+        width = sum(e.width(self.rank) for e in entries)
+        handle = Handle()
+        send = torch.cat(chunks) if chunks else torch.empty(0, dtype=dtype, device=self.device)
+        handle.work, handle.received = self._all_to_all(send, sent, [b * width for b in self.rows], wire.ENTER)
+        return handle
+
+    def enter_wait(self, handle: Handle) -> list[Tensor | None]:
+        """Ids of the global batch ``[rows, ...]`` for this rank's tables, by entry; None where it needs none."""
+        handle.work.wait()
+        entries = self.layout.entries
+        widths = [e.width(self.rank) for e in entries]
+        assert handle.received is not None
+        parts = torch.split(handle.received, [b * w for b in self.rows for w in widths])
+        result: list[Tensor | None] = []
+        for i, e in enumerate(entries):
+            if not widths[i]:
+                result.append(None)
+                continue
+            tail = e.tail_on(self.rank)
+            pieces = [p.reshape(b, *tail) for b, p in zip(self.rows, parts[i :: len(entries)], strict=True)]
+            result.append(torch.cat(pieces).long())
+        return result
+
+    def _all_to_all(self, send: Tensor, sent: list[int], received: list[int], name: str) -> tuple[Any, Tensor]:
+        out = send.new_empty(sum(received))
+        self.traffic.add(name, (sum(sent) - sent[self.rank]) * send.element_size())
+        work = dist.all_to_all_single(out, send, received, sent, group=self.group, async_op=True)
+        return work, out
+
+    # ---- values out of the region, their gradients back
+
+    def exit_start(self, anchor: Tensor, values: Sequence[Tensor | None]) -> list[Any]:
+        """Send each rank its rows of every value; ``values`` follow ``layout.exits`` (None: this rank has no part)."""
+        handle = Handle()
+        present = [v for v in values if v is not None]
+        return [handle, _ExitStart.apply(self, handle, anchor, *present)]
+
+    def exit_wait(self, started: list[Any]) -> list[Tensor]:
+        """The values for this rank's own rows: summed, or put together (LOCAL segments left out)."""
+        handle, buffer = started
+        buffer = _ExitWait.apply(self, handle, list(self.rows), buffer)
+        mine, exits = self.rows[self.rank], self.layout.exits
+        senders = [(i, r) for r in range(self.ranks) for i, e in enumerate(exits) if e.width(r)]
+        parts = torch.split(buffer, [mine * exits[i].width(r) for i, r in senders])
+        by_exit: list[dict[int, Tensor]] = [{} for _ in exits]
+        for (i, r), p in zip(senders, parts, strict=True):
+            by_exit[i][r] = p.reshape(mine, *(exits[i].tails[r] or ()))
+        return [_put_together(e, by_exit[i]) for i, e in enumerate(exits)]
+
+    # ---- weights that several ranks hold in part
+
+    def reduce_shared(self, anchor: Tensor, *slices: Tensor) -> list[Tensor]:
+        """The slices, and a token; in backward the slices' gradients are averaged over ranks, after the exchange."""
+        return list(_ReduceShared.apply(self, anchor, *slices))
+
+    def sparse_lookup(self, weight: Tensor, ids: Tensor, padding_idx: int = -1) -> Tensor:
+        """Lookup in a replicated table with sparse gradients: rows' gradients are gathered, not the table's."""
+        return _SparseLookup.apply(self, weight, ids, padding_idx, list(self.rows))
+
+    def batch_norm(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        """Batch norm in training over the global batch; x ``[b, C, ...]``."""
+        return _SyncBatchNorm.apply(self, x, weight, bias, running_mean, running_var, momentum, eps)
+
+    def output(self, x: Tensor) -> Tensor:
+        """Scale the gradient that the user's loss sends in to the convention of averaging over ranks."""
+        if self.ranks == 1 or not x.requires_grad or self.loss == "rank_mean":
+            return x
+        if self.loss == "sum":
+            return scale_grad(x, self.ranks)
+        return scale_grad(x, self.ranks * self.rows[self.rank] / max(sum(self.rows), 1))
+
+
+def _put_together(e: Exit, parts: dict[int, Tensor]) -> Tensor:
+    if e.segments is None:
+        ordered = [parts[r] for r in sorted(parts)]
+        return functools.reduce(torch.add, ordered)
+    if len(parts) == 1 and all(owner in parts for _, owner in e.segments):
+        return next(iter(parts.values()))
+    sizes = {r: [size for size, owner in e.segments if owner == r] for r in parts}
+    queues = {r: iter(torch.split(p, sizes[r], e.dim)) for r, p in parts.items()}
+    return torch.cat([next(queues[owner]) for _, owner in e.segments if owner in queues], e.dim)
+
+
+def join_local(dim: int, segments: Sequence[Sequence[int]], region: Tensor | None, local: Tensor) -> Tensor:
+    """Interleave the exchanged segments of a value with those computed from own rows (owner -1)."""
+    if region is None:
+        return local
+    sizes = [size for size, owner in segments if owner != -1]
+    exchanged = iter(torch.split(region, sizes, dim))
+    own = iter(torch.split(local, [size for size, owner in segments if owner == -1], dim))
+    return torch.cat([next(own if owner == -1 else exchanged) for _, owner in segments], dim)
+
+
+class _ExitStart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, runtime: Runtime, handle: Handle, anchor: Tensor, *values: Tensor) -> Tensor:
+        ctx.runtime, ctx.handle, ctx.rows = runtime, handle, list(runtime.rows)
+        ctx.shapes = [(v.shape[1:], v.dtype) for v in values]
+        ctx.anchor = anchor
+        dtype, width = runtime.wire_dtype, sum(v.shape[1:].numel() for v in values)
+        parts = [torch.split(v.to(dtype), ctx.rows) for v in values]
+        chunks = [p[r].reshape(-1) for r in range(runtime.ranks) for p in parts]
+        send = torch.cat(chunks) if chunks else torch.empty(0, dtype=dtype, device=runtime.device)
+        mine = ctx.rows[runtime.rank]
+        received = [mine * sum(e.width(r) for e in runtime.layout.exits) for r in range(runtime.ranks)]
+        ctx.received, ctx.sent = received, [b * width for b in ctx.rows]
+        handle.work, handle.received = runtime._all_to_all(send, ctx.sent, received, wire.EXIT)
+        handle.tensors = (ctx.received, ctx.sent)
+        return handle.received
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.handle.backward_work.wait()
+        widths = [shape.numel() for shape, _ in ctx.shapes]
+        buffer = ctx.handle.backward_received
+        parts = torch.split(buffer, [b * w for b in ctx.rows for w in widths])
+        result = []
+        for i, (shape, dtype) in enumerate(ctx.shapes):
+            pieces = [p.reshape(b, *shape) for b, p in zip(ctx.rows, parts[i :: len(widths)], strict=True)]
+            # Gradients are averaged over ranks; what the region's owner receives is the sum.
+            result.append(torch.cat(pieces).div_(ctx.runtime.ranks).to(dtype))
+        return None, None, torch.zeros_like(ctx.anchor), *result
+
+
+class _ExitWait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, runtime: Runtime, handle: Handle, rows: list[int], buffer: Tensor) -> Tensor:
+        ctx.runtime, ctx.handle = runtime, handle
+        handle.work.wait()
+        return buffer.view_as(buffer)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        received, sent = ctx.handle.tensors
+        # the transposed exchange: what was received is sent back
+        ctx.handle.backward_work, ctx.handle.backward_received = ctx.runtime._all_to_all(
+            grad.contiguous(), received, sent, wire.RETURN
+        )
+        return None, None, None, grad
+
+
+class _ReduceShared(torch.autograd.Function):
+    """Identity; in backward one all-reduce of all slices' gradients.
+
+    The anchor that it returns feeds the exchange, so that on every rank the exchange's backward comes first: the order
+    of collectives has to be the same everywhere.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, runtime: Runtime, anchor: Tensor, *slices: Tensor) -> tuple[Tensor, ...]:
+        ctx.runtime = runtime
+        return tuple(x.view_as(x) for x in (anchor, *slices))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        runtime = ctx.runtime
+        anchor, *rest = grads
+        flat = torch.cat([g.reshape(-1) for g in rest])
+        runtime.traffic.add(
+            wire.SHARED_COLUMNS, wire.all_reduce_bytes(flat.numel() * flat.element_size(), runtime.ranks)
+        )
+        dist.all_reduce(flat, group=runtime.group)
+        flat /= runtime.ranks
+        parts = torch.split(flat, [g.numel() for g in rest])
+        return None, anchor, *(p.reshape(g.shape) for p, g in zip(parts, rest, strict=True))
+
+
+class _SparseLookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, runtime: Runtime, weight: Tensor, ids: Tensor, padding_idx: int, rows: list[int]) -> Tensor:
+        ctx.runtime, ctx.shape, ctx.padding_idx, ctx.rows = runtime, weight.shape, padding_idx, rows
+        ctx.save_for_backward(ids)
+        return lookup(weight, ids)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,), (ids,), runtime = grads, ctx.saved_tensors, ctx.runtime
+        most, per_row = max(ctx.rows), ids[:1].numel() if len(ids) else torch.Size(ids.shape[1:]).numel()
+        dim = ctx.shape[1]
+        ids_padded = ids.new_full((most * per_row,), -1)
+        ids_padded[: ids.numel()] = ids.reshape(-1)
+        rows_padded = grad.new_zeros((most * per_row, dim))
+        rows_padded[: ids.numel()] = grad.reshape(-1, dim)
+        n = runtime.ranks
+        every_ids = ids.new_empty((n * most * per_row,))
+        every_row = grad.new_empty((n * most * per_row, dim))
+        for out, mine in ((every_ids, ids_padded), (every_row, rows_padded)):
+            dist.all_gather_into_tensor(out, mine.contiguous(), group=runtime.group)
+            runtime.traffic.add(wire.SPARSE_GRADIENTS, (n - 1) * mine.numel() * mine.element_size())
+        keep = (every_ids >= 0) & (every_ids != ctx.padding_idx)
+        gradient = torch.sparse_coo_tensor(every_ids[keep].unsqueeze(0), every_row[keep] / n, ctx.shape)
+        return None, gradient, None, None, None
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    """Statistics by the pairwise formula of Chan et al. (1979) over the ranks' (count, mean, M2)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        runtime: Runtime,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        channels = x.shape[1]
+        count = x.numel() // max(channels, 1)
+        mean = x.mean(dims) if count else x.new_zeros(channels)
+        m2 = ((x - mean.reshape(shape)) ** 2).sum(dims)
+        mine = torch.cat([x.new_tensor([count]), mean, m2])
+        if runtime.ranks > 1:
+            every = mine.new_empty(runtime.ranks * mine.numel())
+            dist.all_gather_into_tensor(every, mine, group=runtime.group)
+            runtime.traffic.add(wire.NORM_FORWARD, (runtime.ranks - 1) * mine.numel() * mine.element_size())
+        else:
+            every = mine
+        counts, means, m2s = every.reshape(runtime.ranks, -1).split([1, channels, channels], 1)
+        total = counts.sum()
+        mean = (counts * means).sum(0) / total
+        m2 = m2s.sum(0) + (counts * (means - mean) ** 2).sum(0)
+        scale = torch.rsqrt(m2 / total + eps)
+        if running_mean is not None and running_var is not None:
+            running_mean.mul_(1 - momentum).add_(momentum * mean)
+            running_var.mul_(1 - momentum).add_(momentum * m2 / (total - 1))
+        normal = (x - mean.reshape(shape)) * scale.reshape(shape)
+        ctx.runtime, ctx.dims, ctx.shape = runtime, dims, shape
+        ctx.save_for_backward(normal, scale, weight, total)
+        out = normal if weight is None else normal * weight.reshape(shape)
+        return out if bias is None else out + bias.reshape(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,), runtime, shape = grads, ctx.runtime, ctx.shape
+        normal, scale, weight, total = ctx.saved_tensors
+        grad_bias, grad_weight = grad.sum(ctx.dims), (grad * normal).sum(ctx.dims)
+        inner = torch.cat([grad_bias, grad_weight])
+        if runtime.ranks > 1:
+            dist.all_reduce(inner, group=runtime.group)
+            runtime.traffic.add(
+                wire.NORM_BACKWARD, wire.all_reduce_bytes(inner.numel() * inner.element_size(), runtime.ranks)
+            )
+        sum_grad, sum_product = inner.split(grad_bias.numel())
+        grad_x = grad - (sum_grad.reshape(shape) + normal * sum_product.reshape(shape)) / total
+        grad_x = grad_x * scale.reshape(shape)
+        if weight is None:
+            return None, grad_x, None, None, None, None, None, None
+        return None, grad_x * weight.reshape(shape), grad_weight, grad_bias, None, None, None, None

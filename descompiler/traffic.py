@@ -1,0 +1,61 @@
+"""Bytes that one rank sends in one step, by collective: predicted by a plan, or counted by the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+
+@dataclass
+class Traffic:
+    """Bytes sent by one rank, by collective.
+
+    A ring all-reduce of S bytes among N ranks counts as 2(N-1)/N·S, an all-gather of S bytes as (N-1)·S, an all-to-all
+    as what goes to other ranks. Fractions keep the sums exact.
+    """
+
+    bytes_by_collective: dict[str, Fraction] = field(default_factory=dict)
+
+    def add(self, collective: str, sent_bytes: int | Fraction) -> None:
+        if sent_bytes:
+            self.bytes_by_collective[collective] = self.bytes_by_collective.get(collective, Fraction(0)) + sent_bytes
+
+    @property
+    def total(self) -> int:
+        """All bytes, rounded to an integer."""
+        return round(sum(self.bytes_by_collective.values(), Fraction(0)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Traffic) and self.bytes_by_collective == other.bytes_by_collective
+
+    def __str__(self) -> str:
+        lines = [f"  {name:<46} {float(n):>14,.0f} B" for name, n in self.bytes_by_collective.items()]
+        return "\n".join([*lines, f"  {'total':<46} {self.total:>14,} B"])
+
+
+# The names of the collectives, in the order in which a step makes them.
+HEADER = "all_gather (header)"
+ENTER = "all_to_all (ids in)"
+EXIT = "all_to_all (aggregation, forward)"
+RETURN = "all_to_all (aggregation, backward)"
+SHARED_COLUMNS = "all_reduce (shared columns)"
+SPARSE_GRADIENTS = "all_gather (sparse gradients)"
+NORM_FORWARD = "all_gather (batch norm, forward)"
+NORM_BACKWARD = "all_reduce (batch norm, backward)"
+DENSE_GRADIENTS = "all_reduce (dense gradients)"
+HEADER_BYTES = 4 * 8  # rows, status, mode, spare: int64 each
+
+
+def all_reduce_bytes(size_bytes: int, ranks: int) -> Fraction:
+    """Bytes sent per rank by a ring all-reduce.
+
+    >>> all_reduce_bytes(100, 4)
+    Fraction(150, 1)
+    """
+    return Fraction(2 * (ranks - 1) * size_bytes, ranks)
+
+
+def others(rows: Iterable[int], rank: int) -> int:
+    """Rows of the ranks other than ``rank``."""
+    return sum(b for r, b in enumerate(rows) if r != rank)

@@ -1,0 +1,52 @@
+"""fold_constants: ``unsqueeze(lift_fresh_copy(c), 0)  -->  c'``
+
+An expression of constants alone becomes a constant. It pays because later passes recognise `x + offsets` only where the
+offsets are a constant; and because a small constant is cheaper than its computation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from descompiler.program import Program, Source, aten, is_tensor
+
+NEVER = {aten.dropout.default, aten.rand.default, aten.randn.default, aten.bernoulli.default}
+
+
+@dataclass(frozen=True)
+class FoldConstants:
+    name: str = "fold_constants"
+    limit_elements: int = 1 << 16
+
+    def __call__(self, program: Program) -> Program:
+        values: dict[fx.Node, Tensor] = {}
+        for node in list(program.graph.nodes):
+            source = program.source(node)
+            if source is not None:
+                if source.kind == "constant":
+                    values[node] = program.constants[source.name]
+                continue
+            inputs = node.all_input_nodes
+            if node.op != "call_function" or not inputs or not all(n in values for n in inputs):
+                continue
+            schema = getattr(node.target, "_schema", None)
+            if schema is None or schema.is_mutable or node.target in NEVER or not is_tensor(node):
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+            result = node.target(*args, **kwargs)
+            if result.numel() > self.limit_elements:
+                continue
+            name = f"folded_{node.name}"
+            first = next(iter(program.graph.nodes))
+            with program.graph.inserting_before(first):
+                constant = program.graph.placeholder(name)
+            constant.meta["val"] = node.meta["val"]
+            program.sources[constant.name] = Source("constant", name)
+            program.constants[name] = result
+            values[constant] = result
+            node.replace_all_uses_with(constant)
+            program.graph.erase_node(node)
+            program.note(f"{self.name}: {node.name}")
+        return program

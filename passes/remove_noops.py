@@ -1,0 +1,72 @@
+"""remove_noops: ``dropout(x, 0.5, False)  -->  x``, and the like
+
+Operators that return their input: dropout that drops nothing, slices of everything, copies that nobody writes to. It
+pays because each would need a rule of its own, and hides that two lookups read the same ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from descompiler.program import Program, aten, is_tensor, shape_of, signature, value
+
+DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+COPIES = {
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+}
+SAME_SHAPE = {
+    aten.reshape.default,
+    aten.view.default,
+    aten.expand.default,
+    aten.squeeze.dim,
+    aten.flatten.using_ints,
+}
+
+
+@dataclass(frozen=True)
+class RemoveNoops:
+    name: str = "remove_noops"
+
+    def __call__(self, program: Program) -> Program:
+        written = {
+            a
+            for n in program.graph.nodes
+            if (schema := getattr(n.target, "_schema", None)) is not None and schema.is_mutable
+            for a in n.all_input_nodes
+        }
+        for node in list(program.graph.nodes):
+            if node.op != "call_function" or node in written:
+                continue
+            if is_noop(node) and node.args[0] not in written:
+                node.replace_all_uses_with(node.args[0])
+                program.graph.erase_node(node)
+        return program
+
+
+def is_noop(node: fx.Node) -> bool:
+    """Whether the node's value is its first argument's."""
+    target: Any = node.target
+    if not node.args or not is_tensor(node) or not is_tensor(node.args[0]):
+        return False
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if target in DROPOUTS:
+        return not node.args[2] or node.args[1] == 0
+    if target in COPIES:
+        return True
+    same = shape_of(node) == shape_of(source) and value(node).dtype == value(source).dtype
+    if target is aten.slice.Tensor:
+        args = signature(node)
+        whole = args["start"] in (0, None) and (args["end"] is None or args["end"] == torch.iinfo(torch.int64).max)
+        return bool(same and args["step"] == 1 and whole)
+    if target in (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.to.other):
+        return same and value(node).device == value(source).device
+    return target in SAME_SHAPE and same
