@@ -59,14 +59,14 @@ def is_noop(node: fx.Node) -> bool:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     if target in DROPOUTS:
-        return not node.args[2] or node.args[1] == 0
+        return bool(not node.args[2] or node.args[1] == 0)
     if target in COPIES:
         return True
     same = shape_of(node) == shape_of(source) and value(node).dtype == value(source).dtype
     if target is aten.slice.Tensor:
         args = signature(node)
         whole = args["start"] in (0, None) and (args["end"] is None or args["end"] == torch.iinfo(torch.int64).max)
-        return bool(same and args["step"] == 1 and whole)
+        return bool(same) and args["step"] == 1 and bool(whole)
     if target in (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.to.other):
         return same and value(node).device == value(source).device
-    return target in SAME_SHAPE and same
+    return target in SAME_SHAPE and bool(same)
