@@ -614,9 +614,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {name: _factory(cls) for name, cls
 """Factories ``(layout="fields", **options)`` of small models; options that a model has no use for are ignored."""
 
 
-def make_inputs(
-    name: str, layout: str = "fields", batch: int = 8, seed: int = 0, bag: int = 3
-) -> tuple[Tensor, ...]:
+def make_inputs(name: str, layout: str = "fields", batch: int = 8, seed: int = 0, bag: int = 3) -> tuple[Tensor, ...]:
     """Random inputs of a model of `MODELS` with default options.
 
     Parameters

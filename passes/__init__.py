@@ -4,7 +4,28 @@ from descompiler.passes.fold_constants import FoldConstants
 from descompiler.passes.merge_duplicates import MergeDuplicates
 from descompiler.passes.recognise_bags import RecogniseBags
 from descompiler.passes.remove_noops import RemoveNoops
+from descompiler.passes.rule_concatenate import Concatenate
+from descompiler.passes.rule_elementwise import Binary, Unary
+from descompiler.passes.rule_linear import Linear
+from descompiler.passes.rule_owner import MatMul, OnOwner
+from descompiler.passes.rule_reduce import Reduce
+from descompiler.passes.rule_view import Narrow, Permute, Reshape
 from descompiler.program import Pass
+from descompiler.rule import Rule
 
 NORMALISE: tuple[Pass, ...] = (FoldConstants(), RemoveNoops(), RecogniseBags(), MergeDuplicates())
 """From a captured program to its normal form."""
+
+RULES: tuple[Rule, ...] = (
+    Unary(),
+    Binary(),
+    Reduce(),
+    Reshape(),
+    Permute(),
+    Narrow(),
+    Concatenate(),
+    Linear(),
+    MatMul(),
+    OnOwner(),
+)
+"""How operators stay in the substituted region; the first rule that names an operator's function decides."""
