@@ -2,7 +2,7 @@
 
 A rule answers two questions about a node of the original graph. `place`: given the placements of its operands, which
 placement has its result if it is computed in the region, or why it can't be? `emit`: what is this rank's part of it?
-A rank holds up to two parts of a value (see `descompiler.placement`): one for the global batch and one for its own rows;
+A rank holds up to two parts of a value (see `descompiler.placement`), one for the global batch, one for its own rows;
 `emit` is asked for each.
 """
 

@@ -1,6 +1,6 @@
 """elementwise: ``f(gather(x_r))  -->  gather(f(x_r))``
 
-Any f on a value that is divided (`Owned`, `Shard`); f with f(0) = 0 on `Disjoint`; linear f on `Partial`. It pays because
+Any f on a value that is divided (`Owned`, `Shard`); f with f(0) = 0 on `Disjoint`; linear f on `Partial`. It pays since
 FM squares, activations and products then need no exchange of their inputs.
 """
 

@@ -31,9 +31,10 @@ class MatMul:
         if isinstance(x, Owned) and x == y:
             return Placed(x)
         last_a, last_b = len(shape_of(a)) - 1, len(shape_of(b)) - 1
-        if isinstance(x, Shard) and isinstance(y, Shard) and x.segments == y.segments and last_a == last_b >= 2:
-            if x.dim == last_a and y.dim == last_b - 1:
-                return Placed(Partial(x.ranks, x.local))
+        if not (isinstance(x, Shard) and isinstance(y, Shard) and x.segments == y.segments):
+            return Declined("pairs of values with different owners")
+        if last_a == last_b >= 2 and x.dim == last_a and y.dim == last_b - 1:
+            return Placed(Partial(x.ranks, x.local))
         return Declined("pairs of values with different owners")
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
