@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -139,15 +140,15 @@ def find_operators(program: Program) -> list[Operator]:
     for node in program.graph.nodes:
         if node.target is aten.embedding_renorm_.default:
             raise UnsupportedError(
-                f"embedding with max_norm ({where(node)}, table {program.parameter(node.args[0])!r}): it changes rows in "
-                "forward, which differs between ranks; normalise the looked-up vectors instead"
+                f"embedding with max_norm ({where(node)}, table {program.parameter(node.args[0])!r}): it changes rows "
+                "in forward, which differs between ranks; normalise the looked-up vectors instead"
             )
         lookup = _lookup(node)
         if lookup is not None and (name := program.parameter(node.args[0])) is not None:
             if _counts_frequency(node):
                 raise UnsupportedError(
-                    f"embedding with scale_grad_by_freq ({where(node)}, table {name!r}): it counts ids within one rank's "
-                    "batch; leave it out, or scale the loss"
+                    f"embedding with scale_grad_by_freq ({where(node)}, table {name!r}): it counts ids within one "
+                    "rank's batch; leave it out, or scale the loss"
                 )
             found.setdefault(name, []).append(lookup)
         for n in node.all_input_nodes:
@@ -192,7 +193,7 @@ def _counts_frequency(node: fx.Node) -> bool:
 
 def _padding(node: fx.Node) -> int:
     padding = node.args[3] if node.target is bag else signature(node)["padding_idx"]
-    return -1 if padding is None else int(padding)  # type: ignore[call-overload]
+    return -1 if padding is None else int(str(padding))
 
 
 def _sparse(node: fx.Node) -> bool:
@@ -211,7 +212,7 @@ def _starts(program: Program, lookups: Sequence[Lookup]) -> tuple[int, ...] | No
                     values = program.constants[source.name].reshape(-1).tolist()
                     if len(values) == tail(x.ids)[0]:
                         found = tuple(int(v) for v in values)
-        if found is None or found[0] != 0 or any(a >= b for a, b in zip(found, found[1:], strict=False)):
+        if found is None or found[0] != 0 or any(a >= b for a, b in itertools.pairwise(found)):
             return None
         starts.add(found)
     return starts.pop() if len(starts) == 1 else None

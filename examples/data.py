@@ -134,7 +134,7 @@ def synthetic_ctr(rows: int, seed: int = 0, scale: float = 1e-3) -> ClickLog:
     Returns
     -------
     ClickLog
-        A third of the labels, roughly, are 1. The planted model is a factorisation machine of rank 4.
+        Between a quarter and a half of the labels are 1. The planted model is a factorisation machine of rank 4.
     """
     rng = np.random.default_rng(seed)
     vocab_sizes = tuple(c if c <= 100 else min(c, max(100, round(c * scale))) for c in CRITEO_CARDINALITIES)

@@ -1,0 +1,255 @@
+"""Where to aggregate: a minimum vertex cut.
+
+Given the splits of the tables, every node that a rule can place is either inside the substituted region (on the global
+batch) or outside (own rows). Let I be the set inside. With B(v) the bytes, over all ranks and both directions, that v
+takes to leave the region, S(v) the bytes of gradient all-reduce that v saves by co-locating its weights, and W(v) the
+extra work of v inside, in bytes of equal time (`Weights.work_bytes`):
+
+    minimise   sum of B(v) for v in I with a user outside        (`exit_bytes`; a tensor is sent once)
+             + sum of S(v) for v not in I                        (`saved_bytes`)
+             + sum of W(v) for v in I                            (`work_bytes`)
+    such that  every lookup of a split table is in I;  if v is in I, so are its placed operands.
+
+As a cut: v becomes v_in -> v_out with capacity B(v); v_out -> u_in is unlimited for each user u (if v is inside and u is
+not, v itself must be cut); u_in -> v_in is unlimited for operands v of u (closure); source -> v_in has capacity S(v),
+unlimited for lookups; v_in -> sink has capacity W(v). v is inside if v_in is on the source's side.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import networkx as nx
+from torch import fx
+
+from descompiler.operators import Operator, Split
+from descompiler.pieces import Pieces
+from descompiler.placement import Local, Placement, Region, Shard, ranks_of
+from descompiler.program import Program, aten, is_tensor, rowwise, shape_of, tail, value
+from descompiler.rule import Declined, Placed, Rule, Situation
+from descompiler.runtime import Exit
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the cut weighs: rows per rank, bytes per element, and work that is worth a byte.
+
+    Attributes
+    ----------
+    flops_per_byte : float
+        Floating point operations that take as long as sending one byte.
+    backward : bool
+        Whether gradients are sent back.
+    """
+
+    ranks: int
+    rows: int
+    itemsize: int = 4
+    flops_per_byte: float = 40.0
+    backward: bool = True
+
+
+@dataclass
+class Candidates:
+    """All nodes that rules can place, with the reasons of those that they can't (and that touch the region)."""
+
+    placed: dict[fx.Node, Placed]
+    lookups: set[fx.Node]
+    declined: dict[fx.Node, str]
+
+    def placements(self) -> dict[fx.Node, Placement]:
+        return {n: p.placement for n, p in self.placed.items()}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A choice of aggregation points."""
+
+    inside: frozenset[fx.Node]
+    cost: int
+    exits: tuple[fx.Node, ...] = field(default=())
+
+
+def place(
+    program: Program,
+    operators: Sequence[Operator],
+    splits: Mapping[str, Split],
+    rules: Sequence[Rule],
+    ranks: int,
+    colocated: Mapping[str, Pieces] | None = None,
+) -> Candidates:
+    """Place every node that a rule can place, assuming that its placed operands are inside.
+
+    Parameters
+    ----------
+    colocated : mapping of str to Pieces, optional
+        Weights that are already cut (by the plan of the training graph): others stay whole, these must be used so.
+    """
+    by_target = {t: r for r in reversed(rules) for t in r.targets}
+    placed: dict[fx.Node, Placed] = {}
+    lookups: set[fx.Node] = set()
+    declined: dict[fx.Node, str] = {}
+    placements: dict[fx.Node, Placement] = {}
+    for op in operators:
+        for x in op.lookups:
+            placement = splits[op.name].placement(op, x)
+            if placement is not None:
+                lookups.add(x.node)
+                placed[x.node] = Placed(placement)
+                placements[x.node] = placement
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node in placed:
+            continue
+        if not any(n in placements for n in node.all_input_nodes):
+            continue
+        rule = by_target.get(node.target)
+        region = [n for n in node.all_input_nodes if n in placements]
+        if rule is None:
+            declined[node] = "no rule for this operator"
+        elif not rowwise(program, node) or not value(node).is_floating_point():
+            declined[node] = "its result is not one row per row of the batch"
+        elif any(not is_tensor(n) and n.op != "placeholder" for n in node.all_input_nodes if n not in region) and (
+            "reshape" not in rule.name
+        ):
+            declined[node] = "it depends on the batch size"
+        else:
+            answer = rule.place(node, Situation(program, ranks, placements))
+            if isinstance(answer, Placed) and colocated is not None:
+                if any(colocated.get(name) != pieces for name, pieces in answer.pieces.items()):
+                    answer = Declined("its weight is not cut that way by the training graph")
+                elif any(name in colocated for name in answer.replicated):
+                    answer = Declined("its weight is cut by the training graph")
+            if isinstance(answer, Declined):
+                declined[node] = answer.reason
+            else:
+                placed[node] = answer
+                placements[node] = answer.placement
+    return Candidates(placed, lookups, declined)
+
+
+def exit_of(node: fx.Node, placement: Region, ranks: int) -> Exit:
+    """What a node sends when it leaves the region."""
+    whole = tail(node)
+    if isinstance(placement, Shard):
+        tails: list[tuple[int, ...] | None] = []
+        for r in range(ranks):
+            w = placement.width(r)
+            tails.append((*whole[: placement.dim - 1], w, *whole[placement.dim :]) if w else None)
+        segments = tuple((s.size, s.owner) for s in placement.segments)
+        return Exit(node.name, tuple(tails), placement.dim, segments)
+    holders = ranks_of(placement)
+    return Exit(node.name, tuple(whole if r in holders else None for r in range(ranks)))
+
+
+def exit_bytes(node: fx.Node, placement: Region, w: Weights) -> int:
+    """Bytes over all ranks that a node takes to leave the region, and its gradient to come back."""
+    e = exit_of(node, placement, w.ranks)
+    directions = 2 if w.backward else 1
+    return directions * sum(e.width(r) for r in range(w.ranks)) * (w.ranks - 1) * w.rows * w.itemsize
+
+
+def saved_bytes(program: Program, answer: Placed, w: Weights) -> int:
+    """Bytes over all ranks of the all-reduce that co-located weights do not need."""
+    saved = 0
+    for name, pieces in answer.pieces.items():
+        if program.parameters[name].requires_grad:
+            own = sum(pieces.numel(r) for r in range(w.ranks)) - w.ranks * _shared_numel(pieces)
+            saved += 2 * (w.ranks - 1) * own * w.itemsize
+    return saved if w.backward else 0
+
+
+def _shared_numel(pieces: Pieces) -> int:
+    size = pieces.shape[pieces.dim] if pieces.shape else 1
+    return prod(pieces.shape) // max(size, 1) * pieces.shared_size()
+
+
+def work_bytes(node: fx.Node, placement: Region, at: Mapping[fx.Node, Placement], w: Weights) -> int:
+    """Extra time of a node inside, against outside, as bytes over all ranks that take as long to send.
+
+    Outside, each rank works on its own rows; inside, the slowest rank works on all rows with its share. Counted for
+    matrix products only: they are what costs.
+    """
+    if node.target not in (aten.linear.default, aten.bmm.default, aten.matmul.default):
+        return 0
+    inner = int(shape_of(node.args[0])[-1])  # type: ignore[arg-type]
+    flops = 6 * prod(tail(node)) * inner * w.rows  # forward and backward, of one rank's rows
+    operand = at.get(node.args[0], Local())  # type: ignore[arg-type]
+    if isinstance(operand, Shard):
+        size = sum(s.size for s in operand.segments)
+        share = max(operand.width(r) for r in range(w.ranks)) / size
+    else:
+        share = 1.0
+    local = operand.width(-1) / size if isinstance(operand, Shard) else 0.0
+    extra = flops * (w.ranks * share + local - 1)
+    return max(0, round(w.ranks * extra / w.flops_per_byte))
+
+
+def evaluate(program: Program, candidates: Candidates, inside: frozenset[fx.Node], w: Weights) -> int:
+    """The objective, term by term, for a given set; the cut has to agree with it."""
+    placements = candidates.placements()
+    cost = 0
+    for node, answer in candidates.placed.items():
+        if node in inside:
+            if any(u not in inside for u in node.users):
+                cost += exit_bytes(node, answer.placement, w)
+            cost += work_bytes(node, answer.placement, placements, w)
+        else:
+            cost += saved_bytes(program, answer, w)
+    return cost
+
+
+def is_legal(candidates: Candidates, inside: frozenset[fx.Node], colocated: Mapping[str, Pieces] | None = None) -> bool:
+    """Whether a set holds all lookups and all placed operands of its nodes."""
+    forced = all(n in inside for n in _forced(candidates, colocated))
+    return forced and all(p in inside for n in inside for p in n.all_input_nodes if p in candidates.placed)
+
+
+def _forced(candidates: Candidates, colocated: Mapping[str, Pieces] | None) -> set[fx.Node]:
+    cut = {n for n, p in candidates.placed.items() if p.pieces and colocated is not None}
+    return candidates.lookups | cut
+
+
+def minimum_cut(
+    program: Program, candidates: Candidates, w: Weights, colocated: Mapping[str, Pieces] | None = None
+) -> Cut:
+    """The cheapest legal set (see the module's text), by maximum flow."""
+    if not candidates.lookups:
+        return Cut(frozenset(), 0)
+    placements = candidates.placements()
+    graph = nx.DiGraph()
+    forced = _forced(candidates, colocated)
+    for v, answer in candidates.placed.items():
+        if v in forced:
+            graph.add_edge("source", (v, "in"))  # no capacity: unlimited
+        elif saved := saved_bytes(program, answer, w):
+            graph.add_edge("source", (v, "in"), capacity=saved)
+        if work := work_bytes(v, answer.placement, placements, w):
+            graph.add_edge((v, "in"), "sink", capacity=work)
+        graph.add_edge((v, "in"), (v, "out"), capacity=exit_bytes(v, answer.placement, w))
+        for u in v.users:
+            graph.add_edge((v, "out"), (u, "in") if u in candidates.placed else "sink")
+            if u in candidates.placed:
+                graph.add_edge((u, "in"), (v, "in"))
+    if "sink" not in graph:
+        graph.add_node("sink")
+    cost, (side, _) = nx.minimum_cut(graph, "source", "sink")
+    inside = frozenset(v for v in candidates.placed if (v, "in") in side)
+    exits = tuple(v for v in candidates.placed if v in inside and any(u not in inside for u in v.users))
+    return Cut(inside, int(cost), exits)
+
+
+def brute_force(program: Program, candidates: Candidates, w: Weights) -> int:
+    """The cheapest objective over all legal sets, one by one: for tests of small graphs."""
+    free = [n for n in candidates.placed if n not in candidates.lookups]
+    best: int | None = None
+    for size in range(len(free) + 1):
+        for chosen in itertools.combinations(free, size):
+            inside = candidates.lookups | frozenset(chosen)
+            if is_legal(candidates, frozenset(inside)):
+                cost = evaluate(program, candidates, frozenset(inside), w)
+                best = cost if best is None or cost < best else best
+    assert best is not None
+    return best
