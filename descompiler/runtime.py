@@ -71,7 +71,11 @@ def bag_rows(
     sparse: bool,
 ) -> Tensor:
     """This rank's term of a bag over all rows; the mean divides by the whole bag's count."""
-    rows = lookup_rows(weight, ids, start, local_padding, sparse)
+    return pool(lookup_rows(weight, ids, start, local_padding, sparse), ids, mode, padding_idx)
+
+
+def pool(rows: Tensor, ids: Tensor, mode: str, padding_idx: int | None) -> Tensor:
+    """Sum or mean of ``rows`` ``[b, L, dim]`` over dim 1, leaving out padding; the mean of nothing is 0."""
     if padding_idx is not None:
         rows = rows * (ids != padding_idx).unsqueeze(-1)
     total = rows.sum(1)
@@ -365,6 +369,18 @@ class Runtime:
         """Lookup in a replicated table with sparse gradients: rows' gradients are gathered, not the table's."""
         return _SparseLookup.apply(self, weight, ids, padding_idx, list(self.rows))
 
+    def sparse_bag(self, weight: Tensor, ids: Tensor, mode: str, padding_idx: int | None) -> Tensor:
+        """As `sparse_lookup`, for bags ``[b, L]``."""
+        rows = self.sparse_lookup(weight, ids, -1 if padding_idx is None else padding_idx)
+        return pool(rows, ids, mode, padding_idx)
+
+    def anchor(self, *weights: Tensor) -> Tensor:
+        """A scalar that requires a gradient, so that backward runs on ranks that own nothing.
+
+        ``weights`` are replicated weights that only other ranks use: they get zero gradients here, for the reducer.
+        """
+        return _Anchor.apply(torch.zeros((), dtype=self.wire_dtype, device=self.device, requires_grad=True), *weights)
+
     def batch_norm(
         self,
         x: Tensor,
@@ -406,6 +422,17 @@ def join_local(dim: int, segments: Sequence[Sequence[int]], region: Tensor | Non
     exchanged = iter(torch.split(region, sizes, dim))
     own = iter(torch.split(local, [size for size, owner in segments if owner == -1], dim))
     return torch.cat([next(own if owner == -1 else exchanged) for _, owner in segments], dim)
+
+
+class _Anchor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *weights: Tensor) -> Tensor:
+        ctx.like = [(w.shape, w.dtype, w.device) for w in weights]
+        return anchor.view_as(anchor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], *(torch.zeros(s, dtype=t, device=d) for s, t, d in ctx.like)
 
 
 class _ExitStart(torch.autograd.Function):

@@ -391,7 +391,7 @@ def load(path: str | Path | None = None, *, rows: int | None = None, seed: int =
     """
     if path is None:
         train, test = synthetic_ctr(50_000 if rows is None else rows, seed).split(fraction)
-        return Splits(train, None, test)
+        return _with_rows(Splits(train, None, test), "the generator")
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: does not exist")
@@ -405,7 +405,13 @@ def load(path: str | Path | None = None, *, rows: int | None = None, seed: int =
             train, test = train.split(fraction)
         else:
             valid, test = None, valid
-    return Splits(train, valid, test)
+    return _with_rows(Splits(train, valid, test), str(path))
+
+
+def _with_rows(splits: Splits, origin: str) -> Splits:
+    if not len(splits.train) or not len(splits.test):
+        raise DataError(f"{origin}: too few rows to train on some and test on others")
+    return splits
 
 
 def _array(x: Tensor | npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -52,12 +52,16 @@ class Concatenate:
         for p in places:
             if not isinstance(p, Local):
                 ranks.update(ranks_of(p))
+        if all(isinstance(p, Disjoint | Owned) for p in places):
+            # still at most one rank has each element; the pattern now spans all dimensions
+            keys = tuple(p.key if isinstance(p, Disjoint) else p for p in places)
+            return Placed(Disjoint(tuple(sorted(ranks)), ("cat", dim, stack, keys), len(shape_of(node))))
         local = any(isinstance(p, Local) or has_local(p) for p in places)
         return Placed(Partial(tuple(sorted(ranks)), local))
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
         placement, parts = part.at(node), []
-        terms = isinstance(placement, Partial)
+        terms = isinstance(placement, Partial | Disjoint)
         like = next(x for t in _tensors(node) if (x := part.operand(t)) is not None)
         for t in _tensors(node):
             x = part.operand(t)
