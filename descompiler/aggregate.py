@@ -11,8 +11,8 @@ extra work of v inside, in bytes of equal time (`Weights.work_bytes`):
     such that  every lookup of a split table is in I;  if v is in I, so are its placed operands.
 
 As a cut: v becomes v_in -> v_out with capacity B(v); v_out -> u_in is unlimited for each user u (if v is inside and
-u is not, v itself must be cut); u_in -> v_in is unlimited for operands v of u (closure); source -> v_in has capacity S(v),
-unlimited for lookups; v_in -> sink has capacity W(v). v is inside if v_in is on the source's side.
+u is not, v itself must be cut); u_in -> v_in is unlimited for operands v of u (closure); source -> v_in has capacity
+S(v), unlimited for lookups; v_in -> sink has capacity W(v). v is inside if v_in is on the source's side.
 """
 
 from __future__ import annotations

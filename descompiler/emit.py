@@ -291,7 +291,7 @@ class _Emitter:
         self.started = self._runtime("exit_start", anchor, [self.region.get(n) for n in self.exits])
 
     def _emit_region(self, n: fx.Node, shifts: Mapping[str, fx.Node]) -> fx.Node:
-        if n not in self.lookups or (n not in self.entered and n not in self.placed):
+        if n not in self.lookups:
             return self.rules[n.target].emit(n, self._part(self.rank))
         o, x = self.lookups[n]
         split, pieces = self.splits[o.name], self.pieces[o.name]

@@ -1,0 +1,200 @@
+"""The distributed module: the original's names and calls, this rank's pieces and program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
+
+from descompiler import traffic as wire
+from descompiler.capture import Signature
+from descompiler.emit import Emitted
+from descompiler.errors import InputError
+from descompiler.pieces import Pieces
+from descompiler.plan import Plan
+from descompiler.runtime import Runtime
+from descompiler.traffic import Traffic
+
+
+class _Core(nn.Module):
+    """What DistributedDataParallel wraps: the parameters by name, and a call of the program."""
+
+    def __init__(self, owner: DistributedModule):
+        super().__init__()
+        for name, child in owner.named_children():
+            self.add_module(name, child)
+        for name, p in owner._parameters.items():
+            self.register_parameter(name, p)
+        self._run = owner._run
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        return self._run(tensors)
+
+
+class DistributedModule(nn.Module):
+    """This rank's part of a model; called, trained and moved as the original.
+
+    Parameters keep the original names; each is this rank's piece (0 rows or columns where it owns nothing).
+
+    Attributes
+    ----------
+    plan : Plan
+        What was chosen, and why.
+    """
+
+    plan: Plan
+
+    def __init__(
+        self,
+        template: nn.Module,
+        plan: Plan,
+        signature: Signature,
+        runtime: Runtime,
+        program_for: Callable[[dict[str, bool]], Emitted],
+        values: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+    ):
+        super().__init__()
+        object.__setattr__(self, "plan", plan)
+        self._signature, self._runtime, self._program_for = signature, runtime, program_for
+        self._programs: dict[tuple[bool, ...], Emitted] = {}
+        self._constants: dict[str, Tensor] = {}
+        self._ddp: list[Any] = []
+        self._ddp_key: Any = None
+        self._flags = [name for name, _ in template.named_modules()]
+        made: dict[int, nn.Parameter] = {}
+        scopes: dict[str, nn.Module] = {"": self}
+        for name, source in template.named_modules():
+            scope = scopes.setdefault(name, nn.Module())
+            scope.training = source.training
+            if name:
+                parent, _, leaf = name.rpartition(".")
+                scopes[parent].add_module(leaf, scope)
+            for leaf, p in source._parameters.items():
+                if p is None:
+                    scope.register_parameter(leaf, None)
+                    continue
+                full = f"{name}.{leaf}".lstrip(".")
+                if id(p) not in made:
+                    made[id(p)] = nn.Parameter(values[full], requires_grad=p.requires_grad)
+                scope.register_parameter(leaf, made[id(p)])
+            for leaf, b in source._buffers.items():
+                full = f"{name}.{leaf}".lstrip(".")
+                persistent = leaf not in source._non_persistent_buffers_set
+                scope.register_buffer(leaf, None if b is None else buffers[full], persistent=persistent)
+
+    # ---- calls
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's forward on this rank's rows: outputs for them."""
+        runtime = self._runtime
+        runtime.traffic, runtime.started = Traffic(), False
+        emitted = self._program()
+        flags = self._training_flags()
+        runtime.layout, runtime.checks = emitted.layout, emitted.checks
+        grad = torch.is_grad_enabled()
+        runtime.mode = 2 * sum(f << (i % 61) for i, f in enumerate(flags)) % (1 << 61) + grad
+        runtime.mode_name = f"{'training' if self.training else 'evaluation'}, gradients {'on' if grad else 'off'}"
+        try:
+            tensors = self._signature.flatten(args, kwargs)
+            reference = next(self.parameters())
+            runtime.device = reference.device
+            runtime.wire_dtype = reference.dtype
+            outputs = self._reducer()(*tensors) if grad and emitted.layout.dense_elements else self._run(tensors)
+        except Exception as error:
+            if runtime.started:
+                raise
+            # the other ranks wait for this one's header: tell them, then everyone raises
+            text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+            runtime.header(0, text)
+            raise
+        return pytree.tree_unflatten(outputs, self._signature.outputs)
+
+    def _run(self, tensors: Any) -> list[Tensor]:
+        emitted = self._program()
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        buffers = dict(self.named_buffers(remove_duplicate=False))
+        queue = iter(tensors)
+        values = []
+        for s in emitted.sources:
+            if s.kind == "input":
+                values.append(next(queue))
+            elif s.kind == "constant":
+                values.append(self._constant(emitted, s.name))
+            else:
+                values.append((parameters if s.kind == "parameter" else buffers)[s.name])
+        return emitted.module(self._runtime, *values)
+
+    def _constant(self, emitted: Emitted, name: str) -> Tensor:
+        device = self._runtime.device
+        kept = self._constants.get(name)
+        if kept is None or kept.device != device:
+            kept = self._constants[name] = emitted.constants[name].to(device)
+        return kept
+
+    def _training_flags(self) -> tuple[bool, ...]:
+        modules = dict(self.named_modules(remove_duplicate=False))
+        return tuple(modules[name].training for name in self._flags)
+
+    def _program(self) -> Emitted:
+        key = self._training_flags()
+        if key not in self._programs:
+            self._programs[key] = self._program_for(dict(zip(self._flags, key, strict=True)))
+        return self._programs[key]
+
+    def _reducer(self) -> Any:
+        """The program behind DistributedDataParallel's reducer, made anew when parameters changed under it."""
+        if self._runtime.ranks == 1:
+            return lambda *tensors: self._run(tensors)
+        used = {s.name for s in self._program().sources if s.kind == "parameter"}
+        parameters = dict(self.named_parameters())
+        key = tuple((n, id(p), p.dtype, p.device, p.requires_grad) for n, p in parameters.items())
+        if self._ddp_key != key:
+            core = _Core(self)
+            pieces, sparse = self.plan.pieces, self.plan.sparse
+            ignored = [n for n in parameters if n not in used or n in sparse or not pieces[n].is_replicated] + [
+                n for n, _ in self.named_buffers()
+            ]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(core, ignored)
+            ddp = DistributedDataParallel(
+                core, process_group=self._reducer_group(), broadcast_buffers=False, init_sync=False
+            )
+            ddp.register_comm_hook(None, self._average)
+            self._ddp, self._ddp_key = [ddp], key
+        return self._ddp[0]
+
+    def _reducer_group(self) -> Any:
+        # its own group: the reducer's all-reduces run in any order with respect to the exchange
+        if not hasattr(self, "_reducer_process_group"):
+            group = dist.new_group(dist.get_process_group_ranks(self._runtime.group), use_local_synchronization=True)
+            object.__setattr__(self, "_reducer_process_group", group)
+        return self._reducer_process_group
+
+    def _average(self, state: Any, bucket: Any) -> Any:
+        buffer, ranks = bucket.buffer(), self._runtime.ranks
+        size = buffer.numel() * buffer.element_size()
+        self._runtime.traffic.add(wire.DENSE_GRADIENTS, wire.all_reduce_bytes(size, ranks))
+        buffer.div_(ranks)
+        future = dist.all_reduce(buffer, group=self._reducer_process_group, async_op=True).get_future()
+        return future.then(lambda f: f.value()[0])
+
+    # ---- reports
+
+    def traffic(self) -> Traffic:
+        """Bytes that this rank gave to each collective since the latest forward began."""
+        return self._runtime.traffic
+
+    def print_readable(self) -> str:
+        """Print (and return) this rank's program for the current mode."""
+        text = self._program().module.print_readable(print_output=False)
+        print(text)
+        return text
+
+    def pieces(self, name: str) -> Pieces:
+        """Which part of an original parameter this rank holds."""
+        return self.plan.pieces[name]
