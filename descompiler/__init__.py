@@ -1,5 +1,6 @@
 """descompiler: compile an ordinary PyTorch recommender model into an equivalent distributed module."""
 
+from descompiler.compiler import compile, plan
 from descompiler.errors import (
     CaptureError,
     DescompilerError,
@@ -9,15 +10,26 @@ from descompiler.errors import (
     RankError,
     UnsupportedError,
 )
+from descompiler.module import DistributedModule
+from descompiler.plan import Plan
+from descompiler.state import full_state_dict, load_full_state_dict
+from descompiler.traffic import Traffic
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
     "DescompilerError",
+    "DistributedModule",
     "EquivalenceError",
     "InputError",
+    "Plan",
     "PlanError",
     "RankError",
+    "Traffic",
     "UnsupportedError",
+    "compile",
+    "full_state_dict",
+    "load_full_state_dict",
+    "plan",
 ]

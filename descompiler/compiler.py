@@ -1,0 +1,183 @@
+"""`compile` and `plan`: the whole pipeline on one screen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from descompiler.aggregate import Weights, minimum_cut, place
+from descompiler.capture import blueprint, capture, normalise_inputs
+from descompiler.emit import Emitted, emit
+from descompiler.errors import PlanError, RankError
+from descompiler.module import DistributedModule
+from descompiler.operators import find_operators
+from descompiler.passes import NORMALISE, RULES
+from descompiler.plan import Plan, choose
+from descompiler.program import run_passes
+from descompiler.runtime import Runtime
+from descompiler.state import reset_pieces, send_buffers, send_from_first
+
+LOSSES = ("rank_mean", "row_mean", "sum")
+
+
+def compile(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    plan: Plan | Mapping[str, str] | None = None,
+    process_group: Any = None,
+    loss: str = "rank_mean",
+    batch: int | None = None,
+    seed: int | None = None,
+) -> DistributedModule:
+    """Compile a model into this rank's part of an equivalent distributed module.
+
+    Collective: every rank calls it with the same model. Under torchrun it initialises the process group if there is
+    none; without one it is one rank.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Weights are taken from rank 0; if it is on the meta device, from each module's ``reset_parameters``.
+    example_inputs : tuple or dict
+        Inputs of one forward; dim 0 of every tensor is the batch.
+    plan : Plan or mapping of str to str, optional
+        A plan to follow, or forms to pin: table name (or pattern) to "replicate", "field", "row" or "column".
+    process_group : optional
+        The ranks; all by default.
+    loss : {"rank_mean", "row_mean", "sum"}
+        What each rank's loss is, so that gradients are the original's on the global batch. "rank_mean": a mean over the
+        rank's rows, ranks are averaged (as DistributedDataParallel). "row_mean": the same mean, weighted by each rank's
+        rows: the mean over the global batch also where ranks have different batch sizes. "sum": a sum over rows.
+    batch : int, optional
+        Rows per rank to plan for; the example's by default.
+    seed : int, optional
+        For a meta-device model; rank 0's ``torch.initial_seed()`` by default.
+
+    Returns
+    -------
+    DistributedModule
+
+    Raises
+    ------
+    CaptureError, UnsupportedError, PlanError, InputError, RankError
+    """
+    if loss not in LOSSES:
+        raise PlanError(f"loss={loss!r}; it is one of {', '.join(LOSSES)}")
+    group, rank, ranks = _process_group(process_group)
+    template = blueprint(model)
+    build = _Builder(template, example_inputs)
+    program, signature = build.capture(None)
+    operators = find_operators(program)
+    if isinstance(plan, Plan):
+        if plan.ranks != ranks or plan.fingerprint != program.fingerprint():
+            raise PlanError(
+                f"the plan is for {plan.ranks} ranks and model {plan.fingerprint}; this is {program.fingerprint()} on "
+                f"{ranks} ranks: plan again"
+            )
+        chosen = plan
+    else:
+        w = Weights(ranks, batch or build.rows, max((o.dtype.itemsize for o in operators), default=4))
+        chosen = choose(program, operators, RULES, w, plan)
+    _agree(chosen, group, ranks)
+    meta = _broadcast(any(p.is_meta for p in model.parameters()), group, ranks)
+    if meta:
+        seed = _broadcast(torch.initial_seed() if seed is None else seed, group, ranks)
+        values = reset_pieces(template, chosen.pieces, seed, rank, build.device)
+    else:
+        values = send_from_first(template, model, chosen.pieces, group, rank, ranks)
+    buffers = send_buffers(model, template, group, rank, ranks)
+    runtime = Runtime(group, rank, ranks, loss)
+
+    def program_for(training: dict[str, bool]) -> Emitted:
+        return build.emit(chosen, training, rank)
+
+    return DistributedModule(template, chosen, signature, runtime, program_for, values, buffers)
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    ranks: int,
+    batch: int | None = None,
+    pins: Mapping[str, str] | None = None,
+) -> Plan:
+    """Plan for any number of ranks, without a process group and without weights.
+
+    Parameters
+    ----------
+    ranks : int
+    batch : int, optional
+        Rows per rank; the example's by default.
+    pins : mapping of str to str, optional
+        As `compile`'s ``plan``.
+    """
+    build = _Builder(blueprint(model), example_inputs)
+    program, _ = build.capture(None)
+    operators = find_operators(program)
+    w = Weights(ranks, batch or build.rows, max((o.dtype.itemsize for o in operators), default=4))
+    return choose(program, operators, RULES, w, pins)
+
+
+class _Builder:
+    """Programs of one model, by the training flags of its modules."""
+
+    def __init__(self, template: nn.Module, example_inputs: Any):
+        self.template, self.example_inputs = template, example_inputs
+        leaves = [x for x in pytree.tree_leaves(normalise_inputs(example_inputs)) if isinstance(x, torch.Tensor)]
+        self.rows = max((x.shape[0] for x in leaves if x.dim()), default=1)
+        self.device = leaves[0].device if leaves else torch.device("cpu")
+
+    def capture(self, training: dict[str, bool] | None) -> Any:
+        program, signature = capture(self.template, self.example_inputs, training=training)
+        return run_passes(program, NORMALISE), signature
+
+    def emit(self, plan: Plan, training: dict[str, bool], rank: int) -> Emitted:
+        program, _ = self.capture(training)
+        operators = find_operators(program)
+        w = Weights(plan.ranks, plan.rows, plan.itemsize)
+        colocated = {n: p for n, p in plan.pieces.items() if n not in plan.splits and not p.is_replicated}
+        candidates = place(program, operators, plan.splits, RULES, plan.ranks, colocated)
+        cut = minimum_cut(program, candidates, w, colocated)
+        inside = {n for node in cut.inside for n in candidates.placed[node].pieces}
+        if lost := set(colocated) - inside:
+            raise PlanError(f"weights {sorted(lost)} were cut for another graph (training flags differ); plan again")
+        return emit(program, operators, plan.splits, plan.pieces, candidates, cut, RULES, rank, plan.ranks)
+
+
+def _process_group(group: Any) -> tuple[Any, int, int]:
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        else:
+            return None, 0, 1
+    group = dist.group.WORLD if group is None else group
+    return group, dist.get_rank(group), dist.get_world_size(group)
+
+
+def _broadcast(value: Any, group: Any, ranks: int) -> Any:
+    if ranks == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group_src=0, group=group)
+    return box[0]
+
+
+def _agree(plan: Plan, group: Any, ranks: int) -> None:
+    """Every rank raises if any rank has another model or plan."""
+    if ranks == 1:
+        return
+    mine = (plan.fingerprint, str(sorted((n, str(s)) for n, s in plan.splits.items())))
+    every: list[Any] = [None] * ranks
+    dist.all_gather_object(every, mine, group=group)
+    for what, i in (("model", 0), ("plan", 1)):
+        if len({e[i] for e in every}) > 1:
+            lines = "\n".join(f"rank {r}: {e[i]}" for r, e in enumerate(every))
+            raise RankError(f"ranks compile different {what}s:\n{lines}")

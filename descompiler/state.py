@@ -1,0 +1,201 @@
+"""Weights: from rank 0 or from `reset_parameters` to pieces, and back to the original's state_dict."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from descompiler.errors import InputError, UnsupportedError
+from descompiler.module import DistributedModule
+from descompiler.pieces import Pieces
+
+BLOCK_ROWS = 1 << 16
+"""Rows of a table that are initialised at a time, each block from its own seed."""
+
+
+def send_from_first(
+    template: nn.Module, model: nn.Module, pieces: Mapping[str, Pieces], group: Any, rank: int, ranks: int
+) -> dict[str, Tensor]:
+    """Every rank's pieces of rank 0's parameters, one parameter and one rank at a time.
+
+    Collective. No rank needs more than its pieces and one buffer of a piece's size; the other ranks' own weights are not
+    read.
+    """
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    source = dict(model.named_parameters())
+    result: dict[str, Tensor] = {}
+    for name, p in template.named_parameters():
+        cut = pieces[name]
+        if ranks == 1:
+            result[name] = source[name].detach().clone()
+            continue
+        if cut.is_replicated:
+            whole = source[name].detach().clone() if rank == 0 else torch.empty(p.shape, dtype=p.dtype, device=device)
+            dist.broadcast(whole, group_src=0, group=group)
+            result[name] = whole
+            continue
+        for r in range(1, ranks):
+            if not cut.numel(r):
+                continue
+            if rank == 0:
+                dist.send(cut.cut(source[name].detach(), r), group_dst=r, group=group)
+            elif rank == r:
+                result[name] = torch.empty(cut.piece_shape(r), dtype=p.dtype, device=device)
+                dist.recv(result[name], group_src=0, group=group)
+        if rank == 0:
+            result[name] = cut.cut(source[name].detach(), 0)
+        elif name not in result:
+            result[name] = torch.empty(cut.piece_shape(rank), dtype=p.dtype, device=device)
+    return result
+
+
+def send_buffers(model: nn.Module, template: nn.Module, group: Any, rank: int, ranks: int) -> dict[str, Tensor]:
+    """Rank 0's buffers on every rank."""
+    result = {}
+    sources = dict(model.named_buffers(remove_duplicate=False))
+    for name, b in template.named_buffers(remove_duplicate=False):
+        value = b.detach().clone() if sources[name].is_meta else sources[name].detach().clone()
+        if ranks > 1:
+            dist.broadcast(value, group_src=0, group=group)
+        result[name] = value
+    return result
+
+
+def reset_pieces(
+    template: nn.Module, pieces: Mapping[str, Pieces], seed: int, rank: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Pieces of a meta-device model, from each module's own ``reset_parameters``.
+
+    A value depends on the seed, the module's name and its place in the table only, not on the number of ranks: tables
+    are initialised in blocks of `BLOCK_ROWS` rows, other modules whole.
+
+    Raises
+    ------
+    UnsupportedError
+        If a module holds parameters and has no ``reset_parameters``.
+    """
+    result: dict[str, Tensor] = {}
+    for prefix, module in template.named_modules():
+        own = {leaf: p for leaf, p in module._parameters.items() if p is not None}
+        names = {leaf: f"{prefix}.{leaf}".lstrip(".") for leaf in own}
+        if not own or all(n in result or n not in pieces for n in names.values()):
+            continue
+        reset = getattr(module, "reset_parameters", None)
+        if not callable(reset):
+            raise UnsupportedError(
+                f"module {prefix or type(module).__name__!r} ({type(module).__name__}) is on the meta device and has no "
+                "reset_parameters() to initialise it; write one, or create the model with real weights"
+            )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            result[names["weight"]] = _reset_table(module, names["weight"], pieces[names["weight"]], seed, rank, device)
+            continue
+        whole = copy.copy(module)
+        whole._parameters = {leaf: nn.Parameter(torch.empty_like(p, device=device)) for leaf, p in own.items()}
+        whole._parameters.update({leaf: None for leaf, p in module._parameters.items() if p is None})
+        whole._buffers = {k: None if b is None else b.clone() for k, b in module._buffers.items()}
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(_seed(seed, prefix, 0))
+            whole.reset_parameters()
+        for leaf, name in names.items():
+            value = whole._parameters[leaf]
+            assert value is not None
+            result[name] = pieces[name].cut(value.detach(), rank)
+    return result
+
+
+def _seed(seed: int, name: str, block: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()[:7], "little")
+
+
+def _reset_table(
+    module: nn.Embedding | nn.EmbeddingBag, name: str, pieces: Pieces, seed: int, rank: int, device: torch.device
+) -> Tensor:
+    rows, dim = module.weight.shape
+    piece = torch.empty(pieces.piece_shape(rank), dtype=module.weight.dtype, device=device)
+    by_row = pieces.dim == 0
+    position = 0
+    spans = [*pieces.own(rank), *pieces.shared()]
+    for span in spans if by_row else [None] if piece.numel() else []:
+        start, stop = (span.start, span.stop) if span is not None else (0, rows)
+        for block in range(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)):
+            first, last = block * BLOCK_ROWS, min(rows, (block + 1) * BLOCK_ROWS)
+            small = copy.copy(module)
+            small._parameters = {
+                "weight": nn.Parameter(torch.empty(last - first, dim, dtype=piece.dtype, device=device))
+            }
+            small.padding_idx = None
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+                torch.manual_seed(_seed(seed, name, block))
+                small.reset_parameters()
+                if module.padding_idx is not None and first <= module.padding_idx < last:
+                    small.weight[module.padding_idx - first].zero_()
+            a, b = max(start, first), min(stop, last)
+            values = small.weight.detach()[a - first : b - first]
+            if by_row:
+                piece[position : position + b - a] = values
+                position += b - a
+            else:
+                piece[a:b] = torch.cat([values.narrow(1, r.start, r.size) for r in spans], 1)
+    return piece
+
+
+def full_state_dict(module: DistributedModule) -> dict[str, Tensor]:
+    """The original model's ``state_dict``, bit for bit, on every rank.
+
+    Collective: every rank calls it.
+    """
+    runtime = module._runtime
+    result: dict[str, Tensor] = {}
+    for name, local in module.state_dict().items():
+        pieces = module.plan.pieces.get(_canonical(module, name))
+        if pieces is None or pieces.is_replicated or runtime.ranks == 1:
+            result[name] = local.detach().clone()
+            continue
+        full = local.new_empty(pieces.shape)
+        for r in range(runtime.ranks):
+            if not pieces.numel(r):
+                continue
+            part = local.detach().clone() if r == runtime.rank else local.new_empty(pieces.piece_shape(r))
+            dist.broadcast(part, group_src=r, group=runtime.group)
+            pieces.place(full, part, r)
+        result[name] = full
+    return result
+
+
+def load_full_state_dict(module: DistributedModule, state: Mapping[str, Tensor]) -> None:
+    """Load the original model's ``state_dict``; each rank takes its pieces. Not collective: every rank has the state.
+
+    Raises
+    ------
+    InputError
+        If names or shapes differ; nothing is loaded then.
+    """
+    mine = module.state_dict()
+    missing, unexpected = sorted(set(mine) - set(state)), sorted(set(state) - set(mine))
+    if missing or unexpected:
+        raise InputError(f"state_dict does not fit: missing {missing}, unexpected {unexpected}")
+    for name, value in state.items():
+        pieces = module.plan.pieces.get(_canonical(module, name))
+        shape = tuple(mine[name].shape) if pieces is None else pieces.shape
+        if tuple(value.shape) != shape:
+            raise InputError(f"{name!r} has shape {tuple(value.shape)}; the model's is {shape}")
+    with torch.no_grad():
+        for name, value in state.items():
+            pieces = module.plan.pieces.get(_canonical(module, name))
+            mine[name].copy_(value if pieces is None else pieces.cut(value, module._runtime.rank))
+
+
+def _canonical(module: DistributedModule, name: str) -> str:
+    """The name under which a tied parameter is in the plan."""
+    if name in module.plan.pieces:
+        return name
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    if name not in parameters:
+        return name
+    return next(n for n, p in module.named_parameters() if p is parameters[name])
