@@ -164,7 +164,8 @@ class DistributedModule(nn.Module):
             ddp = DistributedDataParallel(
                 core, process_group=self._reducer_group(), broadcast_buffers=False, init_sync=False
             )
-            ddp.register_comm_hook(None, self._average)
+            # a lambda has no annotations, which register_comm_hook would compare with types, not names
+            ddp.register_comm_hook(None, lambda state, bucket: self._average(bucket))
             self._ddp, self._ddp_key = [ddp], key
         return self._ddp[0]
 
@@ -175,7 +176,7 @@ class DistributedModule(nn.Module):
             object.__setattr__(self, "_reducer_process_group", group)
         return self._reducer_process_group
 
-    def _average(self, state: Any, bucket: Any) -> Any:
+    def _average(self, bucket: Any) -> Any:
         buffer, ranks = bucket.buffer(), self._runtime.ranks
         size = buffer.numel() * buffer.element_size()
         self._runtime.traffic.add(wire.DENSE_GRADIENTS, wire.all_reduce_bytes(size, ranks))
