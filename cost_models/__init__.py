@@ -1,0 +1,1 @@
+"""What things cost, as formulas of `descompiler.cost_models.symbols`."""

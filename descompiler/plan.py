@@ -5,13 +5,15 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from descompiler.aggregate import Candidates, Cut, Weights, minimum_cut, place
+from descompiler.cost_models.baselines import TableUse, baselines
 from descompiler.emit import emit
 from descompiler.errors import PlanError
 from descompiler.operators import FORMS, Operator, Split, splits_of
 from descompiler.pieces import Pieces
-from descompiler.program import Program
+from descompiler.program import Program, tail
 from descompiler.rule import Rule
 from descompiler.runtime import Layout
 from descompiler.traffic import Traffic
@@ -58,6 +60,13 @@ class Plan:
         rows = self.rows if rows is None else rows
         every = [rows] * self.ranks if isinstance(rows, int) else list(rows)
         return self.layouts[rank].predict(rank, every, self.itemsize, backward=backward)
+
+    def baselines(self, rows: int | None = None) -> dict[str, int]:
+        """Bytes that each rank would send in a step with other strategies, for ``rows`` rows a rank."""
+        tables = [TableUse(o.rows, o.dim, sum(prod(tail(x.ids)) for x in o.lookups)) for o in self.operators]
+        dense = sum(prod(p.shape) for n, p in self.pieces.items() if n not in self.splits)
+        rows = self.rows if rows is None else rows
+        return baselines(tables, dense, ranks=self.ranks, rows=rows, itemsize=self.itemsize)
 
     def explain(self) -> str:
         """The plan in words: every table, its split, what it costs and what was rejected; what crosses the wire."""

@@ -24,7 +24,7 @@ def send_from_first(
 ) -> dict[str, Tensor]:
     """Every rank's pieces of rank 0's parameters, one parameter and one rank at a time.
 
-    Collective. No rank needs more than its pieces and one buffer of a piece's size; the other ranks' own weights are not
+    Collective. No rank needs more than its pieces and one buffer of a piece's size; the others' own weights are not
     read.
     """
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
@@ -89,7 +89,7 @@ def reset_pieces(
         reset = getattr(module, "reset_parameters", None)
         if not callable(reset):
             raise UnsupportedError(
-                f"module {prefix or type(module).__name__!r} ({type(module).__name__}) is on the meta device and has no "
+                f"module {prefix or type(module).__name__!r} ({type(module).__name__}) is on meta and has no "
                 "reset_parameters() to initialise it; write one, or create the model with real weights"
             )
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
