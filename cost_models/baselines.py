@@ -50,5 +50,5 @@ def baselines(
         total = sympy.Integer(0)
         for t in tables:
             total += formula.subs({N: ranks, b: rows, L: t.ids, V: t.rows, k: t.dim, s: itemsize, i: id_bytes})
-        result[name] = round(total + dense)
+        result[name] = int(sympy.floor(total + dense + sympy.Rational(1, 2)))
     return result

@@ -14,6 +14,7 @@ from descompiler.module import DistributedModule
 from descompiler.plan import Plan
 from descompiler.state import full_state_dict, load_full_state_dict
 from descompiler.traffic import Traffic
+from descompiler.verify import Report, verify
 
 __version__ = "0.1.0"
 
@@ -26,10 +27,12 @@ __all__ = [
     "Plan",
     "PlanError",
     "RankError",
+    "Report",
     "Traffic",
     "UnsupportedError",
     "compile",
     "full_state_dict",
     "load_full_state_dict",
     "plan",
+    "verify",
 ]

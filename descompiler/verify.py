@@ -1,0 +1,243 @@
+"""`verify`: the distributed module against the original on the global batch, on real local processes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from descompiler.capture import normalise_inputs
+from descompiler.compiler import compile
+from descompiler.errors import EquivalenceError
+from descompiler.state import full_state_dict
+
+TOLERANCE_FLOAT64 = 1e-10
+"""Relative error allowed in float64: sums run in another order, nothing else differs."""
+
+NOISE_FLOAT64 = 1e-6
+"""A gradient below this share of the model's largest is compared with that share instead of itself: a bias in front
+of a batch norm has gradient zero, and rounding is all that is left of it."""
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05, eps=1e-3),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, eps=1e-3),
+    "sparse_adam": lambda p: torch.optim.SparseAdam(p, lr=0.01, eps=1e-3),
+}
+
+
+@dataclass
+class Report:
+    """What `verify` measured: the largest relative error by what was compared."""
+
+    ranks: int
+    cases: int = 0
+    worst: dict[str, float] = field(default_factory=dict)
+
+    def see(self, what: str, error: float) -> None:
+        self.worst[what] = max(self.worst.get(what, 0.0), error)
+
+    def __str__(self) -> str:
+        errors = ", ".join(f"{k} {v:.1e}" for k, v in sorted(self.worst.items()))
+        return f"{self.cases} cases on {self.ranks} ranks; largest relative errors: {errors}"
+
+
+def verify(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    ranks: int = 2,
+    steps: int = 3,
+    plans: Sequence[Mapping[str, str] | None] = (None,),
+    optimizers: Sequence[str] = ("sgd",),
+    timeout_s: float = 120.0,
+) -> Report:
+    """Prove on ``ranks`` local gloo processes that the compiled model trains as the original.
+
+    In float64, on uneven batches, one of them empty, with repeated rows: outputs, every gradient, every weight after
+    ``steps`` optimiser steps, predicted against sent bytes. Dropout is set to 0: its masks are random.
+
+    Parameters
+    ----------
+    plans : sequence of mapping or None
+        Forms to force, one run each; None is the compiler's own choice.
+    optimizers : sequence of str
+        Keys of `OPTIMIZERS`. With sparse gradients, "sparse_adam" takes those tables and Adagrad the rest.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    EquivalenceError
+        With the worst parameter named.
+    """
+    model = copy.deepcopy(model).double()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | nn.AlphaDropout | nn.FeatureAlphaDropout | nn.Dropout1d):
+            module.p = 0.0
+    inputs = pytree.tree_map(
+        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, normalise_inputs(example_inputs)
+    )
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        results = context.SimpleQueue()
+        arguments = (ranks, folder, model, inputs, steps, list(plans), list(optimizers), results, timeout_s)
+        processes = [context.Process(target=_work, args=(r, *arguments), daemon=True) for r in range(ranks)]
+        for p in processes:
+            p.start()
+        try:
+            for p in processes:
+                p.join(timeout_s)
+            answers = []
+            while not results.empty():
+                answers.append(results.get())
+        finally:
+            for p in processes:
+                if p.is_alive():
+                    p.kill()
+    failures = [text for kind, text in answers if kind == "error"]
+    if failures or len(answers) < ranks:
+        raise EquivalenceError("\n".join(failures) or f"ranks did not answer within {timeout_s:.0f} s")
+    report = Report(ranks)
+    for _, other in answers:
+        report.cases = other.cases
+        for what, error in other.worst.items():
+            report.see(what, error)
+    return report
+
+
+def _work(
+    rank: int,
+    ranks: int,
+    folder: str,
+    model: nn.Module,
+    inputs: Any,
+    steps: int,
+    plans: list[Any],
+    optimizers: list[str],
+    results: Any,
+    timeout_s: float,
+) -> None:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/rendezvous",
+            rank=rank,
+            world_size=ranks,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        report = Report(ranks)
+        for plan in plans:
+            for name in optimizers:
+                _case(report, model, inputs, steps, plan, name, rank, ranks)
+        results.put(("ok", report))
+        dist.barrier()
+        dist.destroy_process_group()
+    except Exception:  # whatever it is, the parent raises it with this rank's name
+        results.put(("error", f"rank {rank}: {traceback.format_exc()}"))
+
+
+def batches(inputs: Any, step: int, ranks: int) -> tuple[Any, list[int]]:
+    """A global batch drawn from the example's rows, and each rank's rows: uneven, one rank empty, then even."""
+    leaves = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+    rows = [[3 + (r % 2) for r in range(ranks)], [0 if r == step % ranks else 2 + r for r in range(ranks)], [2] * ranks]
+    counts = rows[step % 3]
+    if sum(counts) < 2:
+        counts = [4] * ranks
+    index = torch.randint(len(leaves[0]), (sum(counts),), generator=torch.Generator().manual_seed(step))
+    return pytree.tree_map(lambda x: x[index] if isinstance(x, Tensor) else x, inputs), counts
+
+
+def _optimizer(name: str, module: nn.Module, sparse: set[str]) -> list[torch.optim.Optimizer]:
+    if name != "sparse_adam":
+        return [OPTIMIZERS[name](module.parameters())]
+    named = dict(module.named_parameters())
+    rest = [p for n, p in named.items() if n not in sparse]
+    chosen = [OPTIMIZERS[name]([p for n, p in named.items() if n in sparse])]
+    return chosen + ([OPTIMIZERS["adagrad"](rest)] if rest else [])
+
+
+def _loss(outputs: Any, first: int) -> Tensor:
+    """A loss that is a sum over rows and differs between rows."""
+    total = torch.zeros((), dtype=torch.float64)
+    for o in pytree.tree_leaves(outputs):
+        rows = torch.arange(first, first + len(o), dtype=o.dtype).reshape(-1, *[1] * (o.dim() - 1))
+        total = total + ((o - torch.cos(rows)) ** 2).sum()
+    return total
+
+
+def _error(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
+    if not b.numel():
+        return 0.0
+    return float((a - b).abs().max() / max(float(b.abs().max()), floor, 1e-30))
+
+
+def _case(
+    report: Report, model: nn.Module, inputs: Any, steps: int, plan: Any, optimizer: str, rank: int, ranks: int
+) -> None:
+    reference = copy.deepcopy(model)
+    module = compile(model, inputs, plan=plan, loss="sum")
+    sparse = module.plan.sparse
+    title = f"plan {plan}, {optimizer}, rank {rank}"
+
+    def compare(what: str, name: str, a: Tensor, b: Tensor, floor: float = 0.0) -> None:
+        error = _error(a, b, floor)
+        report.see(what, error)
+        if not error <= TOLERANCE_FLOAT64:
+            raise EquivalenceError(f"{title}: {what} {name!r} differs by {error:.1e} (allowed {TOLERANCE_FLOAT64:.0e})")
+
+    for name, value in full_state_dict(module).items():
+        if not torch.equal(value, reference.state_dict()[name]):
+            raise EquivalenceError(f"{title}: initial {name!r} is not the original's, bit for bit")
+    optimizers = [_optimizer(optimizer, reference, sparse), _optimizer(optimizer, module, sparse)]
+    for step in range(steps):
+        (args, kwargs), counts = batches(inputs, step, ranks)
+        first = sum(counts[:rank])
+        mine = slice(first, first + counts[rank])
+        expected = reference(*args, **kwargs)
+        _loss(expected, 0).backward()
+        local_args, local_kwargs = pytree.tree_map(
+            lambda x, m=mine: x[m] if isinstance(x, Tensor) else x, (args, kwargs)
+        )
+        got = module(*local_args, **local_kwargs)
+        _loss(got, first).backward()
+        for i, (a, b) in enumerate(zip(pytree.tree_leaves(got), pytree.tree_leaves(expected), strict=True)):
+            compare("output", str(i), a, b[mine], float(b.abs().max()))
+        grads = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
+        largest = max(float(g.to_dense().abs().max()) for g in grads.values() if g.to_dense().numel())
+        for name, p in module.named_parameters():
+            if name not in grads:
+                if p.grad is not None and p.grad.to_dense().abs().sum():
+                    raise EquivalenceError(f"{title}: {name!r} has a gradient, the original has none")
+                continue
+            whole = grads[name].to_dense()
+            part = module.plan.pieces[name].cut(whole, rank)
+            own = torch.zeros_like(part) if p.grad is None else p.grad.to_dense()
+            if p.grad is not None and grads[name].is_sparse and part.numel() and not p.grad.is_sparse:
+                raise EquivalenceError(f"{title}: the gradient of {name!r} is not sparse any more")
+            compare("gradient", name, own, part, max(float(whole.abs().max()), NOISE_FLOAT64 * largest))
+        for o in (*optimizers[0], *optimizers[1]):
+            o.step()
+            o.zero_grad()
+        predicted, sent = module.plan.traffic(rank, counts), module.traffic()
+        if predicted != sent:
+            raise EquivalenceError(f"{title}: predicted traffic\n{predicted}\nis not what was sent\n{sent}")
+    for name, value in full_state_dict(module).items():
+        whole = reference.state_dict()[name]
+        compare("weight", name, value.double(), whole.double(), NOISE_FLOAT64)
+    report.cases += 1
