@@ -1,0 +1,72 @@
+"""The minimum cut is the cheapest legal choice of aggregation points."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from descompiler.aggregate import Weights, brute_force, evaluate, is_legal, minimum_cut, place
+from descompiler.capture import blueprint, capture
+from descompiler.operators import FORMS, find_operators
+from descompiler.passes import NORMALISE, RULES
+from descompiler.plan import assign
+from descompiler.program import run_passes
+from examples.models import MODELS
+
+
+class Random(nn.Module):
+    """A few fields and a chain of consumers, chosen by the test."""
+
+    def __init__(self, dims, steps, hidden):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(7, dims) for _ in range(3))
+        self.steps = steps
+        self.first = nn.Linear(3 * dims, hidden)
+        self.linear = nn.Linear(dims, 2)
+
+    def forward(self, x):
+        e = torch.stack([t(x[:, i]) for i, t in enumerate(self.tables)], 1)
+        out = []
+        for step in self.steps:
+            if step == "sum":
+                out.append(e.sum(1).sum(1))
+            elif step == "fm":
+                out.append((e.sum(1) ** 2 - (e**2).sum(1)).sum(1))
+            elif step == "deep":
+                out.append(torch.relu(self.first(e.flatten(1))).sum(1))
+            elif step == "each":
+                out.append(self.linear(e).sum((1, 2)))
+        return torch.stack(out, 1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    dims=st.integers(1, 5),
+    steps=st.lists(st.sampled_from(["sum", "fm", "deep", "each"]), min_size=1, max_size=2, unique=True),
+    hidden=st.integers(1, 40),
+    ranks=st.integers(2, 8),
+    rows=st.integers(1, 300),
+    form=st.sampled_from(FORMS[1:]),
+)
+def test_minimum_cut_is_brute_force(dims, steps, hidden, ranks, rows, form):
+    program, _ = capture(blueprint(Random(dims, steps, hidden)), torch.randint(7, (5, 3)))
+    program = run_passes(program, NORMALISE)
+    operators = find_operators(program)
+    splits = assign(operators, {o.name: form for o in operators}, ranks)
+    candidates = place(program, operators, splits, RULES, ranks)
+    w = Weights(ranks, rows)
+    cut = minimum_cut(program, candidates, w)
+    assert is_legal(candidates, cut.inside)
+    assert cut.cost == evaluate(program, candidates, cut.inside, w) == brute_force(program, candidates, w)
+
+
+@pytest.mark.parametrize("ranks, at", [(2, {"linear"}), (64, {"stack"})])
+def test_deepfm_changes_its_form_with_the_ranks(ranks, at):
+    """Few ranks: partial sums; many: the embeddings themselves."""
+    import descompiler as des
+
+    model = MODELS["deepfm"]("fields", vocab_sizes=[100_000] * 26, dim=16, hidden=(64, 32))
+    inputs = (torch.randn(4, 3), torch.randint(100, (4, 26)))
+    plan = des.plan(model, inputs, ranks=ranks, batch=1024, pins={"*": "field"})
+    assert at <= {e.split()[0] for e in plan.exits}
