@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from descompiler.errors import CaptureError, InputError, UnsupportedError
-from descompiler.program import Program, Source, aten, interpret, is_tensor, rowwise, shape_of, where
+from descompiler.program import Pass, Program, Source, aten, interpret, is_tensor, rowwise, run_passes, shape_of, where
 
 LARGE_ELEMENTS = 1 << 22
 """Parameters with more elements than this are probed through an overlapping view and without gradients."""
@@ -152,7 +152,11 @@ class _Flat(nn.Module):
 
 
 def capture(
-    template: nn.Module, example_inputs: Any, *, training: dict[str, bool] | None = None
+    template: nn.Module,
+    example_inputs: Any,
+    *,
+    training: dict[str, bool] | None = None,
+    passes: tuple[Pass, ...] = (),
 ) -> tuple[Program, Signature]:
     """Capture a module (a `blueprint`) as a program.
 
@@ -164,6 +168,8 @@ def capture(
         Inputs of one forward; at least one row.
     training : dict of str to bool, optional
         The ``training`` flag of each module by name; the template's own if not given.
+    passes : tuple of Pass, optional
+        Applied to the graph before it has to reproduce the module.
 
     Returns
     -------
@@ -220,7 +226,7 @@ def capture(
             "branch on values of tensors, and dim 0 of every input must be the batch"
         ) from error
     assert probe.out_spec is not None  # from the eager run: export undoes what forward writes to its module
-    program = _program_of(exported, template, traced)
+    program = run_passes(_program_of(exported, template, traced), passes)
     signature = Signature(spec, probe.out_spec, statics)
     for batch in (tensors, _other_batch(tensors)):
         _check_reproduces(program, probe, _double(batch))
@@ -283,6 +289,9 @@ def _program_of(exported: Any, template: nn.Module, traced: _Flat) -> Program:
     graph = fx.Graph()
     out = graph.graph_copy(exported.graph, {})
     graph.output(list(out) if isinstance(out, tuple | list) else [out])
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:  # says what dtype the trace saw, in front of a cast
+            graph.erase_node(node)
     # Integer buffers (offsets of fields, masks) are read as constants by passes; the module keeps them as buffers.
     for name, b in traced.model.named_buffers():
         if not b.is_floating_point() and b.numel() <= 1 << 16 and not b.is_complex():

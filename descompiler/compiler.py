@@ -19,7 +19,6 @@ from descompiler.module import DistributedModule
 from descompiler.operators import find_operators
 from descompiler.passes import NORMALISE, RULES
 from descompiler.plan import Plan, choose
-from descompiler.program import run_passes
 from descompiler.runtime import Runtime
 from descompiler.state import reset_pieces, send_buffers, send_from_first
 
@@ -136,8 +135,7 @@ class _Builder:
         self.device = leaves[0].device if leaves else torch.device("cpu")
 
     def capture(self, training: dict[str, bool] | None) -> Any:
-        program, signature = capture(self.template, self.example_inputs, training=training)
-        return run_passes(program, NORMALISE), signature
+        return capture(self.template, self.example_inputs, training=training, passes=NORMALISE)
 
     def emit(self, plan: Plan, training: dict[str, bool], rank: int) -> Emitted:
         program, _ = self.capture(training)

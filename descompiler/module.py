@@ -161,9 +161,7 @@ class DistributedModule(nn.Module):
                 n for n, _ in self.named_buffers()
             ]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(core, ignored)
-            ddp = DistributedDataParallel(
-                core, process_group=self._reducer_group(), broadcast_buffers=False, init_sync=False
-            )
+            ddp = DistributedDataParallel(core, process_group=self._reducer_group(), init_sync=False)
             # a lambda has no annotations, which register_comm_hook would compare with types, not names
             ddp.register_comm_hook(None, lambda state, bucket: self._average(bucket))
             self._ddp, self._ddp_key = [ddp], key

@@ -23,6 +23,9 @@ from descompiler import traffic as wire
 from descompiler.errors import InputError, RankError
 from descompiler.traffic import Traffic
 
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""``all_gather_into_tensor`` has this name since torch 2.13, and warns under the old one."""
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Lookups
 
@@ -279,7 +282,7 @@ class Runtime:
         device = self.header_device()
         mine = torch.tensor([rows, int(problem is not None), self.mode, 0], dtype=torch.int64, device=device)
         every = torch.empty(self.ranks * 4, dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(every, mine, group=self.group)
+        all_gather(every, mine, group=self.group)
         self.traffic.add(wire.HEADER, (self.ranks - 1) * mine.numel() * mine.element_size())
         table = every.cpu().reshape(self.ranks, 4).tolist()
         self.rows = [t[0] for t in table]
@@ -530,7 +533,7 @@ class _SparseLookup(torch.autograd.Function):
         every_ids = ids.new_empty((n * most * per_row,))
         every_row = grad.new_empty((n * most * per_row, dim))
         for out, mine in ((every_ids, ids_padded), (every_row, rows_padded)):
-            dist.all_gather_into_tensor(out, mine.contiguous(), group=runtime.group)
+            all_gather(out, mine.contiguous(), group=runtime.group)
             runtime.traffic.add(wire.SPARSE_GRADIENTS, (n - 1) * mine.numel() * mine.element_size())
         keep = (every_ids >= 0) & (every_ids != ctx.padding_idx)
         gradient = torch.sparse_coo_tensor(every_ids[keep].unsqueeze(0), every_row[keep] / n, ctx.shape)
@@ -561,7 +564,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         mine = torch.cat([x.new_tensor([count]), mean, m2])
         if runtime.ranks > 1:
             every = mine.new_empty(runtime.ranks * mine.numel())
-            dist.all_gather_into_tensor(every, mine, group=runtime.group)
+            all_gather(every, mine, group=runtime.group)
             runtime.traffic.add(wire.NORM_FORWARD, (runtime.ranks - 1) * mine.numel() * mine.element_size())
         else:
             every = mine

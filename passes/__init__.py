@@ -1,6 +1,7 @@
 """Passes over programs, one a file; the order is this tuple."""
 
 from descompiler.passes.fold_constants import FoldConstants
+from descompiler.passes.functionalise import Functionalise
 from descompiler.passes.merge_duplicates import MergeDuplicates
 from descompiler.passes.recognise_bags import RecogniseBags
 from descompiler.passes.remove_noops import RemoveNoops
@@ -13,7 +14,7 @@ from descompiler.passes.rule_view import Narrow, Permute, Reshape
 from descompiler.program import Pass
 from descompiler.rule import Rule
 
-NORMALISE: tuple[Pass, ...] = (FoldConstants(), RemoveNoops(), RecogniseBags(), MergeDuplicates())
+NORMALISE: tuple[Pass, ...] = (Functionalise(), FoldConstants(), RemoveNoops(), RecogniseBags(), MergeDuplicates())
 """From a captured program to its normal form."""
 
 RULES: tuple[Rule, ...] = (

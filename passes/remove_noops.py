@@ -19,7 +19,6 @@ COPIES = {
     aten.clone.default,
     aten.contiguous.default,
     aten.alias.default,
-    aten.detach_.default,
     aten.lift_fresh_copy.default,
 }
 SAME_SHAPE = {

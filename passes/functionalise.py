@@ -1,0 +1,100 @@
+"""functionalise: ``add_(x, y); f(x)  -->  x' = add(x, y); f(x')``
+
+An operator that writes to its first argument becomes the one that returns a new value, and later uses take that. It
+pays because an emitted program runs nodes in another order than the user's. Writes to buffers (counters of batch norm)
+stay. A write that a view of the value would see is refused by name.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from descompiler.errors import UnsupportedError
+from descompiler.program import Program, aten, is_tensor, value, where
+
+
+@dataclass(frozen=True)
+class Functionalise:
+    name: str = "functionalise"
+
+    def __call__(self, program: Program) -> Program:
+        roots = _roots(program.graph)
+        order = {n: i for i, n in enumerate(program.graph.nodes)}
+        for node in list(program.graph.nodes):
+            schema = getattr(node.target, "_schema", None)
+            if node.op != "call_function" or schema is None or not schema.is_mutable:
+                continue
+            written = node.args[0]
+            source = program.source(roots[written])
+            if (source is not None and source.kind == "buffer") or node.target is aten.embedding_renorm_.default:
+                continue
+            if node.target is aten.detach_.default and source is not None and source.kind == "constant":
+                node.replace_all_uses_with(written)
+                program.graph.erase_node(node)
+                continue
+            self._replace(program, node, written, roots, order)
+        return program
+
+    def _replace(
+        self, program: Program, node: fx.Node, written: fx.Node, roots: dict[fx.Node, fx.Node], order: dict[Any, int]
+    ) -> None:
+        advice = f"{where(node)} writes to a value in place"
+        functional = _functional(node.target)
+        if functional is None or program.source(roots[written]) is not None:
+            raise UnsupportedError(f"{advice}, of a parameter or an input; write to a copy")
+        position = order[node]
+        for other, root in roots.items():
+            late = any(order.get(u, position) > position for u in other.users)
+            if root is roots[written] and other is not written and order[other] < position and late:
+                raise UnsupportedError(f"{advice}, and a view of it is used afterwards; use the operator without '_'")
+        with program.graph.inserting_before(node):
+            new = program.graph.call_function(functional, node.args, dict(node.kwargs))
+            new.meta = dict(node.meta)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+            with value(node).fake_mode:
+                promoted = functional(*args, **kwargs)
+            if promoted.dtype != value(node).dtype:  # the value written to keeps its dtype
+                new.meta["val"] = promoted
+                new = program.graph.call_function(aten.to.dtype, (new, value(node).dtype))
+                new.meta = dict(node.meta)
+        shared = roots[written]
+        order[new] = position
+        for old in (written, node):
+            for user in list(old.users):
+                if order.get(user, 0) > position:
+                    user.replace_input_with(old, new)
+        program.graph.erase_node(node)
+        del roots[node]
+        roots[new] = new
+        for other, root in roots.items():
+            if root is shared and order[other] > position:
+                roots[other] = new
+        program.note(f"{self.name}: {node.name}")
+
+
+def _functional(target: Any) -> Any:
+    """``add.Tensor`` of ``add_.Tensor``; None if there is none that takes the same arguments."""
+    packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    found = getattr(packet, target._overloadname, None)
+    same = found is not None and [a.name for a in found._schema.arguments] == [a.name for a in target._schema.arguments]
+    return found if same else None
+
+
+def _roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """The node whose storage each node's value may share."""
+    roots: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        roots[node] = node
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            continue
+        schema = getattr(node.target, "_schema", None)
+        aliases = schema is not None and any(r.alias_info is not None for r in schema.returns)
+        if aliases or (node.target is operator.getitem and not is_tensor(source)):
+            roots[node] = roots[source]
+    return roots
