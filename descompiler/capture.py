@@ -223,7 +223,8 @@ def capture(
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise CaptureError(
             f"torch.export could not capture the model: {type(error).__name__}: {first}. The model's forward must not "
-            "branch on values of tensors, and dim 0 of every input must be the batch"
+            "branch on values of tensors, dim 0 of every input must be the batch, and its size must stay symbolic: "
+            "x.shape[0], not len(x) or int(x.shape[0])"
         ) from error
     assert probe.out_spec is not None  # from the eager run: export undoes what forward writes to its module
     program = run_passes(_program_of(exported, template, traced), passes)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -28,6 +30,9 @@ TOLERANCE_FLOAT64 = 1e-10
 ROUNDING_FLOAT64 = 64 * torch.finfo(torch.float64).eps
 """Share of the model's largest gradient (or weight) below which a value is rounding: a bias in front of a batch norm
 has gradient zero, a sum of terms that cancel. Such tensors are compared with this, and named in the report."""
+
+GRACE_S = 20.0
+"""How long the other ranks may still answer once one has failed."""
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
@@ -93,28 +98,9 @@ def verify(
     inputs = pytree.tree_map(
         lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, normalise_inputs(example_inputs)
     )
-    context = mp.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        results = context.SimpleQueue()
-        arguments = (ranks, folder, model, inputs, steps, list(plans), list(optimizers), results, timeout_s)
-        processes = [context.Process(target=_work, args=(r, *arguments), daemon=True) for r in range(ranks)]
-        for p in processes:
-            p.start()
-        try:
-            for p in processes:
-                p.join(timeout_s)
-            answers = []
-            while not results.empty():
-                answers.append(results.get())
-        finally:
-            for p in processes:
-                if p.is_alive():
-                    p.kill()
-    failures = [text for kind, text in answers if kind == "error"]
-    if failures or len(answers) < ranks:
-        raise EquivalenceError("\n".join(failures) or f"ranks did not answer within {timeout_s:.0f} s")
     report = Report(ranks)
-    for _, other in answers:
+    arguments = (model, inputs, steps, list(plans), list(optimizers))
+    for other in on_ranks(_work, ranks, *arguments, timeout_s=timeout_s):
         report.cases = other.cases
         report.rounding |= other.rounding
         for what, error in other.worst.items():
@@ -122,17 +108,49 @@ def verify(
     return report
 
 
-def _work(
-    rank: int,
-    ranks: int,
-    folder: str,
-    model: nn.Module,
-    inputs: Any,
-    steps: int,
-    plans: list[Any],
-    optimizers: list[str],
-    results: Any,
-    timeout_s: float,
+def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
+    """Call ``function(rank, ranks, *arguments)`` on local gloo processes; what each returned.
+
+    Raises
+    ------
+    EquivalenceError
+        With the traceback of each rank that raised, or the ranks that did not answer in time; all are ended.
+    """
+    context = mp.get_context("spawn")
+    answers: list[Any] = [("error", f"rank {r} did not answer within {timeout_s:.0f} s") for r in range(ranks)]
+    with tempfile.TemporaryDirectory() as folder:
+        readers, processes = [], []
+        for rank in range(ranks):
+            reader, writer = context.Pipe(duplex=False)
+            arguments_of = (function, rank, ranks, folder, writer, timeout_s, arguments)
+            processes.append(context.Process(target=_rank_main, args=arguments_of, daemon=True))
+            processes[-1].start()
+            writer.close()
+            readers.append(reader)
+        deadline, waiting = time.monotonic() + timeout_s, dict(zip(readers, range(ranks), strict=True))
+        try:
+            while waiting and (left := deadline - time.monotonic()) > 0:
+                for reader in wait(list(waiting), left):
+                    rank = waiting.pop(reader)  # type: ignore[call-overload]
+                    try:
+                        answers[rank] = reader.recv()  # type: ignore[union-attr]
+                    except EOFError:
+                        answers[rank] = ("error", f"rank {rank} ended without an answer")
+                    if answers[rank][0] == "error":  # the others may wait for it: give them time to say so
+                        deadline = min(deadline, time.monotonic() + GRACE_S)
+            for p in processes:
+                p.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            for p in processes:
+                if p.is_alive():
+                    p.kill()
+    if failures := [text for kind, text in answers if kind == "error"]:
+        raise EquivalenceError("\n".join(failures))
+    return [result for _, result in answers]
+
+
+def _rank_main(
+    function: Callable[..., Any], rank: int, ranks: int, folder: str, answer: Any, timeout_s: float, arguments: Any
 ) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -144,15 +162,22 @@ def _work(
             world_size=ranks,
             timeout=timedelta(seconds=timeout_s),
         )
-        report = Report(ranks)
-        for plan in plans:
-            for name in optimizers:
-                _case(report, model, inputs, steps, plan, name, rank, ranks)
-        results.put(("ok", report))
+        result = function(rank, ranks, *arguments)
         dist.barrier()
+        answer.send(("ok", result))
         dist.destroy_process_group()
     except Exception:  # whatever it is, the parent raises it with this rank's name
-        results.put(("error", f"rank {rank}: {traceback.format_exc()}"))
+        answer.send(("error", f"rank {rank}: {traceback.format_exc()}"))
+
+
+def _work(
+    rank: int, ranks: int, model: nn.Module, inputs: Any, steps: int, plans: list[Any], optimizers: list[str]
+) -> Report:
+    report = Report(ranks)
+    for plan in plans:
+        for name in optimizers:
+            _case(report, model, inputs, steps, plan, name, rank, ranks)
+    return report
 
 
 def batches(inputs: Any, step: int, ranks: int) -> tuple[Any, list[int]]:

@@ -1,8 +1,14 @@
-"""Settings for all tests."""
+"""Settings and options for all tests."""
 
 import os
+
+import pytest
 
 # deepctr-torch asks a package index for its newest version whenever it is imported. Tests touch no network: a
 # proxy that nobody serves refuses the question at once, in this process and in the ranks that it starts.
 os.environ["HTTP_PROXY"] = os.environ["HTTPS_PROXY"] = "http://127.0.0.1:9"
 os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")

@@ -1,0 +1,142 @@
+"""What each rule does, as text: the graph with placements, then each rank's program.
+
+``pytest --update-golden`` writes the files anew; read the difference before committing it.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from descompiler.aggregate import Weights, minimum_cut, place
+from descompiler.capture import blueprint, capture
+from descompiler.emit import emit
+from descompiler.operators import find_operators
+from descompiler.passes import NORMALISE, RULES
+from descompiler.plan import assign, parameter_pieces
+from descompiler.program import canonical, canonical_graph
+
+RANKS = 2
+
+
+class Tables(nn.Module):
+    """Two fields of 6 and 5 rows; ``f`` is what the rule is about."""
+
+    def __init__(self, dim: int = 4) -> None:
+        super().__init__()
+        self.a, self.b = nn.Embedding(6, dim), nn.Embedding(5, dim)
+
+    def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
+        return self.f(self.a(ids[:, 0]), self.b(ids[:, 1]), dense)
+
+    def f(self, a: Tensor, b: Tensor, dense: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Elementwise(Tables):
+    def f(self, a, b, dense):
+        return (a + b).sum(1, keepdim=True) + torch.relu(a * a).sum(1, keepdim=True) + dense.sum(1, keepdim=True)
+
+
+class Concatenate(Tables):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(11, 2)
+
+    def f(self, a, b, dense):
+        return self.linear(torch.cat([a, dense, b], 1))
+
+
+class FactorizationMachine(Tables):
+    def f(self, a, b, dense):
+        v = torch.stack([a, b], 1)
+        return 0.5 * (v.sum(1) ** 2 - (v**2).sum(1)).sum(1)
+
+
+class View(Tables):
+    def f(self, a, b, dense):
+        v = torch.stack([a, b], 1)
+        return v.transpose(1, 2).reshape(v.shape[0], 8)[:, 1:7].sum(1)
+
+
+class Interaction(Tables):
+    def f(self, a, b, dense):
+        return torch.bmm(torch.stack([a, b], 1), torch.stack([a, b], 1).transpose(1, 2)).flatten(1).sum(1)
+
+
+class OnOwner(Tables):
+    def f(self, a, b, dense):
+        return (torch.softmax(a, -1).sum(1) + b.sum(1)).unsqueeze(1)
+
+
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(6, 4, mode="mean")
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
+        return self.linear(self.bag(ids))
+
+
+class Offsets(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 4)
+        self.register_buffer("offsets", torch.tensor([0, 6]))
+        self.linear = nn.Linear(8, 2)
+
+    def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
+        return self.linear(self.table(ids + self.offsets).flatten(1))
+
+
+CASES = [
+    (Elementwise, "field"),
+    (Elementwise, "row"),
+    (Elementwise, "column"),
+    (Concatenate, "field"),
+    (Concatenate, "row"),
+    (Concatenate, "column"),
+    (FactorizationMachine, "field"),
+    (FactorizationMachine, "row"),
+    (View, "field"),
+    (View, "column"),
+    (Interaction, "column"),
+    (OnOwner, "field"),
+    (Bag, "row"),
+    (Bag, "column"),
+    (Offsets, "field"),
+]
+
+
+def text_of(model: nn.Module, form: str) -> str:
+    """The program with placements, and the program of every rank, for one form of all tables."""
+    inputs = (torch.tensor([[0, 1], [2, 3], [4, 4]]), torch.ones(3, 3))
+    program, _ = capture(blueprint(model), inputs, passes=NORMALISE)
+    operators = find_operators(program)
+    splits = assign(operators, {o.name: form for o in operators}, RANKS)
+    candidates = place(program, operators, splits, RULES, RANKS)
+    cut = minimum_cut(program, candidates, Weights(RANKS, 8))
+    pieces = parameter_pieces(program, splits, candidates, cut, RANKS)
+    marks = {n: f"{p.placement}{'' if n in cut.inside else ', not inside'}" for n, p in candidates.placed.items()}
+    marks |= {n: f"declined: {reason}" for n, reason in candidates.declined.items()}
+    text = "before\n" + canonical(program, marks)
+    for rank in range(RANKS):
+        emitted = emit(program, operators, splits, pieces, candidates, cut, RULES, rank, RANKS)
+        sources = dict(
+            zip([n.name for n in emitted.module.graph.nodes if n.op == "placeholder"][1:], emitted.sources, strict=True)
+        )
+        text += f"\nafter, rank {rank}\n" + canonical_graph(emitted.module.graph, sources)
+    return text
+
+
+@pytest.mark.parametrize(("model", "form"), CASES, ids=[f"{m.__name__}-{f}" for m, f in CASES])
+def test_golden(model, form, request):
+    path = Path(__file__).parent / "golden" / f"{model.__name__.lower()}_{form}.txt"
+    text = text_of(model(), form)
+    if request.config.getoption("--update-golden"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert path.exists(), "no golden text yet: run pytest --update-golden and read what it writes"
+    assert text == path.read_text()
