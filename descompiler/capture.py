@@ -267,6 +267,8 @@ def _program_of(exported: Any, template: nn.Module, traced: _Flat) -> Program:
     Non-strict export lifts parameters that a module holds in a plain list as constants: right values, lost gradients.
     """
     by_pointer = {p.data_ptr(): n for n, p in traced.model.named_parameters() if p.numel()}
+    first = {id(p): n for n, p in traced.model.named_parameters()}
+    canonical = {n: first[id(p)] for n, p in traced.model.named_parameters(remove_duplicate=False)}  # tied parameters
     sources: dict[str, Source] = {}
     constants: dict[str, Tensor] = {}
     kinds = torch.export.graph_signature.InputKind
@@ -275,7 +277,7 @@ def _program_of(exported: Any, template: nn.Module, traced: _Flat) -> Program:
         if spec.kind == kinds.USER_INPUT:
             sources[name] = Source("input", name)
         elif spec.kind == kinds.PARAMETER:
-            sources[name] = Source("parameter", target.removeprefix("model."))
+            sources[name] = Source("parameter", canonical[target.removeprefix("model.")])
         elif spec.kind == kinds.BUFFER:
             sources[name] = Source("buffer", target.removeprefix("model."))
         elif spec.kind == kinds.CONSTANT_TENSOR:

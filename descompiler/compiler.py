@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from descompiler.errors import PlanError, RankError
 from descompiler.module import DistributedModule
 from descompiler.operators import find_operators
 from descompiler.passes import NORMALISE, RULES
-from descompiler.plan import Plan, choose
+from descompiler.plan import NO_OPERATORS, Plan, choose
 from descompiler.runtime import Runtime
 from descompiler.state import reset_pieces, send_buffers, send_from_first
 
@@ -85,6 +86,8 @@ def compile(
         w = Weights(ranks, batch or build.rows, max((o.dtype.itemsize for o in operators), default=4))
         chosen = choose(program, operators, RULES, w, plan)
     _agree(chosen, group, ranks)
+    if not operators and rank == 0:
+        warnings.warn(f"descompiler: {NO_OPERATORS}", stacklevel=2)
     meta = _broadcast(any(p.is_meta for p in model.parameters()), group, ranks)
     if meta:
         seed = _broadcast(torch.initial_seed() if seed is None else seed, group, ranks)

@@ -19,6 +19,9 @@ from descompiler.runtime import Layout
 from descompiler.traffic import Traffic
 
 
+NO_OPERATORS = "the model has no weights-rich operator (nn.Embedding, nn.EmbeddingBag): it runs as plain data parallel"
+
+
 @dataclass
 class Plan:
     """What a compilation chose.
@@ -71,6 +74,8 @@ class Plan:
     def explain(self) -> str:
         """The plan in words: every table, its split, what it costs and what was rejected; what crosses the wire."""
         lines = [f"plan for {self.ranks} ranks, {self.rows} rows a rank, fingerprint {self.fingerprint}"]
+        if not self.operators:
+            lines.append(NO_OPERATORS)
         for o in self.operators:
             uses = ", ".join(sorted({getattr(u.target, "__name__", "?") for x in o.lookups for u in x.node.users}))
             lines.append(f"{o.name}  [{o.rows:,} x {o.dim}]  {o.size_bytes:,} B  used by {uses}  {o.line}".rstrip())

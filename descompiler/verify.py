@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -119,7 +120,8 @@ def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, timeout_
     context = mp.get_context("spawn")
     answers: list[Any] = [("error", f"rank {r} did not answer within {timeout_s:.0f} s") for r in range(ranks)]
     with tempfile.TemporaryDirectory() as folder:
-        readers, processes = [], []
+        readers: list[Any] = []
+        processes: list[Any] = []
         for rank in range(ranks):
             reader, writer = context.Pipe(duplex=False)
             arguments_of = (function, rank, ranks, folder, writer, timeout_s, arguments)
@@ -130,10 +132,11 @@ def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, timeout_
         deadline, waiting = time.monotonic() + timeout_s, dict(zip(readers, range(ranks), strict=True))
         try:
             while waiting and (left := deadline - time.monotonic()) > 0:
-                for reader in wait(list(waiting), left):
-                    rank = waiting.pop(reader)  # type: ignore[call-overload]
+                ready: list[Any] = wait(list(waiting), left)
+                for reader in ready:
+                    rank = waiting.pop(reader)
                     try:
-                        answers[rank] = reader.recv()  # type: ignore[union-attr]
+                        answers[rank] = pickle.loads(reader.recv_bytes())
                     except EOFError:
                         answers[rank] = ("error", f"rank {rank} ended without an answer")
                     if answers[rank][0] == "error":  # the others may wait for it: give them time to say so
@@ -164,10 +167,10 @@ def _rank_main(
         )
         result = function(rank, ranks, *arguments)
         dist.barrier()
-        answer.send(("ok", result))
+        answer.send_bytes(pickle.dumps(("ok", result)))  # by value: this process and its shared memory end
         dist.destroy_process_group()
     except Exception:  # whatever it is, the parent raises it with this rank's name
-        answer.send(("error", f"rank {rank}: {traceback.format_exc()}"))
+        answer.send_bytes(pickle.dumps(("error", f"rank {rank}: {traceback.format_exc()}")))
 
 
 def _work(

@@ -1,0 +1,185 @@
+"""What happens on several real ranks besides a good step: bad input, disagreement, initial weights, checkpoints."""
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import descompiler as des
+from descompiler.verify import on_ranks
+from examples.models import MODELS, make_inputs
+
+INPUTS = make_inputs("deepfm", "fields", 8)
+
+
+def make(seed: int = 0, **options) -> nn.Module:
+    torch.manual_seed(seed)
+    return MODELS["deepfm"]("fields", **options).double()
+
+
+def inputs_of(rows: slice = slice(None)):
+    return tuple(x[rows].double() if x.is_floating_point() else x[rows] for x in INPUTS)
+
+
+def raised(function) -> str:
+    try:
+        function()
+    except des.DescompilerError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def _bad_ids(rank, ranks):
+    module = des.compile(make(), inputs_of(), plan={"*": "row"})
+    dense, ids = inputs_of()
+    wrong = ids.clone()
+    if rank == 1:
+        wrong[3, 1] = 10_000
+    text = raised(lambda: module(dense, wrong))
+    nested = raised(lambda: module(dense, ids) if rank else module((dense, ids)))
+    after = module(dense, ids)
+    after.sum().backward()
+    return text, nested, torch.isfinite(after).all().item()
+
+
+def test_bad_input_on_one_rank_raises_on_every_rank():
+    for text, nested, fine in on_ranks(_bad_ids, 2):
+        assert re.search(r"InputError: rank 1: table .* id 10000 in row 3 of the batch", text)
+        assert "rank 0" in nested and "compiled for inputs nested as" in nested
+        assert fine, "the next step has to work"
+
+
+def _floats_for_ids(rank, ranks):
+    module = des.compile(make(), inputs_of())
+    dense, ids = inputs_of()
+    return raised(lambda: module(dense, ids.double() if rank == 0 else ids))
+
+
+def test_ids_that_are_no_integers():
+    for text in on_ranks(_floats_for_ids, 2):
+        assert "ids must be integers" in text and "rank 0" in text
+
+
+def _different(rank, ranks, what):
+    model = MODELS["deepfm"]("fields", **({"dim": 5} if what == "model" and rank else {})).double()
+    plan = {"*": "row" if rank else "field"} if what == "plan" else None
+    return raised(lambda: des.compile(model, inputs_of(), plan=plan))
+
+
+@pytest.mark.parametrize("what", ["model", "plan"])
+def test_ranks_that_compile_different_things(what):
+    for text in on_ranks(_different, 2, what):
+        assert text.startswith(f"RankError: ranks compile different {what}s") and "rank 1" in text
+
+
+def _other_world(rank, ranks):
+    plan = des.plan(make(), inputs_of(), ranks=ranks + 1)
+    return raised(lambda: des.compile(make(), inputs_of(), plan=plan))
+
+
+def test_a_plan_for_another_world_size():
+    for text in on_ranks(_other_world, 2):
+        assert "PlanError" in text and "3 ranks" in text and "2 ranks" in text
+
+
+def _modes(rank, ranks):
+    module = des.compile(make(), inputs_of())
+    module.train(rank == 0)
+    return raised(lambda: module(*inputs_of()))
+
+
+def test_ranks_in_different_modes():
+    for text in on_ranks(_modes, 2):
+        assert "RankError" in text and "rank 0: runs in mode training" in text and "rank 1: runs in mode eval" in text
+
+
+def _checkpoint(rank, ranks, form):
+    model = make(batch_norm=True)
+    module = des.compile(make(rank, batch_norm=True), inputs_of(), plan={"*": form})  # rank 0 has the model's weights
+    same = all(torch.equal(v, model.state_dict()[n]) for n, v in des.full_state_dict(module).items())
+    other = {n: torch.randn_like(v) if v.is_floating_point() else v + 1 for n, v in model.state_dict().items()}
+    des.load_full_state_dict(module, other)
+    back = des.full_state_dict(module)
+    return same, list(back) == list(model.state_dict()), all(torch.equal(back[n], v) for n, v in other.items())
+
+
+@pytest.mark.parametrize("form", ["field", "row", "column"])
+def test_state_dict_round_trip(form):
+    assert on_ranks(_checkpoint, 3, form) == [(True, True, True)] * 3
+
+
+def _from_meta(rank, ranks, form):
+    with torch.device("meta"):
+        model = MODELS["deepfm"]("fields")
+    return des.full_state_dict(des.compile(model, INPUTS, plan={"*": form}, seed=5))
+
+
+def test_weights_of_a_meta_model_do_not_depend_on_ranks():
+    with torch.device("meta"):
+        model = MODELS["deepfm"]("fields")
+    expected = des.full_state_dict(des.compile(model, INPUTS, seed=5))
+    for ranks, form in ((2, "row"), (3, "column")):
+        for state in on_ranks(_from_meta, ranks, form):
+            assert all(torch.equal(state[n], v) for n, v in expected.items())
+
+
+def _losses(rank, ranks, loss):
+    model, counts = make(), [2, 6]
+    module = des.compile(model, inputs_of(), plan={"*": "row"}, loss=loss)
+    first = sum(counts[:rank])
+    module(*inputs_of(slice(first, first + counts[rank]))).square().mean().backward()
+    parts = torch.split(model(*inputs_of()).square(), counts)
+    (sum(p.mean() for p in parts) / 2 if loss == "rank_mean" else torch.cat(parts).mean()).backward()
+    worst = 0.0
+    for n, p in module.named_parameters():
+        expected = module.pieces(n).cut(dict(model.named_parameters())[n].grad, rank)
+        if expected.numel():
+            worst = max(worst, float((p.grad - expected).abs().max() / expected.abs().max().clamp(min=1e-9)))
+    return worst
+
+
+@pytest.mark.parametrize("loss", ["rank_mean", "row_mean"])
+def test_gradients_by_the_convention_of_the_loss(loss):
+    assert max(on_ranks(_losses, 2, loss)) < 1e-10
+
+
+class Tied(nn.Module):
+    """One table, registered twice and looked up twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.user = nn.Embedding(9, 4)
+        self.item = nn.Embedding(9, 4)
+        self.item.weight = self.user.weight
+        self.linear = nn.Linear(4, 1)
+
+    def forward(self, ids):
+        return self.linear(self.user(ids[:, 0]) * self.item(ids[:, 1]))
+
+
+def test_tied_tables():
+    des.verify(Tied(), (torch.randint(9, (8, 2)),), plans=[{"*": f} for f in ("replicate", "field", "row", "column")])
+
+
+def _no_tables(rank, ranks):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).double()
+    reference = copy.deepcopy(model)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        module = des.compile(model, (torch.randn(4, 3).double(),), loss="sum")
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
+    module(x.chunk(2)[rank]).sum().backward()
+    reference(x).sum().backward()
+    expected = [p.grad for p in reference.parameters()]
+    same = all(torch.allclose(p.grad, e, rtol=1e-10) for p, e in zip(module.parameters(), expected, strict=True))
+    return [str(n.message) for n in notes if "weights-rich" in str(n.message)], same, module.traffic().total
+
+
+def test_a_model_without_tables_is_data_parallel_and_says_so():
+    results = on_ranks(_no_tables, 2)
+    assert [len(notes) for notes, _, _ in results] == [1, 0] and "data parallel" in results[0][0][0]
+    assert all(same and sent > 0 for _, same, sent in results)
