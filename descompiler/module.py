@@ -157,9 +157,12 @@ class DistributedModule(nn.Module):
         if self._ddp_key != key:
             core = _Core(self)
             pieces, sparse = self.plan.pieces, self.plan.sparse
-            ignored = [n for n in parameters if n not in used or n in sparse or not pieces[n].is_replicated] + [
-                n for n, _ in self.named_buffers()
-            ]
+            left_out = {
+                id(p) for n, p in parameters.items() if n not in used or n in sparse or not pieces[n].is_replicated
+            }
+            # by every name: a tied parameter has several
+            ignored = [n for n, p in self.named_parameters(remove_duplicate=False) if id(p) in left_out]
+            ignored += [n for n, _ in self.named_buffers(remove_duplicate=False)]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(core, ignored)
             ddp = DistributedDataParallel(core, process_group=self._reducer_group(), init_sync=False)
             # a lambda has no annotations, which register_comm_hook would compare with types, not names

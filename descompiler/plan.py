@@ -18,7 +18,6 @@ from descompiler.rule import Rule
 from descompiler.runtime import Layout
 from descompiler.traffic import Traffic
 
-
 NO_OPERATORS = "the model has no weights-rich operator (nn.Embedding, nn.EmbeddingBag): it runs as plain data parallel"
 
 
