@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,22 +13,25 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from descompiler.aggregate import Weights, minimum_cut, place
-from descompiler.capture import blueprint, capture, normalise_inputs
+from descompiler.capture import Signature, blueprint, capture, normalise_inputs
 from descompiler.emit import Emitted, emit
 from descompiler.errors import PlanError, RankError
-from descompiler.module import DistributedModule
-from descompiler.operators import find_operators
+from descompiler.module import DeferredModule, DistributedModule
+from descompiler.operators import Operator, find_operators
 from descompiler.passes import NORMALISE, RULES
 from descompiler.plan import NO_OPERATORS, Plan, choose
+from descompiler.program import Program
 from descompiler.runtime import Runtime
 from descompiler.state import reset_pieces, send_buffers, send_from_first
+
+T = TypeVar("T")
 
 LOSSES = ("rank_mean", "row_mean", "sum")
 
 
 def compile(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: Any = None,
     *,
     plan: Plan | Mapping[str, str] | None = None,
     process_group: Any = None,
@@ -45,8 +48,8 @@ def compile(
     ----------
     model : torch.nn.Module
         Weights are taken from rank 0; if it is on the meta device, from each module's ``reset_parameters``.
-    example_inputs : tuple or dict
-        Inputs of one forward; dim 0 of every tensor is the batch.
+    example_inputs : tuple or dict, optional
+        Inputs of one forward; dim 0 of every tensor is the batch. Without, the first forward compiles.
     plan : Plan or mapping of str to str, optional
         A plan to follow, or forms to pin: table name (or pattern) to "replicate", "field", "row" or "column".
     process_group : optional
@@ -70,37 +73,50 @@ def compile(
     """
     if loss not in LOSSES:
         raise PlanError(f"loss={loss!r}; it is one of {', '.join(LOSSES)}")
+    if example_inputs is None:
+        options = {"plan": plan, "process_group": process_group, "loss": loss, "batch": batch, "seed": seed}
+        return DeferredModule(model, lambda inputs: compile(model, inputs, **options))
     group, rank, ranks = _process_group(process_group)
-    template = blueprint(model)
-    build = _Builder(template, example_inputs)
-    program, signature = build.capture(None)
-    operators = find_operators(program)
-    if isinstance(plan, Plan):
-        if plan.ranks != ranks or plan.fingerprint != program.fingerprint():
-            raise PlanError(
-                f"the plan is for {plan.ranks} ranks and model {plan.fingerprint}; this is {program.fingerprint()} on "
-                f"{ranks} ranks: plan again"
-            )
-        chosen = plan
-    else:
-        w = Weights(ranks, batch or build.rows, max((o.dtype.itemsize for o in operators), default=4))
-        chosen = choose(program, operators, RULES, w, plan)
+
+    def capture_and_find() -> tuple[_Builder, Program, Signature, list[Operator]]:
+        build = _Builder(blueprint(model), example_inputs)
+        program, signature = build.capture(None)
+        return build, program, signature, find_operators(program)
+
+    build, program, signature, operators = _everywhere(capture_and_find, group, ranks)
+    rows = _broadcast(batch or build.rows, group, ranks)  # ranks may have examples of different sizes
+    w = Weights(ranks, rows, max((o.dtype.itemsize for o in operators), default=4))
+    chosen = _everywhere(lambda: _follow_or_choose(program, operators, w, plan), group, ranks)
     _agree(chosen, group, ranks)
     if not operators and rank == 0:
         warnings.warn(f"descompiler: {NO_OPERATORS}", stacklevel=2)
-    meta = _broadcast(any(p.is_meta for p in model.parameters()), group, ranks)
-    if meta:
+    if _broadcast(any(p.is_meta for p in model.parameters()), group, ranks):
         seed = _broadcast(torch.initial_seed() if seed is None else seed, group, ranks)
-        values = reset_pieces(template, chosen.pieces, seed, rank, build.device)
+        values = _everywhere(
+            lambda: reset_pieces(build.template, chosen.pieces, seed, rank, build.device), group, ranks
+        )
     else:
-        values = send_from_first(template, model, chosen.pieces, group, rank, ranks)
-    buffers = send_buffers(model, template, group, rank, ranks)
-    runtime = Runtime(group, rank, ranks, loss)
+        values = send_from_first(build.template, model, chosen.pieces, group, rank, ranks)
+    buffers = send_buffers(model, build.template, group, rank, ranks)
 
     def program_for(training: dict[str, bool]) -> Emitted:
         return build.emit(chosen, training, rank)
 
-    return DistributedModule(template, chosen, signature, runtime, program_for, values, buffers)
+    runtime = Runtime(group, rank, ranks, loss)
+    return DistributedModule(build.template, chosen, signature, runtime, program_for, values, buffers)
+
+
+def _follow_or_choose(
+    program: Program, operators: list[Operator], w: Weights, plan: Plan | Mapping[str, str] | None
+) -> Plan:
+    if not isinstance(plan, Plan):
+        return choose(program, operators, RULES, w, plan)
+    if plan.ranks != w.ranks or plan.fingerprint != program.fingerprint():
+        raise PlanError(
+            f"the plan is for {plan.ranks} ranks and model {plan.fingerprint}; this is {program.fingerprint()} on "
+            f"{w.ranks} ranks: plan again"
+        )
+    return plan
 
 
 def plan(
@@ -169,6 +185,24 @@ def _broadcast(value: Any, group: Any, ranks: int) -> Any:
     box = [value]
     dist.broadcast_object_list(box, group_src=0, group=group)
     return box[0]
+
+
+def _everywhere(step: Callable[[], T], group: Any, ranks: int) -> T:
+    """What ``step()`` returns; if it raises on any rank, every rank raises, and none waits for it in a collective."""
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = step()
+    except Exception as e:  # raised below, once the other ranks know
+        error = e
+    texts: list[Any] = [None] * ranks
+    if ranks > 1:
+        dist.all_gather_object(texts, None if error is None else f"{type(error).__name__}: {error}", group=group)
+    if error is not None:
+        raise error
+    if any(texts):
+        raise RankError("\n".join(f"rank {r} could not compile: {t}" for r, t in enumerate(texts) if t))
+    return cast(T, result)
 
 
 def _agree(plan: Plan, group: Any, ranks: int) -> None:

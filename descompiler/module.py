@@ -94,13 +94,12 @@ class DistributedModule(nn.Module):
         """The original's forward on this rank's rows: outputs for them."""
         runtime = self._runtime
         runtime.traffic, runtime.started = Traffic(), False
-        emitted = self._program()
-        flags = self._training_flags()
-        runtime.layout, runtime.checks = emitted.layout, emitted.checks
-        grad = torch.is_grad_enabled()
+        flags, grad = self._training_flags(), torch.is_grad_enabled()
         runtime.mode = 2 * sum(f << (i % 61) for i, f in enumerate(flags)) % (1 << 61) + grad
         runtime.mode_name = f"{'training' if self.training else 'evaluation'}, gradients {'on' if grad else 'off'}"
         try:
+            emitted = self._program()
+            runtime.layout, runtime.checks = emitted.layout, emitted.checks
             tensors = self._signature.flatten(args, kwargs)
             reference = next(self.parameters())
             runtime.device = reference.device
@@ -200,3 +199,34 @@ class DistributedModule(nn.Module):
     def pieces(self, name: str) -> Pieces:
         """Which part of an original parameter this rank holds."""
         return self.plan.pieces[name]
+
+
+class DeferredModule(DistributedModule):
+    """A module that its first forward compiles; it then is a `DistributedModule`."""
+
+    def __init__(self, model: nn.Module, compile_for: Callable[[Any], DistributedModule]):
+        nn.Module.__init__(self)
+        self.training, self._compile_for = model.training, compile_for
+        object.__setattr__(self, "_model", model)  # not a submodule
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        compiled = self._compile_for((args, kwargs))
+        self.__dict__.clear()
+        self.__dict__.update(compiled.__dict__)
+        self.__class__ = DistributedModule  # type: ignore[assignment]
+        return self(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> DeferredModule:
+        """As ``torch.nn.Module.train``, for the model that is to be compiled."""
+        vars(self)["_model"].train(mode)
+        return super().train(mode)
+
+    def _not_yet(self, *args: Any, **kwargs: Any) -> Any:
+        raise InputError(
+            "the module is compiled by its first forward, and has no parameters or plan before that: pass "
+            "example_inputs to des.compile, or call the module once first"
+        )
+
+    named_parameters = named_buffers = state_dict = load_state_dict = _apply = _not_yet
+    traffic = print_readable = pieces = _not_yet
+    plan = property(_not_yet)

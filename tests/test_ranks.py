@@ -183,3 +183,30 @@ def test_a_model_without_tables_is_data_parallel_and_says_so():
     results = on_ranks(_no_tables, 2)
     assert [len(notes) for notes, _, _ in results] == [1, 0] and "data parallel" in results[0][0][0]
     assert all(same and sent > 0 for _, same, sent in results)
+
+
+def _deferred(rank, ranks):
+    model = make()
+    module = des.compile(model, plan={"*": "row"}).eval()
+    before = [raised(lambda: list(module.parameters())), raised(lambda: module.plan), raised(module.state_dict)]
+    rows = slice(0, 3) if rank else slice(3, 8)
+    with torch.no_grad():
+        got, expected = module(*inputs_of(rows)), model.eval()(*inputs_of(rows))
+    return before, torch.allclose(got, expected, rtol=1e-10), type(module).__name__, len(list(module.parameters()))
+
+
+def test_compile_at_the_first_forward():
+    for before, same, kind, parameters in on_ranks(_deferred, 2):
+        assert all("compiled by its first forward" in text for text in before)
+        assert same and kind == "DistributedModule" and parameters > 0
+
+
+def _fails_on_one_rank(rank, ranks):
+    dense, ids = inputs_of()
+    return raised(lambda: des.compile(make(), (dense[:, :1] if rank else dense, ids)))
+
+
+def test_example_inputs_that_one_rank_can_not_run():
+    first, second = on_ranks(_fails_on_one_rank, 2)
+    assert first.startswith("RankError: rank 1 could not compile: InputError")
+    assert second.startswith("InputError: the model can't run example_inputs")
