@@ -25,12 +25,12 @@ from math import prod
 import networkx as nx
 from torch import fx
 
+from descompiler.layout import Exit
 from descompiler.operators import Operator, Split
 from descompiler.pieces import Pieces
 from descompiler.placement import Local, Placement, Region, Shard, ranks_of
 from descompiler.program import Program, aten, is_tensor, rowwise, shape_of, tail, value
 from descompiler.rule import Declined, Placed, Rule, Situation
-from descompiler.runtime import Exit
 
 
 @dataclass(frozen=True)

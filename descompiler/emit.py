@@ -9,18 +9,20 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 
 from descompiler.aggregate import Candidates, Cut, exit_of
+from descompiler.layout import Check, Entry, Layout
 from descompiler.operators import Lookup, Operator, Split
 from descompiler.pieces import Pieces
 from descompiler.placement import LOCAL, Local, Partial, Placement, Shard, has_local
 from descompiler.program import Program, Source, aten, tail
-from descompiler.rule import Part, Rule
-from descompiler.runtime import Check, Entry, Layout, bag, bag_rows, join_local, lookup, lookup_rows, scale_grad
+from descompiler.rule import Part, Placed, Rule
+from descompiler.runtime import bag, bag_rows, join_local, lookup, lookup_rows, scale_grad
 
 
 @dataclass
@@ -83,9 +85,7 @@ class _Emitter:
         self.constants: dict[str, torch.Tensor] = dict(program.constants)
         self.sources: list[Source] = []
         self.entered: dict[fx.Node, tuple[fx.Node, tuple[int, ...] | None]] = {}
-        self.shared_columns: list[int] = []
-        self.sparse: list[tuple[int, int]] = []
-        self.norms: list[int] = []
+        self.layout = layout_of(program, operators, splits, pieces, candidates, cut, ranks)
 
     def run(self) -> Emitted:
         self.runtime = self.graph.placeholder("runtime")
@@ -100,9 +100,8 @@ class _Emitter:
         self.rows_local = self.graph.call_function(aten.sym_size.int, (self.outside[first], 0))
         ids = [self.outside[x.ids] for _, x in checked]
         self.rows = self._runtime("begin", self.rows_local, ids)
-        entries = self._entries()
         if self.inside:
-            self._enter(entries)
+            self._enter()
             for n in self.program.graph.nodes:
                 if n in self.inside and self._part(self.rank).holds(self.placements[n]):
                     self.region[n] = self._emit_region(n, shifts)
@@ -126,20 +125,10 @@ class _Emitter:
                 self.graph.output([self._runtime("output", self.outside[o]) for o in n.args[0]])
         self._drop_dead_code()
         self.graph.lint()
-        layout = Layout(
-            ranks=self.ranks,
-            entries=tuple(entries),
-            exits=tuple(exit_of(n, self.placed[n].placement, self.ranks) for n in self.exits),
-            id_bytes=4 if all(o.rows < 1 << 31 for o in self.operators) else 8,
-            norm_channels=tuple(self.norms),
-            sparse_lookups=tuple(self.sparse),
-            shared_columns=tuple(self.shared_columns),
-            dense_elements=sum(self.program.parameters[n].numel() for n in dense_parameters(self)),
-        )
         by_field = [self.splits[o.name].by_field for o, _ in checked]
         checks = tuple(o.check(by_field=f) for (o, _), f in zip(checked, by_field, strict=True))
         module = fx.GraphModule(torch.nn.Module(), self.graph)
-        return Emitted(module, self.sources, self.constants, layout, checks)
+        return Emitted(module, self.sources, self.constants, self.layout, checks)
 
     # ---- small helpers
 
@@ -236,28 +225,11 @@ class _Emitter:
 
     # ---- stages
 
-    def _entries(self) -> list[Entry]:
-        by_ids: dict[fx.Node, list[tuple[Operator, Lookup]]] = {}
-        for n in self.program.graph.nodes:
-            if n in self.lookups and n in self.inside:
-                by_ids.setdefault(self.lookups[n][1].ids, []).append(self.lookups[n])
-        entries = []
-        for ids, users in by_ids.items():
-            columns: list[tuple[int, ...] | None] = []
-            for r in range(self.ranks):
-                wanted = [self.splits[o.name].columns(o, x, r) for o, x in users]
-                if any(c is None for c in wanted):
-                    columns.append(None)
-                else:
-                    columns.append(tuple(sorted({i for c in wanted for i in (c or ())})))
-            entries.append(Entry(ids.name, tail(ids), tuple(columns)))
-        self.entry_ids = list(by_ids)
-        return entries
-
-    def _enter(self, entries: list[Entry]) -> None:
-        handle = self._runtime("enter_start", [self.outside[n] for n in self.entry_ids])
+    def _enter(self) -> None:
+        entry_ids = list(_users_by_ids(self.program, self.operators, self.inside))
+        handle = self._runtime("enter_start", [self.outside[n] for n in entry_ids])
         arrived = self._runtime("enter_wait", handle)
-        for i, (n, e) in enumerate(zip(self.entry_ids, entries, strict=True)):
+        for i, (n, e) in enumerate(zip(entry_ids, self.layout.entries, strict=True)):
             if e.width(self.rank):
                 self.entered[n] = (self._item(arrived, i), e.columns[self.rank])
 
@@ -270,21 +242,13 @@ class _Emitter:
             if self.program.parameter(w) in self.placed[n].replicated
         ]
         anchor = self._runtime("anchor", *dict.fromkeys(unused))
-        cut_weights = {
-            n: p
-            for node in self.program.graph.nodes
-            if node in self.inside
-            for n, p in self.placed[node].pieces.items()
-            if p.shared_size() and self.program.parameters[n].requires_grad
-        }
+        cut_weights = _shared_weights(self.program, self.placed, self.inside)
         if cut_weights:
             by_name = {self.program.parameter(n): n for n in self.program.graph.nodes if n.op == "placeholder"}
             slices = []
             for name, p in cut_weights.items():
                 args = (self.outside[by_name[name]], p.dim, p.own_size(self.rank), p.shared_size())
                 slices.append(self.graph.call_function(aten.narrow.default, args))
-                size = p.shape[p.dim]
-                self.shared_columns.append(torch.Size(p.shape).numel() // size * p.shared_size())
             reduced = self._runtime("reduce_shared", anchor, *slices)
             anchor = self._item(reduced, 0)
             self.slices = {name: self._item(reduced, i + 1) for i, name in enumerate(cut_weights)}
@@ -347,8 +311,6 @@ class _Emitter:
             if o.sparse and o.trained:
                 ids = self.outside[x.ids]
                 weight = self.outside[n.args[0]]  # type: ignore[index]
-                width = torch.Size(tail(x.ids)).numel()
-                self.sparse.append((width, o.dim))
                 if x.mode is None:
                     self.outside[n] = self._runtime("sparse_lookup", weight, ids, o.padding_idx)
                 else:
@@ -358,7 +320,6 @@ class _Emitter:
         if distributed and n.target is aten.batch_norm.default and n.args[5]:
             x_, w, b, mean, var, _, momentum, eps = n.args[:8]
             args = [self.outside[a] if isinstance(a, fx.Node) else a for a in (x_, w, b, mean, var)]
-            self.norms.append(tail(x_)[0])  # type: ignore[arg-type]
             self.outside[n] = self._runtime("batch_norm", *args, momentum, eps)
             return
         new = self.graph.node_copy(n, lambda a: self.outside[a])
@@ -372,12 +333,73 @@ class _Emitter:
                 self.graph.erase_node(node)
 
 
-def dense_parameters(emitter: _Emitter) -> list[str]:
+def layout_of(
+    program: Program,
+    operators: Sequence[Operator],
+    splits: Mapping[str, Split],
+    pieces: Mapping[str, Pieces],
+    candidates: Candidates,
+    cut: Cut,
+    ranks: int,
+) -> Layout:
+    """What the programs of a choice exchange: the same on every rank, and known without emitting one."""
+    entries = []
+    for ids, users in _users_by_ids(program, operators, cut.inside).items():
+        columns: list[tuple[int, ...] | None] = []
+        for r in range(ranks):
+            wanted = [splits[o.name].columns(o, x, r) for o, x in users]
+            if any(c is None for c in wanted):
+                columns.append(None)
+            else:
+                columns.append(tuple(sorted({i for c in wanted for i in (c or ())})))
+        entries.append(Entry(ids.name, tail(ids), tuple(columns)))
+    split = {x.node for o in operators if o.sparse and o.trained for x in o.lookups} & cut.inside
+    sparse = [(x, o) for o in operators if o.sparse and o.trained for x in o.lookups if x.node not in split]
+    norms = [n for n in program.graph.nodes if n.target is aten.batch_norm.default and n.args[5]]
+    shared = _shared_weights(program, candidates.placed, cut.inside).values()
+    return Layout(
+        ranks=ranks,
+        entries=tuple(entries),
+        exits=tuple(exit_of(n, candidates.placed[n].placement, ranks) for n in cut.exits),
+        id_bytes=4 if all(o.rows < 1 << 31 for o in operators) else 8,
+        norm_channels=tuple(tail(n.args[0])[0] for n in norms),
+        sparse_lookups=tuple((prod(tail(x.ids)), o.dim) for x, o in sparse),
+        shared_columns=tuple(prod(p.shape) // p.shape[p.dim] * p.shared_size() for p in shared),
+        dense_elements=sum(program.parameters[n].numel() for n in _dense_parameters(program, operators, pieces)),
+    )
+
+
+def _users_by_ids(
+    program: Program, operators: Sequence[Operator], inside: frozenset[fx.Node]
+) -> dict[fx.Node, list[tuple[Operator, Lookup]]]:
+    """The split tables that read each ids, in the order of the graph."""
+    lookups = {x.node: (o, x) for o in operators for x in o.lookups}
+    result: dict[fx.Node, list[tuple[Operator, Lookup]]] = {}
+    for n in program.graph.nodes:
+        if n in lookups and n in inside:
+            result.setdefault(lookups[n][1].ids, []).append(lookups[n])
+    return result
+
+
+def _shared_weights(
+    program: Program, placed: Mapping[fx.Node, Placed], inside: frozenset[fx.Node]
+) -> dict[str, Pieces]:
+    """Trained co-located weights of which every rank holds a slice."""
+    return {
+        name: p
+        for node in program.graph.nodes
+        if node in inside
+        for name, p in placed[node].pieces.items()
+        if p.shared_size() and program.parameters[name].requires_grad
+    }
+
+
+def _dense_parameters(program: Program, operators: Sequence[Operator], pieces: Mapping[str, Pieces]) -> list[str]:
     """Parameters whose gradients the reducer averages: replicated, trained, used, and not sparse."""
-    sparse = {o.name for o in emitter.operators if o.sparse}
-    used = {emitter.program.parameter(n) for n in emitter.program.graph.nodes if n.op == "placeholder" and len(n.users)}
+    sparse = {o.name for o in operators if o.sparse}
+    used = {program.parameter(n) for n in program.graph.nodes if n.op == "placeholder" and len(n.users)}
     return [
         name
-        for name, p in emitter.program.parameters.items()
-        if p.requires_grad and name in used and name not in sparse and emitter.pieces[name].is_replicated
+        for name, p in program.parameters.items()
+        if p.requires_grad and name in used and name not in sparse and pieces[name].is_replicated
     ]

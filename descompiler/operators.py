@@ -10,10 +10,11 @@ import torch
 from torch import fx
 
 from descompiler.errors import PlanError, UnsupportedError
+from descompiler.layout import Check
 from descompiler.pieces import Pieces, Range, even_sizes
 from descompiler.placement import Disjoint, Owned, Partial, Region, Segment, shard
 from descompiler.program import Program, aten, rowwise, signature, tail, user_line, where
-from descompiler.runtime import Check, bag
+from descompiler.runtime import bag
 
 FORMS = ("replicate", "field", "row", "column")
 """Replicate: every rank holds the table. Field: whole tables (or fields of an offsets table) to ranks. Row, column:

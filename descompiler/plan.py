@@ -9,13 +9,13 @@ from math import prod
 
 from descompiler.aggregate import Candidates, Cut, Weights, minimum_cut, place
 from descompiler.cost_models.baselines import TableUse, baselines
-from descompiler.emit import emit
+from descompiler.emit import layout_of
 from descompiler.errors import PlanError
+from descompiler.layout import Layout
 from descompiler.operators import FORMS, Operator, Split, splits_of
 from descompiler.pieces import Pieces
 from descompiler.program import Program, tail
 from descompiler.rule import Rule
-from descompiler.runtime import Layout
 from descompiler.traffic import Traffic
 
 NO_OPERATORS = "the model has no weights-rich operator (nn.Embedding, nn.EmbeddingBag): it runs as plain data parallel"
@@ -46,7 +46,7 @@ class Plan:
     operators: list[Operator]
     splits: dict[str, Split]
     pieces: dict[str, Pieces]
-    layouts: list[Layout]
+    layout: Layout
     exits: list[str]
     price_bytes: int
     rejected: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Plan:
         """Bytes that a rank will send in a step; ``rows`` of every rank, or the same for all."""
         rows = self.rows if rows is None else rows
         every = [rows] * self.ranks if isinstance(rows, int) else list(rows)
-        return self.layouts[rank].predict(rank, every, self.itemsize, backward=backward)
+        return self.layout.predict(rank, every, self.itemsize, backward=backward)
 
     def baselines(self, rows: int | None = None) -> dict[str, int]:
         """Bytes that each rank would send in a step with other strategies, for ``rows`` rows a rank."""
@@ -98,7 +98,7 @@ class Trial:
     candidates: Candidates
     cut: Cut
     pieces: dict[str, Pieces]
-    layouts: list[Layout]
+    layout: Layout
     price_bytes: int
 
 
@@ -124,12 +124,10 @@ def try_splits(
     candidates = place(program, operators, splits, rules, w.ranks)
     cut = minimum_cut(program, candidates, w)
     pieces = parameter_pieces(program, splits, candidates, cut, w.ranks)
-    layouts = [
-        emit(program, operators, splits, pieces, candidates, cut, rules, r, w.ranks).layout for r in range(w.ranks)
-    ]
+    layout = layout_of(program, operators, splits, pieces, candidates, cut, w.ranks)
     rows = [w.rows] * w.ranks
-    price = max(layout.predict(r, rows, w.itemsize).total for r, layout in enumerate(layouts))
-    return Trial(splits, candidates, cut, pieces, layouts, price)
+    price = max(layout.predict(r, rows, w.itemsize).total for r in range(w.ranks))
+    return Trial(splits, candidates, cut, pieces, layout, price)
 
 
 def assign(operators: Sequence[Operator], forms: Mapping[str, str], ranks: int) -> dict[str, Split]:
@@ -250,7 +248,7 @@ def choose(
         list(operators),
         best.splits,
         best.pieces,
-        best.layouts,
+        best.layout,
         exits,
         best.price_bytes,
         rejected,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from descompiler import traffic as wire
 from descompiler.errors import InputError, RankError
+from descompiler.layout import Check, Exit, Layout
 from descompiler.traffic import Traffic
 
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -102,130 +103,6 @@ class _ScaleGradient(torch.autograd.Function):
 def scale_grad(x: Tensor, factor: float) -> Tensor:
     """``x``; its gradient is multiplied by ``factor``."""
     return x if factor == 1 else _ScaleGradient.apply(x, factor)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layouts: what crosses, known at compile time
-
-
-@dataclass(frozen=True)
-class Check:
-    """What the ids of a lookup have to be."""
-
-    table: str
-    rows: int
-    starts: tuple[int, ...] | None = None  # fields of an offsets table: column f's ids lie in its own range
-    line: str = ""
-
-    def problem(self, ids: Tensor) -> str | None:
-        """Why these ids are wrong, or None."""
-        name = f"table {self.table!r}" + (f" ({self.line})" if self.line else "")
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            return f"{name}: ids must be integers, and are {ids.dtype}; convert them with .long()"
-        if not ids.numel():
-            return None
-        if self.starts is None:
-            low, high = ids.aminmax()
-            if int(low) >= 0 and int(high) < self.rows:
-                return None
-            bad = ((ids < 0) | (ids >= self.rows)).nonzero()[0].tolist()
-            limits = f"0 to {self.rows - 1}"
-        else:
-            starts = torch.tensor(self.starts, device=ids.device)
-            stops = torch.tensor([*self.starts[1:], self.rows], device=ids.device)
-            wrong = (ids < starts) | (ids >= stops)
-            if not bool(wrong.any()):
-                return None
-            bad = wrong.nonzero()[0].tolist()
-            limits = f"{int(starts[bad[1]])} to {int(stops[bad[1]]) - 1}, the range of field {bad[1]}"
-        return (
-            f"{name}: id {int(ids[tuple(bad)])} in row {bad[0]} of the batch (position {bad}) is not in {limits}; "
-            "check the vocabulary size or the preprocessing"
-        )
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Ids ``[b, *tail]`` that enter the region; ``columns[r]`` of dim 1 go to rank r (None: all, (): none)."""
-
-    name: str
-    tail: tuple[int, ...]
-    columns: tuple[tuple[int, ...] | None, ...]
-
-    def tail_on(self, rank: int) -> tuple[int, ...]:
-        columns = self.columns[rank]
-        return self.tail if columns is None else (len(columns), *self.tail[1:])
-
-    def width(self, rank: int) -> int:
-        """Ids per row that go to ``rank``."""
-        return 0 if self.columns[rank] == () else torch.Size(self.tail_on(rank)).numel()
-
-
-@dataclass(frozen=True)
-class Exit:
-    """A value that leaves the region: rank r sends ``[rows, *tails[r]]``, or nothing (None).
-
-    ``segments`` are the (size, owner) of the sharded dimension ``dim``; None: the ranks' terms are summed.
-    """
-
-    name: str
-    tails: tuple[tuple[int, ...] | None, ...]
-    dim: int = 0
-    segments: tuple[tuple[int, int], ...] | None = None
-
-    def width(self, rank: int) -> int:
-        """Elements per row that ``rank`` sends."""
-        tail = self.tails[rank]
-        return 0 if tail is None else torch.Size(tail).numel()
-
-
-@dataclass(frozen=True)
-class Layout:
-    """All that crosses, in one program.
-
-    Attributes
-    ----------
-    norm_channels : tuple of int
-        Channels of each batch norm that is computed over the global batch.
-    sparse_lookups : tuple of (int, int)
-        (ids per row, dim) of each lookup in a replicated table with sparse gradients.
-    shared_columns : tuple of int
-        Elements of each slice of a co-located weight that all ranks hold.
-    """
-
-    ranks: int
-    entries: tuple[Entry, ...] = ()
-    exits: tuple[Exit, ...] = ()
-    id_bytes: int = 8
-    norm_channels: tuple[int, ...] = ()
-    sparse_lookups: tuple[tuple[int, int], ...] = ()
-    shared_columns: tuple[int, ...] = ()
-    dense_elements: int = 0
-
-    def predict(self, rank: int, rows: Sequence[int], itemsize: int, *, backward: bool = True) -> Traffic:
-        """Bytes that ``rank`` sends in a step in which rank r has ``rows[r]`` rows."""
-        n, result = self.ranks, Traffic()
-        if n == 1:
-            return result
-        mine, rest = rows[rank], wire.others(rows, rank)
-        result.add(wire.HEADER, (n - 1) * wire.HEADER_BYTES)
-        ids = sum(e.width(r) for e in self.entries for r in range(n) if r != rank)
-        result.add(wire.ENTER, self.id_bytes * mine * ids)
-        width = [sum(e.width(r) for e in self.exits) for r in range(n)]
-        result.add(wire.EXIT, itemsize * width[rank] * rest)
-        for channels in self.norm_channels:
-            result.add(wire.NORM_FORWARD, (n - 1) * (2 * channels + 1) * itemsize)
-        if backward:
-            result.add(wire.RETURN, itemsize * mine * (sum(width) - width[rank]))
-            for channels in self.norm_channels:
-                result.add(wire.NORM_BACKWARD, wire.all_reduce_bytes(2 * channels * itemsize, n))
-            for count in self.shared_columns:
-                result.add(wire.SHARED_COLUMNS, wire.all_reduce_bytes(count * itemsize, n))
-            for count, dim in self.sparse_lookups:
-                most = max(rows)  # gathered with equal sizes: shorter batches are padded
-                result.add(wire.SPARSE_GRADIENTS, (n - 1) * most * count * (8 + dim * itemsize))
-            result.add(wire.DENSE_GRADIENTS, wire.all_reduce_bytes(self.dense_elements * itemsize, n))
-        return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
