@@ -18,3 +18,5 @@ i = sympy.Symbol("i", integer=True, positive=True)
 """Bytes of an id."""
 P = sympy.Symbol("P", integer=True, nonnegative=True)
 """Elements of the dense parameters."""
+w = sympy.Symbol("w", integer=True, positive=True)
+"""Elements per row of the batch that leave the region, over all ranks that send them."""

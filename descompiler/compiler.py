@@ -19,7 +19,8 @@ from descompiler.errors import PlanError, RankError
 from descompiler.module import DeferredModule, DistributedModule
 from descompiler.operators import Operator, find_operators
 from descompiler.passes import NORMALISE, RULES
-from descompiler.plan import NO_OPERATORS, Plan, choose
+from descompiler.plan import NO_OPERATORS, Plan
+from descompiler.planner import choose
 from descompiler.program import Program
 from descompiler.runtime import Runtime
 from descompiler.state import reset_pieces, send_buffers, send_from_first

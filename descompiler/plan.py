@@ -2,23 +2,78 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
-from descompiler.aggregate import Candidates, Cut, Weights, minimum_cut, place
-from descompiler.cost_models.baselines import TableUse, baselines
-from descompiler.emit import layout_of
-from descompiler.errors import PlanError
+import sympy
+
+from descompiler.cost_models.baselines import ALL_REDUCE, SPARSE, TableUse, baselines
+from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
+from descompiler.cost_models.symbols import N, b, i, s
 from descompiler.layout import Layout
-from descompiler.operators import FORMS, Operator, Split, splits_of
+from descompiler.operators import Split
 from descompiler.pieces import Pieces
-from descompiler.program import Program, tail
-from descompiler.rule import Rule
 from descompiler.traffic import Traffic
 
 NO_OPERATORS = "the model has no weights-rich operator (nn.Embedding, nn.EmbeddingBag): it runs as plain data parallel"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A weights-rich operator, for people and for prices.
+
+    Attributes
+    ----------
+    ids : int
+        Per row of the batch, over all lookups.
+    uses : tuple of str
+        Operators that take its rows.
+    refusals : dict of str to str
+        Forms that it can't take, and why.
+    """
+
+    name: str
+    rows: int
+    dim: int
+    itemsize: int
+    ids: int
+    sparse: bool
+    uses: tuple[str, ...]
+    refusals: Mapping[str, str]
+    line: str
+
+    @property
+    def size_bytes(self) -> int:
+        return self.rows * self.dim * self.itemsize
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """One thing that crosses the wire.
+
+    Attributes
+    ----------
+    kind : {"ids", "values"}
+        Ids into the region; values out of it, whose gradients come back.
+    width : int
+        Ids, or elements, per row of the batch, over all ranks that receive, or send, them.
+    tables : tuple of str
+        Which tables read the ids, or are in the values.
+    """
+
+    kind: str
+    name: str
+    placement: str
+    width: int
+    tables: tuple[str, ...]
+    line: str
+
+    @property
+    def formula(self) -> sympy.Expr:
+        """Bytes per rank and step, the mean over ranks."""
+        return IDS_IN if self.kind == "ids" else VALUES_OUT_AND_BACK
 
 
 @dataclass
@@ -30,32 +85,39 @@ class Plan:
     ranks : int
     rows : int
         Rows per rank that it was priced for.
+    tables : list of Table
+        The weights-rich operators.
     splits : dict of str to Split
         By table.
     pieces : dict of str to Pieces
         By parameter, co-located and replicated ones included.
     price_bytes : int
         Bytes that the busiest rank sends in a training step.
-    rejected : dict of str to dict of str to str
-        By table and form: its price, or why it was not possible.
+    prices : dict of str to dict of str to int
+        By table and form: `price_bytes` if the tables like it took that form and nothing else changed.
     """
 
     ranks: int
     rows: int
     itemsize: int
-    operators: list[Operator]
+    tables: list[Table]
     splits: dict[str, Split]
     pieces: dict[str, Pieces]
     layout: Layout
-    exits: list[str]
+    crossings: list[Crossing]
     price_bytes: int
-    rejected: dict[str, dict[str, str]] = field(default_factory=dict)
+    prices: dict[str, dict[str, int]] = field(default_factory=dict)
     fingerprint: str = ""
 
     @property
     def sparse(self) -> set[str]:
         """Tables with sparse gradients."""
-        return {o.name for o in self.operators if o.sparse}
+        return {t.name for t in self.tables if t.sparse}
+
+    @property
+    def exits(self) -> list[str]:
+        """The aggregation points: operator and placement."""
+        return [f"{c.name} {c.placement}" for c in self.crossings if c.kind == "values"]
 
     def traffic(self, rank: int, rows: Sequence[int] | int | None = None, *, backward: bool = True) -> Traffic:
         """Bytes that a rank will send in a step; ``rows`` of every rank, or the same for all."""
@@ -65,211 +127,62 @@ class Plan:
 
     def baselines(self, rows: int | None = None) -> dict[str, int]:
         """Bytes that each rank would send in a step with other strategies, for ``rows`` rows a rank."""
-        tables = [TableUse(o.rows, o.dim, sum(prod(tail(x.ids)) for x in o.lookups)) for o in self.operators]
+        tables = [TableUse(t.rows, t.dim, t.ids) for t in self.tables]
         dense = sum(prod(p.shape) for n, p in self.pieces.items() if n not in self.splits)
         rows = self.rows if rows is None else rows
         return baselines(tables, dense, ranks=self.ranks, rows=rows, itemsize=self.itemsize)
 
+    def bytes_of(self, formula: sympy.Expr, **values: int) -> int:
+        """A formula of `descompiler.cost_models` with this plan's ranks, rows and sizes, rounded."""
+        known: dict[Any, int] = {N: self.ranks, b: self.rows, s: self.itemsize, i: self.layout.id_bytes}
+        known.update({x: values[x.name] for x in formula.free_symbols if x.name in values})
+        return int(round(formula.subs(known)))
+
     def explain(self) -> str:
-        """The plan in words: every table, its split, what it costs and what was rejected; what crosses the wire."""
+        """The plan in words: every table, its split and why; what crosses the wire; formulas and bytes.
+
+        Bytes are per rank and step, the mean over ranks, unless a line says otherwise.
+        """
         lines = [f"plan for {self.ranks} ranks, {self.rows} rows a rank, fingerprint {self.fingerprint}"]
-        if not self.operators:
+        if not self.tables:
             lines.append(NO_OPERATORS)
-        for o in self.operators:
-            uses = ", ".join(sorted({getattr(u.target, "__name__", "?") for x in o.lookups for u in x.node.users}))
-            lines.append(f"{o.name}  [{o.rows:,} x {o.dim}]  {o.size_bytes:,} B  used by {uses}  {o.line}".rstrip())
-            lines.append(f"  {self.splits[o.name]}")
-            for form, text in self.rejected.get(o.name, {}).items():
-                lines.append(f"  not {form}: {text}")
+        for t in self.tables:
+            lines.append(
+                f"{t.name}  [{t.rows:,} x {t.dim}]  {t.size_bytes:,} B, {t.ids} ids a row, {t.line}".rstrip(", ")
+            )
+            lines.append(f"  used by {', '.join(t.uses)}")
+            lines += [f"  {text}" for text in self._reasons(t)]
         for name, p in self.pieces.items():
             if name not in self.splits and not p.is_replicated:
                 lines.append(f"{name}: co-located, dim {p.dim} follows its input; no all-reduce")
-        lines.append(f"aggregated at: {', '.join(self.exits) or 'nothing leaves a region'}")
+        lines.append("what crosses the wire:" if self.crossings else "nothing enters or leaves a region")
+        for number, c in enumerate(self.crossings, 1):
+            lines.append(f"  [{number}] {c.kind} {c.name}  {c.placement}  {c.line}".rstrip())
+            name = "L" if c.kind == "ids" else "w"
+            size = self.bytes_of(c.formula, **{name: c.width})
+            lines.append(f"      {c.formula} = {size:,} B with {name}={c.width}; for {_some(c.tables)}")
         lines.append("bytes sent by rank 0 per step:")
         lines.append(str(self.traffic(0)))
         return "\n".join(lines)
 
-
-@dataclass
-class Trial:
-    """One choice of splits, priced."""
-
-    splits: dict[str, Split]
-    candidates: Candidates
-    cut: Cut
-    pieces: dict[str, Pieces]
-    layout: Layout
-    price_bytes: int
-
-
-def parameter_pieces(
-    program: Program, splits: Mapping[str, Split], candidates: Candidates, cut: Cut, ranks: int
-) -> dict[str, Pieces]:
-    """Pieces of every parameter: tables by their splits, weights inside by co-location, the others replicated."""
-    result = {n: Pieces.replicate(tuple(p.shape), ranks) for n, p in program.parameters.items()}
-    result.update({n: s.pieces for n, s in splits.items()})
-    for node in cut.inside:
-        result.update(candidates.placed[node].pieces)
-    return result
-
-
-def try_splits(
-    program: Program,
-    operators: Sequence[Operator],
-    splits: dict[str, Split],
-    rules: Sequence[Rule],
-    w: Weights,
-) -> Trial:
-    """Place, cut and price one choice of splits: the bytes that the busiest rank sends."""
-    candidates = place(program, operators, splits, rules, w.ranks)
-    cut = minimum_cut(program, candidates, w)
-    pieces = parameter_pieces(program, splits, candidates, cut, w.ranks)
-    layout = layout_of(program, operators, splits, pieces, candidates, cut, w.ranks)
-    rows = [w.rows] * w.ranks
-    price = max(layout.predict(r, rows, w.itemsize).total for r in range(w.ranks))
-    return Trial(splits, candidates, cut, pieces, layout, price)
-
-
-def assign(operators: Sequence[Operator], forms: Mapping[str, str], ranks: int) -> dict[str, Split]:
-    """Splits in given forms; field-split tables that read the same ids share a rank, balanced by width, then bytes."""
-    groups: dict[str, list[Operator]] = {}
-    load = [(0, 0)] * ranks
-    splits: dict[str, Split] = {}
-    for o in operators:
-        if forms[o.name] != "field":
-            splits[o.name] = splits_of(o, forms[o.name], ranks)
+    def _reasons(self, t: Table) -> list[str]:
+        """Why a table is split as it is: the split, what it sends, and what the other forms would have cost."""
+        split = self.splits[t.name]
+        lines = [str(split)]
+        if split.form == "replicate":
+            formula, name = (SPARSE, "sparse gradients") if t.sparse else (ALL_REDUCE, "dense gradients")
+            size = self.bytes_of(formula, V=t.rows, k=t.dim, L=t.ids)
+            lines.append(f"sends {name}: {formula} = {size:,} B")
         else:
-            groups.setdefault(o.lookups[0].ids.name, []).append(o)
-    for group in sorted(groups.values(), key=lambda g: (-sum(o.dim for o in g), -sum(o.rows for o in g))):
-        if all(o.starts is not None and o.starts == group[0].starts for o in group) and group[0].starts is not None:
-            owners = _field_owners(group[0], ranks)
-            splits.update({o.name: splits_of(o, "field", ranks, field_owners=owners) for o in group})
-            continue
-        owner = min(range(ranks), key=lambda r: load[r])
-        width, size = load[owner]
-        load[owner] = (width + sum(o.dim for o in group), size + sum(o.size_bytes for o in group))
-        splits.update({o.name: splits_of(o, "field", ranks, owner=owner) for o in group})
-    return splits
+            numbers = [f"[{n}]" for n, c in enumerate(self.crossings, 1) if t.name in c.tables]
+            lines.append(f"sends {', '.join(numbers)} below")
+        others = sorted((price, form) for form, price in self.prices.get(t.name, {}).items() if form != split.form)
+        for position, (price, form) in enumerate(others):
+            what = "runner-up" if position == 0 else "not"
+            lines.append(f"{what} {form}: {price:,} B a step for the busiest rank, against {self.price_bytes:,} B")
+        return lines + [f"not {form}: {reason}" for form, reason in t.refusals.items()]
 
 
-def _field_owners(o: Operator, ranks: int) -> list[int]:
-    assert o.starts is not None
-    sizes = [b - a for a, b in zip(o.starts, (*o.starts[1:], o.rows), strict=True)]
-    count, rows = [0] * ranks, [0] * ranks
-    owners = [0] * len(sizes)
-    for f in sorted(range(len(sizes)), key=lambda f: -sizes[f]):
-        owners[f] = min(range(ranks), key=lambda r: (count[r], rows[r], r))
-        count[owners[f]] += 1
-        rows[owners[f]] += sizes[f]
-    return owners
-
-
-def pinned_forms(operators: Sequence[Operator], pins: Mapping[str, str] | None) -> dict[str, str]:
-    """Forms that the user fixed: exact names must be possible, patterns apply where they are.
-
-    Raises
-    ------
-    PlanError
-        For a name that is no table, a form that does not exist, or one that the table can't take.
-    """
-    result: dict[str, str] = {}
-    names = {o.name for o in operators}
-    for pattern, form in (pins or {}).items():
-        if form not in FORMS:
-            raise PlanError(f"plan for {pattern!r}: no form {form!r}; the forms are {', '.join(FORMS)}")
-        matches = [o for o in operators if fnmatch.fnmatchcase(o.name, pattern)]
-        if not matches:
-            raise PlanError(
-                f"plan names {pattern!r}, which is no table of the model; tables: {', '.join(sorted(names))}"
-            )
-        for o in matches:
-            if form not in o.refusals:
-                result[o.name] = form
-            elif pattern == o.name:
-                raise PlanError(f"table {o.name!r} can't be split by {form}: {o.refusals[form]}")
-    return result
-
-
-def choose(
-    program: Program,
-    operators: Sequence[Operator],
-    rules: Sequence[Rule],
-    w: Weights,
-    pins: Mapping[str, str] | None = None,
-    progress: Callable[[str], None] = lambda text: None,
-) -> Plan:
-    """Choose splits by coordinate descent over classes of similar tables, then over small tables to replicate."""
-    fixed = pinned_forms(operators, pins)
-    classes: dict[object, list[Operator]] = {}
-    for o in operators:
-        key = fixed.get(o.name) or (o.dim, o.forms, o.starts is None, tuple(x.mode for x in o.lookups), o.sparse)
-        classes.setdefault(key, []).append(o)
-    cache: dict[tuple[tuple[str, str], ...], Trial] = {}
-
-    def trial(forms: Mapping[str, str]) -> Trial:
-        key = tuple(sorted(forms.items()))
-        if key not in cache:
-            cache[key] = try_splits(program, operators, assign(operators, forms, w.ranks), rules, w)
-        return cache[key]
-
-    if w.ranks == 1 or not operators:
-        forms = {o.name: "replicate" for o in operators}
-    else:
-        starts = [{o.name: fixed.get(o.name, f if f in o.forms else "replicate") for o in operators} for f in FORMS]
-        forms = min(starts, key=lambda f: trial(f).price_bytes)
-        improved = True
-        while improved:
-            improved = False
-            for members in classes.values():
-                for form in FORMS:
-                    other = {**forms, **{o.name: form for o in members if form in o.forms and o.name not in fixed}}
-                    if trial(other).price_bytes < trial(forms).price_bytes:
-                        forms, improved = other, True
-        forms = _replicate_small(operators, forms, fixed, trial)
-    best = trial(forms)
-    rejected = {o.name: dict(o.refusals) for o in operators}
-    if w.ranks > 1:
-        for members in classes.values():
-            for form in FORMS:
-                changed = {o.name: form for o in members if form in o.forms and o.name not in fixed}
-                if changed and any(forms[n] != form for n in changed):
-                    price = trial({**forms, **changed}).price_bytes
-                    for n in changed:
-                        if forms[n] != form:
-                            rejected[n][form] = (
-                                f"{price:,} B a step in all, if all tables like it were ({best.price_bytes:,} B)"
-                            )
-    itemsize = max((o.dtype.itemsize for o in operators), default=4)
-    exits = [f"{n.name} {best.candidates.placed[n].placement}" for n in best.cut.exits]
-    return Plan(
-        w.ranks,
-        w.rows,
-        itemsize,
-        list(operators),
-        best.splits,
-        best.pieces,
-        best.layout,
-        exits,
-        best.price_bytes,
-        rejected,
-        program.fingerprint(),
-    )
-
-
-def _replicate_small(
-    operators: Sequence[Operator],
-    forms: dict[str, str],
-    fixed: Mapping[str, str],
-    trial: Callable[[Mapping[str, str]], Trial],
-) -> dict[str, str]:
-    """Replicate the m smallest split tables, doubling m as long as it pays."""
-    small = sorted(
-        (o for o in operators if forms[o.name] != "replicate" and o.name not in fixed), key=lambda o: o.size_bytes
-    )
-    best, m = forms, 1
-    while m <= len(small):
-        other = {**forms, **{o.name: "replicate" for o in small[:m]}}
-        if trial(other).price_bytes < trial(best).price_bytes:
-            best = other
-        m *= 2
-    return best
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

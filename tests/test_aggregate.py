@@ -10,7 +10,7 @@ from descompiler.aggregate import Weights, brute_force, evaluate, is_legal, mini
 from descompiler.capture import blueprint, capture
 from descompiler.operators import FORMS, find_operators
 from descompiler.passes import NORMALISE, RULES
-from descompiler.plan import assign
+from descompiler.planner import assign
 from descompiler.program import run_passes
 from examples.models import MODELS
 
@@ -61,7 +61,7 @@ def test_minimum_cut_is_brute_force(dims, steps, hidden, ranks, rows, form):
     assert cut.cost == evaluate(program, candidates, cut.inside, w) == brute_force(program, candidates, w)
 
 
-@pytest.mark.parametrize("ranks, at", [(2, {"linear"}), (64, {"stack"})])
+@pytest.mark.parametrize("ranks, at", [(2, {"aten.linear"}), (64, {"aten.stack"})])
 def test_deepfm_changes_its_form_with_the_ranks(ranks, at):
     """Few ranks: partial sums; many: the embeddings themselves."""
     import descompiler as des
@@ -70,3 +70,15 @@ def test_deepfm_changes_its_form_with_the_ranks(ranks, at):
     inputs = (torch.randn(4, 3), torch.randint(100, (4, 26)))
     plan = des.plan(model, inputs, ranks=ranks, batch=1024, pins={"*": "field"})
     assert at <= {e.split()[0] for e in plan.exits}
+
+
+def test_the_explanation_names_every_table_its_price_and_its_runner_up():
+    import descompiler as des
+
+    model = MODELS["deepfm"]("fields", vocab_sizes=[100_000] * 3, dim=16, hidden=(64, 32))
+    plan = des.plan(model, (torch.randn(4, 3), torch.randint(100, (4, 3))), ranks=4, batch=1024)
+    text = plan.explain()
+    for t in plan.tables:
+        block = text[text.index(t.name) :]
+        assert str(plan.splits[t.name]) in block and "runner-up" in block
+    assert f"= {plan.bytes_of(plan.crossings[0].formula, L=plan.crossings[0].width):,} B" in text

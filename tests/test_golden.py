@@ -14,7 +14,7 @@ from descompiler.capture import blueprint, capture
 from descompiler.emit import emit
 from descompiler.operators import find_operators
 from descompiler.passes import NORMALISE, RULES
-from descompiler.plan import assign, parameter_pieces
+from descompiler.planner import assign, parameter_pieces
 from descompiler.program import canonical, canonical_graph
 
 RANKS = 2
