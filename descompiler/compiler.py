@@ -13,14 +13,16 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from descompiler.aggregate import Weights, minimum_cut, place
-from descompiler.capture import Signature, blueprint, capture, normalise_inputs
+from descompiler.capture import capture
 from descompiler.emit import Emitted, emit
 from descompiler.errors import PlanError, RankError
+from descompiler.inputs import Signature, normalise_inputs
 from descompiler.module import DeferredModule, DistributedModule
 from descompiler.operators import Operator, find_operators
 from descompiler.passes import NORMALISE, RULES
 from descompiler.plan import NO_OPERATORS, Plan
 from descompiler.planner import choose
+from descompiler.probe import blueprint
 from descompiler.program import Program
 from descompiler.runtime import Runtime
 from descompiler.state import reset_pieces, send_buffers, send_from_first

@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from descompiler import traffic as wire
-from descompiler.capture import Signature
 from descompiler.emit import Emitted
 from descompiler.errors import InputError
+from descompiler.inputs import Signature
 from descompiler.pieces import Pieces
 from descompiler.plan import Plan
 from descompiler.runtime import Runtime

@@ -20,9 +20,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from descompiler.capture import normalise_inputs
 from descompiler.compiler import compile
 from descompiler.errors import EquivalenceError
+from descompiler.inputs import normalise_inputs
 from descompiler.state import full_state_dict
 
 TOLERANCE_FLOAT64 = 1e-10

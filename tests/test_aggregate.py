@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from descompiler.aggregate import Weights, brute_force, evaluate, is_legal, minimum_cut, place
-from descompiler.capture import blueprint, capture
+from descompiler.capture import capture
 from descompiler.operators import FORMS, find_operators
 from descompiler.passes import NORMALISE, RULES
 from descompiler.planner import assign
+from descompiler.probe import blueprint
 from descompiler.program import run_passes
 from examples.models import MODELS
 

@@ -1,0 +1,134 @@
+"""Checks of a captured graph: it reproduces the model, and each rank may see its own rows only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from descompiler.errors import CaptureError, UnsupportedError
+from descompiler.probe import LARGE_ELEMENTS, Flat, run_eager
+from descompiler.program import Program, aten, interpret, is_tensor, rowwise, shape_of, where
+
+TOLERANCE_FLOAT64 = 1e-9
+"""Relative error allowed between the module and its captured graph: operators are the same, their order may not be."""
+
+
+def probe_values(program: Program, probe: Flat, tensors: list[Tensor]) -> dict[str, Any]:
+    """A value for each placeholder, parameters and buffers from a probe."""
+    params = dict(probe.model.named_parameters(remove_duplicate=False))
+    buffers = dict(probe.model.named_buffers(remove_duplicate=False))
+    queue = iter(tensors)
+    values: dict[str, Any] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            source = program.sources[node.name]
+            if source.kind == "input":
+                values[node.name] = next(queue)
+            elif source.kind == "parameter":
+                values[node.name] = params[source.name]
+            elif source.kind == "buffer":
+                values[node.name] = buffers[source.name].clone()
+            else:
+                values[node.name] = program.constants[source.name]
+    return values
+
+
+def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> None:
+    params = {n: p for n, p in probe.model.named_parameters() if p.requires_grad and p.numel() <= LARGE_ELEMENTS}
+    for p in probe.model.parameters():
+        if p.numel() > LARGE_ELEMENTS:
+            p.requires_grad_(False)
+    values = probe_values(program, probe, tensors)  # clones the buffers before eager changes them
+    state = {n: b.clone() for n, b in probe.model.named_buffers()}
+    eager = run_eager(probe, tensors)
+    eager_gradients = _gradients(eager, list(params.values()))
+    for n, b in probe.model.named_buffers():
+        b.copy_(state[n])
+    torch.manual_seed(11)
+    graph, _ = interpret(program, values)
+    graph_gradients = _gradients(graph, list(params.values()))
+    for i, (a, b) in enumerate(zip(eager, graph, strict=True)):
+        if a.shape != b.shape or _relative_error(a, b) > TOLERANCE_FLOAT64:
+            raise CaptureError(
+                f"the captured graph does not reproduce output {i} of the model on {len(tensors[0])} rows"
+            )
+    for name, before, after in zip(params, eager_gradients, graph_gradients, strict=True):
+        dense = [torch.zeros(()) if g is None else g.to_dense() for g in (before, after)]
+        if _relative_error(dense[0], dense[1]) > TOLERANCE_FLOAT64:
+            raise CaptureError(f"the captured graph does not reproduce the gradient of parameter {name!r}")
+
+
+def _gradients(outputs: list[Tensor], params: list[Tensor]) -> list[Tensor | None]:
+    terms = [(o * torch.linspace(-1, 1, o.numel()).to(o).reshape(o.shape)).sum() for o in outputs if o.requires_grad]
+    if not terms or not params:
+        return [None] * len(params)
+    return list(torch.autograd.grad(sum(terms[1:], terms[0]), params, allow_unused=True))
+
+
+def _relative_error(a: Tensor, b: Tensor) -> float:
+    if not a.numel() and not b.numel():
+        return 0.0
+    if not a.is_floating_point():
+        return 0.0 if torch.equal(a, b) else float("inf")
+    if not torch.equal(a.isfinite(), b.isfinite().expand_as(a) if b.shape != a.shape else b.isfinite()):
+        return float("inf")
+    a, b = a.detach().nan_to_num(), b.detach().nan_to_num()
+    return float((a - b).abs().max() / max(float(a.abs().max()), float(b.abs().max()), 1e-30))
+
+
+RANDOM = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+
+
+def check_rows_independent(program: Program, probe: Flat, tensors: list[Tensor]) -> None:
+    """Run the graph on a batch and on its two halves; the first node whose halves do not add up is named.
+
+    Batch norm is computed by the compiler's own operator over the global batch, and dropout draws independently for
+    each row, so both pass their input on here.
+    """
+    for node in program.graph.nodes:
+        if node.op == "output":
+            for i, o in enumerate(node.args[0]):
+                if not (is_tensor(o) and shape_of(o) and shape_of(o)[0] == program.batch):
+                    raise UnsupportedError(
+                        f"output {i} of forward ({where(o)}) has no batch dimension in front: it combines the rows of "
+                        "a batch. Return one value per row and reduce them in the loss"
+                    )
+
+    def override(node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.target in RANDOM or (node.target is aten.batch_norm.default and args[5]):
+            return args[0].clone()
+        return NotImplemented
+
+    rows = len(tensors[0])
+    cut = (rows + 1) // 2
+    with torch.no_grad():
+        runs = [
+            interpret(program, probe_values(program, probe, part), override)
+            for part in (tensors, [t[:cut] for t in tensors], [t[cut:] for t in tensors])
+        ]
+    (whole, env), (first, env1), (second, env2) = runs
+
+    def differs(a: Tensor, b: Tensor, c: Tensor) -> bool:
+        both = torch.cat([b, c])
+        return both.shape != a.shape or _relative_error(a.double(), both.double()) > TOLERANCE_FLOAT64
+
+    if not any(differs(*x) for x in zip(whole, first, second, strict=True)):
+        return
+    for node in program.graph.nodes:
+        if node.op != "call_function" or not is_tensor(node):
+            continue
+        if not rowwise(program, node):
+            if any(not isinstance(s, int) for s in shape_of(node)[1:]):
+                raise _coupled(node)
+        elif differs(env[node], env1[node], env2[node]):
+            raise _coupled(node)
+    raise UnsupportedError("an operator of the model mixes the rows of a batch")
+
+
+def _coupled(node: fx.Node) -> UnsupportedError:
+    return UnsupportedError(
+        f"{where(node)} mixes the rows of a batch, so each rank's own rows would give another result than the global "
+        "batch; move it into the loss, or out of the model"
+    )

@@ -1,0 +1,115 @@
+"""Probes: copies of a model, without weights (`blueprint`) or with random ones, and batches to run them on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from descompiler.errors import InputError, UnsupportedError
+
+LARGE_ELEMENTS = 1 << 22
+"""Parameters with more elements than this are probed through an overlapping view and without gradients."""
+
+
+def blueprint(model: nn.Module) -> nn.Module:
+    """A copy of the module whose parameters are on the meta device; buffers keep their values.
+
+    Raises
+    ------
+    UnsupportedError
+        If a buffer's values are not known because it is on the meta device, batch statistics aside.
+    """
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    result = copy.deepcopy(model, memo)
+    for prefix, module in result.named_modules():
+        lost = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
+        if not lost:
+            continue
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            for name, b in lost.items():
+                module._buffers[name] = torch.empty_like(b, device="cpu")
+            module.reset_running_stats()
+        else:
+            name = f"{prefix}.{next(iter(lost))}".lstrip(".")
+            raise UnsupportedError(
+                f"buffer {name!r} is on the meta device, so its values are not known; "
+                "create it with device='cpu' (it is only the parameters that may be on meta)"
+            )
+    return result
+
+
+def _probe_tensor(p: Tensor, device: torch.device, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Random values of a parameter's shape; a large table is W[i, j] = base[i + j], which needs one column's memory."""
+    if p.numel() <= LARGE_ELEMENTS or p.dim() != 2:
+        return (0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(device, dtype)
+    rows, cols = p.shape
+    base = 0.3 * torch.randn(rows + cols, generator=generator, dtype=torch.float64)
+    return base.to(device, dtype).as_strided((rows, cols), (1, 1))
+
+
+def materialise(template: nn.Module, device: torch.device, *, double: bool) -> nn.Module:
+    """A blueprint with random parameters, to trace and to probe."""
+    generator = torch.Generator().manual_seed(20190904)
+    memo: dict[int, Any] = {}
+    for p in template.parameters():
+        dtype = torch.float64 if double and p.is_floating_point() else p.dtype
+        memo[id(p)] = nn.Parameter(_probe_tensor(p, device, generator, dtype), requires_grad=p.requires_grad)
+    result = copy.deepcopy(template, memo)
+    for module in result.modules():
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = b.to(device, torch.float64 if double and b.is_floating_point() else b.dtype)
+    return result
+
+
+class Flat(nn.Module):
+    """Calls the user's module from a flat list of tensors and flattens what it returns."""
+
+    def __init__(self, model: nn.Module, spec: pytree.TreeSpec, statics: Sequence[Any]):
+        super().__init__()
+        self.model, self.spec, self.statics = model, spec, statics
+        self.out_spec: pytree.TreeSpec | None = None
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        queue = iter(tensors)
+        leaves = [next(queue) if s is Ellipsis else s for s in self.statics]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        out, self.out_spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        for i, o in enumerate(out):
+            if not isinstance(o, Tensor):
+                raise UnsupportedError(f"output {i} of forward is a {type(o).__name__}; every output must be a tensor")
+        return out
+
+
+def at_least_two_rows(tensors: list[Tensor]) -> list[Tensor]:
+    if not tensors:
+        raise InputError("example_inputs holds no tensor")
+    sizes = [t.shape[0] if t.dim() else 0 for t in tensors]
+    if len(set(sizes)) != 1 or not sizes[0]:
+        raise InputError(f"dim 0 of every example input is the batch, at least 1; the sizes there are {sizes}")
+    return [torch.cat([t, t]) for t in tensors] if sizes[0] == 1 else list(tensors)
+
+
+def double_all(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [t.detach().double() if t.is_floating_point() else t.detach() for t in tensors]
+
+
+def other_batch(tensors: list[Tensor]) -> list[Tensor]:
+    """Another size and other values: rows drawn from the example's, each input on its own."""
+    rows = tensors[0].shape[0]
+    generator = torch.Generator().manual_seed(7)
+    size = 2 * rows + 1 if rows < 64 else rows // 2 + 1
+    return [t[torch.randint(rows, (size,), generator=generator).to(t.device)] for t in tensors]
+
+
+def run_eager(probe: Flat, tensors: list[Tensor]) -> list[Tensor]:
+    torch.manual_seed(11)
+    return probe(*tensors)
