@@ -1,5 +1,6 @@
 """descompiler: compile an ordinary PyTorch recommender model into an equivalent distributed module."""
 
+from descompiler.cluster import Cluster
 from descompiler.compiler import compile, plan
 from descompiler.errors import (
     CaptureError,
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
+    "Cluster",
     "DescompilerError",
     "DistributedModule",
     "EquivalenceError",

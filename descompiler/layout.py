@@ -118,25 +118,28 @@ class Layout:
         return [sum(e.width(r) for e in self.exits) for r in range(self.ranks)]
 
     def predict(self, rank: int, rows: Sequence[int], itemsize: int, *, backward: bool = True) -> Traffic:
-        """Bytes that ``rank`` sends in a step in which rank r has ``rows[r]`` rows."""
+        """What ``rank`` sends in a step in which rank r has ``rows[r]`` rows: bytes and calls."""
         n, result = self.ranks, Traffic()
         if n == 1:
             return result
         mine, rest = rows[rank], wire.others(rows, rank)
         ids, values = self.enter_widths, self.exit_widths
         result.add(wire.HEADER, (n - 1) * wire.HEADER_BYTES)
-        result.add(wire.ENTER, self.id_bytes * mine * (sum(ids) - ids[rank]))
-        result.add(wire.EXIT, itemsize * values[rank] * rest)
+        if self.entries:
+            result.add(wire.ENTER, self.id_bytes * mine * (sum(ids) - ids[rank]))
+            result.add(wire.EXIT, itemsize * values[rank] * rest)
         for channels in self.norm_channels:
             result.add(wire.NORM_FORWARD, (n - 1) * (2 * channels + 1) * itemsize)
         if backward:
-            result.add(wire.RETURN, itemsize * mine * (sum(values) - values[rank]))
+            if self.exits:
+                result.add(wire.RETURN, itemsize * mine * (sum(values) - values[rank]))
             for channels in self.norm_channels:
                 result.add(wire.NORM_BACKWARD, wire.all_reduce_bytes(2 * channels * itemsize, n))
-            for count in self.shared_columns:
-                result.add(wire.SHARED_COLUMNS, wire.all_reduce_bytes(count * itemsize, n))
+            if self.shared_columns:
+                result.add(wire.SHARED_COLUMNS, wire.all_reduce_bytes(sum(self.shared_columns) * itemsize, n))
             for count, dim in self.sparse_lookups:
                 most = max(rows)  # gathered with equal sizes: shorter batches are padded
-                result.add(wire.SPARSE_GRADIENTS, (n - 1) * most * count * (8 + dim * itemsize))
-            result.add(wire.DENSE_GRADIENTS, wire.all_reduce_bytes(self.dense_elements * itemsize, n))
+                result.add(wire.SPARSE_GRADIENTS, (n - 1) * most * count * (8 + dim * itemsize), calls=2)
+            if self.dense_elements:
+                result.add(wire.DENSE_GRADIENTS, wire.all_reduce_bytes(self.dense_elements * itemsize, n))
         return result

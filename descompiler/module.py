@@ -179,7 +179,8 @@ class DistributedModule(nn.Module):
     def _average(self, bucket: Any) -> Any:
         buffer, ranks = bucket.buffer(), self._runtime.ranks
         size = buffer.numel() * buffer.element_size()
-        self._runtime.traffic.add(wire.DENSE_GRADIENTS, wire.all_reduce_bytes(size, ranks))
+        first = int(bucket.index() == 0)
+        self._runtime.traffic.add(wire.DENSE_GRADIENTS, wire.all_reduce_bytes(size, ranks), calls=first)
         buffer.div_(ranks)
         future = dist.all_reduce(buffer, group=self._reducer_process_group, async_op=True).get_future()
         return future.then(lambda f: f.value()[0])
@@ -187,7 +188,7 @@ class DistributedModule(nn.Module):
     # ---- reports
 
     def traffic(self) -> Traffic:
-        """Bytes that this rank gave to each collective since the latest forward began."""
+        """Bytes and calls of each collective on this rank since the latest forward began."""
         return self._runtime.traffic
 
     def print_readable(self) -> str:

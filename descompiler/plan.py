@@ -120,7 +120,7 @@ class Plan:
         return [f"{c.name} {c.placement}" for c in self.crossings if c.kind == "values"]
 
     def traffic(self, rank: int, rows: Sequence[int] | int | None = None, *, backward: bool = True) -> Traffic:
-        """Bytes that a rank will send in a step; ``rows`` of every rank, or the same for all."""
+        """What a rank will send in a step, bytes and calls; ``rows`` of every rank, or the same for all."""
         rows = self.rows if rows is None else rows
         every = [rows] * self.ranks if isinstance(rows, int) else list(rows)
         return self.layout.predict(rank, every, self.itemsize, backward=backward)
@@ -136,7 +136,7 @@ class Plan:
         """A formula of `descompiler.cost_models` with this plan's ranks, rows and sizes, rounded."""
         known: dict[Any, int] = {N: self.ranks, b: self.rows, s: self.itemsize, i: self.layout.id_bytes}
         known.update({x: values[x.name] for x in formula.free_symbols if x.name in values})
-        return int(round(formula.subs(known)))
+        return int(formula.subs(known).round())
 
     def explain(self) -> str:
         """The plan in words: every table, its split and why; what crosses the wire; formulas and bytes.

@@ -1,4 +1,4 @@
-"""Bytes that one rank sends in one step, by collective: predicted by a plan, or counted by the runtime."""
+"""What one rank sends in one step, by collective: bytes and calls, predicted by a plan or counted by the runtime."""
 
 from __future__ import annotations
 
@@ -9,29 +9,49 @@ from fractions import Fraction
 
 @dataclass
 class Traffic:
-    """Bytes sent by one rank, by collective.
+    """Bytes sent by one rank, and calls of the collectives that sent them.
 
     A ring all-reduce of S bytes among N ranks counts as 2(N-1)/N·S, an all-gather of S bytes as (N-1)·S, an all-to-all
-    as what goes to other ranks. Fractions keep the sums exact.
+    as what goes to other ranks. Fractions keep the sums exact. A call counts also where this rank sends nothing: the
+    others wait for it. The reducer's buckets are one call, as they are under way together.
+
+    Names are ``kind (purpose)``; the kind is what a `descompiler.cluster.Cluster` has latencies and bandwidths of.
     """
 
     bytes_by_collective: dict[str, Fraction] = field(default_factory=dict)
+    calls_by_collective: dict[str, int] = field(default_factory=dict)
 
-    def add(self, collective: str, sent_bytes: int | Fraction) -> None:
-        if sent_bytes:
+    def add(self, collective: str, sent_bytes: int | Fraction, calls: int = 1) -> None:
+        """Add bytes, and ``calls`` calls of the collective that sent them."""
+        if sent_bytes or calls:
             self.bytes_by_collective[collective] = self.bytes_by_collective.get(collective, Fraction(0)) + sent_bytes
+            self.calls_by_collective[collective] = self.calls_by_collective.get(collective, 0) + calls
 
     @property
     def total(self) -> int:
         """All bytes, rounded to an integer."""
         return round(sum(self.bytes_by_collective.values(), Fraction(0)))
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Traffic) and self.bytes_by_collective == other.bytes_by_collective
+    @property
+    def calls(self) -> int:
+        """All calls."""
+        return sum(self.calls_by_collective.values())
 
     def __str__(self) -> str:
-        lines = [f"  {name:<46} {float(n):>14,.0f} B" for name, n in self.bytes_by_collective.items()]
-        return "\n".join([*lines, f"  {'total':<46} {self.total:>14,} B"])
+        lines = [
+            f"  {name:<46} {float(n):>14,.0f} B {self.calls_by_collective[name]:>4} x"
+            for name, n in self.bytes_by_collective.items()
+        ]
+        return "\n".join([*lines, f"  {'total':<46} {self.total:>14,} B {self.calls:>4} x"])
+
+
+def kind_of(collective: str) -> str:
+    """The collective, without its purpose.
+
+    >>> kind_of(ENTER)
+    'all_to_all'
+    """
+    return collective.partition(" (")[0]
 
 
 # The names of the collectives, in the order in which a step makes them.
