@@ -11,6 +11,7 @@ from descompiler.errors import (
     RankError,
     UnsupportedError,
 )
+from descompiler.inputs import register_input
 from descompiler.module import DistributedModule
 from descompiler.plan import Plan
 from descompiler.state import full_state_dict, load_full_state_dict
@@ -36,5 +37,6 @@ __all__ = [
     "full_state_dict",
     "load_full_state_dict",
     "plan",
+    "register_input",
     "verify",
 ]

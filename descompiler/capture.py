@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from descompiler.checks import check_reproduces, check_rows_independent
 from descompiler.errors import InputError, UnsupportedError
-from descompiler.inputs import Signature, normalise_inputs
+from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics
 from descompiler.probe import Flat, at_least_two_rows, double_all, materialise, other_batch, run_eager
 from descompiler.program import Pass, Program, run_passes
 from descompiler.tracers import trace_export
@@ -54,10 +53,8 @@ def capture(
     InputError
         If the example inputs can't be run.
     """
-    args, kwargs = normalise_inputs(example_inputs)
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    statics = tuple(Ellipsis if isinstance(x, Tensor) else x for x in leaves)
-    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    leaves, spec = flatten(normalise_inputs(example_inputs, template.forward))
+    tensors, statics = split_statics(leaves)
     tensors = at_least_two_rows(tensors)
     device = tensors[0].device
 
@@ -80,9 +77,9 @@ def capture(
         ) from error
 
     traced = flat(double=False)
-    assert probe.out_spec is not None  # from the eager run: export undoes what forward writes to its module
     program = run_passes(trace_export(traced, tensors, template), passes)
-    signature = Signature(spec, probe.out_spec, statics)
+    assert probe.out_spec is not None  # from the eager run: export undoes what forward writes to its module
+    signature = Signature(spec, probe.out_spec, statics, probe.out_statics)
     for batch in (tensors, other_batch(tensors)):
         check_reproduces(program, probe, double_all(batch))
     check_rows_independent(program, probe, double_all(tensors))

@@ -10,13 +10,12 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from descompiler.aggregate import Weights, minimum_cut, place
 from descompiler.capture import capture
 from descompiler.emit import Emitted, emit
 from descompiler.errors import PlanError, RankError
-from descompiler.inputs import Signature, normalise_inputs
+from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics
 from descompiler.module import DeferredModule, DistributedModule
 from descompiler.operators import Operator, find_operators
 from descompiler.passes import NORMALISE, RULES
@@ -51,8 +50,11 @@ def compile(
     ----------
     model : torch.nn.Module
         Weights are taken from rank 0; if it is on the meta device, from each module's ``reset_parameters``.
-    example_inputs : tuple or dict, optional
-        Inputs of one forward; dim 0 of every tensor is the batch. Without, the first forward compiles.
+    example_inputs : tuple, dict or object, optional
+        Inputs of one forward; dim 0 of every tensor is the batch. A tuple or list holds the positional arguments,
+        ``(args, kwargs)`` both kinds; a dict that names forward's parameters holds keyword arguments; every other dict
+        or object is the one positional argument. See `register_input` for classes of your own. Without, the first
+        forward compiles.
     plan : Plan or mapping of str to str, optional
         A plan to follow, or forms to pin: table name (or pattern) to "replicate", "field", "row" or "column".
     process_group : optional
@@ -152,7 +154,7 @@ class _Builder:
 
     def __init__(self, template: nn.Module, example_inputs: Any):
         self.template, self.example_inputs = template, example_inputs
-        leaves = [x for x in pytree.tree_leaves(normalise_inputs(example_inputs)) if isinstance(x, torch.Tensor)]
+        leaves, _ = split_statics(flatten(normalise_inputs(example_inputs, template.forward))[0])
         self.rows = max((x.shape[0] for x in leaves if x.dim()), default=1)
         self.device = leaves[0].device if leaves else torch.device("cpu")
 

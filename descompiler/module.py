@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
 from descompiler import traffic as wire
 from descompiler.emit import Emitted
@@ -112,7 +111,7 @@ class DistributedModule(nn.Module):
             text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             runtime.header(0, text)
             raise
-        return pytree.tree_unflatten(outputs, self._signature.outputs)
+        return self._signature.unflatten(outputs)
 
     def _run(self, tensors: Any) -> list[Tensor]:
         emitted = self._program()

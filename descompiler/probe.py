@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from descompiler.errors import InputError, UnsupportedError
+from descompiler.inputs import flatten, split_statics, unflatten_with
 
 LARGE_ELEMENTS = 1 << 22
 """Parameters with more elements than this are probed through an overlapping view and without gradients."""
@@ -77,15 +78,12 @@ class Flat(nn.Module):
         super().__init__()
         self.model, self.spec, self.statics = model, spec, statics
         self.out_spec: pytree.TreeSpec | None = None
+        self.out_statics: tuple[Any, ...] = ()
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
-        queue = iter(tensors)
-        leaves = [next(queue) if s is Ellipsis else s for s in self.statics]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        out, self.out_spec = pytree.tree_flatten(self.model(*args, **kwargs))
-        for i, o in enumerate(out):
-            if not isinstance(o, Tensor):
-                raise UnsupportedError(f"output {i} of forward is a {type(o).__name__}; every output must be a tensor")
+        args, kwargs = unflatten_with(tensors, self.spec, self.statics)
+        leaves, self.out_spec = flatten(self.model(*args, **kwargs))
+        out, self.out_statics = split_statics(leaves)
         return out
 
 

@@ -18,11 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from descompiler.compiler import compile
 from descompiler.errors import EquivalenceError
-from descompiler.inputs import normalise_inputs
+from descompiler.inputs import flatten, map_tensors, normalise_inputs, split_statics, take_rows
 from descompiler.state import full_state_dict
 
 TOLERANCE_FLOAT64 = 1e-10
@@ -96,8 +95,8 @@ def verify(
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.AlphaDropout | nn.FeatureAlphaDropout | nn.Dropout1d):
             module.p = 0.0
-    inputs = pytree.tree_map(
-        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, normalise_inputs(example_inputs)
+    inputs = map_tensors(
+        lambda x: x.double() if x.is_floating_point() else x, normalise_inputs(example_inputs, model.forward)
     )
     report = Report(ranks)
     arguments = (model, inputs, steps, list(plans), list(optimizers))
@@ -185,13 +184,13 @@ def _work(
 
 def batches(inputs: Any, step: int, ranks: int) -> tuple[Any, list[int]]:
     """A global batch drawn from the example's rows, and each rank's rows: uneven, one rank empty, then even."""
-    leaves = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+    leaves, _ = split_statics(flatten(inputs)[0])
     rows = [[3 + (r % 2) for r in range(ranks)], [0 if r == step % ranks else 2 + r for r in range(ranks)], [2] * ranks]
     counts = rows[step % 3]
     if sum(counts) < 2:
         counts = [4] * ranks
     index = torch.randint(len(leaves[0]), (sum(counts),), generator=torch.Generator().manual_seed(step))
-    return pytree.tree_map(lambda x: x[index] if isinstance(x, Tensor) else x, inputs), counts
+    return take_rows(inputs, index), counts
 
 
 def _optimizer(name: str, module: nn.Module, sparse: set[str]) -> list[torch.optim.Optimizer]:
@@ -203,10 +202,14 @@ def _optimizer(name: str, module: nn.Module, sparse: set[str]) -> list[torch.opt
     return chosen + ([OPTIMIZERS["adagrad"](rest)] if rest else [])
 
 
+def _tensors(outputs: Any) -> list[Tensor]:
+    return split_statics(flatten(outputs)[0])[0]
+
+
 def _loss(outputs: Any, first: int) -> Tensor:
     """A loss that is a sum over rows and differs between rows."""
     total = torch.zeros((), dtype=torch.float64)
-    for o in pytree.tree_leaves(outputs):
+    for o in _tensors(outputs):
         rows = torch.arange(first, first + len(o), dtype=o.dtype).reshape(-1, *[1] * (o.dim() - 1))
         total = total + ((o - torch.cos(rows)) ** 2).sum()
     return total
@@ -251,12 +254,10 @@ def _case(
         mine = slice(first, first + counts[rank])
         expected = reference(*args, **kwargs)
         _loss(expected, 0).backward()
-        local_args, local_kwargs = pytree.tree_map(
-            lambda x, m=mine: x[m] if isinstance(x, Tensor) else x, (args, kwargs)
-        )
+        local_args, local_kwargs = take_rows((args, kwargs), torch.arange(first, first + counts[rank]))
         got = module(*local_args, **local_kwargs)
         _loss(got, first).backward()
-        for i, (a, b) in enumerate(zip(pytree.tree_leaves(got), pytree.tree_leaves(expected), strict=True)):
+        for i, (a, b) in enumerate(zip(_tensors(got), _tensors(expected), strict=True)):
             compare("output", str(i), a, b[mine], _largest([b]), 0.0)
         grads = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
         rounding = ROUNDING_FLOAT64 * _largest(grads.values())
