@@ -25,8 +25,9 @@ from math import prod
 import networkx as nx
 from torch import fx
 
+from descompiler.form import Split
 from descompiler.layout import Exit
-from descompiler.operators import Operator, Split
+from descompiler.operators import Operator
 from descompiler.pieces import Pieces
 from descompiler.placement import Local, Placement, Region, Shard, ranks_of
 from descompiler.program import Program, aten, is_tensor, rowwise, shape_of, tail, value

@@ -16,13 +16,14 @@ import torch
 from torch import fx
 
 from descompiler.aggregate import Candidates, Cut, exit_of
+from descompiler.form import LookupPart, Split, form_named
 from descompiler.layout import Check, Entry, Layout
-from descompiler.operators import Lookup, Operator, Split
+from descompiler.operators import Lookup, Operator
 from descompiler.pieces import Pieces
 from descompiler.placement import LOCAL, Local, Partial, Placement, Shard, has_local
 from descompiler.program import Program, Source, aten, tail
 from descompiler.rule import Part, Placed, Rule
-from descompiler.runtime import bag, bag_rows, join_local, lookup, lookup_rows, scale_grad
+from descompiler.runtime import join_local, scale_grad
 
 
 @dataclass
@@ -83,13 +84,14 @@ class _Emitter:
         self.local: dict[fx.Node, fx.Node] = {}  # original node -> emitted node holding the part of own rows
         self.slices: dict[str, fx.Node] = {}  # weight name -> the slice that all ranks hold
         self.constants: dict[str, torch.Tensor] = dict(program.constants)
+        self.form_constants: dict[str, dict[str, fx.Node]] = {}  # by table, what its form needs
         self.sources: list[Source] = []
         self.entered: dict[fx.Node, tuple[fx.Node, tuple[int, ...] | None]] = {}
         self.layout = layout_of(program, operators, splits, pieces, candidates, cut, ranks)
 
     def run(self) -> Emitted:
         self.runtime = self.graph.placeholder("runtime")
-        shifts = self._placeholders()
+        self._placeholders()
         dependent = self._dependent_on_region()
         checked = [
             (o, x) for o in self.operators for x in o.lookups if x.ids not in dependent and x.ids.op != "get_attr"
@@ -104,7 +106,7 @@ class _Emitter:
             self._enter()
             for n in self.program.graph.nodes:
                 if n in self.inside and self._part(self.rank).holds(self.placements[n]):
-                    self.region[n] = self._emit_region(n, shifts)
+                    self.region[n] = self._emit_region(n)
             self._exit()
         for n in self.program.graph.nodes:
             if n.op == "call_function" and n not in dependent and n not in self.inside:
@@ -125,8 +127,7 @@ class _Emitter:
                 self.graph.output([self._runtime("output", self.outside[o]) for o in n.args[0]])
         self._drop_dead_code()
         self.graph.lint()
-        by_field = [self.splits[o.name].by_field for o, _ in checked]
-        checks = tuple(o.check(by_field=f) for (o, _), f in zip(checked, by_field, strict=True))
+        checks = tuple(form_named(self.splits[o.name].form).check(self.splits[o.name], o) for o, _ in checked)
         module = fx.GraphModule(torch.nn.Module(), self.graph)
         return Emitted(module, self.sources, self.constants, self.layout, checks)
 
@@ -142,22 +143,17 @@ class _Emitter:
         self.sources.append(source)
         return self.graph.placeholder(name)
 
-    def _placeholders(self) -> dict[str, fx.Node]:
+    def _placeholders(self) -> None:
         for n in self.program.graph.nodes:
             if n.op == "placeholder":
                 self.outside[n] = self._placeholder(n.name, self.program.sources[n.name])
-        # where a rank's fields of an offsets table lie side by side, ids move by a constant per field
-        shifts: dict[str, fx.Node] = {}
         for o in self.operators:
-            if self.splits[o.name].by_field:
-                position, moves = 0, []
-                for r in self.pieces[o.name].own(self.rank):
-                    moves.append(position - r.start)
-                    position += r.size
-                name = f"shift_{o.name}"
-                self.constants[name] = torch.tensor(moves, dtype=torch.int64)
-                shifts[o.name] = self._placeholder(name.replace(".", "_"), Source("constant", name))
-        return shifts
+            split = self.splits[o.name]
+            for what, value in form_named(split.form).constants(split, self.rank).items():
+                name = f"{what}_{o.name}"
+                self.constants[name] = value
+                placeholder = self._placeholder(name.replace(".", "_"), Source("constant", name))
+                self.form_constants.setdefault(o.name, {})[what] = placeholder
 
     def _ancestors(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
         needed: set[fx.Node] = set()
@@ -254,42 +250,25 @@ class _Emitter:
             self.slices = {name: self._item(reduced, i + 1) for i, name in enumerate(cut_weights)}
         self.started = self._runtime("exit_start", anchor, [self.region.get(n) for n in self.exits])
 
-    def _emit_region(self, n: fx.Node, shifts: Mapping[str, fx.Node]) -> fx.Node:
+    def _emit_region(self, n: fx.Node) -> fx.Node:
         if n not in self.lookups:
             return self.rules[n.target].emit(n, self._part(self.rank))
         o, x = self.lookups[n]
-        split, pieces = self.splits[o.name], self.pieces[o.name]
-        weight = self.outside[n.args[0]]  # type: ignore[index]
         ids, arrived = self.entered[x.ids]
-        wanted = split.columns(o, x, self.rank)
+        wanted = self.splits[o.name].columns(o, x, self.rank)
         if wanted is not None and wanted != arrived:
             have = range(tail(x.ids)[0]) if arrived is None else arrived
             ids = self.graph.call_function(
                 operator.getitem, (ids, (slice(None), [list(have).index(c) for c in wanted]))
             )
-        padding = o.padding_idx
-        if split.by_field:
-            ids = self.graph.call_function(aten.add.Tensor, (ids, shifts[o.name]))
-            padding = self._field_padding(o)
-        if split.form == "row":
-            start = pieces.own(self.rank)[0].start
-            near = padding - start if padding >= 0 and 0 <= padding - start < pieces.own_size(self.rank) else -1
-            if x.mode is None:
-                return self.graph.call_function(lookup_rows, (weight, ids, start, near, o.sparse))
-            far = padding if padding >= 0 else None
-            return self.graph.call_function(bag_rows, (weight, ids, start, x.mode, far, near, o.sparse))
-        if x.mode is None:
-            return self.graph.call_function(lookup, (weight, ids, padding, o.sparse))
-        return self.graph.call_function(bag, (weight, ids, x.mode, padding if padding >= 0 else None, o.sparse))
+        return self._emit_lookup(n, ids)
 
-    def _field_padding(self, o: Operator) -> int:
-        """The row of this rank's piece that is the table's padding row; -1 if it is elsewhere or there is none."""
-        position = 0
-        for r in self.pieces[o.name].own(self.rank):
-            if r.start <= o.padding_idx < r.stop:
-                return position + o.padding_idx - r.start
-            position += r.size
-        return -1
+    def _emit_lookup(self, n: fx.Node, ids: fx.Node) -> fx.Node:
+        o, x = self.lookups[n]
+        split, weight = self.splits[o.name], self.outside[n.args[0]]  # type: ignore[index]
+        constants = self.form_constants.get(o.name, {})
+        part = LookupPart(self.graph, self.runtime, self.rank, self.ranks, o, x, split, weight, ids, constants)
+        return form_named(split.form).emit(part)
 
     def _combine(self, n: fx.Node) -> fx.Node:
         placement, received = self.placements[n], self.received[n]
@@ -305,19 +284,10 @@ class _Emitter:
     def _emit_outside(self, n: fx.Node) -> None:
         if n in self.outside or n.op != "call_function":
             return
-        distributed = self.ranks > 1
-        if distributed and n in self.lookups:
-            o, x = self.lookups[n]
-            if o.sparse and o.trained:
-                ids = self.outside[x.ids]
-                weight = self.outside[n.args[0]]  # type: ignore[index]
-                if x.mode is None:
-                    self.outside[n] = self._runtime("sparse_lookup", weight, ids, o.padding_idx)
-                else:
-                    far = o.padding_idx if o.padding_idx >= 0 else None
-                    self.outside[n] = self._runtime("sparse_bag", weight, ids, x.mode, far)
-                return
-        if distributed and n.target is aten.batch_norm.default and n.args[5]:
+        if n in self.lookups:
+            self.outside[n] = self._emit_lookup(n, self.outside[self.lookups[n][1].ids])
+            return
+        if self.ranks > 1 and n.target is aten.batch_norm.default and n.args[5]:
             x_, w, b, mean, var, _, momentum, eps = n.args[:8]
             args = [self.outside[a] if isinstance(a, fx.Node) else a for a in (x_, w, b, mean, var)]
             self.outside[n] = self._runtime("batch_norm", *args, momentum, eps)

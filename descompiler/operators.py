@@ -1,24 +1,21 @@
-"""Weights-rich operators: the tables of a program, how they are used, and how each can be split."""
+"""Weights-rich operators: the tables of a program, and how they are used."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
-from descompiler.errors import PlanError, UnsupportedError
-from descompiler.layout import Check
-from descompiler.pieces import Pieces, Range, even_sizes
-from descompiler.placement import Disjoint, Owned, Partial, Region, Segment, shard
+from descompiler.errors import UnsupportedError
 from descompiler.program import Program, aten, rowwise, signature, tail, user_line, where
 from descompiler.runtime import bag
 
-FORMS = ("replicate", "field", "row", "column")
-"""Replicate: every rank holds the table. Field: whole tables (or fields of an offsets table) to ranks. Row, column:
-contiguous ranges of rows or columns to ranks."""
+if TYPE_CHECKING:
+    from descompiler.form import Form
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,14 @@ class Operator:
     ----------
     starts : tuple of int or None
         First row of each field, if ids are ``x + offsets``.
+    other_uses : tuple of torch.fx.Node
+        Nodes that use the table otherwise than by lookup.
+    computed_ids : bool
+        Whether ids of a lookup are computed from another lookup of a table.
+    forms : tuple of str
+        The forms that it can take.
     refusals : dict of str to str
-        Forms that this operator can't take, and why.
+        The forms that it can't take, and why.
     """
 
     name: str
@@ -50,9 +53,12 @@ class Operator:
     padding_idx: int
     sparse: bool
     starts: tuple[int, ...] | None
-    refusals: dict[str, str] = field(hash=False)
     line: str = ""
     trained: bool = True
+    other_uses: tuple[fx.Node, ...] = ()
+    computed_ids: bool = False
+    forms: tuple[str, ...] = ()
+    refusals: dict[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def size_bytes(self) -> int:
@@ -63,79 +69,28 @@ class Operator:
         return (self.rows, self.dim)
 
     @property
-    def forms(self) -> tuple[str, ...]:
-        """The forms that it can take."""
-        return tuple(f for f in FORMS if f not in self.refusals)
-
-    def check(self, *, by_field: bool) -> Check:
-        return Check(self.name, self.rows, self.starts if by_field else None, self.line)
+    def padding(self) -> int | None:
+        """The padding row as `nn.EmbeddingBag` names it: None for none."""
+        return self.padding_idx if self.padding_idx >= 0 else None
 
 
-@dataclass(frozen=True)
-class Split:
-    """How one operator is divided.
-
-    >>> print(Split("column", Pieces.by_sizes((10, 4), 1, [2, 2], 2)))
-    column: E[10,4] -> cat_1(E[10,2]@0, E[10,2]@1)
-    """
-
-    form: str
-    pieces: Pieces
-
-    def __str__(self) -> str:
-        p = self.pieces
-        if self.form == "replicate":
-            return f"replicate: E{list(p.shape)} on all {p.ranks} ranks".replace(", ", ",")
-        shapes = []
-        for r in p.ranges[:8]:
-            shape = list(p.shape)
-            shape[p.dim] = r.size
-            shapes.append(f"E{shape}@{r.owner}".replace(", ", ","))
-        more = ", ..." if len(p.ranges) > 8 else ""
-        whole = f"E{list(p.shape)}".replace(", ", ",")
-        return f"{self.form}: {whole} -> cat_{p.dim}({', '.join(shapes)}{more})"
-
-    def placement(self, operator: Operator, lookup: Lookup) -> Region | None:
-        """Placement of a lookup's result; None where the lookup stays outside the region."""
-        owners = self.pieces.owners
-        if self.form == "replicate":
-            return None
-        if self.form == "column":
-            last = len(tail(lookup.node))
-            return shard(last, [Segment(r.size, r.owner) for r in self.pieces.ranges])
-        if self.form == "row":
-            if lookup.mode is not None:
-                return Partial(owners) if len(owners) > 1 else Owned(owners[0])
-            if len(owners) == 1:
-                return Owned(owners[0])
-            ranges = tuple((r.start, r.stop, r.owner) for r in self.pieces.ranges)
-            return Disjoint(owners, (lookup.ids.name, ranges), 1 + len(tail(lookup.ids)))
-        if len(owners) == 1:
-            return Owned(owners[0])
-        return shard(1, [Segment(1, r.owner) for r in self.pieces.ranges])
-
-    def columns(self, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
-        """Columns (dim 1) of the ids that a rank needs; None: all, (): none."""
-        if rank not in self.pieces.owners:
-            return ()
-        if self.form == "field" and len(self.pieces.owners) > 1:
-            return tuple(i for i, r in enumerate(self.pieces.ranges) if r.owner == rank)
-        return None
-
-    @property
-    def by_field(self) -> bool:
-        """Whether fields of one table have different owners."""
-        return self.form == "field" and len(self.pieces.owners) > 1
-
-
-def find_operators(program: Program) -> list[Operator]:
+def find_operators(program: Program, forms: Sequence[Form] | None = None) -> list[Operator]:
     """All tables that the program looks up, in the order of the model's parameters.
+
+    Parameters
+    ----------
+    forms : sequence of Form, optional
+        That the operators may take; `descompiler.passes.FORMS` by default.
 
     Raises
     ------
     UnsupportedError
         For ``max_norm`` (it writes to the table in forward) and ``scale_grad_by_freq`` (it counts ids in the batch).
     """
+    from descompiler.form import refusals
+    from descompiler.passes import FORMS  # forms are passes, which import this module
+
+    forms = FORMS if forms is None else forms
     found: dict[str, list[Lookup]] = {}
     uses: dict[str, list[fx.Node]] = {}
     for node in program.graph.nodes:
@@ -160,21 +115,24 @@ def find_operators(program: Program) -> list[Operator]:
     result = []
     for name in sorted(found, key=lambda n: order[n]):
         lookups, parameter = tuple(found[name]), program.parameters[name]
-        result.append(
-            Operator(
-                name=name,
-                rows=parameter.shape[0],
-                dim=parameter.shape[1],
-                dtype=parameter.dtype,
-                lookups=lookups,
-                padding_idx=_padding(lookups[0].node),
-                sparse=_sparse(lookups[0].node),
-                starts=_starts(program, lookups),
-                refusals=_refusals(program, lookups, uses[name], depends, _starts(program, lookups)),
-                line=user_line(lookups[0].node),
-                trained=parameter.requires_grad,
-            )
+        nodes = {x.node for x in lookups}
+        operator = Operator(
+            name=name,
+            rows=parameter.shape[0],
+            dim=parameter.shape[1],
+            dtype=parameter.dtype,
+            lookups=lookups,
+            padding_idx=_padding(lookups[0].node),
+            sparse=_sparse(lookups[0].node),
+            starts=_starts(program, lookups),
+            line=user_line(lookups[0].node),
+            trained=parameter.requires_grad,
+            other_uses=tuple(u for u in uses[name] if u not in nodes),
+            computed_ids=any(x.ids in depends for x in lookups),
         )
+        refused = refusals(program, operator, forms)
+        possible = tuple(f.name for f in forms if f.name not in refused)
+        result.append(replace(operator, forms=possible, refusals=refused))
     return result
 
 
@@ -226,61 +184,3 @@ def _depends_on_lookups(program: Program, lookups: list[Lookup]) -> set[fx.Node]
         if any(n in sources or n in result for n in node.all_input_nodes):
             result.add(node)
     return result
-
-
-def _refusals(
-    program: Program,
-    lookups: tuple[Lookup, ...],
-    uses: list[fx.Node],
-    depends: set[fx.Node],
-    starts: tuple[int, ...] | None,
-) -> dict[str, str]:
-    split_forms = ("field", "row", "column")
-    nodes = {x.node for x in lookups}
-    other = [u for u in uses if u not in nodes]
-    if other:
-        return dict.fromkeys(split_forms, f"the table is also used by {where(other[0])}")
-    for x in lookups:
-        if not rowwise(program, x.ids) or not rowwise(program, x.node):
-            return dict.fromkeys(split_forms, "its ids are not one row per row of the batch")
-        if x.ids in depends:
-            return dict.fromkeys(split_forms, "its ids are computed from another lookup")
-    refusals: dict[str, str] = {}
-    if any(x.mode == "max" for x in lookups):
-        refusals["row"] = "the maximum over a bag is not a sum of ranks' terms"
-    return refusals
-
-
-def splits_of(
-    operator: Operator, form: str, ranks: int, *, owner: int = 0, field_owners: Sequence[int] | None = None
-) -> Split:
-    """The split of an operator in a form.
-
-    Parameters
-    ----------
-    owner : int
-        For form "field": the rank of a whole table.
-    field_owners : sequence of int, optional
-        For form "field" of an offsets table: the rank of each field.
-
-    Raises
-    ------
-    PlanError
-        If the operator can't take that form.
-    """
-    if form not in FORMS:
-        raise PlanError(f"table {operator.name!r}: no form {form!r}; the forms are {', '.join(FORMS)}")
-    if form in operator.refusals:
-        raise PlanError(f"table {operator.name!r} can't be split by {form}: {operator.refusals[form]}")
-    shape = operator.shape
-    if form == "replicate":
-        return Split(form, Pieces.replicate(shape, ranks))
-    if form == "row":
-        return Split(form, Pieces.by_sizes(shape, 0, even_sizes(operator.rows, ranks), ranks))
-    if form == "column":
-        return Split(form, Pieces.by_sizes(shape, 1, even_sizes(operator.dim, ranks), ranks))
-    if operator.starts is not None and field_owners is not None:
-        stops = (*operator.starts[1:], operator.rows)
-        ranges = tuple(Range(a, b, o) for a, b, o in zip(operator.starts, stops, field_owners, strict=True))
-        return Split(form, Pieces(shape, 0, ranges, ranks))
-    return Split(form, Pieces.whole(shape, owner, ranks))

@@ -12,8 +12,8 @@ import sympy
 from descompiler.cost_models.baselines import ALL_REDUCE, SPARSE, TableUse, baselines
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
 from descompiler.cost_models.symbols import N, b, i, s
+from descompiler.form import Split
 from descompiler.layout import Layout
-from descompiler.operators import Split
 from descompiler.pieces import Pieces
 from descompiler.traffic import Traffic
 

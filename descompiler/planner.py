@@ -12,12 +12,16 @@ from torch import fx
 from descompiler.aggregate import Candidates, Cut, Weights, minimum_cut, place
 from descompiler.emit import layout_of
 from descompiler.errors import PlanError
+from descompiler.form import Choice, Split, split_as
 from descompiler.layout import Layout
-from descompiler.operators import FORMS, Operator, Split, splits_of
+from descompiler.operators import Operator
+from descompiler.passes import FORMS as ALL_FORMS
 from descompiler.pieces import Pieces
 from descompiler.plan import Crossing, Plan, Table
 from descompiler.program import Program, tail, target_name, user_line
 from descompiler.rule import Rule
+
+FORMS = tuple(f.name for f in ALL_FORMS)
 
 
 @dataclass
@@ -67,18 +71,18 @@ def assign(operators: Sequence[Operator], forms: Mapping[str, str], ranks: int) 
     splits: dict[str, Split] = {}
     for o in operators:
         if forms[o.name] != "field":
-            splits[o.name] = splits_of(o, forms[o.name], ranks)
+            splits[o.name] = split_as(o, forms[o.name], ranks)
         else:
             groups.setdefault(o.lookups[0].ids.name, []).append(o)
     for group in sorted(groups.values(), key=lambda g: (-sum(o.dim for o in g), -sum(o.rows for o in g))):
         if all(o.starts is not None and o.starts == group[0].starts for o in group) and group[0].starts is not None:
-            owners = _field_owners(group[0], ranks)
-            splits.update({o.name: splits_of(o, "field", ranks, field_owners=owners) for o in group})
+            owners = tuple(_field_owners(group[0], ranks))
+            splits.update({o.name: split_as(o, "field", ranks, Choice(field_owners=owners)) for o in group})
             continue
         owner = min(range(ranks), key=lambda r: load[r])
         width, size = load[owner]
         load[owner] = (width + sum(o.dim for o in group), size + sum(o.size_bytes for o in group))
-        splits.update({o.name: splits_of(o, "field", ranks, owner=owner) for o in group})
+        splits.update({o.name: split_as(o, "field", ranks, Choice(owner=owner)) for o in group})
     return splits
 
 

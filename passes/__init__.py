@@ -1,6 +1,11 @@
 """Passes over programs, one a file; the order is this tuple."""
 
+from descompiler.form import Form
 from descompiler.passes.fold_constants import FoldConstants
+from descompiler.passes.form_column import Column
+from descompiler.passes.form_field import Field
+from descompiler.passes.form_replicate import Replicate
+from descompiler.passes.form_row import Row
 from descompiler.passes.functionalise import Functionalise
 from descompiler.passes.merge_duplicates import MergeDuplicates
 from descompiler.passes.recognise_bags import RecogniseBags
@@ -30,3 +35,6 @@ RULES: tuple[Rule, ...] = (
     OnOwner(),
 )
 """How operators stay in the substituted region; the first rule that names an operator's function decides."""
+
+FORMS: tuple[Form, ...] = (Replicate(), Field(), Row(), Column())
+"""How a weights-rich operator can be divided; where two cost the same, the first is taken."""

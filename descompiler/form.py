@@ -1,0 +1,206 @@
+"""What a form is: one way to divide a weights-rich operator among ranks.
+
+A form answers, for an operator (a table and its lookups): can it be divided so, and why not (`Form.refuses`)? What does
+each rank hold (`Form.split`)? Where is a lookup's result (`Form.placement`): in the substituted region, for the global
+batch, or outside of it, for each rank's own rows? What does this rank's program do for a lookup (`Form.emit`)? What
+does it send (`Form.costs`)? Each form is one frozen dataclass in ``passes/form_*.py``; `descompiler.passes.FORMS` lists
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import sympy
+from torch import Tensor, fx
+
+from descompiler.errors import PlanError
+from descompiler.layout import Check
+from descompiler.operators import Lookup, Operator
+from descompiler.pieces import Pieces
+from descompiler.placement import Region
+from descompiler.program import Program, rowwise, where
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a planner may decide about a split besides its form.
+
+    Attributes
+    ----------
+    owner : int
+        Form "field": the rank of a whole table.
+    field_owners : tuple of int, optional
+        Form "field" of an offsets table: the rank of each field.
+    """
+
+    owner: int = 0
+    field_owners: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one operator is divided: the name of its form, and which rank holds what.
+
+    >>> print(Split("column", Pieces.by_sizes((10, 4), 1, [2, 2], 2)))
+    column: E[10,4] -> cat_1(E[10,2]@0, E[10,2]@1)
+    """
+
+    form: str
+    pieces: Pieces
+
+    def __str__(self) -> str:
+        p = self.pieces
+        if p.is_replicated:
+            return f"{self.form}: E{list(p.shape)} on all {p.ranks} ranks".replace(", ", ",")
+        shapes = []
+        for r in p.ranges[:8]:
+            shape = list(p.shape)
+            shape[p.dim] = r.size
+            shapes.append(f"E{shape}@{r.owner}".replace(", ", ","))
+        more = ", ..." if len(p.ranges) > 8 else ""
+        whole = f"E{list(p.shape)}".replace(", ", ",")
+        return f"{self.form}: {whole} -> cat_{p.dim}({', '.join(shapes)}{more})"
+
+    def placement(self, operator: Operator, lookup: Lookup) -> Region | None:
+        """Placement of a lookup's result; None where the lookup stays outside the region."""
+        return form_named(self.form).placement(self, operator, lookup)
+
+    def columns(self, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
+        """Columns (dim 1) of the ids that a rank needs; None: all, (): none."""
+        return form_named(self.form).columns(self, operator, lookup, rank)
+
+
+@dataclass(frozen=True)
+class LookupPart:
+    """What a form sees when it emits a lookup on one rank.
+
+    Attributes
+    ----------
+    graph : torch.fx.Graph
+        This rank's program, to add nodes to.
+    runtime : torch.fx.Node
+        The `descompiler.runtime.Runtime` that the program is called with.
+    weight : torch.fx.Node
+        This rank's piece of the table.
+    ids : torch.fx.Node
+        Of the global batch, reduced to `Form.columns`, if the lookup is placed in the region; else of own rows.
+    constants : mapping of str to torch.fx.Node
+        By the names of `Form.constants`.
+    """
+
+    graph: fx.Graph
+    runtime: fx.Node
+    rank: int
+    ranks: int
+    operator: Operator
+    lookup: Lookup
+    split: Split
+    weight: fx.Node
+    ids: fx.Node
+    constants: Mapping[str, fx.Node]
+
+    def call(self, target: Any, *args: Any) -> fx.Node:
+        return self.graph.call_function(target, args)
+
+    def runtime_call(self, method: str, *args: Any) -> fx.Node:
+        return self.graph.call_method(method, (self.runtime, *args))
+
+
+class Form(Protocol):
+    """One way to divide a weights-rich operator. A frozen dataclass whose fields are its options."""
+
+    @property
+    def name(self) -> str: ...
+
+    def refuses(self, program: Program, operator: Operator) -> str | None:
+        """Why the operator can't be divided so; None if it can."""
+        ...
+
+    def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
+        """What each rank holds."""
+        ...
+
+    def placement(self, split: Split, operator: Operator, lookup: Lookup) -> Region | None:
+        """Where a lookup's result is; None where it stays outside the region, for own rows."""
+        ...
+
+    def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
+        """Columns (dim 1) of the ids that a rank needs, if the lookup is in the region; None: all, (): none."""
+        ...
+
+    def check(self, split: Split, operator: Operator) -> Check:
+        """What ids have to be."""
+        ...
+
+    def constants(self, split: Split, rank: int) -> Mapping[str, Tensor]:
+        """Tensors that a rank's program needs for this table."""
+        ...
+
+    def emit(self, part: LookupPart) -> fx.Node:
+        """This rank's part of a lookup."""
+        ...
+
+    def costs(self, operator: Operator) -> Mapping[str, sympy.Expr]:
+        """Bytes that a rank sends in a step, the mean over ranks, as formulas of `descompiler.cost_models`, by what
+        is sent."""
+        ...
+
+
+def form_named(name: str) -> Form:
+    """The form with a name.
+
+    Raises
+    ------
+    PlanError
+        If there is none.
+    """
+    from descompiler.passes import FORMS  # forms are passes, which import this module
+
+    for form in FORMS:
+        if form.name == name:
+            return form
+    raise PlanError(f"no form {name!r}; the forms are {', '.join(f.name for f in FORMS)}")
+
+
+def split_as(operator: Operator, form: str, ranks: int, choice: Choice | None = None) -> Split:
+    """The split of an operator in a form.
+
+    Raises
+    ------
+    PlanError
+        If there is no such form, or the operator can't take it.
+    """
+    found = form_named(form)
+    if form in operator.refusals:
+        raise PlanError(f"table {operator.name!r} can't be split by {form}: {operator.refusals[form]}")
+    return found.split(operator, ranks, Choice() if choice is None else choice)
+
+
+def not_in_region(program: Program, operator: Operator) -> str | None:
+    """Why no lookup of an operator can be in the substituted region; None if all can."""
+    if operator.other_uses:
+        return f"the table is also used by {where(operator.other_uses[0])}"
+    if any(not rowwise(program, x.ids) or not rowwise(program, x.node) for x in operator.lookups):
+        return "its ids are not one row per row of the batch"
+    if operator.computed_ids:
+        return "its ids are computed from another lookup"
+    return None
+
+
+def all_columns(split: Split, rank: int) -> tuple[int, ...] | None:
+    """All columns of the ids, where a rank owns something."""
+    return None if rank in split.pieces.owners else ()
+
+
+def any_row(operator: Operator) -> Check:
+    """Ids may be any row of the table."""
+    return Check(operator.name, operator.rows, None, operator.line)
+
+
+def refusals(program: Program, operator: Operator, forms: Sequence[Form]) -> dict[str, str]:
+    """The forms that an operator can't take, and why."""
+    answers = {f.name: f.refuses(program, operator) for f in forms}
+    return {name: reason for name, reason in answers.items() if reason is not None}

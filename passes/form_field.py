@@ -1,0 +1,91 @@
+"""field: ``E[R,D]  -->  E[R,D]@r``, and ``E[fields' rows,D]  -->  cat_0(E[rows of f,D]@r_f)`` for an offsets table
+
+Whole tables, or whole fields of one table whose ids are ``x + offsets``, have one owner each. A lookup's result is the
+owner's, so whatever mixes columns or fields of one owner can follow it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
+from descompiler.form import Choice, LookupPart, Split, all_columns, any_row, not_in_region
+from descompiler.layout import Check
+from descompiler.operators import Lookup, Operator
+from descompiler.pieces import Pieces, Range
+from descompiler.placement import Owned, Region, Segment, shard
+from descompiler.program import Program, aten
+from descompiler.runtime import bag, lookup
+
+
+@dataclass(frozen=True)
+class Field:
+    name: str = "field"
+
+    def refuses(self, program: Program, operator: Operator) -> str | None:
+        return not_in_region(program, operator)
+
+    def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
+        if operator.starts is None or choice.field_owners is None:
+            return Split(self.name, Pieces.whole(operator.shape, choice.owner, ranks))
+        stops = (*operator.starts[1:], operator.rows)
+        ranges = tuple(Range(a, b, o) for a, b, o in zip(operator.starts, stops, choice.field_owners, strict=True))
+        return Split(self.name, Pieces(operator.shape, 0, ranges, ranks))
+
+    def placement(self, split: Split, operator: Operator, lookup: Lookup) -> Region | None:
+        owners = split.pieces.owners
+        if len(owners) == 1:
+            return Owned(owners[0])
+        return shard(1, [Segment(1, r.owner) for r in split.pieces.ranges])
+
+    def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
+        if _several(split):
+            return tuple(i for i, r in enumerate(split.pieces.ranges) if r.owner == rank)
+        return all_columns(split, rank)
+
+    def check(self, split: Split, operator: Operator) -> Check:
+        if _several(split):
+            return Check(operator.name, operator.rows, operator.starts, operator.line)
+        return any_row(operator)
+
+    def constants(self, split: Split, rank: int) -> Mapping[str, Tensor]:
+        """Where a rank's fields of an offsets table lie side by side, ids move by a constant per field."""
+        if not _several(split):
+            return {}
+        position, moves = 0, []
+        for r in split.pieces.own(rank):
+            moves.append(position - r.start)
+            position += r.size
+        return {"shift": torch.tensor(moves, dtype=torch.int64)}
+
+    def emit(self, part: LookupPart) -> fx.Node:
+        o, x, ids, padding = part.operator, part.lookup, part.ids, part.operator.padding_idx
+        if _several(part.split):
+            ids = part.call(aten.add.Tensor, ids, part.constants["shift"])
+            padding = _padding_in_piece(o, part.split.pieces, part.rank)
+        if x.mode is None:
+            return part.call(lookup, part.weight, ids, padding, o.sparse)
+        return part.call(bag, part.weight, ids, x.mode, padding if padding >= 0 else None, o.sparse)
+
+    def costs(self, operator: Operator) -> Mapping[str, sympy.Expr]:
+        return {"ids in": IDS_IN, "values out and back": VALUES_OUT_AND_BACK}
+
+
+def _several(split: Split) -> bool:
+    """Whether fields of one table have different owners."""
+    return len(split.pieces.owners) > 1
+
+
+def _padding_in_piece(o: Operator, pieces: Pieces, rank: int) -> int:
+    """The row of this rank's piece that is the table's padding row; -1 if it is elsewhere or there is none."""
+    position = 0
+    for r in pieces.own(rank):
+        if r.start <= o.padding_idx < r.stop:
+            return position + o.padding_idx - r.start
+        position += r.size
+    return -1

@@ -1,0 +1,67 @@
+"""row: ``E[R,D]  -->  cat_0(E[R_r,D]@r)``
+
+Contiguous ranges of rows to ranks. Each rank looks up all ids of the global batch, zeros for those that it doesn't own,
+so a result is non-zero on one rank (`Disjoint`), a bag a sum of terms (`Partial`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+from torch import Tensor, fx
+
+from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
+from descompiler.form import Choice, LookupPart, Split, all_columns, any_row, not_in_region
+from descompiler.layout import Check
+from descompiler.operators import Lookup, Operator
+from descompiler.pieces import Pieces, even_sizes
+from descompiler.placement import Disjoint, Owned, Partial, Region
+from descompiler.program import Program, tail
+from descompiler.runtime import bag_rows, lookup_rows
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str = "row"
+
+    def refuses(self, program: Program, operator: Operator) -> str | None:
+        if reason := not_in_region(program, operator):
+            return reason
+        if any(x.mode == "max" for x in operator.lookups):
+            return "the maximum over a bag is not a sum of ranks' terms"
+        return None
+
+    def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
+        return Split(self.name, Pieces.by_sizes(operator.shape, 0, even_sizes(operator.rows, ranks), ranks))
+
+    def placement(self, split: Split, operator: Operator, lookup: Lookup) -> Region | None:
+        owners = split.pieces.owners
+        if len(owners) == 1:
+            return Owned(owners[0])
+        if lookup.mode is not None:
+            return Partial(owners)
+        ranges = tuple((r.start, r.stop, r.owner) for r in split.pieces.ranges)
+        return Disjoint(owners, (lookup.ids.name, ranges), 1 + len(tail(lookup.ids)))
+
+    def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
+        return all_columns(split, rank)
+
+    def check(self, split: Split, operator: Operator) -> Check:
+        return any_row(operator)
+
+    def constants(self, split: Split, rank: int) -> Mapping[str, Tensor]:
+        return {}
+
+    def emit(self, part: LookupPart) -> fx.Node:
+        o, x, pieces = part.operator, part.lookup, part.split.pieces
+        start = pieces.own(part.rank)[0].start
+        near = o.padding_idx - start  # the padding row in this rank's piece
+        near = near if o.padding_idx >= 0 and 0 <= near < pieces.own_size(part.rank) else -1
+        if x.mode is None:
+            return part.call(lookup_rows, part.weight, part.ids, start, near, o.sparse)
+        return part.call(bag_rows, part.weight, part.ids, start, x.mode, o.padding, near, o.sparse)
+
+    def costs(self, operator: Operator) -> Mapping[str, sympy.Expr]:
+        return {"ids in": IDS_IN, "values out and back": VALUES_OUT_AND_BACK}
