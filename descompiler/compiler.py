@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from descompiler.aggregate import Weights, minimum_cut, place
+from descompiler.aggregate import Candidates, Cut, Weights, minimum_cut, place
 from descompiler.capture import capture
 from descompiler.emit import Emitted, emit
 from descompiler.errors import PlanError, RankError
@@ -142,11 +142,45 @@ def plan(
     pins : mapping of str to str, optional
         As `compile`'s ``plan``.
     """
-    build = _Builder(blueprint(model), example_inputs)
-    program, _ = build.capture(None)
-    operators = find_operators(program)
-    w = Weights(ranks, batch or build.rows, max((o.dtype.itemsize for o in operators), default=4))
-    return choose(program, operators, RULES, w, pins)
+    return Captured(model, example_inputs).plan(ranks=ranks, batch=batch, pins=pins)
+
+
+class Captured:
+    """A model captured once, to be planned for many settings: `plan` without the capture.
+
+    Attributes
+    ----------
+    program : Program
+    operators : list of Operator
+    rows : int
+        Of the example inputs.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any):
+        build = _Builder(blueprint(model), example_inputs)
+        self.program, _ = build.capture(None)
+        self.operators = find_operators(self.program)
+        self.rows = build.rows
+
+    def plan(self, *, ranks: int, batch: int | None = None, pins: Mapping[str, str] | None = None) -> Plan:
+        """As `descompiler.plan`."""
+        w = Weights(ranks, batch or self.rows, max((o.dtype.itemsize for o in self.operators), default=4))
+        return choose(self.program, self.operators, RULES, w, pins)
+
+    def region(self, plan: Plan) -> tuple[Candidates, Cut]:
+        """What the rules can place, and what the plan keeps inside the region."""
+        return _region(self.program, self.operators, plan)
+
+
+def _region(program: Program, operators: list[Operator], plan: Plan) -> tuple[Candidates, Cut]:
+    w = Weights(plan.ranks, plan.rows, plan.itemsize)
+    colocated = {n: p for n, p in plan.pieces.items() if n not in plan.splits and not p.is_replicated}
+    candidates = place(program, operators, plan.splits, RULES, plan.ranks, colocated)
+    cut = minimum_cut(program, candidates, w, colocated)
+    inside = {n for node in cut.inside for n in candidates.placed[node].pieces}
+    if lost := set(colocated) - inside:
+        raise PlanError(f"weights {sorted(lost)} were cut for another graph (training flags differ); plan again")
+    return candidates, cut
 
 
 class _Builder:
@@ -164,13 +198,7 @@ class _Builder:
     def emit(self, plan: Plan, training: dict[str, bool], rank: int) -> Emitted:
         program, _ = self.capture(training)
         operators = find_operators(program)
-        w = Weights(plan.ranks, plan.rows, plan.itemsize)
-        colocated = {n: p for n, p in plan.pieces.items() if n not in plan.splits and not p.is_replicated}
-        candidates = place(program, operators, plan.splits, RULES, plan.ranks, colocated)
-        cut = minimum_cut(program, candidates, w, colocated)
-        inside = {n for node in cut.inside for n in candidates.placed[node].pieces}
-        if lost := set(colocated) - inside:
-            raise PlanError(f"weights {sorted(lost)} were cut for another graph (training flags differ); plan again")
+        candidates, cut = _region(program, operators, plan)
         return emit(program, operators, plan.splits, plan.pieces, candidates, cut, RULES, rank, plan.ranks)
 
 

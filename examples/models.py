@@ -210,7 +210,7 @@ class FM(nn.Module):
         sparse: bool = False,
     ):
         super().__init__()
-        tables = {"layout": layout, "mode": mode, "sparse": sparse}
+        tables: dict[str, Any] = {"layout": layout, "mode": mode, "sparse": sparse}
         self.first_order = FirstOrder(vocab_sizes, n_dense, **tables)
         self.embeddings = field_embeddings(vocab_sizes, dim, **tables)
 
@@ -254,7 +254,7 @@ class WideDeep(nn.Module):
         sparse: bool = False,
     ):
         super().__init__()
-        tables = {"layout": layout, "mode": mode, "sparse": sparse}
+        tables: dict[str, Any] = {"layout": layout, "mode": mode, "sparse": sparse}
         self.wide = FirstOrder(vocab_sizes, n_dense, **tables)
         self.embeddings = field_embeddings(vocab_sizes, dim, **tables)
         width = len(vocab_sizes) * dim + n_dense
@@ -263,6 +263,48 @@ class WideDeep(nn.Module):
     def forward(self, dense: Tensor, sparse: Tensor) -> Tensor:
         x = torch.cat([self.embeddings(sparse).flatten(1), dense], dim=1)
         return (self.wide(dense, sparse) + self.deep(x)).squeeze(1)
+
+
+class DNN(nn.Module):
+    """A multilayer perceptron on the concatenated embeddings.
+
+    Parameters
+    ----------
+    vocab_sizes : sequence of int
+        Ids of each field.
+    n_dense : int
+        Dense features; may be 0.
+    dim : int
+        Width of an embedding.
+    hidden : sequence of int
+        Widths of the hidden layers.
+    dropout : float
+        Probability that a hidden unit is dropped in training.
+    batch_norm : bool
+        Whether hidden layers are batch-normalised.
+    layout, mode, sparse
+        See `field_embeddings`.
+    """
+
+    def __init__(
+        self,
+        vocab_sizes: Sequence[int],
+        n_dense: int = 13,
+        dim: int = 16,
+        hidden: Sequence[int] = (64, 32),
+        *,
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+        layout: str = "fields",
+        mode: str = "sum",
+        sparse: bool = False,
+    ):
+        super().__init__()
+        self.embeddings = field_embeddings(vocab_sizes, dim, layout=layout, mode=mode, sparse=sparse)
+        self.deep = mlp(len(vocab_sizes) * dim + n_dense, hidden, 1, dropout=dropout, batch_norm=batch_norm)
+
+    def forward(self, dense: Tensor, sparse: Tensor) -> Tensor:
+        return self.deep(torch.cat([self.embeddings(sparse).flatten(1), dense], dim=1)).squeeze(1)
 
 
 class DeepFM(nn.Module):
@@ -300,7 +342,7 @@ class DeepFM(nn.Module):
         sparse: bool = False,
     ):
         super().__init__()
-        tables = {"layout": layout, "mode": mode, "sparse": sparse}
+        tables: dict[str, Any] = {"layout": layout, "mode": mode, "sparse": sparse}
         self.first_order = FirstOrder(vocab_sizes, n_dense, **tables)
         self.embeddings = field_embeddings(vocab_sizes, dim, **tables)
         width = len(vocab_sizes) * dim + n_dense
@@ -310,6 +352,80 @@ class DeepFM(nn.Module):
         v = self.embeddings(sparse)
         deep = self.deep(torch.cat([v.flatten(1), dense], dim=1))
         return (self.first_order(dense, sparse) + fm_interaction(v) + deep).squeeze(1)
+
+
+class CIN(nn.Module):
+    """Compressed interaction network: ``v [rows, fields, dim]`` to ``[rows, sum of layers]``.
+
+    A layer multiplies each of its input's vectors with each of ``v``'s, coordinate by coordinate, and mixes the
+    products linearly into the next layer's vectors; every layer's vectors are summed over their coordinates.
+    """
+
+    def __init__(self, fields: int, layers: Sequence[int]):
+        super().__init__()
+        widths = [fields, *layers]
+        self.mix = nn.ModuleList(nn.Linear(w * fields, h) for w, h in zip(widths, layers, strict=False))
+
+    def forward(self, v: Tensor) -> Tensor:
+        x0 = v.transpose(1, 2)  # [rows, dim, fields]: a coordinate's products side by side
+        x, sums = x0, []
+        for mix in self.mix:
+            products = x.unsqueeze(3) * x0.unsqueeze(2)
+            x = torch.relu(mix(products.flatten(2)))
+            sums.append(x.sum(dim=1))
+        return torch.cat(sums, dim=1)
+
+
+class XDeepFM(nn.Module):
+    """xDeepFM (Lian et al., 2018): logistic regression, a compressed interaction network and a perceptron.
+
+    Parameters
+    ----------
+    vocab_sizes : sequence of int
+        Ids of each field.
+    n_dense : int
+        Dense features; may be 0.
+    dim : int
+        Width of an embedding.
+    hidden : sequence of int
+        Widths of the hidden layers.
+    cin : sequence of int
+        Vectors in each layer of the interaction network.
+    dropout : float
+        Probability that a hidden unit is dropped in training.
+    batch_norm : bool
+        Whether hidden layers are batch-normalised.
+    layout, mode, sparse
+        See `field_embeddings`.
+    """
+
+    def __init__(
+        self,
+        vocab_sizes: Sequence[int],
+        n_dense: int = 13,
+        dim: int = 16,
+        hidden: Sequence[int] = (64, 32),
+        *,
+        cin: Sequence[int] = (16, 8),
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+        layout: str = "fields",
+        mode: str = "sum",
+        sparse: bool = False,
+    ):
+        super().__init__()
+        tables: dict[str, Any] = {"layout": layout, "mode": mode, "sparse": sparse}
+        self.first_order = FirstOrder(vocab_sizes, n_dense, **tables)
+        self.embeddings = field_embeddings(vocab_sizes, dim, **tables)
+        self.cin = CIN(len(vocab_sizes), cin)
+        self.cin_out = nn.Linear(sum(cin), 1, bias=False)
+        width = len(vocab_sizes) * dim + n_dense
+        self.deep = mlp(width, hidden, 1, dropout=dropout, batch_norm=batch_norm)
+
+    def forward(self, dense: Tensor, sparse: Tensor) -> Tensor:
+        v = self.embeddings(sparse)
+        deep = self.deep(torch.cat([v.flatten(1), dense], dim=1))
+        return (self.first_order(dense, sparse) + self.cin_out(self.cin(v)) + deep).squeeze(1)
 
 
 class Cross(nn.Module):
@@ -417,7 +533,7 @@ class DLRM(nn.Module):
         sparse: bool = False,
     ):
         super().__init__()
-        layers = {"dropout": dropout, "batch_norm": batch_norm}
+        layers: dict[str, Any] = {"dropout": dropout, "batch_norm": batch_norm}
         self.embeddings = field_embeddings(vocab_sizes, dim, layout=layout, mode=mode, sparse=sparse)
         self.bottom = mlp(n_dense, (*hidden, dim), **layers) if n_dense else None
         vectors = len(vocab_sizes) + bool(n_dense)
@@ -485,8 +601,8 @@ class TwoTower(nn.Module):
         sparse: bool = False,
     ):
         super().__init__()
-        layers = {"dropout": dropout, "batch_norm": batch_norm}
-        tables = {"layout": layout, "mode": mode, "sparse": sparse}
+        layers: dict[str, Any] = {"dropout": dropout, "batch_norm": batch_norm}
+        tables: dict[str, Any] = {"layout": layout, "mode": mode, "sparse": sparse}
         self.user = Tower(user_vocab_sizes, dim, hidden, layers, **tables)
         self.item = Tower(item_vocab_sizes, dim, hidden, layers, **tables)
 
@@ -552,7 +668,7 @@ class NeuMF(nn.Module):
         sparse: bool = False,
     ):
         super().__init__()
-        tables = {"layout": layout, "mode": mode, "sparse": sparse}
+        tables: dict[str, Any] = {"layout": layout, "mode": mode, "sparse": sparse}
         self.gmf = UserItem(n_users, n_items, dim, **tables)
         self.mlp = UserItem(n_users, n_items, dim, **tables)
         self.deep = mlp(2 * dim, hidden, dropout=dropout, batch_norm=batch_norm)
@@ -584,14 +700,16 @@ CLASSES: dict[str, type[nn.Module]] = {
     "lr": LogisticRegression,
     "fm": FM,
     "wide_deep": WideDeep,
+    "dnn": DNN,
     "deepfm": DeepFM,
+    "xdeepfm": XDeepFM,
     "dcn": DCN,
     "dlrm": DLRM,
     "two_tower": TwoTower,
     "neumf": NeuMF,
 }
 
-CTR_MODELS = ("lr", "fm", "wide_deep", "deepfm", "dcn", "dlrm")
+CTR_MODELS = ("lr", "fm", "wide_deep", "dnn", "deepfm", "xdeepfm", "dcn", "dlrm")
 """The models that take ``(dense, sparse)``."""
 
 
@@ -664,6 +782,47 @@ def initialise_tables(model: nn.Module, std: float = 0.01) -> nn.Module:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             nn.init.normal_(module.weight, std=std)
     return model
+
+
+def zipf_ids(vocab_sizes: Sequence[int], shape: Sequence[int], exponent: float = 1.05, seed: int = 0) -> Tensor:
+    """Ids ``[rows, fields, ...]``; id n of a field is drawn with a probability that falls as ``(n + 1) ** -exponent``.
+
+    Drawn by inverting the continuous distribution, so tables of any size take no memory; ``exponent`` is not 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    columns = []
+    for size in vocab_sizes:
+        u = torch.rand(tuple(shape), generator=generator, dtype=torch.float64)
+        x = (1 - u * (1 - float(size + 1) ** (1 - exponent))).pow(1 / (1 - exponent))  # in [1, size + 1)
+        columns.append((x.long() - 1).clamp(0, size - 1))
+    return torch.stack(columns, dim=1)
+
+
+CRITEO_MILLION = tuple(max(1, round(v * 1e6 / sum(CRITEO_CARDINALITIES))) for v in CRITEO_CARDINALITIES)
+"""`CRITEO_CARDINALITIES` scaled to a million rows in all."""
+
+
+def example(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A model of `CTR_MODELS` with a million rows in 26 tables, without weights, and inputs to plan it with.
+
+    Parameters
+    ----------
+    name : str
+        A key of `CTR_MODELS`.
+
+    Returns
+    -------
+    model : torch.nn.Module
+        On the meta device; 13 dense features, dim 16, hidden layers of 400.
+    example_inputs : tuple of torch.Tensor
+        Dense features and ids of 1,024 rows, Zipf(1.05).
+    """
+    if name not in CTR_MODELS:
+        raise ValueError(f"no example {name!r}; there are {', '.join(CTR_MODELS)}")
+    with torch.device("meta"):
+        model = MODELS[name](vocab_sizes=CRITEO_MILLION, n_dense=13, dim=16, hidden=(400, 400))
+    dense = torch.randn(1024, 13, generator=torch.Generator().manual_seed(0))
+    return model, (dense, zipf_ids(CRITEO_MILLION, (1024,)))
 
 
 def deepfm_criteo() -> tuple[nn.Module, tuple[Tensor, ...]]:

@@ -11,8 +11,18 @@ from examples.models import LAYOUTS, MODELS, make_inputs
 SPLITS = [None, *({"*": form} for form in ("replicate", "field", "row", "column"))]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", MODELS)
+# DNN is a part of Wide&Deep, and xDeepFM has DeepFM's; what `make test` leaves out is in `make test-all`.
+SLOW = {("dnn", layout) for layout in LAYOUTS} | {("xdeepfm", "fields"), ("xdeepfm", "offsets")}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param(name, layout, marks=[pytest.mark.slow] if (name, layout) in SLOW else [])
+        for name in MODELS
+        for layout in LAYOUTS
+    ],
+)
 def test_two_ranks(name, layout):
     torch.manual_seed(0)
     report = des.verify(MODELS[name](layout), make_inputs(name, layout, 8), ranks=2, plans=SPLITS)

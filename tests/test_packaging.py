@@ -48,7 +48,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.is_file():
             shutil.copy2(path, copy)
     unwanted = shutil.ignore_patterns("__pycache__")
-    for folder in FOLDERS:
+    for folder in (*FOLDERS, "examples"):
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=unwanted)
     return copy
 
@@ -99,6 +99,12 @@ def test_sdist_holds_the_mapped_folders_and_the_licence(sdist: Path) -> None:
         assert python_files(sdist / folder) == python_files(ROOT / folder)
     assert (sdist / "descompiler" / "py.typed").is_file()
     assert (sdist / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+def test_example_models_are_shipped(wheel: Path) -> None:
+    """descompiler/examples.py is a link to the file that the examples use."""
+    shipped = wheel / "descompiler" / "examples.py"
+    assert shipped.read_bytes() == (ROOT / "examples" / "models.py").read_bytes() and not shipped.is_symlink()
 
 
 def test_links_are_relative_and_reach_the_folders() -> None:
