@@ -29,7 +29,7 @@ from descompiler.form import Split
 from descompiler.layout import Exit
 from descompiler.operators import Operator
 from descompiler.pieces import Pieces
-from descompiler.placement import Local, Placement, Region, Shard, ranks_of
+from descompiler.placement import LOCAL, Local, Placement, Region, Shard, ranks_of
 from descompiler.program import Program, aten, is_tensor, rowwise, shape_of, tail, value
 from descompiler.rule import Declined, Placed, Rule, Situation
 
@@ -133,23 +133,27 @@ def place(
 
 def exit_of(node: fx.Node, placement: Region, ranks: int) -> Exit:
     """What a node sends when it leaves the region."""
-    whole = tail(node)
+    whole, segments = tail(node), None
+    tails: list[tuple[int, ...] | None] = [None] * ranks
     if isinstance(placement, Shard):
-        tails: list[tuple[int, ...] | None] = []
-        for r in range(ranks):
-            w = placement.width(r)
-            tails.append((*whole[: placement.dim - 1], w, *whole[placement.dim :]) if w else None)
+        for r in placement.ranks:
+            tails[r] = (*whole[: placement.dim - 1], placement.width(r), *whole[placement.dim :])
         segments = tuple((s.size, s.owner) for s in placement.segments)
-        return Exit(node.name, tuple(tails), placement.dim, segments)
-    holders = ranks_of(placement)
-    return Exit(node.name, tuple(whole if r in holders else None for r in range(ranks)))
+    else:
+        for r in ranks_of(placement):
+            tails[r] = whole
+    return Exit(node.name, tuple(tails), placement.dim if isinstance(placement, Shard) else 0, segments)
 
 
 def exit_bytes(node: fx.Node, placement: Region, w: Weights) -> int:
     """Bytes over all ranks that a node takes to leave the region, and its gradient to come back."""
-    e = exit_of(node, placement, w.ranks)
-    directions = 2 if w.backward else 1
-    return directions * sum(e.width(r) for r in range(w.ranks)) * (w.ranks - 1) * w.rows * w.itemsize
+    elements = prod(tail(node))
+    if isinstance(placement, Shard):
+        size = sum(placement.widths.values())
+        sent = elements // size * (size - placement.width(LOCAL))
+    else:
+        sent = elements * len(ranks_of(placement))
+    return (2 if w.backward else 1) * sent * (w.ranks - 1) * w.rows * w.itemsize
 
 
 def saved_bytes(program: Program, answer: Placed, w: Weights) -> int:
@@ -157,14 +161,10 @@ def saved_bytes(program: Program, answer: Placed, w: Weights) -> int:
     saved = 0
     for name, pieces in answer.pieces.items():
         if program.parameters[name].requires_grad:
-            own = sum(pieces.numel(r) for r in range(w.ranks)) - w.ranks * _shared_numel(pieces)
+            size = pieces.shape[pieces.dim] if pieces.shape else 1
+            own = prod(pieces.shape) // max(size, 1) * (size - pieces.shared_size())
             saved += 2 * (w.ranks - 1) * own * w.itemsize
     return saved if w.backward else 0
-
-
-def _shared_numel(pieces: Pieces) -> int:
-    size = pieces.shape[pieces.dim] if pieces.shape else 1
-    return prod(pieces.shape) // max(size, 1) * pieces.shared_size()
 
 
 def work_bytes(node: fx.Node, placement: Region, at: Mapping[fx.Node, Placement], w: Weights) -> int:
@@ -179,11 +179,11 @@ def work_bytes(node: fx.Node, placement: Region, at: Mapping[fx.Node, Placement]
     flops = 6 * prod(tail(node)) * inner * w.rows  # forward and backward, of one rank's rows
     operand = at.get(node.args[0], Local())  # type: ignore[arg-type]
     if isinstance(operand, Shard):
-        size = sum(s.size for s in operand.segments)
-        share = max(operand.width(r) for r in range(w.ranks)) / size
+        size = sum(operand.widths.values())
+        share = max(operand.width(r) for r in operand.ranks) / size
+        local = operand.width(LOCAL) / size
     else:
-        share = 1.0
-    local = operand.width(-1) / size if isinstance(operand, Shard) else 0.0
+        share, local = 1.0, 0.0
     extra = flops * (w.ranks * share + local - 1)
     return max(0, round(w.ranks * extra / w.flops_per_byte))
 

@@ -315,13 +315,10 @@ def layout_of(
     """What the programs of a choice exchange: the same on every rank, and known without emitting one."""
     entries = []
     for ids, users in _users_by_ids(program, operators, cut.inside).items():
-        columns: list[tuple[int, ...] | None] = []
-        for r in range(ranks):
+        columns: list[tuple[int, ...] | None] = [()] * ranks
+        for r in set().union(*(splits[o.name].pieces.owners for o, _ in users)):
             wanted = [splits[o.name].columns(o, x, r) for o, x in users]
-            if any(c is None for c in wanted):
-                columns.append(None)
-            else:
-                columns.append(tuple(sorted({i for c in wanted for i in (c or ())})))
+            columns[r] = None if None in wanted else tuple(sorted({i for c in wanted for i in (c or ())}))
         entries.append(Entry(ids.name, tail(ids), tuple(columns)))
     split = {x.node for o in operators if o.sparse and o.trained for x in o.lookups} & cut.inside
     sparse = [(x, o) for o in operators if o.sparse and o.trained for x in o.lookups if x.node not in split]

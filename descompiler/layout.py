@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class Entry:
 
     def width(self, rank: int) -> int:
         """Ids per row that go to ``rank``."""
-        return 0 if self.columns[rank] == () else torch.Size(self.tail_on(rank)).numel()
+        return 0 if self.columns[rank] == () else prod(self.tail_on(rank))
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Exit:
     def width(self, rank: int) -> int:
         """Elements per row that ``rank`` sends."""
         tail = self.tails[rank]
-        return 0 if tail is None else torch.Size(tail).numel()
+        return 0 if tail is None else prod(tail)
 
 
 @dataclass(frozen=True)
@@ -110,19 +111,38 @@ class Layout:
     @cached_property
     def enter_widths(self) -> list[int]:
         """Ids per row that go to each rank."""
-        return [sum(e.width(r) for e in self.entries) for r in range(self.ranks)]
+        widths = [0] * self.ranks
+        for e in self.entries:
+            for r, columns in enumerate(e.columns):
+                if columns != ():
+                    widths[r] += e.width(r)
+        return widths
 
     @cached_property
     def exit_widths(self) -> list[int]:
         """Elements per row that each rank sends out of the region."""
-        return [sum(e.width(r) for e in self.exits) for r in range(self.ranks)]
+        widths = [0] * self.ranks
+        for e in self.exits:
+            for r, tail in enumerate(e.tails):
+                if tail is not None:
+                    widths[r] += prod(tail)
+        return widths
+
+    @cached_property
+    def kinds(self) -> dict[int, int]:
+        """One rank of each kind, and how many there are: ranks of a kind send the same where all have as many rows."""
+        kinds: dict[tuple[int, int], list[int]] = {}
+        for r, widths in enumerate(zip(self.enter_widths, self.exit_widths, strict=True)):
+            kinds.setdefault(widths, []).append(r)
+        return {ranks[0]: len(ranks) for ranks in kinds.values()}
 
     def predict(self, rank: int, rows: Sequence[int], itemsize: int, *, backward: bool = True) -> Traffic:
         """What ``rank`` sends in a step in which rank r has ``rows[r]`` rows: bytes and calls."""
         n, result = self.ranks, Traffic()
         if n == 1:
             return result
-        mine, rest = rows[rank], wire.others(rows, rank)
+        mine, most = rows[rank], max(rows)
+        rest = sum(rows) - mine
         ids, values = self.enter_widths, self.exit_widths
         result.add(wire.HEADER, (n - 1) * wire.HEADER_BYTES)
         if self.entries:
@@ -138,7 +158,7 @@ class Layout:
             if self.shared_columns:
                 result.add(wire.SHARED_COLUMNS, wire.all_reduce_bytes(sum(self.shared_columns) * itemsize, n))
             for count, dim in self.sparse_lookups:
-                most = max(rows)  # gathered with equal sizes: shorter batches are padded
+                # gathered with equal sizes: shorter batches are padded
                 result.add(wire.SPARSE_GRADIENTS, (n - 1) * most * count * (8 + dim * itemsize), calls=2)
             if self.dense_elements:
                 result.add(wire.DENSE_GRADIENTS, wire.all_reduce_bytes(self.dense_elements * itemsize, n))

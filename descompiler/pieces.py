@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -91,22 +93,31 @@ class Pieces:
             start += size
         return Pieces(tuple(shape), dim, tuple(ranges) or (Range(0, 0, 0),), ranks)
 
-    @property
+    @cached_property
+    def _by_owner(self) -> dict[int, list[Range]]:
+        # once: a plan for a thousand ranks asks for every rank's ranges
+        result: dict[int, list[Range]] = {}
+        for r in self.ranges:
+            if r.size:
+                result.setdefault(r.owner, []).append(r)
+        return result
+
+    @cached_property
     def is_replicated(self) -> bool:
         return all(r.owner == ALL for r in self.ranges)
 
-    @property
+    @cached_property
     def owners(self) -> tuple[int, ...]:
         """The ranks that own a non-empty range, in order."""
-        return tuple(sorted({r.owner for r in self.ranges if r.owner != ALL and r.size}))
+        return tuple(sorted(o for o in self._by_owner if o != ALL))
 
     def own(self, rank: int) -> list[Range]:
         """The ranges that belong to ``rank`` alone."""
-        return [r for r in self.ranges if r.owner == rank and r.size]
+        return list(self._by_owner.get(rank, ()))
 
     def shared(self) -> list[Range]:
         """The ranges that every rank holds."""
-        return [r for r in self.ranges if r.owner == ALL and r.size]
+        return list(self._by_owner.get(ALL, ()))
 
     def own_size(self, rank: int) -> int:
         return sum(r.size for r in self.own(rank))
@@ -123,7 +134,7 @@ class Pieces:
         return tuple(shape)
 
     def numel(self, rank: int) -> int:
-        return torch.Size(self.piece_shape(rank)).numel()
+        return prod(self.piece_shape(rank))
 
     def cut(self, weight: Tensor, rank: int) -> Tensor:
         """The rank's piece of a full tensor (new storage, also where it is all of it)."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 LOCAL = -1
 """Owner of a segment that every rank holds for its own rows only."""
@@ -50,17 +51,25 @@ class Shard:
     dim: int
     segments: tuple[Segment, ...]
 
+    @cached_property
+    def widths(self) -> dict[int, int]:
+        """Size of the sharded dimension by owner, `LOCAL` included."""
+        result: dict[int, int] = {}
+        for s in self.segments:
+            result[s.owner] = result.get(s.owner, 0) + s.size
+        return result
+
     def width(self, rank: int) -> int:
         """Size of the sharded dimension on a rank (``LOCAL`` for the local part)."""
-        return sum(s.size for s in self.segments if s.owner == rank)
+        return self.widths.get(rank, 0)
 
-    @property
+    @cached_property
     def ranks(self) -> tuple[int, ...]:
-        return tuple(sorted({s.owner for s in self.segments if s.owner != LOCAL}))
+        return tuple(sorted(owner for owner in self.widths if owner != LOCAL))
 
     @property
     def local(self) -> bool:
-        return any(s.owner == LOCAL for s in self.segments)
+        return LOCAL in self.widths
 
     def __str__(self) -> str:
         parts = ",".join(f"{s.size}@{'local' if s.owner == LOCAL else s.owner}" for s in self.segments)

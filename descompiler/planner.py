@@ -60,7 +60,7 @@ def try_splits(
     pieces = parameter_pieces(program, splits, candidates, cut, w.ranks)
     layout = layout_of(program, operators, splits, pieces, candidates, cut, w.ranks)
     rows = [w.rows] * w.ranks
-    price = max(layout.predict(r, rows, w.itemsize).total for r in range(w.ranks))
+    price = max(layout.predict(r, rows, w.itemsize).total for r in layout.kinds)
     return Trial(splits, candidates, cut, pieces, layout, price)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -74,8 +73,3 @@ def all_reduce_bytes(size_bytes: int, ranks: int) -> Fraction:
     Fraction(150, 1)
     """
     return Fraction(2 * (ranks - 1) * size_bytes, ranks)
-
-
-def others(rows: Iterable[int], rank: int) -> int:
-    """Rows of the ranks other than ``rank``."""
-    return sum(b for r, b in enumerate(rows) if r != rank)
