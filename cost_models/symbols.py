@@ -18,12 +18,20 @@ V = sympy.Symbol("V", integer=True, positive=True)
 """Rows of a table."""
 U = sympy.Symbol("U", nonnegative=True)
 """Expected unique ids of one table in one rank's batch."""
+UG = sympy.Symbol("U_G", nonnegative=True)
+"""Expected unique ids of one table in the global batch."""
+p = sympy.Symbol("p", positive=True)
+"""Vectors per row that a table's lookups return: 1 for a bag, L without pooling."""
+c = sympy.Symbol("c", integer=True, positive=True)
+"""Column shards of a table."""
 k = sympy.Symbol("k", integer=True, positive=True)
 """Dimension of a table."""
 s = sympy.Symbol("s", integer=True, positive=True)
 """Bytes of an element."""
 i = sympy.Symbol("i", integer=True, positive=True)
 """Bytes of an id."""
+l = sympy.Symbol("l", integer=True, nonnegative=True)  # noqa: E741
+"""Bytes of a bag's length, where lengths are sent beside ids."""
 P = sympy.Symbol("P", integer=True, nonnegative=True)
 """Elements of the dense parameters."""
 w = sympy.Symbol("w", integer=True, positive=True)
