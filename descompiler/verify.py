@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import pickle
 import tempfile
@@ -108,6 +109,16 @@ def verify(
     return report
 
 
+@functools.cache
+def _context() -> Any:
+    """Processes forked from a server that has imported the package and done nothing else: no threads, no CUDA."""
+    if "forkserver" not in mp.get_all_start_methods():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["descompiler"])
+    return context
+
+
 def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
     """Call ``function(rank, ranks, *arguments)`` on local gloo processes; what each returned.
 
@@ -116,7 +127,7 @@ def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, timeout_
     EquivalenceError
         With the traceback of each rank that raised, or the ranks that did not answer in time; all are ended.
     """
-    context = mp.get_context("spawn")
+    context = _context()
     answers: list[Any] = [("error", f"rank {r} did not answer within {timeout_s:.0f} s") for r in range(ranks)]
     with tempfile.TemporaryDirectory() as folder:
         readers: list[Any] = []
