@@ -205,6 +205,8 @@ class _Builder:
 def _process_group(group: Any) -> tuple[Any, int, int]:
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+            if torch.cuda.is_available():  # collectives of Python objects use the current device
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         else:
             return None, 0, 1

@@ -20,12 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from descompiler import traffic as wire
+from descompiler.collectives import Pending, all_gather, all_to_all
 from descompiler.errors import InputError, RankError
 from descompiler.layout import Check, Exit, Layout
 from descompiler.traffic import Traffic
-
-all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-"""``all_gather_into_tensor`` has this name since torch 2.13, and warns under the old one."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Lookups
@@ -113,11 +111,9 @@ def scale_grad(x: Tensor, factor: float) -> Tensor:
 class Handle:
     """One exchange under way."""
 
-    work: Any = None
-    received: Tensor | None = None
-    tensors: tuple[Any, ...] = ()
-    backward_work: Any = None
-    backward_received: Tensor | None = None
+    forward: Pending | None = None
+    sizes: tuple[Any, ...] = ()
+    backward: Pending | None = None
 
 
 @dataclass
@@ -158,8 +154,7 @@ class Runtime:
             return
         device = self.header_device()
         mine = torch.tensor([rows, int(problem is not None), self.mode, 0], dtype=torch.int64, device=device)
-        every = torch.empty(self.ranks * 4, dtype=torch.int64, device=device)
-        all_gather(every, mine, group=self.group)
+        every = all_gather(mine, self.group)
         self.traffic.add(wire.HEADER, (self.ranks - 1) * mine.numel() * mine.element_size())
         table = every.cpu().reshape(self.ranks, 4).tolist()
         self.rows = [t[0] for t in table]
@@ -191,18 +186,16 @@ class Runtime:
                     size += mine * e.width(r)
             sent.append(size)
         width = sum(e.width(self.rank) for e in entries)
-        handle = Handle()
         send = torch.cat(chunks) if chunks else torch.empty(0, dtype=dtype, device=self.device)
-        handle.work, handle.received = self._all_to_all(send, sent, [b * width for b in self.rows], wire.ENTER)
-        return handle
+        return Handle(self._all_to_all(send, sent, [b * width for b in self.rows], wire.ENTER))
 
     def enter_wait(self, handle: Handle) -> list[Tensor | None]:
         """Ids of the global batch ``[rows, ...]`` for this rank's tables, by entry; None where it needs none."""
-        handle.work.wait()
+        assert handle.forward is not None
+        arrived = handle.forward.wait()
         entries = self.layout.entries
         widths = [e.width(self.rank) for e in entries]
-        assert handle.received is not None
-        parts = torch.split(handle.received, [b * w for b in self.rows for w in widths])
+        parts = torch.split(arrived, [b * w for b in self.rows for w in widths])
         result: list[Tensor | None] = []
         for i, e in enumerate(entries):
             if not widths[i]:
@@ -213,11 +206,9 @@ class Runtime:
             result.append(torch.cat(pieces).long())
         return result
 
-    def _all_to_all(self, send: Tensor, sent: list[int], received: list[int], name: str) -> tuple[Any, Tensor]:
-        out = send.new_empty(sum(received))
+    def _all_to_all(self, send: Tensor, sent: list[int], received: list[int], name: str) -> Pending:
         self.traffic.add(name, (sum(sent) - sent[self.rank]) * send.element_size())
-        work = dist.all_to_all_single(out, send, received, sent, group=self.group, async_op=True)
-        return work, out
+        return all_to_all(send, sent, received, self.group)
 
     # ---- values out of the region, their gradients back
 
@@ -328,15 +319,14 @@ class _ExitStart(torch.autograd.Function):
         mine = ctx.rows[runtime.rank]
         received = [mine * sum(e.width(r) for e in runtime.layout.exits) for r in range(runtime.ranks)]
         ctx.received, ctx.sent = received, [b * width for b in ctx.rows]
-        handle.work, handle.received = runtime._all_to_all(send, ctx.sent, received, wire.EXIT)
-        handle.tensors = (ctx.received, ctx.sent)
-        return handle.received
+        handle.forward = runtime._all_to_all(send, ctx.sent, received, wire.EXIT)
+        handle.sizes = (ctx.received, ctx.sent)
+        return handle.forward.out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        ctx.handle.backward_work.wait()
+        buffer = ctx.handle.backward.wait()
         widths = [shape.numel() for shape, _ in ctx.shapes]
-        buffer = ctx.handle.backward_received
         parts = torch.split(buffer, [b * w for b in ctx.rows for w in widths])
         result = []
         for i, (shape, dtype) in enumerate(ctx.shapes):
@@ -350,17 +340,16 @@ class _ExitWait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runtime: Runtime, handle: Handle, rows: list[int], buffer: Tensor) -> Tensor:
         ctx.runtime, ctx.handle = runtime, handle
-        handle.work.wait()
+        assert handle.forward is not None
+        handle.forward.wait()
         return buffer.view_as(buffer)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        received, sent = ctx.handle.tensors
+        received, sent = ctx.handle.sizes
         # the transposed exchange: what was received is sent back
-        ctx.handle.backward_work, ctx.handle.backward_received = ctx.runtime._all_to_all(
-            grad.contiguous(), received, sent, wire.RETURN
-        )
+        ctx.handle.backward = ctx.runtime._all_to_all(grad.contiguous(), received, sent, wire.RETURN)
         return None, None, None, grad
 
 
@@ -407,11 +396,10 @@ class _SparseLookup(torch.autograd.Function):
         rows_padded = grad.new_zeros((most * per_row, dim))
         rows_padded[: ids.numel()] = grad.reshape(-1, dim)
         n = runtime.ranks
-        every_ids = ids.new_empty((n * most * per_row,))
-        every_row = grad.new_empty((n * most * per_row, dim))
-        for out, mine in ((every_ids, ids_padded), (every_row, rows_padded)):
-            all_gather(out, mine.contiguous(), group=runtime.group)
+        for mine in (ids_padded, rows_padded):
             runtime.traffic.add(wire.SPARSE_GRADIENTS, (n - 1) * mine.numel() * mine.element_size())
+        every_ids = all_gather(ids_padded, runtime.group)
+        every_row = all_gather(rows_padded, runtime.group).reshape(-1, dim)
         keep = (every_ids >= 0) & (every_ids != ctx.padding_idx)
         gradient = torch.sparse_coo_tensor(every_ids[keep].unsqueeze(0), every_row[keep] / n, ctx.shape)
         return None, gradient, None, None, None
@@ -440,8 +428,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         m2 = ((x - mean.reshape(shape)) ** 2).sum(dims)
         mine = torch.cat([x.new_tensor([count]), mean, m2])
         if runtime.ranks > 1:
-            every = mine.new_empty(runtime.ranks * mine.numel())
-            all_gather(every, mine, group=runtime.group)
+            every = all_gather(mine, runtime.group)
             runtime.traffic.add(wire.NORM_FORWARD, (runtime.ranks - 1) * mine.numel() * mine.element_size())
         else:
             every = mine

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from descompiler.collectives import receive, send
 from descompiler.errors import InputError, UnsupportedError
 from descompiler.module import DistributedModule
 from descompiler.pieces import Pieces
@@ -44,10 +45,9 @@ def send_from_first(
             if not cut.numel(r):
                 continue
             if rank == 0:
-                dist.send(cut.cut(source[name].detach(), r), group_dst=r, group=group)
+                send(cut.cut(source[name].detach(), r), r, group)
             elif rank == r:
-                result[name] = torch.empty(cut.piece_shape(r), dtype=p.dtype, device=device)
-                dist.recv(result[name], group_src=0, group=group)
+                result[name] = receive(torch.empty(cut.piece_shape(r), dtype=p.dtype, device=device), 0, group)
         if rank == 0:
             result[name] = cut.cut(source[name].detach(), 0)
         elif name not in result:
