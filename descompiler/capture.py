@@ -1,23 +1,37 @@
 """Capture: from a user's module to a `Program`, accepted only after it reproduces the module.
 
-The model is copied without its weights (`blueprint`), so that tables of any size can be captured anywhere. Tracing is
-`torch.export`, non-strict, with a dynamic batch dimension. The graph then has to give the module's outputs and
-gradients in float64, on the example batch and on a batch of another size with other values, and has to treat the rows
-of a batch independently (batch norm and dropout aside), since each rank will see its own rows only.
+The model is copied without its weights (`blueprint`), so that tables of any size can be captured anywhere. The tracers
+of `descompiler.tracers.RUNGS` are tried in turn. A graph is accepted if it gives the module's outputs and gradients in
+float64, on the example batch and on a batch of another size with other values and other weights. It also has to treat
+the rows of a batch independently (batch norm and dropout aside), since each rank will see its own rows only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from descompiler.checks import check_reproduces, check_rows_independent
-from descompiler.errors import InputError, UnsupportedError
+from descompiler.checks import CannotRunError, check_reproduces, check_rows_independent, in_float64
+from descompiler.errors import CaptureError, DescompilerError, InputError, UnsupportedError
 from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics
-from descompiler.probe import Flat, at_least_two_rows, double_all, materialise, other_batch, run_eager
-from descompiler.program import Pass, Program, run_passes
-from descompiler.tracers import trace_export
+from descompiler.probe import Flat, at_least_two_rows, double_all, materialise, move_parameters, other_batch, run_eager
+from descompiler.program import Failure, Pass, Program, run_passes
+from descompiler.tracers import RUNGS
+
+
+def _check(program: Program, probe: Flat, batches: Sequence[list[Tensor]]) -> None:
+    for batch in batches:
+        check_reproduces(program, probe, batch)
+        move_parameters(probe)
+
+
+NOT_CAPTURED = (
+    "no tracer captured the model whole. Its forward must not branch on values of tensors, and the batch's size must "
+    "stay symbolic: x.shape[0], not int(x.shape[0])"
+)
 
 
 def capture(
@@ -47,7 +61,7 @@ def capture(
     Raises
     ------
     CaptureError
-        If tracing fails, or the graph does not reproduce the module.
+        If no tracer makes a graph that reproduces the module; the text says why of each.
     UnsupportedError
         If an operator mixes the rows of a batch.
     InputError
@@ -75,12 +89,22 @@ def capture(
         raise InputError(
             f"the model can't run example_inputs ({type(error).__name__}: {error}); pass what its forward takes"
         ) from error
-
-    traced = flat(double=False)
-    program = run_passes(trace_export(traced, tensors, template), passes)
     assert probe.out_spec is not None  # from the eager run: export undoes what forward writes to its module
     signature = Signature(spec, probe.out_spec, statics, probe.out_statics)
-    for batch in (tensors, other_batch(tensors)):
-        check_reproduces(program, probe, double_all(batch))
-    check_rows_independent(program, probe, double_all(tensors))
-    return program, signature
+    batches = [double_all(batch) for batch in (tensors, other_batch(tensors))]
+    failures: list[Failure] = []
+    for rung, trace in RUNGS:
+        try:
+            # of a copy each: a trace that fails may leave it broken
+            program = checked = run_passes(trace(flat(double=False), tensors, template), passes)
+            try:
+                _check(checked, probe, batches)
+            except CannotRunError:
+                checked = in_float64(program)  # it makes or holds float32 tensors
+                _check(checked, probe, batches)
+        except DescompilerError as error:
+            failures.append(Failure(rung, str(error)))
+            continue
+        check_rows_independent(checked, probe, batches[0])
+        return replace(program, rung=rung, failures=tuple(failures)), signature
+    raise CaptureError("\n".join([NOT_CAPTURED, *(f"  {f}" for f in failures)]))

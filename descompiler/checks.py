@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,10 +10,14 @@ from torch import Tensor, fx
 
 from descompiler.errors import CaptureError, UnsupportedError
 from descompiler.probe import LARGE_ELEMENTS, Flat, run_eager
-from descompiler.program import Program, aten, interpret, is_tensor, rowwise, shape_of, where
+from descompiler.program import Program, aten, copy_program, interpret, is_tensor, rowwise, shape_of, where
 
 TOLERANCE_FLOAT64 = 1e-9
 """Relative error allowed between the module and its captured graph: operators are the same, their order may not be."""
+
+
+class CannotRunError(CaptureError):
+    """The captured graph raised."""
 
 
 def probe_values(program: Program, probe: Flat, tensors: list[Tensor]) -> dict[str, Any]:
@@ -35,6 +40,19 @@ def probe_values(program: Program, probe: Flat, tensors: list[Tensor]) -> dict[s
     return values
 
 
+def in_float64(program: Program) -> Program:
+    """A copy that makes and holds float64 where the program makes and holds float32; nodes keep their names."""
+    copied = copy_program(program)
+
+    def wide(x: Any) -> Any:
+        return torch.float64 if x is torch.float32 else x
+
+    for node in copied.graph.nodes:
+        node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), wide)
+    constants = {n: c.double() if c.is_floating_point() else c for n, c in program.constants.items()}
+    return replace(copied, constants=constants)
+
+
 def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> None:
     params = {n: p for n, p in probe.model.named_parameters() if p.requires_grad and p.numel() <= LARGE_ELEMENTS}
     for p in probe.model.parameters():
@@ -42,12 +60,22 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> No
             p.requires_grad_(False)
     values = probe_values(program, probe, tensors)  # clones the buffers before eager changes them
     state = {n: b.clone() for n, b in probe.model.named_buffers()}
-    eager = run_eager(probe, tensors)
+    try:
+        eager = run_eager(probe, tensors)
+    except Exception as error:  # whatever the user's forward raises
+        raise CaptureError(
+            f"the model itself can't run on {len(tensors[0])} rows: {type(error).__name__}: {error}"
+        ) from error
     eager_gradients = _gradients(eager, list(params.values()))
     for n, b in probe.model.named_buffers():
         b.copy_(state[n])
     torch.manual_seed(11)
-    graph, _ = interpret(program, values)
+    try:
+        graph, _ = interpret(program, values)
+    except Exception as error:  # whatever an operator raises
+        raise CannotRunError(
+            f"the captured graph can't run on {len(tensors[0])} rows: {type(error).__name__}: {error}"
+        ) from error
     graph_gradients = _gradients(graph, list(params.values()))
     for i, (a, b) in enumerate(zip(eager, graph, strict=True)):
         if a.shape != b.shape or _relative_error(a, b) > TOLERANCE_FLOAT64:

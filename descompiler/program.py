@@ -29,6 +29,17 @@ class Source:
     name: str
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A rung of the ladder that did not capture the model, and why."""
+
+    rung: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.rung}: {self.reason}"
+
+
 @dataclass
 class Program:
     """A captured model.
@@ -47,6 +58,10 @@ class Program:
         The symbol of the batch size in the shapes of ``node.meta["val"]``.
     journal : list of str
         What the passes did.
+    rung : str
+        The tracer that captured it (`descompiler.tracers.RUNGS`).
+    failures : tuple of Failure
+        The tracers that were tried before, and why they failed.
     """
 
     graph: fx.Graph
@@ -56,6 +71,8 @@ class Program:
     training: bool
     batch: sympy.Symbol | None
     journal: list[str] = field(default_factory=list)
+    rung: str = ""
+    failures: tuple[Failure, ...] = ()
 
     def source(self, node: Any) -> Source | None:
         """The source of a placeholder node; None for any other node."""

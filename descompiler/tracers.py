@@ -1,14 +1,22 @@
-"""Tracers: each makes a `Program` of a probe."""
+"""Tracers: the rungs of the ladder. Each makes a `Program` of a probe, or says why it can't.
+
+export   torch.export, non-strict, with a dynamic batch dimension
+dynamo   Dynamo's full graph of torch functions (Python's control flow on sizes, ``len(tensor)`` and numpy are its
+         strength), replayed into torch.export
+fx       a symbolic trace by proxies, with the modules that it can't enter as leaves, replayed into torch.export
+"""
 
 from __future__ import annotations
 
+import types
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from descompiler.errors import CaptureError, UnsupportedError
+from descompiler.errors import CaptureError
 from descompiler.probe import Flat
 from descompiler.program import Program, Source, aten
 
@@ -21,23 +29,107 @@ def trace_export(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Pr
     CaptureError
         If tracing fails.
     """
+    return _export(traced, traced, tensors, template)
+
+
+def trace_dynamo(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Program:
+    """Dynamo's full graph, exported.
+
+    Raises
+    ------
+    CaptureError
+        If there is a graph break, or the graph can't be exported.
+    """
+    graphs: list[fx.GraphModule] = []
+    calls: list[tuple[Any, ...]] = []
+
+    def backend(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+
+        def run(*values: Any) -> Any:
+            calls.append(values)
+            return graph(*values)
+
+        return run
+
+    inputs = [t.clone() for t in tensors]  # each its own object: they are told apart by identity
+    for t in inputs:
+        torch._dynamo.mark_dynamic(t, 0)
+    options = {"allow_rnn": True, "capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+    code = Flat.forward.__code__.replace()  # Dynamo's cache, and its limit, belong to a code object
+    forward = types.FunctionType(code, Flat.forward.__globals__)
+    try:
+        with torch._dynamo.config.patch(options), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)(traced, *inputs)
+    except Exception as error:  # a tracer raises whatever the user's code and torch do; it is reported
+        raise CaptureError(_first_line(error)) from error
+    if len(graphs) != 1 or len(calls) != 1:
+        raise CaptureError(f"forward became {len(graphs)} graphs")
+    return _export(_Replay(traced.model, graphs[0], calls[0], inputs), traced, tensors, template)
+
+
+class _Replay(nn.Module):
+    """Runs a graph whose placeholders were the model's parameters and buffers, the inputs, and their sizes."""
+
+    def __init__(self, model: nn.Module, graph: fx.GraphModule, values: tuple[Any, ...], inputs: list[Tensor]):
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        state = {id(p): n for n, p in model.named_parameters()} | {id(b): n for n, b in model.named_buffers()}
+        position = {id(t): i for i, t in enumerate(inputs)}
+        placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+        sizes: dict[str, tuple[int, int]] = {}
+        for node, value in zip(placeholders, values, strict=True):
+            if id(value) in position:
+                for dim, size in enumerate(node.meta["example_value"].shape):
+                    sizes.setdefault(str(size), (position[id(value)], dim))
+        self.kinds: list[tuple[str, Any]] = []
+        for node, value in zip(placeholders, values, strict=True):
+            if id(value) in position:
+                self.kinds.append(("input", position[id(value)]))
+            elif id(value) in state:
+                self.kinds.append(("state", state[id(value)]))
+            elif isinstance(value, Tensor):
+                self.kinds.append(("constant", value))
+            elif str(node.meta["example_value"]) in sizes:
+                self.kinds.append(("size", sizes[str(node.meta["example_value"])]))
+            else:
+                raise CaptureError(f"the graph takes {node.name}, which is no tensor of the model or of its inputs")
+        self._graph = [graph]  # no submodule: it holds no state
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        state = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        values = []
+        for kind, what in self.kinds:
+            if kind == "input":
+                values.append(tensors[what])
+            elif kind == "state":
+                values.append(state[what])
+            elif kind == "size":
+                values.append(tensors[what[0]].shape[what[1]])
+            else:
+                values.append(what)
+        return list(self._graph[0](*values))
+
+
+def _export(module: nn.Module, traced: Flat, tensors: list[Tensor], template: nn.Module) -> Program:
     batch = torch.export.Dim("batch", min=2)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.export.export(
-                traced, tuple(tensors), dynamic_shapes=(tuple({0: batch} for _ in tensors),), strict=False
+                module, tuple(tensors), dynamic_shapes=(tuple({0: batch} for _ in tensors),), strict=False
             )
-    except UnsupportedError:
-        raise
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise CaptureError(
-            f"torch.export could not capture the model: {type(error).__name__}: {first}. The model's forward must not "
-            "branch on values of tensors, dim 0 of every input must be the batch, and its size must stay symbolic: "
-            "x.shape[0], not len(x) or int(x.shape[0])"
-        ) from error
+    except Exception as error:  # as above
+        raise CaptureError(_first_line(error)) from error
     return _program_of(exported, template, traced)
+
+
+def _first_line(error: Exception) -> str:
+    """The kind of an error and the first lines of its text that say something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:400]
 
 
 def _program_of(exported: Any, template: nn.Module, traced: Flat) -> Program:
@@ -92,3 +184,10 @@ def _program_of(exported: Any, template: nn.Module, traced: Flat) -> Program:
         raise CaptureError("the batch size was specialised while tracing: forward depends on its value")
     parameters = {n: p.detach().requires_grad_(p.requires_grad) for n, p in template.named_parameters()}
     return Program(graph, sources, constants, parameters, traced.training, batch)
+
+
+RUNGS: tuple[tuple[str, Callable[[Flat, list[Tensor], nn.Module], Program]], ...] = (
+    ("export", trace_export),
+    ("dynamo", trace_dynamo),
+)
+"""The ladder, in the order in which it is climbed."""
