@@ -1,49 +1,358 @@
-"""The command line: ``descompiler explain FILE.py:factory --ranks 8``.
+"""The command line: ``descompiler cost deepfm --ranks 2:64``; see docs/cli.md.
 
-A factory takes no argument and returns ``(model, example_inputs)``.
+Exit status: 0 fine, 1 an error that descompiler raises on purpose (one line), 2 wrong usage.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from typer.core import TyperGroup
 
 import descompiler as des
+from descompiler import examples, render, sheets, units
+from descompiler.cluster import BUILTIN, COLLECTIVES, Cluster, Link
+from descompiler.compiler import Captured
+from descompiler.plan import Plan
+from descompiler.render import Sheet
 
-app = typer.Typer(help="Cost and equivalence of distributed recommender models.", no_args_is_help=True)
-
-Factory = Annotated[str, typer.Argument(help="FILE.py:factory; the factory returns (model, example_inputs)")]
+T = TypeVar("T")
 
 
-def load_factory(spec: str) -> tuple[Any, Any]:
-    """The model and inputs of ``FILE.py:factory``."""
-    path, _, name = spec.rpartition(":")
-    if not path or not Path(path).is_file():
-        raise typer.BadParameter(f"{spec!r}: give FILE.py:factory, and the file has to exist")
-    found = importlib.util.spec_from_file_location(Path(path).stem, path)
+class _Commands(TyperGroup):
+    """Errors that descompiler raises on purpose are one line on stderr, and status 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except des.DescompilerError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Cost, plan and equivalence of distributed recommender models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+# --- arguments
+
+
+def _usage(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """A parser whose errors are those of wrong usage."""
+
+    def parsed(text: str) -> T:
+        try:
+            return parse(text)
+        except des.InputError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    parsed.__name__ = parse.__name__.removeprefix("parse_").upper()  # what --help shows as the value's type
+    return parsed
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    return units.parse_counts(text, "rows")
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    return units.parse_counts(text, "ranks")
+
+
+Spec = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="`FILE.py:factory` or `package.module:factory` (the factory returns `(model, example_inputs)`), or an "
+        f"example: {', '.join(examples.CTR_MODELS)}",
+    ),
+]
+Ranks = Annotated[Any, typer.Option("--ranks", parser=_usage(_ranks), metavar="N", help="8, 2,4,6 or 2:256 (doubling)")]
+Batch = Annotated[
+    Any,
+    typer.Option("--batch", parser=_usage(_batches), metavar="ROWS", help="rows per rank; the example's by default"),
+]
+Bandwidth = Annotated[
+    Any, typer.Option(parser=_usage(units.parse_bandwidth), metavar="RATE", help="of one rank's link: 25Gbit, 3GB/s")
+]
+Latency = Annotated[
+    Any, typer.Option(parser=_usage(units.parse_time), metavar="TIME", help="of one message: 20us; 0 by default")
+]
+ClusterOption = Annotated[
+    str | None, typer.Option("--cluster", metavar="FILE|NAME", help=f"a cluster file, or one of {', '.join(BUILTIN)}")
+]
+PerNode = Annotated[int | None, typer.Option("--ranks-per-node", min=1, help="with --cluster: ranks that share a node")]
+Pins = Annotated[
+    list[str] | None, typer.Option("--pin", metavar="TABLE=FORM", help="fix the form of tables; TABLE may be a pattern")
+]
+Json = Annotated[bool, typer.Option("--json", help="print JSON, in SI units")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="print Markdown tables")]
+Latex = Annotated[bool, typer.Option("--latex", help="print LaTeX tables (booktabs)")]
+
+
+def load(spec: str, *, train: bool = False) -> tuple[Any, Any]:
+    """The model and inputs of ``FILE.py:factory``, ``package.module:factory`` or an example's name.
+
+    Parameters
+    ----------
+    train : bool
+        For an example: a small one with weights, in place of a large one without.
+
+    Raises
+    ------
+    InputError
+        If the factory raises, or returns something else than two things.
+    """
+    if spec in examples.CTR_MODELS:
+        return (examples.MODELS[spec](), examples.make_inputs(spec)) if train else examples.example(spec)
+    where, _, name = spec.rpartition(":")
+    if not where or not name:
+        raise typer.BadParameter(
+            f"{spec!r}: give FILE.py:factory, package.module:factory, or one of {', '.join(examples.CTR_MODELS)}"
+        )
+    factory = getattr(_module(where), name, None)
+    if not callable(factory):
+        raise typer.BadParameter(f"{where} has no function {name!r}")
+    try:
+        made = factory()
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{spec} raised {type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+        raise des.InputError(text) from error
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise des.InputError(f"{spec} must return (model, example_inputs); it returned {type(made).__name__}")
+    return made
+
+
+def _module(where: str) -> Any:
+    if not where.endswith(".py"):
+        try:
+            return importlib.import_module(where)
+        except ImportError as error:
+            raise typer.BadParameter(f"can't import {where!r}: {error}") from None
+    path = Path(where)
+    if not path.is_file():
+        raise typer.BadParameter(f"{where}: there is no such file")
+    # As if the file were run: its folder comes first, so that it finds its neighbours; `verify` starts processes that
+    # import it by name.
+    folder, name = str(path.resolve().parent), path.stem
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    found = importlib.util.spec_from_file_location(name, path)
     assert found is not None and found.loader is not None
     module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise typer.BadParameter(f"{path} has no {name!r}")
-    return getattr(module, name)()
+    sys.modules[name] = module
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        raise des.InputError(f"{where} can't be run: {type(error).__name__}: {error}") from error
+    return module
+
+
+def cluster_from(
+    cluster: str | None, bandwidth: float | None, latency: float | None, ranks: int, ranks_per_node: int | None = None
+) -> Cluster | None:
+    """The cluster that the options describe; None if they describe none."""
+    if cluster is not None:
+        if bandwidth is not None or latency is not None:
+            raise typer.BadParameter("give --cluster, or --bandwidth and --latency, not both")
+        if cluster in BUILTIN:
+            return Cluster.builtin(cluster, ranks, ranks_per_node)
+        if not Path(cluster).is_file():
+            raise typer.BadParameter(f"--cluster {cluster}: no such file, and the names are {', '.join(BUILTIN)}")
+        return Cluster.load(cluster).with_ranks(ranks, ranks_per_node)
+    if bandwidth is None:
+        if latency is not None:
+            raise typer.BadParameter("--latency needs --bandwidth")
+        return None
+    link = Link(latency or 0.0, bandwidth, source="command line")
+    name = f"{units.format_bandwidth(bandwidth)}, {units.format_seconds(latency or 0.0)}"
+    return Cluster(name, ranks, ranks_per_node or 1, {"inter": dict.fromkeys(COLLECTIVES, link)})
+
+
+def pins_from(pins: Sequence[str] | None) -> Mapping[str, str]:
+    """``TABLE=FORM`` options as a mapping."""
+    result = {}
+    for pin in pins or ():
+        table, equals, form = pin.rpartition("=")
+        if not equals or not table or not form:
+            raise typer.BadParameter(f"--pin {pin!r}: give TABLE=FORM, such as 'user.*=row'")
+        result[table] = form
+    return result
+
+
+# --- output
+
+
+def show(tables: Sequence[Sheet], *, json: bool, markdown: bool, latex: bool, **more: Any) -> None:
+    """Print tables in the format that the options ask for."""
+    if json + markdown + latex > 1:
+        raise typer.BadParameter("give one of --json, --markdown and --latex")
+    if json:
+        typer.echo(render.to_json(tables, **more))
+    elif markdown:
+        typer.echo("\n\n".join(map(render.to_markdown, tables)))
+    elif latex:
+        typer.echo("\n\n".join(map(render.to_latex, tables)))
+    else:
+        console = Console()
+        if not console.is_terminal:  # a pipe or a file: no wrapping at 80 columns
+            console = Console(width=200)
+        render.print_rich(tables, console)
+
+
+@contextmanager
+def working(text: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
+    """Progress on stderr, where that is a terminal; call with what is done next."""
+    console = Console(stderr=True)
+    columns = [SpinnerColumn(), TextColumn("{task.description}")]
+    columns += [BarColumn(), MofNCompleteColumn()] if total else []
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal) as p:
+        task = p.add_task(text, total=total)
+        started = False
+
+        def next_is(what: str) -> None:
+            nonlocal started
+            p.update(task, description=what, advance=1 if started else 0)
+            started = True
+
+        yield next_is
+
+
+def plans_for(captured: Captured, ranks: Iterable[int], batches: Iterable[int | None], **options: Any) -> list[Plan]:
+    """A plan for every number of ranks and rows, with progress."""
+    points = [(n, rows) for rows in batches for n in ranks]
+    result = []
+    with working("planning", len(points)) as next_is:
+        for n, rows in points:
+            next_is(f"planning for {n} ranks")
+            result.append(captured.plan(ranks=n, batch=rows, **options))
+    return result
+
+
+def captured_from(spec: str) -> Captured:
+    """Load and capture a model, with progress."""
+    with working(f"capturing {spec}"):
+        return Captured(*load(spec))
+
+
+# --- commands
 
 
 @app.command()
-def explain(spec: Factory, ranks: int = 2, batch: int | None = None) -> None:
-    """What is split, what crosses the wire, and what was rejected, at what price."""
-    model, inputs = load_factory(spec)
-    typer.echo(des.plan(model, inputs, ranks=ranks, batch=batch).explain())
+def cost(
+    spec: Spec,
+    ranks: Ranks = "8",
+    batch: Batch = None,
+    bandwidth: Bandwidth = None,
+    latency: Latency = None,
+    cluster: ClusterOption = None,
+    ranks_per_node: PerNode = None,
+    pin: Pins = None,
+    json: Json = False,
+    markdown: Markdown = False,
+    latex: Latex = False,
+) -> None:
+    """What a model sends per step: every operator's candidates, the winner, and the strategies that users know.
+
+    Needs no process group and no weights. Bytes are per rank and step, ids included.
+
+    Examples:
+
+    \b
+        descompiler cost lr --ranks 8 --batch 4096
+        descompiler cost fm --ranks 2:64 --bandwidth 25Gbit --latency 20us
+        descompiler cost train.py:model --cluster ethernet-100g --markdown
+    """
+    batches = (None,) if batch is None else batch
+    where = cluster_from(cluster, bandwidth, latency, ranks[0], ranks_per_node)
+    captured = captured_from(spec)
+    plans = plans_for(captured, ranks, batches, pins=pins_from(pin))
+    if len(plans) > 1:
+        tables = sheets.sweep(plans, where)
+    else:
+        (only,) = plans
+        tables = [
+            sheets.candidates(only, captured.operators),
+            sheets.crossings(only),
+            sheets.parts(only),
+            sheets.strategies(only, where),
+            sheets.memory(only),
+        ]
+    show(tables, json=json, markdown=markdown, latex=latex, model=spec)
 
 
 @app.command()
-def verify(spec: Factory, ranks: int = 2, steps: int = 3) -> None:
-    """Prove on local processes that the compiled model trains as the original."""
-    model, inputs = load_factory(spec)
-    typer.echo(str(des.verify(model, inputs, ranks=ranks, steps=steps)))
+def explain(
+    spec: Spec,
+    operator: Annotated[str | None, typer.Argument(help="one operator, by name; all by default")] = None,
+    ranks: Annotated[int, typer.Option(min=1)] = 8,
+    batch: Annotated[int | None, typer.Option(min=1, help="rows per rank; the example's by default")] = None,
+    pin: Pins = None,
+    json: Json = False,
+    markdown: Markdown = False,
+    latex: Latex = False,
+) -> None:
+    """Why a model is divided as it is: of all operators in words, or of one with every form, formula and price.
+
+    Examples:
+
+    \b
+        descompiler explain lr --ranks 4
+        descompiler explain fm embeddings.tables.2.weight --ranks 16
+    """
+    captured = captured_from(spec)
+    (plan,) = plans_for(captured, (ranks,), (batch,), pins=pins_from(pin))
+    if operator is None:
+        if json or markdown or latex:
+            show([sheets.candidates(plan, captured.operators)], json=json, markdown=markdown, latex=latex, model=spec)
+        else:
+            typer.echo(plan.explain())
+        return
+    if operator not in plan.splits:
+        raise des.PlanError(f"no table {operator!r} in {spec}; there are {_some(plan.splits)}")
+    tables = [sheets.candidates(plan, captured.operators, only=operator)]
+    show(tables, json=json, markdown=markdown, latex=latex, model=spec, operator=operator)
+
+
+def _some(names: Iterable[str], most: int = 6) -> str:
+    every = list(names)
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+
+
+@app.command()
+def verify(
+    spec: Spec,
+    ranks: Annotated[int, typer.Option(min=1)] = 2,
+    steps: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Prove on local processes that the compiled model trains as the original.
+
+    Examples:
+
+    \b
+        descompiler verify fm --ranks 3
+        descompiler verify train.py:small_model --steps 5
+    """
+    model, inputs = load(spec, train=True)
+    with working(f"training {spec} on {ranks} local ranks and on one"):
+        report = des.verify(model, inputs, ranks=ranks, steps=steps)
+    typer.echo(str(report))
 
 
 @app.command()
@@ -53,9 +362,5 @@ def version() -> None:
 
 
 def main() -> None:
-    """Run the command line; errors that descompiler raises on purpose are one line and status 1."""
-    try:
-        app()
-    except des.DescompilerError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(1) from None
+    """Run the command line."""
+    app()

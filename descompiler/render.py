@@ -1,7 +1,7 @@
 """One table type, and its renderings: a terminal, JSON, Markdown, LaTeX and HTML.
 
 A cell is a plain value; its column says what it means (`UNITS`), and each rendering how that is written. JSON keeps SI
-values, the others are for people. None is a cell that does not apply.
+values, the others are for people. None is a cell that does not apply, "" one like that above.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ def text_of(value: Any, unit: str) -> str:
     """
     if value is None:
         return NONE
+    if value == "":
+        return ""
     if unit == "bytes":
         return format_bytes(float(value))
     if unit == "seconds":
@@ -150,7 +152,7 @@ def to_markdown(sheet: Sheet) -> str:
     """A GitHub-flavoured Markdown table; emphasised rows are bold."""
 
     def cell(value: Any, column: Column, strong: bool) -> str:
-        if value is not None and column.unit == "formula":
+        if column.unit == "formula" and value not in (None, ""):
             text = f"`{value}`"
         else:
             text = text_of(value, column.unit)
@@ -198,7 +200,7 @@ def to_latex(sheet: Sheet) -> str:
     """A LaTeX ``table`` environment for the ``booktabs`` package."""
 
     def cell(value: Any, column: Column, strong: bool) -> str:
-        if value is not None and column.unit == "formula":
+        if column.unit == "formula" and value not in (None, ""):
             return f"${sympy.latex(value)}$"
         text = latex_text(text_of(value, column.unit))
         return rf"\textbf{{{text}}}" if strong else text
@@ -223,7 +225,7 @@ def to_html(sheet: Sheet) -> str:
     """A ``figure`` with a ``table``; formulas are MathML."""
 
     def cell(value: Any, column: Column) -> str:
-        if value is not None and column.unit == "formula":
+        if column.unit == "formula" and value not in (None, ""):
             return f"<td class='formula'>{to_mathml(value)}</td>"
         text = html.escape(text_of(value, column.unit))
         return f"<td class='number'>{text}</td>" if column.is_number else f"<td>{_breakable(text)}</td>"

@@ -1,0 +1,5 @@
+"""``python -m descompiler``: the command line."""
+
+from descompiler.cli import main
+
+main()

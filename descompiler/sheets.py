@@ -1,0 +1,284 @@
+"""What a plan says, as tables: operators and their candidates, what crosses the wire, strategies, memory, sweeps.
+
+Tables of a model that are alike (same width, ids, form and prices) share a row, under one pattern of their names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import sympy
+
+from descompiler.cluster import Cluster
+from descompiler.form import form_named
+from descompiler.operators import Operator
+from descompiler.plan import Crossing, Plan, Table
+from descompiler.render import Column, Sheet
+from descompiler.units import format_count
+
+MINE = "this plan"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Tables that are alike, and the form that they take.
+
+    Attributes
+    ----------
+    pattern : str
+        Their names, with ``*`` where they differ.
+    prices : mapping of str to int
+        By form: bytes that the busiest rank sends in a step if these tables took it.
+    """
+
+    pattern: str
+    tables: tuple[Table, ...]
+    form: str
+    prices: Mapping[str, int]
+
+    @property
+    def title(self) -> str:
+        return self.pattern + (f"  ({len(self.tables)} tables)" if len(self.tables) > 1 else "")
+
+    @property
+    def rows(self) -> str:
+        """Rows of one table, or from the smallest to the largest."""
+        sizes = sorted(t.rows for t in self.tables)
+        few, most = format_count(sizes[0]), format_count(sizes[-1])
+        return few if sizes[0] == sizes[-1] else f"{few} to {most}"
+
+
+def pattern_of(names: Sequence[str]) -> str:
+    """A pattern of names that differ in numbers or in dotted parts.
+
+    >>> pattern_of(["a.tables.0.weight", "a.tables.12.weight"]), pattern_of(["user.weight", "item.weight"])
+    ('a.tables.*.weight', '*.weight')
+    """
+    parts = [n.split(".") for n in names]
+    if len({len(p) for p in parts}) > 1:
+        return "*"
+    return ".".join(x[0] if len(set(x)) == 1 else "*" for x in zip(*parts, strict=True))
+
+
+def kinds(plan: Plan) -> list[Kind]:
+    """The plan's tables, those that are alike together, in the order of the model."""
+    groups: dict[Any, list[Table]] = {}
+    for t in plan.tables:
+        prices = tuple(sorted(plan.prices.get(t.name, {}).items()))
+        key = (
+            _without_index(t.name),
+            t.dim,
+            t.ids,
+            t.itemsize,
+            t.sparse,
+            t.uses,
+            tuple(sorted(t.refusals.items())),
+            prices,
+        )
+        groups.setdefault((*key, plan.splits[t.name].form), []).append(t)
+    return [
+        Kind(pattern_of([t.name for t in g]), tuple(g), plan.splits[g[0].name].form, plan.prices.get(g[0].name, {}))
+        for g in groups.values()
+    ]
+
+
+def candidates(plan: Plan, operators: Sequence[Operator], only: str | None = None) -> Sheet:
+    """Every operator with the forms that it can take, their formulas and prices, the chosen one first.
+
+    Parameters
+    ----------
+    operators : sequence of Operator
+        Of the planned model: they know their forms' formulas.
+    only : str, optional
+        The name of one operator.
+    """
+    by_name = {o.name: o for o in operators}
+    rows: list[tuple[Any, ...]] = []
+    strong = set()
+    for kind in kinds(plan):
+        if only is not None and only not in {t.name for t in kind.tables}:
+            continue
+        t = kind.tables[0]
+        others = sorted((price, form) for form, price in kind.prices.items() if form != kind.form)
+        head = (kind.title, kind.rows, t.dim, t.ids)
+        for number, (price, form) in enumerate([(kind.prices.get(kind.form, plan.price_bytes), kind.form), *others]):
+            formula = formula_of(form, by_name[t.name])
+            if number == 0:
+                strong.add(len(rows))
+            verdict = "chosen" if number == 0 else f"{price - plan.price_bytes:+,} B"
+            rows.append((*(head if number == 0 else ("", "", "", "")), form, formula, price, verdict))
+        for form, reason in t.refusals.items():
+            rows.append(("", "", "", "", form, None, None, f"not possible: {reason}"))
+    return Sheet(
+        f"operators and the forms that they can take: {plan.ranks} ranks, {plan.rows:,} rows a rank",
+        (
+            Column("operator"),
+            Column("rows"),
+            Column("dim", "count"),
+            Column("ids a row", "count"),
+            Column("form"),
+            Column("sends, per rank and step", "formula"),
+            Column("busiest rank", "bytes"),
+            Column("verdict"),
+        ),
+        tuple(rows),
+        ("busiest rank: all bytes that it sends in a training step if the operator and those like it took that form.",),
+        frozenset(strong),
+    )
+
+
+def formula_of(form: str, operator: Operator) -> sympy.Expr:
+    """Bytes that a form sends for an operator, the mean over ranks."""
+    return sum(form_named(form).costs(operator).values(), sympy.Integer(0))
+
+
+def crossings(plan: Plan) -> Sheet:
+    """What enters and leaves the region in a step; what is alike shares a row."""
+    groups: dict[Any, list[Crossing]] = {}
+    for c in plan.crossings:
+        key = (c.kind, re.sub(r"_\d+$", "", c.name), c.placement, _without_index(pattern_of(c.tables)), c.line)
+        groups.setdefault(key, []).append(c)
+    rows = []
+    for (kind, name, placement, tables, line), group in groups.items():
+        symbol = "L" if kind == "ids" else "w"
+        width = sum(c.width for c in group)
+        size = plan.bytes_of(group[0].formula, **{symbol: width})
+        title = f"{name}  (× {len(group)})" if len(group) > 1 else name
+        rows.append((kind, title, _short(placement), tables, group[0].formula, f"{symbol} = {width:,}", size, line))
+    return Sheet(
+        "what crosses the wire",
+        (
+            Column("what"),
+            Column("operator"),
+            Column("placement"),
+            Column("tables"),
+            Column("per rank and step", "formula"),
+            Column("width"),
+            Column("bytes", "bytes"),
+            Column("line"),
+        ),
+        tuple(rows),
+        ("the mean over ranks; values include their gradients on the way back.",) if rows else ("nothing: all local.",),
+    )
+
+
+def _without_index(name: str) -> str:
+    """A table's name with ``*`` for numbers."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def _short(placement: str, most: int = 40) -> str:
+    return placement if len(placement) <= most else placement[: most - 2] + " …"
+
+
+def parts(plan: Plan) -> Sheet:
+    """What the busiest rank sends, by collective."""
+    every = [plan.traffic(r) for r in range(plan.ranks)]
+    busiest = max(every, key=lambda t: t.total)
+    rows = [
+        (name, float(size), busiest.calls_by_collective.get(name)) for name, size in busiest.bytes_by_collective.items()
+    ]
+    rows.append(("total", float(busiest.total), busiest.calls))
+    columns = (Column("collective"), Column("sent", "bytes"), Column("calls", "count"))
+    return Sheet("what the busiest rank sends in a step, by collective", columns, tuple(rows))
+
+
+def step_seconds(plan: Plan, cluster: Cluster) -> float:
+    """Seconds of a step's collectives, each as long as on its busiest rank."""
+    cluster = cluster.with_ranks(plan.ranks)
+    return cluster.seconds([plan.traffic(r) for r in range(plan.ranks)])
+
+
+def strategies(plan: Plan, cluster: Cluster | None = None) -> Sheet:
+    """The plan against the strategies that users know."""
+    others = plan.baselines()
+    mine = round(sum(plan.traffic(r).total for r in range(plan.ranks)) / plan.ranks)
+    best = min(others.values(), default=0)
+    seconds = None if cluster is None else step_seconds(plan, cluster)
+    rows: list[tuple[Any, ...]] = [(MINE, mine, None, seconds)]
+    rows += [(name, size, size / mine if mine else None, None) for name, size in others.items()]
+    times = (Column("communication", "seconds"),)
+    width = 3 if cluster is None else 4
+    notes = ["sent per rank and step, ids included, the mean over ranks."]
+    if others and mine:
+        notes.append(f"the best of the others sends {best / mine:.2f} times as much as this plan.")
+    return Sheet(
+        f"strategies: {plan.ranks} ranks, {plan.rows:,} rows a rank",
+        (Column("strategy"), Column("sent", "bytes"), Column("× this plan", "count"), *times)[:width],
+        tuple(r[:width] for r in rows),
+        tuple(notes),
+        frozenset({0}),
+    )
+
+
+def memory(plan: Plan) -> Sheet:
+    """What each rank holds of the weights; ranks that hold as much share a row."""
+    weights = Counter(sum(p.numel(r) for p in plan.pieces.values()) * plan.itemsize for r in range(plan.ranks))
+    whole = sum(prod(p.shape) for p in plan.pieces.values()) * plan.itemsize
+    rows = [
+        (f"{n} rank{'s' * (n > 1)}", size, 100 * size / whole if whole else None)
+        for size, n in sorted(weights.items(), reverse=True)
+    ]
+    rows.append(("the whole model", whole, None))
+    columns = (Column("on"), Column("weights", "bytes"), Column("of the model", "percent"))
+    return Sheet("memory for weights", columns, tuple(rows))
+
+
+def summary_of(plan: Plan) -> str:
+    """The forms of a plan's tables in a few words.
+
+    ``24 column, 28 replicate``
+    """
+    forms = Counter(s.form for s in plan.splits.values())
+    return ", ".join(f"{n} {form}" for form, n in sorted(forms.items(), key=lambda x: -x[1]))
+
+
+def point_name(plan: Plan, ranks: bool, rows: bool) -> str:
+    """Where a sweep's plan lies: what of ranks and rows varies."""
+    name = [f"{plan.ranks} ranks"] if ranks or not rows else []
+    return ", ".join([*name, f"{format_count(plan.rows)} rows"] if rows else name)
+
+
+def sweep(plans: Sequence[Plan], cluster: Cluster | None = None) -> list[Sheet]:
+    """Strategies against ranks or batch, and what is chosen at each point."""
+    ranks, rows = len({p.ranks for p in plans}) > 1, len({p.rows for p in plans}) > 1
+    names = [point_name(p, ranks, rows) for p in plans]
+    mine = [round(sum(p.traffic(r).total for r in range(p.ranks)) / p.ranks) for p in plans]
+    others = [p.baselines() for p in plans]
+    table: list[tuple[Any, ...]] = [(MINE, *mine)]
+    table += [(name, *(o[name] for o in others)) for name in others[0]]
+    chosen = []
+    for p, name, size, other in zip(plans, names, mine, others, strict=True):
+        best = min(other, key=lambda n: other[n])
+        times = other[best] / size if size else None
+        row = [name, summary_of(p), ", ".join(dict.fromkeys(_exits(p))), size, best, times]
+        chosen.append(tuple(row if cluster is None else [*row, step_seconds(p, cluster)]))
+    columns = [
+        Column("at"),
+        Column("tables"),
+        Column("aggregates at"),
+        Column("sent", "bytes"),
+        Column("best other strategy"),
+        Column("× this plan", "count"),
+    ]
+    if cluster is not None:
+        columns.append(Column("communication", "seconds"))
+    return [
+        Sheet(
+            "bytes sent per rank and step, by strategy",
+            (Column("strategy"), *(Column(n, "bytes") for n in names)),
+            tuple(table),
+            ("ids included, the mean over ranks.",),
+            frozenset({0}),
+        ),
+        Sheet("what is chosen", tuple(columns), tuple(chosen)),
+    ]
+
+
+def _exits(plan: Plan) -> list[str]:
+    return [c.name.removeprefix("aten.") for c in plan.crossings if c.kind == "values"]

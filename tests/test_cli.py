@@ -1,0 +1,191 @@
+"""The command line, through its own parser, and once as a process of its own."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from descompiler import units
+from descompiler.cli import app
+from descompiler.errors import InputError
+
+MODEL = """
+import torch
+from neighbour import FIELDS
+
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tables = torch.nn.ModuleList(torch.nn.Embedding(rows, 4) for rows in FIELDS)
+        self.out = torch.nn.Linear(4 * len(FIELDS), 1)
+
+    def forward(self, ids):
+        return self.out(torch.cat([t(ids[:, f]) for f, t in enumerate(self.tables)], 1)).squeeze(1)
+
+def tiny():
+    return Tiny(), (torch.arange(12).reshape(4, 3) % 7,)
+
+def large():
+    with torch.device("meta"):
+        model = Tiny()
+    return model, (torch.zeros(4, 3, dtype=torch.int64),)
+
+def fails():
+    return 1 / 0
+
+def half():
+    return Tiny()
+"""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "neighbour.py").write_text("FIELDS = (500, 7, 1000)\n")
+    path = folder / "mine.py"
+    path.write_text(MODEL)
+    return str(path)
+
+
+def run(*arguments, status=0):
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == status, f"{result.output}\n{result.exception!r}"
+    return result
+
+
+# --- parsers
+
+
+@pytest.mark.parametrize(
+    ("parse", "text"),
+    [
+        (units.parse_bandwidth, "25"),
+        (units.parse_bandwidth, "25Gbyte"),
+        (units.parse_bandwidth, "0Gbit"),
+        (units.parse_bandwidth, "fast"),
+        (units.parse_time, "20"),
+        (units.parse_time, "20 parsecs"),
+        (units.parse_size, "16Gbit"),
+        (units.parse_size, "-1GB"),
+        (units.parse_counts, "2:"),
+        (units.parse_counts, "8:2"),
+        (units.parse_counts, "0"),
+        (units.parse_counts, "two"),
+    ],
+)
+def test_parsers_say_what_is_wrong_and_what_to_give(parse, text):
+    with pytest.raises(InputError, match=re.escape(repr(text))):
+        parse(text)
+
+
+def test_bits_and_bytes_differ_by_eight():
+    assert units.parse_bandwidth("8Gbit") == units.parse_bandwidth("1GB/s") == units.parse_bandwidth("8 Gbps")
+
+
+# --- cost
+
+
+def test_cost_in_json_adds_up(file):
+    data = json.loads(run("cost", f"{file}:tiny", "--ranks", "4", "--batch", "64", "--json").stdout)
+    by_title = {s["title"].partition(":")[0]: s for s in data["sheets"]}
+    operators = by_title["operators and the forms that they can take"]
+    chosen = [r for n, r in enumerate(operators["rows"]) if n in operators["chosen"]]
+    sent = by_title["what the busiest rank sends in a step, by collective"]["rows"]
+    assert sent[-1]["collective"] == "total"
+    assert sum(r["sent"] for r in sent[:-1]) == pytest.approx(sent[-1]["sent"])
+    assert {r["busiest rank"] for r in chosen} == {sent[-1]["sent"]}
+    assert all(r["busiest rank"] >= sent[-1]["sent"] for r in operators["rows"] if r["busiest rank"] is not None)
+    strategies = {r["strategy"]: r["sent"] for r in by_title["strategies"]["rows"]}
+    # tables of 1,507 rows of 4, and a Linear of 12 + 1, all-reduced
+    assert strategies["data parallel, dense gradients"] == 2 * 3 / 4 * 4 * (1507 * 4 + 13)
+
+
+def test_cost_needs_no_weights(file):
+    assert "this plan" in run("cost", f"{file}:large", "--ranks", "2").stdout
+
+
+def test_sweep_over_ranks_and_batch_with_a_cluster(file):
+    arguments = ("--ranks", "2:8", "--batch", "32,64", "--bandwidth", "25Gbit", "--latency", "20us", "--json")
+    strategies, chosen = json.loads(run("cost", f"{file}:tiny", *arguments).stdout)["sheets"]
+    assert [r["at"] for r in chosen["rows"]] == [f"{n} ranks, {b} rows" for b in (32, 64) for n in (2, 4, 8)]
+    mine = strategies["rows"][0]
+    assert mine["strategy"] == "this plan"
+    assert [r["sent"] for r in chosen["rows"]] == [mine[r["at"]] for r in chosen["rows"]]
+    # more ranks, more latency: every collective takes at least one message of 20 us
+    assert all(r["communication"] > 20e-6 for r in chosen["rows"])
+
+
+@pytest.mark.parametrize(("option", "start"), [("--markdown", "**operators"), ("--latex", "\\begin{table}")])
+def test_other_formats(file, option, start):
+    out = run("cost", f"{file}:tiny", "--pin", "tables.*=row", option).stdout
+    assert out.startswith(start)
+    assert "tables.*.weight" in out.replace("\\", "")
+
+
+def test_pins_are_followed_and_impossible_ones_are_one_line(file):
+    data = json.loads(run("cost", f"{file}:tiny", "--pin", "tables.0.weight=row", "--json").stdout)
+    forms = [r["form"] for n, r in enumerate(data["sheets"][0]["rows"]) if n in data["sheets"][0]["chosen"]]
+    assert "row" in forms
+    result = run("cost", f"{file}:tiny", "--pin", "tables.9.weight=row", status=1)
+    assert result.stderr.startswith("error: ") and "tables.9.weight" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+# --- explain, verify
+
+
+def test_explain_one_operator(file):
+    out = run("explain", f"{file}:tiny", "tables.2.weight", "--ranks", "4").stdout
+    for form in ("replicate", "field", "row", "column"):
+        assert form in out
+    assert "tables.2.weight" in run("explain", f"{file}:tiny").stdout
+    assert "tables.0.weight" in run("explain", f"{file}:tiny", "nothing", status=1).stderr
+
+
+def test_verify_a_file(file):
+    out = run("verify", f"{file}:tiny", "--steps", "1").stdout
+    assert "1 cases on 2 ranks" in out
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("cost", "nothing.py:model"), "no such file"),
+        (("cost", "deepfmm"), "FILE.py:factory"),
+        (("cost", "no.such.package:model"), "can't import"),
+        (("cost", "lr", "--ranks", "none"), "'none' is no number of ranks"),
+        (("cost", "lr", "--bandwidth", "25"), "25Gbit"),
+        (("cost", "lr", "--latency", "20us"), "--latency needs --bandwidth"),
+        (("cost", "lr", "--cluster", "mine.json"), "ethernet-25g"),
+        (("cost", "lr", "--cluster", "ethernet-25g", "--bandwidth", "1Gbit"), "not both"),
+        (("cost", "lr", "--pin", "row"), "TABLE=FORM"),
+        (("nothing",), "No such command"),
+    ],
+)
+def test_wrong_usage_is_status_2(arguments, text):
+    result = run(*arguments, status=2)
+    plain = " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
+    assert text in plain
+
+
+@pytest.mark.parametrize(
+    ("factory", "text"),
+    [("fails", r"ZeroDivisionError: division by zero \(.*mine\.py:\d+\)"), ("half", "must return")],
+)
+def test_a_broken_factory_is_one_line_and_status_1(file, factory, text):
+    result = run("cost", f"{file}:{factory}", status=1)
+    assert re.search(text, result.stderr) and len(result.stderr.splitlines()) == 1
+
+
+def test_as_a_process(file):
+    command = [sys.executable, "-m", "descompiler", "cost", f"{file}:tiny", "--ranks", "2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == f"{file}:tiny"
+    assert done.stderr == ""  # progress is for terminals
