@@ -76,15 +76,22 @@ def compile(
     ------
     CaptureError, UnsupportedError, PlanError, InputError, RankError
     """
+    options = {"plan": plan, "process_group": process_group, "loss": loss, "batch": batch, "seed": seed}
+    if example_inputs is None:
+        return DeferredModule(model, lambda inputs: compile(model, inputs, **options))
+    return distribute(model, lambda: Builder(blueprint(model), example_inputs), **options)
+
+
+def distribute(
+    model: nn.Module, builder: Callable[[], Builder], *, plan: Any, process_group: Any, loss: str, batch: Any, seed: Any
+) -> DistributedModule:
+    """`compile`, given what captures the model: one builder serves many compilations of one architecture."""
     if loss not in LOSSES:
         raise PlanError(f"loss={loss!r}; it is one of {', '.join(LOSSES)}")
-    if example_inputs is None:
-        options = {"plan": plan, "process_group": process_group, "loss": loss, "batch": batch, "seed": seed}
-        return DeferredModule(model, lambda inputs: compile(model, inputs, **options))
     group, rank, ranks = _process_group(process_group)
 
-    def capture_and_find() -> tuple[_Builder, Program, Signature, list[Operator]]:
-        build = _Builder(blueprint(model), example_inputs)
+    def capture_and_find() -> tuple[Builder, Program, Signature, list[Operator]]:
+        build = builder()
         program, signature = build.capture(None)
         return build, program, signature, find_operators(program)
 
@@ -157,7 +164,7 @@ class Captured:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any):
-        build = _Builder(blueprint(model), example_inputs)
+        build = Builder(blueprint(model), example_inputs)
         self.program, _ = build.capture(None)
         self.operators = find_operators(self.program)
         self.rows = build.rows
@@ -183,7 +190,7 @@ def _region(program: Program, operators: list[Operator], plan: Plan) -> tuple[Ca
     return candidates, cut
 
 
-class _Builder:
+class Builder:
     """Programs of one model, by the training flags of its modules."""
 
     def __init__(self, template: nn.Module, example_inputs: Any):
@@ -191,9 +198,15 @@ class _Builder:
         leaves, _ = split_statics(flatten(normalise_inputs(example_inputs, template.forward))[0])
         self.rows = max((x.shape[0] for x in leaves if x.dim()), default=1)
         self.device = leaves[0].device if leaves else torch.device("cpu")
+        self._captured: dict[tuple[tuple[str, bool], ...], tuple[Program, Signature]] = {}
 
-    def capture(self, training: dict[str, bool] | None) -> Any:
-        return capture(self.template, self.example_inputs, training=training, passes=NORMALISE)
+    def capture(self, training: dict[str, bool] | None) -> tuple[Program, Signature]:
+        """The program for given flags, those of the model by default; captured once, and not to be edited."""
+        flags = {n: m.training for n, m in self.template.named_modules()} if training is None else training
+        key = tuple(flags.items())
+        if key not in self._captured:
+            self._captured[key] = capture(self.template, self.example_inputs, training=flags, passes=NORMALISE)
+        return self._captured[key]
 
     def emit(self, plan: Plan, training: dict[str, bool], rank: int) -> Emitted:
         program, _ = self.capture(training)

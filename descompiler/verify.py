@@ -20,9 +20,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from descompiler.compiler import compile
+from descompiler.compiler import Builder, distribute
 from descompiler.errors import EquivalenceError
 from descompiler.inputs import flatten, map_tensors, normalise_inputs, split_statics, take_rows
+from descompiler.module import DistributedModule
+from descompiler.probe import blueprint
 from descompiler.state import full_state_dict
 
 TOLERANCE_FLOAT64 = 1e-10
@@ -187,9 +189,11 @@ def _work(
     rank: int, ranks: int, model: nn.Module, inputs: Any, steps: int, plans: list[Any], optimizers: list[str]
 ) -> Report:
     report = Report(ranks)
+    builder = functools.cache(lambda: Builder(blueprint(model), inputs))  # one capture serves every case
     for plan in plans:
         for name in optimizers:
-            _case(report, model, inputs, steps, plan, name, rank, ranks)
+            module = distribute(model, builder, plan=plan, process_group=None, loss="sum", batch=None, seed=None)
+            _case(report, model, module, inputs, steps, f"plan {plan}, {name}, rank {rank}", name, rank, ranks)
     return report
 
 
@@ -231,12 +235,18 @@ def _largest(tensors: Iterable[Tensor]) -> float:
 
 
 def _case(
-    report: Report, model: nn.Module, inputs: Any, steps: int, plan: Any, optimizer: str, rank: int, ranks: int
+    report: Report,
+    model: nn.Module,
+    module: DistributedModule,
+    inputs: Any,
+    steps: int,
+    title: str,
+    optimizer: str,
+    rank: int,
+    ranks: int,
 ) -> None:
     reference = copy.deepcopy(model)
-    module = compile(model, inputs, plan=plan, loss="sum")
     sparse = module.plan.sparse
-    title = f"plan {plan}, {optimizer}, rank {rank}"
 
     def compare(what: str, name: str, a: Tensor, b: Tensor, size: float, rounding: float) -> None:
         """``size``: the largest entry of the whole tensor that ``b`` is a part of; ``rounding``: absolute."""
