@@ -9,7 +9,9 @@ from typing import Any
 
 import sympy
 
-from descompiler.cost_models.baselines import ALL_REDUCE, SPARSE, TableUse, baselines
+from descompiler.cluster import Cluster
+from descompiler.cost_models import baselines
+from descompiler.cost_models.baselines import ALL_REDUCE, SPARSE, Priced, TableUse
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
 from descompiler.cost_models.symbols import N, b, i, s
 from descompiler.form import Split
@@ -28,6 +30,8 @@ class Table:
     ----------
     ids : int
         Per row of the batch, over all lookups.
+    vectors : int
+        That lookups return per row of the batch: 1 for a bag.
     uses : tuple of str
         Operators that take its rows.
     refusals : dict of str to str
@@ -39,6 +43,7 @@ class Table:
     dim: int
     itemsize: int
     ids: int
+    vectors: int
     sparse: bool
     uses: tuple[str, ...]
     refusals: Mapping[str, str]
@@ -127,10 +132,26 @@ class Plan:
 
     def baselines(self, rows: int | None = None) -> dict[str, int]:
         """Bytes that each rank would send in a step with other strategies, for ``rows`` rows a rank."""
-        tables = [TableUse(t.rows, t.dim, t.ids) for t in self.tables]
+        return {x.name: x.sent_bytes for x in self.priced(rows)}
+
+    def priced(self, rows: int | None = None, cluster: Cluster | None = None) -> list[Priced]:
+        """Other strategies with this model's numbers: bytes, memory, and seconds on a cluster.
+
+        Ids are as wide as this plan's.
+        """
+        tables = [TableUse(t.rows, t.dim, t.ids, t.vectors) for t in self.tables]
         dense = sum(prod(p.shape) for n, p in self.pieces.items() if n not in self.splits)
-        rows = self.rows if rows is None else rows
-        return baselines(tables, dense, ranks=self.ranks, rows=rows, itemsize=self.itemsize)
+        return baselines.price(
+            tables,
+            dense,
+            ranks=self.ranks,
+            rows=self.rows if rows is None else rows,
+            itemsize=self.itemsize,
+            id_bytes=self.layout.id_bytes,
+            ranks_per_node=None if cluster is None else cluster.ranks_per_node,
+            backend="nccl" if cluster is None else cluster.backend,
+            seconds_of=None if cluster is None else cluster.seconds_of,
+        )
 
     def bytes_of(self, formula: sympy.Expr, **values: int) -> int:
         """A formula of `descompiler.cost_models` with this plan's ranks, rows and sizes, rounded."""

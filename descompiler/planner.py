@@ -187,7 +187,8 @@ def choose(
 def _table(o: Operator) -> Table:
     uses = sorted({target_name(u) for x in o.lookups for u in x.node.users})
     ids = sum(prod(tail(x.ids)) for x in o.lookups)
-    return Table(o.name, o.rows, o.dim, o.dtype.itemsize, ids, o.sparse, tuple(uses), dict(o.refusals), o.line)
+    vectors = sum(1 if x.mode else prod(tail(x.ids)) for x in o.lookups)
+    return Table(o.name, o.rows, o.dim, o.dtype.itemsize, ids, vectors, o.sparse, tuple(uses), dict(o.refusals), o.line)
 
 
 def _crossings(program: Program, operators: Sequence[Operator], best: Trial) -> list[Crossing]:

@@ -194,22 +194,34 @@ def step_seconds(plan: Plan, cluster: Cluster) -> float:
     return cluster.seconds([plan.traffic(r) for r in range(plan.ranks)])
 
 
+def mean_bytes(plan: Plan) -> int:
+    """Bytes sent per rank and step, the mean over ranks."""
+    return round(sum(plan.traffic(r).total for r in range(plan.ranks)) / plan.ranks)
+
+
 def strategies(plan: Plan, cluster: Cluster | None = None) -> Sheet:
     """The plan against the strategies that users know."""
-    others = plan.baselines()
-    mine = round(sum(plan.traffic(r).total for r in range(plan.ranks)) / plan.ranks)
-    best = min(others.values(), default=0)
+    others = plan.priced(cluster=None if cluster is None else cluster.with_ranks(plan.ranks))
+    mine = mean_bytes(plan)
     seconds = None if cluster is None else step_seconds(plan, cluster)
-    rows: list[tuple[Any, ...]] = [(MINE, mine, None, seconds)]
-    rows += [(name, size, size / mine if mine else None, None) for name, size in others.items()]
-    times = (Column("communication", "seconds"),)
-    width = 3 if cluster is None else 4
-    notes = ["sent per rank and step, ids included, the mean over ranks."]
-    if others and mine:
-        notes.append(f"the best of the others sends {best / mine:.2f} times as much as this plan.")
+    rows: list[tuple[Any, ...]] = [(MINE, mine, plan.price_bytes, None, seconds)]
+    for x in others:
+        rows.append((x.name, x.sent_bytes, x.busiest_bytes, x.sent_bytes / mine if mine else None, x.seconds))
+    columns = (
+        Column("strategy"),
+        Column("sent", "bytes"),
+        Column("busiest rank", "bytes"),
+        Column("× this plan", "count"),
+        Column("communication", "seconds"),
+    )
+    width = 4 if cluster is None else 5
+    notes = ["sent per rank and step, ids included, the mean over ranks; ids are as wide as this plan's."]
+    if mine:
+        best = min(others, key=lambda x: x.sent_bytes)
+        notes.append(f"the best of the others, {best.name}, sends {best.sent_bytes / mine:.2f} times as much.")
     return Sheet(
         f"strategies: {plan.ranks} ranks, {plan.rows:,} rows a rank",
-        (Column("strategy"), Column("sent", "bytes"), Column("× this plan", "count"), *times)[:width],
+        columns[:width],
         tuple(r[:width] for r in rows),
         tuple(notes),
         frozenset({0}),
@@ -248,7 +260,7 @@ def sweep(plans: Sequence[Plan], cluster: Cluster | None = None) -> list[Sheet]:
     """Strategies against ranks or batch, and what is chosen at each point."""
     ranks, rows = len({p.ranks for p in plans}) > 1, len({p.rows for p in plans}) > 1
     names = [point_name(p, ranks, rows) for p in plans]
-    mine = [round(sum(p.traffic(r).total for r in range(p.ranks)) / p.ranks) for p in plans]
+    mine = [mean_bytes(p) for p in plans]
     others = [p.baselines() for p in plans]
     table: list[tuple[Any, ...]] = [(MINE, *mine)]
     table += [(name, *(o[name] for o in others)) for name in others[0]]
