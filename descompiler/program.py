@@ -209,7 +209,7 @@ def canonical_graph(graph: fx.Graph, sources: dict[str, Source], annotate: dict[
             return names[x]
         if isinstance(x, list | tuple):
             return "[" + ", ".join(map(text, x)) + "]"
-        return str(x)
+        return x.type if isinstance(x, torch.device) else str(x)  # ranks have GPUs of different numbers
 
     for node in graph.nodes:
         if node.op == "placeholder":

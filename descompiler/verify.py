@@ -72,6 +72,7 @@ def verify(
     plans: Sequence[Mapping[str, str] | None] = (None,),
     optimizers: Sequence[str] = ("sgd",),
     timeout_s: float = 120.0,
+    device: str = "cpu",
 ) -> Report:
     """Prove on ``ranks`` local gloo processes that the compiled model trains as the original.
 
@@ -84,6 +85,8 @@ def verify(
         Forms to force, one run each; None is the compiler's own choice.
     optimizers : sequence of str
         Keys of `OPTIMIZERS`. With sparse gradients, "sparse_adam" takes those tables and Adagrad the rest.
+    device : str
+        Where both models are; the ranks share it if it is a GPU.
 
     Returns
     -------
@@ -99,10 +102,10 @@ def verify(
         if isinstance(module, nn.Dropout | nn.AlphaDropout | nn.FeatureAlphaDropout | nn.Dropout1d):
             module.p = 0.0
     inputs = map_tensors(
-        lambda x: x.double() if x.is_floating_point() else x, normalise_inputs(example_inputs, model.forward)
+        lambda x: (x.double() if x.is_floating_point() else x).cpu(), normalise_inputs(example_inputs, model.forward)
     )
     report = Report(ranks)
-    arguments = (model, inputs, steps, list(plans), list(optimizers))
+    arguments = (model.cpu(), inputs, steps, list(plans), list(optimizers), device)
     for other in on_ranks(_work, ranks, *arguments, timeout_s=timeout_s):
         report.cases = other.cases
         report.rounding |= other.rounding
@@ -186,9 +189,17 @@ def _rank_main(
 
 
 def _work(
-    rank: int, ranks: int, model: nn.Module, inputs: Any, steps: int, plans: list[Any], optimizers: list[str]
+    rank: int,
+    ranks: int,
+    model: nn.Module,
+    inputs: Any,
+    steps: int,
+    plans: list[Any],
+    optimizers: list[str],
+    device: str,
 ) -> Report:
     report = Report(ranks)
+    model, inputs = model.to(device), map_tensors(lambda x: x.to(device), inputs)
     builder = functools.cache(lambda: Builder(blueprint(model), inputs))  # one capture serves every case
     for plan in plans:
         for name in optimizers:
@@ -225,8 +236,8 @@ def _loss(outputs: Any, first: int) -> Tensor:
     """A loss that is a sum over rows and differs between rows."""
     total = torch.zeros((), dtype=torch.float64)
     for o in _tensors(outputs):
-        rows = torch.arange(first, first + len(o), dtype=o.dtype).reshape(-1, *[1] * (o.dim() - 1))
-        total = total + ((o - torch.cos(rows)) ** 2).sum()
+        rows = torch.arange(first, first + len(o), dtype=o.dtype, device=o.device).reshape(-1, *[1] * (o.dim() - 1))
+        total = total + ((o - torch.cos(rows)) ** 2).sum().cpu()
     return total
 
 

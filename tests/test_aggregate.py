@@ -12,7 +12,7 @@ from descompiler.operators import find_operators
 from descompiler.passes import NORMALISE, RULES
 from descompiler.planner import assign
 from descompiler.probe import blueprint
-from descompiler.program import run_passes
+from descompiler.program import canonical_graph, run_passes
 from examples.models import MODELS
 
 
@@ -83,3 +83,12 @@ def test_the_explanation_names_every_table_its_price_and_its_runner_up():
         block = text[text.index(t.name) :]
         assert str(plan.splits[t.name]) in block and "runner-up" in block
     assert f"= {plan.bytes_of(plan.crossings[0].formula, L=plan.crossings[0].width):,} B" in text
+
+
+def test_a_fingerprint_does_not_depend_on_the_number_of_the_device():
+    def text(device):
+        graph = torch.fx.Graph()
+        graph.output(graph.call_function(torch.ops.aten.zeros.default, ([2],), {"device": torch.device(device)}))
+        return canonical_graph(graph, {})
+
+    assert text("cuda:0") == text("cuda:1") != text("cpu")

@@ -1,0 +1,47 @@
+"""`make gpu-check`: what the other tests prove on the CPU, with tensors of a GPU. Skipped where there is none.
+
+On one rank there are no collectives. Two gloo ranks may share one GPU, which NCCL does not allow; their tensors go
+through the host (`descompiler.collectives`).
+"""
+
+import pytest
+import torch
+
+import descompiler as des
+from descompiler.verify import on_ranks
+from examples.models import MODELS, make_inputs
+from tests.test_equivalence import SPLITS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine")
+
+MODEL_LAYOUTS = [("fm", "offsets"), ("deepfm", "fields"), ("wide_deep", "bags"), ("dlrm", "fields"), ("dcn", "offsets")]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("name", "layout"), MODEL_LAYOUTS)
+def test_trains_as_the_original(name, layout, ranks):
+    torch.manual_seed(0)
+    plans = SPLITS if ranks > 1 else [None]
+    model, inputs = MODELS[name](layout), make_inputs(name, layout, 8)
+    report = des.verify(model, inputs, ranks=ranks, plans=plans, device="cuda")
+    assert report.cases == len(plans)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
+def test_optimizers_and_batch_norm(optimizer):
+    torch.manual_seed(0)
+    model = MODELS["deepfm"]("fields", sparse=optimizer == "sparse_adam", batch_norm=True)
+    inputs = make_inputs("deepfm", "fields", 8)
+    des.verify(model, inputs, ranks=2, plans=SPLITS, optimizers=[optimizer], device="cuda")
+
+
+def _created_on_the_device(rank, ranks):
+    with torch.device("meta"):
+        model = MODELS["deepfm"]("fields")
+    inputs = tuple(x.cuda() for x in make_inputs("deepfm", "fields", 8))
+    module = des.compile(model, inputs, plan={"*": "row"}, seed=5)
+    return {p.device.type for p in module.parameters()}, module(*inputs).device.type
+
+
+def test_tables_of_a_meta_model_are_created_on_the_device():
+    assert on_ranks(_created_on_the_device, 2) == [({"cuda"}, "cuda")] * 2
