@@ -1,5 +1,7 @@
 """descompiler: compile an ordinary PyTorch recommender model into an equivalent distributed module."""
 
+from descompiler.audit import Audit, audit
+from descompiler.calibrate import calibrate
 from descompiler.cluster import Cluster
 from descompiler.compiler import compile, plan
 from descompiler.errors import (
@@ -21,6 +23,7 @@ from descompiler.verify import Report, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "CaptureError",
     "Cluster",
     "DescompilerError",
@@ -33,6 +36,8 @@ __all__ = [
     "Report",
     "Traffic",
     "UnsupportedError",
+    "audit",
+    "calibrate",
     "compile",
     "full_state_dict",
     "load_full_state_dict",

@@ -176,13 +176,27 @@ class DistributedModule(nn.Module):
         return self._reducer_process_group
 
     def _average(self, bucket: Any) -> Any:
-        buffer, ranks = bucket.buffer(), self._runtime.ranks
-        size = buffer.numel() * buffer.element_size()
+        buffer, ranks, group = bucket.buffer(), self._runtime.ranks, self._reducer_process_group
+        size = wire.all_reduce_bytes(buffer.numel() * buffer.element_size(), ranks)
         first = int(bucket.index() == 0)
-        self._runtime.traffic.add(wire.DENSE_GRADIENTS, wire.all_reduce_bytes(size, ranks), calls=first)
         buffer.div_(ranks)
-        future = dist.all_reduce(buffer, group=self._reducer_process_group, async_op=True).get_future()
-        return future.then(lambda f: f.value()[0])
+
+        def reduce() -> Any:
+            return self._runtime.collective(
+                wire.DENSE_GRADIENTS,
+                size,
+                lambda: dist.all_reduce(buffer, group=group, async_op=True),
+                calls=first,
+                group=group,
+            )
+
+        if self._runtime.clock is None:
+            return reduce().get_future().then(lambda f: f.value()[0])
+        # Under a clock collectives are waited for. Those of the reducer come in any order with respect to those of the
+        # exchange, and another one on each rank: so they wait for the end of backward.
+        future: Any = torch.futures.Future()
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: future.set_result((reduce(), buffer)[1]))
+        return future
 
     # ---- reports
 

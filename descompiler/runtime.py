@@ -10,8 +10,9 @@ are newer than the start of the exchange.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from descompiler import traffic as wire
+from descompiler.clock import Clock
 from descompiler.collectives import Pending, all_gather, all_to_all
 from descompiler.errors import InputError, RankError
 from descompiler.layout import Check, Exit, Layout
@@ -133,6 +135,26 @@ class Runtime:
     started: bool = False
     wire_dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    clock: Clock | None = None  # set while `descompiler.audit` runs
+
+    def collective(
+        self, name: str, sent_bytes: int | Fraction, call: Callable[[], Any], *, calls: int = 1, group: Any = None
+    ) -> Any:
+        """Make a collective, ``call()``: count it, and time it under a clock."""
+        self.traffic.add(name, sent_bytes, calls)
+        if self.clock is None:
+            return call()
+        return self.clock.time(name, self.group if group is None else group, call)
+
+    def gather(self, name: str, mine: Tensor) -> Tensor:
+        """All ranks' tensors of one size, flat, one after another."""
+        size = (self.ranks - 1) * mine.numel() * mine.element_size()
+        return self.collective(name, size, lambda: all_gather(mine, self.group))
+
+    def all_reduce(self, name: str, x: Tensor) -> None:
+        """Sum over ranks, in place."""
+        size = wire.all_reduce_bytes(x.numel() * x.element_size(), self.ranks)
+        self.collective(name, size, lambda: dist.all_reduce(x, group=self.group))
 
     def header_device(self) -> torch.device:
         """Where small control tensors live: NCCL needs them on the GPU."""
@@ -154,8 +176,7 @@ class Runtime:
             return
         device = self.header_device()
         mine = torch.tensor([rows, int(problem is not None), self.mode, 0], dtype=torch.int64, device=device)
-        every = all_gather(mine, self.group)
-        self.traffic.add(wire.HEADER, (self.ranks - 1) * mine.numel() * mine.element_size())
+        every = self.gather(wire.HEADER, mine)
         table = every.cpu().reshape(self.ranks, 4).tolist()
         self.rows = [t[0] for t in table]
         if any(t[1] for t in table):
@@ -207,8 +228,8 @@ class Runtime:
         return result
 
     def _all_to_all(self, send: Tensor, sent: list[int], received: list[int], name: str) -> Pending:
-        self.traffic.add(name, (sum(sent) - sent[self.rank]) * send.element_size())
-        return all_to_all(send, sent, received, self.group)
+        size = (sum(sent) - sent[self.rank]) * send.element_size()
+        return self.collective(name, size, lambda: all_to_all(send, sent, received, self.group))
 
     # ---- values out of the region, their gradients back
 
@@ -370,10 +391,7 @@ class _ReduceShared(torch.autograd.Function):
         runtime = ctx.runtime
         anchor, *rest = grads
         flat = torch.cat([g.reshape(-1) for g in rest])
-        runtime.traffic.add(
-            wire.SHARED_COLUMNS, wire.all_reduce_bytes(flat.numel() * flat.element_size(), runtime.ranks)
-        )
-        dist.all_reduce(flat, group=runtime.group)
+        runtime.all_reduce(wire.SHARED_COLUMNS, flat)
         flat /= runtime.ranks
         parts = torch.split(flat, [g.numel() for g in rest])
         return None, anchor, *(p.reshape(g.shape) for p, g in zip(parts, rest, strict=True))
@@ -396,10 +414,8 @@ class _SparseLookup(torch.autograd.Function):
         rows_padded = grad.new_zeros((most * per_row, dim))
         rows_padded[: ids.numel()] = grad.reshape(-1, dim)
         n = runtime.ranks
-        for mine in (ids_padded, rows_padded):
-            runtime.traffic.add(wire.SPARSE_GRADIENTS, (n - 1) * mine.numel() * mine.element_size())
-        every_ids = all_gather(ids_padded, runtime.group)
-        every_row = all_gather(rows_padded, runtime.group).reshape(-1, dim)
+        every_ids = runtime.gather(wire.SPARSE_GRADIENTS, ids_padded)
+        every_row = runtime.gather(wire.SPARSE_GRADIENTS, rows_padded).reshape(-1, dim)
         keep = (every_ids >= 0) & (every_ids != ctx.padding_idx)
         gradient = torch.sparse_coo_tensor(every_ids[keep].unsqueeze(0), every_row[keep] / n, ctx.shape)
         return None, gradient, None, None, None
@@ -428,8 +444,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         m2 = ((x - mean.reshape(shape)) ** 2).sum(dims)
         mine = torch.cat([x.new_tensor([count]), mean, m2])
         if runtime.ranks > 1:
-            every = all_gather(mine, runtime.group)
-            runtime.traffic.add(wire.NORM_FORWARD, (runtime.ranks - 1) * mine.numel() * mine.element_size())
+            every = runtime.gather(wire.NORM_FORWARD, mine)
         else:
             every = mine
         counts, means, m2s = every.reshape(runtime.ranks, -1).split([1, channels, channels], 1)
@@ -453,10 +468,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         grad_bias, grad_weight = grad.sum(ctx.dims), (grad * normal).sum(ctx.dims)
         inner = torch.cat([grad_bias, grad_weight])
         if runtime.ranks > 1:
-            dist.all_reduce(inner, group=runtime.group)
-            runtime.traffic.add(
-                wire.NORM_BACKWARD, wire.all_reduce_bytes(inner.numel() * inner.element_size(), runtime.ranks)
-            )
+            runtime.all_reduce(wire.NORM_BACKWARD, inner)
         sum_grad, sum_product = inner.split(grad_bias.numel())
         grad_x = grad - (sum_grad.reshape(shape) + normal * sum_product.reshape(shape)) / total
         grad_x = grad_x * scale.reshape(shape)

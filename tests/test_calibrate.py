@@ -1,0 +1,84 @@
+"""Calibration and audit on real ranks."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import descompiler as des
+from descompiler.calibrate import fit
+from descompiler.cluster import COLLECTIVES
+from descompiler.examples import MODELS, make_inputs
+from descompiler.verify import on_ranks
+
+
+@given(st.floats(1e-5, 1e-1), st.floats(1e5, 1e11), st.floats(0, 0.05))
+def test_the_fit_finds_what_made_the_times(latency, rate, noise):
+    draw = random.Random(0)
+    sizes = [1e3, 1e4, 1e5, 1e6, 1e7]
+    times = [(latency + x / rate) * (1 + noise * draw.uniform(-1, 1)) for x in sizes]
+    a, b = fit(sizes, times)
+    worst = max(abs(a + b * x - t) / t for x, t in zip(sizes, times, strict=True))
+    assert a >= 0 and b > 0 and worst < 2 * noise + 1e-6
+
+
+def test_the_fit_stays_on_the_right_side():
+    assert fit([1.0, 2.0], [1.0, 0.5])[1] > 0, "times that shrink have no bandwidth, but a rate all the same"
+    assert fit([1e6, 2e6], [1e-3, 3e-3])[0] == 0.0, "nor can latency be negative"
+
+
+def _calibrate(rank, ranks, folder):
+    cluster = des.calibrate(sizes_bytes=(64, 4096, 65536), repeats=3, path=f"{folder}/cluster.json", memory_bytes=10**9)
+    model = MODELS["deepfm"]("fields", batch_norm=True).double()
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in make_inputs("deepfm", "fields", 8))
+    module = des.compile(model, inputs, plan={"*": "row"})
+    weights = {n: p.detach().clone() for n, p in module.named_parameters()}
+    batches = [tuple(x[: 8 - step - rank] for x in inputs) for step in range(4)]
+    audit = des.audit(module, batches, cluster=cluster, warm_up=1)
+    same = all(torch.equal(p, weights[n]) and p.grad is None for n, p in module.named_parameters())
+    module(*inputs).sum().backward()  # and the module works on, without the clock
+    return cluster, audit, same, module._runtime.clock
+
+
+def test_calibrate_and_audit(tmp_path):
+    (first, audit, same, clock), (second, other, _, _) = on_ranks(_calibrate, 2, str(tmp_path))
+    assert first == second == des.Cluster.load(tmp_path / "cluster.json")
+    assert first.ranks == 2 and first.ranks_per_node == 2 and first.memory_bytes == 10**9
+    made = first.provenance
+    assert made["backend"] == "gloo" and made["hosts"] == 1 and made["torch"] == torch.__version__ and made["date"]
+    assert set(made["collectives"]) == set(COLLECTIVES)
+    assert made["collectives"]["all_to_all"]["sent_bytes"] == [64, 4096, 65536]
+    assert made["collectives"]["all_reduce"]["sent_bytes"] == [64, 4096, 65536]
+    for of in made["collectives"].values():
+        assert all(t > 0 for t in of["median_s"]) and 0 <= of["median_relative_error"] <= of["largest_relative_error"]
+    assert first.seconds_of("all_to_all", 10**6) > 0
+
+    assert audit == other and same and clock is None
+    assert audit.steps == 3 and not audit.mismatches
+    names = [x.name for x in audit.collectives]
+    assert names[0] == "all_gather (header)" and "all_reduce (dense gradients)" in names
+    assert "all_reduce (batch norm, backward)" in names
+    for x in audit.collectives:
+        assert x.predicted_bytes == x.sent_bytes and x.measured_s > 0 and x.predicted_s > 0
+    assert "traffic predicted exactly" in str(audit) and audit.measured_s > 0
+
+
+def _refused(rank, ranks):
+    texts, module = [], des.compile(MODELS["fm"]("fields"), make_inputs("fm", "fields", 8))
+    for call in (lambda: des.calibrate(sizes_bytes=[64]), lambda: des.audit(module, [])):
+        try:
+            call()
+        except des.DescompilerError as error:
+            texts.append(str(error))
+    return texts
+
+
+def test_what_is_refused():
+    for sizes, batches in on_ranks(_refused, 2):
+        assert "two different positive sizes" in sizes and "more than warm_up=2 batches" in batches
+    with pytest.raises(des.PlanError, match="two ranks at least"):
+        des.calibrate()
+    with pytest.raises(des.InputError, match="one rank makes none"):
+        des.audit(des.compile(MODELS["fm"]("fields"), make_inputs("fm", "fields", 8)), [])
