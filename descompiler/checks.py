@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from descompiler.errors import CaptureError, UnsupportedError
 from descompiler.probe import LARGE_ELEMENTS, Flat, run_eager
-from descompiler.program import Program, aten, copy_program, interpret, is_tensor, rowwise, shape_of, where
+from descompiler.program import DROPOUTS, Program, aten, copy_program, interpret, is_tensor, rowwise, shape_of, where
 
 TOLERANCE_FLOAT64 = 1e-9
 """Relative error allowed between the module and its captured graph: operators are the same, their order may not be."""
@@ -106,9 +106,6 @@ def _relative_error(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / max(float(a.abs().max()), float(b.abs().max()), 1e-30))
 
 
-RANDOM = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
-
-
 def check_rows_independent(program: Program, probe: Flat, tensors: list[Tensor]) -> None:
     """Run the graph on a batch and on its two halves; the first node whose halves do not add up is named.
 
@@ -125,7 +122,7 @@ def check_rows_independent(program: Program, probe: Flat, tensors: list[Tensor])
                     )
 
     def override(node: fx.Node, args: Any, kwargs: Any) -> Any:
-        if node.target in RANDOM or (node.target is aten.batch_norm.default and args[5]):
+        if node.target in DROPOUTS or (node.target is aten.batch_norm.default and args[5]):
             return args[0].clone()
         return NotImplemented
 

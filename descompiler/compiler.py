@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,7 +22,7 @@ from descompiler.module import DeferredModule, DistributedModule
 from descompiler.operators import Operator, find_operators
 from descompiler.passes import NORMALISE, RULES
 from descompiler.plan import NO_OPERATORS, Plan
-from descompiler.planner import choose
+from descompiler.planner import Forbidden, Terms, choose
 from descompiler.probe import blueprint
 from descompiler.program import Program
 from descompiler.runtime import Runtime
@@ -35,11 +37,12 @@ def compile(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    plan: Plan | Mapping[str, str] | None = None,
+    plan: Plan | str | Path | Mapping[str, str] | None = None,
     process_group: Any = None,
     loss: str = "rank_mean",
     batch: int | None = None,
     seed: int | None = None,
+    forbid: Forbidden | None = None,
 ) -> DistributedModule:
     """Compile a model into this rank's part of an equivalent distributed module.
 
@@ -55,8 +58,9 @@ def compile(
         ``(args, kwargs)`` both kinds; a dict that names forward's parameters holds keyword arguments; every other dict
         or object is the one positional argument. See `register_input` for classes of your own. Without, the first
         forward compiles.
-    plan : Plan or mapping of str to str, optional
-        A plan to follow, or forms to pin: table name (or pattern) to "replicate", "field", "row" or "column".
+    plan : Plan, path or mapping of str to str, optional
+        A plan to follow, the file of one, or forms to pin: a table's name (its parameter's, its module's, or their
+        end) or a pattern to the name of one of `descompiler.passes.FORMS`. A pattern pins where it is possible.
     process_group : optional
         The ranks; all by default.
     loss : {"rank_mean", "row_mean", "sum"}
@@ -67,6 +71,8 @@ def compile(
         Rows per rank to plan for; the example's by default.
     seed : int, optional
         For a meta-device model; rank 0's ``torch.initial_seed()`` by default.
+    forbid : mapping of str to str or sequence of str, optional
+        Forms that tables must not take, by name or pattern: ``{"*": ["replicate"]}``.
 
     Returns
     -------
@@ -77,13 +83,24 @@ def compile(
     CaptureError, UnsupportedError, PlanError, InputError, RankError
     """
     options = {"plan": plan, "process_group": process_group, "loss": loss, "batch": batch, "seed": seed}
+    options["terms"] = Terms(forbid=forbid or {})
     if example_inputs is None:
-        return DeferredModule(model, lambda inputs: compile(model, inputs, **options))
+        return DeferredModule(
+            model, lambda inputs: distribute(model, lambda: Builder(blueprint(model), inputs), **options)
+        )
     return distribute(model, lambda: Builder(blueprint(model), example_inputs), **options)
 
 
 def distribute(
-    model: nn.Module, builder: Callable[[], Builder], *, plan: Any, process_group: Any, loss: str, batch: Any, seed: Any
+    model: nn.Module,
+    builder: Callable[[], Builder],
+    *,
+    plan: Any,
+    process_group: Any,
+    loss: str,
+    batch: Any,
+    seed: Any,
+    terms: Terms | None = None,
 ) -> DistributedModule:
     """`compile`, given what captures the model: one builder serves many compilations of one architecture."""
     if loss not in LOSSES:
@@ -98,7 +115,7 @@ def distribute(
     build, program, signature, operators = _everywhere(capture_and_find, group, ranks)
     rows = _broadcast(batch or build.rows, group, ranks)  # ranks may have examples of different sizes
     w = Weights(ranks, rows, max((o.dtype.itemsize for o in operators), default=4))
-    chosen = _everywhere(lambda: _follow_or_choose(program, operators, w, plan), group, ranks)
+    chosen = _everywhere(lambda: _follow_or_choose(program, operators, w, plan, terms), group, ranks)
     _agree(chosen, group, ranks)
     if not operators and rank == 0:
         warnings.warn(f"descompiler: {NO_OPERATORS}", stacklevel=2)
@@ -119,16 +136,43 @@ def distribute(
 
 
 def _follow_or_choose(
-    program: Program, operators: list[Operator], w: Weights, plan: Plan | Mapping[str, str] | None
+    program: Program,
+    operators: list[Operator],
+    w: Weights,
+    plan: Plan | str | Path | Mapping[str, str] | None,
+    terms: Terms | None,
 ) -> Plan:
+    if isinstance(plan, str | Path):
+        plan = Plan.load(plan)
     if not isinstance(plan, Plan):
-        return choose(program, operators, RULES, w, plan)
-    if plan.ranks != w.ranks or plan.fingerprint != program.fingerprint():
+        return choose(program, operators, RULES, w, plan, terms=terms)
+    if plan.ranks != w.ranks:
         raise PlanError(
-            f"the plan is for {plan.ranks} ranks and model {plan.fingerprint}; this is {program.fingerprint()} on "
-            f"{w.ranks} ranks: plan again"
+            f"the plan is for {plan.ranks} ranks, and this is {w.ranks} ranks: plan again with des.plan(model, inputs, "
+            f"ranks={w.ranks}), or start {plan.ranks} processes"
         )
+    if plan.fingerprint != program.fingerprint():
+        raise PlanError(
+            f"the plan is for another model ({plan.fingerprint}, this one is {program.fingerprint()}): "
+            f"{_what_differs(plan, operators)}; plan again with des.plan(model, inputs, ranks={plan.ranks})"
+        )
+    if plan.changes:  # edited in the file: the other tables keep their forms
+        w = replace(w, rows=plan.rows)
+        return choose(program, operators, RULES, w, {**plan.forms, **plan.changes}, terms=terms)
     return plan
+
+
+def _what_differs(plan: Plan, operators: list[Operator]) -> str:
+    """How the tables of a model are not a plan's."""
+    mine, its = {o.name: o.shape for o in operators}, {t.name: (t.rows, t.dim) for t in plan.tables}
+    for name in dict.fromkeys((*its, *mine)):
+        if name not in mine:
+            return f"this model has no table {name!r}"
+        if name not in its:
+            return f"the plan has no table {name!r}"
+        if mine[name] != its[name]:
+            return f"table {name!r} is {list(its[name])} in the plan, {list(mine[name])} in the model"
+    return "the tables are the same, what is computed from them, or another parameter, is not"
 
 
 def plan(
@@ -138,6 +182,7 @@ def plan(
     ranks: int,
     batch: int | None = None,
     pins: Mapping[str, str] | None = None,
+    forbid: Forbidden | None = None,
 ) -> Plan:
     """Plan for any number of ranks, without a process group and without weights.
 
@@ -148,8 +193,10 @@ def plan(
         Rows per rank; the example's by default.
     pins : mapping of str to str, optional
         As `compile`'s ``plan``.
+    forbid : mapping, optional
+        As `compile`'s.
     """
-    return Captured(model, example_inputs).plan(ranks=ranks, batch=batch, pins=pins)
+    return Captured(model, example_inputs).plan(ranks=ranks, batch=batch, pins=pins, forbid=forbid)
 
 
 class Captured:
@@ -169,10 +216,17 @@ class Captured:
         self.operators = find_operators(self.program)
         self.rows = build.rows
 
-    def plan(self, *, ranks: int, batch: int | None = None, pins: Mapping[str, str] | None = None) -> Plan:
+    def plan(
+        self,
+        *,
+        ranks: int,
+        batch: int | None = None,
+        pins: Mapping[str, str] | None = None,
+        forbid: Forbidden | None = None,
+    ) -> Plan:
         """As `descompiler.plan`."""
         w = Weights(ranks, batch or self.rows, max((o.dtype.itemsize for o in self.operators), default=4))
-        return choose(self.program, self.operators, RULES, w, pins)
+        return choose(self.program, self.operators, RULES, w, pins, terms=Terms(forbid=forbid or {}))
 
     def region(self, plan: Plan) -> tuple[Candidates, Cut]:
         """What the rules can place, and what the plan keeps inside the region."""
@@ -257,10 +311,10 @@ def _agree(plan: Plan, group: Any, ranks: int) -> None:
     """Every rank raises if any rank has another model or plan."""
     if ranks == 1:
         return
-    mine = (plan.fingerprint, str(sorted((n, str(s)) for n, s in plan.splits.items())))
+    mine = (plan.fingerprint, plan.digest(), str(dict(sorted(plan.forms.items()))))
     every: list[Any] = [None] * ranks
     dist.all_gather_object(every, mine, group=group)
-    for what, i in (("model", 0), ("plan", 1)):
+    for what, i, text in (("model", 0, 0), ("plan", 1, 2)):
         if len({e[i] for e in every}) > 1:
-            lines = "\n".join(f"rank {r}: {e[i]}" for r, e in enumerate(every))
+            lines = "\n".join(f"rank {r}: {e[i]} {e[text] if text != i else ''}".rstrip() for r, e in enumerate(every))
             raise RankError(f"ranks compile different {what}s:\n{lines}")

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,15 +160,6 @@ class Pieces:
         for rank, part in enumerate(parts):
             self.place(full, part, rank)
         return full
-
-    def to_json(self) -> dict[str, Any]:
-        ranges = [[r.start, r.stop, r.owner] for r in self.ranges]
-        return {"shape": list(self.shape), "dim": self.dim, "ranges": ranges, "ranks": self.ranks}
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Pieces:
-        ranges = tuple(Range(*r) for r in data["ranges"])
-        return Pieces(tuple(data["shape"]), data["dim"], ranges, data["ranks"])
 
 
 def even_sizes(size: int, parts: int) -> list[int]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -14,9 +17,11 @@ from descompiler.cost_models import baselines
 from descompiler.cost_models.baselines import ALL_REDUCE, SPARSE, Priced, TableUse
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
 from descompiler.cost_models.symbols import N, b, i, s
+from descompiler.errors import PlanError
 from descompiler.form import Split
 from descompiler.layout import Layout
 from descompiler.pieces import Pieces
+from descompiler.serial import decode, encode
 from descompiler.traffic import Traffic
 
 NO_OPERATORS = "the model has no weights-rich operator (nn.Embedding, nn.EmbeddingBag): it runs as plain data parallel"
@@ -100,6 +105,13 @@ class Plan:
         Bytes that the busiest rank sends in a training step.
     prices : dict of str to dict of str to int
         By table and form: `price_bytes` if the tables like it took that form and nothing else changed.
+    objective : {"bytes", "seconds"}
+        What was minimised: bytes that the busiest rank sends in a training step, or seconds of the collectives on
+        ``cluster``.
+    price, bound : float
+        In units of the objective: the plan's, and what no plan can be below (see `descompiler.planner`).
+    changes : dict of str to str
+        Forms that were edited in a file and are not priced yet: `des.compile` and `des.plan` do that.
     """
 
     ranks: int
@@ -113,6 +125,13 @@ class Plan:
     price_bytes: int
     prices: dict[str, dict[str, int]] = field(default_factory=dict)
     fingerprint: str = ""
+    objective: str = "bytes"
+    price: float = 0.0
+    bound: float = 0.0
+    cluster: Cluster | None = None
+    statistics: str = ""
+    changes: dict[str, str] = field(default_factory=dict)
+    replan: Callable[[Mapping[str, str]], Plan] | None = field(default=None, repr=False, compare=False)
 
     @property
     def sparse(self) -> set[str]:
@@ -158,6 +177,106 @@ class Plan:
         known: dict[Any, int] = {N: self.ranks, b: self.rows, s: self.itemsize, i: self.layout.id_bytes}
         known.update({x: values[x.name] for x in formula.free_symbols if x.name in values})
         return int(formula.subs(known).round())
+
+    # ---- files
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """The form of each table."""
+        return {name: split.form for name, split in self.splits.items()}
+
+    def to_json(self) -> str:
+        """As JSON, without loss. ``forms`` comes first: edit a form there, and `des.compile` re-prices the plan."""
+        data = {"version": VERSION, "forms": {**self.forms, **self.changes}}
+        data.update({name: encode(getattr(self, name)) for name in _FIELDS})
+        return json.dumps(data, indent=None if self.ranks > 64 else 1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """A plan from JSON.
+
+        Raises
+        ------
+        PlanError
+            If the text is no plan, or one of another version.
+        """
+        try:
+            data = json.loads(text)
+            if data["version"] != VERSION:
+                raise PlanError(f"the plan file has version {data['version']}, this is version {VERSION}: plan again")
+            plan = cls(**{name: decode(kind, data[name]) for name, kind in _FIELDS.items()})
+            return replace(plan, changes={n: f for n, f in data["forms"].items() if plan.forms.get(n) != f})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PlanError(
+                f"this is no plan file ({type(error).__name__}: {error}); Plan.save(path) writes one"
+            ) from None
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a JSON file.
+
+        Raises
+        ------
+        PlanError
+            If there is none, or it is no plan.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"no plan in {str(path)!r}: {error}") from None
+
+    def digest(self) -> str:
+        """Equal on two ranks exactly if they have the same plan."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def edit(self, changes: Mapping[str, str]) -> Plan:
+        """The plan with other forms for some tables, placed and priced anew; the other tables keep theirs.
+
+        Parameters
+        ----------
+        changes : mapping of str to str
+            As the pins of `des.plan`.
+
+        Raises
+        ------
+        PlanError
+            If a name or form is wrong, or the plan is from a file, which has no model to price it with.
+        """
+        if self.replan is None:
+            raise PlanError(
+                "the plan is from a file and does not know its model: pass it with the changes in it to "
+                "des.plan(model, inputs, plan=...), which prices it"
+            )
+        return self.replan({**self.forms, **changes})
+
+    def diff(self, other: Plan) -> str:
+        """What is different in another plan, in words; empty if nothing is."""
+        lines = []
+        for what in ("fingerprint", "ranks", "rows", "objective", "statistics"):
+            a, b_ = getattr(self, what), getattr(other, what)
+            if a != b_:
+                lines.append(f"{what}: {a} -> {b_}")
+        for name in dict.fromkeys((*self.splits, *other.splits)):
+            x, y = self.splits.get(name), other.splits.get(name)
+            if x is None or y is None:
+                lines.append(f"{name}: only in the {'second' if x is None else 'first'} plan")
+            elif x != y:
+                lines.append(f"{name}: {x} -> {y}")
+        for name in dict.fromkeys((*self.pieces, *other.pieces)):
+            if name not in self.splits and name not in other.splits and self.pieces.get(name) != other.pieces.get(name):
+                before, after = (_held(p.get(name)) for p in (self.pieces, other.pieces))
+                lines.append(f"{name}: {before} -> {after}")
+        mine, others = ({(c.kind, c.name, c.placement, c.width) for c in p.crossings} for p in (self, other))
+        lines += [f"no longer crosses: {k} {n} {at}, {w_} a row" for k, n, at, w_ in sorted(mine - others)]
+        lines += [f"now crosses: {k} {n} {at}, {w_} a row" for k, n, at, w_ in sorted(others - mine)]
+        if self.price_bytes != other.price_bytes:
+            change = other.price_bytes - self.price_bytes
+            lines.append(f"busiest rank: {self.price_bytes:,} B -> {other.price_bytes:,} B a step ({change:+,} B)")
+        return "\n".join(lines)
 
     def explain(self) -> str:
         """The plan in words: every table, its split and why; what crosses the wire; formulas and bytes.
@@ -207,3 +326,33 @@ class Plan:
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:3])
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _held(pieces: Pieces | None) -> str:
+    if pieces is None:
+        return "absent"
+    return "replicated" if pieces.is_replicated else f"cut along dim {pieces.dim} among {len(pieces.owners)} ranks"
+
+
+VERSION = 1
+"""Of plan files."""
+
+_FIELDS: dict[str, Any] = {
+    "ranks": int,
+    "rows": int,
+    "itemsize": int,
+    "fingerprint": str,
+    "objective": str,
+    "price": float,
+    "bound": float,
+    "price_bytes": int,
+    "statistics": str,
+    "cluster": Cluster | None,
+    "tables": list[Table],
+    "splits": dict[str, Split],
+    "pieces": dict[str, Pieces],
+    "layout": Layout,
+    "crossings": list[Crossing],
+    "prices": dict[str, dict[str, int]],
+}
+"""What a plan file holds."""

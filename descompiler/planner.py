@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from torch import fx
@@ -22,6 +22,23 @@ from descompiler.program import Program, tail, target_name, user_line
 from descompiler.rule import Rule
 
 FORMS = tuple(f.name for f in ALL_FORMS)
+
+
+Forbidden = Mapping[str, str | Sequence[str]]
+"""Table names or patterns to forms."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a plan has to satisfy, besides pins.
+
+    Attributes
+    ----------
+    forbid : mapping
+        Forms that tables must not take.
+    """
+
+    forbid: Forbidden = field(default_factory=dict)
 
 
 @dataclass
@@ -98,29 +115,73 @@ def _field_owners(o: Operator, ranks: int) -> list[int]:
     return owners
 
 
-def pinned_forms(operators: Sequence[Operator], pins: Mapping[str, str] | None) -> dict[str, str]:
-    """Forms that the user fixed: exact names must be possible, patterns apply where they are.
+ALIASES = {"rows": "row", "columns": "column", "table": "field", "tables": "field", "fields": "field"}
+"""Names that people use for forms."""
+
+
+def form_name(name: str, about: str) -> str:
+    """The form that a user's name means; `PlanError` if none."""
+    form = ALIASES.get(name, name)
+    if form not in FORMS:
+        aliases = ", ".join(f"{a!r} for {f!r}" for a, f in ALIASES.items())
+        raise PlanError(f"{about}: no form {name!r}; the forms are {', '.join(FORMS)} (also {aliases})")
+    return form
+
+
+def tables_named(operators: Sequence[Operator], pattern: str, about: str) -> list[Operator]:
+    """Tables whose parameter is named so, or whose module is, or whose name ends so; or that match a pattern.
+
+    >>> from types import SimpleNamespace as Named
+    >>> tables = [Named(name="user.id.weight"), Named(name="item.id.weight")]
+    >>> [t.name for t in tables_named(tables, "user.id", "pins")]
+    ['user.id.weight']
+    >>> [t.name for t in tables_named(tables, "*", "pins")]
+    ['user.id.weight', 'item.id.weight']
+    """
+    for wanted in (pattern, f"{pattern}.weight", f"*.{pattern}", f"*.{pattern}.weight"):
+        if found := [o for o in operators if fnmatch.fnmatchcase(o.name, wanted)]:
+            return found
+    names = ", ".join(sorted(o.name for o in operators)[:20])
+    raise PlanError(f"{about} names {pattern!r}, which is no table of the model; tables: {names}")
+
+
+def allowed_forms(
+    operators: Sequence[Operator],
+    pins: Mapping[str, str] | None = None,
+    forbid: Forbidden | None = None,
+) -> dict[str, tuple[str, ...]]:
+    """The forms that each table may take: those it can, less the forbidden; the pinned one, if it is pinned.
+
+    A name must be able to take its pinned form; a pattern (with ``*``, ``?`` or ``[``) pins where it is possible. Later
+    pins go before earlier ones.
 
     Raises
     ------
     PlanError
-        For a name that is no table, a form that does not exist, or one that the table can't take.
+        For a name that is no table, a form that does not exist, or a table that is left without one.
     """
-    result: dict[str, str] = {}
-    names = {o.name for o in operators}
-    for pattern, form in (pins or {}).items():
-        if form not in FORMS:
-            raise PlanError(f"plan for {pattern!r}: no form {form!r}; the forms are {', '.join(FORMS)}")
-        matches = [o for o in operators if fnmatch.fnmatchcase(o.name, pattern)]
-        if not matches:
-            raise PlanError(
-                f"plan names {pattern!r}, which is no table of the model; tables: {', '.join(sorted(names))}"
-            )
-        for o in matches:
+    result = {o.name: o.forms for o in operators}
+    for pattern, forms in (forbid or {}).items():
+        about = f"forbid[{pattern!r}]"
+        for name in [forms] if isinstance(forms, str) else forms:
+            form = form_name(name, about)
+            for o in tables_named(operators, pattern, about):
+                result[o.name] = tuple(f for f in result[o.name] if f != form)
+    for pattern, name in (pins or {}).items():
+        about = f"plan for {pattern!r}"
+        form = form_name(name, about)
+        for o in tables_named(operators, pattern, about):
             if form not in o.refusals:
-                result[o.name] = form
-            elif pattern == o.name:
-                raise PlanError(f"table {o.name!r} can't be split by {form}: {o.refusals[form]}")
+                result[o.name] = (form,)
+            elif not set(pattern) & set("*?["):
+                raise PlanError(f"table {o.name!r} can't take the form {form}: {o.refusals[form]}")
+    for o in operators:
+        if not result[o.name]:
+            why = "; ".join(f"{f}: {reason}" for f, reason in o.refusals.items())
+            raise PlanError(
+                f"table {o.name!r} is left without a form: all that it can take ({', '.join(o.forms)}) are "
+                f"forbidden" + (f", and it can't take {why}" if why else "") + "; forbid less"
+            )
     return result
 
 
@@ -131,9 +192,13 @@ def choose(
     w: Weights,
     pins: Mapping[str, str] | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    *,
+    terms: Terms | None = None,
 ) -> Plan:
     """Choose splits by coordinate descent over classes of similar tables, then over small tables to replicate."""
-    fixed = pinned_forms(operators, pins)
+    terms = terms or Terms()
+    allowed = allowed_forms(operators, pins, terms.forbid)
+    fixed = {name: forms[0] for name, forms in allowed.items() if len(forms) == 1}
     classes: dict[object, list[Operator]] = {}
     for o in operators:
         key = fixed.get(o.name) or (o.dim, o.forms, o.starts is None, tuple(x.mode for x in o.lookups), o.sparse)
@@ -181,6 +246,8 @@ def choose(
         price_bytes=best.price_bytes,
         prices=prices,
         fingerprint=program.fingerprint(),
+        price=float(best.price_bytes),
+        replan=lambda changed: choose(program, operators, rules, w, changed, terms=terms),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from torch import Tensor, fx
 from descompiler.errors import DescompilerError
 
 aten = torch.ops.aten
+
+DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,41 @@ class Program:
         self.journal.append(text)
 
     def fingerprint(self) -> str:
-        """Equal on two ranks exactly if they captured the same graph over the same parameters."""
-        digest = hashlib.sha256(canonical(self).encode())
+        """Equal exactly if the same operators are applied to the same parameters and constants.
+
+        The batch size, dropout, the training flags of batch norms and the counters they keep do not count.
+        """
+        digest = hashlib.sha256()
+        names: dict[fx.Node, str] = {}
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                source = self.sources[node.name]
+                names[node] = f"{source.kind}:{source.name}"
+                if source.kind == "input":
+                    names[node] += f" {tail(node)} {value(node).dtype}"
+                elif source.kind != "parameter" and source.name in self.constants:  # by value: names depend on flags
+                    c = self.constants[source.name].detach().cpu().contiguous()
+                    names[node] = hashlib.sha256(
+                        f"{c.dtype} {tuple(c.shape)}".encode() + c.numpy().tobytes()
+                    ).hexdigest()
+                continue
+            if node.target in DROPOUTS:
+                names[node] = names[node.args[0]]
+                continue
+            schema = getattr(node.target, "_schema", None)
+            if schema is not None and schema.is_mutable and not node.users:
+                continue
+            args = node.args
+            if node.target is aten.batch_norm.default:
+                args = (*args[:5], *args[6:])
+            parts = [target_name(node), *(_text(a, names) for a in args)]
+            # a plan made on a laptop's CPU is for the cluster's GPUs
+            parts += [f"{k}={_text(v, names)}" for k, v in node.kwargs.items() if not isinstance(v, torch.device)]
+            names[node] = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+            if node.op == "output":
+                digest.update(names[node].encode())
         for name, p in self.parameters.items():
             digest.update(f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}".encode())
-        for name, c in sorted(self.constants.items()):
-            digest.update(name.encode() + c.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -203,13 +235,7 @@ def canonical(program: Program, annotate: dict[fx.Node, Any] | None = None) -> s
 def canonical_graph(graph: fx.Graph, sources: dict[str, Source], annotate: dict[fx.Node, Any] | None = None) -> str:
     names: dict[fx.Node, str] = {}
     lines = []
-
-    def text(x: Any) -> str:
-        if isinstance(x, fx.Node):
-            return names[x]
-        if isinstance(x, list | tuple):
-            return "[" + ", ".join(map(text, x)) + "]"
-        return x.type if isinstance(x, torch.device) else str(x)  # ranks have GPUs of different numbers
+    calls = 0
 
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -219,13 +245,24 @@ def canonical_graph(graph: fx.Graph, sources: dict[str, Source], annotate: dict[
                 continue
             lines.append(f"{names[node]}{_shape_text(node)}")
         elif node.op == "output":
-            lines.append(f"return {text(node.args[0])}")
+            lines.append(f"return {_text(node.args[0], names)}")
         else:
-            names[node] = f"%{sum(1 for n in names.values() if n.startswith('%'))}"
-            args = [text(a) for a in node.args] + [f"{k}={text(v)}" for k, v in node.kwargs.items()]
+            names[node] = f"%{calls}"
+            calls += 1
+            args = [_text(a, names) for a in node.args]
+            args += [f"{k}={_text(v, names)}" for k, v in node.kwargs.items()]
             mark = f"  # {annotate[node]}" if annotate and node in annotate else ""
             lines.append(f"{names[node]}{_shape_text(node)} = {target_name(node)}({', '.join(args)}){mark}")
     return "\n".join(lines) + "\n"
+
+
+def _text(x: Any, names: Mapping[fx.Node, str]) -> str:
+    """An argument, nodes by their names."""
+    if isinstance(x, fx.Node):
+        return names[x]
+    if isinstance(x, list | tuple):
+        return "[" + ", ".join(_text(y, names) for y in x) + "]"
+    return x.type if isinstance(x, torch.device) else str(x)  # ranks have GPUs of different numbers
 
 
 def _shape_text(node: fx.Node) -> str:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from descompiler.program import Program, aten, is_tensor, shape_of, signature, value
+from descompiler.program import DROPOUTS, Program, aten, is_tensor, shape_of, signature, value
 
-DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 COPIES = {
     aten.clone.default,
     aten.contiguous.default,

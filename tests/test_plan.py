@@ -1,0 +1,107 @@
+"""Plans: files, edits, pins, fingerprints, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+import descompiler as des
+from descompiler.passes import FORMS
+from descompiler.verify import on_ranks
+from examples.models import MODELS, make_inputs
+
+INPUTS = make_inputs("deepfm", "fields", 8)
+
+
+def make(**options):
+    return MODELS["deepfm"]("fields", **options)
+
+
+def test_a_plan_survives_a_file(tmp_path):
+    plan = des.plan(make(), INPUTS, ranks=5, batch=64, pins={"*.2": "row", "*.5": "column", "*.0": "field"})
+    plan.save(tmp_path / "plan.json")
+    again = des.Plan.load(tmp_path / "plan.json")
+    assert again == plan and again.to_json() == plan.to_json()
+    assert [again.traffic(r) for r in range(5)] == [plan.traffic(r) for r in range(5)]
+    assert not again.changes and not plan.diff(again)
+
+
+def test_a_file_that_is_no_plan(tmp_path):
+    for text in ("", "[]", '{"version": 1}', '{"version": 0}'):
+        (tmp_path / "plan.json").write_text(text)
+        with pytest.raises(des.PlanError, match=r"no plan file|version"):
+            des.Plan.load(tmp_path / "plan.json")
+    with pytest.raises(des.PlanError, match="no plan in"):
+        des.Plan.load(tmp_path / "none.json")
+
+
+def test_editing_prices_anew_and_leaves_the_other_tables():
+    plan = des.plan(make(), INPUTS, ranks=4, batch=64)
+    table = plan.tables[2].name
+    other = "row" if plan.forms[table] != "row" else "column"
+    edited = plan.edit({table: other})
+    assert edited.forms == {**plan.forms, table: other}
+    assert edited.price_bytes == plan.price_bytes or "busiest rank" in plan.diff(edited)
+    assert f"{table}: {plan.splits[table]} -> {edited.splits[table]}" in plan.diff(edited)
+
+
+def _compile_edited(rank, ranks, path):
+    module = des.compile(make(), INPUTS, plan=path)
+    module(*INPUTS).sum().backward()
+    return module.plan.forms, module.plan.traffic(rank, 8) == module.traffic(), module.plan.rows
+
+
+def test_a_form_edited_in_the_file_is_compiled_and_priced(tmp_path):
+    plan = des.plan(make(), INPUTS, ranks=2, batch=64)
+    data = json.loads(plan.to_json())
+    name = plan.tables[0].name
+    data["forms"][name] = "column" if plan.forms[name] != "column" else "row"
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    for forms, as_predicted, rows in on_ranks(_compile_edited, 2, str(tmp_path / "plan.json")):
+        assert forms == data["forms"] and as_predicted and rows == 64
+
+
+def test_names_of_forms_and_tables():
+    plan = des.plan(make(), INPUTS, ranks=2, pins={"*": "rows", "embeddings.tables.0": "table", "tables.5": "columns"})
+    first = {t.name: plan.forms[t.name] for t in plan.tables}
+    assert first["embeddings.tables.0.weight"] == "field" and first["embeddings.tables.5.weight"] == "column"
+    assert first["embeddings.tables.1.weight"] == "row"
+
+
+def test_forbidden_forms():
+    plan = des.plan(make(), INPUTS, ranks=2, forbid={"*": ["replicate"]})
+    assert "replicate" not in plan.forms.values()
+    with pytest.raises(des.PlanError, match=r"embeddings.tables.0.weight.*left without a form"):
+        des.plan(make(), INPUTS, ranks=2, forbid={"embeddings.tables.0": [f.name for f in FORMS]})
+
+
+@pytest.mark.parametrize("pins", [{"nobody": "row"}, {"*": "diagonal"}])
+def test_pins_that_name_nothing(pins):
+    with pytest.raises(des.PlanError, match=r"no table of the model|no form 'diagonal'"):
+        des.plan(make(), INPUTS, ranks=2, pins=pins)
+
+
+def test_a_fingerprint_is_the_models_alone():
+    """Neither the training flags nor the batch size nor what batch norms have counted."""
+    options = {"batch_norm": True, "dropout": 0.3}
+    model = make(**options)
+    prints = {des.plan(make(**options), make_inputs("deepfm", "fields", n), ranks=2).fingerprint for n in (1, 2, 7, 70)}
+    prints.add(des.plan(make(**options).eval(), INPUTS, ranks=3).fingerprint)
+    model(*INPUTS)
+    prints.add(des.plan(model, INPUTS, ranks=2).fingerprint)
+    assert len(prints) == 1
+    assert des.plan(make(**options, dim=5), INPUTS, ranks=2).fingerprint not in prints
+    assert des.plan(make(batch_norm=False), INPUTS, ranks=2).fingerprint not in prints
+
+
+def test_offsets_count_in_a_fingerprint():
+    a, b = (MODELS["fm"]("offsets", vocab_sizes=v) for v in ([3, 5, 4], [5, 3, 4]))
+    ids = torch.zeros(4, 3, dtype=torch.int64)
+    inputs = (torch.randn(4, 3), ids)
+    assert des.plan(a, inputs, ranks=2).fingerprint != des.plan(b, inputs, ranks=2).fingerprint
+
+
+def test_a_plan_of_another_model_is_refused_by_name():
+    plan = des.plan(make(), INPUTS, ranks=1)
+    with pytest.raises(des.PlanError, match=r"another model.*embeddings.tables.0.weight.*\[17, 4\].*\[17, 5\]"):
+        des.compile(make(dim=5), INPUTS, plan=plan)
