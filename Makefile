@@ -9,6 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY ?=
 RANKS ?= 2
 DATA ?=
+MODEL ?= deepfm
 ARGS ?=
 
 # One place spells the torch version; see constraints.txt for why it is installed alone and first.
@@ -28,7 +29,7 @@ export PYTHONPATH := $(CURDIR)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check zoo gpu-check clean
+.PHONY: help demo test test-all check zoo gpu-check report clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' \
@@ -51,6 +52,10 @@ check: $(INSTALLED_DEV)  ## lint, format, types, doctests
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q --doctest-modules descompiler || [ $$? -eq 5 ]
+
+report: $(INSTALLED)  ## write artefacts/report.html, the page of one model (MODEL=deepfm, ARGS=)
+	@mkdir -p artefacts
+	$(RUN) -m descompiler report $(MODEL) --html artefacts/report.html --batch 4096 $(ARGS)
 
 zoo: $(INSTALLED_DEV)  ## run the tests on public model libraries, slow ones too
 	$(RUN) -m pytest -m zoo $(ARGS)

@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 import descompiler as des
 from descompiler import examples, render, sheets, units
+from descompiler import report as pages
 from descompiler.cluster import BUILTIN, COLLECTIVES, Cluster, Link
 from descompiler.compiler import Captured
 from descompiler.plan import Plan
@@ -353,6 +354,36 @@ def verify(
     with working(f"training {spec} on {ranks} local ranks and on one"):
         report = des.verify(model, inputs, ranks=ranks, steps=steps)
     typer.echo(str(report))
+
+
+@app.command()
+def report(
+    spec: Spec,
+    html: Annotated[Path, typer.Option("--html", metavar="FILE", help="the page to write")] = Path("report.html"),
+    ranks: Annotated[int, typer.Option(min=2)] = 8,
+    batch: Annotated[int | None, typer.Option(min=1, help="rows per rank; the example's by default")] = None,
+    bandwidth: Bandwidth = None,
+    latency: Latency = None,
+    cluster: ClusterOption = None,
+    ranks_per_node: PerNode = None,
+    pin: Pins = None,
+) -> None:
+    """Write one self-contained HTML page: graphs with bytes, curves with crossovers, formulas, what was rejected.
+
+    Without a cluster, times are those of 25 Gbit Ethernet.
+
+    Examples:
+
+    \b
+        descompiler report fm --html fm.html --ranks 16 --batch 4096
+    """
+    where = cluster_from(cluster, bandwidth, latency, ranks, ranks_per_node) or Cluster.builtin("ethernet-25g", ranks)
+    captured, pins = captured_from(spec), pins_from(pin)
+    (plan,) = plans_for(captured, (ranks,), (batch,), pins=pins)
+    over_ranks = plans_for(captured, pages.sweep_ranks(plan), (plan.rows,), pins=pins)
+    over_rows = plans_for(captured, (ranks,), pages.sweep_rows(plan), pins=pins)
+    html.write_text(pages.page(captured, plan, over_ranks, over_rows, title=spec, cluster=where), encoding="utf-8")
+    typer.echo(f"wrote {html} ({units.format_bytes(html.stat().st_size)})")
 
 
 @app.command()

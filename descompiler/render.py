@@ -10,7 +10,7 @@ import html
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import rich.box
@@ -79,6 +79,14 @@ class Sheet:
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(f"sheet {self.title!r}: {len(self.columns)} columns, and a row {row}")
+
+    def without_empty(self, title: str) -> Sheet:
+        """The sheet without a column, if that holds nothing in any row."""
+        at = [c.title for c in self.columns].index(title)
+        if any(row[at] not in (None, "") for row in self.rows):
+            return self
+        rows = tuple((*row[:at], *row[at + 1 :]) for row in self.rows)
+        return replace(self, columns=(*self.columns[:at], *self.columns[at + 1 :]), rows=rows)
 
 
 def text_of(value: Any, unit: str) -> str:
@@ -247,7 +255,7 @@ def to_mathml(expression: Any) -> str:
     """Presentation MathML of a sympy expression, which browsers show without any library."""
     if isinstance(expression, str):
         return f"<code>{html.escape(expression)}</code>"
-    return f"<math>{mathml(expression, printer='presentation')}</math>"
+    return f"<math displaystyle='true'>{mathml(expression, printer='presentation')}</math>"
 
 
 def _breakable(text: str) -> str:

@@ -164,7 +164,7 @@ def crossings(plan: Plan) -> Sheet:
         ),
         tuple(rows),
         ("the mean over ranks; values include their gradients on the way back.",) if rows else ("nothing: all local.",),
-    )
+    ).without_empty("line")
 
 
 def _without_index(name: str) -> str:
@@ -268,7 +268,7 @@ def sweep(plans: Sequence[Plan], cluster: Cluster | None = None) -> list[Sheet]:
     for p, name, size, other in zip(plans, names, mine, others, strict=True):
         best = min(other, key=lambda n: other[n])
         times = other[best] / size if size else None
-        row = [name, summary_of(p), ", ".join(dict.fromkeys(_exits(p))), size, best, times]
+        row = [name, summary_of(p), ", ".join(dict.fromkeys(exits_of(p))), size, best, times]
         chosen.append(tuple(row if cluster is None else [*row, step_seconds(p, cluster)]))
     columns = [
         Column("at"),
@@ -292,5 +292,6 @@ def sweep(plans: Sequence[Plan], cluster: Cluster | None = None) -> list[Sheet]:
     ]
 
 
-def _exits(plan: Plan) -> list[str]:
+def exits_of(plan: Plan) -> list[str]:
+    """The operators at which a plan leaves the region."""
     return [c.name.removeprefix("aten.") for c in plan.crossings if c.kind == "values"]

@@ -79,7 +79,7 @@ def test_wheel_holds_every_module_of_the_three_folders(wheel: Path) -> None:
     expected = {f"{there}/{name}" for here, there in FOLDERS.items() for name in python_files(ROOT / here)}
     found = {f"descompiler/{name}" for name in python_files(wheel / "descompiler")}
     assert found == expected
-    assert (wheel / "descompiler" / "py.typed").is_file()
+    assert (wheel / "descompiler" / "py.typed").is_file() and (wheel / "descompiler" / "report.css").is_file()
 
 
 def test_wheel_has_no_other_top_level_package(wheel: Path) -> None:
