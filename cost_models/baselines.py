@@ -37,8 +37,6 @@ from descompiler.cost_models.symbols import UG, L, N, P, U, V, b, c, g, i, k, l,
 
 ALL_REDUCE = 2 * (N - 1) / N * V * k * s
 """A table's dense gradient, all-reduced: sent bytes."""
-SPARSE = (N - 1) * b * L * (k * s + 8)
-"""A table's sparse gradient, gathered with its duplicates: sent bytes of this compiler's own form, not of DDP's."""
 
 
 @dataclass(frozen=True)

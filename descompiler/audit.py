@@ -138,7 +138,7 @@ def audit(
             (step or (lambda b: _train(module, b)))(batch)
             if number >= warm_up:
                 backward = any(p.grad is not None for p in module.parameters()) or step is None
-                records.append((list(runtime.rows), module.traffic(), runtime.clock.seconds, backward))
+                records.append((list(runtime.rows), module.traffic(), runtime.clock.seconds, backward, module.unique()))
     finally:
         runtime.clock = None
     every: list[Any] = [None] * runtime.ranks
@@ -164,13 +164,15 @@ def _train(module: DistributedModule, batch: Any) -> None:
 def _report(module: DistributedModule, cluster: Cluster, records: list[Any]) -> Audit:
     runtime = module._runtime
     every: list[Any] = [None] * runtime.ranks
-    dist.all_gather_object(every, [(r[0], r[1], r[3]) for r in records], group=runtime.group)
-    names = list(dict.fromkeys(n for _, sent, _, _ in records for n in sent.bytes_by_collective))
+    dist.all_gather_object(every, [(r[0], r[1], r[3], r[4]) for r in records], group=runtime.group)
+    names = list(dict.fromkeys(n for _, sent, *_ in records for n in sent.bytes_by_collective))
     bytes_of: dict[str, list[tuple[float, float, float]]] = {n: [] for n in names}
     mismatches = []
     for number in range(len(records)):
-        rows, _, backward = every[0][number]
-        predicted = [module.plan.traffic(r, rows, backward=backward) for r in range(runtime.ranks)]
+        rows, _, backward, _ = every[0][number]
+        predicted = [
+            module.plan.traffic(r, rows, backward=backward, unique=of[number][3]) for r, of in enumerate(every)
+        ]
         sent = [of[number][1] for of in every]
         mismatches += [
             f"step {number}, rank {r}: predicted\n{p}\ncounted\n{s}"
@@ -182,7 +184,7 @@ def _report(module: DistributedModule, cluster: Cluster, records: list[Any]) -> 
             bytes_of[n].append((_most(predicted, n), _most(sent, n), cluster.seconds(only)))
     result = []
     for n in names:
-        times = [sum(slowest(seconds.get(n, []), runtime.group, runtime.ranks)) for _, _, seconds, _ in records]
+        times = [sum(slowest(seconds.get(n, []), runtime.group, runtime.ranks)) for _, _, seconds, *_ in records]
         predicted_bytes, sent_bytes, seconds_ = (statistics.median(x) for x in zip(*bytes_of[n], strict=True))
         calls = records[0][1].calls_by_collective[n]
         result.append(Audited(n, calls, predicted_bytes, sent_bytes, seconds_, statistics.median(times)))

@@ -7,7 +7,7 @@ ids, begin (checks, header)  ->  enter_start  ->  enter_wait  ->  region, on the
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,9 +16,10 @@ import torch
 from torch import fx
 
 from descompiler.aggregate import Candidates, Cut, exit_of
+from descompiler.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait, take
 from descompiler.form import LookupPart, Split, form_named
-from descompiler.layout import Check, Entry, Layout
-from descompiler.operators import Lookup, Operator
+from descompiler.layout import Check, Entry, Fetch, FetchTable, Layout
+from descompiler.operators import Lookup, Operator, ids_per_row
 from descompiler.pieces import Pieces
 from descompiler.placement import LOCAL, Local, Partial, Placement, Shard, has_local
 from descompiler.program import Program, Source, aten, tail
@@ -88,22 +89,32 @@ class _Emitter:
         self.sources: list[Source] = []
         self.entered: dict[fx.Node, tuple[fx.Node, tuple[int, ...] | None]] = {}
         self.layout = layout_of(program, operators, splits, pieces, candidates, cut, ranks)
+        # of a fetched lookup: the number of its fetch, and its own in there
+        self.fetched = {name: (f, i) for f, x in enumerate(self.layout.fetches) for i, name in enumerate(x.names)}
+        self.fetches: dict[int, fx.Node] = {}  # what is under way, by number of the fetch
+        self.fetched_rows: dict[int, tuple[fx.Node, fx.Node]] = {}  # the fetch, and its rows
 
     def run(self) -> Emitted:
         self.runtime = self.graph.placeholder("runtime")
         self._placeholders()
-        dependent = self._dependent_on_region()
-        checked = [
-            (o, x) for o in self.operators for x in o.lookups if x.ids not in dependent and x.ids.op != "get_attr"
-        ]
+        dependent = self._dependent_on(self.inside)
+        late = self._dependent_on({*self.inside, *(n for n in self.lookups if n.name in self.fetched)})
+        checked = [(o, x) for o in self.operators for x in o.lookups if x.ids not in late and x.ids.op != "get_attr"]
         for n in self._ancestors([x.ids for _, x in checked]):
             self._emit_outside(n)
         first = next(n for n in self.program.graph.nodes if (s := self.program.source(n)) and s.kind == "input")
         self.rows_local = self.graph.call_function(aten.sym_size.int, (self.outside[first], 0))
         ids = [self.outside[x.ids] for _, x in checked]
-        self.rows = self._runtime("begin", self.rows_local, ids)
+        if self.layout.early:
+            self._begin_fetch(ids)
+        else:
+            self.rows = self._runtime("begin", self.rows_local, ids)
         if self.inside:
-            self._enter()
+            entering = self._runtime("enter_start", self._entry_ids())
+        if self.layout.early:
+            self._fetch_rows(0)
+        if self.inside:
+            self._enter(entering)
             for n in self.program.graph.nodes:
                 if n in self.inside and self._part(self.rank).holds(self.placements[n]):
                     self.region[n] = self._emit_region(n)
@@ -165,10 +176,11 @@ class _Emitter:
                 stack.extend(n.all_input_nodes)
         return [n for n in self.program.graph.nodes if n in needed and n.op == "call_function"]
 
-    def _dependent_on_region(self) -> set[fx.Node]:
+    def _dependent_on(self, nodes: Collection[fx.Node]) -> set[fx.Node]:
+        """What is computed from any of some nodes, but for the region's own."""
         result: set[fx.Node] = set()
         for n in self.program.graph.nodes:
-            if any(p in self.inside or p in result for p in n.all_input_nodes) and n not in self.inside:
+            if n not in self.inside and any(p in nodes or p in result for p in n.all_input_nodes):
                 result.add(n)
         return result
 
@@ -221,10 +233,41 @@ class _Emitter:
 
     # ---- stages
 
-    def _enter(self) -> None:
+    def _call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        return self.graph.call_function(function, args)
+
+    def _fetch_ids(self, number: int) -> list[fx.Node]:
+        by_name = {n.name: x.ids for n, (_, x) in self.lookups.items()}
+        return [self.outside[by_name[name]] for name in self.layout.fetches[number].names]
+
+    def _begin_fetch(self, ids: list[fx.Node]) -> None:
+        begun = self._call(begin_fetch, self.runtime, self.rows_local, ids, self._fetch_ids(0))
+        self.rows = self._item(begun, 0)
+        self.fetches[0] = self._call(fetch_start, self.runtime, self._item(begun, 1))
+
+    def _fetch_rows(self, number: int) -> None:
+        by_name = {self.program.parameter(n): n for n in self.program.graph.nodes if n.op == "placeholder"}
+        weights = [self.outside[by_name[t.name]] for t in self.layout.fetches[number].tables]
+        self.fetches[number] = self._call(fetch_rows, self.runtime, self.fetches[number], *weights)
+
+    def _emit_fetched(self, n: fx.Node) -> fx.Node:
+        number, index = self.fetched[n.name]
+        if number not in self.fetched_rows:
+            if number not in self.fetches:
+                begun = self._call(fetch_late, self.runtime, number, self._fetch_ids(number))
+                self.fetches[number] = self._call(fetch_start, self.runtime, begun)
+                self._fetch_rows(number)
+            under_way = self.fetches[number]
+            fetching = self._item(under_way, 0)
+            self.fetched_rows[number] = fetching, self._call(fetch_wait, self.runtime, under_way)
+        return self._call(take, *self.fetched_rows[number], index, self.lookups[n][1].mode)
+
+    def _entry_ids(self) -> list[fx.Node]:
+        return [self.outside[n] for n in _users_by_ids(self.program, self.operators, self.inside)]
+
+    def _enter(self, entering: fx.Node) -> None:
         entry_ids = list(_users_by_ids(self.program, self.operators, self.inside))
-        handle = self._runtime("enter_start", [self.outside[n] for n in entry_ids])
-        arrived = self._runtime("enter_wait", handle)
+        arrived = self._runtime("enter_wait", entering)
         for i, (n, e) in enumerate(zip(entry_ids, self.layout.entries, strict=True)):
             if e.width(self.rank):
                 self.entered[n] = (self._item(arrived, i), e.columns[self.rank])
@@ -284,6 +327,9 @@ class _Emitter:
     def _emit_outside(self, n: fx.Node) -> None:
         if n in self.outside or n.op != "call_function":
             return
+        if n.name in self.fetched:
+            self.outside[n] = self._emit_fetched(n)
+            return
         if n in self.lookups:
             self.outside[n] = self._emit_lookup(n, self.outside[self.lookups[n][1].ids])
             return
@@ -320,8 +366,7 @@ def layout_of(
             wanted = [splits[o.name].columns(o, x, r) for o, x in users]
             columns[r] = None if None in wanted else tuple(sorted({i for c in wanted for i in (c or ())}))
         entries.append(Entry(ids.name, tail(ids), tuple(columns)))
-    split = {x.node for o in operators if o.sparse and o.trained for x in o.lookups} & cut.inside
-    sparse = [(x, o) for o in operators if o.sparse and o.trained for x in o.lookups if x.node not in split]
+    fetches, early = _fetches(program, operators, splits, cut.inside, ranks)
     norms = [n for n in program.graph.nodes if n.target is aten.batch_norm.default and n.args[5]]
     shared = _shared_weights(program, candidates.placed, cut.inside).values()
     return Layout(
@@ -330,9 +375,10 @@ def layout_of(
         exits=tuple(exit_of(n, candidates.placed[n].placement, ranks) for n in cut.exits),
         id_bytes=4 if all(o.rows < 1 << 31 for o in operators) else 8,
         norm_channels=tuple(tail(n.args[0])[0] for n in norms),
-        sparse_lookups=tuple((prod(tail(x.ids)), o.dim) for x, o in sparse),
+        fetches=fetches,
+        early=early,
         shared_columns=tuple(prod(p.shape) // p.shape[p.dim] * p.shared_size() for p in shared),
-        dense_elements=sum(program.parameters[n].numel() for n in _dense_parameters(program, operators, pieces)),
+        dense_elements=sum(program.parameters[n].numel() for n in _dense_parameters(program, splits, pieces)),
     )
 
 
@@ -361,12 +407,51 @@ def _shared_weights(
     }
 
 
-def _dense_parameters(program: Program, operators: Sequence[Operator], pieces: Mapping[str, Pieces]) -> list[str]:
-    """Parameters whose gradients the reducer averages: replicated, trained, used, and not sparse."""
-    sparse = {o.name for o in operators if o.sparse}
+def _fetches(
+    program: Program,
+    operators: Sequence[Operator],
+    splits: Mapping[str, Split],
+    inside: frozenset[fx.Node],
+    ranks: int,
+) -> tuple[tuple[Fetch, ...], bool]:
+    """Lookups that are fetched: together those whose ids are known at the start (then True), the others one by one."""
+    if ranks == 1:
+        return (), False
+    fetching = [o for o in operators if form_named(splits[o.name].form).fetches(splits[o.name])]
+    users = {x.node: (o, x) for o in fetching for x in o.lookups}
+    late: set[fx.Node] = set()
+    for n in program.graph.nodes:
+        if any(p in inside or p in users or p in late for p in n.all_input_nodes):
+            late.add(n)
+    order = [users[n] for n in program.graph.nodes if n in users]
+    early = [(o, x) for o, x in order if x.ids not in late]
+    groups = [early] if early else []
+    groups += [[u] for u in order if u[1].ids in late]
+    return tuple(_fetch(group, splits) for group in groups), bool(early)
+
+
+def _fetch(lookups: Sequence[tuple[Operator, Lookup]], splits: Mapping[str, Split]) -> Fetch:
+    tables: dict[str, FetchTable] = {}
+    for o, x in lookups:
+        s, before = splits[o.name], tables.get(o.name)
+        ids = ids_per_row(x.ids) + (before.ids if before else 0)
+        tables[o.name] = FetchTable(o.name, s.pieces, ids, o.padding_idx, o.sparse, o.trained, s.gathered, str(o.dtype))
+    ordered = sorted(tables.values(), key=lambda t: t.kind)
+    position = {t.name: i for i, t in enumerate(ordered)}
+    return Fetch(
+        tuple(ordered),
+        tuple(position[o.name] for o, _ in lookups),
+        tuple(x.node.name for _, x in lookups),
+        tuple(form_named(splits[o.name].form).check(splits[o.name], o) for o, _ in lookups),
+    )
+
+
+def _dense_parameters(program: Program, splits: Mapping[str, Split], pieces: Mapping[str, Pieces]) -> list[str]:
+    """Parameters whose gradients the reducer averages: replicated, trained, used, and not gathered."""
+    gathered = {name for name, s in splits.items() if s.gathered}
     used = {program.parameter(n) for n in program.graph.nodes if n.op == "placeholder" and len(n.users)}
     return [
         name
         for name, p in program.parameters.items()
-        if p.requires_grad and name in used and name not in sparse and pieces[name].is_replicated
+        if p.requires_grad and name in used and name not in gathered and pieces[name].is_replicated
     ]

@@ -12,8 +12,9 @@ Shapes: U unique keys; a class is the tables that are alike in `FetchTable.kind`
 of a class are one tensor ``[U_c, dim]``: shared ones first, then those of each owner, in order.
 
 Collectives of a step: counts travel with the header, or in a small exchange of their own where ids are computed from
-other lookups (`fetch_late`). Forward: ids, rows. Backward: rows' gradients; for shared rows their keys and gradients, or
-an all-reduce. A rank with nothing to ask for takes part in each, in the same order.
+other lookups (`fetch_late`). Forward: ids (shared ones too, if their gradients will be gathered), rows. Backward: rows'
+gradients; those of shared rows, or an all-reduce of them. A rank with nothing to ask for takes part in each, in the
+same order.
 
 Gradients are averages over ranks: what ranks send is summed, and divided by their number.
 """
@@ -37,6 +38,8 @@ from descompiler.runtime import Runtime, bag, lookup
 
 if TYPE_CHECKING:
     from torch.distributed import Work
+
+    from descompiler.collectives import Pending
 
 
 @dataclass
@@ -65,10 +68,10 @@ class Fetching:
     gathered_counts: list[int] = field(default_factory=list)
     served: list[list[int]] = field(default_factory=list)
     served_keys: list[Tensor] = field(default_factory=list)  # by class, in order of rank, key
-    work: Work | None = None
-    received: Tensor | None = None
-    back: tuple[Work, Tensor] | None = None  # gradients of rows that this rank owns
-    gathered_keys: tuple[Work, Tensor] | None = None  # shared keys of the other ranks
+    asking: Pending | None = None  # keys
+    answering: Pending | None = None  # rows
+    returning: Pending | None = None  # gradients of rows
+    telling: Pending | None = None  # shared keys of the other ranks
     gathering: Gathering | None = None
     reducing: tuple[Work, Tensor] | None = None  # gradients of shared rows
 
@@ -143,7 +146,12 @@ def begin_fetch(runtime: Runtime, rows: int, ids: Sequence[Tensor], fetch_ids: S
     return [sum(runtime.rows), fetching]
 
 
-def fetch_late(runtime: Runtime, fetch: Fetch, ids: Sequence[Tensor]) -> Fetching:
+def fetch_late(runtime: Runtime, number: int, ids: Sequence[Tensor]) -> Fetching:
+    """Begin the ``number``-th fetch of a program, whose ids are known only now. Collective; see `_begin_late`."""
+    return _begin_late(runtime, runtime.layout.fetches[number], ids)
+
+
+def _begin_late(runtime: Runtime, fetch: Fetch, ids: Sequence[Tensor]) -> Fetching:
     """Begin a fetch whose ids are known only now: checks them, and exchanges counts. Collective.
 
     Raises
@@ -157,9 +165,8 @@ def fetch_late(runtime: Runtime, fetch: Fetch, ids: Sequence[Tensor]) -> Fetchin
     asked = fetching.asked_counts(ranks) if fetching else [0] * ranks
     gathered = fetching.gathered_count if fetching else 0
     send = torch.tensor([[int(problem is not None), n, gathered] for n in asked], device=device)
-    received = torch.empty_like(send)
-    dist.all_to_all_single(received, send, group=runtime.group)
-    runtime.traffic.add(wire.FETCH_COUNTS, (ranks - 1) * wire.FETCH_COUNTS_BYTES)
+    sizes = [send.shape[1]] * ranks
+    received = runtime.exchange(send.reshape(-1), sizes, sizes, wire.FETCH_COUNTS).wait().reshape(send.shape)
     status, served, gathering = received.cpu().T.tolist()
     if any(status):
         runtime.raise_everywhere(problem, InputError)
@@ -173,14 +180,10 @@ def fetch_start(runtime: Runtime, fetching: Fetching) -> Fetching:
     dtype = torch.int32 if fetching.fetch.id_bytes == 4 else torch.int64
     if fetching.fetch.gathered_classes and torch.is_grad_enabled():
         keys = torch.cat([fetching.shared_keys[c] for c in fetching.fetch.gathered_classes]).to(dtype)
-        fetching.gathered_keys = _to_all(runtime, keys, fetching.gathered_counts, wire.GATHER_IDS)
+        fetching.telling = _to_all(runtime, keys, fetching.gathered_counts, wire.GATHER_IDS)
     if fetching.fetch.divided:
         asked = fetching.asked_counts(runtime.ranks)
-        fetching.work, fetching.received = runtime.all_to_all(
-            fetching.keys.to(dtype), asked, fetching.served_counts, wire.FETCH_IDS
-        )
-    else:
-        fetching.received = fetching.keys  # none
+        fetching.asking = runtime.exchange(fetching.keys.to(dtype), asked, fetching.served_counts, wire.FETCH_IDS)
     return fetching
 
 
@@ -226,7 +229,7 @@ def pull(runtime: Runtime, fetch: Fetch, weight: Tensor, ids: Tensor, mode: str 
         if mode is None:
             return lookup(weight, ids, padding, fetch.tables[0].sparse)
         return bag(weight, ids, mode, padding if padding >= 0 else None, fetch.tables[0].sparse)
-    fetching = fetch_start(runtime, fetch_late(runtime, fetch, [ids]))
+    fetching = fetch_start(runtime, _begin_late(runtime, fetch, [ids]))
     return take(fetching, fetch_wait(runtime, fetch_rows(runtime, fetching, weight)), 0, mode)
 
 
@@ -288,10 +291,7 @@ class _FetchRows(torch.autograd.Function):
     def forward(ctx: Any, runtime: Runtime, fetching: Fetching, *weights: Tensor) -> tuple[Tensor, ...]:
         fetch, space, rank = fetching.fetch, fetching.space, runtime.rank
         own = space.own[rank]
-        if fetching.work is not None:
-            fetching.work.wait()
-        assert fetching.received is not None
-        received = fetching.received.long()
+        received = fetching.keys if fetching.asking is None else fetching.asking.wait().long()  # no keys if not divided
         sender = torch.repeat_interleave(torch.tensor(fetching.served_counts, device=received.device))
         table = torch.searchsorted(own, received, right=True) - 1
         cls = torch.tensor(fetch.class_of, device=received.device)[table]
@@ -314,10 +314,9 @@ class _FetchRows(torch.autograd.Function):
         if fetch.divided:
             buffer, sent = _dealt(owned, fetching.served, _wire_dtype(weights))
             sizes = [sum(n * d for n, d in zip(row, fetch.dims, strict=True)) for row in fetching.asked]
-            fetching.work, fetching.received = runtime.all_to_all(buffer, sent, sizes, wire.FETCH_ROWS)
-        else:
-            fetching.work, fetching.received = None, shared[0].new_empty(0)
-        return fetching.received, *shared
+            fetching.answering = runtime.exchange(buffer, sent, sizes, wire.FETCH_ROWS)
+            return fetching.answering.out, *shared
+        return shared[0].new_empty(0), *shared
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -351,9 +350,7 @@ def _deposited(keys: Tensor, values: Tensor, bounds: Tensor) -> tuple[list[Tenso
     return rows, list(torch.split(ordered, [len(r) for r in rows]))
 
 
-def _gradient(
-    like: Tensor, sparse: bool, padding: int, parts: Sequence[tuple[Tensor, Tensor]], ranks: int
-) -> Tensor:
+def _gradient(like: Tensor, sparse: bool, padding: int, parts: Sequence[tuple[Tensor, Tensor]], ranks: int) -> Tensor:
     """The gradient of a piece from rows and what ranks add to them; a sparse one has the rows that were looked up."""
     rows = torch.cat([r for r, _ in parts])
     values = torch.cat([v for _, v in parts]).to(like.dtype) / ranks
@@ -371,11 +368,10 @@ class _FetchWait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runtime: Runtime, fetching: Fetching, buffer: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
         fetch = fetching.fetch
-        if fetching.work is not None:
-            fetching.work.wait()
         result = []
-        if fetch.divided:
-            for own, parts in zip(shared, _collected(buffer, fetching.asked, fetch.dims), strict=True):
+        if fetching.answering is not None:
+            arrived = fetching.answering.wait()
+            for own, parts in zip(shared, _collected(arrived, fetching.asked, fetch.dims), strict=True):
                 result.append(torch.cat([own, *(p.to(own.dtype) for p in parts)]))
         else:
             result = [x.view_as(x) for x in shared]
@@ -395,7 +391,7 @@ class _FetchWait(torch.autograd.Function):
             others = [g if t else g[:0] for g, t in zip(others, fetch.trained, strict=True)]
             buffer, sent = _dealt(others, asked, dtype)
             sizes = [sum(n * d for n, d in zip(row, fetch.dims, strict=True)) for row in served]
-            fetching.back = runtime.all_to_all(buffer, sent, sizes, wire.FETCH_BACK)
+            fetching.returning = runtime.exchange(buffer, sent, sizes, wire.FETCH_BACK)
         if fetch.gathered_classes:
             fetching.gathering = _gather(runtime, fetching, own, dtype)
         if fetch.reduced_tables:
@@ -410,30 +406,28 @@ def _trained(fetch: Fetch, counts: list[list[int]]) -> list[list[int]]:
 
 def _arrived(fetching: Fetching) -> list[Tensor]:
     """Gradients of the rows that this rank owns, by class, in the order of `Fetching.served_keys`."""
-    if fetching.back is None:
+    if fetching.returning is None:
         return []
-    work, buffer = fetching.back
-    work.wait()
+    buffer = fetching.returning.wait()
     served = _trained(fetching.fetch, fetching.served)
     return [torch.cat(parts) for parts in _collected(buffer, served, fetching.fetch.dims)]
 
 
-def _to_all(runtime: Runtime, mine: Tensor, counts: Sequence[int], name: str) -> tuple[Work, Tensor]:
+def _to_all(runtime: Runtime, mine: Tensor, counts: Sequence[int], name: str) -> Pending:
     """What every other rank sends, ``counts`` elements, in order of rank; ``mine`` goes to them.
 
     An all-to-all: gloo has no all-gather of uneven sizes, and padding would cost bytes.
     """
     sent = [0 if r == runtime.rank else len(mine) for r in range(runtime.ranks)]
     sizes = [0 if r == runtime.rank else n for r, n in enumerate(counts)]
-    return runtime.all_to_all(mine.repeat(runtime.ranks - 1), sent, sizes, name)
+    return runtime.exchange(mine.repeat(runtime.ranks - 1), sent, sizes, name)
 
 
 @dataclass
 class Gathering:
     """Gradients of shared rows under way: those of the other ranks, and this rank's own."""
 
-    work: Work
-    buffer: Tensor
+    values: Pending
     counts: list[list[int]]  # [rank][class]; none of this rank
     keys: list[tuple[Tensor, ...]]  # [rank][class]; this rank's too
     own: list[Tensor]  # by class
@@ -442,10 +436,8 @@ class Gathering:
 def _gather(runtime: Runtime, fetching: Fetching, own: list[Tensor], dtype: torch.dtype) -> Gathering:
     """Send every rank the gradients of the shared rows that this one looked up."""
     fetch, rank = fetching.fetch, runtime.rank
-    assert fetching.gathered_keys is not None
-    work, received = fetching.gathered_keys
-    work.wait()
-    received = received.long()
+    assert fetching.telling is not None
+    received = fetching.telling.wait().long()
     sizes = [0 if r == rank else n for r, n in enumerate(fetching.gathered_counts)]
     firsts = fetching.space.shared[torch.tensor([m.start for m in fetch.classes], device=received.device)]
     counts, keys = [], []
@@ -456,7 +448,7 @@ def _gather(runtime: Runtime, fetching: Fetching, own: list[Tensor], dtype: torc
     keys[rank] = tuple(fetching.shared_keys)
     values = torch.cat([own[c].to(dtype).reshape(-1) for c in fetch.gathered_classes])
     elements = [sum(n * d for n, d in zip(row, fetch.dims, strict=True)) for row in counts]
-    return Gathering(*_to_all(runtime, values, elements, wire.GATHER_BACK), counts, keys, own)
+    return Gathering(_to_all(runtime, values, elements, wire.GATHER_BACK), counts, keys, own)
 
 
 def _gathered(runtime: Runtime, fetching: Fetching) -> dict[int, tuple[Tensor, Tensor]]:
@@ -467,11 +459,11 @@ def _gathered(runtime: Runtime, fetching: Fetching) -> dict[int, tuple[Tensor, T
     g = fetching.gathering
     if g is None:
         return {}
-    g.work.wait()
-    collected = _collected(g.buffer, g.counts, fetching.fetch.dims)
+    buffer = g.values.wait()
+    collected = _collected(buffer, g.counts, fetching.fetch.dims)
     result = {}
     for c in fetching.fetch.gathered_classes:
-        collected[c][runtime.rank] = g.own[c].to(g.buffer.dtype)
+        collected[c][runtime.rank] = g.own[c].to(buffer.dtype)
         result[c] = torch.cat([k[c] for k in g.keys]), torch.cat(collected[c])
     return result
 
@@ -488,8 +480,9 @@ def _reduce(runtime: Runtime, fetching: Fetching, own: Sequence[Tensor], dtype: 
             rows = int(shared[members.stop] - shared[members.start])
             parts.append(values.new_zeros((rows, values.shape[1])).index_add_(0, keys, values).reshape(-1))
     flat = torch.cat(parts)
-    runtime.traffic.add(wire.SHARED_ROWS, wire.all_reduce_bytes(flat.numel() * flat.element_size(), runtime.ranks))
-    return dist.all_reduce(flat, group=runtime.group, async_op=True), flat
+    size = wire.all_reduce_bytes(flat.numel() * flat.element_size(), runtime.ranks)
+    work = runtime.collective(wire.SHARED_ROWS, size, lambda: dist.all_reduce(flat, group=runtime.group, async_op=True))
+    return work, flat
 
 
 def _reduced(fetching: Fetching) -> dict[int, tuple[Tensor, Tensor]]:

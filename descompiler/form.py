@@ -22,6 +22,7 @@ from descompiler.operators import Lookup, Operator
 from descompiler.pieces import Pieces
 from descompiler.placement import Region
 from descompiler.program import Program, rowwise, where
+from descompiler.runtime import bag, lookup
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,19 @@ class Choice:
 class Split:
     """How one operator is divided: the name of its form, and which rank holds what.
 
+    Attributes
+    ----------
+    gathered : bool
+        Whether ranks exchange the gradients of rows that all of them hold row by row, those that were looked up; else
+        they are all-reduced.
+
     >>> print(Split("column", Pieces.by_sizes((10, 4), 1, [2, 2], 2)))
     column: E[10,4] -> cat_1(E[10,2]@0, E[10,2]@1)
     """
 
     form: str
     pieces: Pieces
+    gathered: bool = False
 
     def __str__(self) -> str:
         p = self.pieces
@@ -131,6 +139,10 @@ class Form(Protocol):
         """Columns (dim 1) of the ids that a rank needs, if the lookup is in the region; None: all, (): none."""
         ...
 
+    def fetches(self, split: Split) -> bool:
+        """Whether lookups outside the region go through `descompiler.fetch`; `emit` is then for a single rank only."""
+        ...
+
     def check(self, split: Split, operator: Operator) -> Check:
         """What ids have to be."""
         ...
@@ -143,9 +155,9 @@ class Form(Protocol):
         """This rank's part of a lookup."""
         ...
 
-    def costs(self, operator: Operator) -> Mapping[str, sympy.Expr]:
+    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
         """Bytes that a rank sends in a step, the mean over ranks, as formulas of `descompiler.cost_models`, by what
-        is sent."""
+        is sent; ``sparse``: whether the table has sparse gradients."""
         ...
 
 
@@ -181,13 +193,48 @@ def split_as(operator: Operator, form: str, ranks: int, choice: Choice | None = 
 
 def not_in_region(program: Program, operator: Operator) -> str | None:
     """Why no lookup of an operator can be in the substituted region; None if all can."""
-    if operator.other_uses:
-        return f"the table is also used by {where(operator.other_uses[0])}"
+    if reason := not_fetched(operator):
+        return reason
     if any(not rowwise(program, x.ids) or not rowwise(program, x.node) for x in operator.lookups):
         return "its ids are not one row per row of the batch"
     if operator.computed_ids:
         return "its ids are computed from another lookup"
     return None
+
+
+def not_fetched(operator: Operator) -> str | None:
+    """Why the lookups of an operator can't go through `descompiler.fetch`; None if they can."""
+    if operator.other_uses:
+        return f"the table is also used by {where(operator.other_uses[0])}"
+    return None if operator.uniform else "its lookups differ in padding_idx or sparse"
+
+
+class OwnRows:
+    """What forms have in common whose lookups stay outside the region, on each rank's own rows."""
+
+    def placement(self, split: Split, operator: Operator, lookup: Lookup) -> Region | None:
+        return None
+
+    def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
+        return ()
+
+    def fetches(self, split: Split) -> bool:
+        return True
+
+    def check(self, split: Split, operator: Operator) -> Check:
+        return any_row(operator)
+
+    def constants(self, split: Split, rank: int) -> Mapping[str, Tensor]:
+        return {}
+
+    def emit(self, part: LookupPart) -> fx.Node:
+        x = part.lookup
+        if x.sparse and part.ranks > 1:  # other uses have dense gradients, and so has the sum, which is all-reduced
+            if x.mode is None:
+                return part.call(lookup, part.weight, part.ids, x.padding_idx)
+            return part.call(bag, part.weight, part.ids, x.mode, x.padding_idx if x.padding_idx >= 0 else None)
+        operands = {x.node.args[0]: part.weight, x.ids: part.ids}
+        return part.graph.node_copy(x.node, lambda n: operands[n])
 
 
 def all_columns(split: Split, rank: int) -> tuple[int, ...] | None:

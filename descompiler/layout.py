@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from descompiler import traffic as wire
+from descompiler.keys import KeySpace
+from descompiler.pieces import ALL, Pieces
+from descompiler.statistics import Statistics
 from descompiler.traffic import Traffic
 
 
@@ -86,6 +90,173 @@ class Exit:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """Unique ids of one table in a step, as one rank sees them: counted, or expected.
+
+    Attributes
+    ----------
+    asked : float
+        Of this rank's, those that other ranks own.
+    served : float
+        Of the other ranks', those that this one owns.
+    shared : float
+        Of this rank's, those that every rank holds.
+    """
+
+    asked: float = 0
+    served: float = 0
+    shared: float = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.asked + other.asked, self.served + other.served, self.shared + other.shared)
+
+
+@dataclass(frozen=True)
+class FetchTable:
+    """A table whose unique rows are fetched.
+
+    Attributes
+    ----------
+    ids : int
+        Per row of the batch, over all lookups of the fetch.
+    gathered : bool
+        Whether gradients of shared rows are gathered by unique row, not all-reduced.
+    """
+
+    name: str
+    pieces: Pieces
+    ids: int
+    padding_idx: int = -1
+    sparse: bool = False
+    trained: bool = True
+    gathered: bool = False
+    dtype: str = "torch.float32"
+
+    @property
+    def rows(self) -> int:
+        return self.pieces.shape[0]
+
+    @property
+    def dim(self) -> int:
+        return self.pieces.shape[1]
+
+    @property
+    def kind(self) -> tuple[bool, bool, bool, str, int]:
+        """Tables of one kind are a class, whose rows are one tensor."""
+        return (not self.trained, self.gathered, self.sparse, self.dtype, self.dim)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Rows that each rank owns; rows that all hold at the end."""
+        sizes = [0] * (self.pieces.ranks + 1)
+        for r in self.pieces.ranges:
+            sizes[r.owner] += r.size
+        return sizes
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Lookups whose unique rows are fetched together (`descompiler.fetch`).
+
+    Attributes
+    ----------
+    tables : tuple of FetchTable
+        In order of their kind.
+    lookups : tuple of int
+        The table of each.
+    names : tuple of str
+        The node of each lookup.
+    checks : tuple of Check
+        What each lookup's ids have to be.
+    """
+
+    tables: tuple[FetchTable, ...]
+    lookups: tuple[int, ...]
+    names: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
+
+    @staticmethod
+    def of_table(table: FetchTable, line: str = "") -> Fetch:
+        """One lookup in one table, for `descompiler.fetch.pull`."""
+        return Fetch((table,), (0,), (table.name,), (Check(table.name, table.rows, None, line),))
+
+    @cached_property
+    def space(self) -> KeySpace:
+        return KeySpace.of([t.pieces for t in self.tables])
+
+    @cached_property
+    def classes(self) -> list[range]:
+        """The tables of each class."""
+        result, start = [], 0
+        for stop in range(1, len(self.tables) + 1):
+            if stop == len(self.tables) or self.tables[stop].kind != self.tables[start].kind:
+                result.append(range(start, stop))
+                start = stop
+        return result
+
+    @cached_property
+    def class_of(self) -> list[int]:
+        """The class of each table."""
+        return [c for c, members in enumerate(self.classes) for _ in members]
+
+    @cached_property
+    def dims(self) -> list[int]:
+        """Of each class."""
+        return [self.tables[m.start].dim for m in self.classes]
+
+    @cached_property
+    def trained(self) -> list[bool]:
+        """Of each class."""
+        return [self.tables[m.start].trained for m in self.classes]
+
+    @cached_property
+    def divided(self) -> bool:
+        """Whether any rows have one owner, so that rows cross."""
+        return any(sum(t.sizes[:ALL]) for t in self.tables)
+
+    @cached_property
+    def gathered_classes(self) -> list[int]:
+        """Classes of which gradients of shared rows are gathered."""
+        return [
+            c
+            for c, members in enumerate(self.classes)
+            if self.trained[c]
+            and self.tables[members.start].gathered
+            and any(self.tables[t].sizes[ALL] for t in members)
+        ]
+
+    @cached_property
+    def reduced_tables(self) -> list[int]:
+        """Tables of which gradients of shared rows are all-reduced."""
+        return [t for t, x in enumerate(self.tables) if x.trained and not x.gathered and x.sizes[ALL]]
+
+    @cached_property
+    def reduced_elements(self) -> int:
+        """Elements of that all-reduce; one more for each row of a table with sparse gradients: who looked it up."""
+        return sum(x.sizes[ALL] * (x.dim + x.sparse) for x in map(self.tables.__getitem__, self.reduced_tables))
+
+    @cached_property
+    def id_bytes(self) -> int:
+        return 4 if self.space.largest < 1 << 31 else 8
+
+    @cached_property
+    def padding_places(self) -> list[tuple[int, int]]:
+        """Rank (`ALL`) and key there of each table's padding row; (-2, 0) for none."""
+        keys = [int(self.space.offsets[t]) + max(x.padding_idx, 0) for t, x in enumerate(self.tables)]
+        owners, places = (x.tolist() for x in self.space.locate(torch.tensor(keys)))
+        return [(o, k) if x.padding_idx >= 0 else (-2, 0) for x, o, k in zip(self.tables, owners, places, strict=True)]
+
+    def padding_in_piece(self, table: int, rank: int) -> int:
+        """The row of a rank's piece of a table that is its padding row; -1 if it has none."""
+        owner, key = self.padding_places[table]
+        if owner == rank:
+            return key - int(self.space.own[rank][table])
+        if owner == ALL:
+            return key - int(self.space.shared[table]) + self.tables[table].sizes[rank]
+        return -1
+
+
+@dataclass(frozen=True)
 class Layout:
     """All that crosses, in one program.
 
@@ -93,8 +264,10 @@ class Layout:
     ----------
     norm_channels : tuple of int
         Channels of each batch norm that is computed over the global batch.
-    sparse_lookups : tuple of (int, int)
-        (ids per row, dim) of each lookup in a replicated table with sparse gradients.
+    fetches : tuple of Fetch
+        Lookups outside the region whose unique rows are fetched, or whose rows' gradients are gathered.
+    early : bool
+        Whether the first fetch's ids are known before the header.
     shared_columns : tuple of int
         Elements of each slice of a co-located weight that all ranks hold.
     """
@@ -104,7 +277,8 @@ class Layout:
     exits: tuple[Exit, ...] = ()
     id_bytes: int = 8
     norm_channels: tuple[int, ...] = ()
-    sparse_lookups: tuple[tuple[int, int], ...] = ()
+    fetches: tuple[Fetch, ...] = ()
+    early: bool = False
     shared_columns: tuple[int, ...] = ()
     dense_elements: int = 0
 
@@ -131,17 +305,59 @@ class Layout:
     @cached_property
     def kinds(self) -> dict[int, int]:
         """One rank of each kind, and how many there are: ranks of a kind send the same where all have as many rows."""
-        kinds: dict[tuple[int, int], list[int]] = {}
-        for r, widths in enumerate(zip(self.enter_widths, self.exit_widths, strict=True)):
+        kinds: dict[tuple[float, ...], list[int]] = {}
+        for r, widths in enumerate(zip(self.enter_widths, self.exit_widths, self.fetch_loads, strict=True)):
             kinds.setdefault(widths, []).append(r)
         return {ranks[0]: len(ranks) for ranks in kinds.values()}
 
-    def predict(self, rank: int, rows: Sequence[int], itemsize: int, *, backward: bool = True) -> Traffic:
-        """What ``rank`` sends in a step in which rank r has ``rows[r]`` rows: bytes and calls."""
+    @cached_property
+    def fetch_loads(self) -> list[float]:
+        """What each rank owns of the tables that are fetched, in shares of tables, weighed by ids and dim."""
+        loads = [0.0] * self.ranks
+        for f in self.fetches:
+            for t in f.tables:
+                for r, size in enumerate(t.sizes[:ALL]):
+                    loads[r] += t.ids * t.dim * size / t.rows
+        return [round(x, 9) for x in loads]
+
+    def expected(self, rank: int, rows: Sequence[int], statistics: Statistics | None = None) -> dict[str, Counts]:
+        """Expected unique ids by table; ids are as likely in one row of a table as in another."""
+        result: dict[str, Counts] = {}
+        batches = Counter(rows)
+        for f in self.fetches:
+            for t in f.tables:
+                if t.name in result:
+                    continue
+                stats = Statistics.assumed([t]) if statistics is None else statistics
+                unique = {b: stats.unique(t.name, b) for b in batches}
+                mine, everywhere = unique[rows[rank]], sum(unique[b] * n for b, n in batches.items())
+                owned, shared = t.sizes[rank] / t.rows, t.sizes[ALL] / t.rows
+                result[t.name] = Counts(mine * (1 - owned - shared), (everywhere - mine) * owned, mine * shared)
+        return result
+
+    def predict(
+        self,
+        rank: int,
+        rows: Sequence[int],
+        itemsize: int,
+        *,
+        backward: bool = True,
+        unique: Mapping[str, Counts] | None = None,
+    ) -> Traffic:
+        """What ``rank`` sends in a step in which rank r has ``rows[r]`` rows: bytes and calls.
+
+        Parameters
+        ----------
+        backward : bool
+            Whether gradients are sent; False is a forward without gradients.
+        unique : mapping of str to Counts, optional
+            Unique ids of the step, by table: exact if they are those of the step
+            (`descompiler.DistributedModule.unique`). `expected` by default.
+        """
         n, result = self.ranks, Traffic()
         if n == 1:
             return result
-        mine, most = rows[rank], max(rows)
+        mine = rows[rank]
         rest = sum(rows) - mine
         ids, values = self.enter_widths, self.exit_widths
         result.add(wire.HEADER, (n - 1) * wire.HEADER_BYTES)
@@ -150,6 +366,8 @@ class Layout:
             result.add(wire.EXIT, itemsize * values[rank] * rest)
         for channels in self.norm_channels:
             result.add(wire.NORM_FORWARD, (n - 1) * (2 * channels + 1) * itemsize)
+        if self.fetches:
+            self._predict_fetches(result, itemsize, backward, self.expected(rank, rows) if unique is None else unique)
         if backward:
             if self.exits:
                 result.add(wire.RETURN, itemsize * mine * (sum(values) - values[rank]))
@@ -157,9 +375,36 @@ class Layout:
                 result.add(wire.NORM_BACKWARD, wire.all_reduce_bytes(2 * channels * itemsize, n))
             if self.shared_columns:
                 result.add(wire.SHARED_COLUMNS, wire.all_reduce_bytes(sum(self.shared_columns) * itemsize, n))
-            for count, dim in self.sparse_lookups:
-                # gathered with equal sizes: shorter batches are padded
-                result.add(wire.SPARSE_GRADIENTS, (n - 1) * most * count * (8 + dim * itemsize), calls=2)
             if self.dense_elements:
                 result.add(wire.DENSE_GRADIENTS, wire.all_reduce_bytes(self.dense_elements * itemsize, n))
         return result
+
+    def _predict_fetches(self, result: Traffic, itemsize: int, backward: bool, unique: Mapping[str, Counts]) -> None:
+        others, counted = self.ranks - 1, set()
+        for position, f in enumerate(self.fetches):
+            asked = served = asked_trained = 0.0
+            gathered_ids = gathered = 0.0
+            for t in f.tables:
+                # a table's counts are those of all its fetches together
+                x = Counts() if t.name in counted else unique.get(t.name, Counts())
+                counted.add(t.name)
+                asked += x.asked
+                served += x.served * t.dim
+                asked_trained += x.asked * t.dim * t.trained
+                if t.trained and t.gathered:
+                    gathered_ids += x.shared
+                    gathered += x.shared * t.dim
+            if position or not self.early:
+                result.add(wire.FETCH_COUNTS, others * wire.FETCH_COUNTS_BYTES)
+            if f.divided:
+                result.add(wire.FETCH_IDS, round(f.id_bytes * asked))
+                result.add(wire.FETCH_ROWS, round(itemsize * served))
+            if not backward:
+                continue
+            if f.divided:
+                result.add(wire.FETCH_BACK, round(itemsize * asked_trained))
+            if f.gathered_classes:
+                result.add(wire.GATHER_IDS, round(others * f.id_bytes * gathered_ids))
+                result.add(wire.GATHER_BACK, round(others * itemsize * gathered))
+            if f.reduced_tables:
+                result.add(wire.SHARED_ROWS, wire.all_reduce_bytes(f.reduced_elements * itemsize, self.ranks))

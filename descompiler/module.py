@@ -14,6 +14,7 @@ from descompiler import traffic as wire
 from descompiler.emit import Emitted
 from descompiler.errors import InputError
 from descompiler.inputs import Signature
+from descompiler.layout import Counts
 from descompiler.pieces import Pieces
 from descompiler.plan import Plan
 from descompiler.runtime import Runtime
@@ -92,7 +93,7 @@ class DistributedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward on this rank's rows: outputs for them."""
         runtime = self._runtime
-        runtime.traffic, runtime.started = Traffic(), False
+        runtime.traffic, runtime.unique, runtime.started = Traffic(), {}, False
         flags, grad = self._training_flags(), torch.is_grad_enabled()
         runtime.mode = 2 * sum(f << (i % 61) for i, f in enumerate(flags)) % (1 << 61) + grad
         runtime.mode_name = f"{'training' if self.training else 'evaluation'}, gradients {'on' if grad else 'off'}"
@@ -154,9 +155,11 @@ class DistributedModule(nn.Module):
         key = tuple((n, id(p), p.dtype, p.device, p.requires_grad) for n, p in parameters.items())
         if self._ddp_key != key:
             core = _Core(self)
-            pieces, sparse = self.plan.pieces, self.plan.sparse
+            pieces, splits = self.plan.pieces, self.plan.splits
             left_out = {
-                id(p) for n, p in parameters.items() if n not in used or n in sparse or not pieces[n].is_replicated
+                id(p)
+                for n, p in parameters.items()
+                if n not in used or (n in splits and splits[n].gathered) or not pieces[n].is_replicated
             }
             # by every name: a tied parameter has several
             ignored = [n for n, p in self.named_parameters(remove_duplicate=False) if id(p) in left_out]
@@ -203,6 +206,10 @@ class DistributedModule(nn.Module):
     def traffic(self) -> Traffic:
         """Bytes and calls of each collective on this rank since the latest forward began."""
         return self._runtime.traffic
+
+    def unique(self) -> dict[str, Counts]:
+        """Unique ids of the latest forward, by table that is fetched by unique rows."""
+        return self._runtime.unique
 
     def print_readable(self) -> str:
         """Print (and return) this rank's program for the current mode."""

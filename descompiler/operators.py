@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
 from descompiler.errors import UnsupportedError
-from descompiler.program import Program, aten, rowwise, signature, tail, user_line, where
+from descompiler.program import Program, aten, rowwise, shape_of, signature, tail, user_line, where
 from descompiler.runtime import bag
 
 if TYPE_CHECKING:
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lookup:
-    """One use of a table: ``node = table[ids]``, pooled over dim 1 if ``mode`` is given."""
+    """One use of a table: ``node = table[ids]``, pooled over dim 1 if ``mode`` is given; padding -1 is none."""
 
     node: fx.Node
     ids: fx.Node
     mode: str | None = None
+    padding_idx: int = -1
+    sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,16 @@ class Operator:
     @property
     def shape(self) -> tuple[int, int]:
         return (self.rows, self.dim)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all lookups have the same padding row and kind of gradient."""
+        return len({(x.padding_idx, x.sparse) for x in self.lookups}) == 1
+
+    @property
+    def ids(self) -> int:
+        """Ids per row of the batch, over all lookups; those that are the same for every batch don't count."""
+        return sum(ids_per_row(x.ids) for x in self.lookups)
 
     @property
     def padding(self) -> int | None:
@@ -122,8 +135,8 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
             dim=parameter.shape[1],
             dtype=parameter.dtype,
             lookups=lookups,
-            padding_idx=_padding(lookups[0].node),
-            sparse=_sparse(lookups[0].node),
+            padding_idx=lookups[0].padding_idx,
+            sparse=lookups[0].sparse,
             starts=_starts(program, lookups),
             line=user_line(lookups[0].node),
             trained=parameter.requires_grad,
@@ -137,11 +150,19 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
 
 
 def _lookup(node: fx.Node) -> Lookup | None:
-    if node.target is aten.embedding.default:
-        return Lookup(node, node.args[1])  # type: ignore[arg-type]
-    if node.target is bag:
-        return Lookup(node, node.args[1], node.args[2])  # type: ignore[arg-type]
-    return None
+    if node.target is not bag and node.target is not aten.embedding.default:
+        return None
+    padding, sparse = _padding(node), _sparse(node)
+    return Lookup(node, node.args[1], node.args[2] if node.target is bag else None, padding, sparse)  # type: ignore[arg-type]
+
+
+def ids_per_row(ids: fx.Node) -> int:
+    """Elements of a tensor per row of the batch."""
+    one, two = (
+        prod(s if isinstance(s, int) else int(s.subs(dict.fromkeys(s.free_symbols, n))) for s in shape_of(ids))
+        for n in (1, 2)
+    )
+    return two - one
 
 
 def _counts_frequency(node: fx.Node) -> bool:

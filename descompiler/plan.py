@@ -14,14 +14,15 @@ import sympy
 
 from descompiler.cluster import Cluster
 from descompiler.cost_models import baselines
-from descompiler.cost_models.baselines import ALL_REDUCE, SPARSE, Priced, TableUse
+from descompiler.cost_models.baselines import Priced, TableUse
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
 from descompiler.cost_models.symbols import N, b, i, s
 from descompiler.errors import PlanError
-from descompiler.form import Split
-from descompiler.layout import Layout
+from descompiler.form import Split, form_named
+from descompiler.layout import Counts, Layout
 from descompiler.pieces import Pieces
 from descompiler.serial import decode, encode
+from descompiler.statistics import Statistics
 from descompiler.traffic import Traffic
 
 NO_OPERATORS = "the model has no weights-rich operator (nn.Embedding, nn.EmbeddingBag): it runs as plain data parallel"
@@ -143,11 +144,22 @@ class Plan:
         """The aggregation points: operator and placement."""
         return [f"{c.name} {c.placement}" for c in self.crossings if c.kind == "values"]
 
-    def traffic(self, rank: int, rows: Sequence[int] | int | None = None, *, backward: bool = True) -> Traffic:
-        """What a rank will send in a step, bytes and calls; ``rows`` of every rank, or the same for all."""
+    def traffic(
+        self,
+        rank: int,
+        rows: Sequence[int] | int | None = None,
+        *,
+        backward: bool = True,
+        unique: Mapping[str, Counts] | None = None,
+    ) -> Traffic:
+        """Bytes and calls of a rank in a step; ``rows`` of every rank, or the same for all.
+
+        Exact, but for tables that are fetched by unique ids: for these with the ``unique`` ids of the step
+        (`DistributedModule.unique`), else as expected.
+        """
         rows = self.rows if rows is None else rows
         every = [rows] * self.ranks if isinstance(rows, int) else list(rows)
-        return self.layout.predict(rank, every, self.itemsize, backward=backward)
+        return self.layout.predict(rank, every, self.itemsize, backward=backward, unique=unique)
 
     def baselines(self, rows: int | None = None) -> dict[str, int]:
         """Bytes that each rank would send in a step with other strategies, for ``rows`` rows a rank."""
@@ -172,9 +184,9 @@ class Plan:
             seconds_of=None if cluster is None else cluster.seconds_of,
         )
 
-    def bytes_of(self, formula: sympy.Expr, **values: int) -> int:
+    def bytes_of(self, formula: sympy.Expr, **values: float) -> int:
         """A formula of `descompiler.cost_models` with this plan's ranks, rows and sizes, rounded."""
-        known: dict[Any, int] = {N: self.ranks, b: self.rows, s: self.itemsize, i: self.layout.id_bytes}
+        known: dict[Any, float] = {N: self.ranks, b: self.rows, s: self.itemsize, i: self.layout.id_bytes}
         known.update({x: values[x.name] for x in formula.free_symbols if x.name in values})
         return int(formula.subs(known).round())
 
@@ -309,13 +321,14 @@ class Plan:
         """Why a table is split as it is: the split, what it sends, and what the other forms would have cost."""
         split = self.splits[t.name]
         lines = [str(split)]
-        if split.form == "replicate":
-            formula, name = (SPARSE, "sparse gradients") if t.sparse else (ALL_REDUCE, "dense gradients")
-            size = self.bytes_of(formula, V=t.rows, k=t.dim, L=t.ids)
-            lines.append(f"sends {name}: {formula} = {size:,} B")
-        else:
-            numbers = [f"[{n}]" for n, c in enumerate(self.crossings, 1) if t.name in c.tables]
+        numbers = [f"[{n}]" for n, c in enumerate(self.crossings, 1) if t.name in c.tables]
+        if numbers:
             lines.append(f"sends {', '.join(numbers)} below")
+        else:
+            unique = Statistics.assumed([t]).unique(t.name, self.rows)
+            for name, formula in form_named(split.form).costs(t.sparse).items():
+                size = self.bytes_of(formula, V=t.rows, k=t.dim, U=unique)
+                lines.append(f"sends {name}: {formula} = {size:,} B")
         others = sorted((price, form) for form, price in self.prices.get(t.name, {}).items() if form != split.form)
         for position, (price, form) in enumerate(others):
             what = "runner-up" if position == 0 else "not"

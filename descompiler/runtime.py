@@ -24,7 +24,7 @@ from descompiler import traffic as wire
 from descompiler.clock import Clock
 from descompiler.collectives import Pending, all_gather, all_to_all
 from descompiler.errors import InputError, RankError
-from descompiler.layout import Check, Exit, Layout
+from descompiler.layout import Check, Counts, Exit, Layout
 from descompiler.traffic import Traffic
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,6 +127,7 @@ class Runtime:
     ranks: int
     loss: str
     traffic: Traffic = field(default_factory=Traffic)
+    unique: dict[str, Counts] = field(default_factory=dict)
     layout: Layout = field(default_factory=lambda: Layout(1))
     checks: tuple[Check, ...] = ()
     mode: int = 0
@@ -162,29 +163,51 @@ class Runtime:
 
     def begin(self, rows: int, ids: Sequence[Tensor]) -> int:
         """Check ids, exchange row counts, agree with the other ranks; returns the rows of the global batch."""
-        problem = next(filter(None, (c.problem(i) for c, i in zip(self.checks, ids, strict=True))), None)
-        self.header(rows, problem)
+        self.header(rows, self.problem(ids))
         return sum(self.rows)
 
-    def header(self, rows: int, problem: str | None) -> None:
-        """Every rank calls this once a step, also when it has failed: then all ranks raise."""
+    def problem(self, ids: Sequence[Tensor]) -> str | None:
+        """Why ids are wrong, or None."""
+        return next(filter(None, (c.problem(i) for c, i in zip(self.checks, ids, strict=True))), None)
+
+    def header(
+        self, rows: int, problem: str | None, asked: Sequence[int] | None = None, gathered: int = 0
+    ) -> tuple[list[int], list[int]]:
+        """Every rank calls this once a step, also when it has failed: then all ranks raise.
+
+        Parameters
+        ----------
+        asked : sequence of int, optional
+            How many rows this rank will ask of each rank (`descompiler.fetch`).
+        gathered : int
+            Of how many shared rows it will send a gradient to every rank.
+
+        Returns
+        -------
+        list of int, list of int
+            What each rank asks of this one, and how many shared rows' gradients it will send.
+        """
         self.started = True
+        asked = [0] * self.ranks if asked is None else asked
         if self.ranks == 1:
             self.rows = [rows]
             if problem is not None:
                 raise InputError(problem)
-            return
+            return [0], [0]
         device = self.header_device()
-        mine = torch.tensor([rows, int(problem is not None), self.mode, 0], dtype=torch.int64, device=device)
-        every = self.gather(wire.HEADER, mine)
-        table = every.cpu().reshape(self.ranks, 4).tolist()
-        self.rows = [t[0] for t in table]
-        if any(t[1] for t in table):
-            self._raise_everywhere(problem, InputError)
-        if len({t[2] for t in table}) > 1:
-            self._raise_everywhere(f"runs in mode {self.mode_name}", RankError, "ranks call forward in different modes")
+        mine = [[rows, int(problem is not None), self.mode, n, gathered] for n in asked]
+        send = torch.tensor(mine, dtype=torch.int64, device=device)
+        sizes = [send.shape[1]] * self.ranks
+        table = self.exchange(send.reshape(-1), sizes, sizes, wire.HEADER).wait().reshape(send.shape)
+        self.rows, failed, modes, served, gathering = table.cpu().T.tolist()
+        if any(failed):
+            self.raise_everywhere(problem, InputError)
+        if len(set(modes)) > 1:
+            self.raise_everywhere(f"runs in mode {self.mode_name}", RankError, "ranks call forward in different modes")
+        return served, gathering
 
-    def _raise_everywhere(self, problem: str | None, kind: type[Exception], title: str = "") -> None:
+    def raise_everywhere(self, problem: str | None, kind: type[Exception], title: str = "") -> None:
+        """Raise on every rank what any of them has to say. Collective."""
         texts: list[Any] = [None] * self.ranks
         dist.all_gather_object(texts, problem, group=self.group)
         lines = [f"rank {r}: {t}" for r, t in enumerate(texts) if t is not None]
@@ -208,7 +231,7 @@ class Runtime:
             sent.append(size)
         width = sum(e.width(self.rank) for e in entries)
         send = torch.cat(chunks) if chunks else torch.empty(0, dtype=dtype, device=self.device)
-        return Handle(self._all_to_all(send, sent, [b * width for b in self.rows], wire.ENTER))
+        return Handle(self.exchange(send, sent, [b * width for b in self.rows], wire.ENTER))
 
     def enter_wait(self, handle: Handle) -> list[Tensor | None]:
         """Ids of the global batch ``[rows, ...]`` for this rank's tables, by entry; None where it needs none."""
@@ -227,7 +250,8 @@ class Runtime:
             result.append(torch.cat(pieces).long())
         return result
 
-    def _all_to_all(self, send: Tensor, sent: list[int], received: list[int], name: str) -> Pending:
+    def exchange(self, send: Tensor, sent: list[int], received: list[int], name: str) -> Pending:
+        """Start an all-to-all of flat tensors; ``sent`` and ``received`` are elements by rank."""
         size = (sum(sent) - sent[self.rank]) * send.element_size()
         return self.collective(name, size, lambda: all_to_all(send, sent, received, self.group))
 
@@ -256,15 +280,6 @@ class Runtime:
     def reduce_shared(self, anchor: Tensor, *slices: Tensor) -> list[Tensor]:
         """The slices, and a token; in backward the slices' gradients are averaged over ranks, after the exchange."""
         return list(_ReduceShared.apply(self, anchor, *slices))
-
-    def sparse_lookup(self, weight: Tensor, ids: Tensor, padding_idx: int = -1) -> Tensor:
-        """Lookup in a replicated table with sparse gradients: rows' gradients are gathered, not the table's."""
-        return _SparseLookup.apply(self, weight, ids, padding_idx, list(self.rows))
-
-    def sparse_bag(self, weight: Tensor, ids: Tensor, mode: str, padding_idx: int | None) -> Tensor:
-        """As `sparse_lookup`, for bags ``[b, L]``."""
-        rows = self.sparse_lookup(weight, ids, -1 if padding_idx is None else padding_idx)
-        return pool(rows, ids, mode, padding_idx)
 
     def anchor(self, *weights: Tensor) -> Tensor:
         """A scalar that requires a gradient, so that backward runs on ranks that own nothing.
@@ -340,7 +355,7 @@ class _ExitStart(torch.autograd.Function):
         mine = ctx.rows[runtime.rank]
         received = [mine * sum(e.width(r) for e in runtime.layout.exits) for r in range(runtime.ranks)]
         ctx.received, ctx.sent = received, [b * width for b in ctx.rows]
-        handle.forward = runtime._all_to_all(send, ctx.sent, received, wire.EXIT)
+        handle.forward = runtime.exchange(send, ctx.sent, received, wire.EXIT)
         handle.sizes = (ctx.received, ctx.sent)
         return handle.forward.out
 
@@ -370,7 +385,7 @@ class _ExitWait(torch.autograd.Function):
         (grad,) = grads
         received, sent = ctx.handle.sizes
         # the transposed exchange: what was received is sent back
-        ctx.handle.backward = ctx.runtime._all_to_all(grad.contiguous(), received, sent, wire.RETURN)
+        ctx.handle.backward = ctx.runtime.exchange(grad.contiguous(), received, sent, wire.RETURN)
         return None, None, None, grad
 
 
@@ -395,30 +410,6 @@ class _ReduceShared(torch.autograd.Function):
         flat /= runtime.ranks
         parts = torch.split(flat, [g.numel() for g in rest])
         return None, anchor, *(p.reshape(g.shape) for p, g in zip(parts, rest, strict=True))
-
-
-class _SparseLookup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, runtime: Runtime, weight: Tensor, ids: Tensor, padding_idx: int, rows: list[int]) -> Tensor:
-        ctx.runtime, ctx.shape, ctx.padding_idx, ctx.rows = runtime, weight.shape, padding_idx, rows
-        ctx.save_for_backward(ids)
-        return lookup(weight, ids)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (grad,), (ids,), runtime = grads, ctx.saved_tensors, ctx.runtime
-        most, per_row = max(ctx.rows), ids[:1].numel() if len(ids) else torch.Size(ids.shape[1:]).numel()
-        dim = ctx.shape[1]
-        ids_padded = ids.new_full((most * per_row,), -1)
-        ids_padded[: ids.numel()] = ids.reshape(-1)
-        rows_padded = grad.new_zeros((most * per_row, dim))
-        rows_padded[: ids.numel()] = grad.reshape(-1, dim)
-        n = runtime.ranks
-        every_ids = runtime.gather(wire.SPARSE_GRADIENTS, ids_padded)
-        every_row = runtime.gather(wire.SPARSE_GRADIENTS, rows_padded).reshape(-1, dim)
-        keep = (every_ids >= 0) & (every_ids != ctx.padding_idx)
-        gradient = torch.sparse_coo_tensor(every_ids[keep].unsqueeze(0), every_row[keep] / n, ctx.shape)
-        return None, gradient, None, None, None
 
 
 class _SyncBatchNorm(torch.autograd.Function):

@@ -134,7 +134,7 @@ def candidates(plan: Plan, operators: Sequence[Operator], only: str | None = Non
 
 def formula_of(form: str, operator: Operator) -> sympy.Expr:
     """Bytes that a form sends for an operator, the mean over ranks."""
-    return sum(form_named(form).costs(operator).values(), sympy.Integer(0))
+    return sum(form_named(form).costs(operator.sparse).values(), sympy.Integer(0))
 
 
 def crossings(plan: Plan) -> Sheet:

@@ -54,16 +54,23 @@ def kind_of(collective: str) -> str:
 
 
 # The names of the collectives, in the order in which a step makes them.
-HEADER = "all_gather (header)"
+HEADER = "all_to_all (header)"
+FETCH_COUNTS = "all_to_all (unique ids, counts)"
+FETCH_IDS = "all_to_all (unique ids)"
 ENTER = "all_to_all (ids in)"
+FETCH_ROWS = "all_to_all (rows of unique ids)"
 EXIT = "all_to_all (aggregation, forward)"
 RETURN = "all_to_all (aggregation, backward)"
 SHARED_COLUMNS = "all_reduce (shared columns)"
-SPARSE_GRADIENTS = "all_gather (sparse gradients)"
+FETCH_BACK = "all_to_all (gradients of unique ids)"
+GATHER_IDS = "all_to_all (gathered gradients, ids)"
+GATHER_BACK = "all_to_all (gathered gradients)"
+SHARED_ROWS = "all_reduce (shared rows)"
 NORM_FORWARD = "all_gather (batch norm, forward)"
 NORM_BACKWARD = "all_reduce (batch norm, backward)"
 DENSE_GRADIENTS = "all_reduce (dense gradients)"
-HEADER_BYTES = 4 * 8  # rows, status, mode, spare: int64 each
+HEADER_BYTES = 5 * 8  # rows, status, mode, unique ids asked, unique ids gathered: int64 each
+FETCH_COUNTS_BYTES = 3 * 8  # status, unique ids asked, unique ids gathered
 
 
 def all_reduce_bytes(size_bytes: int, ranks: int) -> Fraction:

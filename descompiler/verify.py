@@ -307,7 +307,7 @@ def _case(
         for o in (*optimizers[0], *optimizers[1]):
             o.step()
             o.zero_grad()
-        predicted, sent = module.plan.traffic(rank, counts), module.traffic()
+        predicted, sent = module.plan.traffic(rank, counts, unique=module.unique()), module.traffic()
         if predicted != sent:
             raise EquivalenceError(f"{title}: predicted traffic\n{predicted}\nis not what was sent\n{sent}")
     weights = reference.state_dict()

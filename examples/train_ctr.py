@@ -233,7 +233,7 @@ def run(args: argparse.Namespace, ranks: Ranks, console: Console) -> bool:
     def note_traffic(step: int) -> None:
         rows = tuple(row_counts(sizes[step % len(sizes)], ranks.size))
         if rows not in sent:
-            predicted = module.plan.traffic(rank=ranks.rank, rows=list(rows)).total
+            predicted = module.plan.traffic(ranks.rank, list(rows), unique=module.unique()).total
             sent[rows] = (int(predicted), int(module.traffic().total))
 
     def batches(rank: int, world_size: int) -> Iterable[Batch]:

@@ -4,6 +4,8 @@ from descompiler.form import Form
 from descompiler.passes.fold_constants import FoldConstants
 from descompiler.passes.form_column import Column
 from descompiler.passes.form_field import Field
+from descompiler.passes.form_gather import Gather
+from descompiler.passes.form_pull import Pull
 from descompiler.passes.form_replicate import Replicate
 from descompiler.passes.form_row import Row
 from descompiler.passes.functionalise import Functionalise
@@ -36,5 +38,5 @@ RULES: tuple[Rule, ...] = (
 )
 """How operators stay in the substituted region; the first rule that names an operator's function decides."""
 
-FORMS: tuple[Form, ...] = (Replicate(), Field(), Row(), Column())
+FORMS: tuple[Form, ...] = (Replicate(), Gather(), Field(), Row(), Column(), Pull())
 """How a weights-rich operator can be divided; where two cost the same, the first is taken."""

@@ -37,6 +37,9 @@ class Column:
     def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
         return all_columns(split, rank)
 
+    def fetches(self, split: Split) -> bool:
+        return False
+
     def check(self, split: Split, operator: Operator) -> Check:
         return any_row(operator)
 
@@ -49,5 +52,5 @@ class Column:
             return part.call(lookup, part.weight, part.ids, o.padding_idx, o.sparse)
         return part.call(bag, part.weight, part.ids, x.mode, o.padding, o.sparse)
 
-    def costs(self, operator: Operator) -> Mapping[str, sympy.Expr]:
+    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
         return {"ids in": IDS_IN, "values out and back": VALUES_OUT_AND_BACK}

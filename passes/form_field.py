@@ -48,6 +48,9 @@ class Field:
             return tuple(i for i, r in enumerate(split.pieces.ranges) if r.owner == rank)
         return all_columns(split, rank)
 
+    def fetches(self, split: Split) -> bool:
+        return False
+
     def check(self, split: Split, operator: Operator) -> Check:
         if _several(split):
             return Check(operator.name, operator.rows, operator.starts, operator.line)
@@ -72,7 +75,7 @@ class Field:
             return part.call(lookup, part.weight, ids, padding, o.sparse)
         return part.call(bag, part.weight, ids, x.mode, padding if padding >= 0 else None, o.sparse)
 
-    def costs(self, operator: Operator) -> Mapping[str, sympy.Expr]:
+    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
         return {"ids in": IDS_IN, "values out and back": VALUES_OUT_AND_BACK}
 
 

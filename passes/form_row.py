@@ -48,6 +48,9 @@ class Row:
     def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
         return all_columns(split, rank)
 
+    def fetches(self, split: Split) -> bool:
+        return False
+
     def check(self, split: Split, operator: Operator) -> Check:
         return any_row(operator)
 
@@ -63,5 +66,5 @@ class Row:
             return part.call(lookup_rows, part.weight, part.ids, start, near, o.sparse)
         return part.call(bag_rows, part.weight, part.ids, start, x.mode, o.padding, near, o.sparse)
 
-    def costs(self, operator: Operator) -> Mapping[str, sympy.Expr]:
+    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
         return {"ids in": IDS_IN, "values out and back": VALUES_OUT_AND_BACK}

@@ -58,7 +58,7 @@ def test_calibrate_and_audit(tmp_path):
     assert audit == other and same and clock is None
     assert audit.steps == 3 and not audit.mismatches
     names = [x.name for x in audit.collectives]
-    assert names[0] == "all_gather (header)" and "all_reduce (dense gradients)" in names
+    assert names[0] == "all_to_all (header)" and "all_reduce (dense gradients)" in names
     assert "all_reduce (batch norm, backward)" in names
     for x in audit.collectives:
         assert x.predicted_bytes == x.sent_bytes and x.measured_s > 0 and x.predicted_s > 0

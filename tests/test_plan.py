@@ -48,7 +48,7 @@ def test_editing_prices_anew_and_leaves_the_other_tables():
 def _compile_edited(rank, ranks, path):
     module = des.compile(make(), INPUTS, plan=path)
     module(*INPUTS).sum().backward()
-    return module.plan.forms, module.plan.traffic(rank, 8) == module.traffic(), module.plan.rows
+    return module.plan.forms, module.plan.traffic(rank, 8, unique=module.unique()) == module.traffic(), module.plan.rows
 
 
 def test_a_form_edited_in_the_file_is_compiled_and_priced(tmp_path):

@@ -1,0 +1,133 @@
+"""Forms that fetch unique rows: pull, gather, and whatever mixes them with a region."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import descompiler as des
+from descompiler.fetch import pull
+from descompiler.layout import Fetch, FetchTable
+from descompiler.pieces import Pieces
+from descompiler.runtime import Runtime
+from descompiler.verify import on_ranks
+
+
+class Everything(nn.Module):
+    """Every use of a table that the forms know, in one model; ids are 2 fields, then a history of 3 with padding."""
+
+    def __init__(self, sparse: bool = False) -> None:
+        super().__init__()
+        self.item = nn.Embedding(11, 4, padding_idx=0, sparse=sparse)  # looked up as target and as history
+        self.user = nn.Embedding(7, 3, sparse=sparse)
+        self.bag = nn.EmbeddingBag(11, 4, mode="mean", padding_idx=0, sparse=sparse)
+        self.largest = nn.EmbeddingBag(11, 4, mode="max", padding_idx=0)
+        self.position = nn.Embedding(3, 4, sparse=sparse)  # ids are the same for every batch
+        self.group = nn.Embedding(4, 2, sparse=sparse)  # ids are computed from a lookup
+        self.frozen = nn.Embedding(11, 4).requires_grad_(False)
+        self.linear = nn.Linear(17, 2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        user, item, history = self.user(ids[:, 0]), self.item(ids[:, 1]), ids[:, 2:]
+        vectors = self.item(history) + self.position(torch.arange(3))
+        group = self.group((user[:, 0] > 0).long() + 2 * (item[:, 0] > 0).long())
+        x = [user, item * vectors.cumsum(1).mean(1), self.bag(history), self.largest(history), group]
+        return self.linear(torch.cat(x, 1)) + self.frozen(ids[:, 1]).cos().sum(1, keepdim=True)
+
+
+def ids_of(rows: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(7, (rows, 5), generator=generator)
+    return torch.cat([ids[:, :2], ids[:, 2:] * torch.tensor([1, 1, 0])], 1)  # some padding in every history
+
+
+MIXED = {"item.weight": "pull", "user.weight": "row", "group.weight": "pull", "bag.weight": "gather"}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
+def test_every_use_of_a_table(optimizer):
+    torch.manual_seed(0)
+    model = Everything(sparse=optimizer == "sparse_adam")
+    plans = [{"*": "pull"}, {"*": "gather"}, MIXED]
+    des.verify(model, (ids_of(9),), ranks=3, plans=plans, optimizers=[optimizer])
+
+
+def test_what_is_sent_for_unique_ids():
+    """2 ranks, one row each: the expected counts are those of the formula, not those of the runtime."""
+    for unique, sent in on_ranks(_counted, 2):
+        rank, counts = unique
+        # rank 0 asks for rows 0 (its own), 5, 6 of 8; rank 1 for rows 5 (its own), 1
+        assert counts == ((2, 1, 0) if rank == 0 else (1, 2, 0))
+        asked, served = counts[:2]
+        assert sent["all_to_all (unique ids)"] == 4 * asked
+        assert sent["all_to_all (rows of unique ids)"] == 3 * 8 * served
+        assert sent["all_to_all (gradients of unique ids)"] == 3 * 8 * asked
+
+
+def _counted(rank, ranks):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(8, 3)
+
+        def forward(self, x):
+            return self.table(x).sum((1, 2))
+
+    module = des.compile(Model().double(), (torch.zeros(2, 4, dtype=torch.long),), plan={"*": "pull"})
+    ids = [[0, 5, 6, 5], [5, 1, 1, 5]][rank]
+    module(torch.tensor([ids])).sum().backward()
+    counts = module.unique()["table.weight"]
+    return (rank, (counts.asked, counts.served, counts.shared)), module.traffic().bytes_by_collective
+
+
+def _bad_late_ids(rank, ranks):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Embedding(8, 3), nn.Embedding(8, 3)
+            with torch.no_grad():
+                self.first.weight.copy_(torch.arange(24.0).reshape(8, 3))
+
+        def forward(self, x):
+            return self.second(self.first(x)[:, 0].long()).sum(1)
+
+    module = des.compile(Model().double(), (torch.zeros(2, dtype=torch.long),), plan={"*": "pull"})
+    texts = []
+    for last in (2, 3):  # 3 is wrong: row 3 begins with 9
+        try:
+            module(torch.tensor([1, last if rank else 1])).sum().backward()
+            texts.append("fine")
+        except des.InputError as error:
+            texts.append(str(error))
+    return texts
+
+
+def test_computed_ids_that_are_wrong_on_one_rank_raise_on_every_rank():
+    for fine, text in on_ranks(_bad_late_ids, 2):
+        assert fine == "fine" and "rank 1: table 'second.weight'" in text and "id 9 in row 1" in text
+
+
+def _alone(rank, ranks):
+    """`pull` by itself, as partial capture uses it: two lookups of one table, one a bag, and no rows on rank 0."""
+    torch.manual_seed(0)
+    whole = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
+    pieces = Pieces.by_sizes((10, 3), 0, [2, 5, 3], ranks)
+    piece = pieces.cut(whole.detach(), rank).requires_grad_()
+    runtime = Runtime(dist.group.WORLD, rank, ranks, "sum")
+    fetch = Fetch.of_table(FetchTable("table", pieces, 1))
+    every = [torch.randint(10, (n, 2), generator=torch.Generator().manual_seed(n)) for n in (0, 3, 4)]
+    out = (
+        pull(runtime, fetch, piece, every[rank]).sin().sum()
+        + pull(runtime, fetch, piece, every[rank], "mean").exp().sum()
+    )
+    out.backward()
+    expected = sum(whole[x].sin().sum() + whole[x].mean(1).exp().sum() for x in every) / ranks
+    expected.backward()
+    own = sum(whole[x].sin().sum() + whole[x].mean(1).exp().sum() for x in every[rank : rank + 1])
+    difference = (piece.grad - pieces.cut(whole.grad, rank)).abs().max()
+    return float((out - own).abs()), float(difference)
+
+
+def test_pull_by_itself():
+    for output, gradient in on_ranks(_alone, 3):
+        assert output < 1e-12 and gradient < 1e-12
