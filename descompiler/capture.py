@@ -107,4 +107,4 @@ def capture(
             continue
         check_rows_independent(checked, probe, batches[0])
         return replace(program, rung=rung, failures=tuple(failures)), signature
-    raise CaptureError("\n".join([NOT_CAPTURED, *(f"  {f}" for f in failures)]))
+    raise CaptureError("\n".join([NOT_CAPTURED, *(f"  {f}" for f in failures)]), tuple(failures))

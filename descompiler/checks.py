@@ -78,13 +78,13 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> No
         ) from error
     graph_gradients = _gradients(graph, list(params.values()))
     for i, (a, b) in enumerate(zip(eager, graph, strict=True)):
-        if a.shape != b.shape or _relative_error(a, b) > TOLERANCE_FLOAT64:
+        if a.shape != b.shape or relative_error(a, b) > TOLERANCE_FLOAT64:
             raise CaptureError(
                 f"the captured graph does not reproduce output {i} of the model on {len(tensors[0])} rows"
             )
     for name, before, after in zip(params, eager_gradients, graph_gradients, strict=True):
         dense = [torch.zeros(()) if g is None else g.to_dense() for g in (before, after)]
-        if _relative_error(dense[0], dense[1]) > TOLERANCE_FLOAT64:
+        if relative_error(dense[0], dense[1]) > TOLERANCE_FLOAT64:
             raise CaptureError(f"the captured graph does not reproduce the gradient of parameter {name!r}")
 
 
@@ -95,7 +95,7 @@ def _gradients(outputs: list[Tensor], params: list[Tensor]) -> list[Tensor | Non
     return list(torch.autograd.grad(sum(terms[1:], terms[0]), params, allow_unused=True))
 
 
-def _relative_error(a: Tensor, b: Tensor) -> float:
+def relative_error(a: Tensor, b: Tensor) -> float:
     if not a.numel() and not b.numel():
         return 0.0
     if not a.is_floating_point():
@@ -137,7 +137,7 @@ def check_rows_independent(program: Program, probe: Flat, tensors: list[Tensor])
 
     def differs(a: Tensor, b: Tensor, c: Tensor) -> bool:
         both = torch.cat([b, c])
-        return both.shape != a.shape or _relative_error(a.double(), both.double()) > TOLERANCE_FLOAT64
+        return both.shape != a.shape or relative_error(a.double(), both.double()) > TOLERANCE_FLOAT64
 
     if not any(differs(*x) for x in zip(whole, first, second, strict=True)):
         return

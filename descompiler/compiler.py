@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from descompiler.aggregate import Candidates, Cut, Weights, minimum_cut, place
 from descompiler.capture import capture
+from descompiler.coverage import Coverage, coverage_of
 from descompiler.emit import Emitted, emit
-from descompiler.errors import PlanError, RankError
+from descompiler.errors import CaptureError, PlanError, RankError
 from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics
-from descompiler.module import DeferredModule, DistributedModule
+from descompiler.module import DeferredModule, DistributedModule, PartialModule
 from descompiler.operators import Operator, find_operators
+from descompiler.partial import Survey, coverage_partial, plan_partial, survey
 from descompiler.passes import NORMALISE, RULES
 from descompiler.plan import NO_OPERATORS, Plan
 from descompiler.planner import Forbidden, Terms, choose
 from descompiler.probe import blueprint
-from descompiler.program import Program
+from descompiler.program import Failure, Program
 from descompiler.runtime import Runtime
 from descompiler.state import reset_pieces, send_buffers, send_from_first
 
@@ -107,18 +110,75 @@ def distribute(
         raise PlanError(f"loss={loss!r}; it is one of {', '.join(LOSSES)}")
     group, rank, ranks = _process_group(process_group)
 
-    def capture_and_find() -> tuple[Builder, Program, Signature, list[Operator]]:
+    def capture_and_find() -> Found:
         build = builder()
-        program, signature = build.capture(None)
-        return build, program, signature, find_operators(program)
+        try:
+            program, signature = build.capture(None)
+        except CaptureError as error:
+            return Found(build, None, None, [], error.failures)
+        return Found(build, program, signature, find_operators(program), program.failures)
 
-    build, program, signature, operators = _everywhere(capture_and_find, group, ranks)
+    found = _everywhere(capture_and_find, group, ranks)
+    build, program, signature, operators = found.build, found.program, found.signature, found.operators
     rows = _broadcast(batch or build.rows, group, ranks)  # ranks may have examples of different sizes
+    if not _all(program is not None, group, ranks):
+        return _distribute_in_part(model, found, group, rank, ranks, plan, loss, rows, seed)
+    assert program is not None and signature is not None
     w = Weights(ranks, rows, max((o.dtype.itemsize for o in operators), default=4))
     chosen = _everywhere(lambda: _follow_or_choose(program, operators, w, plan, terms), group, ranks)
     _agree(chosen, group, ranks)
     if not operators and rank == 0:
         warnings.warn(f"descompiler: {NO_OPERATORS}", stacklevel=2)
+    coverage = coverage_of(program, operators, chosen)
+    _warn(coverage, rank)
+    values, buffers = _weights(model, build, chosen, seed, group, rank, ranks)
+
+    def program_for(training: dict[str, bool]) -> Emitted:
+        return build.emit(chosen, training, rank)
+
+    runtime = Runtime(group, rank, ranks, loss)
+    return DistributedModule(build.template, chosen, signature, runtime, program_for, values, buffers, coverage)
+
+
+@dataclass
+class Found:
+    """What a rank captured; no program if no tracer did."""
+
+    build: Builder
+    program: Program | None
+    signature: Signature | None
+    operators: list[Operator]
+    failures: tuple[Failure, ...]
+
+
+def _distribute_in_part(
+    model: nn.Module, found: Found, group: Any, rank: int, ranks: int, plan: Any, loss: str, rows: int, seed: Any
+) -> PartialModule:
+    """The last rung of the ladder: the user's own forward runs on every rank."""
+    build = found.build
+
+    def plan_of() -> tuple[Survey, Plan]:
+        if isinstance(plan, Plan):
+            raise PlanError("the model is captured in part; such plans can't be followed yet: pin forms by table")
+        seen = survey(build.template, build.example_inputs)
+        return seen, plan_partial(build.template, seen, ranks, rows, plan)
+
+    seen, chosen = _everywhere(plan_of, group, ranks)
+    _agree(chosen, group, ranks)
+    coverage = coverage_partial(build.template, seen, chosen, found.failures)
+    _warn(coverage, rank)
+    if seen.unchecked and rank == 0:
+        warnings.warn(f"descompiler: rows of a batch were not checked for independence: {seen.unchecked}", stacklevel=4)
+    values, buffers = _weights(model, build, chosen, seed, group, rank, ranks)
+    host = copy.deepcopy(build.template)
+    runtime = Runtime(group, rank, ranks, loss)
+    return PartialModule(build.template, chosen, runtime, values, buffers, coverage, host, host, seen.outputs)
+
+
+def _weights(
+    model: nn.Module, build: Builder, chosen: Plan, seed: Any, group: Any, rank: int, ranks: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """This rank's pieces, from rank 0's model or from ``reset_parameters``; and rank 0's buffers."""
     if _broadcast(any(p.is_meta for p in model.parameters()), group, ranks):
         seed = _broadcast(torch.initial_seed() if seed is None else seed, group, ranks)
         values = _everywhere(
@@ -126,13 +186,13 @@ def distribute(
         )
     else:
         values = send_from_first(build.template, model, chosen.pieces, group, rank, ranks)
-    buffers = send_buffers(model, build.template, group, rank, ranks)
+    return values, send_buffers(model, build.template, group, rank, ranks)
 
-    def program_for(training: dict[str, bool]) -> Emitted:
-        return build.emit(chosen, training, rank)
 
-    runtime = Runtime(group, rank, ranks, loss)
-    return DistributedModule(build.template, chosen, signature, runtime, program_for, values, buffers)
+def _warn(coverage: Coverage, rank: int) -> None:
+    text = coverage.warning()
+    if text is not None and rank == 0:
+        warnings.warn(f"descompiler: {text}", stacklevel=4)
 
 
 def _follow_or_choose(
@@ -287,6 +347,15 @@ def _broadcast(value: Any, group: Any, ranks: int) -> Any:
     box = [value]
     dist.broadcast_object_list(box, group_src=0, group=group)
     return box[0]
+
+
+def _all(mine: bool, group: Any, ranks: int) -> bool:
+    """Whether it is so on every rank."""
+    if ranks == 1:
+        return mine
+    every: list[Any] = [None] * ranks
+    dist.all_gather_object(every, mine, group=group)
+    return all(every)
 
 
 def _everywhere(step: Callable[[], T], group: Any, ranks: int) -> T:

@@ -4,13 +4,22 @@ Every error says which operator, table or argument it is about, where in the use
 to do next. Errors that one rank meets are raised on every rank (`descompiler.runtime.Runtime.fail_together`).
 """
 
+from typing import Any
+
 
 class DescompilerError(Exception):
     """Base of every error that descompiler raises on purpose."""
 
 
 class CaptureError(DescompilerError):
-    """The model could not be captured as a graph, or the captured graph does not reproduce the model."""
+    """The model could not be captured as a graph, or the captured graph does not reproduce the model.
+
+    ``failures`` holds the rungs of the ladder that were tried (`descompiler.program.Failure`).
+    """
+
+    def __init__(self, text: str, failures: tuple[Any, ...] = ()):
+        super().__init__(text)
+        self.failures = failures
 
 
 class UnsupportedError(DescompilerError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from descompiler import traffic as wire
+from descompiler.coverage import Coverage
 from descompiler.emit import Emitted
 from descompiler.errors import InputError
-from descompiler.inputs import Signature
+from descompiler.inputs import Signature, flatten, split_statics, unflatten_with
 from descompiler.layout import Counts
 from descompiler.pieces import Pieces
 from descompiler.plan import Plan
 from descompiler.runtime import Runtime
+from descompiler.substitute import Finish, Keeper, SynchroniseNorms, substitute
 from descompiler.traffic import Traffic
 
 
@@ -48,25 +50,41 @@ class DistributedModule(nn.Module):
     """
 
     plan: Plan
+    predicts_traffic = True
+    """Whether `Plan.traffic` is exact, not an estimate."""
 
     def __init__(
         self,
         template: nn.Module,
         plan: Plan,
-        signature: Signature,
+        signature: Signature | None,
         runtime: Runtime,
-        program_for: Callable[[dict[str, bool]], Emitted],
+        program_for: Callable[[dict[str, bool]], Emitted] | None,
         values: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
+        coverage: Coverage,
+        host: nn.Module | None = None,
     ):
         super().__init__()
         object.__setattr__(self, "plan", plan)
+        vars(self)["_host"] = host  # no submodule: its parts are this module's own
+        self._coverage, self._keeper = coverage, Keeper(runtime)
         self._signature, self._runtime, self._program_for = signature, runtime, program_for
         self._programs: dict[tuple[bool, ...], Emitted] = {}
         self._constants: dict[str, Tensor] = {}
         self._ddp: list[Any] = []
         self._ddp_key: Any = None
         self._flags = [name for name, _ in template.named_modules()]
+        if host is None:
+            self._mirror(template, values, buffers)
+        else:
+            self._adopt(host, values, buffers)
+        for name, p in self.named_parameters():
+            if not plan.pieces[name].is_replicated:
+                substitute(p, name, plan.pieces[name], self._keeper)
+
+    def _mirror(self, template: nn.Module, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        """Bare modules with the original's names."""
         made: dict[int, nn.Parameter] = {}
         scopes: dict[str, nn.Module] = {"": self}
         for name, source in template.named_modules():
@@ -88,6 +106,21 @@ class DistributedModule(nn.Module):
                 persistent = leaf not in source._non_persistent_buffers_set
                 scope.register_buffer(leaf, None if b is None else buffers[full], persistent=persistent)
 
+    def _adopt(self, host: nn.Module, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        """The modules and parameters of a host become this module's; they stay the same objects."""
+        for name, p in host.named_parameters():
+            if p.is_meta:
+                torch.utils.swap_tensors(p, nn.Parameter(values[name], requires_grad=p.requires_grad))
+            else:
+                p.data = values[name]
+        for name, module in host.named_modules():
+            for leaf, b in module._buffers.items():
+                if b is not None:
+                    module._buffers[leaf] = buffers[f"{name}.{leaf}".lstrip(".")]
+        for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[kind] = host.__dict__[kind]
+        self.training = host.training
+
     # ---- calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +133,7 @@ class DistributedModule(nn.Module):
         try:
             emitted = self._program()
             runtime.layout, runtime.checks = emitted.layout, emitted.checks
+            assert self._signature is not None
             tensors = self._signature.flatten(args, kwargs)
             reference = next(self.parameters())
             runtime.device = reference.device
@@ -127,7 +161,8 @@ class DistributedModule(nn.Module):
                 values.append(self._constant(emitted, s.name))
             else:
                 values.append((parameters if s.kind == "parameter" else buffers)[s.name])
-        return emitted.module(self._runtime, *values)
+        with torch._C.DisableTorchFunctionSubclass():  # the program knows that it holds pieces
+            return emitted.module(self._runtime, *values)
 
     def _constant(self, emitted: Emitted, name: str) -> Tensor:
         device = self._runtime.device
@@ -143,6 +178,7 @@ class DistributedModule(nn.Module):
     def _program(self) -> Emitted:
         key = self._training_flags()
         if key not in self._programs:
+            assert self._program_for is not None
             self._programs[key] = self._program_for(dict(zip(self._flags, key, strict=True)))
         return self._programs[key]
 
@@ -211,6 +247,13 @@ class DistributedModule(nn.Module):
         """Unique ids of the latest forward, by table that is fetched by unique rows."""
         return self._runtime.unique
 
+    def coverage(self) -> Coverage:
+        """What became of every weights-rich parameter, captured by which tracer, and why not better.
+
+        A parameter is weights-rich if it has `WEIGHTS_RICH_ELEMENTS` elements or is looked up by ids.
+        """
+        return self._coverage
+
     def print_readable(self) -> str:
         """Print (and return) this rank's program for the current mode."""
         text = self._program().module.print_readable(print_output=False)
@@ -220,6 +263,80 @@ class DistributedModule(nn.Module):
     def pieces(self, name: str) -> Pieces:
         """Which part of an original parameter this rank holds."""
         return self.plan.pieces[name]
+
+
+class PartialModule(DistributedModule):
+    """A model whose own Python forward runs on this rank's rows; see `descompiler.partial`."""
+
+    predicts_traffic = False
+
+    def __init__(
+        self,
+        template: nn.Module,
+        plan: Plan,
+        runtime: Runtime,
+        values: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        coverage: Coverage,
+        host: nn.Module,
+        call: Callable[..., Any],
+        outputs: Sequence[str],
+    ):
+        super().__init__(template, plan, None, runtime, None, values, buffers, coverage, host)
+        self._outputs = tuple(outputs)
+        vars(self)["_call"] = call  # perhaps the host itself, which is no submodule
+        self._keeper.watch([p for n, p in self.named_parameters() if plan.pieces[n].is_replicated])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's forward on this rank's rows: outputs for them."""
+        runtime, keeper = self._runtime, self._keeper
+        runtime.traffic = Traffic()
+        keeper.begin()
+        vars(self)["_host"].training = self.training
+        reference = next(self.parameters(), torch.zeros(()))
+        runtime.device, runtime.wire_dtype = reference.device, reference.dtype
+        flags = "".join(str(int(f)) for f in self._training_flags())
+        try:
+            with SynchroniseNorms(keeper):
+                out = vars(self)["_call"](*args, **kwargs)
+            leaves, spec = flatten(out)
+            tensors, statics = split_statics(leaves)
+            if len(tensors) != len(self._outputs):
+                raise InputError(f"forward returned {len(tensors)} tensors, and {len(self._outputs)} on example_inputs")
+            rows = _rows_of(tensors, self._outputs, (args, kwargs))
+            keeper.agree(f"the end of forward, training flags {flags}, gradients {torch.is_grad_enabled()}", rows)
+        except Exception as error:
+            if not keeper.failed:  # the other ranks wait at their next agreement: tell them, then everyone raises
+                runtime.header(0, str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}")
+            raise
+        tensors = [self._output(x, kind) for x, kind in zip(tensors, self._outputs, strict=True)]
+        if torch.is_grad_enabled() and runtime.ranks > 1:
+            # on every rank, also where an empty batch or a branch left an output without a gradient
+            floating = [i for i, x in enumerate(tensors) if x.is_floating_point()]
+            anchor = torch.zeros((), device=runtime.device, requires_grad=True)
+            for i, x in zip(floating, Finish.apply(keeper, anchor, *(tensors[i] for i in floating)), strict=True):
+                tensors[i] = x
+        return unflatten_with(tensors, spec, statics)
+
+    def _output(self, x: Tensor, kind: str) -> Tensor:
+        """An output, so that its gradient follows the convention; a scalar of the batch is that of the global one."""
+        runtime = self._runtime
+        if kind == "rows":
+            return runtime.output(x)
+        if runtime.ranks == 1:
+            return x
+        share = {"mean": runtime.rows[runtime.rank] / max(sum(runtime.rows), 1), "sum": 1.0, "same": 1 / runtime.ranks}
+        return self._keeper.total(x * share[kind] if share[kind] else torch.zeros_like(x), "a scalar output")
+
+    def _program(self) -> Emitted:
+        raise InputError("the model was captured in part: its own forward runs, and there is no program to print")
+
+
+def _rows_of(tensors: Sequence[Tensor], kinds: Sequence[str], inputs: Any) -> int:
+    for x, kind in zip(tensors, kinds, strict=True):
+        if kind == "rows":
+            return x.shape[0]
+    return next((x.shape[0] for x in split_statics(flatten(inputs)[0])[0] if x.dim()), 0)
 
 
 class DeferredModule(DistributedModule):
@@ -249,5 +366,5 @@ class DeferredModule(DistributedModule):
         )
 
     named_parameters = named_buffers = state_dict = load_state_dict = _apply = _not_yet
-    traffic = print_readable = pieces = _not_yet
+    traffic = print_readable = pieces = coverage = _not_yet
     plan = property(_not_yet)

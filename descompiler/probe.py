@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from descompiler.errors import InputError, UnsupportedError
+from descompiler.errors import CaptureError, InputError, UnsupportedError
 from descompiler.inputs import flatten, split_statics, unflatten_with
 
 LARGE_ELEMENTS = 1 << 22
@@ -91,8 +91,10 @@ def at_least_two_rows(tensors: list[Tensor]) -> list[Tensor]:
     if not tensors:
         raise InputError("example_inputs holds no tensor")
     sizes = [t.shape[0] if t.dim() else 0 for t in tensors]
-    if len(set(sizes)) != 1 or not sizes[0]:
+    if not all(sizes):
         raise InputError(f"dim 0 of every example input is the batch, at least 1; the sizes there are {sizes}")
+    if len(set(sizes)) != 1:
+        raise CaptureError(f"dim 0 of the example inputs is not one batch: its sizes are {sizes}")
     return [torch.cat([t, t]) for t in tensors] if sizes[0] == 1 else list(tensors)
 
 

@@ -1,0 +1,293 @@
+"""Partial capture, the last rung: the user's own Python forward runs on every rank, on its own rows.
+
+`survey` runs the model (a probe, with random weights) and sees how each parameter is used. Parameters that are only
+looked up are divided by rows and fetched (`descompiler.substitute`); the others stay whole on every rank. What a graph
+would have shown is checked on values: rows of a batch must not depend on each other, batch norm aside.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from descompiler.checks import TOLERANCE_FLOAT64, relative_error
+from descompiler.coverage import PARTIAL, WEIGHTS_RICH_ELEMENTS, Coverage, Covered
+from descompiler.errors import InputError, PlanError, UnsupportedError
+from descompiler.form import Split
+from descompiler.inputs import flatten, map_tensors, normalise_inputs, split_statics, take_rows
+from descompiler.layout import Layout
+from descompiler.pieces import Pieces, even_sizes
+from descompiler.plan import Plan, Table
+from descompiler.probe import materialise
+from descompiler.program import Failure
+from descompiler.substitute import LOOKUPS, function_name
+
+ROWS, MEAN, SUM, SAME = "rows", "mean", "sum", "same"
+"""What an output is: rows of the batch; or a scalar that is a mean over rows, a sum over rows, or free of the batch."""
+
+PASSED_ON = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d}
+
+
+@dataclass
+class Use:
+    """How one parameter is used."""
+
+    ids: int = 0  # looked up per batch
+    vectors: int = 0  # that lookups return
+    sparse: bool = False
+    lookups: set[str] = field(default_factory=set)
+    others: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Survey:
+    """What a run of the model showed.
+
+    Attributes
+    ----------
+    uses : dict of str to Use
+        By parameter.
+    outputs : tuple of str
+        What each tensor that forward returns is: `ROWS`, `MEAN`, `SUM`, `SAME`.
+    rows : int
+        Of the example batch; 0 if it is not known.
+    unchecked : str
+        Why rows could not be checked; empty if they were.
+    """
+
+    uses: dict[str, Use]
+    outputs: tuple[str, ...]
+    rows: int
+    unchecked: str = ""
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes uses of parameters; batch norm in training and dropout pass their input on, if asked."""
+
+    def __init__(self, model: nn.Module, *, skip_norms: bool):
+        super().__init__()
+        self.names = {id(p): n for n, p in model.named_parameters()}
+        self.uses: dict[str, Use] = {}
+        self.skip_norms = skip_norms
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        if self.skip_norms and func in PASSED_ON:
+            return args[0].clone()
+        if self.skip_norms and func is F.batch_norm and (args[5] if len(args) > 5 else kwargs.get("training")):
+            return args[0].clone()
+        result = func(*args, **kwargs)
+        for leaf in leaves:
+            name = self.names.get(id(leaf)) if isinstance(leaf, Tensor) else None
+            if name is None:
+                continue
+            ids = [x for x in leaves if isinstance(x, Tensor) and not x.is_floating_point() and x.dtype != torch.bool]
+            whole = isinstance(result, Tensor) and result.grad_fn is None and torch.is_grad_enabled()
+            if whole and leaf.requires_grad:
+                continue  # a size, a dtype, a detached value
+            if not isinstance(result, Tensor):
+                continue
+            use = self.uses.setdefault(name, Use())
+            if func in LOOKUPS and ids:
+                use.lookups.add(function_name(func))
+                use.ids += ids[0].numel()
+                use.vectors += result.numel() // max(leaf.shape[1:].numel(), 1)
+                use.sparse |= bool(kwargs.get("sparse", func is F.embedding and len(args) > 6 and args[6]))
+            else:
+                use.others.add(function_name(func))
+        return result
+
+
+def survey(template: nn.Module, example_inputs: Any) -> Survey:
+    """Run a model and see how it uses its parameters, and what it returns.
+
+    Raises
+    ------
+    InputError
+        If the model can't run the example inputs.
+    UnsupportedError
+        If the rows of a batch depend on each other.
+    """
+    args, kwargs = normalise_inputs(example_inputs, template.forward)
+    double = map_tensors(lambda x: x.double() if x.is_floating_point() else x, (args, kwargs))
+    tensors, _ = split_statics(flatten(double)[0])
+    device = tensors[0].device if tensors else torch.device("cpu")
+    model = materialise(template, device, double=True)
+    state = {n: b.clone() for n, b in model.named_buffers()}
+
+    def run(inputs: Any, *, skip_norms: bool) -> tuple[list[Tensor], _Recorder]:
+        for n, b in model.named_buffers():
+            b.copy_(state[n])
+        torch.manual_seed(11)
+        recorder = _Recorder(model, skip_norms=skip_norms)
+        with recorder:
+            out = model(*inputs[0], **inputs[1])
+        return split_statics(flatten(out)[0])[0], recorder
+
+    try:
+        _, recorder = run(double, skip_norms=False)
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the model can't run example_inputs ({type(error).__name__}: {error}); pass what its forward takes"
+        ) from error
+    sizes = {t.shape[0] if t.dim() else None for t in tensors}
+    whole, _ = run(double, skip_norms=True)
+    if len(sizes) != 1 or None in sizes:
+        rows = next((o.shape[0] for o in whole if o.dim()), 0)
+        if any(not o.dim() for o in whole):
+            raise UnsupportedError("forward returns a scalar, and its inputs' sizes differ: its rows are not known")
+        return Survey(recorder.uses, (ROWS,) * len(whole), rows, "the inputs differ in dim 0")
+    rows = tensors[0].shape[0]
+    return Survey(recorder.uses, _kinds(double, whole, rows, lambda x: run(x, skip_norms=True)[0]), rows)
+
+
+def _kinds(inputs: Any, whole: list[Tensor], rows: int, run: Any) -> tuple[str, ...]:
+    """What each output is, from the batch, its two halves, and a permutation of it."""
+    if rows < 2:
+        inputs, rows = take_rows(inputs, torch.zeros(2, dtype=torch.int64)), 2
+        whole = run(inputs)
+    half = rows // 2
+    even = take_rows(inputs, torch.arange(2 * half))
+    first, second = (run(take_rows(inputs, torch.arange(a, b))) for a, b in ((0, half), (half, 2 * half)))
+    together = run(even)
+    order = torch.arange(rows).flip(0)
+    turned = run(take_rows(inputs, order))
+    kinds = []
+    for i, (w, t, a, b, p) in enumerate(zip(whole, together, first, second, turned, strict=True)):
+
+        def same(x: Tensor, y: Tensor) -> bool:
+            return x.shape == y.shape and relative_error(x.double(), y.double()) <= TOLERANCE_FLOAT64
+
+        if w.dim() and w.shape[0] == rows and same(t, torch.cat([a, b])) and same(w[order], p):
+            kinds.append(ROWS)
+        elif not w.dim() and same(t, a) and same(t, b) and same(w, p):
+            kinds.append(SAME)
+        elif not w.dim() and same(t, (a + b) / 2) and same(w, p):
+            kinds.append(MEAN)
+        elif not w.dim() and same(t, a + b) and same(w, p):
+            kinds.append(SUM)
+        else:
+            raise UnsupportedError(
+                f"output {i} of forward {'is a scalar that' if not w.dim() else ''} depends on how a batch is divided: "
+                "its rows depend on each other, and the model could not be captured as a graph, where that may be "
+                "made exact. Move what combines rows into the loss, or make forward traceable"
+            )
+    return tuple(kinds)
+
+
+def plan_partial(template: nn.Module, seen: Survey, ranks: int, rows: int, pins: Mapping[str, str] | None) -> Plan:
+    """Divide by rows what is only looked up, if that sends fewer bytes (or is pinned); replicate the rest."""
+    parameters = dict(template.named_parameters())
+    fixed = _pinned(parameters, seen, pins)
+    tables, splits, prices = [], {}, {}
+    pieces = {n: Pieces.replicate(tuple(p.shape), ranks) for n, p in parameters.items()}
+    for name, p in parameters.items():
+        use = seen.uses.get(name)
+        if use is None or not use.lookups:
+            continue
+        size, width = p.numel() * p.element_size(), p.shape[1:].numel()
+        ids = -(-use.ids * rows // max(seen.rows, 1))
+        unique = min(ids, p.shape[0])
+        crossing = ranks - 1
+        price = {
+            "replicate": 2 * crossing * size // ranks if p.requires_grad else 0,
+            "pull": crossing * unique * (8 + (2 if p.requires_grad else 1) * width * p.element_size()) // ranks,
+        }
+        refusals = _refusals(use)
+        form = "replicate"
+        if not refusals:
+            cheaper = price["pull"] < price["replicate"] and p.numel() >= WEIGHTS_RICH_ELEMENTS
+            form = "pull" if cheaper or (use.sparse and ranks > 1) else "replicate"
+        form = fixed.get(name, form)
+        if form == "pull":
+            pieces[name] = Pieces.by_sizes(tuple(p.shape), 0, even_sizes(p.shape[0], ranks), ranks)
+        splits[name], prices[name] = Split(form, pieces[name]), {} if refusals else price
+        per_row, vectors = -(-use.ids // max(seen.rows, 1)), -(-use.vectors // max(seen.rows, 1))
+        uses = tuple(sorted(use.lookups | use.others))
+        tables.append(
+            Table(name, p.shape[0], width, p.element_size(), per_row, vectors, use.sparse, uses, refusals, "")
+        )
+    dense = sum(
+        p.numel() for n, p in parameters.items() if p.requires_grad and pieces[n].is_replicated and n in seen.uses
+    )
+    itemsize = max((p.element_size() for p in parameters.values()), default=4)
+    price_bytes = sum(prices[n].get(s.form, 0) for n, s in splits.items())
+    digest = hashlib.sha256(
+        f"partial {sorted((n, tuple(p.shape), str(p.dtype)) for n, p in parameters.items())}".encode()
+    )
+    return Plan(
+        ranks=ranks,
+        rows=rows,
+        itemsize=itemsize,
+        tables=tables,
+        splits=splits,
+        pieces=pieces,
+        layout=Layout(ranks, dense_elements=dense),
+        crossings=[],
+        price_bytes=price_bytes,
+        prices=prices,
+        fingerprint=digest.hexdigest()[:16],
+    )
+
+
+def _refusals(use: Use) -> dict[str, str]:
+    return {"pull": f"the table is also used by {', '.join(sorted(use.others))}"} if use.others else {}
+
+
+def _pinned(parameters: Mapping[str, nn.Parameter], seen: Survey, pins: Mapping[str, str] | None) -> dict[str, str]:
+    """Forms that the user fixed; "row" is "pull" here, and what a pattern can't have, it does not get."""
+    result = {}
+    tables = {n for n in parameters if n in seen.uses and seen.uses[n].lookups}
+    for pattern, form in (pins or {}).items():
+        matches = fnmatch.filter(tables, pattern)
+        if not matches:
+            raise PlanError(
+                f"plan names {pattern!r}, which is no table of the model; tables: {', '.join(sorted(tables))}"
+            )
+        wanted = "pull" if form == "row" else form
+        for name in matches:
+            why = (
+                None
+                if wanted in ("pull", "replicate")
+                else "the model is captured in part; there it is pull or replicate"
+            )
+            if wanted == "pull":
+                why = _refusals(seen.uses[name]).get("pull")
+            if why is None:
+                result[name] = wanted
+            elif name == pattern:
+                raise PlanError(f"table {name!r} can't be split by {form}: {why}")
+    return result
+
+
+def coverage_partial(template: nn.Module, seen: Survey, plan: Plan, failures: tuple[Failure, ...]) -> Coverage:
+    """Coverage of a model of which the user's forward runs."""
+    found = []
+    for name, p in template.named_parameters():
+        use = seen.uses.get(name)
+        if p.numel() < WEIGHTS_RICH_ELEMENTS and name not in plan.splits:
+            continue
+        size = p.numel() * p.element_size()
+        if use is None:
+            entry = Covered(name, size, "unused", PARTIAL, "forward does not use it on the example inputs")
+        elif name in plan.splits and not use.others:
+            price = ", ".join(f"{f} {x:,} B" for f, x in plan.prices[name].items())
+            entry = Covered(name, size, plan.splits[name].form, PARTIAL, f"a step sends: {price}", choice=True)
+        else:
+            entry = Covered(
+                name, size, "replicate", PARTIAL, f"used by {', '.join(sorted(use.others))}, not only by lookups"
+            )
+        found.append(entry)
+    return Coverage(PARTIAL, failures, tuple(found))

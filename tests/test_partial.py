@@ -1,0 +1,153 @@
+"""Partial capture: the user's own forward, with tables fetched from their owners, on real ranks."""
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import descompiler as des
+from descompiler.verify import on_ranks
+from tests.test_ranks import raised
+
+IDS = torch.randint(9, (8, 3), generator=torch.Generator().manual_seed(0))
+PULL = {"*": "row"}
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.table = nn.Embedding(9, 4, padding_idx=2)
+        self.top = nn.Linear(4, 1)
+        self.other = nn.Linear(4, 1)
+
+
+class Branch(Base):
+    """Rows with an odd first id go through another layer: shapes and unused layers depend on values."""
+
+    def forward(self, ids):
+        e = self.table(ids).sum(1)
+        odd = ids[:, 0] % 2 == 1
+        out = e.new_zeros(len(ids))
+        if odd.any():
+            out[odd] = self.other(e[odd]).squeeze(1)
+        if (~odd).any():
+            out[~odd] = self.top(e[~odd]).squeeze(1).tanh()
+        return out
+
+
+class Everything(Base):
+    """Bags, a parameter indexed, a parameter multiplied, sparse gradients, batch norm, dicts out."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(11, 4, mode="mean", sparse=True)
+        self.bias = nn.Parameter(torch.randn(9))
+        self.matrix = nn.Parameter(torch.randn(9, 4))
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, ids):
+        lengths = (ids % 3).sum(1)
+        flat = torch.cat([ids.new_full((n,), i % 9) for i, n in enumerate(lengths.tolist())] + [ids.new_zeros(0)])
+        flat = flat * 0 + ids[:, 0].repeat_interleave(lengths)
+        bags = self.bag(flat, F.pad(lengths.cumsum(0)[:-1], (1, 0)) if len(ids) else lengths)
+        e = self.norm(self.table(ids).sum(1) + bags)
+        scores = e @ self.matrix.t()
+        return {"score": self.top(e).squeeze(1) + self.bias[ids[:, 1]], "all": scores, "n": None}
+
+
+@pytest.mark.parametrize("cls", [Branch, Everything])
+def test_trains_as_the_original(cls):
+    with warnings.catch_warnings(record=True):
+        report = des.verify(cls(), (IDS,), plans=[PULL], optimizers=["adagrad"])
+    assert report.cases == 1
+
+
+def test_one_rank():
+    model = Branch()
+    module = des.compile(model, (IDS,), plan=PULL)
+    assert torch.equal(module(IDS), model(IDS))
+    module(IDS).sum().backward()
+    model(IDS).sum().backward()
+    assert all(torch.allclose(p.grad, q.grad) for p, q in zip(module.parameters(), model.parameters(), strict=True))
+    assert module.coverage().rung == "partial" and [f.rung for f in module.coverage().failures] == ["export", "dynamo"]
+
+
+class RankDependent(Base):
+    """Looks up once more where a flag says so, or fails there."""
+
+    action = ""
+
+    def forward(self, ids):
+        e = self.table(ids).sum(1)
+        if ids.sum() < 0 or self.action == "twice":
+            e = e + self.table(ids).sum(1)
+        if self.action == "fails":
+            raise ValueError("no such user")
+        return self.top(e)
+
+
+def _differ(rank, ranks, action):
+    module = des.compile(RankDependent().double(), (IDS,), plan=PULL)
+    host = vars(module)["_host"]
+    if rank == 1:
+        host.action = action
+    text = raised(lambda: module(IDS))
+    host.action = ""
+    module(IDS).sum().backward()
+    return text, bool(module.table.weight.grad.isfinite().all())
+
+
+TWICE = r"RankError.*rank 1: runs in mode call 2, lookup in 'table.weight'"
+
+
+@pytest.mark.parametrize(("action", "expected"), [("twice", TWICE), ("fails", "no such user")])
+def test_ranks_that_differ_get_an_error(action, expected):
+    for text, fine in on_ranks(_differ, 2, action, timeout_s=60):
+        assert re.search(expected, text, re.S), text
+        assert fine, "the next step has to work"
+
+
+class Mixes(Base):
+    def forward(self, ids):
+        e = self.table(ids).sum(1)
+        if ids.sum() % 2:
+            e = e * 2
+        return self.top(e - e.mean(0))
+
+
+def test_rows_that_depend_on_each_other_are_refused():
+    with pytest.raises(des.UnsupportedError, match="its rows depend on each other"):
+        des.compile(Mixes(), (IDS,))
+
+
+def _regularised(rank, ranks, kind):
+    """A regulariser outside forward, on whatever the rank holds."""
+    model = Branch().double()
+    reference = copy.deepcopy(model)
+    module = des.compile(model, (IDS,), plan=PULL)
+    penalty = {
+        "squares": lambda m: sum((0.1 * p.square()).sum() for p in m.parameters()),
+        "norm": lambda m: torch.norm(m.table.weight),
+        "p-norm": lambda m: torch.norm(m.table.weight, p=3) ** 2 + m.table.weight.pow(2).mean(),
+        "product": lambda m: (m.table.weight @ m.table.weight.t()).square().sum(),
+    }[kind]
+    losses = []
+    for m, rows in ((reference, slice(0, 8)), (module, slice(rank * 4, rank * 4 + 4))):
+        loss = m(IDS[rows]).square().mean() + penalty(m)
+        loss.backward()
+        losses.append(penalty(m).item())
+    worst = 0.0
+    for (n, p), q in zip(module.named_parameters(), reference.parameters(), strict=True):
+        worst = max(worst, float((p.grad - module.pieces(n).cut(q.grad, rank)).abs().max()))
+    return worst, abs(losses[0] - losses[1])
+
+
+@pytest.mark.parametrize("kind", ["squares", "norm", "p-norm", "product"])
+def test_regularisers_outside_forward(kind):
+    for gradient, value in on_ranks(_regularised, 2, kind):
+        assert gradient < 1e-12 and value < 1e-12
