@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from descompiler.errors import PlanError
 from descompiler.layout import Check
 from descompiler.operators import Lookup, Operator
-from descompiler.pieces import Pieces
+from descompiler.pieces import Pieces, even_sizes
 from descompiler.placement import Region
 from descompiler.program import Program, rowwise, where
 from descompiler.runtime import bag, lookup
@@ -35,10 +35,13 @@ class Choice:
         Form "field": the rank of a whole table.
     field_owners : tuple of int, optional
         Form "field" of an offsets table: the rank of each field.
+    sizes : tuple of int, optional
+        Forms "row" and "pull": the rows of each rank, such as `Statistics.balanced_rows` gives; even by default.
     """
 
     owner: int = 0
     field_owners: tuple[int, ...] | None = None
+    sizes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,12 @@ class OwnRows:
             return part.call(bag, part.weight, part.ids, x.mode, x.padding_idx if x.padding_idx >= 0 else None)
         operands = {x.node.args[0]: part.weight, x.ids: part.ids}
         return part.graph.node_copy(x.node, lambda n: operands[n])
+
+
+def by_rows(operator: Operator, ranks: int, choice: Choice) -> Pieces:
+    """Contiguous ranges of rows to ranks."""
+    sizes = even_sizes(operator.rows, ranks) if choice.sizes is None else choice.sizes
+    return Pieces.by_sizes(operator.shape, 0, sizes, ranks)
 
 
 def all_columns(split: Split, rank: int) -> tuple[int, ...] | None:

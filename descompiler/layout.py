@@ -321,18 +321,18 @@ class Layout:
         return [round(x, 9) for x in loads]
 
     def expected(self, rank: int, rows: Sequence[int], statistics: Statistics | None = None) -> dict[str, Counts]:
-        """Expected unique ids by table; ids are as likely in one row of a table as in another."""
+        """Expected unique ids by table, where rank r has ``rows[r]`` rows; of assumed statistics by default."""
         result: dict[str, Counts] = {}
         batches = Counter(rows)
-        for f in self.fetches:
-            for t in f.tables:
-                if t.name in result:
-                    continue
-                stats = Statistics.assumed([t]) if statistics is None else statistics
-                unique = {b: stats.unique(t.name, b) for b in batches}
-                mine, everywhere = unique[rows[rank]], sum(unique[b] * n for b, n in batches.items())
-                owned, shared = t.sizes[rank] / t.rows, t.sizes[ALL] / t.rows
-                result[t.name] = Counts(mine * (1 - owned - shared), (everywhere - mine) * owned, mine * shared)
+        for t in {t.name: t for f in self.fetches for t in f.tables}.values():
+            stats = Statistics.assumed([t]) if statistics is None else statistics
+            mine = stats.unique(t.name, rows[rank])
+            shares = stats.shares(t.name, t.pieces, rows[rank])
+            served = 0.0
+            for b, ranks in batches.items():
+                others = ranks - (b == rows[rank])
+                served += others * stats.unique(t.name, b) * stats.shares(t.name, t.pieces, b)[rank]
+            result[t.name] = Counts(mine * (1 - shares[rank] - shares[ALL]), served, mine * shares[ALL])
         return result
 
     def predict(

@@ -1,22 +1,42 @@
 """Statistics of ids: what the price of a form depends on.
 
-Unique ids. A row's batch draws n ids of a table, independently; id v is drawn with probability p_v. The expected
-number of different ones is
+Let a table have V rows, and let m ids be drawn in one rank's batch. U(m) is the expected number of different ones.
 
-    U(n) = sum over v of 1 - (1 - p_v)^n
+    assumed     p_v ~ v^-1.05 (Zipf), popular rows anywhere in the table;  U(m) = sum over v of 1 - (1 - p_v)^m
+    measured    n draws of which row v has c_v; f1 rows were drawn once, S at least once. For m <= n, rarefaction
+                (Hurlbert 1971), which is unbiased and needs no model:
+                    U(m) = sum over v of 1 - C(n - c_v, m) / C(n, m)
+                For m > n, Heaps' law with the growth that the singletons show (Good 1953: dU/dm = f1/n at m = n),
+                saturating at V, normalised to U(n) = S:
+                    U(m) ~ V (1 - exp(-S (m/n)^(f1/S) / V))
+                Batches are not independent draws: U is scaled to be exactly what was measured at the sizes that were
+                measured (`Measured.batches`), the factor interpolated between them.
+    one row     p_v of a row that was seen is (c_v/n) (1 - l (1 - c_v/n)^n), l such that they sum to 1 - f1/n; the
+                other rows share f1/n (Chao et al. 2015).
 
-Without samples, p_v is assumed to fall as v^-1.05 (Zipf; `Statistics.assumed`), and popular ids to be spread evenly
-over the table.
+On Zipf ids of exponents 0.8 to 1.4 and 10^4 to 10^6 rows, from ten batches of 4,096, U is within 10 % up to 16 times
+what was measured (tests/test_statistics.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from descompiler.errors import InputError
+from descompiler.pieces import ALL, Pieces, even_sizes
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from descompiler.operators import Operator
+    from descompiler.program import Program
 
 ZIPF = 1.05
 """Exponent of the assumed frequencies of ids."""
@@ -35,6 +55,81 @@ class Used(Protocol):
     def ids(self) -> int: ...
 
 
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What samples say about one table.
+
+    Attributes
+    ----------
+    rows : int
+        Of the table.
+    ids, counts : ndarray
+        The rows that were drawn, in order, and how often.
+    batches : tuple of (int, float, float)
+        Rows of a batch, the mean number of ids and of different ids in batches of that size; in order of size.
+    pooling : float
+        Ids per row of the batch that are not padding, over all lookups.
+    """
+
+    rows: int
+    ids: np.ndarray
+    counts: np.ndarray
+    batches: tuple[tuple[int, float, float], ...]
+    pooling: float
+
+    @property
+    def draws(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def once(self) -> int:
+        """Rows that were drawn once."""
+        return int((self.counts == 1).sum())
+
+    def ids_per_row(self) -> float:
+        """Ids of a row of the batch, over all lookups."""
+        rows, draws, _ = self.batches[-1]
+        return draws / rows
+
+    def unique(self, batch_rows: int) -> float:
+        """Expected different ids in a batch."""
+        if not batch_rows or not self.draws:
+            return 0.0
+        sizes = np.log([b for b, _, _ in self.batches])
+        factors = [u / self._independent(draws) for _, draws, u in self.batches]
+        draws = batch_rows * self.ids_per_row()
+        factor = float(np.interp(np.log(batch_rows), sizes, factors))
+        return min(factor * self._independent(draws), self.rows, draws)
+
+    def _independent(self, draws: float) -> float:
+        """Expected different ids of independent draws (the module's text)."""
+        n, seen = self.draws, len(self.ids)
+        if draws <= n:
+            different, many = np.unique(self.counts, return_counts=True)
+            c, m = torch.tensor(different, dtype=torch.float64), torch.tensor(float(draws), dtype=torch.float64)
+            # log of C(n - c, m) / C(n, m); where fewer than m draws are of other rows, the row can't be missed
+            left = (n - c - m).clamp(min=0)
+            missed = torch.lgamma(n - c + 1) + torch.lgamma(n - m + 1) - torch.lgamma(left + 1) - _lgamma(n + 1)
+            chance = torch.where(n - c >= m, missed.exp(), 0.0)
+            return float((torch.tensor(many) * (1 - chance)).sum())
+        grown = seen * (draws / n) ** (self.once / seen)
+        return seen * np.expm1(-grown / self.rows) / np.expm1(-seen / self.rows)
+
+    def probabilities(self) -> tuple[np.ndarray, float]:
+        """Probability of each drawn row in one draw, and of each other row."""
+        n, unseen = self.draws, self.rows - len(self.ids)
+        share = self.counts / n
+        missing = min(self.once / n, 1 - 1e-9) if unseen else 0.0
+        rare = share * (1 - share) ** n
+        p = share * (1 - missing / rare.sum() * (1 - share) ** n) if missing else share
+        p = np.maximum(p, 0.0)
+        return p * (1 - missing) / p.sum(), missing / max(unseen, 1)
+
+
+def _lgamma(x: float) -> Tensor:
+    return torch.lgamma(torch.tensor(x, dtype=torch.float64))
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Statistics of the ids of some tables.
@@ -42,24 +137,123 @@ class Statistics:
     Attributes
     ----------
     tables : dict of str to (int, int)
-        Rows and ids per row of the batch, by table.
+        Rows, and ids per row of the batch, of each table.
+    measured : dict of str to Measured
+        Of the tables that samples say something about; the others are assumed.
     source : str
         Where the numbers are from, for people.
     """
 
     tables: Mapping[str, tuple[int, int]]
+    measured: Mapping[str, Measured] = field(default_factory=dict)
     zipf: float = ZIPF
     source: str = "assumed"
+    _kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def assumed(tables: Sequence[Used], zipf: float = ZIPF) -> Statistics:
-        """Ids that nobody measured: frequencies fall as rank^-zipf."""
-        return Statistics({t.name: (t.rows, t.ids) for t in tables}, zipf, f"assumed: Zipf({zipf}) ids")
+        """Ids that nobody measured: frequencies fall as rank^-zipf.
+
+        >>> from descompiler.layout import FetchTable
+        >>> table = FetchTable("users", Pieces.replicate((1000, 4), 2), ids=2)
+        >>> round(Statistics.assumed([table]).unique("users", 100), 1)
+        100.0
+        """
+        return Statistics({t.name: (t.rows, t.ids) for t in tables}, {}, zipf, f"assumed: Zipf({zipf}) ids")
 
     def unique(self, table: str, batch_rows: int) -> float:
         """Expected unique ids of one rank's batch of ``batch_rows`` rows, over all lookups of the table."""
-        rows, ids = self.tables[table]
-        return zipf_unique(rows, ids * batch_rows, self.zipf)
+        key = (table, batch_rows)
+        if key not in self._kept:
+            if table in self.measured:
+                self._kept[key] = self.measured[table].unique(batch_rows)
+            else:
+                rows, ids = self.tables[table]
+                self._kept[key] = zipf_unique(rows, ids * batch_rows, self.zipf)
+        return self._kept[key]
+
+    def frequency(self, table: str) -> Tensor | None:
+        """Probability of each row of the table in one draw, ``[rows]``; None if it was not measured."""
+        if table not in self.measured:
+            return None
+        m = self.measured[table]
+        seen, other = m.probabilities()
+        result = torch.full((m.rows,), other, dtype=torch.float64)
+        result[torch.from_numpy(m.ids)] = torch.from_numpy(seen)
+        return result
+
+    def pooling(self, table: str) -> float:
+        """Ids per row of the batch that are not padding, over all lookups of the table."""
+        return self.measured[table].pooling if table in self.measured else float(self.tables[table][1])
+
+    def presence(self, table: str, batch_rows: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """Rows of a table that are known to differ, the probability that one rank's batch has each, and any other row.
+
+        Nothing is known of tables that were not measured: popular rows may be anywhere.
+        """
+        rows, _ = self.tables[table]
+        if table not in self.measured:
+            return np.empty(0, np.int64), np.empty(0), self.unique(table, batch_rows) / max(rows, 1)
+        m = self.measured[table]
+        p, other = m.probabilities()
+        draws = batch_rows * m.ids_per_row()
+        return m.ids, _present(p, draws), float(_present(np.array(other), draws))
+
+    def shares(self, table: str, pieces: Pieces, batch_rows: int) -> list[float]:
+        """Share of a batch's expected unique ids that each rank owns; that of rows which all hold at the end."""
+        key = (table, pieces, batch_rows)
+        if key not in self._kept:
+            ids, present, other = self.presence(table, batch_rows)
+            starts = np.array([r.start for r in pieces.ranges])
+            owners = np.array([r.owner for r in pieces.ranges])
+            sizes = np.array([r.size for r in pieces.ranges], dtype=np.float64)
+            at = np.searchsorted(starts, ids, side="right") - 1
+            weight = sizes * other + np.bincount(at, present - other, minlength=len(starts))
+            owners = np.where(owners == ALL, pieces.ranks, owners)
+            total = np.bincount(owners, weight, minlength=pieces.ranks + 1)
+            self._kept[key] = (total / max(total.sum(), 1e-300)).tolist()
+        return self._kept[key]
+
+    def balanced_rows(self, table: str, ranks: int, batch_rows: int, max_rows: int | None = None) -> list[int]:
+        """Sizes of consecutive ranges of rows such that no rank is asked for much more than another.
+
+        Ranges end where the expected number of unique ids is cut into equal parts, and have no more than ``max_rows``
+        rows. Of a table that was not measured they are equally large.
+
+        Raises
+        ------
+        InputError
+            If ``ranks * max_rows`` rows are fewer than the table's.
+        """
+        rows, _ = self.tables[table]
+        limit = rows if max_rows is None else max_rows
+        if ranks * limit < rows:
+            raise InputError(
+                f"table {table!r} has {rows:,} rows: {ranks} ranks of at most {limit:,} can't hold it; "
+                f"{-(-rows // ranks):,} rows a rank would do"
+            )
+        if table not in self.measured:
+            return even_sizes(rows, ranks)
+        ids, present, other = self.presence(table, batch_rows)
+        # weight of the rows before each known row, and before the one after it; linear between
+        each = np.full(len(ids), max(other, 1e-12))
+        steps = np.stack([np.diff(ids, prepend=-1) - 1, np.ones(len(ids))], 1)
+        weights = np.stack([steps[:, 0] * each, np.maximum(present, each)], 1)
+        position = np.concatenate([[0.0], steps.reshape(-1).cumsum(), [rows]])
+        weight = np.concatenate([[0.0], weights.reshape(-1).cumsum()])
+        weight = np.append(weight, weight[-1] + (rows - position[-2]) * max(other, 1e-12))
+        ends = np.interp(np.arange(1, ranks) * weight[-1] / ranks, weight, position).round().astype(int)
+        sizes, start = [], 0
+        for left, end in zip(range(ranks - 1, 0, -1), ends.tolist(), strict=True):
+            end = min(max(end, start, rows - left * limit), start + limit)  # the others have to hold the rest
+            sizes.append(end - start)
+            start = end
+        return [*sizes, rows - start]
+
+
+def _present(p: np.ndarray, draws: float) -> np.ndarray:
+    """Probability that a row of probability p is among ``draws`` draws."""
+    return -np.expm1(draws * np.log1p(-np.minimum(p, 1 - 1e-15)))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -79,7 +273,109 @@ def zipf_unique(rows: int, draws: int, exponent: float = ZIPF) -> float:
         ends.append(min(rows, int(ends[-1] * 1.01) + 1))
     first = np.concatenate([np.arange(1, exact + 1), np.array(ends[:-1]) + 1])
     count = np.concatenate([np.ones(exact), np.diff(ends)])
-    middle = first + (count - 1) / 2
-    weight = middle**-exponent
-    p = weight / (weight * count).sum()
-    return float((count * -np.expm1(draws * np.log1p(-np.minimum(p, 1 - 1e-15)))).sum())
+    weight = (first + (count - 1) / 2) ** -exponent
+    return float((count * _present(weight / (weight * count).sum(), draws)).sum())
+
+
+def measure(
+    program: Program, operators: Sequence[Operator], samples: Iterable[Sequence[Tensor]], zipf: float = ZIPF
+) -> Statistics:
+    """Statistics of the ids of sample batches: runs only the part of the graph that ids are computed by.
+
+    Parameters
+    ----------
+    samples : iterable of sequence of Tensor
+        Each one batch: the tensors of its inputs, in the order of the graph (`descompiler.inputs.Signature.flatten`).
+        One rank's batches, or any other size: unique ids are extrapolated. No sample is kept.
+    zipf : float
+        Assumed of tables whose ids are computed from weights, which are not known here.
+
+    Returns
+    -------
+    Statistics
+        Whose ``source`` says how many batches and rows were measured, and which tables were not.
+
+    Raises
+    ------
+    InputError
+        If there is no sample, or ids are out of range.
+    """
+    from descompiler.layout import Check  # which imports this module
+
+    wanted = {o.name: [x.ids for x in o.lookups] for o in operators}
+    order = _computable(program, [n for nodes in wanted.values() for n in nodes])
+    tables = [o for o in operators if all(n in order for n in wanted[o.name])]
+    gathered: dict[str, list[tuple[int, np.ndarray, int]]] = {o.name: [] for o in tables}
+    batches = rows = 0
+    for tensors in samples:
+        values = _evaluate(program, order, tensors)
+        size = len(tensors[0])
+        batches, rows = batches + 1, rows + size
+        for o in tables:
+            parts = [values[n] for n in wanted[o.name]]
+            check = Check(o.name, o.rows, None, o.line)
+            if problem := next(filter(None, map(check.problem, parts)), None):
+                raise InputError(f"sample {batches - 1}: {problem}")
+            drawn = np.concatenate([x.reshape(-1).cpu().numpy() for x in parts]).astype(np.int64)
+            gathered[o.name].append((size, drawn, int((drawn == o.padding_idx).sum())))
+    if not batches:
+        raise InputError("samples has no batch: give at least one, or leave samples out to assume Zipf ids")
+    measured = {o.name: _measured(o.rows, gathered[o.name]) for o in tables if rows}
+    source = f"measured on {batches} batches, {rows:,} rows"
+    if left := [o.name for o in operators if o.name not in measured]:
+        source += f"; assumed Zipf({zipf}) for {', '.join(left[:3])}{' and others' if len(left) > 3 else ''}"
+    return Statistics({o.name: (o.rows, o.ids) for o in operators}, measured, zipf, source)
+
+
+def _measured(table_rows: int, batches: list[tuple[int, np.ndarray, int]]) -> Measured:
+    """One table's numbers; batches of one size are also taken two, four, ... together."""
+    ids, counts = np.unique(np.concatenate([drawn for _, drawn, _ in batches]), return_counts=True)
+    sizes: dict[int, list[tuple[int, int]]] = {}
+    together = [(size, drawn) for size, drawn, _ in batches if size]
+    while together:
+        for size, drawn in together:
+            sizes.setdefault(size, []).append((len(drawn), len(np.unique(drawn))))
+        pairs = zip(together[::2], together[1::2], strict=False)
+        together = [(a[0] + b[0], np.concatenate([a[1], b[1]])) for a, b in pairs]
+    rows = sum(size for size, _, _ in batches)
+    used = sum(len(drawn) - padding for _, drawn, padding in batches)
+    means = tuple(
+        (size, float(np.mean([d for d, _ in x])), float(np.mean([u for _, u in x])))
+        for size, x in sorted(sizes.items())
+    )
+    return Measured(table_rows, ids, counts, means, used / max(rows, 1))
+
+
+def _computable(program: Program, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """What those of the nodes are computed by that need inputs and constants only, in the order of the graph."""
+    known: set[fx.Node] = set()
+    for n in program.graph.nodes:
+        source = program.source(n)
+        if source is not None:
+            if source.kind == "input" or source.name in program.constants:
+                known.add(n)
+        elif n.op == "call_function" and all(p in known for p in n.all_input_nodes):
+            known.add(n)
+    needed: set[fx.Node] = set()
+    stack = [n for n in nodes if n in known]
+    while stack:
+        n = stack.pop()
+        if n not in needed:
+            needed.add(n)
+            stack.extend(n.all_input_nodes)
+    return [n for n in program.graph.nodes if n in needed]
+
+
+def _evaluate(program: Program, order: Sequence[fx.Node], tensors: Sequence[Tensor]) -> dict[fx.Node, Any]:
+    queue = iter(tensors)
+    inputs = {n: next(queue) for n in program.graph.nodes if (s := program.source(n)) and s.kind == "input"}
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for n in order:
+            source = program.source(n)
+            if source is not None:
+                values[n] = inputs[n] if source.kind == "input" else program.constants[source.name]
+            else:
+                args, kwargs = torch.fx.map_arg((n.args, n.kwargs), lambda m: values[m])
+                values[n] = n.target(*args, **kwargs)  # type: ignore[operator]
+    return values

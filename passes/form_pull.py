@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import sympy
 
 from descompiler.cost_models.forms import PULL
-from descompiler.form import Choice, OwnRows, Split, not_fetched
+from descompiler.form import Choice, OwnRows, Split, by_rows, not_fetched
 from descompiler.operators import Operator
-from descompiler.pieces import Pieces, even_sizes
 from descompiler.program import Program
 
 
@@ -28,7 +27,7 @@ class Pull(OwnRows):
         return not_fetched(operator)
 
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
-        return Split(self.name, Pieces.by_sizes(operator.shape, 0, even_sizes(operator.rows, ranks), ranks))
+        return Split(self.name, by_rows(operator, ranks, choice))
 
     def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
         return {"unique ids out, rows back, gradients out": PULL}

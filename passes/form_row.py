@@ -13,10 +13,9 @@ import sympy
 from torch import Tensor, fx
 
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
-from descompiler.form import Choice, LookupPart, Split, all_columns, any_row, not_in_region
+from descompiler.form import Choice, LookupPart, Split, all_columns, any_row, by_rows, not_in_region
 from descompiler.layout import Check
 from descompiler.operators import Lookup, Operator
-from descompiler.pieces import Pieces, even_sizes
 from descompiler.placement import Disjoint, Owned, Partial, Region
 from descompiler.program import Program, tail
 from descompiler.runtime import bag_rows, lookup_rows
@@ -34,7 +33,7 @@ class Row:
         return None
 
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
-        return Split(self.name, Pieces.by_sizes(operator.shape, 0, even_sizes(operator.rows, ranks), ranks))
+        return Split(self.name, by_rows(operator, ranks, choice))
 
     def placement(self, split: Split, operator: Operator, lookup: Lookup) -> Region | None:
         owners = split.pieces.owners

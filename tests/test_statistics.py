@@ -1,0 +1,110 @@
+"""Statistics of ids, measured and assumed, against what they are about."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import descompiler as des
+from descompiler.capture import capture
+from descompiler.operators import find_operators
+from descompiler.passes import NORMALISE
+from descompiler.pieces import ALL, Pieces, Range
+from descompiler.probe import blueprint
+from descompiler.statistics import Statistics, measure, zipf_unique
+
+BATCH = 1024
+
+
+class Model(nn.Module):
+    """Three uses of ids: as they are, plus a constant, and computed from a lookup (which can't be measured)."""
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.item = nn.Embedding(rows, 2, padding_idx=0)
+        self.offset = nn.Embedding(2 * rows, 2)
+        self.computed = nn.Embedding(2, 2)
+        self.register_buffer("shift", torch.tensor([0, rows]))
+
+    def forward(self, ids):
+        x = self.item(ids)
+        return (x + self.offset(ids + self.shift) + self.computed((x[..., 0] > 0).long())).sum((1, 2))
+
+
+def zipf_ids(rows: int, exponent: float, size: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Popular rows come first."""
+    p = np.arange(1, rows + 1.0) ** -exponent
+    drawn = np.random.default_rng(seed).choice(rows, size, p=p / p.sum())
+    return torch.from_numpy(drawn)
+
+
+def measured(rows: int, exponent: float, batches: int = 10) -> Statistics:
+    model = Model(rows)
+    program, _ = capture(blueprint(model), (torch.zeros(3, 2, dtype=torch.long),), passes=NORMALISE)
+    samples = [[zipf_ids(rows, exponent, (BATCH, 2), seed)] for seed in range(batches)]
+    return measure(program, find_operators(program), samples)
+
+
+@pytest.mark.parametrize(("rows", "exponent"), [(100_000, 1.05), (100_000, 0.8), (1000, 1.2), (100_000, 1.4)])
+def test_unique_ids_of_batches_that_were_not_measured(rows, exponent):
+    statistics = measured(rows, exponent)
+    p = np.arange(1, rows + 1.0) ** -exponent
+    p /= p.sum()
+    for batch in (BATCH // 8, BATCH, 3 * BATCH, 10 * BATCH, 40 * BATCH, 160 * BATCH):
+        expected = (1 - (1 - p) ** (2 * batch)).sum()
+        assert statistics.unique("item.weight", batch) == pytest.approx(expected, rel=0.1)
+    counts = [len(zipf_ids(rows, exponent, (BATCH, 2), seed).unique()) for seed in range(10)]
+    assert statistics.unique("item.weight", BATCH) == pytest.approx(np.mean(counts), rel=1e-9), "exact where measured"
+
+
+def test_frequencies_and_pooling_and_what_can_not_be_measured():
+    statistics = measured(1000, 1.05)
+    drawn = torch.cat([zipf_ids(1000, 1.05, (BATCH, 2), seed) for seed in range(10)])
+    frequency = statistics.frequency("item.weight")
+    assert float(frequency.sum()) == pytest.approx(1)
+    common = drawn.reshape(-1).bincount().argmax()
+    assert float(frequency[common]) == pytest.approx(float((drawn == common).double().mean()), rel=0.01)
+    assert float(frequency.min()) > 0, "a row that was not seen may come"
+    assert statistics.pooling("item.weight") == pytest.approx(2 * float((drawn != 0).double().mean()))
+    assert statistics.frequency("computed.weight") is None
+    assert "10 batches" in statistics.source and "assumed Zipf(1.05) for computed.weight" in statistics.source
+    second = statistics.frequency("offset.weight")[1000:].sum()  # the second column reads the second half
+    assert float(second) == pytest.approx(0.5, abs=0.05)
+
+
+def test_boundaries_are_balanced_on_what_was_measured():
+    statistics = measured(1000, 1.2)
+    shares = []
+    for sizes in (statistics.balanced_rows("item.weight", 4, BATCH), [250] * 4):
+        pieces = Pieces.by_sizes((1000, 2), 0, sizes, 4)
+        ids = [zipf_ids(1000, 1.2, (BATCH, 2), seed).unique() for seed in range(20, 30)]
+        counts = torch.stack([torch.stack([(x >= r.start) & (x < r.stop) for r in pieces.ranges]).sum(1) for x in ids])
+        shares.append((counts.double().mean(0) / counts.double().mean(0).sum()).max())
+        expected = statistics.shares("item.weight", pieces, BATCH)
+        assert expected[:4] == pytest.approx((counts.sum(0) / counts.sum()).tolist(), abs=0.02)
+    assert shares[0] < 0.28 < 0.4 < shares[1]
+    limited = statistics.balanced_rows("item.weight", 4, BATCH, max_rows=400)
+    assert sum(limited) == 1000 and max(limited) == 400
+    with pytest.raises(des.InputError, match="250 rows a rank would do"):
+        statistics.balanced_rows("item.weight", 4, BATCH, max_rows=249)
+
+
+def test_shares_of_rows_that_all_hold():
+    statistics = Statistics.assumed([type("T", (), {"name": "t", "rows": 100, "ids": 1})])
+    pieces = Pieces((100, 2), 0, (Range(0, 10, ALL), Range(10, 40, 1), Range(40, 100, 0)), 2)
+    assert statistics.shares("t", pieces, 50) == pytest.approx([0.6, 0.3, 0.1])
+
+
+def test_zipf_in_groups_is_zipf():
+    p = np.arange(1, 300_001.0) ** -1.05
+    p /= p.sum()
+    assert zipf_unique(300_000, 50_000) == pytest.approx((1 - (1 - p) ** 50_000).sum(), rel=1e-4)
+
+
+def test_samples_that_are_wrong():
+    program, _ = capture(blueprint(Model(10)), (torch.zeros(3, 2, dtype=torch.long),), passes=NORMALISE)
+    operators = find_operators(program)
+    with pytest.raises(des.InputError, match="no batch"):
+        measure(program, operators, [])
+    with pytest.raises(des.InputError, match=r"sample 0: .*id 10 in row 1"):
+        measure(program, operators, [[torch.tensor([[0, 1], [10, 2]])]])
