@@ -57,8 +57,8 @@ report: $(INSTALLED)  ## write artefacts/report.html, the page of one model (MOD
 	@mkdir -p artefacts
 	$(RUN) -m descompiler report $(MODEL) --html artefacts/report.html --batch 4096 $(ARGS)
 
-zoo: $(INSTALLED_DEV)  ## run the tests on public model libraries, slow ones too
-	$(RUN) -m pytest -m zoo $(ARGS)
+zoo: $(INSTALLED_DEV)  ## verify every model of public libraries on 2 ranks, write docs/zoo.md (ARGS="part of a name")
+	OMP_NUM_THREADS=1 $(RUN) -m tests.sweep $(ARGS)
 
 gpu-check: $(INSTALLED_DEV)  ## run the tests that need a GPU (PY=python3: without .venv)
 	$(RUN) -m pytest tests/test_gpu.py -rs $(ARGS)

@@ -15,11 +15,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from descompiler.checks import CannotRunError, check_reproduces, check_rows_independent, in_float64
+from descompiler.double import InDouble
 from descompiler.errors import CaptureError, DescompilerError, InputError, UnsupportedError
 from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics
 from descompiler.probe import Flat, at_least_two_rows, double_all, materialise, move_parameters, other_batch, run_eager
 from descompiler.program import Failure, Pass, Program, run_passes
 from descompiler.tracers import RUNGS
+
+
+def _try_probe(probe: Flat, tensors: list[Tensor]) -> None:
+    """Run the probe; a model that makes float32 tensors in forward may not run in float64 unless it makes those too."""
+    try:
+        run_eager(probe, tensors)
+    except Exception:
+        probe.arithmetic = InDouble
+        run_eager(probe, tensors)
 
 
 def _check(program: Program, probe: Flat, batches: Sequence[list[Tensor]]) -> None:
@@ -82,7 +92,7 @@ def capture(
 
     probe = flat(double=True)
     try:
-        run_eager(probe, double_all(tensors))
+        _try_probe(probe, double_all(tensors))
     except UnsupportedError:
         raise
     except Exception as error:

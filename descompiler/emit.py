@@ -156,7 +156,8 @@ class _Emitter:
 
     def _placeholders(self) -> None:
         for n in self.program.graph.nodes:
-            if n.op == "placeholder":
+            # inputs go by position; the reducer would wait for the gradient of a parameter that nobody uses
+            if n.op == "placeholder" and (n.users or self.program.sources[n.name].kind == "input"):
                 self.outside[n] = self._placeholder(n.name, self.program.sources[n.name])
         for o in self.operators:
             split = self.splits[o.name]

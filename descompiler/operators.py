@@ -181,7 +181,10 @@ def _sparse(node: fx.Node) -> bool:
 
 
 def _starts(program: Program, lookups: Sequence[Lookup]) -> tuple[int, ...] | None:
-    """Offsets of the fields if the ids are ``x + offsets`` in every lookup."""
+    """Offsets of the fields if the ids are ``x + offsets`` in every lookup, x as the user passed it.
+
+    Arithmetic before the sum (``x * fields + offsets``) says that the constants are no starts of fields.
+    """
     starts: set[tuple[int, ...]] = set()
     for x in lookups:
         found = None
@@ -190,12 +193,28 @@ def _starts(program: Program, lookups: Sequence[Lookup]) -> tuple[int, ...] | No
                 source = program.source(a)
                 if source is not None and source.name in program.constants and source.kind != "parameter":
                     values = program.constants[source.name].reshape(-1).tolist()
-                    if len(values) == tail(x.ids)[0]:
+                    if len(values) == tail(x.ids)[0] and not _calculated(x.ids):
                         found = tuple(int(v) for v in values)
         if found is None or found[0] != 0 or any(a >= b for a, b in itertools.pairwise(found)):
             return None
         starts.add(found)
     return starts.pop() if len(starts) == 1 else None
+
+
+ARITHMETIC = {aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.remainder.Scalar, aten.remainder.Tensor}
+
+
+def _calculated(ids: fx.Node) -> bool:
+    """Whether an operand of a sum of ids is the result of arithmetic itself."""
+    stack, seen = list(ids.all_input_nodes), set()
+    while stack:
+        n = stack.pop()
+        if n.target in ARITHMETIC:
+            return True
+        if n not in seen:
+            seen.add(n)
+            stack.extend(n.all_input_nodes)
+    return False
 
 
 def _depends_on_lookups(program: Program, lookups: list[Lookup]) -> set[fx.Node]:

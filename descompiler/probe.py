@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from descompiler.double import InDouble, is_double_meant
 from descompiler.errors import CaptureError, InputError, UnsupportedError
 from descompiler.inputs import flatten, split_statics, unflatten_with
 
@@ -79,12 +81,20 @@ class Flat(nn.Module):
         self.model, self.spec, self.statics = model, spec, statics
         self.out_spec: pytree.TreeSpec | None = None
         self.out_statics: tuple[Any, ...] = ()
+        self.means_double = is_double_meant()
+        self.arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext  # or InDouble, for a probe in float64
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = unflatten_with(tensors, self.spec, self.statics)
-        leaves, self.out_spec = flatten(self.model(*args, **kwargs))
+        leaves, self.out_spec = flatten(self._call(args, kwargs))
         out, self.out_statics = split_statics(leaves)
         return out
+
+    def _call(self, args: Any, kwargs: Any) -> Any:
+        if not self.means_double:  # Dynamo reads this code: as few contexts as can be
+            return self.model(*args, **kwargs)
+        with InDouble():
+            return self.model(*args, **kwargs)
 
 
 def at_least_two_rows(tensors: list[Tensor]) -> list[Tensor]:
@@ -120,4 +130,5 @@ def move_parameters(probe: Flat) -> None:
 
 def run_eager(probe: Flat, tensors: list[Tensor]) -> list[Tensor]:
     torch.manual_seed(11)
-    return probe(*tensors)
+    with probe.arithmetic():
+        return probe(*tensors)

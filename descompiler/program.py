@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,6 +59,8 @@ class Program:
         The original parameters by name, on the meta device: shapes, dtypes and `requires_grad`.
     batch : sympy.Symbol or None
         The symbol of the batch size in the shapes of ``node.meta["val"]``.
+    recipes : dict of str to callable
+        How constants that a pass computed are computed again, from other constants.
     journal : list of str
         What the passes did.
     rung : str
@@ -74,6 +76,7 @@ class Program:
     training: bool
     batch: sympy.Symbol | None
     journal: list[str] = field(default_factory=list)
+    recipes: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     rung: str = ""
     failures: tuple[Failure, ...] = ()
 
@@ -87,6 +90,10 @@ class Program:
         """Name of the parameter that a node is, or None."""
         source = self.source(node)
         return source.name if source is not None and source.kind == "parameter" else None
+
+    def constant(self, name: str) -> Tensor:
+        """A constant's value, computed anew in the arithmetic that is in force (see `descompiler.double`)."""
+        return self.recipes[name]() if name in self.recipes else self.constants[name]
 
     def note(self, text: str) -> None:
         self.journal.append(text)

@@ -1,6 +1,7 @@
 """Passes over programs, one a file; the order is this tuple."""
 
 from descompiler.form import Form
+from descompiler.passes.explicit_shapes import ExplicitShapes
 from descompiler.passes.fold_constants import FoldConstants
 from descompiler.passes.form_column import Column
 from descompiler.passes.form_field import Field
@@ -21,7 +22,14 @@ from descompiler.passes.rule_view import Narrow, Permute, Reshape
 from descompiler.program import Pass
 from descompiler.rule import Rule
 
-NORMALISE: tuple[Pass, ...] = (Functionalise(), FoldConstants(), RemoveNoops(), RecogniseBags(), MergeDuplicates())
+NORMALISE: tuple[Pass, ...] = (
+    Functionalise(),
+    ExplicitShapes(),
+    FoldConstants(),
+    RemoveNoops(),
+    RecogniseBags(),
+    MergeDuplicates(),
+)
 """From a captured program to its normal form."""
 
 RULES: tuple[Rule, ...] = (

@@ -6,7 +6,9 @@ offsets are a constant; and because a small constant is cheaper than its computa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -34,8 +36,8 @@ class FoldConstants:
             schema = getattr(node.target, "_schema", None)
             if schema is None or schema.is_mutable or node.target in NEVER or not is_tensor(node):
                 continue
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-            result = node.target(*args, **kwargs)
+            recipe = _recipe(program, node)
+            result = recipe()
             if result.numel() > self.limit_elements:
                 continue
             name = f"folded_{node.name}"
@@ -44,9 +46,23 @@ class FoldConstants:
                 constant = program.graph.placeholder(name)
             constant.meta["val"] = node.meta["val"]
             program.sources[constant.name] = Source("constant", name)
-            program.constants[name] = result
+            program.constants[name], program.recipes[name] = result, recipe
             values[constant] = result
             node.replace_all_uses_with(constant)
             program.graph.erase_node(node)
             program.note(f"{self.name}: {node.name}")
         return program
+
+
+def _recipe(program: Program, node: fx.Node) -> Callable[[], Tensor]:
+    """Computes a node from constants."""
+    names = {n: program.sources[n.name].name for n in node.all_input_nodes}
+    target: Any = node.target
+    arguments = (node.args, dict(node.kwargs))
+
+    def compute() -> Tensor:
+        args, kwargs = fx.map_arg(arguments, lambda n: program.constant(names[n]))
+        result: Tensor = target(*args, **kwargs)
+        return result
+
+    return compute
