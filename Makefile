@@ -29,11 +29,11 @@ export PYTHONPATH := $(CURDIR)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check zoo gpu-check report clean
+.PHONY: help demo test test-all check zoo gpu-check report bench-links clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' \
-		| while IFS="$$(printf '\t')" read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
+		| while IFS="$$(printf '\t')" read -r name text; do printf '  %-11s %s\n' "$$name" "$$text"; done
 
 demo: $(INSTALLED)  ## train a CTR model on RANKS local ranks (RANKS=2, DATA=, ARGS=)
 	OMP_NUM_THREADS=1 $(TORCHRUN) --standalone --nproc-per-node $(RANKS) \
@@ -59,6 +59,9 @@ report: $(INSTALLED)  ## write artefacts/report.html, the page of one model (MOD
 
 zoo: $(INSTALLED_DEV)  ## verify every model of public libraries on 2 ranks, write docs/zoo.md (ARGS="part of a name")
 	OMP_NUM_THREADS=1 $(RUN) -m tests.sweep $(ARGS)
+
+bench-links: $(INSTALLED)  ## predicted against measured bytes and seconds on shaped links (root; ARGS="--verbose")
+	PYTHONPATH=$(CURDIR) $(RUN) benchmarks/links.py $(ARGS)
 
 gpu-check: $(INSTALLED_DEV)  ## run the tests that need a GPU (PY=python3: without .venv)
 	$(RUN) -m pytest tests/test_gpu.py -rs $(ARGS)

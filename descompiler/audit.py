@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from descompiler.calibrate import calibrate, slowest
+from descompiler.calibrate import calibrate
 from descompiler.clock import Clock
 from descompiler.cluster import Cluster
 from descompiler.errors import InputError
@@ -29,7 +29,8 @@ class Audited:
     calls : int
         Per step.
     predicted_bytes, sent_bytes : float
-        Per step, of the busiest rank; the median over steps.
+        Per step, of the busiest rank; the median over steps. Predicted from the step's rows; where rows are fetched by
+        unique ids, with the plan's expectation of these.
     predicted_s, measured_s : float
         Per step, until the slowest rank is done; the median over steps.
     """
@@ -51,7 +52,7 @@ class Audit:
     collectives : tuple of Audited
         In the order of a step.
     mismatches : tuple of str
-        Steps in which predicted and counted traffic differ on some rank; empty, or there is a bug.
+        Steps in which the traffic of the step's rows and unique ids is not what was counted; empty, or there is a bug.
     """
 
     cluster: Cluster
@@ -131,14 +132,15 @@ def audit(
     if runtime.ranks == 1:
         raise InputError("audit times collectives: one rank makes none; run it under torchrun on two ranks at least")
     cluster = calibrate(runtime.group) if cluster is None else cluster
-    records = []
+    records: list[_Step] = []
     try:
         for number, batch in enumerate(batches):
             runtime.clock = Clock(runtime.device)
             (step or (lambda b: _train(module, b)))(batch)
             if number >= warm_up:
                 backward = any(p.grad is not None for p in module.parameters()) or step is None
-                records.append((list(runtime.rows), module.traffic(), runtime.clock.seconds, backward, module.unique()))
+                rows, unique = list(runtime.rows), dict(module.unique())
+                records.append(_Step(rows, unique, module.traffic(), runtime.clock.seconds, backward))
     finally:
         runtime.clock = None
     every: list[Any] = [None] * runtime.ranks
@@ -161,34 +163,42 @@ def _train(module: DistributedModule, batch: Any) -> None:
     module.zero_grad()
 
 
-def _report(module: DistributedModule, cluster: Cluster, records: list[Any]) -> Audit:
-    runtime = module._runtime
+@dataclass(frozen=True)
+class _Step:
+    """What one rank saw of a step."""
+
+    rows: list[int]
+    unique: dict[str, Any]
+    sent: Traffic
+    seconds: dict[str, list[float]]
+    backward: bool
+
+
+def _report(module: DistributedModule, cluster: Cluster, mine: list[_Step]) -> Audit:
+    runtime, plan = module._runtime, module.plan
     every: list[Any] = [None] * runtime.ranks
-    dist.all_gather_object(every, [(r[0], r[1], r[3], r[4]) for r in records], group=runtime.group)
-    names = list(dict.fromkeys(n for _, sent, *_ in records for n in sent.bytes_by_collective))
-    bytes_of: dict[str, list[tuple[float, float, float]]] = {n: [] for n in names}
+    dist.all_gather_object(every, mine, group=runtime.group)
+    steps: list[list[_Step]] = [list(ranks) for ranks in zip(*every, strict=True)]
+    totals: dict[str, list[tuple[float, float, float, float]]] = {}
     mismatches = []
-    for number in range(len(records)):
-        rows, _, backward, _ = every[0][number]
-        predicted = [
-            module.plan.traffic(r, rows, backward=backward, unique=of[number][3]) for r, of in enumerate(every)
-        ]
-        sent = [of[number][1] for of in every]
-        mismatches += [
-            f"step {number}, rank {r}: predicted\n{p}\ncounted\n{s}"
-            for r, (p, s) in enumerate(zip(predicted, sent, strict=True))
-            if p != s
-        ]
-        for n in names:
-            only = [_only(p, n) for p in predicted]
-            bytes_of[n].append((_most(predicted, n), _most(sent, n), cluster.seconds(only)))
+    for number, ranks in enumerate(steps):
+        predicted = []
+        for r, x in enumerate(ranks):
+            exact = plan.traffic(r, x.rows, backward=x.backward, unique=x.unique)
+            predicted.append(plan.traffic(r, x.rows, backward=x.backward))
+            if exact != x.sent:
+                mismatches.append(f"step {number}, rank {r}: predicted\n{exact}\ncounted\n{x.sent}")
+        for name in dict.fromkeys(n for t in (*predicted, *(x.sent for x in ranks)) for n in t.bytes_by_collective):
+            # a collective takes as long as on its slowest rank
+            calls = zip(*(x.seconds.get(name, []) for x in ranks), strict=True)
+            seconds = cluster.seconds([_only(p, name) for p in predicted])
+            both = _most(predicted, name), _most([x.sent for x in ranks], name)
+            totals.setdefault(name, []).append((*both, seconds, sum(max(times) for times in calls)))
     result = []
-    for n in names:
-        times = [sum(slowest(seconds.get(n, []), runtime.group, runtime.ranks)) for _, _, seconds, *_ in records]
-        predicted_bytes, sent_bytes, seconds_ = (statistics.median(x) for x in zip(*bytes_of[n], strict=True))
-        calls = records[0][1].calls_by_collective[n]
-        result.append(Audited(n, calls, predicted_bytes, sent_bytes, seconds_, statistics.median(times)))
-    return Audit(cluster, len(records), tuple(result), tuple(mismatches))
+    for name, values in totals.items():
+        medians = [statistics.median(x) for x in zip(*values, strict=True)]
+        result.append(Audited(name, mine[0].sent.calls_by_collective.get(name, 0), *medians))
+    return Audit(cluster, len(steps), tuple(result), tuple(mismatches))
 
 
 def _most(traffics: list[Traffic], name: str) -> float:

@@ -5,7 +5,8 @@ rank, and the median over calls is kept. With t the medians and x the bytes that
 
     minimise over a, b >= 0    sum of ((a + b x - t) / t)²        `fit`
 
-relative, so that latency counts as much as bandwidth. α = a / messages(ranks), bandwidth = 1 / b.
+relative, so that latency counts as much as bandwidth. α = a / messages(ranks), bandwidth = 1 / b. Beside the line, the
+medians are kept, made monotone (`monotone`), for predictions on as many ranks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import datetime
 import platform
 import socket
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ from descompiler.errors import PlanError
 
 SIZES_BYTES = (1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 """What a rank sends, by default."""
+BUSY_S = 4e-3
+"""Each call comes after so much computation, as in a training step."""
 MIN_BYTES_PER_S_INVERSE = 1e-13
 """Seconds a byte, at least: 10 TB/s is faster than any link; a fit of small messages may find no bandwidth at all."""
 
@@ -107,7 +111,8 @@ def calibrate(
         source = (
             f"measured; relative errors of the fit: median {statistics.median(errors):.0%}, up to {max(errors):.0%}"
         )
-        links[collective] = Link(latency / messages, 1 / per_byte, 0.0, source)
+        curve = tuple(zip(map(float, sent), monotone(medians), strict=True))
+        links[collective] = Link(latency / messages, 1 / per_byte, 0.0, source, curve)
     cluster = Cluster(
         name,
         ranks,
@@ -154,6 +159,20 @@ def fit(sent_bytes: Sequence[float], seconds: Sequence[float]) -> tuple[float, f
     return latency, per_byte
 
 
+def monotone(values: Sequence[float]) -> list[float]:
+    """The non-decreasing values nearest to some, in least squares (pool adjacent violators: Ayer et al., 1955).
+
+    >>> monotone([1.0, 3.0, 2.0, 4.0])
+    [1.0, 2.5, 2.5, 4.0]
+    """
+    pools: list[list[float]] = []
+    for value in values:
+        pools.append([value])
+        while len(pools) > 1 and statistics.fmean(pools[-2]) > statistics.fmean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    return [statistics.fmean(pool) for pool in pools for _ in pool]
+
+
 def _call(
     collective: str, size: int, ranks: int, rank: int, group: Any, device: torch.device
 ) -> tuple[Callable[[], Any], float]:
@@ -191,12 +210,15 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 def _median_s(
     call: Callable[[], Any], group: Any, ranks: int, device: torch.device, repeats: int, seconds: float
 ) -> float:
-    clock = Clock(device)
+    clock, matrix = Clock(device), torch.ones(256, 256, device=device)
     clock.time("warm-up", group, call)
     clock.time("first", group, call)
     box: list[Any] = [max(3, min(repeats, int(seconds / max(clock.seconds["first"][0], 1e-6))))]
     dist.broadcast_object_list(box, group_src=0, group=group)
     for _ in range(box[0]):
+        until = time.perf_counter() + BUSY_S
+        while time.perf_counter() < until:
+            torch.mm(matrix, matrix)
         clock.time("call", group, call)
     return statistics.median(slowest(clock.seconds["call"], group, ranks))
 

@@ -3,7 +3,10 @@
     seconds of a call = start + messages(collective, ranks) · α + bytes sent · β
 
 The number of messages is the algorithm's (`descompiler.cost_models.collectives`), so that what was measured on few
-ranks says something about many.
+ranks says something about many. A call's seconds are no straight line everywhere: gloo's all-to-all is nearly
+half-duplex above some 100 KB, and links let bursts pass at more than their rate. So a calibrated cluster keeps what was
+measured (`Link.curve`), and on as many ranks as were measured it is interpolated; the line serves formulas and other
+numbers of ranks.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +40,30 @@ class Link:
         Seconds of a call, whatever the ranks.
     source : str
         Where the numbers are from.
+    curve : tuple of (float, float), optional
+        Measured (bytes that a rank sends in a call, seconds), ascending.
     """
 
     alpha_s: float
     bytes_per_s: float
     start_s: float = 0.0
     source: str = ""
+    curve: tuple[tuple[float, float], ...] = ()
+
+    def measured_s(self, sent_bytes: float) -> float:
+        """Seconds of a call by the curve: linear between its points, as the first one below, and on beyond the last.
+
+        >>> link = Link(0.0, 1e6, curve=((100.0, 1.0), (200.0, 2.0)))
+        >>> link.measured_s(10), link.measured_s(150), link.measured_s(400)
+        (1.0, 1.5, 4.0)
+        """
+        first, *_ = self.curve
+        if sent_bytes <= first[0]:
+            return first[1]
+        for (x0, t0), (x1, t1) in pairwise(self.curve):
+            if sent_bytes <= x1 or x1 == self.curve[-1][0]:
+                return t0 + (t1 - t0) * (sent_bytes - x0) / (x1 - x0)
+        return first[1] + (sent_bytes - first[0]) / self.bytes_per_s
 
     def __post_init__(self) -> None:
         if not (self.alpha_s >= 0 and self.bytes_per_s > 0 and self.start_s >= 0):
@@ -134,6 +156,8 @@ class Cluster:
             only = next(iter(self.links)) if len(self.links) == 1 else "intra" if self.nodes == 1 else "inter"
             near = far = self.links[only][collective]
             per_node = None
+            if far.curve and calls:
+                return calls * far.measured_s(sent_bytes / calls)
         else:
             near, far = self.links["intra"][collective], self.links["inter"][collective]
             per_node = self.ranks_per_node
@@ -152,8 +176,12 @@ class Cluster:
         )
 
     def with_ranks(self, ranks: int, ranks_per_node: int | None = None) -> Cluster:
-        """The same machines, another number of them."""
-        return replace(self, ranks=ranks, ranks_per_node=ranks_per_node or min(self.ranks_per_node, ranks))
+        """The same machines, another number of them; curves, which are of one number of ranks, are left out."""
+        links = self.links
+        if ranks != self.ranks:
+            links = {link: {c: replace(x, curve=()) for c, x in of.items()} for link, of in links.items()}
+        per_node = ranks_per_node or min(self.ranks_per_node, ranks)
+        return replace(self, ranks=ranks, ranks_per_node=per_node, links=links)
 
     # ---- files
 
@@ -172,7 +200,7 @@ class Cluster:
         """
         try:
             data = json.loads(text)
-            links = {link: {c: Link(**x) for c, x in of.items()} for link, of in data.pop("links").items()}
+            links = {link: {c: _link(x) for c, x in of.items()} for link, of in data.pop("links").items()}
             return cls(links=links, **data)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"this is no cluster file ({error}); Cluster.builtin(...).save(path) writes one") from None
@@ -203,6 +231,10 @@ class Cluster:
         links = {link: dict.fromkeys(COLLECTIVES, value) for link, value in kind.links.items()}
         per_node = min(ranks, ranks_per_node or kind.ranks_per_node)
         return cls(name, ranks, per_node, links, kind.memory_bytes, None, kind.backend, dict(kind.sources))
+
+
+def _link(data: dict[str, Any]) -> Link:
+    return Link(**{**data, "curve": tuple((x, t) for x, t in data.get("curve", ()))})
 
 
 @dataclass(frozen=True)

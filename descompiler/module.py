@@ -73,6 +73,7 @@ class DistributedModule(nn.Module):
         self._programs: dict[tuple[bool, ...], Emitted] = {}
         self._constants: dict[str, Tensor] = {}
         self._ddp: list[Any] = []
+        self._timed_buckets: list[tuple[Tensor, Any]] = []
         self._ddp_key: Any = None
         self._flags = [name for name, _ in template.named_modules()]
         if host is None:
@@ -217,25 +218,37 @@ class DistributedModule(nn.Module):
     def _average(self, bucket: Any) -> Any:
         buffer, ranks, group = bucket.buffer(), self._runtime.ranks, self._reducer_process_group
         size = wire.all_reduce_bytes(buffer.numel() * buffer.element_size(), ranks)
-        first = int(bucket.index() == 0)
+        self._runtime.traffic.add(wire.DENSE_GRADIENTS, size, calls=int(bucket.index() == 0))
         buffer.div_(ranks)
+        if self._runtime.clock is not None:
+            return self._average_under_clock(buffer)
+        future = dist.all_reduce(buffer, group=group, async_op=True).get_future()
+        return future.then(lambda f: f.value()[0])
 
-        def reduce() -> Any:
-            return self._runtime.collective(
-                wire.DENSE_GRADIENTS,
-                size,
-                lambda: dist.all_reduce(buffer, group=group, async_op=True),
-                calls=first,
-                group=group,
-            )
+    def _average_under_clock(self, buffer: Tensor) -> Any:
+        """A future of the buffer, complete at the end of backward: then all buckets are reduced, and timed together.
 
-        if self._runtime.clock is None:
-            return reduce().get_future().then(lambda f: f.value()[0])
-        # Under a clock collectives are waited for. Those of the reducer come in any order with respect to those of the
-        # exchange, and another one on each rank: so they wait for the end of backward.
+        Under a clock collectives are waited for. Those of the reducer come in any order with respect to those of the
+        exchange, and in another one on each rank: to wait for them as they come could wait for ever.
+        """
         future: Any = torch.futures.Future()
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: future.set_result((reduce(), buffer)[1]))
+        self._timed_buckets.append((buffer, future))
+        if len(self._timed_buckets) == 1:
+            torch.autograd.Variable._execution_engine.queue_callback(self._reduce_timed_buckets)
         return future
+
+    def _reduce_timed_buckets(self) -> None:
+        runtime, group, buckets = self._runtime, self._reducer_process_group, list(self._timed_buckets)
+        self._timed_buckets.clear()
+
+        def reduce() -> None:
+            for work in [dist.all_reduce(buffer, group=group, async_op=True) for buffer, _ in buckets]:
+                work.wait()
+
+        assert runtime.clock is not None
+        runtime.clock.time(wire.DENSE_GRADIENTS, group, reduce)
+        for buffer, future in buckets:
+            future.set_result(buffer)
 
     # ---- reports
 

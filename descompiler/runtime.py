@@ -138,14 +138,10 @@ class Runtime:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     clock: Clock | None = None  # set while `descompiler.audit` runs
 
-    def collective(
-        self, name: str, sent_bytes: int | Fraction, call: Callable[[], Any], *, calls: int = 1, group: Any = None
-    ) -> Any:
+    def collective(self, name: str, sent_bytes: int | Fraction, call: Callable[[], Any]) -> Any:
         """Make a collective, ``call()``: count it, and time it under a clock."""
-        self.traffic.add(name, sent_bytes, calls)
-        if self.clock is None:
-            return call()
-        return self.clock.time(name, self.group if group is None else group, call)
+        self.traffic.add(name, sent_bytes)
+        return call() if self.clock is None else self.clock.time(name, self.group, call)
 
     def gather(self, name: str, mine: Tensor) -> Tensor:
         """All ranks' tensors of one size, flat, one after another."""

@@ -139,3 +139,13 @@ def test_two_level_all_reduce_moves_fewer_bytes_between_nodes_than_a_flat_ring()
     # all g ranks of a node together send 2 (nodes - 1)/nodes S: what one rank sends in a ring of nodes
     assert sympy.simplify(between * g - collectives.RING_ALL_REDUCE.sent_bytes(S, N / g)) == 0
     assert sympy.simplify((inside + between - flat).subs({N: 16, g: 4})) == 0, "in all, a flat ring's bytes"
+
+
+def test_what_was_measured_is_interpolated_on_as_many_ranks():
+    curved = replace(SLOW, curve=((1e3, 1.0), (1e5, 2.0), (1e6, 11.0)))
+    four = cluster(4, 1, inter=curved)
+    assert four.seconds_of("all_to_all", 10) == 1.0, "latency"
+    assert four.seconds_of("all_to_all", 2 * 5.05e4, calls=2) == pytest.approx(2 * 1.5)
+    assert four.seconds_of("all_to_all", 2e6) == pytest.approx(21.0), "the last slope goes on"
+    assert four.with_ranks(4) == four == des.Cluster.from_json(four.to_json())
+    assert four.with_ranks(8).seconds_of("all_to_all", 2e6) == pytest.approx(5e-3 + 7e-3 + 2.0), "the line"
