@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -22,6 +24,7 @@ from typer.core import TyperGroup
 import descompiler as des
 from descompiler import examples, render, sheets, units
 from descompiler import report as pages
+from descompiler.calibrate import SIZES_BYTES
 from descompiler.cluster import BUILTIN, COLLECTIVES, Cluster, Link
 from descompiler.compiler import Captured
 from descompiler.plan import Plan
@@ -71,6 +74,10 @@ def _batches(text: str) -> tuple[int, ...]:
     return units.parse_counts(text, "rows")
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(units.parse_size(x) for x in text.split(","))
+
+
 def _ranks(text: str) -> tuple[int, ...]:
     return units.parse_counts(text, "ranks")
 
@@ -100,6 +107,9 @@ ClusterOption = Annotated[
 PerNode = Annotated[int | None, typer.Option("--ranks-per-node", min=1, help="with --cluster: ranks that share a node")]
 Pins = Annotated[
     list[str] | None, typer.Option("--pin", metavar="TABLE=FORM", help="fix the form of tables; TABLE may be a pattern")
+]
+Forbid = Annotated[
+    list[str] | None, typer.Option("--forbid", metavar="TABLE=FORM", help="a form that tables must not take")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, in SI units")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="print Markdown tables")]
@@ -197,6 +207,17 @@ def pins_from(pins: Sequence[str] | None) -> Mapping[str, str]:
     return result
 
 
+def forbidden_from(forbidden: Sequence[str] | None) -> Mapping[str, list[str]]:
+    """``TABLE=FORM`` options as lists of forms by table."""
+    result: dict[str, list[str]] = {}
+    for text in forbidden or ():
+        table, equals, form = text.rpartition("=")
+        if not equals or not table or not form:
+            raise typer.BadParameter(f"--forbid {text!r}: give TABLE=FORM, such as '*=replicate'")
+        result.setdefault(table, []).append(form)
+    return result
+
+
 # --- output
 
 
@@ -265,6 +286,7 @@ def cost(
     cluster: ClusterOption = None,
     ranks_per_node: PerNode = None,
     pin: Pins = None,
+    forbid: Forbid = None,
     json: Json = False,
     markdown: Markdown = False,
     latex: Latex = False,
@@ -283,18 +305,12 @@ def cost(
     batches = (None,) if batch is None else batch
     where = cluster_from(cluster, bandwidth, latency, ranks[0], ranks_per_node)
     captured = captured_from(spec)
-    plans = plans_for(captured, ranks, batches, pins=pins_from(pin))
+    plans = plans_for(captured, ranks, batches, pins=pins_from(pin), forbid=forbidden_from(forbid))
     if len(plans) > 1:
         tables = sheets.sweep(plans, where)
     else:
         (only,) = plans
-        tables = [
-            sheets.candidates(only, captured.operators),
-            sheets.crossings(only),
-            sheets.parts(only),
-            sheets.strategies(only, where),
-            sheets.memory(only),
-        ]
+        tables = sheets.all_of(only, where, captured.operators)
     show(tables, json=json, markdown=markdown, latex=latex, model=spec)
 
 
@@ -305,6 +321,7 @@ def explain(
     ranks: Annotated[int, typer.Option(min=1)] = 8,
     batch: Annotated[int | None, typer.Option(min=1, help="rows per rank; the example's by default")] = None,
     pin: Pins = None,
+    forbid: Forbid = None,
     json: Json = False,
     markdown: Markdown = False,
     latex: Latex = False,
@@ -318,7 +335,7 @@ def explain(
         descompiler explain fm embeddings.tables.2.weight --ranks 16
     """
     captured = captured_from(spec)
-    (plan,) = plans_for(captured, (ranks,), (batch,), pins=pins_from(pin))
+    (plan,) = plans_for(captured, (ranks,), (batch,), pins=pins_from(pin), forbid=forbidden_from(forbid))
     if operator is None:
         if json or markdown or latex:
             show([sheets.candidates(plan, captured.operators)], json=json, markdown=markdown, latex=latex, model=spec)
@@ -334,6 +351,143 @@ def explain(
 def _some(names: Iterable[str], most: int = 6) -> str:
     every = list(names)
     return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+
+
+plan_app = typer.Typer(no_args_is_help=True, help="Write a plan to a file, show one, compare two.")
+app.add_typer(plan_app, name="plan")
+
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="a file that `plan write` wrote")]
+
+
+@plan_app.command("write")
+def plan_write(
+    spec: Spec,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="the JSON file to write")],
+    ranks: Annotated[int, typer.Option(min=1)] = 8,
+    batch: Annotated[int | None, typer.Option(min=1, help="rows per rank; the example's by default")] = None,
+    pin: Pins = None,
+    forbid: Forbid = None,
+) -> None:
+    """Plan on this machine for any number of ranks; `des.compile(model, plan=FILE)` follows it there.
+
+    Examples:
+
+    \b
+        descompiler plan write fm --ranks 64 --batch 1024 --out fm-64.json
+    """
+    captured = captured_from(spec)
+    (plan,) = plans_for(captured, (ranks,), (batch,), pins=pins_from(pin), forbid=forbidden_from(forbid))
+    plan.save(out)
+    typer.echo(f"wrote {out}: {sheets.summary_of(plan)}; {units.format_bytes(plan.price_bytes)} for the busiest rank")
+
+
+@plan_app.command("show")
+def plan_show(
+    file: PlanFile,
+    bandwidth: Bandwidth = None,
+    latency: Latency = None,
+    cluster: ClusterOption = None,
+    ranks_per_node: PerNode = None,
+    json: Json = False,
+    markdown: Markdown = False,
+    latex: Latex = False,
+) -> None:
+    """Show a plan as `cost` does, without the model.
+
+    Examples:
+
+    \b
+        descompiler plan show fm-64.json --cluster ethernet-100g
+    """
+    plan = Plan.load(file)
+    where = cluster_from(cluster, bandwidth, latency, plan.ranks, ranks_per_node)
+    show(sheets.all_of(plan, where), json=json, markdown=markdown, latex=latex, plan=str(file))
+
+
+@plan_app.command("diff")
+def plan_diff(file: PlanFile, other: PlanFile) -> None:
+    """What is different in a second plan, in words.
+
+    Examples:
+
+    \b
+        descompiler plan diff fm-64.json fm-64-edited.json
+    """
+    typer.echo(Plan.load(file).diff(Plan.load(other)) or "the plans are equal")
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="the cluster file to write")],
+    name: Annotated[str, typer.Option(help="the cluster's name")] = "calibrated",
+    memory: Annotated[
+        Any, typer.Option(parser=_usage(units.parse_size), metavar="SIZE", help="of each rank: 16GB; not measured")
+    ] = None,
+    sizes: Annotated[
+        Any, typer.Option(parser=_usage(_sizes), metavar="SIZES", help="what a rank sends in a call: 1kB,64kB,4MB")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=3, help="calls of each size")] = 15,
+    json: Json = False,
+    markdown: Markdown = False,
+    latex: Latex = False,
+) -> None:
+    """Measure latency and bandwidth of every collective on the real network; run it under torchrun.
+
+    Examples:
+
+    \b
+        torchrun --nproc-per-node 4 -m descompiler calibrate --out cluster.json
+        descompiler cost fm --ranks 4 --cluster cluster.json
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        with working("starting") if first else nullcontext(lambda what: None) as next_is:
+            found = des.calibrate(
+                name=name,
+                memory_bytes=memory,
+                sizes_bytes=sizes or SIZES_BYTES,
+                repeats=repeats,
+                path=out,
+                progress=next_is,
+            )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if first:
+        show([sheets.links(found)], json=json, markdown=markdown, latex=latex, cluster=str(out))
+
+
+@app.command()
+def audit(
+    spec: Spec,
+    steps: Annotated[int, typer.Option(min=1)] = 8,
+    cluster: Annotated[
+        Path | None, typer.Option("--cluster", metavar="FILE", help="whose numbers predict; measured first by default")
+    ] = None,
+    json: Json = False,
+    markdown: Markdown = False,
+    latex: Latex = False,
+) -> None:
+    """Train a few steps and compare predicted with measured bytes and seconds; run it under torchrun.
+
+    Examples:
+
+    \b
+        torchrun --nproc-per-node 2 -m descompiler audit train.py:small_model --cluster cluster.json
+    """
+    model, inputs = load(spec, train=True)
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        with working("training") if first else nullcontext(lambda what: None):
+            module = des.compile(model, inputs)
+            found = des.audit(
+                module, [inputs] * (steps + 2), cluster=None if cluster is None else Cluster.load(cluster), warm_up=2
+            )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if first:
+        show([sheets.audited(found)], json=json, markdown=markdown, latex=latex, model=spec)
 
 
 @app.command()

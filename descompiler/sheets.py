@@ -14,12 +14,13 @@ from typing import Any
 
 import sympy
 
+from descompiler.audit import Audit
 from descompiler.cluster import Cluster
 from descompiler.form import form_named
 from descompiler.operators import Operator
 from descompiler.plan import Crossing, Plan, Table
 from descompiler.render import Column, Sheet
-from descompiler.units import format_count
+from descompiler.units import format_bandwidth, format_count
 
 MINE = "this plan"
 
@@ -107,7 +108,7 @@ def candidates(plan: Plan, operators: Sequence[Operator], only: str | None = Non
         others = sorted((price, form) for form, price in kind.prices.items() if form != kind.form)
         head = (kind.title, kind.rows, t.dim, t.ids)
         for number, (price, form) in enumerate([(kind.prices.get(kind.form, plan.price_bytes), kind.form), *others]):
-            formula = formula_of(form, by_name[t.name])
+            formula = formula_of(form, by_name[t.name]) if t.name in by_name else None
             if number == 0:
                 strong.add(len(rows))
             verdict = "chosen" if number == 0 else f"{price - plan.price_bytes:+,} B"
@@ -192,6 +193,53 @@ def step_seconds(plan: Plan, cluster: Cluster) -> float:
     """Seconds of a step's collectives, each as long as on its busiest rank."""
     cluster = cluster.with_ranks(plan.ranks)
     return cluster.seconds([plan.traffic(r) for r in range(plan.ranks)])
+
+
+def all_of(plan: Plan, cluster: Cluster | None = None, operators: Sequence[Operator] = ()) -> list[Sheet]:
+    """All that one plan says."""
+    return [
+        candidates(plan, operators),
+        crossings(plan),
+        parts(plan),
+        strategies(plan, cluster),
+        memory(plan),
+    ]
+
+
+def links(cluster: Cluster) -> Sheet:
+    """A cluster's latencies and bandwidths."""
+    rows = []
+    for link, by_collective in cluster.links.items():
+        for name, x in by_collective.items():
+            rows.append((name, link, x.alpha_s, f"{format_bandwidth(x.bytes_per_s)}", x.source))
+    columns = (
+        Column("collective"),
+        Column("links"),
+        Column("latency of a message", "seconds"),
+        Column("bandwidth"),
+        Column("source"),
+    )
+    title = f"cluster {cluster.name}: {cluster.ranks} ranks, {cluster.ranks_per_node} on a node, {cluster.backend}"
+    return Sheet(title, columns, tuple(rows))
+
+
+def audited(audit: Audit) -> Sheet:
+    """Predicted against measured, by collective."""
+    rows: list[tuple[Any, ...]] = []
+    for x in audit.collectives:
+        rows.append((x.name, x.calls, x.predicted_bytes, x.sent_bytes, x.predicted_s, x.measured_s))
+    rows.append(("total", None, None, None, audit.predicted_s, audit.measured_s))
+    columns = (
+        Column("collective"),
+        Column("calls", "count"),
+        Column("predicted", "bytes"),
+        Column("sent", "bytes"),
+        Column("predicted time", "seconds"),
+        Column("measured time", "seconds"),
+    )
+    exact = "bytes and calls were predicted exactly." if not audit.mismatches else "; ".join(audit.mismatches)
+    error = f"seconds: predicted {audit.relative_error:+.0%} of measured, on cluster {audit.cluster.name}."
+    return Sheet(f"{audit.steps} steps on {audit.cluster.ranks} ranks", columns, tuple(rows), (exact, error))
 
 
 def mean_bytes(plan: Plan) -> int:

@@ -150,6 +150,62 @@ def test_verify_a_file(file):
     assert "1 cases on 2 ranks" in out
 
 
+# --- plan files
+
+
+def test_plan_write_show_diff(file, tmp_path):
+    first, second = str(tmp_path / "a.json"), str(tmp_path / "b.json")
+    assert "wrote" in run("plan", "write", f"{file}:large", "--ranks", "4", "--out", first).stdout
+    run(
+        "plan",
+        "write",
+        f"{file}:large",
+        "--ranks",
+        "4",
+        "--forbid",
+        "*=column",
+        "--pin",
+        "*.1.weight=row",
+        "-o",
+        second,
+    )
+    shown = json.loads(run("plan", "show", first, "--cluster", "ethernet-25g", "--json").stdout)
+    priced = json.loads(run("cost", f"{file}:large", "--ranks", "4", "--cluster", "ethernet-25g", "--json").stdout)
+    for a, b in zip(shown["sheets"][1:], priced["sheets"][1:], strict=True):
+        assert a == b
+    out = run("plan", "diff", first, second).stdout
+    assert "tables.1.weight" in out and "row" in out
+    assert "equal" in run("plan", "diff", first, first).stdout
+    assert "no plan in" in run("plan", "show", str(tmp_path / "c.json"), status=1).stderr
+
+
+# --- under torchrun
+
+
+def test_calibrate_alone_says_how(tmp_path):
+    result = run("calibrate", "--out", str(tmp_path / "c.json"), status=1)
+    assert "torchrun" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_calibrate_then_audit_on_two_ranks(file, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    cluster = str(tmp_path / "c.json")
+    for arguments in (
+        ["calibrate", "--out", cluster, "--repeats", "3", "--sizes", "1kB,64kB"],
+        ["audit", f"{file}:tiny", "--steps", "2", "--cluster", cluster],
+    ):
+        done = subprocess.run(
+            [*torchrun, "descompiler", *arguments, "--json"], capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr
+        (sheet,) = json.loads(done.stdout)["sheets"]  # one rank prints
+        assert sheet["rows"]
+    assert "predicted exactly" in sheet["notes"][0]
+    assert sheet["rows"][-1]["measured time"] > 0
+    where = json.loads(run("cost", f"{file}:tiny", "--ranks", "2", "--cluster", cluster, "--json").stdout)
+    assert where["sheets"][3]["rows"][0]["communication"] > 0
+
+
 # --- errors
 
 
