@@ -310,7 +310,7 @@ def cost(
         tables = sheets.sweep(plans, where)
     else:
         (only,) = plans
-        tables = sheets.all_of(only, where, captured.operators)
+        tables = sheets.all_of(only, where)
     show(tables, json=json, markdown=markdown, latex=latex, model=spec)
 
 
@@ -338,13 +338,13 @@ def explain(
     (plan,) = plans_for(captured, (ranks,), (batch,), pins=pins_from(pin), forbid=forbidden_from(forbid))
     if operator is None:
         if json or markdown or latex:
-            show([sheets.candidates(plan, captured.operators)], json=json, markdown=markdown, latex=latex, model=spec)
+            show([sheets.candidates(plan)], json=json, markdown=markdown, latex=latex, model=spec)
         else:
             typer.echo(plan.explain())
         return
     if operator not in plan.splits:
         raise des.PlanError(f"no table {operator!r} in {spec}; there are {_some(plan.splits)}")
-    tables = [sheets.candidates(plan, captured.operators, only=operator)]
+    tables = [sheets.candidates(plan, only=operator)]
     show(tables, json=json, markdown=markdown, latex=latex, model=spec, operator=operator)
 
 

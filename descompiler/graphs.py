@@ -33,8 +33,8 @@ class Box:
 
     Attributes
     ----------
-    kind : {"input", "ids", "table", "region", "outside", "wire", "output"}
-        Its colour: "wire" is a transfer.
+    kind : {"input", "ids", "table", "fetch", "region", "outside", "wire", "output"}
+        Its colour: "wire" is a transfer, "fetch" a table whose rows are fetched from their owners.
     lines : list of str
         Its text.
     """
@@ -158,18 +158,35 @@ def _chain_lines(chain: Sequence[_Group]) -> list[str]:
     return [line + (" →" if i + 1 < len(lines) else count) for i, line in enumerate(lines)]
 
 
-def _table_lines(group: _Group, operators: Sequence[Operator], plan: Plan, form: bool) -> list[str]:
+def _tables_of(group: _Group, operators: Sequence[Operator]) -> list[Operator]:
     nodes = set(group.nodes)
-    of = [o for o in operators if any(x.node in nodes for x in o.lookups)]
+    return [o for o in operators if any(x.node in nodes for x in o.lookups)]
+
+
+def _table_lines(group: _Group, operators: Sequence[Operator]) -> list[str]:
+    of = _tables_of(group, operators)
     sizes = sorted(o.rows for o in of)
     rows = format_count(sizes[0]) + (f" to {format_count(sizes[-1])}" if sizes[0] != sizes[-1] else "")
     count = f"{len(of)} tables, " if len(of) > 1 else ""
-    lines = [pattern_of([o.name for o in of]), f"{count}{rows} rows × {of[0].dim}"]
-    if form:
-        owners = {r for o in of for r in plan.splits[o.name].pieces.owners}
-        where = f" on {len(owners)} of {plan.ranks} ranks" if owners else f" on all {plan.ranks} ranks"
-        lines.append(f"{plan.splits[of[0].name].form}{where}")
-    return lines
+    return [pattern_of([o.name for o in of]), f"{count}{rows} rows × {of[0].dim}"]
+
+
+def _table_box(group: _Group, operators: Sequence[Operator], plan: Plan, cut: Cut) -> Box:
+    """Tables in the distributed model: their form, and what they send by themselves outside the region."""
+    of = _tables_of(group, operators)
+    splits = [plan.splits[o.name] for o in of]
+    owners = {r for split in splits for r in split.pieces.owners}
+    where = f"{len(owners)} of {plan.ranks}" if owners else f"all {plan.ranks}"
+    sent: dict[str, int] = {}
+    tables = {t.name: t for t in plan.tables}
+    for o in of:
+        if o.lookups[0].node in group.nodes:  # once, where a table is looked up several times
+            for what, (_, size) in plan.sends(tables[o.name]).items():
+                sent[what] = sent.get(what, 0) + size
+    lines = [*_table_lines(group, operators), f"{splits[0].form} on {where} ranks"]
+    lines += [f"{what}: {format_bytes(size)}" for what, size in sent.items()]
+    inside = group.nodes[0] in cut.inside
+    return Box("region" if inside else "fetch" if owners else "table", lines)
 
 
 def drawing(program: Program, operators: Sequence[Operator], plan: Plan, cut: Cut, *, after: bool) -> Drawing:
@@ -192,7 +209,7 @@ def drawing(program: Program, operators: Sequence[Operator], plan: Plan, cut: Cu
         elif g.kind == "output":
             box = Box("output", ["output"])
         elif g.kind == "table":
-            box = Box("region" if after and n in cut.inside else "table", _table_lines(g, operators, plan, after))
+            box = _table_box(g, operators, plan, cut) if after else Box("table", _table_lines(g, operators))
         else:
             kind = "outside" if g.kind == "region" and not after else g.kind
             box = Box(kind, _chain_lines(chains[g.name]))

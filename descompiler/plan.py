@@ -168,15 +168,20 @@ class Plan:
     def priced(self, rows: int | None = None, cluster: Cluster | None = None) -> list[Priced]:
         """Other strategies with this model's numbers: bytes, memory, and seconds on a cluster.
 
-        Ids are as wide as this plan's.
+        Ids are as wide as this plan's, and as many of them unique as its statistics say.
         """
-        tables = [TableUse(t.rows, t.dim, t.ids, t.vectors) for t in self.tables]
+        each = self.rows if rows is None else rows
+        ids = Statistics.assumed(self.tables)
+        tables = [
+            TableUse(t.rows, t.dim, t.ids, t.vectors, ids.unique(t.name, each), ids.unique(t.name, each * self.ranks))
+            for t in self.tables
+        ]
         dense = sum(prod(p.shape) for n, p in self.pieces.items() if n not in self.splits)
         return baselines.price(
             tables,
             dense,
             ranks=self.ranks,
-            rows=self.rows if rows is None else rows,
+            rows=each,
             itemsize=self.itemsize,
             id_bytes=self.layout.id_bytes,
             ranks_per_node=None if cluster is None else cluster.ranks_per_node,
@@ -189,6 +194,14 @@ class Plan:
         known: dict[Any, float] = {N: self.ranks, b: self.rows, s: self.itemsize, i: self.layout.id_bytes}
         known.update({x: values[x.name] for x in formula.free_symbols if x.name in values})
         return int(formula.subs(known).round())
+
+    def sends(self, t: Table) -> dict[str, tuple[sympy.Expr, int]]:
+        """What a table that is outside the region sends by itself: formula and bytes, by what is sent."""
+        if any(t.name in c.tables for c in self.crossings):
+            return {}
+        unique = Statistics.assumed([t]).unique(t.name, self.rows)
+        formulas = form_named(self.splits[t.name].form).costs(t.sparse)
+        return {n: (f, self.bytes_of(f, V=t.rows, k=t.dim, U=unique)) for n, f in formulas.items()}
 
     # ---- files
 
@@ -325,9 +338,7 @@ class Plan:
         if numbers:
             lines.append(f"sends {', '.join(numbers)} below")
         else:
-            unique = Statistics.assumed([t]).unique(t.name, self.rows)
-            for name, formula in form_named(split.form).costs(t.sparse).items():
-                size = self.bytes_of(formula, V=t.rows, k=t.dim, U=unique)
+            for name, (formula, size) in self.sends(t).items():
                 lines.append(f"sends {name}: {formula} = {size:,} B")
         others = sorted((price, form) for form, price in self.prices.get(t.name, {}).items() if form != split.form)
         for position, (price, form) in enumerate(others):

@@ -22,7 +22,7 @@ from sympy.printing.mathml import mathml
 
 from descompiler.units import format_bytes, format_count, format_seconds
 
-UNITS = ("text", "count", "bytes", "seconds", "percent", "formula")
+UNITS = ("text", "count", "bytes", "seconds", "percent", "ratio", "formula")
 """What a column holds; "bytes" and "seconds" are in SI, "percent" counts hundredths, "formula" is sympy's."""
 
 NONE = "–"
@@ -105,6 +105,8 @@ def text_of(value: Any, unit: str) -> str:
         return format_seconds(float(value))
     if unit == "count":
         return format_count(float(value))
+    if unit == "ratio":
+        return f"{float(value):.2f}" if value < 10 else f"{float(value):,.1f}"
     if unit == "percent":
         return f"{float(value):.2f} %"
     return str(value)

@@ -84,9 +84,9 @@ def page(
         (
             "After",
             f"<p>The same model on {plan.ranks} ranks. <span class='key region'>Blue</span> boxes are computed where "
-            "the weights are, on the global batch; <span class='key wire'>rounded</span> boxes are transfers, with the "
-            "bytes that a rank sends in a step (mean over ranks). Each rank computes the rest on its own rows.</p>"
-            + drawn(after=True),
+            "the weights are, on the global batch; <span class='key wire'>orange</span> ones are transfers and tables "
+            "that fetch rows, with the bytes that a rank sends in a step (mean over ranks). Each rank computes the "
+            "rest on its own rows.</p>" + drawn(after=True),
         ),
         ("Bytes against ranks", _over_ranks(over_ranks)),
         ("Bytes against batch", _over_rows(over_rows)),
@@ -94,7 +94,7 @@ def page(
         ("Memory per rank", _memory(plan)),
         (
             "Operators: formulas, prices and what was rejected",
-            render.to_html(sheets.candidates(plan, captured.operators)),
+            render.to_html(sheets.candidates(plan)),
         ),
         ("What crosses the wire", render.to_html(sheets.crossings(plan)) + render.to_html(sheets.parts(plan))),
         ("Strategies", render.to_html(sheets.strategies(plan, where))),

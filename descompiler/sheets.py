@@ -17,7 +17,6 @@ import sympy
 from descompiler.audit import Audit
 from descompiler.cluster import Cluster
 from descompiler.form import form_named
-from descompiler.operators import Operator
 from descompiler.plan import Crossing, Plan, Table
 from descompiler.render import Column, Sheet
 from descompiler.units import format_bandwidth, format_count
@@ -88,17 +87,8 @@ def kinds(plan: Plan) -> list[Kind]:
     ]
 
 
-def candidates(plan: Plan, operators: Sequence[Operator], only: str | None = None) -> Sheet:
-    """Every operator with the forms that it can take, their formulas and prices, the chosen one first.
-
-    Parameters
-    ----------
-    operators : sequence of Operator
-        Of the planned model: they know their forms' formulas.
-    only : str, optional
-        The name of one operator.
-    """
-    by_name = {o.name: o for o in operators}
+def candidates(plan: Plan, only: str | None = None) -> Sheet:
+    """Every operator (or one) with the forms that it can take, their formulas and prices, the chosen one first."""
     rows: list[tuple[Any, ...]] = []
     strong = set()
     for kind in kinds(plan):
@@ -108,7 +98,7 @@ def candidates(plan: Plan, operators: Sequence[Operator], only: str | None = Non
         others = sorted((price, form) for form, price in kind.prices.items() if form != kind.form)
         head = (kind.title, kind.rows, t.dim, t.ids)
         for number, (price, form) in enumerate([(kind.prices.get(kind.form, plan.price_bytes), kind.form), *others]):
-            formula = formula_of(form, by_name[t.name]) if t.name in by_name else None
+            formula = formula_of(form, t.sparse)
             if number == 0:
                 strong.add(len(rows))
             verdict = "chosen" if number == 0 else f"{price - plan.price_bytes:+,} B"
@@ -133,9 +123,9 @@ def candidates(plan: Plan, operators: Sequence[Operator], only: str | None = Non
     )
 
 
-def formula_of(form: str, operator: Operator) -> sympy.Expr:
-    """Bytes that a form sends for an operator, the mean over ranks."""
-    return sum(form_named(form).costs(operator.sparse).values(), sympy.Integer(0))
+def formula_of(form: str, sparse: bool) -> sympy.Expr:
+    """Bytes that a form sends for a table, with or without sparse gradients: the mean over ranks."""
+    return sum(form_named(form).costs(sparse).values(), sympy.Integer(0))
 
 
 def crossings(plan: Plan) -> Sheet:
@@ -195,10 +185,10 @@ def step_seconds(plan: Plan, cluster: Cluster) -> float:
     return cluster.seconds([plan.traffic(r) for r in range(plan.ranks)])
 
 
-def all_of(plan: Plan, cluster: Cluster | None = None, operators: Sequence[Operator] = ()) -> list[Sheet]:
+def all_of(plan: Plan, cluster: Cluster | None = None) -> list[Sheet]:
     """All that one plan says."""
     return [
-        candidates(plan, operators),
+        candidates(plan),
         crossings(plan),
         parts(plan),
         strategies(plan, cluster),
@@ -259,7 +249,7 @@ def strategies(plan: Plan, cluster: Cluster | None = None) -> Sheet:
         Column("strategy"),
         Column("sent", "bytes"),
         Column("busiest rank", "bytes"),
-        Column("× this plan", "count"),
+        Column("× this plan", "ratio"),
         Column("communication", "seconds"),
     )
     width = 4 if cluster is None else 5
@@ -324,7 +314,7 @@ def sweep(plans: Sequence[Plan], cluster: Cluster | None = None) -> list[Sheet]:
         Column("aggregates at"),
         Column("sent", "bytes"),
         Column("best other strategy"),
-        Column("× this plan", "count"),
+        Column("× this plan", "ratio"),
     ]
     if cluster is not None:
         columns.append(Column("communication", "seconds"))

@@ -29,7 +29,8 @@ def captured():
 
 @pytest.fixture(scope="module")
 def plan(captured):
-    return captured.plan(ranks=4, batch=64)
+    # without the forms that fetch unique ids, which need no region
+    return captured.plan(ranks=4, batch=64, forbid={"*": ["pull", "gather"]})
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,15 @@ def test_the_drawing_after_has_every_transfer_and_the_one_before_none(captured, 
         assert first != "region" or second in ("region", "wire")
         assert second != "region" or first in ("region", "wire", "outside", "input")
     assert len(after.boxes) < 25 < sum(n.op == "call_function" for n in captured.program.graph.nodes)
+
+
+def test_tables_that_fetch_rows_say_what_they_send(captured):
+    plan = captured.plan(ranks=4, batch=64, pins={"*": "pull"})
+    _, cut = captured.region(plan)
+    d = graphs.drawing(captured.program, captured.operators, plan, cut, after=True)
+    fetching = [b for b in d.boxes.values() if b.kind == "fetch"]
+    assert {b.lines[2] for b in fetching} == {"pull on 4 of 4 ranks"}
+    assert all(b.lines[3].startswith("unique ids out, rows back, gradients out: ") for b in fetching)
 
 
 def test_bytes_on_the_wire_are_those_that_the_plan_predicts(captured, plan):
