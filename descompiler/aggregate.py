@@ -25,6 +25,7 @@ from math import prod
 import networkx as nx
 from torch import fx
 
+from descompiler.coupling import scope_of
 from descompiler.form import Split
 from descompiler.layout import Exit
 from descompiler.operators import Operator
@@ -112,6 +113,8 @@ def place(
             declined[node] = "no rule for this operator"
         elif not rowwise(program, node) or not value(node).is_floating_point():
             declined[node] = "its result is not one row per row of the batch"
+        elif scope_of(node).kind != "local" or scope_of(node).drawn:
+            declined[node] = "it mixes the rows of the batch" if not scope_of(node).drawn else "it draws random numbers"
         elif any(not is_tensor(n) and n.op != "placeholder" for n in node.all_input_nodes if n not in region) and (
             "reshape" not in rule.name
         ):

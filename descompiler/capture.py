@@ -2,19 +2,21 @@
 
 The model is copied without its weights (`blueprint`), so that tables of any size can be captured anywhere. The tracers
 of `descompiler.tracers.RUNGS` are tried in turn. A graph is accepted if it gives the module's outputs and gradients in
-float64, on the example batch and on a batch of another size with other values and other weights. It also has to treat
-the rows of a batch independently (batch norm and dropout aside), since each rank will see its own rows only.
+float64, on the example batch and on a batch of another size with other values and other weights. Last, every node is
+told from own rows or mixing rows (`descompiler.coupling`), since each rank is given its own rows only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from descompiler.checks import CannotRunError, check_reproduces, check_rows_independent, in_float64
+from descompiler.checks import CannotRunError, check_reproduces, in_float64, probe_values
+from descompiler.coupling import classify
 from descompiler.double import InDouble
 from descompiler.errors import CaptureError, DescompilerError, InputError, UnsupportedError
 from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics
@@ -73,7 +75,7 @@ def capture(
     CaptureError
         If no tracer makes a graph that reproduces the module; the text says why of each.
     UnsupportedError
-        If an operator mixes the rows of a batch.
+        For an output that is no tensor, or an operator whose distributed form would not be the original.
     InputError
         If the example inputs can't be run.
     """
@@ -115,6 +117,10 @@ def capture(
         except DescompilerError as error:
             failures.append(Failure(rung, str(error)))
             continue
-        check_rows_independent(checked, probe, batches[0])
+        with probe.arithmetic():
+            classify(checked, partial(probe_values, checked, probe), batches[0])
+        scopes = {n.name: n.meta.get("scope") for n in checked.graph.nodes}
+        for n in program.graph.nodes:
+            n.meta["scope"] = scopes[n.name]
         return replace(program, rung=rung, failures=tuple(failures)), signature
     raise CaptureError("\n".join([NOT_CAPTURED, *(f"  {f}" for f in failures)]), tuple(failures))

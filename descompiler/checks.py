@@ -1,4 +1,4 @@
-"""Checks of a captured graph: it reproduces the model, and each rank may see its own rows only."""
+"""Checks of a captured graph: it reproduces the model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from descompiler.errors import CaptureError, UnsupportedError
+from descompiler.errors import CaptureError
 from descompiler.probe import LARGE_ELEMENTS, Flat, run_eager
-from descompiler.program import DROPOUTS, Program, aten, copy_program, interpret, is_tensor, rowwise, shape_of, where
+from descompiler.program import Program, copy_program, interpret
 
 TOLERANCE_FLOAT64 = 1e-9
 """Relative error allowed between the module and its captured graph: operators are the same, their order may not be."""
@@ -113,56 +113,3 @@ def relative_error(a: Tensor, b: Tensor) -> float:
         return float("inf")
     a, b = a.detach().nan_to_num(), b.detach().nan_to_num()
     return float((a - b).abs().max() / max(float(a.abs().max()), float(b.abs().max()), 1e-30))
-
-
-def check_rows_independent(program: Program, probe: Flat, tensors: list[Tensor]) -> None:
-    """Run the graph on a batch and on its two halves; the first node whose halves do not add up is named.
-
-    Batch norm is computed by the compiler's own operator over the global batch, and dropout draws independently for
-    each row, so both pass their input on here.
-    """
-    for node in program.graph.nodes:
-        if node.op == "output":
-            for i, o in enumerate(node.args[0]):
-                if not (is_tensor(o) and shape_of(o) and shape_of(o)[0] == program.batch):
-                    raise UnsupportedError(
-                        f"output {i} of forward ({where(o)}) has no batch dimension in front: it combines the rows of "
-                        "a batch. Return one value per row and reduce them in the loss"
-                    )
-
-    def override(node: fx.Node, args: Any, kwargs: Any) -> Any:
-        if node.target in DROPOUTS or (node.target is aten.batch_norm.default and args[5]):
-            return args[0].clone()
-        return NotImplemented
-
-    rows = len(tensors[0])
-    cut = (rows + 1) // 2
-    with torch.no_grad(), probe.arithmetic():
-        runs = [
-            interpret(program, probe_values(program, probe, part), override)
-            for part in (tensors, [t[:cut] for t in tensors], [t[cut:] for t in tensors])
-        ]
-    (whole, env), (first, env1), (second, env2) = runs
-
-    def differs(a: Tensor, b: Tensor, c: Tensor) -> bool:
-        both = torch.cat([b, c])
-        return both.shape != a.shape or relative_error(a.double(), both.double()) > TOLERANCE_FLOAT64
-
-    if not any(differs(*x) for x in zip(whole, first, second, strict=True)):
-        return
-    for node in program.graph.nodes:
-        if node.op != "call_function" or not is_tensor(node):
-            continue
-        if not rowwise(program, node):
-            if any(not isinstance(s, int) for s in shape_of(node)[1:]):
-                raise _coupled(node)
-        elif differs(env[node], env1[node], env2[node]):
-            raise _coupled(node)
-    raise UnsupportedError("an operator of the model mixes the rows of a batch")
-
-
-def _coupled(node: fx.Node) -> UnsupportedError:
-    return UnsupportedError(
-        f"{where(node)} mixes the rows of a batch, so each rank's own rows would give another result than the global "
-        "batch; move it into the loss, or out of the model"
-    )

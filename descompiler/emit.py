@@ -2,6 +2,9 @@
 
 ids, begin (checks, header)  ->  enter_start  ->  enter_wait  ->  region, on the global batch  ->  exit_start
 ->  local operators that need nothing of the region  ->  exit_wait  ->  the rest, and the outputs
+
+Outside the region a node's value has versions (`descompiler.coupling`): of own rows, and of the global batch where rows
+mix; the emitter makes those that `couple` says are needed.
 """
 
 from __future__ import annotations
@@ -16,13 +19,29 @@ import torch
 from torch import fx
 
 from descompiler.aggregate import Candidates, Cut, exit_of
+from descompiler.coupling import (
+    CONSTANT,
+    GLOBAL,
+    OWN,
+    SIZE,
+    SIZED,
+    WHOLE,
+    Stage,
+    couple,
+    coupled_nodes,
+    is_coupled,
+    scope_of,
+    size_terms,
+)
+from descompiler.coupling import LOCAL as LOCAL_SCOPE
 from descompiler.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait, take
 from descompiler.form import LookupPart, Split, form_named
-from descompiler.layout import Check, Entry, Fetch, FetchTable, Layout
+from descompiler.layout import Check, Entry, Exchange, Fetch, FetchTable, Layout
 from descompiler.operators import Lookup, Operator, ids_per_row
 from descompiler.pieces import Pieces
 from descompiler.placement import LOCAL, Local, Partial, Placement, Shard, has_local
-from descompiler.program import Program, Source, aten, tail
+from descompiler.program import Program, Source, aten, is_tensor, signature, tail, value
+from descompiler.rows import Rows
 from descompiler.rule import Part, Placed, Rule
 from descompiler.runtime import join_local, scale_grad
 
@@ -35,6 +54,8 @@ class Emitted:
     ----------
     module : torch.fx.GraphModule
         ``module(runtime, *values)``, values in the order of ``sources``; returns the flat outputs.
+    outputs : tuple of Rows or None
+        Where a rank's own rows are in each output; None: the output is the global batch's, equal on all ranks.
     """
 
     module: fx.GraphModule
@@ -42,6 +63,7 @@ class Emitted:
     constants: dict[str, torch.Tensor]
     layout: Layout
     checks: tuple[Check, ...]
+    outputs: tuple[Rows | None, ...]
 
 
 def emit(
@@ -82,7 +104,7 @@ class _Emitter:
         self.graph = fx.Graph()
         self.outside: dict[fx.Node, Any] = {}  # original node -> emitted node holding own rows
         self.region: dict[fx.Node, fx.Node] = {}  # original node -> emitted node holding the global part
-        self.local: dict[fx.Node, fx.Node] = {}  # original node -> emitted node holding the part of own rows
+        self.local: dict[fx.Node, fx.Node | None] = {}  # original node -> emitted node holding the part of own rows
         self.slices: dict[str, fx.Node] = {}  # weight name -> the slice that all ranks hold
         self.constants: dict[str, torch.Tensor] = dict(program.constants)
         self.form_constants: dict[str, dict[str, fx.Node]] = {}  # by table, what its form needs
@@ -93,15 +115,26 @@ class _Emitter:
         self.fetched = {name: (f, i) for f, x in enumerate(self.layout.fetches) for i, name in enumerate(x.names)}
         self.fetches: dict[int, fx.Node] = {}  # what is under way, by number of the fetch
         self.fetched_rows: dict[int, tuple[fx.Node, fx.Node]] = {}  # the fetch, and its rows
+        self.coupling = couple(program, cut.inside)
+        self.stage_of = {n: s for s in self.coupling.stages for n in s.members}
+        self.whole: dict[fx.Node, Any] = {}  # original node -> emitted node holding the global batch
+        self.sized: dict[fx.Node, Any] = {}  # original node -> emitted node made from the number of own rows
+        self.rows: fx.Node | None = None  # of the global batch
 
     def run(self) -> Emitted:
         self.runtime = self.graph.placeholder("runtime")
         self._placeholders()
         dependent = self._dependent_on(self.inside)
         late = self._dependent_on({*self.inside, *(n for n in self.lookups if n.name in self.fetched)})
-        checked = [(o, x) for o in self.operators for x in o.lookups if x.ids not in late and x.ids.op != "get_attr"]
+        late |= coupled_nodes(self.program)
+        checked = [
+            (o, x)
+            for o in self.operators
+            for x in o.lookups
+            if x.ids not in late and x.ids.op != "get_attr" and scope_of(x.node).kind != GLOBAL
+        ]
         for n in self._ancestors([x.ids for _, x in checked]):
-            self._emit_outside(n)
+            self._own(n)
         first = next(n for n in self.program.graph.nodes if (s := self.program.source(n)) and s.kind == "input")
         self.rows_local = self.graph.call_function(aten.sym_size.int, (self.outside[first], 0))
         ids = [self.outside[x.ids] for _, x in checked]
@@ -119,28 +152,31 @@ class _Emitter:
                 if n in self.inside and self._part(self.rank).holds(self.placements[n]):
                     self.region[n] = self._emit_region(n)
             self._exit()
+        demands: dict[fx.Node, list[str]] = {}
+        for n, version in self.coupling.demands:
+            demands.setdefault(n, []).append(version)
         for n in self.program.graph.nodes:
             if n.op == "call_function" and n not in dependent and n not in self.inside:
-                self._emit_outside(n)
+                self._emit_versions(n, demands.get(n, []))
         if self.exits:
             received = self._runtime("exit_wait", self.started)
             self.received = {n: self._item(received, i) for i, n in enumerate(self.exits)}
         for n in self.program.graph.nodes:
             if n in self.inside:
-                part = self._part(LOCAL)
-                if part.holds(self.placements[n]):
-                    self.local[n] = self.rules[n.target].emit(n, part)
+                self._local(n)
                 if n in self.exits:
-                    self.outside[n] = self._combine(n)
-            elif n.op == "call_function" and n not in self.outside:
-                self._emit_outside(n)
+                    self._own(n)
+            elif n.op == "call_function":
+                self._emit_versions(n, demands.get(n, []))
             elif n.op == "output":
-                self.graph.output([self._runtime("output", self.outside[o]) for o in n.args[0]])
+                outputs = n.args[0]
+                self.graph.output(self._outputs(outputs))
         self._drop_dead_code()
         self.graph.lint()
         checks = tuple(form_named(self.splits[o.name].form).check(self.splits[o.name], o) for o, _ in checked)
         module = fx.GraphModule(torch.nn.Module(), self.graph)
-        return Emitted(module, self.sources, self.constants, self.layout, checks)
+        own = tuple(scope_of(o).rows for o in outputs)
+        return Emitted(module, self.sources, self.constants, self.layout, checks, own)
 
     # ---- small helpers
 
@@ -161,9 +197,9 @@ class _Emitter:
                 self.outside[n] = self._placeholder(n.name, self.program.sources[n.name])
         for o in self.operators:
             split = self.splits[o.name]
-            for what, value in form_named(split.form).constants(split, self.rank).items():
+            for what, tensor in form_named(split.form).constants(split, self.rank).items():
                 name = f"{what}_{o.name}"
-                self.constants[name] = value
+                self.constants[name] = tensor
                 placeholder = self._placeholder(name.replace(".", "_"), Source("constant", name))
                 self.form_constants.setdefault(o.name, {})[what] = placeholder
 
@@ -196,7 +232,7 @@ class _Emitter:
                 self.rows_local,
                 self.placements,
                 self.pieces,
-                lambda n: self.local.get(n) if n in self.inside else self.outside.get(n),
+                lambda n: self._local(n) if n in self.inside else self._own(n),
                 self._local_weight,
             )
         return Part(
@@ -239,7 +275,7 @@ class _Emitter:
 
     def _fetch_ids(self, number: int) -> list[fx.Node]:
         by_name = {n.name: x.ids for n, (_, x) in self.lookups.items()}
-        return [self.outside[by_name[name]] for name in self.layout.fetches[number].names]
+        return [self._own(by_name[name]) for name in self.layout.fetches[number].names]
 
     def _begin_fetch(self, ids: list[fx.Node]) -> None:
         begun = self._call(begin_fetch, self.runtime, self.rows_local, ids, self._fetch_ids(0))
@@ -264,7 +300,7 @@ class _Emitter:
         return self._call(take, *self.fetched_rows[number], index, self.lookups[n][1].mode)
 
     def _entry_ids(self) -> list[fx.Node]:
-        return [self.outside[n] for n in _users_by_ids(self.program, self.operators, self.inside)]
+        return [self._own(n) for n in _users_by_ids(self.program, self.operators, self.inside)]
 
     def _enter(self, entering: fx.Node) -> None:
         entry_ids = list(_users_by_ids(self.program, self.operators, self.inside))
@@ -307,12 +343,19 @@ class _Emitter:
             )
         return self._emit_lookup(n, ids)
 
-    def _emit_lookup(self, n: fx.Node, ids: fx.Node) -> fx.Node:
+    def _emit_lookup(self, n: fx.Node, ids: fx.Node, weight: fx.Node | None = None) -> fx.Node:
         o, x = self.lookups[n]
-        split, weight = self.splits[o.name], self.outside[n.args[0]]  # type: ignore[index]
+        split, weight = self.splits[o.name], weight or self.outside[n.args[0]]  # type: ignore[index]
         constants = self.form_constants.get(o.name, {})
         part = LookupPart(self.graph, self.runtime, self.rank, self.ranks, o, x, split, weight, ids, constants)
         return form_named(split.form).emit(part)
+
+    def _local(self, n: fx.Node) -> fx.Node | None:
+        """The part of a value of the region that every rank computes from its own rows; None if there is none."""
+        if n not in self.local:
+            part = self._part(LOCAL)
+            self.local[n] = self.rules[n.target].emit(n, part) if part.holds(self.placements[n]) else None
+        return self.local[n]
 
     def _combine(self, n: fx.Node) -> fx.Node:
         placement, received = self.placements[n], self.received[n]
@@ -320,27 +363,153 @@ class _Emitter:
         if not has_local(placement):
             return received
         if isinstance(placement, Partial):
-            return self.graph.call_function(aten.add.Tensor, (received, self.local[n]))
+            return self.graph.call_function(aten.add.Tensor, (received, self._local(n)))
         assert isinstance(placement, Shard)
         segments = [[s.size, s.owner] for s in placement.segments]
-        return self.graph.call_function(join_local, (placement.dim, segments, received, self.local[n]))
+        return self.graph.call_function(join_local, (placement.dim, segments, received, self._local(n)))
 
-    def _emit_outside(self, n: fx.Node) -> None:
-        if n in self.outside or n.op != "call_function":
-            return
-        if n.name in self.fetched:
-            self.outside[n] = self._emit_fetched(n)
-            return
-        if n in self.lookups:
-            self.outside[n] = self._emit_lookup(n, self.outside[self.lookups[n][1].ids])
-            return
-        if self.ranks > 1 and n.target is aten.batch_norm.default and n.args[5]:
+    # ---- outside the region
+
+    def _emit_versions(self, n: fx.Node, versions: Sequence[str]) -> None:
+        makers = {OWN: self._own, WHOLE: self._whole, SIZED: self._sized}
+        for version in versions if self.ranks > 1 else versions and [OWN]:
+            makers[version](n)
+
+    def _own(self, n: fx.Node) -> Any:
+        """The value for the rank's own rows."""
+        if n in self.outside:
+            return self.outside[n]
+        scope = scope_of(n)
+        if n in self.inside:
+            new = self._combine(n)
+        elif n.name in self.fetched:
+            new = self._emit_fetched(n)
+        elif n in self.lookups and (scope.kind != GLOBAL or self.ranks == 1):
+            new = self._emit_lookup(n, self._version(n, self.lookups[n][1].ids))
+        elif self.ranks == 1:
+            new = self.graph.node_copy(n, self._own)
+        elif scope.kind == SIZE:
+            new = self._size(n, OWN)
+        elif scope.kind == GLOBAL:
+            new = self._from_global(n, self._whole(n))
+        elif n.target is aten.batch_norm.default and n.args[5] and scope.kind == LOCAL_SCOPE:
             x_, w, b, mean, var, _, momentum, eps = n.args[:8]
-            args = [self.outside[a] if isinstance(a, fx.Node) else a for a in (x_, w, b, mean, var)]
-            self.outside[n] = self._runtime("batch_norm", *args, momentum, eps)
-            return
-        new = self.graph.node_copy(n, lambda a: self.outside[a])
+            args = [self._own(a) if isinstance(a, fx.Node) else a for a in (x_, w, b, mean, var)]
+            new = self._runtime("batch_norm", *args, momentum, eps)
+        else:
+            new = self.graph.node_copy(n, lambda a: self._version(n, a))
         self.outside[n] = new
+        return new
+
+    def _version(self, n: fx.Node, operand: fx.Node) -> Any:
+        """An operand in the version that a node takes."""
+        uses = scope_of(n).uses if self.ranks > 1 else ()
+        version = uses[n.all_input_nodes.index(operand)] if uses else OWN
+        return {OWN: self._own, WHOLE: self._whole, SIZED: self._sized}[version](operand)
+
+    def _whole(self, n: fx.Node) -> Any:
+        """The value for the global batch, as every rank computes it."""
+        if n in self.whole:
+            return self.whole[n]
+        scope = scope_of(n)
+        if scope.kind == CONSTANT:
+            own, name = self._own(n), self.program.parameter(n)
+            trained = scope.grad if name is None else self.program.parameters[name].requires_grad
+            # every rank has all of its gradient, and the reducer averages over ranks
+            self.whole[n] = self.graph.call_function(scale_grad, (own, 1 / self.ranks)) if trained else own
+        elif scope.kind == SIZE:
+            self.whole[n] = self._size(n, WHOLE)
+        elif n in self.stage_of:
+            self._emit_stage(self.stage_of[n])
+        elif n in self.lookups:
+            weight = self._whole(n.args[0])  # type: ignore[arg-type]
+            self.whole[n] = self._emit_lookup(n, self._whole(self.lookups[n][1].ids), weight)
+        else:
+            self.whole[n] = self.graph.node_copy(n, self._whole)
+        return self.whole[n]
+
+    def _sized(self, n: fx.Node) -> Any:
+        """A value made from the batch size, for the number of own rows."""
+        if n not in self.sized:
+            find = lambda a: self._sized(a) if scope_of(a).sized else self._own(a)  # noqa: E731
+            self.sized[n] = self.graph.node_copy(n, find)
+        return self.sized[n]
+
+    def _emit_stage(self, stage: Stage) -> None:
+        """One collective for all values of a stage."""
+        for n, version in self.coupling.before(stage):
+            self._emit_versions(n, [version])
+        if stage.kind == "gather":
+            rows = [scope_of(n).rows or Rows() for n in stage.members]
+            layouts = [[r.dim, r.outer, r.inner] for r in rows]
+            wholes = self._runtime("gather_rows", [self._own(n) for n in stage.members], layouts)
+            self.whole.update({n: self._item(wholes, i) for i, n in enumerate(stage.members)})
+            return
+        terms = []
+        for n in stage.members:
+            args, dtype = signature(n), {"dtype": value(n).dtype} if signature(n)["dtype"] is not None else {}
+            x, dims = self._own(n.all_input_nodes[0]), args.get("dim") or list(range(value(n.args[0]).dim()))
+            terms.append(self.graph.call_function(aten.sum.dim_IntList, (x, dims, args.get("keepdim", False)), dtype))
+        totals = self._runtime("sum_terms", terms)
+        for i, n in enumerate(stage.members):
+            self.whole[n] = self._item(totals, i)
+            if n.target in (aten.mean.default, aten.mean.dim):
+                self.whole[n] = self.graph.call_function(aten.div.Tensor, (self.whole[n], self._count(n)))
+
+    def _count(self, n: fx.Node) -> Any:
+        """Elements of the global batch that a mean is over."""
+        x = n.all_input_nodes[0]
+        rows, dims, count = scope_of(x).rows, signature(n).get("dim"), value(x).dim()
+        assert rows is not None
+        over = [d % count for d in dims] if dims else range(count)
+        result: Any = self.graph.call_function(operator.mul, (self.rows, rows.multiple))
+        for d in over:
+            if d == rows.dim:
+                continue
+            size = value(x).shape[d]
+            factor = size if isinstance(size, int) else self.graph.call_function(aten.sym_size.int, (self._own(x), d))
+            result = self.graph.call_function(operator.mul, (result, factor))
+        return result
+
+    def _from_global(self, n: fx.Node, whole: Any) -> Any:
+        """What local nodes and the user take of a value that every rank has."""
+        if n in self.coupling.slices:
+            rows = scope_of(n).rows or Rows()
+            if not scope_of(n).grad and is_tensor(n) and value(n).is_floating_point():
+                whole = self.graph.call_function(aten.detach.default, (whole,))
+            return self._runtime("slice_rows", whole, rows.dim, rows.outer, rows.inner)
+        return self._runtime("spread", whole) if n in self.coupling.spreads and scope_of(n).grad else whole
+
+    def _size(self, n: fx.Node, version: str) -> Any:
+        """A number made from the batch size."""
+        find = self._own if version == OWN else self._whole
+        if n.target is not aten.sym_size.int:
+            return self.graph.node_copy(n, find)
+        x, terms = n.all_input_nodes[0], size_terms(self.program, n)
+        if terms is None:
+            find = self._whole if scope_of(x).kind == GLOBAL else self._own
+            return self.graph.node_copy(n, find)
+        if version == OWN and (x in self.outside or scope_of(x).kind == LOCAL_SCOPE):
+            return self.graph.node_copy(n, self._own)
+        result: Any = terms[-1]
+        rows = self.rows if version == WHOLE else self._runtime("own_rows")
+        for c in reversed(terms[:-1]):  # Horner
+            result = self.graph.call_function(operator.mul, (rows, result)) if result != 1 else rows
+            result = self.graph.call_function(operator.add, (result, c)) if c else result
+        return result
+
+    def _outputs(self, outputs: Sequence[fx.Node]) -> list[Any]:
+        result = [self._own(o) for o in outputs]
+        joined = [i for i, o in enumerate(outputs) if scope_of(o).grad]
+        if self.ranks > 1 and self.coupling.backward and len(joined) > 1:
+            together = self._runtime("together", [result[i] for i in joined])
+            for position, i in enumerate(joined):
+                result[i] = self._item(together, position)
+        # what is equal on all ranks counts once: averaging over ranks is right for every kind of loss
+        return [
+            self._runtime("output", x) if scope_of(o).rows is not None else x
+            for o, x in zip(outputs, result, strict=True)
+        ]
 
     def _drop_dead_code(self) -> None:
         for node in reversed(list(self.graph.nodes)):
@@ -367,8 +536,14 @@ def layout_of(
             wanted = [splits[o.name].columns(o, x, r) for o, x in users]
             columns[r] = None if None in wanted else tuple(sorted({i for c in wanted for i in (c or ())}))
         entries.append(Entry(ids.name, tail(ids), tuple(columns)))
+    exchanges: tuple[Exchange, ...] = ()
+    own = set(program.graph.nodes) - cut.inside
+    if is_coupled(program):
+        coupling = couple(program, cut.inside)
+        exchanges = coupling.exchanges
+        own = {n for n, version in coupling.demands if version == OWN and scope_of(n).kind != GLOBAL} - cut.inside
     fetches, early = _fetches(program, operators, splits, cut.inside, ranks)
-    norms = [n for n in program.graph.nodes if n.target is aten.batch_norm.default and n.args[5]]
+    norms = [n for n in program.graph.nodes if n in own and n.target is aten.batch_norm.default and n.args[5]]
     shared = _shared_weights(program, candidates.placed, cut.inside).values()
     return Layout(
         ranks=ranks,
@@ -380,6 +555,7 @@ def layout_of(
         early=early,
         shared_columns=tuple(prod(p.shape) // p.shape[p.dim] * p.shared_size() for p in shared),
         dense_elements=sum(program.parameters[n].numel() for n in _dense_parameters(program, splits, pieces)),
+        exchanges=exchanges,
     )
 
 
@@ -424,6 +600,7 @@ def _fetches(
     for n in program.graph.nodes:
         if any(p in inside or p in users or p in late for p in n.all_input_nodes):
             late.add(n)
+    late |= coupled_nodes(program)
     order = [users[n] for n in program.graph.nodes if n in users]
     early = [(o, x) for o, x in order if x.ids not in late]
     groups = [early] if early else []

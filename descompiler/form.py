@@ -200,6 +200,8 @@ def not_in_region(program: Program, operator: Operator) -> str | None:
         return reason
     if any(not rowwise(program, x.ids) or not rowwise(program, x.node) for x in operator.lookups):
         return "its ids are not one row per row of the batch"
+    if operator.coupled_ids:
+        return "its ids are computed from the whole batch"
     if operator.computed_ids:
         return "its ids are computed from another lookup"
     return None
@@ -209,6 +211,8 @@ def not_fetched(operator: Operator) -> str | None:
     """Why the lookups of an operator can't go through `descompiler.fetch`; None if they can."""
     if operator.other_uses:
         return f"the table is also used by {where(operator.other_uses[0])}"
+    if operator.coupled:
+        return "every rank looks it up for the whole batch"
     return None if operator.uniform else "its lookups differ in padding_idx or sparse"
 
 

@@ -257,6 +257,41 @@ class Fetch:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """A value that crosses between a rank's own rows and the computation that all ranks repeat.
+
+    Attributes
+    ----------
+    kind : {"gather", "reduce", "slice", "spread"}
+        As in `descompiler.coupling`: gather and reduce send values in forward, slice and spread gradients in backward.
+    terms : tuple of tuple of int
+        Elements: per row of the batch (gather, slice), or in all, as a product of polynomials in the rows of the
+        global batch (coefficients, constant term first).
+    itemsize : int or None
+        Bytes of an element; None: those of the model's parameters.
+    calls : int
+        0 for values that share the collective of an earlier one.
+    """
+
+    kind: str
+    name: str
+    terms: tuple[tuple[int, ...], ...]
+    itemsize: int | None = None
+    calls: int = 1
+
+    def elements(self, rows: int) -> int:
+        """Elements that cross, for a global batch of ``rows``.
+
+        >>> Exchange("spread", "logits", ((0, 1), (0, 2))).elements(3)  # [b, 2b]
+        18
+        """
+        result = 1
+        for coefficients in self.terms:
+            result *= sum(c * rows**power for power, c in enumerate(coefficients))
+        return result
+
+
+@dataclass(frozen=True)
 class Layout:
     """All that crosses, in one program.
 
@@ -270,6 +305,8 @@ class Layout:
         Whether the first fetch's ids are known before the header.
     shared_columns : tuple of int
         Elements of each slice of a co-located weight that all ranks hold.
+    exchanges : tuple of Exchange
+        What values that mix the rows of the batch cost.
     """
 
     ranks: int
@@ -281,6 +318,7 @@ class Layout:
     early: bool = False
     shared_columns: tuple[int, ...] = ()
     dense_elements: int = 0
+    exchanges: tuple[Exchange, ...] = ()
 
     @cached_property
     def enter_widths(self) -> list[int]:
@@ -368,6 +406,12 @@ class Layout:
             result.add(wire.NORM_FORWARD, (n - 1) * (2 * channels + 1) * itemsize)
         if self.fetches:
             self._predict_fetches(result, itemsize, backward, self.expected(rank, rows) if unique is None else unique)
+        for e in self.exchanges:
+            if backward or not wire.IN_BACKWARD[e.kind]:
+                size = e.elements(sum(rows)) * (e.itemsize or itemsize)
+                by_rows = e.kind in ("gather", "slice")
+                sent = (n - 1) * mine * size if by_rows else wire.all_reduce_bytes(size, n)
+                result.add(wire.COUPLING[e.kind], sent, e.calls)
         if backward:
             if self.exits:
                 result.add(wire.RETURN, itemsize * mine * (sum(values) - values[rank]))

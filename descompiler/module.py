@@ -18,6 +18,7 @@ from descompiler.inputs import Signature, flatten, split_statics, unflatten_with
 from descompiler.layout import Counts
 from descompiler.pieces import Pieces
 from descompiler.plan import Plan
+from descompiler.rows import Rows
 from descompiler.runtime import Runtime
 from descompiler.substitute import Finish, Keeper, SynchroniseNorms, substitute
 from descompiler.traffic import Traffic
@@ -267,6 +268,11 @@ class DistributedModule(nn.Module):
         """
         return self._coverage
 
+    @property
+    def output_rows(self) -> tuple[Rows | None, ...]:
+        """Where a rank's own rows are in each output tensor; None: it is the global batch's, equal on all ranks."""
+        return self._program().outputs
+
     def print_readable(self) -> str:
         """Print (and return) this rank's program for the current mode."""
         text = self._program().module.print_readable(print_output=False)
@@ -340,6 +346,11 @@ class PartialModule(DistributedModule):
             return x
         share = {"mean": runtime.rows[runtime.rank] / max(sum(runtime.rows), 1), "sum": 1.0, "same": 1 / runtime.ranks}
         return self._keeper.total(x * share[kind] if share[kind] else torch.zeros_like(x), "a scalar output")
+
+    @property
+    def output_rows(self) -> tuple[Rows | None, ...]:
+        """Where a rank's own rows are in each output tensor; None: it is the global batch's, equal on all ranks."""
+        return tuple(Rows() if kind == "rows" else None for kind in self._outputs)
 
     def _program(self) -> Emitted:
         raise InputError("the model was captured in part: its own forward runs, and there is no program to print")

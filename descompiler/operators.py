@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from descompiler.coupling import GLOBAL, coupled_nodes, scope_of
 from descompiler.errors import UnsupportedError
 from descompiler.program import Program, aten, rowwise, shape_of, signature, tail, user_line, where
 from descompiler.runtime import bag
@@ -42,6 +43,10 @@ class Operator:
         Nodes that use the table otherwise than by lookup.
     computed_ids : bool
         Whether ids of a lookup are computed from another lookup of a table.
+    coupled_ids : bool
+        Whether ids of a lookup are computed from the whole batch.
+    coupled : bool
+        Whether a lookup has to be made for the whole batch on every rank.
     forms : tuple of str
         The forms that it can take.
     refusals : dict of str to str
@@ -60,6 +65,8 @@ class Operator:
     trained: bool = True
     other_uses: tuple[fx.Node, ...] = ()
     computed_ids: bool = False
+    coupled_ids: bool = False
+    coupled: bool = False
     forms: tuple[str, ...] = ()
     refusals: dict[str, str] = field(default_factory=dict, hash=False)
 
@@ -124,7 +131,8 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
             if (name := program.parameter(n)) is not None:
                 uses.setdefault(name, []).append(node)
     order = {name: i for i, name in enumerate(program.parameters)}
-    depends = _depends_on_lookups(program, [x for xs in found.values() for x in xs])
+    depends = _depending(program, {x.node for xs in found.values() for x in xs})
+    coupled = coupled_nodes(program)
     result = []
     for name in sorted(found, key=lambda n: order[n]):
         lookups, parameter = tuple(found[name]), program.parameters[name]
@@ -142,6 +150,8 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
             trained=parameter.requires_grad,
             other_uses=tuple(u for u in uses[name] if u not in nodes),
             computed_ids=any(x.ids in depends for x in lookups),
+            coupled_ids=any(x.ids in coupled for x in lookups),
+            coupled=any(scope_of(x.node).kind == GLOBAL for x in lookups),
         )
         refused = refusals(program, operator, forms)
         possible = tuple(f.name for f in forms if f.name not in refused)
@@ -217,8 +227,8 @@ def _calculated(ids: fx.Node) -> bool:
     return False
 
 
-def _depends_on_lookups(program: Program, lookups: list[Lookup]) -> set[fx.Node]:
-    sources = {x.node for x in lookups}
+def _depending(program: Program, sources: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that depend on any of the sources."""
     result: set[fx.Node] = set()
     for node in program.graph.nodes:
         if any(n in sources or n in result for n in node.all_input_nodes):

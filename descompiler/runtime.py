@@ -25,6 +25,7 @@ from descompiler.clock import Clock
 from descompiler.collectives import Pending, all_gather, all_to_all
 from descompiler.errors import InputError, RankError
 from descompiler.layout import Check, Counts, Exit, Layout
+from descompiler.rows import Rows
 from descompiler.traffic import Traffic
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,6 +298,35 @@ class Runtime:
         """Batch norm in training over the global batch; x ``[b, C, ...]``."""
         return _SyncBatchNorm.apply(self, x, weight, bias, running_mean, running_var, momentum, eps)
 
+    # ---- values that mix the rows of the batch: every rank computes them, from the global batch
+
+    def gather_rows(self, values: Sequence[Tensor], layouts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The global batch of each value, on every rank; ``layouts`` are the fields of each value's `Rows`.
+
+        What is computed from the results has the same gradients on every rank, so backward sends nothing.
+        """
+        return list(_Gather.apply(self, [Rows(*x) for x in layouts], *values))
+
+    def sum_terms(self, terms: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over ranks of each term, on every rank. Backward sends nothing, as in `gather_rows`."""
+        return list(_Reduce.apply(self, *terms))
+
+    def slice_rows(self, x: Tensor, dim: int, outer: int, inner: int) -> Tensor:
+        """Own rows of a value that every rank has; backward gathers the gradients of all ranks' rows."""
+        return _Slice.apply(self, Rows(dim, outer, inner), x)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """A value that every rank has, for its own rows; backward sums the gradients of all ranks."""
+        return _Spread.apply(self, x)
+
+    def own_rows(self) -> int:
+        """Rows of this rank, once the header has told."""
+        return self.rows[self.rank]
+
+    def together(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs; in backward all of them get a gradient, so that every rank runs the same collectives."""
+        return list(_Together.apply(*outputs))
+
     def output(self, x: Tensor) -> Tensor:
         """Scale the gradient that the user's loss sends in to the convention of averaging over ranks."""
         if self.ranks == 1 or not x.requires_grad or self.loss == "rank_mean":
@@ -462,3 +492,89 @@ class _SyncBatchNorm(torch.autograd.Function):
         if weight is None:
             return None, grad_x, None, None, None, None, None, None
         return None, grad_x * weight.reshape(shape), grad_weight, grad_bias, None, None, None, None
+
+
+def _gather_rows(runtime: Runtime, rows: Sequence[int], values: Sequence[Tensor], name: str) -> list[Tensor]:
+    """The global batch of values ``[rows, ...]`` of one dtype, in one collective."""
+    mine, n = rows[runtime.rank], runtime.ranks
+    flat = torch.cat([x.reshape(-1) for x in values]) if len(values) > 1 else values[0].reshape(-1).contiguous()
+    width = sum(x.shape[1:].numel() for x in values)
+
+    def call() -> Tensor:
+        if len(set(rows)) == 1:
+            return all_gather(flat, runtime.group)
+        return all_to_all(flat.repeat(n), [mine * width] * n, [b * width for b in rows], runtime.group).wait()
+
+    every = runtime.collective(name, (n - 1) * flat.numel() * flat.element_size(), call)
+    parts = torch.split(every, [b * x.shape[1:].numel() for b in rows for x in values])
+    return [
+        torch.cat([p.reshape(b, *x.shape[1:]) for b, p in zip(rows, parts[i :: len(values)], strict=True)])
+        for i, x in enumerate(values)
+    ]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, runtime: Runtime, layouts: list[Rows], *values: Tensor) -> tuple[Tensor, ...]:
+        rows = list(runtime.rows)
+        ctx.layouts, ctx.first, ctx.mine = layouts, sum(rows[: runtime.rank]), rows[runtime.rank]
+        leading = [r.lead(x) for r, x in zip(layouts, values, strict=True)]
+        wholes = _gather_rows(runtime, rows, leading, wire.COUPLING["gather"])
+        result = tuple(r.restore(x) for r, x in zip(layouts, wholes, strict=True))
+        ctx.mark_non_differentiable(*(x for x in result if not x.is_floating_point()))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, None, *(r.narrow(g, ctx.first, ctx.mine) for r, g in zip(ctx.layouts, grads, strict=True))
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, runtime: Runtime, *terms: Tensor) -> tuple[Tensor, ...]:
+        flat = torch.cat([x.reshape(-1) for x in terms])
+        runtime.all_reduce(wire.COUPLING["reduce"], flat)
+        parts = torch.split(flat, [x.numel() for x in terms])
+        result = tuple(p.reshape(x.shape) for p, x in zip(parts, terms, strict=True))
+        ctx.mark_non_differentiable(*(x for x in result if not x.is_floating_point()))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, *grads
+
+
+class _Slice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, runtime: Runtime, rows: Rows, x: Tensor) -> Tensor:
+        ctx.runtime, ctx.layout, ctx.rows = runtime, rows, list(runtime.rows)
+        return rows.narrow(x, sum(ctx.rows[: runtime.rank]), ctx.rows[runtime.rank]).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        own = ctx.layout.lead(grads[0])
+        (whole,) = _gather_rows(ctx.runtime, ctx.rows, [own], wire.COUPLING["slice"])
+        return None, None, ctx.layout.restore(whole)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, runtime: Runtime, x: Tensor) -> Tensor:
+        ctx.runtime = runtime
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        ctx.runtime.all_reduce(wire.COUPLING["spread"], grad)
+        return None, grad
+
+
+class _Together(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads

@@ -69,6 +69,14 @@ SHARED_ROWS = "all_reduce (shared rows)"
 NORM_FORWARD = "all_gather (batch norm, forward)"
 NORM_BACKWARD = "all_reduce (batch norm, backward)"
 DENSE_GRADIENTS = "all_reduce (dense gradients)"
+COUPLING = {
+    "gather": "all_gather (batch-coupled values)",
+    "reduce": "all_reduce (sums over the batch)",
+    "slice": "all_gather (gradients of batch-coupled rows)",
+    "spread": "all_reduce (gradients of batch-coupled values)",
+}
+"""By the kind of exchange; see `descompiler.coupling`."""
+IN_BACKWARD = {"gather": False, "reduce": False, "slice": True, "spread": True}
 HEADER_BYTES = 5 * 8  # rows, status, mode, unique ids asked, unique ids gathered: int64 each
 FETCH_COUNTS_BYTES = 3 * 8  # status, unique ids asked, unique ids gathered
 
