@@ -19,9 +19,11 @@ from descompiler.capture import capture
 from descompiler.coverage import Coverage, coverage_of
 from descompiler.emit import Emitted, emit
 from descompiler.errors import CaptureError, PlanError, RankError
+from descompiler.form import Split, split_as
 from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics
 from descompiler.module import DeferredModule, DistributedModule, PartialModule
 from descompiler.operators import Operator, find_operators
+from descompiler.outputs import bias_pieces
 from descompiler.partial import Survey, coverage_partial, plan_partial, survey
 from descompiler.passes import NORMALISE, RULES
 from descompiler.plan import NO_OPERATORS, Plan
@@ -295,13 +297,33 @@ class Captured:
 
 def _region(program: Program, operators: list[Operator], plan: Plan) -> tuple[Candidates, Cut]:
     w = Weights(plan.ranks, plan.rows, plan.itemsize)
-    colocated = {n: p for n, p in plan.pieces.items() if n not in plan.splits and not p.is_replicated}
-    candidates = place(program, operators, plan.splits, RULES, plan.ranks, colocated)
+    splits = _splits(operators, plan)
+    biases = bias_pieces(program, operators, splits)
+    used = {program.parameter(n) for n in program.graph.nodes if n.users}
+    cut_weights = {n: p for n, p in plan.pieces.items() if n not in plan.splits and not p.is_replicated and n in used}
+    colocated = {n: p for n, p in cut_weights.items() if biases.get(n) != p}
+    candidates = place(program, operators, splits, RULES, plan.ranks, colocated)
     cut = minimum_cut(program, candidates, w, colocated)
     inside = {n for node in cut.inside for n in candidates.placed[node].pieces}
     if lost := set(colocated) - inside:
         raise PlanError(f"weights {sorted(lost)} were cut for another graph (training flags differ); plan again")
     return candidates, cut
+
+
+def _splits(operators: list[Operator], plan: Plan) -> dict[str, Split]:
+    """The plan's splits, for the tables of a graph that need not be the one that was planned."""
+    result = dict(plan.splits)
+    for o in operators:
+        if o.name not in result:  # only here a table: its weight is what the plan made of it
+            result[o.name] = split_as(o, "replicate", plan.ranks)
+            if not plan.pieces[o.name].is_replicated:
+                raise PlanError(f"weight {o.name!r} was cut for another graph (training flags differ); plan again")
+        elif reason := o.refusals.get(result[o.name].form):
+            raise PlanError(
+                f"table {o.name!r} was split by {result[o.name].form} for another graph (training flags differ), and "
+                f"in this one {reason}: pin it to another form"
+            )
+    return result
 
 
 class Builder:
@@ -326,7 +348,8 @@ class Builder:
         program, _ = self.capture(training)
         operators = find_operators(program)
         candidates, cut = _region(program, operators, plan)
-        return emit(program, operators, plan.splits, plan.pieces, candidates, cut, RULES, rank, plan.ranks)
+        splits = _splits(operators, plan)
+        return emit(program, operators, splits, plan.pieces, candidates, cut, RULES, rank, plan.ranks)
 
 
 def _process_group(group: Any) -> tuple[Any, int, int]:

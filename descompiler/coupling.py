@@ -38,6 +38,7 @@ from descompiler.layout import Exchange
 from descompiler.program import Program, aten, is_tensor, signature, value, where
 from descompiler.rows import Rows
 from descompiler.runtime import bag
+from descompiler.vocabulary import vocabulary
 
 Demand = tuple[fx.Node, str]
 """A node, and the version of it that is needed."""
@@ -64,6 +65,7 @@ HEAVY = LOOKUPS | {
     aten.gru.input,
     aten.lstm.input,
     aten.scaled_dot_product_attention.default,
+    vocabulary,
 }
 """Operators worth computing for own rows only, also where every rank has the global batch's operands."""
 
@@ -597,7 +599,7 @@ class _Coupler:
             if n in inside or any(a in inside or a in self.after for a in n.all_input_nodes):
                 self.after.add(n)
             if n.op == "call_function" and scope.kind == LOCAL and n not in inside and not scope.drawn:
-                fixed = n.target is not aten.batch_norm.default and n.target not in LOOKUPS
+                fixed = n.target is not aten.batch_norm.default and n.target not in LOOKUPS | {vocabulary}
                 # a list of values is not gathered, but made again
                 if fixed and (not is_tensor(n) or all(self._everywhere(a) for a in n.all_input_nodes)):
                     self.free.add(n)

@@ -38,6 +38,7 @@ from descompiler.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, 
 from descompiler.form import LookupPart, Split, form_named
 from descompiler.layout import Check, Entry, Exchange, Fetch, FetchTable, Layout
 from descompiler.operators import Lookup, Operator, ids_per_row
+from descompiler.outputs import checks_of, layouts_of, outputs_in_order
 from descompiler.pieces import Pieces
 from descompiler.placement import LOCAL, Local, Partial, Placement, Shard, has_local
 from descompiler.program import Program, Source, aten, is_tensor, signature, tail, value
@@ -111,6 +112,7 @@ class _Emitter:
         self.sources: list[Source] = []
         self.entered: dict[fx.Node, tuple[fx.Node, tuple[int, ...] | None]] = {}
         self.layout = layout_of(program, operators, splits, pieces, candidates, cut, ranks)
+        self.outputs = outputs_in_order(program, operators, splits)
         # of a fetched lookup: the number of its fetch, and its own in there
         self.fetched = {name: (f, i) for f, x in enumerate(self.layout.fetches) for i, name in enumerate(x.names)}
         self.fetches: dict[int, fx.Node] = {}  # what is under way, by number of the fetch
@@ -133,11 +135,12 @@ class _Emitter:
             for x in o.lookups
             if x.ids not in late and x.ids.op != "get_attr" and scope_of(x.node).kind != GLOBAL
         ]
-        for n in self._ancestors([x.ids for _, x in checked]):
+        targets = [(n, c) for n, c in checks_of(self.operators) if n not in late]
+        for n in self._ancestors([x.ids for _, x in checked] + [n for n, _ in targets]):
             self._own(n)
         first = next(n for n in self.program.graph.nodes if (s := self.program.source(n)) and s.kind == "input")
         self.rows_local = self.graph.call_function(aten.sym_size.int, (self.outside[first], 0))
-        ids = [self.outside[x.ids] for _, x in checked]
+        ids = [self.outside[x.ids] for _, x in checked] + [self.outside[n] for n, _ in targets]
         if self.layout.early:
             self._begin_fetch(ids)
         else:
@@ -173,10 +176,11 @@ class _Emitter:
                 self.graph.output(self._outputs(outputs))
         self._drop_dead_code()
         self.graph.lint()
-        checks = tuple(form_named(self.splits[o.name].form).check(self.splits[o.name], o) for o, _ in checked)
+        checks = [form_named(self.splits[o.name].form).check(self.splits[o.name], o) for o, _ in checked]
+        checks += [c for _, c in targets]
         module = fx.GraphModule(torch.nn.Module(), self.graph)
         own = tuple(scope_of(o).rows for o in outputs)
-        return Emitted(module, self.sources, self.constants, self.layout, checks, own)
+        return Emitted(module, self.sources, self.constants, self.layout, tuple(checks), own)
 
     # ---- small helpers
 
@@ -386,6 +390,8 @@ class _Emitter:
             new = self._emit_fetched(n)
         elif n in self.lookups and (scope.kind != GLOBAL or self.ranks == 1):
             new = self._emit_lookup(n, self._version(n, self.lookups[n][1].ids))
+        elif n in self.outputs:
+            new = self._emit_output(n)
         elif self.ranks == 1:
             new = self.graph.node_copy(n, self._own)
         elif scope.kind == SIZE:
@@ -511,6 +517,21 @@ class _Emitter:
             for o, x in zip(outputs, result, strict=True)
         ]
 
+    def _emit_output(self, n: fx.Node) -> fx.Node:
+        number = list(self.outputs).index(n)
+        _, x = self.outputs[n]
+        weight, bias = self._own(n.args[1]), x.bias  # type: ignore[arg-type]
+        if bias is not None:
+            name = self.program.parameter(bias)
+            bias = self._own(bias)
+            if name is None or self.pieces[name].is_replicated:
+                # each owner adds its part; the reducer divides by the number of ranks what the product has divided
+                start, size, _ = self.layout.vocabularies[number].parts.get(self.rank, (0, 0, 0))
+                bias = self.graph.call_function(aten.narrow.default, (bias, 0, start, size))
+                bias = self.graph.call_function(scale_grad, (bias, self.ranks))
+        ids = [self._version(n, r[1]) for r in x.requests if r[0] == "select"]
+        return self._runtime("vocabulary", number, self._version(n, x.x), weight, bias, ids)
+
     def _drop_dead_code(self) -> None:
         for node in reversed(list(self.graph.nodes)):
             schema = getattr(node.target, "_schema", None)
@@ -554,6 +575,7 @@ def layout_of(
         fetches=fetches,
         early=early,
         shared_columns=tuple(prod(p.shape) // p.shape[p.dim] * p.shared_size() for p in shared),
+        vocabularies=layouts_of(program, operators, splits),
         dense_elements=sum(program.parameters[n].numel() for n in _dense_parameters(program, splits, pieces)),
         exchanges=exchanges,
     )

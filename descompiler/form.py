@@ -207,6 +207,13 @@ def not_in_region(program: Program, operator: Operator) -> str | None:
     return None
 
 
+def whole_rows(operator: Operator) -> str | None:
+    """Why an operator's rows can't be cut, or dealt out in several ranges; None if they can."""
+    if operator.outputs:
+        return f"products with it ({where(operator.outputs[0].node)}) need one range of whole rows on each rank"
+    return None
+
+
 def not_fetched(operator: Operator) -> str | None:
     """Why the lookups of an operator can't go through `descompiler.fetch`; None if they can."""
     if operator.other_uses:

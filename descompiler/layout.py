@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Check:
     rows: int
     starts: tuple[int, ...] | None = None  # fields of an offsets table: column f's ids lie in its own range
     line: str = ""
+    ignored: int | None = None  # an id that is allowed too: a target without a loss
 
     def problem(self, ids: Tensor) -> str | None:
         """Why these ids are wrong, or None."""
@@ -38,7 +40,12 @@ class Check:
             low, high = ids.aminmax()
             if int(low) >= 0 and int(high) < self.rows:
                 return None
-            bad = ((ids < 0) | (ids >= self.rows)).nonzero()[0].tolist()
+            wrong = (ids < 0) | (ids >= self.rows)
+            if self.ignored is not None:
+                wrong &= ids != self.ignored
+            if not bool(wrong.any()):
+                return None
+            bad = wrong.nonzero()[0].tolist()
             limits = f"0 to {self.rows - 1}"
         else:
             starts = torch.tensor(self.starts, device=ids.device)
@@ -292,6 +299,100 @@ class Exchange:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """A product with a table whose rows are divided among owners (`descompiler.vocabulary`).
+
+    Attributes
+    ----------
+    name : str
+    ranges : tuple of (int, int, int, int)
+        (rank, start, size, offset) of each owner, in order: the part of the vocabulary, and where it is in the piece.
+    dim : int
+        Elements of a row of x.
+    per_row : int
+        Rows of x for each row of the batch.
+    requests : tuple of (str, int)
+        What is asked of the logits, and for how many of them.
+    id_bytes : int
+    backward : bool
+        Whether anything that is trained needs gradients of the results.
+    backward_x : bool
+        Whether x needs gradients.
+    """
+
+    name: str
+    ranges: tuple[tuple[int, int, int, int], ...]
+    dim: int
+    per_row: int
+    requests: tuple[tuple[str, int], ...]
+    id_bytes: int = 4
+    backward: bool = True
+    backward_x: bool = True
+
+    @cached_property
+    def owners(self) -> tuple[int, ...]:
+        return tuple(self.parts)
+
+    @cached_property
+    def parts(self) -> dict[int, tuple[int, int, int]]:
+        """(start, size, offset) by owner, in the order of the vocabulary."""
+        return {rank: (start, size, offset) for rank, start, size, offset in self.ranges}
+
+    def widths(self, rank: int) -> list[int]:
+        """Elements per row of x of each partial result of an owner, by request."""
+        size = self.parts[rank][1]
+        sizes = {"top": size, "logits": size}
+        return [size if kind == "logits" else min(n, sizes.get(kind, n)) for kind, n in self.requests]
+
+    def ids_widths(self, rank: int) -> list[int]:
+        """Ids per row of x that an owner sends with its best logits, by request that asks for them."""
+        widths = zip(self.requests, self.widths(rank), strict=True)
+        return [w for (kind, _), w in widths if kind in ("max", "top")]
+
+    def width(self, rank: int) -> int:
+        return sum(self.widths(rank)) if rank in self.parts else 0
+
+    def ids_width(self, rank: int) -> int:
+        return sum(self.ids_widths(rank)) if rank in self.parts else 0
+
+    @cached_property
+    def total_width(self) -> int:
+        """Elements per row of x of all owners' partial results."""
+        return sum(self.width(r) for r in self.owners)
+
+    @cached_property
+    def elements(self) -> int:
+        """Elements per row of the batch that a training step sends to or from owners, over all of them."""
+        values = self.total_width * (2 if self.backward else 1)
+        rows = len(self.owners) * self.dim * (2 if self.backward and self.backward_x else 1)
+        return self.per_row * (values + rows)
+
+    @cached_property
+    def ids(self) -> int:
+        """Ids per row of the batch that are sent to or from owners, over all of them."""
+        best = sum(self.ids_width(r) for r in self.owners)
+        return self.per_row * (best + len(self.owners) * self.selected)
+
+    @cached_property
+    def selected(self) -> int:
+        """Ids per row of x whose logits are asked for."""
+        return sum(n for kind, n in self.requests if kind == "select")
+
+    def add(self, result: Traffic, rank: int, rows: Sequence[int], itemsize: int, *, backward: bool) -> None:
+        """Add what ``rank`` sends for this product."""
+        mine, rest = self.per_row * rows[rank], self.per_row * (sum(rows) - rows[rank])
+        own = rank in self.parts
+        others = len(self.owners) - own
+        result.add(wire.VOCABULARY_ROWS, mine * others * (self.dim * itemsize + self.selected * self.id_bytes))
+        sent = self.width(rank) * itemsize + self.ids_width(rank) * self.id_bytes
+        result.add(wire.VOCABULARY_PARTIAL, rest * sent)
+        if backward and self.backward:
+            result.add(wire.VOCABULARY_GRADIENTS, mine * itemsize * (self.total_width - self.width(rank)))
+            if self.backward_x:
+                result.add(wire.VOCABULARY_TERMS, own * rest * self.dim * itemsize)
+
+
+@dataclass(frozen=True)
 class Layout:
     """All that crosses, in one program.
 
@@ -319,6 +420,7 @@ class Layout:
     shared_columns: tuple[int, ...] = ()
     dense_elements: int = 0
     exchanges: tuple[Exchange, ...] = ()
+    vocabularies: tuple[Vocabulary, ...] = ()
 
     @cached_property
     def enter_widths(self) -> list[int]:
@@ -343,9 +445,10 @@ class Layout:
     @cached_property
     def kinds(self) -> dict[int, int]:
         """One rank of each kind, and how many there are: ranks of a kind send the same where all have as many rows."""
-        kinds: dict[tuple[float, ...], list[int]] = {}
+        kinds: dict[tuple[Any, ...], list[int]] = {}
         for r, widths in enumerate(zip(self.enter_widths, self.exit_widths, self.fetch_loads, strict=True)):
-            kinds.setdefault(widths, []).append(r)
+            sent = tuple((v.width(r), v.ids_width(r)) for v in self.vocabularies)
+            kinds.setdefault((*widths, *sent), []).append(r)
         return {ranks[0]: len(ranks) for ranks in kinds.values()}
 
     @cached_property
@@ -404,6 +507,8 @@ class Layout:
             result.add(wire.EXIT, itemsize * values[rank] * rest)
         for channels in self.norm_channels:
             result.add(wire.NORM_FORWARD, (n - 1) * (2 * channels + 1) * itemsize)
+        for v in self.vocabularies:
+            v.add(result, rank, rows, itemsize, backward=backward)
         if self.fetches:
             self._predict_fetches(result, itemsize, backward, self.expected(rank, rows) if unique is None else unique)
         for e in self.exchanges:

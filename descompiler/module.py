@@ -202,6 +202,7 @@ class DistributedModule(nn.Module):
             # by every name: a tied parameter has several
             ignored = [n for n, p in self.named_parameters(remove_duplicate=False) if id(p) in left_out]
             ignored += [n for n, _ in self.named_buffers(remove_duplicate=False)]
+            ignored += [f".{n}" for n in ignored if "." not in n]  # how it names the outermost module's own ones
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(core, ignored)
             ddp = DistributedDataParallel(core, process_group=self._reducer_group(), init_sync=False)
             # a lambda has no annotations, which register_comm_hook would compare with types, not names

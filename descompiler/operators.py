@@ -15,6 +15,7 @@ from descompiler.coupling import GLOBAL, coupled_nodes, scope_of
 from descompiler.errors import UnsupportedError
 from descompiler.program import Program, aten, rowwise, shape_of, signature, tail, user_line, where
 from descompiler.runtime import bag
+from descompiler.vocabulary import Request, vocabulary
 
 if TYPE_CHECKING:
     from descompiler.form import Form
@@ -32,15 +33,47 @@ class Lookup:
 
 
 @dataclass(frozen=True)
+class Output:
+    """One product with a table: ``node = vocabulary(x, table, bias, first, size, requests)``."""
+
+    node: fx.Node
+
+    @property
+    def x(self) -> fx.Node:
+        return self.node.args[0]  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> fx.Node | None:
+        return self.node.args[2]  # type: ignore[return-value]
+
+    @property
+    def first(self) -> int:
+        return int(self.node.args[3])  # type: ignore[arg-type]
+
+    @property
+    def size(self) -> int:
+        return int(self.node.args[4])  # type: ignore[arg-type]
+
+    @property
+    def requests(self) -> Sequence[Request]:
+        return self.node.args[5]  # type: ignore[return-value]
+
+    def __str__(self) -> str:
+        return ", ".join(str(r[0]) for r in self.requests)
+
+
+@dataclass(frozen=True)
 class Operator:
     """A table and all that the graph does with it.
 
     Attributes
     ----------
+    outputs : tuple of Output
+        Products with it: an output layer, full scores.
     starts : tuple of int or None
         First row of each field, if ids are ``x + offsets``.
     other_uses : tuple of torch.fx.Node
-        Nodes that use the table otherwise than by lookup.
+        Nodes that use the table otherwise.
     computed_ids : bool
         Whether ids of a lookup are computed from another lookup of a table.
     coupled_ids : bool
@@ -63,6 +96,7 @@ class Operator:
     starts: tuple[int, ...] | None
     line: str = ""
     trained: bool = True
+    outputs: tuple[Output, ...] = ()
     other_uses: tuple[fx.Node, ...] = ()
     computed_ids: bool = False
     coupled_ids: bool = False
@@ -81,7 +115,7 @@ class Operator:
     @property
     def uniform(self) -> bool:
         """Whether all lookups have the same padding row and kind of gradient."""
-        return len({(x.padding_idx, x.sparse) for x in self.lookups}) == 1
+        return len({(x.padding_idx, x.sparse) for x in self.lookups}) <= 1
 
     @property
     def ids(self) -> int:
@@ -95,7 +129,7 @@ class Operator:
 
 
 def find_operators(program: Program, forms: Sequence[Form] | None = None) -> list[Operator]:
-    """All tables that the program looks up, in the order of the model's parameters.
+    """All tables that the program looks up or takes products with, in the order of the model's parameters.
 
     Parameters
     ----------
@@ -112,6 +146,7 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
 
     forms = FORMS if forms is None else forms
     found: dict[str, list[Lookup]] = {}
+    products: dict[str, list[Output]] = {}
     uses: dict[str, list[fx.Node]] = {}
     for node in program.graph.nodes:
         if node.target is aten.embedding_renorm_.default:
@@ -127,6 +162,9 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
                     "rank's batch; leave it out, or scale the loss"
                 )
             found.setdefault(name, []).append(lookup)
+        own_rows = scope_of(node).kind != GLOBAL  # what every rank repeats on the global batch needs the whole table
+        if node.target is vocabulary and own_rows and (name := program.parameter(node.args[1])) is not None:
+            products.setdefault(name, []).append(Output(node))
         for n in node.all_input_nodes:
             if (name := program.parameter(n)) is not None:
                 uses.setdefault(name, []).append(node)
@@ -134,21 +172,24 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
     depends = _depending(program, {x.node for xs in found.values() for x in xs})
     coupled = coupled_nodes(program)
     result = []
-    for name in sorted(found, key=lambda n: order[n]):
-        lookups, parameter = tuple(found[name]), program.parameters[name]
-        nodes = {x.node for x in lookups}
+    for name in sorted({*found, *products}, key=lambda n: order[n]):
+        lookups, outputs = tuple(found.get(name, ())), tuple(products.get(name, ()))
+        parameter = program.parameters[name]
+        nodes = [x.node for x in lookups] + [x.node for x in outputs]
+        others = tuple(u for u in uses[name] if u not in nodes)
         operator = Operator(
             name=name,
             rows=parameter.shape[0],
             dim=parameter.shape[1],
             dtype=parameter.dtype,
             lookups=lookups,
-            padding_idx=lookups[0].padding_idx,
-            sparse=lookups[0].sparse,
+            padding_idx=lookups[0].padding_idx if lookups else -1,
+            sparse=bool(lookups) and lookups[0].sparse and not outputs,  # a product's gradient is dense
             starts=_starts(program, lookups),
-            line=user_line(lookups[0].node),
+            line=user_line(nodes[0]),
             trained=parameter.requires_grad,
-            other_uses=tuple(u for u in uses[name] if u not in nodes),
+            outputs=outputs,
+            other_uses=others,
             computed_ids=any(x.ids in depends for x in lookups),
             coupled_ids=any(x.ids in coupled for x in lookups),
             coupled=any(scope_of(x.node).kind == GLOBAL for x in lookups),

@@ -15,7 +15,7 @@ import sympy
 from descompiler.cluster import Cluster
 from descompiler.cost_models import baselines
 from descompiler.cost_models.baselines import Priced, TableUse
-from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
+from descompiler.cost_models.exchange import IDS_IN, OUTPUTS, VALUES_OUT_AND_BACK
 from descompiler.cost_models.symbols import N, b, i, s
 from descompiler.errors import PlanError
 from descompiler.form import Split, form_named
@@ -42,6 +42,8 @@ class Table:
         Operators that take its rows.
     refusals : dict of str to str
         Forms that it can't take, and why.
+    outputs : tuple of str
+        What is asked of each product with it.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Table:
     uses: tuple[str, ...]
     refusals: Mapping[str, str]
     line: str
+    outputs: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -66,12 +69,15 @@ class Crossing:
 
     Attributes
     ----------
-    kind : {"ids", "values"}
-        Ids into the region; values out of it, whose gradients come back.
+    kind : {"ids", "values", "product"}
+        Ids into the region; values out of it, whose gradients come back; rows to the owners of a table that they are
+        multiplied with, and results back.
     width : int
         Ids, or elements, per row of the batch, over all ranks that receive, or send, them.
     tables : tuple of str
         Which tables read the ids, or are in the values.
+    ids : int
+        Ids per row of the batch that a product sends, besides the elements.
     """
 
     kind: str
@@ -80,11 +86,19 @@ class Crossing:
     width: int
     tables: tuple[str, ...]
     line: str
+    ids: int = 0
 
     @property
     def formula(self) -> sympy.Expr:
         """Bytes per rank and step, the mean over ranks."""
-        return IDS_IN if self.kind == "ids" else VALUES_OUT_AND_BACK
+        return {"ids": IDS_IN, "values": VALUES_OUT_AND_BACK, "product": OUTPUTS}[self.kind]
+
+    @property
+    def symbols(self) -> dict[str, int]:
+        """The formula's symbols that are this crossing's own."""
+        return {"ids": {"L": self.width}, "values": {"w": self.width}, "product": {"w": self.width, "L": self.ids}}[
+            self.kind
+        ]
 
 
 @dataclass
@@ -175,8 +189,10 @@ class Plan:
         tables = [
             TableUse(t.rows, t.dim, t.ids, t.vectors, ids.unique(t.name, each), ids.unique(t.name, each * self.ranks))
             for t in self.tables
+            if not t.outputs  # of those that are multiplied with, every row is used
         ]
         dense = sum(prod(p.shape) for n, p in self.pieces.items() if n not in self.splits)
+        dense += sum(t.rows * t.dim for t in self.tables if t.outputs)
         return baselines.price(
             tables,
             dense,
@@ -315,7 +331,9 @@ class Plan:
             lines.append(
                 f"{t.name}  [{t.rows:,} x {t.dim}]  {t.size_bytes:,} B, {t.ids} ids a row, {t.line}".rstrip(", ")
             )
-            lines.append(f"  used by {', '.join(t.uses)}")
+            if t.uses:
+                lines.append(f"  used by {', '.join(t.uses)}")
+            lines += [f"  multiplied with, for {output}" for output in t.outputs]
             lines += [f"  {text}" for text in self._reasons(t)]
         for name, p in self.pieces.items():
             if name not in self.splits and not p.is_replicated:
@@ -323,9 +341,13 @@ class Plan:
         lines.append("what crosses the wire:" if self.crossings else "nothing enters or leaves a region")
         for number, c in enumerate(self.crossings, 1):
             lines.append(f"  [{number}] {c.kind} {c.name}  {c.placement}  {c.line}".rstrip())
-            name = "L" if c.kind == "ids" else "w"
-            size = self.bytes_of(c.formula, **{name: c.width})
-            lines.append(f"      {c.formula} = {size:,} B with {name}={c.width}; for {_some(c.tables)}")
+            size = self.bytes_of(c.formula, **c.symbols)
+            values = ", ".join(f"{name}={value}" for name, value in c.symbols.items())
+            lines.append(f"      {c.formula} = {size:,} B with {values}; for {_some(c.tables)}")
+            if c.kind == "product" and "logits" in c.name:
+                lines.append(
+                    "      the full logits cross: compute the loss, or topk, in forward to leave them with the owners"
+                )
         lines.append("bytes sent by rank 0 per step:")
         lines.append(str(self.traffic(0)))
         return "\n".join(lines)

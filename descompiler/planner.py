@@ -15,6 +15,7 @@ from descompiler.errors import PlanError
 from descompiler.form import Choice, Split, split_as
 from descompiler.layout import Layout
 from descompiler.operators import Operator
+from descompiler.outputs import bias_pieces, outputs_in_order
 from descompiler.passes import FORMS as ALL_FORMS
 from descompiler.pieces import Pieces
 from descompiler.plan import Crossing, Plan, Table
@@ -75,6 +76,7 @@ def try_splits(
     candidates = place(program, operators, splits, rules, w.ranks)
     cut = minimum_cut(program, candidates, w)
     pieces = parameter_pieces(program, splits, candidates, cut, w.ranks)
+    pieces.update(bias_pieces(program, operators, splits))
     layout = layout_of(program, operators, splits, pieces, candidates, cut, w.ranks)
     rows = [w.rows] * w.ranks
     price = max(layout.predict(r, rows, w.itemsize).total for r in layout.kinds)
@@ -201,7 +203,8 @@ def choose(
     fixed = {name: forms[0] for name, forms in allowed.items() if len(forms) == 1}
     classes: dict[object, list[Operator]] = {}
     for o in operators:
-        key = fixed.get(o.name) or (o.dim, o.forms, o.starts is None, tuple(x.mode for x in o.lookups), o.sparse)
+        uses = (tuple(x.mode for x in o.lookups), tuple(map(str, o.outputs)))
+        key = fixed.get(o.name) or (o.dim, o.forms, o.starts is None, uses, o.sparse)
         classes.setdefault(key, []).append(o)
     cache: dict[tuple[tuple[str, str], ...], Trial] = {}
 
@@ -255,7 +258,9 @@ def _table(o: Operator) -> Table:
     uses = sorted({target_name(u) for x in o.lookups for u in x.node.users})
     ids = sum(prod(tail(x.ids)) for x in o.lookups)
     vectors = sum(1 if x.mode else prod(tail(x.ids)) for x in o.lookups)
-    return Table(o.name, o.rows, o.dim, o.dtype.itemsize, ids, vectors, o.sparse, tuple(uses), dict(o.refusals), o.line)
+    outputs = tuple(str(x) for x in o.outputs)
+    size = o.dtype.itemsize
+    return Table(o.name, o.rows, o.dim, size, ids, vectors, o.sparse, tuple(uses), dict(o.refusals), o.line, outputs)
 
 
 def _crossings(program: Program, operators: Sequence[Operator], best: Trial) -> list[Crossing]:
@@ -276,6 +281,9 @@ def _crossings(program: Program, operators: Sequence[Operator], best: Trial) -> 
         result.append(
             Crossing("values", target_name(node), placement, width, tuple(sorted(sources[node])), user_line(node))
         )
+    products = outputs_in_order(program, operators, best.splits)
+    for (node, (o, output)), v in zip(products.items(), best.layout.vocabularies, strict=True):
+        result.append(Crossing("product", str(output), "Shard(0)", v.elements, (o.name,), user_line(node), v.ids))
     return result
 
 

@@ -27,6 +27,7 @@ from descompiler.errors import InputError, RankError
 from descompiler.layout import Check, Counts, Exit, Layout
 from descompiler.rows import Rows
 from descompiler.traffic import Traffic
+from descompiler.vocabulary import vocabulary_on_ranks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Lookups
@@ -284,6 +285,12 @@ class Runtime:
         ``weights`` are replicated weights that only other ranks use: they get zero gradients here, for the reducer.
         """
         return _Anchor.apply(torch.zeros((), dtype=self.wire_dtype, device=self.device, requires_grad=True), *weights)
+
+    def vocabulary(
+        self, number: int, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """What is asked of a product with a table whose rows are divided: ``layout.vocabularies[number]``."""
+        return vocabulary_on_ranks(self, self.layout.vocabularies[number], x, weight, bias, ids)
 
     def batch_norm(
         self,

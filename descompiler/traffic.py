@@ -68,6 +68,10 @@ GATHER_BACK = "all_to_all (gathered gradients)"
 SHARED_ROWS = "all_reduce (shared rows)"
 NORM_FORWARD = "all_gather (batch norm, forward)"
 NORM_BACKWARD = "all_reduce (batch norm, backward)"
+VOCABULARY_ROWS = "all_to_all (vocabulary, rows to owners)"
+VOCABULARY_PARTIAL = "all_to_all (vocabulary, partial results)"
+VOCABULARY_GRADIENTS = "all_to_all (vocabulary, their gradients)"
+VOCABULARY_TERMS = "all_to_all (vocabulary, gradients of rows)"
 DENSE_GRADIENTS = "all_reduce (dense gradients)"
 COUPLING = {
     "gather": "all_gather (batch-coupled values)",

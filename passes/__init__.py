@@ -12,6 +12,7 @@ from descompiler.passes.form_row import Row
 from descompiler.passes.functionalise import Functionalise
 from descompiler.passes.merge_duplicates import MergeDuplicates
 from descompiler.passes.recognise_bags import RecogniseBags
+from descompiler.passes.recognise_outputs import RecogniseOutputs
 from descompiler.passes.remove_noops import RemoveNoops
 from descompiler.passes.rule_concatenate import Concatenate
 from descompiler.passes.rule_elementwise import Binary, Unary
@@ -29,6 +30,7 @@ NORMALISE: tuple[Pass, ...] = (
     RemoveNoops(),
     RecogniseBags(),
     MergeDuplicates(),
+    RecogniseOutputs(),
 )
 """From a captured program to its normal form."""
 

@@ -12,7 +12,7 @@ import sympy
 from torch import Tensor, fx
 
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
-from descompiler.form import Choice, LookupPart, Split, all_columns, any_row, not_in_region
+from descompiler.form import Choice, LookupPart, Split, all_columns, any_row, not_in_region, whole_rows
 from descompiler.layout import Check
 from descompiler.operators import Lookup, Operator
 from descompiler.pieces import Pieces, even_sizes
@@ -26,7 +26,7 @@ class Column:
     name: str = "column"
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
-        return not_in_region(program, operator)
+        return not_in_region(program, operator) or whole_rows(operator)
 
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
         return Split(self.name, Pieces.by_sizes(operator.shape, 1, even_sizes(operator.dim, ranks), ranks))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
-from descompiler.form import Choice, LookupPart, Split, all_columns, any_row, not_in_region
+from descompiler.form import Choice, LookupPart, Split, all_columns, any_row, not_in_region, whole_rows
 from descompiler.layout import Check
 from descompiler.operators import Lookup, Operator
 from descompiler.pieces import Pieces, Range
@@ -28,7 +28,7 @@ class Field:
     name: str = "field"
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
-        return not_in_region(program, operator)
+        return not_in_region(program, operator) or whole_rows(operator)
 
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
         if operator.starts is None or choice.field_owners is None:

@@ -24,6 +24,8 @@ class Gather(OwnRows):
     name: str = "gather"
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
+        if operator.outputs:
+            return "products with it have gradients of every row"
         return not_fetched(operator) if operator.trained else "it is not trained: no gradient is exchanged"
 
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:

@@ -3,7 +3,7 @@
 Contiguous ranges of rows to ranks, as in form row, but each rank looks up its own rows of the batch: it asks each
 owner for its unique ids once, and returns each row's summed gradient once (a synchronous parameter server that
 deduplicates). The result is local, so any operator may follow, also one that no rule keeps in a region, and ids may be
-computed from other lookups.
+computed from other lookups. Products with the table are computed by the owners of its rows (`descompiler.outputs`).
 """
 
 from __future__ import annotations

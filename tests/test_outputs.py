@@ -1,0 +1,119 @@
+"""Products with a table and what is asked of the logits: which are recognised, and that they train as the original."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from descompiler.capture import capture
+from descompiler.passes import NORMALISE
+from descompiler.probe import blueprint
+from descompiler.verify import _work, on_ranks
+
+ITEMS, DIM, LENGTH, ROWS = 37, 4, 5, 6
+
+
+class Model(nn.Module):
+    """A history encoded by its mean, and a product with the item table; ``HEADS[name](model, h, s, y, t)`` is the rest.
+
+    h [b, k] and s [b, L, k] are encoded histories, y [b] targets, t [b, L] targets of each position.
+    """
+
+    def __init__(self, name):
+        super().__init__()
+        self.items = nn.Embedding(ITEMS, DIM, padding_idx=0)
+        self.encoder = nn.Linear(DIM, DIM)
+        self.out = nn.Linear(DIM, 1030)
+        self.bias = nn.Parameter(torch.randn(ITEMS))
+        self.name = name
+
+    def forward(self, t, y):
+        s = torch.tanh(self.encoder(self.items(t)))
+        return HEADS[self.name][0](self, s.mean(1), s, y, t)
+
+
+def make_inputs(rows=ROWS):
+    g = torch.Generator().manual_seed(0)
+    t = torch.randint(ITEMS, (rows, LENGTH), generator=g)
+    t[0, :2] = 0
+    return t, torch.randint(1, ITEMS, (rows,), generator=g)
+
+
+def scores(m, x):
+    return torch.matmul(x, m.items.weight.transpose(0, 1))
+
+
+HEADS = {
+    # the head, and what the pass has to note
+    "cross entropy": (
+        lambda m, h, s, y, t: F.cross_entropy(scores(m, h), y, reduction="none"),
+        "log_sum_exp, select",
+    ),
+    "every position, smoothed, padding ignored": (
+        lambda m, h, s, y, t: F.cross_entropy(
+            (s @ m.items.weight.t()).view(-1, ITEMS), t.view(-1), ignore_index=0, label_smoothing=0.1, reduction="none"
+        ).view(-1, LENGTH),
+        "log_sum_exp, select, total",
+    ),
+    "an output layer of its own": (
+        lambda m, h, s, y, t: F.nll_loss(F.log_softmax(m.out(h), 1), y, reduction="none"),
+        "out.weight: log_sum_exp, select",
+    ),
+    "temperature and item bias": (
+        lambda m, h, s, y, t: -F.log_softmax(F.linear(h, m.items.weight) / 0.2 + m.bias, -1).gather(1, y.unsqueeze(1)),
+        "log_sum_exp, select",
+    ),
+    "probability of some items": (
+        lambda m, h, s, y, t: torch.softmax(scores(m, h), -1).gather(1, t),
+        "log_sum_exp, select",
+    ),
+    "candidates": (lambda m, h, s, y, t: scores(m, h).gather(-1, t), ": select"),
+    "target": (
+        lambda m, h, s, y, t: scores(m, h)[torch.arange(y.shape[0]), y],
+        ": select",
+    ),
+    "log-sum-exp": (
+        lambda m, h, s, y, t: torch.logsumexp(torch.einsum("blk,vk->blv", s, m.items.weight), -1),
+        "log_sum_exp",
+    ),
+    "top-k without padding": (lambda m, h, s, y, t: tuple(torch.topk(h @ m.items.weight[1:].T, 7)), ": top"),
+    "best": (lambda m, h, s, y, t: scores(m, h)[:, 1:].max(1), ": max"),
+    "full scores": (lambda m, h, s, y, t: scores(m, h), ": logits"),
+    "scores squashed": (lambda m, h, s, y, t: torch.sigmoid(scores(m, h)).sum(1), ": logits"),
+    "a small layer": (lambda m, h, s, y, t: F.log_softmax(m.encoder(h), 1).gather(1, y.unsqueeze(1) % DIM), None),
+    "loss and scores": (
+        lambda m, h, s, y, t: [(x := scores(m, h)), F.cross_entropy(x, y, reduction="none")],
+        ": logits",
+    ),
+}
+
+
+def notes_of(name):
+    torch.manual_seed(0)
+    program, _ = capture(blueprint(Model(name)), make_inputs(), passes=NORMALISE)
+    return [n for n in program.journal if n.startswith("recognise_outputs")]
+
+
+@pytest.mark.parametrize("name", [n for n in HEADS if HEADS[n][1]])
+def test_what_is_asked_of_the_logits(name):
+    """Capture accepts the rewritten graph only if it reproduces outputs and gradients."""
+    (note,), expected = notes_of(name), HEADS[name][1]
+    assert note.split("with ")[1].endswith(expected) or f"{expected}, for" in note
+
+
+def test_small_layers_are_left_alone():
+    assert not notes_of("a small layer")
+
+
+def _every_head(rank, ranks):
+    reports = {}
+    for name in HEADS:
+        torch.manual_seed(0)
+        plans = [{"*": "row"}, {"*": "pull"}, {"*": "replicate"}]
+        reports[name] = _work(rank, ranks, Model(name).double(), (make_inputs(), {}), 3, plans, ["adagrad"], "cpu")
+    return reports
+
+
+def test_every_head_trains_as_the_original():
+    for reports in on_ranks(_every_head, 2):
+        assert all(r.cases == 3 for r in reports.values()) and len(reports) == len(HEADS)
