@@ -35,6 +35,8 @@ SIZES_BYTES = (1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 """What a rank sends, by default."""
 BUSY_S = 4e-3
 """Each call comes after so much computation, as in a training step."""
+MATRIX = 512
+"""Rows and columns of the matrices whose product measures floating point operations."""
 MIN_BYTES_PER_S_INVERSE = 1e-13
 """Seconds a byte, at least: 10 TB/s is faster than any link; a fit of small messages may find no bandwidth at all."""
 
@@ -50,7 +52,7 @@ def calibrate(
     path: str | Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Cluster:
-    """Measure latency and bandwidth of each collective, and fit a cluster's numbers.
+    """Measure latency and bandwidth of each collective, and the rate of matrix products; fit a cluster's numbers.
 
     Collective: every rank calls it with the same arguments, and gets rank 0's result. Under torchrun it initialises the
     process group if there is none. A command line needs only torchrun, or its environment variables, and
@@ -91,6 +93,8 @@ def calibrate(
     device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
     hosts: list[Any] = [None] * ranks
     dist.all_gather_object(hosts, socket.gethostname(), group=group)
+    flops: list[Any] = [None] * ranks
+    dist.all_gather_object(flops, _flops_per_s(device), group=group)
     links, measured = {}, {}
     for collective in COLLECTIVES:
         progress(f"measuring {collective} on {ranks} ranks")
@@ -119,9 +123,12 @@ def calibrate(
         max(hosts.count(h) for h in hosts),
         {"inter": links},
         memory_bytes,
-        None,
+        min(flops),
         backend,
-        {"memory_bytes": "given" if memory_bytes else "unknown"},
+        {
+            "memory_bytes": "given" if memory_bytes else "unknown",
+            "flops_per_s": f"measured: products of {MATRIX} x {MATRIX} float32 matrices, the slowest rank",
+        },
         {
             "hosts": len(set(hosts)),
             "backend": backend,
@@ -157,6 +164,18 @@ def fit(sent_bytes: Sequence[float], seconds: Sequence[float]) -> tuple[float, f
         column = rows[:, 0]
         latency, per_byte = float(column.sum() / (column @ column)), MIN_BYTES_PER_S_INVERSE
     return latency, per_byte
+
+
+def _flops_per_s(device: torch.device) -> float:
+    """Of matrix products, the median of five."""
+    matrix, times = torch.ones(MATRIX, MATRIX, device=device), []
+    for _ in range(6):
+        begin = time.perf_counter()
+        torch.mm(matrix, matrix)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return 2 * MATRIX**3 / statistics.median(times[1:])
 
 
 def monotone(values: Sequence[float]) -> list[float]:

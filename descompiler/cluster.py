@@ -175,6 +175,12 @@ class Cluster:
             )
         )
 
+    @property
+    def flops_per_byte(self) -> float | None:
+        """Operations that take as long as sending a byte by all-to-all between nodes; None if it is not known."""
+        link = self.links.get("inter" if self.nodes > 1 or "intra" not in self.links else "intra", {})
+        return None if self.flops_per_s is None or not link else self.flops_per_s / link["all_to_all"].bytes_per_s
+
     def with_ranks(self, ranks: int, ranks_per_node: int | None = None) -> Cluster:
         """The same machines, another number of them; curves, which are of one number of ranks, are left out."""
         links = self.links

@@ -11,6 +11,7 @@ import descompiler as des
 from descompiler.calibrate import fit
 from descompiler.cluster import COLLECTIVES
 from descompiler.examples import MODELS, make_inputs
+from descompiler.passes import FORMS
 from descompiler.verify import on_ranks
 
 
@@ -54,6 +55,7 @@ def test_calibrate_and_audit(tmp_path):
     for of in made["collectives"].values():
         assert all(t > 0 for t in of["median_s"]) and 0 <= of["median_relative_error"] <= of["largest_relative_error"]
     assert first.seconds_of("all_to_all", 10**6) > 0
+    assert 1e7 < first.flops_per_s < 1e14 and first.flops_per_byte > 0
 
     assert audit == other and same and clock is None
     assert audit.steps == 3 and not audit.mismatches
@@ -82,3 +84,23 @@ def test_what_is_refused():
         des.calibrate()
     with pytest.raises(des.InputError, match="one rank makes none"):
         des.audit(des.compile(MODELS["fm"]("fields"), make_inputs("fm", "fields", 8)), [])
+
+
+def _every_form(rank, ranks):
+    cluster, mismatches = des.Cluster.builtin("ethernet-10g", ranks=ranks), {}
+    inputs = make_inputs("deepfm", "fields", 8)
+    batches = [tuple(x[: 8 - rank - step] for x in inputs) for step in range(2)]
+    for form in FORMS:
+        for sparse in (False, True):
+            module = des.compile(MODELS["deepfm"]("fields", sparse=sparse), inputs, plan={"*": form.name})
+            audit = des.audit(module, batches, cluster=cluster, warm_up=1)
+            assert all(x.measured_s > 0 for x in audit.collectives), "each collective goes through the clock"
+            mismatches[form.name, sparse] = audit.mismatches
+    return mismatches
+
+
+@pytest.mark.slow
+def test_every_form_runs_under_the_clock_and_sends_what_is_predicted():
+    """Collectives that are waited for one by one, those of the reducer too, never wait for ever."""
+    for mismatches in on_ranks(_every_form, 2):
+        assert len(mismatches) == 2 * len(FORMS) and not any(mismatches.values())

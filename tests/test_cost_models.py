@@ -198,11 +198,13 @@ def test_crossovers_in_closed_form():
     (x,) = crossovers(("all-to-all", ALL_TO_ALL), ("partial sums", PARTIAL), N, NUMBERS)
     assert sympy.simplify(x.threshold - L * k / w) == 0 and (x.first, x.second) == ("all-to-all", "partial sums")
     assert x.start == 25 and "from 25 ranks" in str(x)
-    (y,) = crossovers(("replicate", REPLICATE), ("pull", PULL), V, {U: 4000, k: 16, s: 4, i: 4})
+    (y,) = crossovers(("replicate", REPLICATE), ("pull", PULL), V, {U: 4000, k: 16, s: 4, i: 4, N: 8})
     assert y.first == "pull" and y.value == pytest.approx(4000 * 132 / 128)
     assert crossovers(("pull", PULL), ("pull", PULL), N, NUMBERS) == []
     with pytest.raises(ValueError, match="solve for"):
         crossovers(("pull", PULL), ("replicate", REPLICATE), V, {V: 3})
+    with pytest.raises(ValueError, match="numbers of N, U, i, k"):
+        crossovers(("pull", PULL), ("replicate", REPLICATE), V, {s: 4})
 
 
 @pytest.mark.parametrize("pair", list(itertools.combinations(FORMS, 2)))
