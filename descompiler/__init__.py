@@ -14,7 +14,7 @@ from descompiler.errors import (
     UnsupportedError,
 )
 from descompiler.inputs import register_input
-from descompiler.module import DistributedModule
+from descompiler.module import DistributedModule, module_of
 from descompiler.plan import Plan
 from descompiler.state import full_state_dict, load_full_state_dict
 from descompiler.traffic import Traffic
@@ -41,6 +41,7 @@ __all__ = [
     "compile",
     "full_state_dict",
     "load_full_state_dict",
+    "module_of",
     "plan",
     "register_input",
     "verify",

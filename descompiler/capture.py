@@ -20,7 +20,17 @@ from descompiler.coupling import classify
 from descompiler.double import InDouble
 from descompiler.errors import CaptureError, DescompilerError, InputError, UnsupportedError
 from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics
-from descompiler.probe import Flat, at_least_two_rows, double_all, materialise, move_parameters, other_batch, run_eager
+from descompiler.probe import (
+    CALL,
+    Flat,
+    at_least_two_rows,
+    double_all,
+    materialise,
+    method_of,
+    move_parameters,
+    other_batch,
+    run_eager,
+)
 from descompiler.program import Failure, Pass, Program, run_passes
 from descompiler.tracers import RUNGS
 
@@ -52,6 +62,7 @@ def capture(
     *,
     training: dict[str, bool] | None = None,
     passes: tuple[Pass, ...] = (),
+    method: str = CALL,
 ) -> tuple[Program, Signature]:
     """Capture a module (a `blueprint`) as a program.
 
@@ -65,6 +76,8 @@ def capture(
         The ``training`` flag of each module by name; the template's own if not given.
     passes : tuple of Pass, optional
         Applied to the graph before it has to reproduce the module.
+    method : str
+        What is called; by default the module itself.
 
     Returns
     -------
@@ -79,7 +92,7 @@ def capture(
     InputError
         If the example inputs can't be run.
     """
-    leaves, spec = flatten(normalise_inputs(example_inputs, template.forward))
+    leaves, spec = flatten(normalise_inputs(example_inputs, method_of(template, method)))
     tensors, statics = split_statics(leaves)
     tensors = at_least_two_rows(tensors)
     device = tensors[0].device
@@ -88,7 +101,7 @@ def capture(
         model = materialise(template, device, double=double)
         for name, module in model.named_modules():
             module.training = module.training if training is None else training[name]
-        result = Flat(model, spec, statics)
+        result = Flat(model, spec, statics, method)
         result.training = model.training
         return result
 

@@ -18,17 +18,17 @@ from descompiler.aggregate import Candidates, Cut, Weights, minimum_cut, place
 from descompiler.capture import capture
 from descompiler.coverage import Coverage, coverage_of
 from descompiler.emit import Emitted, emit
-from descompiler.errors import CaptureError, PlanError, RankError
+from descompiler.errors import CaptureError, InputError, PlanError, RankError
 from descompiler.form import Split, split_as
 from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics
-from descompiler.module import DeferredModule, DistributedModule, PartialModule
+from descompiler.module import DeferredModule, DistributedModule, PartialModule, install
 from descompiler.operators import Operator, find_operators
 from descompiler.outputs import bias_pieces
 from descompiler.partial import Survey, coverage_partial, plan_partial, survey
 from descompiler.passes import NORMALISE, RULES
 from descompiler.plan import NO_OPERATORS, Plan
 from descompiler.planner import Forbidden, Terms, choose
-from descompiler.probe import blueprint
+from descompiler.probe import CALL, blueprint, method_of
 from descompiler.program import Failure, Program
 from descompiler.runtime import Runtime
 from descompiler.state import reset_pieces, send_buffers, send_from_first
@@ -48,7 +48,9 @@ def compile(
     batch: int | None = None,
     seed: int | None = None,
     forbid: Forbidden | None = None,
-) -> DistributedModule:
+    method: str = CALL,
+    in_place: bool = False,
+) -> Any:
     """Compile a model into this rank's part of an equivalent distributed module.
 
     Collective: every rank calls it with the same model. Under torchrun it initialises the process group if there is
@@ -78,10 +80,15 @@ def compile(
         For a meta-device model; rank 0's ``torch.initial_seed()`` by default.
     forbid : mapping of str to str or sequence of str, optional
         Forms that tables must not take, by name or pattern: ``{"*": ["replicate"]}``.
+    method : str
+        What is compiled: by default a call of the model (its forward), or a method of it such as "calculate_loss".
+    in_place : bool
+        Return the user's own object: of its class, with its other methods, with this rank's pieces in its parameters
+        and ``method`` (by default "forward") replaced by the compiled one. `module_of` gives its `DistributedModule`.
 
     Returns
     -------
-    DistributedModule
+    DistributedModule, or the model itself if ``in_place``
 
     Raises
     ------
@@ -89,11 +96,17 @@ def compile(
     """
     options = {"plan": plan, "process_group": process_group, "loss": loss, "batch": batch, "seed": seed}
     options["terms"] = Terms(forbid=forbid or {})
+    if in_place:
+        if example_inputs is None:
+            raise InputError("in_place=True needs example_inputs: optimisers have to see the pieces from the start")
+        method = "forward" if method == CALL else method  # calls of the model still run its hooks
+        module = distribute(model, lambda: Builder(blueprint(model), example_inputs, method), host=model, **options)
+        return install(model, module, method)
     if example_inputs is None:
         return DeferredModule(
-            model, lambda inputs: distribute(model, lambda: Builder(blueprint(model), inputs), **options)
+            model, lambda inputs: distribute(model, lambda: Builder(blueprint(model), inputs, method), **options)
         )
-    return distribute(model, lambda: Builder(blueprint(model), example_inputs), **options)
+    return distribute(model, lambda: Builder(blueprint(model), example_inputs, method), **options)
 
 
 def distribute(
@@ -106,8 +119,12 @@ def distribute(
     batch: Any,
     seed: Any,
     terms: Terms | None = None,
+    host: nn.Module | None = None,
 ) -> DistributedModule:
-    """`compile`, given what captures the model: one builder serves many compilations of one architecture."""
+    """`compile`, given what captures the model: one builder serves many compilations of one architecture.
+
+    ``host``: the model whose parameters become pieces, in place.
+    """
     if loss not in LOSSES:
         raise PlanError(f"loss={loss!r}; it is one of {', '.join(LOSSES)}")
     group, rank, ranks = _process_group(process_group)
@@ -124,7 +141,7 @@ def distribute(
     build, program, signature, operators = found.build, found.program, found.signature, found.operators
     rows = _broadcast(batch or build.rows, group, ranks)  # ranks may have examples of different sizes
     if not _all(program is not None, group, ranks):
-        return _distribute_in_part(model, found, group, rank, ranks, plan, loss, rows, seed)
+        return _distribute_in_part(model, found, group, rank, ranks, plan, loss, rows, seed, host)
     assert program is not None and signature is not None
     w = Weights(ranks, rows, max((o.dtype.itemsize for o in operators), default=4))
     chosen = _everywhere(lambda: _follow_or_choose(program, operators, w, plan, terms), group, ranks)
@@ -139,7 +156,7 @@ def distribute(
         return build.emit(chosen, training, rank)
 
     runtime = Runtime(group, rank, ranks, loss)
-    return DistributedModule(build.template, chosen, signature, runtime, program_for, values, buffers, coverage)
+    return DistributedModule(build.template, chosen, signature, runtime, program_for, values, buffers, coverage, host)
 
 
 @dataclass
@@ -154,7 +171,16 @@ class Found:
 
 
 def _distribute_in_part(
-    model: nn.Module, found: Found, group: Any, rank: int, ranks: int, plan: Any, loss: str, rows: int, seed: Any
+    model: nn.Module,
+    found: Found,
+    group: Any,
+    rank: int,
+    ranks: int,
+    plan: Any,
+    loss: str,
+    rows: int,
+    seed: Any,
+    host: nn.Module | None,
 ) -> PartialModule:
     """The last rung of the ladder: the user's own forward runs on every rank."""
     build = found.build
@@ -162,7 +188,7 @@ def _distribute_in_part(
     def plan_of() -> tuple[Survey, Plan]:
         if isinstance(plan, Plan):
             raise PlanError("the model is captured in part; such plans can't be followed yet: pin forms by table")
-        seen = survey(build.template, build.example_inputs)
+        seen = survey(build.template, build.example_inputs, build.method)
         return seen, plan_partial(build.template, seen, ranks, rows, plan)
 
     seen, chosen = _everywhere(plan_of, group, ranks)
@@ -172,9 +198,12 @@ def _distribute_in_part(
     if seen.unchecked and rank == 0:
         warnings.warn(f"descompiler: rows of a batch were not checked for independence: {seen.unchecked}", stacklevel=4)
     values, buffers = _weights(model, build, chosen, seed, group, rank, ranks)
-    host = copy.deepcopy(build.template)
     runtime = Runtime(group, rank, ranks, loss)
-    return PartialModule(build.template, chosen, runtime, values, buffers, coverage, host, host, seen.outputs)
+    runs = copy.deepcopy(build.template) if host is None else host
+    call = runs if build.method == CALL else method_of(runs, build.method)
+    return PartialModule(
+        build.template, chosen, runtime, values, buffers, coverage, runs, call, seen.outputs, in_place=host is not None
+    )
 
 
 def _weights(
@@ -329,9 +358,9 @@ def _splits(operators: list[Operator], plan: Plan) -> dict[str, Split]:
 class Builder:
     """Programs of one model, by the training flags of its modules."""
 
-    def __init__(self, template: nn.Module, example_inputs: Any):
-        self.template, self.example_inputs = template, example_inputs
-        leaves, _ = split_statics(flatten(normalise_inputs(example_inputs, template.forward))[0])
+    def __init__(self, template: nn.Module, example_inputs: Any, method: str = CALL):
+        self.template, self.example_inputs, self.method = template, example_inputs, method
+        leaves, _ = split_statics(flatten(normalise_inputs(example_inputs, method_of(template, method)))[0])
         self.rows = max((x.shape[0] for x in leaves if x.dim()), default=1)
         self.device = leaves[0].device if leaves else torch.device("cpu")
         self._captured: dict[tuple[tuple[str, bool], ...], tuple[Program, Signature]] = {}
@@ -341,7 +370,9 @@ class Builder:
         flags = {n: m.training for n, m in self.template.named_modules()} if training is None else training
         key = tuple(flags.items())
         if key not in self._captured:
-            self._captured[key] = capture(self.template, self.example_inputs, training=flags, passes=NORMALISE)
+            self._captured[key] = capture(
+                self.template, self.example_inputs, training=flags, passes=NORMALISE, method=self.method
+            )
         return self._captured[key]
 
     def emit(self, plan: Plan, training: dict[str, bool], rank: int) -> Emitted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from descompiler import traffic as wire
 from descompiler.coverage import Coverage
+from descompiler.double import InDouble, is_double_meant
 from descompiler.emit import Emitted
 from descompiler.errors import InputError
 from descompiler.inputs import Signature, flatten, split_statics, unflatten_with
@@ -65,6 +67,8 @@ class DistributedModule(nn.Module):
         buffers: Mapping[str, Tensor],
         coverage: Coverage,
         host: nn.Module | None = None,
+        *,
+        in_place: bool = True,
     ):
         super().__init__()
         object.__setattr__(self, "plan", plan)
@@ -81,9 +85,19 @@ class DistributedModule(nn.Module):
             self._mirror(template, values, buffers)
         else:
             self._adopt(host, values, buffers)
+        self._in_place = in_place and host is not None
         for name, p in self.named_parameters():
             if not plan.pieces[name].is_replicated:
                 substitute(p, name, plan.pieces[name], self._keeper)
+        if self._in_place:
+            self._watch()
+
+    def _watch(self) -> None:
+        """Average the gradients of replicated parameters at the end of backward, whatever code used them."""
+        left_out = self.plan.sparse if self.predicts_traffic else set()  # an emitted program sums sparse ones itself
+        self._keeper.watch(
+            [p for n, p in self.named_parameters() if self.plan.pieces[n].is_replicated and n not in left_out]
+        )
 
     def _mirror(self, template: nn.Module, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """Bare modules with the original's names."""
@@ -129,6 +143,8 @@ class DistributedModule(nn.Module):
         """The original's forward on this rank's rows: outputs for them."""
         runtime = self._runtime
         runtime.traffic, runtime.unique, runtime.started = Traffic(), {}, False
+        self._keeper.begin()
+        self._same_flags()
         flags, grad = self._training_flags(), torch.is_grad_enabled()
         runtime.mode = 2 * sum(f << (i % 61) for i, f in enumerate(flags)) % (1 << 61) + grad
         runtime.mode_name = f"{'training' if self.training else 'evaluation'}, gradients {'on' if grad else 'off'}"
@@ -140,7 +156,8 @@ class DistributedModule(nn.Module):
             reference = next(self.parameters())
             runtime.device = reference.device
             runtime.wire_dtype = reference.dtype
-            outputs = self._reducer()(*tensors) if grad and emitted.layout.dense_elements else self._run(tensors)
+            reduced = grad and emitted.layout.dense_elements and not self._in_place
+            outputs = self._reducer()(*tensors) if reduced else self._run(tensors)
         except Exception as error:
             if runtime.started:
                 raise
@@ -148,7 +165,18 @@ class DistributedModule(nn.Module):
             text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             runtime.header(0, text)
             raise
-        return self._signature.unflatten(outputs)
+        return self._signature.unflatten(self._finishing(outputs) if self._in_place else outputs)
+
+    def _finishing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs, so that every rank's backward ends with the keeper's exchange."""
+        outputs = list(outputs)
+        if torch.is_grad_enabled() and self._runtime.ranks > 1:
+            # on every rank, also where an empty batch or a branch left an output without a gradient
+            floating = [i for i, x in enumerate(outputs) if x.is_floating_point()]
+            anchor = torch.zeros((), device=self._runtime.device, requires_grad=True)
+            for i, x in zip(floating, Finish.apply(self._keeper, anchor, *(outputs[i] for i in floating)), strict=True):
+                outputs[i] = x
+        return outputs
 
     def _run(self, tensors: Any) -> list[Tensor]:
         emitted = self._program()
@@ -172,6 +200,14 @@ class DistributedModule(nn.Module):
         if kept is None or kept.device != device:
             kept = self._constants[name] = emitted.constants[name].to(device)
         return kept
+
+    def _same_flags(self) -> None:
+        """This module and its host are one module under two names; users switch one of them to evaluation."""
+        host = vars(self)["_host"]
+        if self._in_place:
+            self.training = host.training
+        elif host is not None:
+            host.training = self.training
 
     def _training_flags(self) -> tuple[bool, ...]:
         modules = dict(self.named_modules(remove_duplicate=False))
@@ -301,42 +337,39 @@ class PartialModule(DistributedModule):
         host: nn.Module,
         call: Callable[..., Any],
         outputs: Sequence[str],
+        *,
+        in_place: bool = False,
     ):
-        super().__init__(template, plan, None, runtime, None, values, buffers, coverage, host)
-        self._outputs = tuple(outputs)
+        super().__init__(template, plan, None, runtime, None, values, buffers, coverage, host, in_place=in_place)
+        self._outputs, self._means_double = tuple(outputs), is_double_meant()
         vars(self)["_call"] = call  # perhaps the host itself, which is no submodule
-        self._keeper.watch([p for n, p in self.named_parameters() if plan.pieces[n].is_replicated])
+        self._watch()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward on this rank's rows: outputs for them."""
         runtime, keeper = self._runtime, self._keeper
         runtime.traffic = Traffic()
         keeper.begin()
-        vars(self)["_host"].training = self.training
+        self._same_flags()
         reference = next(self.parameters(), torch.zeros(()))
         runtime.device, runtime.wire_dtype = reference.device, reference.dtype
         flags = "".join(str(int(f)) for f in self._training_flags())
         try:
-            with SynchroniseNorms(keeper):
+            with InDouble() if self._means_double else nullcontext(), SynchroniseNorms(keeper):
                 out = vars(self)["_call"](*args, **kwargs)
             leaves, spec = flatten(out)
             tensors, statics = split_statics(leaves)
             if len(tensors) != len(self._outputs):
                 raise InputError(f"forward returned {len(tensors)} tensors, and {len(self._outputs)} on example_inputs")
             rows = _rows_of(tensors, self._outputs, (args, kwargs))
-            keeper.agree(f"the end of forward, training flags {flags}, gradients {torch.is_grad_enabled()}", rows)
+            mode = f"training flags {flags}, gradients {torch.is_grad_enabled()}"
+            keeper.agree(f"the end of forward, {mode}", "end", rows=rows)
         except Exception as error:
             if not keeper.failed:  # the other ranks wait at their next agreement: tell them, then everyone raises
                 runtime.header(0, str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}")
             raise
         tensors = [self._output(x, kind) for x, kind in zip(tensors, self._outputs, strict=True)]
-        if torch.is_grad_enabled() and runtime.ranks > 1:
-            # on every rank, also where an empty batch or a branch left an output without a gradient
-            floating = [i for i, x in enumerate(tensors) if x.is_floating_point()]
-            anchor = torch.zeros((), device=runtime.device, requires_grad=True)
-            for i, x in zip(floating, Finish.apply(keeper, anchor, *(tensors[i] for i in floating)), strict=True):
-                tensors[i] = x
-        return unflatten_with(tensors, spec, statics)
+        return unflatten_with(self._finishing(tensors), spec, statics)
 
     def _output(self, x: Tensor, kind: str) -> Tensor:
         """An output, so that its gradient follows the convention; a scalar of the batch is that of the global one."""
@@ -362,6 +395,29 @@ def _rows_of(tensors: Sequence[Tensor], kinds: Sequence[str], inputs: Any) -> in
         if kind == "rows":
             return x.shape[0]
     return next((x.shape[0] for x in split_statics(flatten(inputs)[0])[0] if x.dim()), 0)
+
+
+def install(model: nn.Module, module: DistributedModule, method: str) -> nn.Module:
+    """Let ``model.method`` call the compiled module, whose host the model is."""
+    vars(model)[method] = module.forward
+    vars(model)["_descompiler"] = module  # no submodule
+    return model
+
+
+def module_of(model: nn.Module) -> DistributedModule:
+    """The `DistributedModule` of a model that was compiled in place: its plan, traffic, coverage.
+
+    Raises
+    ------
+    InputError
+        If the model was not compiled.
+    """
+    found = model if isinstance(model, DistributedModule) else vars(model).get("_descompiler")
+    if found is None:
+        raise InputError(
+            f"this {type(model).__name__} was not compiled in place: des.compile(model, in_place=True, ...)"
+        )
+    return found
 
 
 class DeferredModule(DistributedModule):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +22,14 @@ from torch.utils import _pytree as pytree
 
 from descompiler.checks import TOLERANCE_FLOAT64, relative_error
 from descompiler.coverage import PARTIAL, WEIGHTS_RICH_ELEMENTS, Coverage, Covered
+from descompiler.double import InDouble, is_double_meant
 from descompiler.errors import InputError, PlanError, UnsupportedError
 from descompiler.form import Split
 from descompiler.inputs import flatten, map_tensors, normalise_inputs, split_statics, take_rows
 from descompiler.layout import Layout
 from descompiler.pieces import Pieces, even_sizes
 from descompiler.plan import Plan, Table
-from descompiler.probe import materialise
+from descompiler.probe import CALL, materialise, method_of
 from descompiler.program import Failure
 from descompiler.substitute import LOOKUPS, function_name
 
@@ -108,7 +110,7 @@ class _Recorder(TorchFunctionMode):
         return result
 
 
-def survey(template: nn.Module, example_inputs: Any) -> Survey:
+def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Survey:
     """Run a model and see how it uses its parameters, and what it returns.
 
     Raises
@@ -118,7 +120,7 @@ def survey(template: nn.Module, example_inputs: Any) -> Survey:
     UnsupportedError
         If the rows of a batch depend on each other.
     """
-    args, kwargs = normalise_inputs(example_inputs, template.forward)
+    args, kwargs = normalise_inputs(example_inputs, method_of(template, method))
     double = map_tensors(lambda x: x.double() if x.is_floating_point() else x, (args, kwargs))
     tensors, _ = split_statics(flatten(double)[0])
     device = tensors[0].device if tensors else torch.device("cpu")
@@ -130,12 +132,17 @@ def survey(template: nn.Module, example_inputs: Any) -> Survey:
             b.copy_(state[n])
         torch.manual_seed(11)
         recorder = _Recorder(model, skip_norms=skip_norms)
-        with recorder:
-            out = model(*inputs[0], **inputs[1])
+        with InDouble() if double_meant else nullcontext(), recorder:
+            out = (model if method == CALL else method_of(model, method))(*inputs[0], **inputs[1])
         return split_statics(flatten(out)[0])[0], recorder
 
+    double_meant = is_double_meant()
     try:
-        _, recorder = run(double, skip_norms=False)
+        try:
+            _, recorder = run(double, skip_norms=False)
+        except RuntimeError:  # perhaps float32, which its forward makes, meets float64
+            double_meant = True
+            _, recorder = run(double, skip_norms=False)
     except UnsupportedError:
         raise
     except Exception as error:

@@ -73,12 +73,30 @@ def materialise(template: nn.Module, device: torch.device, *, double: bool) -> n
     return result
 
 
+CALL = "__call__"
+"""The method that stands for calling the module: its forward, and its hooks."""
+
+
+def method_of(model: nn.Module, method: str) -> Callable[..., Any]:
+    """The method of a model that is compiled; forward itself, without hooks, for `CALL`.
+
+    Raises
+    ------
+    InputError
+        If the model has none of that name.
+    """
+    found = getattr(model, "forward" if method == CALL else method, None)
+    if not callable(found):
+        raise InputError(f"{type(model).__name__} has no method {method!r} to compile")
+    return found
+
+
 class Flat(nn.Module):
     """Calls the user's module from a flat list of tensors and flattens what it returns."""
 
-    def __init__(self, model: nn.Module, spec: pytree.TreeSpec, statics: Sequence[Any]):
+    def __init__(self, model: nn.Module, spec: pytree.TreeSpec, statics: Sequence[Any], method: str = CALL):
         super().__init__()
-        self.model, self.spec, self.statics = model, spec, statics
+        self.model, self.spec, self.statics, self.method = model, spec, statics, method
         self.out_spec: pytree.TreeSpec | None = None
         self.out_statics: tuple[Any, ...] = ()
         self.means_double = is_double_meant()
@@ -91,10 +109,11 @@ class Flat(nn.Module):
         return out
 
     def _call(self, args: Any, kwargs: Any) -> Any:
+        call = self.model if self.method == CALL else getattr(self.model, self.method)
         if not self.means_double:  # Dynamo reads this code: as few contexts as can be
-            return self.model(*args, **kwargs)
+            return call(*args, **kwargs)
         with InDouble():
-            return self.model(*args, **kwargs)
+            return call(*args, **kwargs)
 
 
 def at_least_two_rows(tensors: list[Tensor]) -> list[Tensor]:

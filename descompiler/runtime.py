@@ -134,6 +134,7 @@ class Runtime:
     checks: tuple[Check, ...] = ()
     mode: int = 0
     mode_name: str = ""
+    modes: list[int] = field(default_factory=list)  # of all ranks, at the latest header
     rows: list[int] = field(default_factory=list)
     started: bool = False
     wire_dtype: torch.dtype = torch.float32
@@ -169,7 +170,13 @@ class Runtime:
         return next(filter(None, (c.problem(i) for c, i in zip(self.checks, ids, strict=True))), None)
 
     def header(
-        self, rows: int, problem: str | None, asked: Sequence[int] | None = None, gathered: int = 0
+        self,
+        rows: int,
+        problem: str | None,
+        asked: Sequence[int] | None = None,
+        gathered: int = 0,
+        *,
+        same_mode: bool = True,
     ) -> tuple[list[int], list[int]]:
         """Every rank calls this once a step, also when it has failed: then all ranks raise.
 
@@ -179,6 +186,8 @@ class Runtime:
             How many rows this rank will ask of each rank (`descompiler.fetch`).
         gathered : int
             Of how many shared rows it will send a gradient to every rank.
+        same_mode : bool
+            Whether ranks in different modes raise; ``modes`` has those of all.
 
         Returns
         -------
@@ -188,7 +197,7 @@ class Runtime:
         self.started = True
         asked = [0] * self.ranks if asked is None else asked
         if self.ranks == 1:
-            self.rows = [rows]
+            self.rows, self.modes = [rows], [self.mode]
             if problem is not None:
                 raise InputError(problem)
             return [0], [0]
@@ -197,12 +206,16 @@ class Runtime:
         send = torch.tensor(mine, dtype=torch.int64, device=device)
         sizes = [send.shape[1]] * self.ranks
         table = self.exchange(send.reshape(-1), sizes, sizes, wire.HEADER).wait().reshape(send.shape)
-        self.rows, failed, modes, served, gathering = table.cpu().T.tolist()
+        self.rows, failed, self.modes, served, gathering = table.cpu().T.tolist()
         if any(failed):
             self.raise_everywhere(problem, InputError)
-        if len(set(modes)) > 1:
-            self.raise_everywhere(f"runs in mode {self.mode_name}", RankError, "ranks call forward in different modes")
+        if same_mode and len(set(self.modes)) > 1:
+            self.raise_different()
         return served, gathering
+
+    def raise_different(self) -> None:
+        """Raise on every rank, with the modes of all."""
+        self.raise_everywhere(f"runs in mode {self.mode_name}", RankError, "ranks call forward in different modes")
 
     def raise_everywhere(self, problem: str | None, kind: type[Exception], title: str = "") -> None:
         """Raise on every rank what any of them has to say. Collective."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from descompiler.collectives import receive, send
 from descompiler.errors import InputError, UnsupportedError
-from descompiler.module import DistributedModule
+from descompiler.module import DistributedModule, module_of
 from descompiler.pieces import Pieces
 
 BLOCK_ROWS = 1 << 16
@@ -145,11 +145,12 @@ def _reset_table(
     return piece
 
 
-def full_state_dict(module: DistributedModule) -> dict[str, Tensor]:
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """The original model's ``state_dict``, bit for bit, on every rank.
 
     Collective: every rank calls it.
     """
+    module = module_of(module)
     runtime = module._runtime
     result: dict[str, Tensor] = {}
     for name, local in module.state_dict().items():
@@ -168,7 +169,7 @@ def full_state_dict(module: DistributedModule) -> dict[str, Tensor]:
     return result
 
 
-def load_full_state_dict(module: DistributedModule, state: Mapping[str, Tensor]) -> None:
+def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load the original model's ``state_dict``; each rank takes its pieces. Not collective: every rank has the state.
 
     Raises
@@ -176,6 +177,7 @@ def load_full_state_dict(module: DistributedModule, state: Mapping[str, Tensor])
     InputError
         If names or shapes differ; nothing is loaded then.
     """
+    module = module_of(module)
     mine = module.state_dict()
     missing, unexpected = sorted(set(mine) - set(state)), sorted(set(state) - set(mine))
     if missing or unexpected:

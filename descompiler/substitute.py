@@ -7,8 +7,8 @@ A `Piece` is an ordinary parameter (this rank's part, for optimisers) whose uses
     the rest    W @ x, cat([W, V]), ...                                the whole parameter is gathered, with a note
 
 so each means what it means in the original model. Gradients are exchanged at the end of backward, all at once
-(`Keeper.finish`): ranks may use a value or not. Every exchange begins with an agreement (`Keeper.agree`), so that
-ranks whose Python takes different ways get an error that says where.
+(`Keeper.finish`): ranks may use a value or not. Every exchange begins with an agreement (`Keeper.agree`): ranks whose
+Python looks up more or less than the others' serve each other, any other difference is an error that says where.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ FETCH_ROWS = "all_to_all (fetched rows)"
 FETCH_GRADIENTS = "all_to_all (gradients of fetched rows)"
 GATHER = "all_gather (whole parameters)"
 SCATTER = "all_to_all (gradients of whole parameters)"
-REDUCTION = "all_gather (reductions of parameters)"
-TOTAL = "all_reduce (scalar outputs)"
 FLAGS = "all_reduce (which gradients there are)"
+
+KINDS = ("other", "end", "fetch", "whole")
+SERVED = ("fetch", "whole")
+"""Calls that a rank which does not make them can take part in."""
 
 KEPT_FORWARDS = 8
 """Forwards whose backward may still come; older ones are forgotten."""
@@ -64,7 +66,7 @@ class Keeper:
 
     runtime: Runtime
     replicated: list[nn.Parameter] = field(default_factory=list)
-    calls: int = 0
+    pieces: list[Piece] = field(default_factory=list)
     forwards: int = 0
     records: deque[Record] = field(default_factory=deque)
     local: dict[int, Tensor] = field(default_factory=dict)  # this backward's gradients, by position in ``replicated``
@@ -76,22 +78,57 @@ class Keeper:
 
     def begin(self) -> None:
         """A forward begins."""
-        self.calls, self.failed = 0, False
+        self.failed = False
         self.forwards += 1
         while self.records and self.records[0].forward <= self.forwards - KEPT_FORWARDS:
             self.records.popleft()
 
-    def agree(self, what: str, rows: int = 0, problem: str | None = None) -> None:
-        """Every rank is at the same call of the same operator, and none has failed; else every rank raises."""
-        self.calls += 1
+    def agree(
+        self,
+        what: str,
+        kind: str = "other",
+        piece: Piece | None = None,
+        *,
+        rows: int = 0,
+        problem: str | None = None,
+        tell: Sequence[int] | None = None,
+    ) -> list[int]:
+        """Come to a common call: none has failed, and every rank calls the same operator, or serves those that do.
+
+        A rank that has reached the end of forward, or wants another parameter's rows, takes part in the lookups of the
+        others with no ids of its own; the lowest rank's call comes first. Any other difference raises on every rank.
+        ``tell[r]`` is a number for rank r; returns what each rank told this one.
+        """
         runtime = self.runtime
-        runtime.mode = -1 - zlib.crc32(f"{self.calls} {what}".encode())
-        runtime.mode_name = f"call {self.calls}, {what}"
+        position = 0 if piece is None else piece.position
+        code = KINDS.index(kind) if kind in SERVED else zlib.crc32(what.encode()) << 2 | KINDS.index(kind)
+        runtime.mode = mine = -1 - (position << 2 | code if kind in SERVED else code)
         try:
-            runtime.header(rows, problem)
+            while True:
+                runtime.mode, runtime.mode_name = mine, what
+                told, _ = runtime.header(rows, problem, tell, same_mode=False)
+                modes = runtime.modes
+                if len(set(modes)) == 1:
+                    return told
+                calls = [m for m in modes if KINDS[(-1 - m) & 3] in SERVED and m < 0]
+                ends = [m for m in modes if m < 0 and KINDS[(-1 - m) & 3] == "end"]
+                if not calls or len(calls) + len(ends) < len(modes) or len(set(ends)) > 1:
+                    runtime.raise_different()
+                told = [n if m == calls[0] else 0 for n, m in zip(told, modes, strict=True)]
+                if calls[0] == mine:
+                    return told
+                self._serve(KINDS[(-1 - calls[0]) & 3], self.pieces[(-1 - calls[0]) >> 2], told)
         except DescompilerError:
             self.failed = True
             raise
+
+    def _serve(self, kind: str, piece: Piece, asked: list[int]) -> None:
+        """Take part in other ranks' use of a piece."""
+        if kind == "whole":
+            self._gathered(piece)
+        else:
+            none = torch.zeros(0, dtype=torch.int64, device=piece.device)
+            self._fetched(piece, none, [0] * self.runtime.ranks, asked, False)
 
     # ---- rows
 
@@ -114,24 +151,33 @@ class Keeper:
         elif ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= total):
             bad = ids[(ids < 0) | (ids >= total)][0]
             problem = f"table {name!r}: id {int(bad)} is not in 0 to {total - 1}; check the vocabulary size"
-        self.agree(f"lookup in {name!r}", problem=problem)
+        what = f"lookup in {name!r}"
+        if problem is not None:
+            self.agree(what, "fetch", piece, problem=problem)
         unique, inverse = torch.unique(ids.reshape(-1), return_inverse=True)
         owners, positions = _locate(pieces, unique, self.runtime.rank)
         order = torch.argsort(owners, stable=True)
-        sent = torch.bincount(owners, minlength=self.runtime.ranks)
-        one_each = [1] * self.runtime.ranks
-        asked = self.exchange(sent, one_each, one_each, FETCH_IDS)
-        sent_list, asked_list = sent.tolist(), asked.tolist()
-        wanted = self.exchange(positions[order], sent_list, asked_list, FETCH_IDS)
-        record = Record(piece, self.forwards, sent_list, asked_list, wanted, sparse)
+        sent = torch.bincount(owners, minlength=self.runtime.ranks).tolist()
+        asked = self.agree(what, "fetch", piece, tell=sent) if self.runtime.ranks > 1 else sent
+        rows = self._fetched(piece, positions[order], sent, asked, sparse)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return rows, back[inverse].reshape(ids.shape), unique[order]
+
+    def _fetched(self, piece: Piece, wanted: Tensor, sent: list[int], asked: list[int], sparse: bool) -> Tensor:
+        record = Record(piece, self.forwards, sent, asked, self.exchange(wanted, sent, asked, FETCH_IDS), sparse)
         rows = _Fetch.apply(self, record, piece)
-        if torch.is_grad_enabled() and piece.requires_grad:
+        self._keep(record)
+        return rows
+
+    def _gathered(self, piece: Piece) -> Tensor:
+        record = Record(piece, self.forwards, [], [], None)
+        full = _Whole.apply(self, record, piece)
+        self._keep(record)
+        return full
+
+    def _keep(self, record: Record) -> None:
+        if torch.is_grad_enabled() and record.piece.requires_grad:
             self.records.append(record)
-        return (
-            rows,
-            torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))[inverse].reshape(ids.shape),
-            unique[order],
-        )
 
     def whole(self, piece: Piece, what: str) -> Tensor:
         """The original parameter, gathered from all ranks."""
@@ -143,23 +189,17 @@ class Keeper:
                 "call, and their gradients sent back",
                 stacklevel=2,
             )
-        self.agree(f"{what} on {piece.original!r}")
-        record = Record(piece, self.forwards, [], [], None)
-        full = _Whole.apply(self, record, piece)
-        if torch.is_grad_enabled() and piece.requires_grad:
-            self.records.append(record)
-        return full
+        self.agree(f"{what} on {piece.original!r}", "whole", piece)
+        return self._gathered(piece)
 
     def spread(self, x: Tensor, what: str) -> Tensor:
         """``[ranks]``: a scalar of every rank. Each rank computes the same with them, so its own part's gradient is
         that of the original."""
-        self.agree(what)
-        return _Spread.apply(self, x)
+        return _Spread.apply(self, x, what)
 
     def total(self, x: Tensor, what: str) -> Tensor:
         """The sum of a scalar over ranks, as part of every rank's loss: its gradient here is that of averaging."""
-        self.agree(what)
-        return _Total.apply(self, x)
+        return _Total.apply(self, x, what)
 
     def exchange(self, send: Tensor, sent: Sequence[int], received: Sequence[int], name: str) -> Tensor:
         """All-to-all of rows: ``sent[r]`` rows of ``send`` to rank r, ``received[r]`` from it."""
@@ -339,33 +379,33 @@ def _hold(ctx: Any, gradient: Tensor) -> Any:
     return None, None, None
 
 
+def _scalars(keeper: Keeper, x: Tensor, what: str) -> Tensor:
+    """A scalar of every rank, bit for bit, in the agreement itself."""
+    bits = int(x.detach().double().cpu().reshape(1).view(torch.int64))
+    told = keeper.agree(what, tell=[bits] * keeper.runtime.ranks)
+    return torch.tensor(told, dtype=torch.int64).view(torch.float64).to(x)
+
+
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, keeper: Keeper, x: Tensor) -> Tensor:
-        ctx.rank = keeper.runtime.rank
-        if keeper.runtime.ranks == 1:
-            return x.reshape(1).clone()
-        every = all_gather(x, keeper.runtime.group)
-        keeper.runtime.traffic.add(REDUCTION, (keeper.runtime.ranks - 1) * x.element_size())
-        return every
+    def forward(ctx: Any, keeper: Keeper, x: Tensor, what: str) -> Tensor:
+        ctx.rank, ctx.shape = keeper.runtime.rank, x.shape
+        return x.reshape(1).clone() if keeper.runtime.ranks == 1 else _scalars(keeper, x, what)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, grads[0][ctx.rank]
+        return None, grads[0][ctx.rank].reshape(ctx.shape), None
 
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, keeper: Keeper, x: Tensor) -> Tensor:
+    def forward(ctx: Any, keeper: Keeper, x: Tensor, what: str) -> Tensor:
         ctx.ranks = keeper.runtime.ranks
-        out = x.clone()
-        dist.all_reduce(out, group=keeper.runtime.group)
-        keeper.runtime.traffic.add(TOTAL, wire.all_reduce_bytes(out.nbytes, ctx.ranks))
-        return out
+        return _scalars(keeper, x, what).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, grads[0] * ctx.ranks  # averaged over ranks below
+        return None, grads[0] * ctx.ranks, None  # averaged over ranks below
 
 
 class Finish(torch.autograd.Function):
@@ -409,14 +449,15 @@ class Piece(nn.Parameter):
     pieces: Pieces
     original: str
     keeper: Keeper
+    position: int  # among the keeper's pieces
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _intercept(func, args, kwargs or {})
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Piece:
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         result = nn.Parameter(_plain(self).detach().clone(), self.requires_grad)
-        return memo.setdefault(id(self), substitute(result, self.original, self.pieces, self.keeper))
+        return memo.setdefault(id(self), result)  # a copy is a plain tensor: it belongs to no module
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return nn.Parameter(_plain(self).detach(), self.requires_grad).__reduce_ex__(protocol)
@@ -426,6 +467,8 @@ def substitute(p: nn.Parameter, name: str, pieces: Pieces, keeper: Keeper) -> Pi
     """Make a parameter that holds this rank's part a `Piece`, in place: optimisers keep their reference."""
     p.__class__ = Piece
     p.pieces, p.original, p.keeper = pieces, name, keeper  # type: ignore[attr-defined]
+    p.position = len(keeper.pieces)  # type: ignore[attr-defined]
+    keeper.pieces.append(p)  # type: ignore[arg-type]
     return p  # type: ignore[return-value]
 
 
@@ -614,5 +657,8 @@ class SynchroniseNorms(TorchFunctionMode):
             call["momentum"], call["eps"],
         )  # fmt: skip
         if out.requires_grad:
-            out.register_hook(lambda g: keeper.agree("backward of batch norm"))
+            out.register_hook(self._before_backward)
         return out
+
+    def _before_backward(self, gradient: Tensor) -> None:
+        self.keeper.agree("backward of batch norm")

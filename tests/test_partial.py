@@ -86,6 +86,8 @@ class RankDependent(Base):
         e = self.table(ids).sum(1)
         if ids.sum() < 0 or self.action == "twice":
             e = e + self.table(ids).sum(1)
+        if self.action == "norm":
+            e = F.batch_norm(e, None, None, training=True)
         if self.action == "fails":
             raise ValueError("no such user")
         return self.top(e)
@@ -102,14 +104,51 @@ def _differ(rank, ranks, action):
     return text, bool(module.table.weight.grad.isfinite().all())
 
 
-TWICE = r"RankError.*rank 1: runs in mode call 2, lookup in 'table.weight'"
+NORM = r"RankError.*rank 0: runs in mode the end of forward.*rank 1: runs in mode batch norm"
 
 
-@pytest.mark.parametrize(("action", "expected"), [("twice", TWICE), ("fails", "no such user")])
+@pytest.mark.parametrize(("action", "expected"), [("norm", NORM), ("fails", "no such user")])
 def test_ranks_that_differ_get_an_error(action, expected):
     for text, fine in on_ranks(_differ, 2, action, timeout_s=60):
         assert re.search(expected, text, re.S), text
         assert fine, "the next step has to work"
+
+
+def _unequal_lookups(rank, ranks):
+    """Rank 1 looks one table up twice, rank 0 another one: nobody waits, and gradients are right."""
+    model = Unequal().double()
+    reference = copy.deepcopy(model)
+    module = des.compile(model, (IDS,), plan=PULL, loss="sum")
+    mine = IDS[:3] % 4 if rank == 0 else IDS[3:] % 4 + 4
+    out = module(mine)
+    out.square().sum().backward()
+    every = reference(torch.cat([IDS[:3] % 4, IDS[3:] % 4 + 4]))
+    every.square().sum().backward()
+    worst = float((out - (every[:3] if rank == 0 else every[3:])).abs().max())
+    for (n, p), q in zip(module.named_parameters(), reference.parameters(), strict=True):
+        if q.grad is not None:  # of the layer that Unequal does not use
+            worst = max(worst, float((p.grad - module.pieces(n).cut(q.grad, rank)).abs().max()))
+    return worst
+
+
+class Unequal(Base):
+    def __init__(self):
+        super().__init__()
+        self.rare = nn.Embedding(9, 4)
+
+    def forward(self, ids):
+        e = self.table(ids).sum(1)
+        low, high = ids[:, 0] < 4, ids[:, 0] >= 4
+        if high.any():
+            e = e + (self.table(ids[:, 1]) * self.table(ids[:, 2])) * high[:, None]
+        if low.any():
+            e = e + self.rare(ids[:, 1]) * low[:, None]
+        return self.top(e)
+
+
+def test_ranks_that_look_up_different_things():
+    for worst in on_ranks(_unequal_lookups, 2):
+        assert worst < 1e-12
 
 
 class Mixes(Base):

@@ -1,0 +1,169 @@
+"""Compiled in place: the user's own object, with its methods and its training loop, on real ranks."""
+
+import copy
+import importlib.util
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import descompiler as des
+from descompiler.verify import on_ranks
+
+IDS = torch.randint(9, (8, 3), generator=torch.Generator().manual_seed(0))
+LABELS = torch.rand(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+class Recommender(nn.Module):
+    """As RecBole's models: ``calculate_loss`` trains, ``predict`` serves, a regulariser in between."""
+
+    data_dependent = False
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.table = nn.Embedding(9, 4)
+        self.top = nn.Linear(4, 1)
+        self.penalised = [self.table.weight, self.top.weight]  # the same objects, outside of the modules
+
+    def forward(self, batch):
+        e = self.table(batch["ids"]).sum(1)
+        if self.data_dependent and (batch["ids"] == 3).any():
+            e = e + self.table.weight[batch["ids"][:, 0]] * (batch["ids"][:, :1] == 3)
+        return self.top(e).squeeze(1)
+
+    def calculate_loss(self, batch):
+        return (self.forward(batch) - batch["label"]).square().mean()
+
+    def regularization_loss(self):
+        return sum(0.1 * p.square().sum() for p in self.penalised) + 0.01 * self.penalised[0].norm()
+
+    def predict(self, batch):
+        with torch.no_grad():
+            return self(batch).sigmoid()
+
+
+class Branching(Recommender):
+    data_dependent = True
+
+
+def batch_of(rows):
+    return {"ids": IDS[rows], "label": LABELS[rows]}
+
+
+def _train(rank, ranks, cls, method, cuts):
+    """Three steps of the user's own loop; the largest differences from the single process."""
+    model = cls().double()
+    reference = copy.deepcopy(model)
+    with warnings.catch_warnings(record=True):
+        same = des.compile(
+            model, (batch_of(slice(0, 8)),), in_place=True, method=method, plan={"*": "row"}, loss="row_mean"
+        )
+    assert same is model and type(model) is cls and model.penalised[0] is model.table.weight
+    optimizers = [torch.optim.Adagrad(m.parameters(), lr=0.1, eps=1e-3) for m in (model, reference)]
+    worst = {"loss": 0.0, "weight": 0.0, "prediction": 0.0}
+    for step in range(3):
+        cut = cuts[step % len(cuts)]
+        mine = slice(0, cut) if rank == 0 else slice(cut, 8)
+        for m, o, rows in ((model, optimizers[0], mine), (reference, optimizers[1], slice(0, 8))):
+            m.train()
+            o.zero_grad()
+            if method == "calculate_loss":
+                loss = m.calculate_loss(batch_of(rows))
+            else:
+                part = (m(batch_of(rows)) - LABELS[rows]).square()
+                loss = part.mean() if len(part) else part.sum()
+            penalty = m.regularization_loss()
+            (loss + penalty).backward()
+            o.step()
+            last = (loss if method == "calculate_loss" else penalty).item()
+            worst["loss"] = abs(last - worst.pop("last", last))
+            if m is model:
+                worst["last"] = last
+    for name, value in des.full_state_dict(model).items():
+        worst["weight"] = max(worst["weight"], float((value - reference.state_dict()[name]).abs().max()))
+    worst["prediction"] = float(
+        (model.eval().predict(batch_of(mine)) - reference.eval().predict(batch_of(mine))).abs().max()
+    )
+    return worst, des.module_of(model).coverage().rung
+
+
+@pytest.mark.parametrize(
+    ("cls", "method", "rung"),
+    [
+        (Recommender, "forward", "export"),
+        (Branching, "forward", "partial"),
+        (Branching, "calculate_loss", "partial"),
+    ],
+)
+def test_own_loop(cls, method, rung):
+    for worst, captured in on_ranks(_train, 2, cls, method, [3, 4, 6]):
+        assert captured == rung
+        assert all(x < 1e-12 for x in worst.values()), worst
+
+
+def test_errors():
+    with pytest.raises(des.InputError, match="needs example_inputs"):
+        des.compile(Recommender(), in_place=True)
+    with pytest.raises(des.InputError, match="no method 'calculate'"):
+        des.compile(Recommender(), (batch_of(slice(0, 8)),), method="calculate")
+    with pytest.raises(des.InputError, match="not compiled in place"):
+        des.module_of(Recommender())
+
+
+ROWS, BATCH = 96, 16
+
+
+def _click_log():
+    generator = np.random.default_rng(0)
+    x = {f"c{i}": generator.integers(0, n, ROWS) for i, n in enumerate((7, 13, 29))}
+    x["d0"] = generator.normal(size=ROWS).astype("float32")
+    y = ((x["c0"] + x["c1"]) % 2).astype("float32")
+    return x, y
+
+
+def _deepctr_model():
+    from deepctr_torch.inputs import DenseFeat, SparseFeat
+    from deepctr_torch.models import DeepFM
+
+    columns = [SparseFeat(f"c{i}", n, embedding_dim=4) for i, n in enumerate((7, 13, 29))] + [DenseFeat("d0", 1)]
+    torch.manual_seed(0)
+    model = DeepFM(
+        columns, columns, dnn_hidden_units=(8,), l2_reg_embedding=1e-2, l2_reg_linear=1e-2, l2_reg_dnn=1e-2, seed=1
+    )
+    return model
+
+
+def _fit(rank, ranks):
+    """deepctr-torch's own ``fit``; every rank feeds its part of each batch of the single process."""
+    x, y = _click_log()
+    model = _deepctr_model()
+    if ranks > 1:
+        example = torch.from_numpy(np.stack(list(x.values()), 1)).float()[:BATCH]
+        with warnings.catch_warnings(record=True):
+            des.compile(model, (example,), in_place=True, loss="sum", plan={"*": "row"})
+    model.compile("adagrad", "binary_crossentropy", metrics=["binary_crossentropy", "auc"])
+    mine = np.arange(ROWS).reshape(-1, ranks, BATCH // ranks)[:, rank].reshape(-1)
+    history = model.fit(
+        {k: v[mine] for k, v in x.items()}, y[mine], batch_size=BATCH // ranks, epochs=3, verbose=0, shuffle=False
+    )
+    scores = model.evaluate(dict(x), y, batch_size=BATCH)
+    state = model.state_dict() if ranks == 1 else des.full_state_dict(model)
+    rung = des.module_of(model).coverage().rung if ranks > 1 else ""
+    return history.history["loss"], scores, {n: v.numpy() for n, v in state.items()}, rung
+
+
+@pytest.mark.zoo
+@pytest.mark.skipif(importlib.util.find_spec("deepctr_torch") is None, reason="pip install 'descompiler[zoo]'")
+def test_the_training_loop_of_deepctr_torch():
+    _, expected, state, _ = _fit(0, 1)
+    for _, scores, weights, rung in on_ranks(_fit, 2):
+        assert rung == "export"
+        for name, value in expected.items():
+            assert scores[name] == pytest.approx(value, rel=1e-5)
+        for name, value in state.items():
+            assert np.abs(weights[name] - value).max() < 1e-5, name
+    untrained = _deepctr_model().state_dict()
+    assert any(np.abs(state[n] - untrained[n].numpy()).max() > 0.01 for n in state), "it has to have trained"
