@@ -15,11 +15,16 @@ from descompiler.passes.recognise_bags import RecogniseBags
 from descompiler.passes.recognise_outputs import RecogniseOutputs
 from descompiler.passes.remove_noops import RemoveNoops
 from descompiler.passes.rule_concatenate import Concatenate
+from descompiler.passes.rule_contract import Contract
 from descompiler.passes.rule_elementwise import Binary, Unary
+from descompiler.passes.rule_expand import Expand
+from descompiler.passes.rule_independent import Independent
+from descompiler.passes.rule_index import IndexSelect
 from descompiler.passes.rule_linear import Linear
-from descompiler.passes.rule_owner import MatMul, OnOwner
+from descompiler.passes.rule_owner import OnOwner
 from descompiler.passes.rule_reduce import Reduce
 from descompiler.passes.rule_view import Narrow, Permute, Reshape
+from descompiler.passes.simplify_indexing import SimplifyIndexing
 from descompiler.program import Pass
 from descompiler.rule import Rule
 
@@ -29,6 +34,7 @@ NORMALISE: tuple[Pass, ...] = (
     FoldConstants(),
     RemoveNoops(),
     RecogniseBags(),
+    SimplifyIndexing(),
     MergeDuplicates(),
     RecogniseOutputs(),
 )
@@ -43,7 +49,10 @@ RULES: tuple[Rule, ...] = (
     Narrow(),
     Concatenate(),
     Linear(),
-    MatMul(),
+    Contract(),
+    Independent(),
+    IndexSelect(),
+    Expand(),
     OnOwner(),
 )
 """How operators stay in the substituted region; the first rule that names an operator's function decides."""

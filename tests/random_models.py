@@ -114,6 +114,24 @@ class Case:
         return f"{self.text}\nif __name__ == '__main__':\n    print({call})\n"
 
 
+def fixed(consumer: str) -> Case:
+    """The consumer on two tables, one looked up twice, and dense features."""
+    lines = _lines(
+        ["self.t0 = nn.Embedding(7, 4)", "self.t1 = nn.Embedding(5, 4)"],
+        ["self.t0(a)", "self.t1(b)", "self.t0(c)"],
+        [
+            ("a", f"torch.randint(7, ({ROWS},), generator=g)"),
+            ("b", f"torch.randint(5, ({ROWS},), generator=g)"),
+            ("c", f"torch.randint(7, ({ROWS},), generator=g)"),
+        ],
+        [consumer],
+        (3, 4),
+        "torch.sigmoid",
+        False,
+    )
+    return Case(lines, 2, None, "sgd", (consumer,))
+
+
 @st.composite
 def cases(draw: Any, forms: tuple[str, ...]) -> Case:
     """A random model, with forms chosen by the compiler or drawn for each table."""
@@ -167,13 +185,29 @@ def cases(draw: Any, forms: tuple[str, ...]) -> Case:
             inputs.append((name, f"torch.randint({n}, {shape}, generator=g)"))
             fields += 1
     names = draw(st.lists(st.sampled_from(sorted(CONSUMERS)), min_size=1, max_size=3, unique=True))
-    terms = []
-    for i, name in enumerate(names):
-        module, expression = (s.format(n=f"c{i}", F=fields, D=dim) for s in CONSUMERS[name])
-        init += [module] if module else []
-        terms.append(f"({expression}).sum(1)  # {name}")
     several = draw(st.booleans())
     activation = draw(st.sampled_from(["", "torch.sigmoid", "torch.tanh"]))
+    text = _lines(init, parts, inputs, names, (fields, dim), activation, several)
+    chosen = None if draw(st.integers(0, 3)) == 0 else plan
+    optimizer = draw(st.sampled_from(["sgd", "adagrad", "adam"])) if not sparse else "sparse_adam"
+    return Case(text, draw(st.sampled_from([2, 2, 3])), chosen, optimizer, tuple(names))
+
+
+def _lines(
+    init: list[str],
+    parts: list[str],
+    inputs: list[tuple[str, str]],
+    names: list[str],
+    sizes: tuple[int, int],
+    activation: str,
+    several: bool,
+) -> str:
+    """The text of a model: modules, fields' vectors, inputs, consumers, (F, D), what each term goes through."""
+    terms = []
+    for i, name in enumerate(names):
+        module, expression = (s.format(n=f"c{i}", F=sizes[0], D=sizes[1]) for s in CONSUMERS[name])
+        init = [*init, module] if module else init
+        terms.append(f"({expression}).sum(1)  # {name}")
     body = [f"v = torch.stack([{', '.join(parts)}], 1)", "e, u = v.flatten(1), v[:, 0]"]
     body += [f"y{i} = {t}" for i, t in enumerate(terms)]
     total = [f"{activation}(y{i})" for i in range(len(terms))]
@@ -210,6 +244,4 @@ def cases(draw: Any, forms: tuple[str, ...]) -> Case:
         "    )",
         "",
     ]
-    chosen = None if draw(st.integers(0, 3)) == 0 else plan
-    optimizer = draw(st.sampled_from(["sgd", "adagrad", "adam"])) if not sparse else "sparse_adam"
-    return Case("\n".join(lines), draw(st.sampled_from([2, 2, 3])), chosen, optimizer, tuple(names))
+    return "\n".join(lines)
