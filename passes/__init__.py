@@ -6,6 +6,7 @@ from descompiler.passes.fold_constants import FoldConstants
 from descompiler.passes.form_column import Column
 from descompiler.passes.form_field import Field
 from descompiler.passes.form_gather import Gather
+from descompiler.passes.form_hot import Hot
 from descompiler.passes.form_pull import Pull
 from descompiler.passes.form_replicate import Replicate
 from descompiler.passes.form_row import Row
@@ -57,5 +58,5 @@ RULES: tuple[Rule, ...] = (
 )
 """How operators stay in the substituted region; the first rule that names an operator's function decides."""
 
-FORMS: tuple[Form, ...] = (Replicate(), Gather(), Field(), Row(), Column(), Pull())
+FORMS: tuple[Form, ...] = (Replicate(), Gather(), Field(), Row(), Column(), Pull(), Hot())
 """How a weights-rich operator can be divided; where two cost the same, the first is taken."""
