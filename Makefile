@@ -29,7 +29,7 @@ export PYTHONPATH := $(CURDIR)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check zoo gpu-check report bench-links clean
+.PHONY: help demo test test-all check zoo gpu-check report paper-table bench-links clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' \
@@ -56,6 +56,10 @@ check: $(INSTALLED_DEV)  ## lint, format, types, doctests
 report: $(INSTALLED)  ## write artefacts/report.html, the page of one model (MODEL=deepfm, ARGS=)
 	@mkdir -p artefacts
 	$(RUN) -m descompiler report $(MODEL) --html artefacts/report.html --batch 4096 $(ARGS)
+
+paper-table: $(INSTALLED)  ## write docs/paper.md: what six models send, against the mesh and a parameter server
+	$(RUN) -m descompiler cost --paper --ranks 8 --batch 1024 --markdown > docs/paper.md.new
+	@mv docs/paper.md.new docs/paper.md && cat docs/paper.md
 
 zoo: $(INSTALLED_DEV)  ## verify every model of public libraries on 2 ranks, write docs/zoo.md (ARGS="part of a name")
 	OMP_NUM_THREADS=1 $(RUN) -m tests.sweep $(ARGS)

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from typer.core import TyperGroup
 
 import descompiler as des
-from descompiler import examples, render, sheets, units
+from descompiler import examples, paper, render, sheets, units
 from descompiler import report as pages
 from descompiler.calibrate import SIZES_BYTES
 from descompiler.cluster import BUILTIN, COLLECTIVES, Cluster, Link
@@ -82,14 +82,12 @@ def _ranks(text: str) -> tuple[int, ...]:
     return units.parse_counts(text, "ranks")
 
 
-Spec = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="`FILE.py:factory` or `package.module:factory` (the factory returns `(model, example_inputs)`), or an "
-        f"example: {', '.join(examples.CTR_MODELS)}",
-    ),
-]
+SPEC_HELP = (
+    "`FILE.py:factory` or `package.module:factory` (the factory returns `(model, example_inputs)`), or an example: "
+    f"{', '.join(examples.CTR_MODELS)}"
+)
+Spec = Annotated[str, typer.Argument(metavar="MODEL", help=SPEC_HELP)]
+OptionalSpec = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=SPEC_HELP)]
 Ranks = Annotated[Any, typer.Option("--ranks", parser=_usage(_ranks), metavar="N", help="8, 2,4,6 or 2:256 (doubling)")]
 Batch = Annotated[
     Any,
@@ -278,9 +276,12 @@ def captured_from(spec: str) -> Captured:
 
 @app.command()
 def cost(
-    spec: Spec,
+    spec: OptionalSpec = None,
     ranks: Ranks = "8",
     batch: Batch = None,
+    of_paper: Annotated[
+        bool, typer.Option("--paper", help="no MODEL: the table of arXiv 1909.04823, at stated industrial sizes")
+    ] = False,
     bandwidth: Bandwidth = None,
     latency: Latency = None,
     cluster: ClusterOption = None,
@@ -301,7 +302,15 @@ def cost(
         descompiler cost lr --ranks 8 --batch 4096
         descompiler cost fm --ranks 2:64 --bandwidth 25Gbit --latency 20us
         descompiler cost train.py:model --cluster ethernet-100g --markdown
+        descompiler cost --paper --ranks 8 --batch 1024
     """
+    if of_paper == (spec is not None):
+        raise typer.BadParameter("give MODEL, or --paper without one")
+    if spec is None:
+        if len(ranks) > 1 or (batch is not None and len(batch) > 1):
+            raise typer.BadParameter("--paper takes one number of ranks and of rows; its last table goes over ranks")
+        paper_table(ranks[0], 1024 if batch is None else batch[0], json=json, markdown=markdown, latex=latex)
+        return
     batches = (None,) if batch is None else batch
     where = cluster_from(cluster, bandwidth, latency, ranks[0], ranks_per_node)
     captured = captured_from(spec)
@@ -312,6 +321,22 @@ def cost(
         (only,) = plans
         tables = sheets.all_of(only, where)
     show(tables, json=json, markdown=markdown, latex=latex, model=spec)
+
+
+def paper_table(ranks: int, batch: int, *, json: bool, markdown: bool, latex: bool) -> None:
+    """Print the paper's table; as Markdown, the whole page docs/paper.md."""
+    setting = paper.Setting()
+    with working("the paper's models", len(paper.MODELS)) as next_is:
+        rows = paper.rows_of(setting, sorted({2, 4, 8, 16, 32, 64, ranks}), batch, next_is)
+    if markdown and not json and not latex:
+        command = f"descompiler cost --paper --ranks {ranks} --batch {batch} --markdown"
+        typer.echo(paper.markdown(setting, rows, ranks, command), nl=False)
+        return
+    notes = paper.words(setting, rows, ranks)
+    show(paper.tables(rows, ranks), json=json, markdown=markdown, latex=latex, notes=notes)
+    if not json and not latex:
+        for note in notes:
+            typer.echo(f"- {note}")
 
 
 @app.command()

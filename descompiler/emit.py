@@ -256,8 +256,7 @@ class _Emitter:
 
     def _region_weight(self, node: fx.Node) -> fx.Node:
         name = self.program.parameter(node)
-        if name is None:  # a constant
-            return self.outside[node]
+        assert name is not None
         pieces = self.pieces[name]
         if pieces.is_replicated:
             # the reducer divides by the number of ranks what the exchange has divided already
@@ -269,7 +268,9 @@ class _Emitter:
         )
 
     def _local_weight(self, node: fx.Node) -> fx.Node:
-        return self.slices.get(self.program.parameter(node) or "", self.outside[node])
+        name = self.program.parameter(node)
+        assert name is not None
+        return self.slices.get(name, self.outside[node])
 
     # ---- stages
 

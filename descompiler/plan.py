@@ -179,10 +179,12 @@ class Plan:
         """Bytes that each rank would send in a step with other strategies, for ``rows`` rows a rank."""
         return {x.name: x.sent_bytes for x in self.priced(rows)}
 
-    def priced(self, rows: int | None = None, cluster: Cluster | None = None) -> list[Priced]:
+    def priced(
+        self, rows: int | None = None, cluster: Cluster | None = None, *, id_bytes: int | None = None
+    ) -> list[Priced]:
         """Other strategies with this model's numbers: bytes, memory, and seconds on a cluster.
 
-        Ids are as wide as this plan's, and as many of them unique as its statistics say.
+        Ids are as wide as this plan's (or ``id_bytes``), and as many of them unique as its statistics say.
         """
         each = self.rows if rows is None else rows
         ids = Statistics.assumed(self.tables)
@@ -199,7 +201,7 @@ class Plan:
             ranks=self.ranks,
             rows=each,
             itemsize=self.itemsize,
-            id_bytes=self.layout.id_bytes,
+            id_bytes=self.layout.id_bytes if id_bytes is None else id_bytes,
             ranks_per_node=None if cluster is None else cluster.ranks_per_node,
             backend="nccl" if cluster is None else cluster.backend,
             seconds_of=None if cluster is None else cluster.seconds_of,
@@ -215,11 +217,9 @@ class Plan:
         """What a table that is outside the region sends by itself: formula and bytes, by what is sent."""
         if any(t.name in c.tables for c in self.crossings):
             return {}
-        split, statistics = self.splits[t.name], Statistics.assumed([t])
-        unique = statistics.unique(t.name, self.rows)
-        hot = unique * statistics.shares(t.name, split.pieces, self.rows)[-1]
-        values = {"V": t.rows, "k": t.dim, "U": unique, "H": split.pieces.shared_size(), "U_H": hot}
-        return {n: (f, self.bytes_of(f, **values)) for n, f in form_named(split.form).costs(t.sparse).items()}
+        unique = Statistics.assumed([t]).unique(t.name, self.rows)
+        formulas = form_named(self.splits[t.name].form).costs(t.sparse)
+        return {n: (f, self.bytes_of(f, V=t.rows, k=t.dim, U=unique)) for n, f in formulas.items()}
 
     # ---- files
 

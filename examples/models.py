@@ -825,6 +825,39 @@ def example(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return model, (dense, zipf_ids(CRITEO_MILLION, (1024,)))
 
 
+def industrial(
+    name: str,
+    *,
+    fields: int = 50,
+    ids: int = 10,
+    vocabulary: int = 1_000_000,
+    dim: int = 16,
+    hidden: Sequence[int] = (400, 400),
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A model of `CTR_MODELS` with many ids per row in many multi-valued fields, without weights, and inputs.
+
+    Parameters
+    ----------
+    name : str
+        A key of `CTR_MODELS`.
+    fields, ids, vocabulary : int
+        Bags per row, ids in a bag, rows of each table; by default 500 ids per row, and 50 million rows.
+
+    Returns
+    -------
+    model : torch.nn.Module
+        On the meta device, with tables that sum their bags and without dense features.
+    example_inputs : tuple of torch.Tensor
+        ``[rows, 0]`` and ids ``[rows, fields, ids]`` of 8 rows, Zipf(1.05).
+    """
+    if name not in CTR_MODELS:
+        raise ValueError(f"no model {name!r}; there are {', '.join(CTR_MODELS)}")
+    vocab_sizes = [vocabulary] * fields
+    with torch.device("meta"):
+        model = MODELS[name]("bags", vocab_sizes=vocab_sizes, n_dense=0, dim=dim, hidden=hidden)
+    return model, (torch.zeros(8, 0), zipf_ids(vocab_sizes, (8, ids)))
+
+
 def deepfm_criteo() -> tuple[nn.Module, tuple[Tensor, ...]]:
     """DeepFM at the size of the Criteo data set, without weights, and inputs to plan it with.
 
