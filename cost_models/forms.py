@@ -3,19 +3,23 @@
     replicate, dense gradients          2 (N-1)/N V k s                           `REPLICATE`
     replicate, unique rows' gradients   (N-1) U (k s + i)                         `GATHER`
     pull unique rows                    (N-1)/N U (i + 2 k s)                     `PULL`
+    hot rows replicated, others pulled  (N-1)/N ((U - u) (i + 2 k s) + 2 H k s)   `HOT`: u of H hot rows in a batch
     split, values by all-to-all         (N-1)/N b L (i + 2 k s)                   `ALL_TO_ALL`
     field or column split, a partial    (N-1)/N b L i + 2 (N-1) b w s             `PARTIAL`: w elements a row, per rank
+
+A row that a rank's batch has with probability q is hot if 2 k s < q (i + 2 k s): `hot_threshold`.
 
 What a plan prices is its own layout, exactly (`descompiler.layout`); these are for crossovers and curves.
 """
 
 from descompiler.cost_models.baselines import ALL_REDUCE
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
-from descompiler.cost_models.symbols import L, N, U, i, k, s, w
+from descompiler.cost_models.symbols import UH, H, L, N, U, i, k, s, w
 
 REPLICATE = ALL_REDUCE
 GATHER = (N - 1) * U * (k * s + i)
 PULL = (N - 1) / N * U * (i + 2 * k * s)
+HOT = (N - 1) / N * ((U - UH) * (i + 2 * k * s) + 2 * H * k * s)
 ALL_TO_ALL = IDS_IN + VALUES_OUT_AND_BACK.subs(w, L * k)
 PARTIAL = IDS_IN + VALUES_OUT_AND_BACK.subs(w, N * w)  # each of N ranks sends a term
 
@@ -26,3 +30,15 @@ FORMS = {
     "all-to-all": ALL_TO_ALL,
     "partial": PARTIAL,
 }
+
+
+def hot_threshold(dim: int, itemsize: int, id_bytes: int, sparse: bool = False) -> float:
+    """The probability that a batch has a row, above which replicating the row sends less than pulling it.
+
+    Where `HOT` with the row among the hot ones, H + 1 and u + q for H and u, equals `HOT` without. With sparse
+    gradients, one more element a row is all-reduced: whether it was looked up.
+
+    >>> hot_threshold(1, 4, 4), round(hot_threshold(16, 4, 4), 3), hot_threshold(1, 4, 4, sparse=True)
+    (0.6666666666666666, 0.97, 1.3333333333333333)
+    """
+    return 2 * (dim + sparse) * itemsize / (id_bytes + 2 * dim * itemsize)

@@ -20,6 +20,10 @@ U = sympy.Symbol("U", nonnegative=True)
 """Expected unique ids of one table in one rank's batch."""
 UG = sympy.Symbol("U_G", nonnegative=True)
 """Expected unique ids of one table in the global batch."""
+H = sympy.Symbol("H", integer=True, nonnegative=True)
+"""Rows of a table that every rank holds because they are frequent."""
+UH = sympy.Symbol("U_H", nonnegative=True)
+"""Expected unique ids of them in one rank's batch."""
 p = sympy.Symbol("p", positive=True)
 """Vectors per row that a table's lookups return: 1 for a bag, L without pooling."""
 c = sympy.Symbol("c", integer=True, positive=True)

@@ -256,7 +256,8 @@ class _Emitter:
 
     def _region_weight(self, node: fx.Node) -> fx.Node:
         name = self.program.parameter(node)
-        assert name is not None
+        if name is None:  # a constant
+            return self.outside[node]
         pieces = self.pieces[name]
         if pieces.is_replicated:
             # the reducer divides by the number of ranks what the exchange has divided already
@@ -268,9 +269,7 @@ class _Emitter:
         )
 
     def _local_weight(self, node: fx.Node) -> fx.Node:
-        name = self.program.parameter(node)
-        assert name is not None
-        return self.slices.get(name, self.outside[node])
+        return self.slices.get(self.program.parameter(node) or "", self.outside[node])
 
     # ---- stages
 

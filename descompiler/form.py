@@ -19,10 +19,11 @@ from torch import Tensor, fx
 from descompiler.errors import PlanError
 from descompiler.layout import Check
 from descompiler.operators import Lookup, Operator
-from descompiler.pieces import Pieces, even_sizes
+from descompiler.pieces import ALL, Pieces, even_sizes
 from descompiler.placement import Region
 from descompiler.program import Program, rowwise, where
 from descompiler.runtime import bag, lookup
+from descompiler.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,15 @@ class Choice:
     field_owners : tuple of int, optional
         Form "field" of an offsets table: the rank of each field.
     sizes : tuple of int, optional
-        Forms "row" and "pull": the rows of each rank, such as `Statistics.balanced_rows` gives; even by default.
+        Forms "row", "pull" and "hot": consecutive rows of each rank; even by default.
+    hot : tuple of (int, int), optional
+        Form "hot": ranges ``[start, stop)`` of rows that every rank holds.
     """
 
     owner: int = 0
     field_owners: tuple[int, ...] | None = None
     sizes: tuple[int, ...] | None = None
+    hot: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Split:
         for r in p.ranges[:8]:
             shape = list(p.shape)
             shape[p.dim] = r.size
-            shapes.append(f"E{shape}@{r.owner}".replace(", ", ","))
+            shapes.append(f"E{shape}@{'all' if r.owner == ALL else r.owner}".replace(", ", ","))
         more = ", ..." if len(p.ranges) > 8 else ""
         whole = f"E{list(p.shape)}".replace(", ", ",")
         return f"{self.form}: {whole} -> cat_{p.dim}({', '.join(shapes)}{more})"
@@ -128,6 +132,12 @@ class Form(Protocol):
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         """Why the operator can't be divided so; None if it can."""
+        ...
+
+    def choose(
+        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, max_rows: int | None = None
+    ) -> Choice:
+        """What is best for one rank's batches of ``batch_rows`` rows; a rank owns at most ``max_rows`` rows."""
         ...
 
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
@@ -223,8 +233,22 @@ def not_fetched(operator: Operator) -> str | None:
     return None if operator.uniform else "its lookups differ in padding_idx or sparse"
 
 
+class ByRows:
+    """What forms have in common of which each rank owns consecutive rows."""
+
+    def choose(
+        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, max_rows: int | None = None
+    ) -> Choice:
+        return Choice(sizes=tuple(statistics.balanced_rows(operator.name, ranks, batch_rows, max_rows)))
+
+
 class OwnRows:
     """What forms have in common whose lookups stay outside the region, on each rank's own rows."""
+
+    def choose(
+        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, max_rows: int | None = None
+    ) -> Choice:
+        return Choice()
 
     def placement(self, split: Split, operator: Operator, lookup: Lookup) -> Region | None:
         return None

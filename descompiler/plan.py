@@ -217,9 +217,11 @@ class Plan:
         """What a table that is outside the region sends by itself: formula and bytes, by what is sent."""
         if any(t.name in c.tables for c in self.crossings):
             return {}
-        unique = Statistics.assumed([t]).unique(t.name, self.rows)
-        formulas = form_named(self.splits[t.name].form).costs(t.sparse)
-        return {n: (f, self.bytes_of(f, V=t.rows, k=t.dim, U=unique)) for n, f in formulas.items()}
+        split, statistics = self.splits[t.name], Statistics.assumed([t])
+        unique = statistics.unique(t.name, self.rows)
+        hot = unique * statistics.shares(t.name, split.pieces, self.rows)[-1]
+        values = {"V": t.rows, "k": t.dim, "U": unique, "H": split.pieces.shared_size(), "U_H": hot}
+        return {n: (f, self.bytes_of(f, **values)) for n, f in form_named(split.form).costs(t.sparse).items()}
 
     # ---- files
 

@@ -74,7 +74,7 @@ class Part:
     placements: Mapping[fx.Node, Placement]
     pieces: Mapping[str, Pieces]
     operand: Callable[[fx.Node], fx.Node | None]  # this part of an operand, or None where the rank holds nothing
-    weight: Callable[[fx.Node], fx.Node]  # a parameter as this part uses it
+    weight: Callable[[fx.Node], fx.Node]  # a parameter (or constant) as this part uses it
 
     def at(self, node: Any) -> Placement:
         return self.placements.get(node, Local()) if isinstance(node, fx.Node) else Local()

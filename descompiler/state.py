@@ -119,29 +119,30 @@ def _reset_table(
     rows, dim = module.weight.shape
     piece = torch.empty(pieces.piece_shape(rank), dtype=module.weight.dtype, device=device)
     by_row = pieces.dim == 0
-    position = 0
     spans = [*pieces.own(rank), *pieces.shared()]
-    for span in spans if by_row else [None] if piece.numel() else []:
-        start, stop = (span.start, span.stop) if span is not None else (0, rows)
+    # of each block that this rank holds rows of: first row, last, and where they are in the piece
+    wanted: dict[int, list[tuple[int, int, int]]] = {}
+    position = 0
+    for start, stop in [(s.start, s.stop) for s in spans] if by_row else [(0, rows if piece.numel() else 0)]:
         for block in range(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)):
-            first, last = block * BLOCK_ROWS, min(rows, (block + 1) * BLOCK_ROWS)
-            small = copy.copy(module)
-            small._parameters = {
-                "weight": nn.Parameter(torch.empty(last - first, dim, dtype=piece.dtype, device=device))
-            }
-            small.padding_idx = None
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-                torch.manual_seed(_seed(seed, name, block))
-                small.reset_parameters()
-                if module.padding_idx is not None and first <= module.padding_idx < last:
-                    small.weight[module.padding_idx - first].zero_()
-            a, b = max(start, first), min(stop, last)
+            a, b = max(start, block * BLOCK_ROWS), min(stop, (block + 1) * BLOCK_ROWS)
+            wanted.setdefault(block, []).append((a, b, position))
+            position += b - a
+    for block, parts in wanted.items():
+        first, last = block * BLOCK_ROWS, min(rows, (block + 1) * BLOCK_ROWS)
+        small = copy.copy(module)
+        small._parameters = {"weight": nn.Parameter(torch.empty(last - first, dim, dtype=piece.dtype, device=device))}
+        small.padding_idx = None
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(_seed(seed, name, block))
+            small.reset_parameters()
+            if module.padding_idx is not None and first <= module.padding_idx < last:
+                small.weight[module.padding_idx - first].zero_()
+        for a, b, position in parts:
             values = small.weight.detach()[a - first : b - first]
-            if by_row:
-                piece[position : position + b - a] = values
-                position += b - a
-            else:
-                piece[a:b] = torch.cat([values.narrow(1, r.start, r.size) for r in spans], 1)
+            if not by_row:
+                values = torch.cat([values.narrow(1, r.start, r.size) for r in spans], 1)
+            piece[position : position + b - a] = values
     return piece
 
 

@@ -6,6 +6,7 @@ from descompiler.passes.fold_constants import FoldConstants
 from descompiler.passes.form_column import Column
 from descompiler.passes.form_field import Field
 from descompiler.passes.form_gather import Gather
+from descompiler.passes.form_hot import Hot
 from descompiler.passes.form_pull import Pull
 from descompiler.passes.form_replicate import Replicate
 from descompiler.passes.form_row import Row
@@ -15,11 +16,16 @@ from descompiler.passes.recognise_bags import RecogniseBags
 from descompiler.passes.recognise_outputs import RecogniseOutputs
 from descompiler.passes.remove_noops import RemoveNoops
 from descompiler.passes.rule_concatenate import Concatenate
+from descompiler.passes.rule_contract import Contract
 from descompiler.passes.rule_elementwise import Binary, Unary
+from descompiler.passes.rule_expand import Expand
+from descompiler.passes.rule_independent import Independent
+from descompiler.passes.rule_index import IndexSelect
 from descompiler.passes.rule_linear import Linear
-from descompiler.passes.rule_owner import MatMul, OnOwner
+from descompiler.passes.rule_owner import OnOwner
 from descompiler.passes.rule_reduce import Reduce
 from descompiler.passes.rule_view import Narrow, Permute, Reshape
+from descompiler.passes.simplify_indexing import SimplifyIndexing
 from descompiler.program import Pass
 from descompiler.rule import Rule
 
@@ -29,6 +35,7 @@ NORMALISE: tuple[Pass, ...] = (
     FoldConstants(),
     RemoveNoops(),
     RecogniseBags(),
+    SimplifyIndexing(),
     MergeDuplicates(),
     RecogniseOutputs(),
 )
@@ -43,10 +50,13 @@ RULES: tuple[Rule, ...] = (
     Narrow(),
     Concatenate(),
     Linear(),
-    MatMul(),
+    Contract(),
+    Independent(),
+    IndexSelect(),
+    Expand(),
     OnOwner(),
 )
 """How operators stay in the substituted region; the first rule that names an operator's function decides."""
 
-FORMS: tuple[Form, ...] = (Replicate(), Gather(), Field(), Row(), Column(), Pull())
+FORMS: tuple[Form, ...] = (Replicate(), Gather(), Field(), Row(), Column(), Pull(), Hot())
 """How a weights-rich operator can be divided; where two cost the same, the first is taken."""

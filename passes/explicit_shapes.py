@@ -1,7 +1,7 @@
 """explicit_shapes: ``view(x, [b, -1])  -->  reshape(x, [b, 12])``
 
 A size that is known stands where -1 left it open: with no rows it could be anything, and torch refuses. A view becomes
-a reshape, because later passes remove the copies that made the view possible.
+a reshape, because later passes remove the copies that made the view possible; ``expand_as(x, y)`` an expand.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ class ExplicitShapes:
 
     def __call__(self, program: Program) -> Program:
         for node in program.graph.nodes:
+            if node.target is aten.expand_as.default and len(shape_of(node)) == len(shape_of(node.args[0])):
+                kept = zip(shape_of(node.args[0]), shape_of(node), strict=True)
+                sizes = [-1 if a == b else b for a, b in kept]
+                if all(isinstance(s, int) for s in sizes):
+                    node.target, node.args = aten.expand.default, (node.args[0], sizes)
             if node.target not in VIEWS or not is_tensor(node):
                 continue
             node.target = aten.reshape.default

@@ -19,6 +19,7 @@ from descompiler.pieces import Pieces, even_sizes
 from descompiler.placement import Region, Segment, shard
 from descompiler.program import Program, tail
 from descompiler.runtime import bag, lookup
+from descompiler.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Column:
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         return not_in_region(program, operator) or whole_rows(operator)
+
+    def choose(
+        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, max_rows: int | None = None
+    ) -> Choice:
+        return Choice()
 
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
         return Split(self.name, Pieces.by_sizes(operator.shape, 1, even_sizes(operator.dim, ranks), ranks))

@@ -21,6 +21,7 @@ from descompiler.pieces import Pieces, Range
 from descompiler.placement import Owned, Region, Segment, shard
 from descompiler.program import Program, aten
 from descompiler.runtime import bag, lookup
+from descompiler.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Field:
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         return not_in_region(program, operator) or whole_rows(operator)
+
+    def choose(
+        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, max_rows: int | None = None
+    ) -> Choice:
+        return Choice()
 
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
         if operator.starts is None or choice.field_owners is None:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import sympy
 
 from descompiler.cost_models.forms import PULL
-from descompiler.form import Choice, OwnRows, Split, by_rows, not_fetched
+from descompiler.form import ByRows, Choice, OwnRows, Split, by_rows, not_fetched
 from descompiler.operators import Operator
 from descompiler.program import Program
 
 
 @dataclass(frozen=True)
-class Pull(OwnRows):
+class Pull(ByRows, OwnRows):
     name: str = "pull"
 
     def refuses(self, program: Program, operator: Operator) -> str | None:

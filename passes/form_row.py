@@ -14,7 +14,7 @@ import sympy
 from torch import Tensor, fx
 
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
-from descompiler.form import Choice, LookupPart, Split, all_columns, any_row, by_rows, not_in_region
+from descompiler.form import ByRows, Choice, LookupPart, Split, all_columns, any_row, by_rows, not_in_region
 from descompiler.layout import Check
 from descompiler.operators import Lookup, Operator
 from descompiler.placement import Disjoint, Owned, Partial, Region
@@ -23,7 +23,7 @@ from descompiler.runtime import bag_rows, lookup_rows
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(ByRows):
     name: str = "row"
 
     def refuses(self, program: Program, operator: Operator) -> str | None:

@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import fx
 
-from descompiler.placement import Disjoint, Local, Owned, Partial, Region, Shard, has_local, ranks_of
-from descompiler.program import aten, shape_of
+from descompiler.passes.rule_linear import ranges_of, with_owner
+from descompiler.pieces import Pieces
+from descompiler.placement import Disjoint, Local, Owned, Partial, Placement, Region, Shard, has_local, ranks_of
+from descompiler.program import Program, aten, shape_of
 from descompiler.rule import Declined, Part, Placed, Situation
 
 LINEAR = frozenset({aten.neg.default, aten.mul.Scalar, aten.div.Scalar})
@@ -29,6 +31,14 @@ ZERO_TO_ZERO = frozenset(
         aten.elu.default,
         aten.expm1.default,
         aten.sign.default,
+        aten.relu6.default,
+        aten.hardswish.default,
+        aten.mish.default,
+        aten.selu.default,
+        aten.celu.default,
+        aten.erf.default,
+        aten.asinh.default,
+        aten.atan.default,
     }
 )
 ANY = frozenset(
@@ -38,6 +48,13 @@ ANY = frozenset(
         aten.cos.default,
         aten.softplus.default,
         aten.clamp.default,
+        aten.clamp_min.default,
+        aten.clamp_max.default,
+        aten.hardtanh.default,
+        aten.hardsigmoid.default,
+        aten.rsub.Scalar,
+        aten.log2.default,
+        aten.exp2.default,
         aten.log1p.default,
         aten.log.default,
         aten.sqrt.default,
@@ -90,6 +107,8 @@ class Binary:
                 return Placed(x)
             return Declined("a number added to each rank's term would be added several times")
         x, y = at.at(a), at.at(b)
+        if (weighted := _with_weight(node, at)) is not None:
+            return weighted
         if not isinstance(x, Local) and not isinstance(y, Local):
             if same := _same_division(node, x, y):
                 return Placed(same)
@@ -120,6 +139,8 @@ class Binary:
             x, y = (part.operand(v) if isinstance(v, fx.Node) else v for v in (a, b))
             return part.call(node.target, x, y, **node.kwargs)
         x, y = part.operand(a), part.operand(b)
+        if (weight := _weight_of(node, part.program)) is not None and not _is_term(node, part.at(node)):
+            x, y = (part.weight(n) if n is weight else part.operand(n) for n in (a, b))
         if x is not None and y is not None:
             return part.call(node.target, x, y, **node.kwargs)
         if x is None:
@@ -132,6 +153,51 @@ class Binary:
         if shape_of(operand) != shape_of(node):
             x = part.call(aten.expand.default, x, [part.rows, *shape_of(node)[1:]])
         return x
+
+
+def _weight_of(node: fx.Node, program: Program) -> fx.Node | None:
+    """The operand that is a parameter or a constant, if one is."""
+    return next((n for n in node.args if isinstance(n, fx.Node) and _is_weight(program, n)), None)
+
+
+def _is_weight(program: Program, node: fx.Node) -> bool:
+    source = program.source(node)
+    return source is not None and source.kind in ("parameter", "constant")
+
+
+def _is_term(node: fx.Node, placement: Placement) -> bool:
+    """Whether a weight is added to a sum of ranks' terms: it is the term of each rank's own rows."""
+    return node.target in (aten.add.Tensor, aten.sub.Tensor) and isinstance(placement, Partial)
+
+
+def _with_weight(node: fx.Node, at: Situation) -> Placed | Declined | None:
+    """The answer for a value and a parameter (or a constant); None for other pairs, and for a sum with terms."""
+    weight = _weight_of(node, at.program)
+    if weight is None:
+        return None
+    a, b = node.args
+    assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+    x_node = b if weight is a else a
+    x, name = at.at(x_node), at.program.parameter(weight)
+    names = () if name is None else (name,)
+    if isinstance(x, Local):
+        return None
+    if isinstance(x, Owned):
+        return with_owner(at, x, [weight] if name is not None else [])
+    if isinstance(x, Partial | Disjoint):
+        if node.target is aten.mul.Tensor or (node.target is aten.div.Tensor and weight is b):
+            whole = isinstance(x, Disjoint) and shape_of(x_node) == shape_of(node)
+            return Placed(x if whole else Partial(ranks_of(x), has_local(x)), replicated=names)
+        return None if node.target in (aten.add.Tensor, aten.sub.Tensor) else Declined("a sum divides nothing")
+    if len(shape_of(x_node)) != len(shape_of(node)) or shape_of(x_node)[x.dim] != shape_of(node)[x.dim]:
+        return Declined("what ranks divide is broadcast")
+    dim = x.dim - (len(shape_of(node)) - len(shape_of(weight)))
+    if dim < 0 or shape_of(weight)[dim] == 1:
+        return Placed(x, replicated=names)
+    if name is None or at.colocatable(weight) is None:
+        return Declined("the weight is used elsewhere too, so it can't be cut to follow the value")
+    shape = tuple(at.program.parameters[name].shape)
+    return Placed(x, {name: Pieces(shape, dim, ranges_of(x.segments), at.ranks)})
 
 
 def _same_division(node: fx.Node, x: Region, y: Region) -> Region | None:

@@ -34,17 +34,13 @@ class Linear:
         shape = tuple(int(s) for s in shape_of(weight))
         last = len(shape_of(node.args[0])) - 1  # type: ignore[arg-type]
         if isinstance(x, Owned):
-            if all(at.colocatable(w) for w in (weight, bias) if w is not None):
-                params = at.program.parameters
-                pieces = {n: Pieces.whole(tuple(params[n].shape), x.rank, at.ranks) for n in replicated}
-                return Placed(x, pieces)
-            return Placed(x, replicated=replicated)
+            return with_owner(at, x, [w for w in (weight, bias) if w is not None])
         if isinstance(x, Shard) and x.dim == last:
             name = at.colocatable(weight)
             result = Partial(x.ranks, x.local or bias is not None)
             if name is None:
                 return Declined("the weight is used elsewhere too, so it can't be cut to follow its input")
-            return Placed(result, {name: Pieces(shape, 1, _ranges(x.segments), at.ranks)})
+            return Placed(result, {name: Pieces(shape, 1, ranges_of(x.segments), at.ranks)})
         if isinstance(x, Shard):
             return Placed(x, replicated=replicated)
         assert isinstance(x, Partial | Disjoint)
@@ -69,13 +65,23 @@ class Linear:
         return part.call(aten.linear.default, *args)
 
 
+def with_owner(at: Situation, x: Owned, weights: Sequence[fx.Node]) -> Placed:
+    """An operator on a value with one owner: its parameters move there, unless another node uses them."""
+    names = tuple(at.program.parameter(w) or "" for w in weights)
+    if all(at.colocatable(w) for w in weights):
+        shapes = {n: tuple(at.program.parameters[n].shape) for n in names}
+        return Placed(x, {n: Pieces.whole(shape, x.rank, at.ranks) for n, shape in shapes.items()})
+    return Placed(x, replicated=names)
+
+
 def _weights(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     bias = node.args[2] if len(node.args) > 2 else None
     assert isinstance(node.args[1], fx.Node) and (bias is None or isinstance(bias, fx.Node))
     return node.args[1], bias
 
 
-def _ranges(segments: Sequence[Segment]) -> tuple[Range, ...]:
+def ranges_of(segments: Sequence[Segment]) -> tuple[Range, ...]:
+    """Ranges of a weight's dimension that follow the segments of a value's; local ones belong to all ranks."""
     result, start = [], 0
     for s in segments:
         result.append(Range(start, start + s.size, ALL if s.owner == LOCAL else s.owner))

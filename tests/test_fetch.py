@@ -8,7 +8,7 @@ from torch import nn
 import descompiler as des
 from descompiler.fetch import pull
 from descompiler.layout import Fetch, FetchTable
-from descompiler.pieces import Pieces
+from descompiler.pieces import Pieces, Range
 from descompiler.runtime import Runtime
 from descompiler.verify import on_ranks
 
@@ -48,7 +48,7 @@ MIXED = {"item.weight": "pull", "user.weight": "row", "group.weight": "pull", "b
 def test_every_use_of_a_table(optimizer):
     torch.manual_seed(0)
     model = Everything(sparse=optimizer == "sparse_adam")
-    plans = [{"*": "pull"}, {"*": "gather"}, MIXED]
+    plans = [{"*": "pull"}, {"*": "gather"}, {"*": "hot"}, MIXED]
     des.verify(model, (ids_of(9),), ranks=3, plans=plans, optimizers=[optimizer])
 
 
@@ -89,11 +89,11 @@ def _bad_late_ids(rank, ranks):
                 self.first.weight.copy_(torch.arange(24.0).reshape(8, 3))
 
         def forward(self, x):
-            return self.second(self.first(x)[:, 0].long()).sum(1)
+            return self.second(9 * (self.first(x)[:, 0] > 8).long()).sum(1)  # row 3 begins with 9
 
     module = des.compile(Model().double(), (torch.zeros(2, dtype=torch.long),), plan={"*": "pull"})
     texts = []
-    for last in (2, 3):  # 3 is wrong: row 3 begins with 9
+    for last in (2, 3):
         try:
             module(torch.tensor([1, last if rank else 1])).sum().backward()
             texts.append("fine")
@@ -105,6 +105,49 @@ def _bad_late_ids(rank, ranks):
 def test_computed_ids_that_are_wrong_on_one_rank_raise_on_every_rank():
     for fine, text in on_ranks(_bad_late_ids, 2):
         assert fine == "fine" and "rank 1: table 'second.weight'" in text and "id 9 in row 1" in text
+
+
+def _many_ranges(rank, ranks, sparse):
+    """Hot rows all over a table, one by one: 500 ranges, two tables of a class and one beside it."""
+    generator = torch.Generator().manual_seed(3)
+    tables, weights, expected = [], [], []
+    for name, rows, dim in (("a", 1000, 3), ("b", 700, 3), ("c", 50, 2)):
+        owners = torch.randint(-1, ranks, (rows // 2,), generator=generator).tolist()
+        ranges = tuple(Range(2 * i, 2 * i + 2, o) for i, o in enumerate(owners))
+        whole = torch.randn(rows, dim, dtype=torch.float64, generator=generator).requires_grad_()
+        pieces = Pieces((rows, dim), 0, ranges, ranks)
+        tables.append(FetchTable(name, pieces, 1, padding_idx=5, sparse=sparse, dtype="torch.float64"))
+        weights.append(pieces.cut(whole.detach(), rank).requires_grad_())
+        expected.append(whole)
+    tables.sort(key=lambda t: t.kind)
+    by_name = dict(zip("abc", zip(weights, expected, strict=True), strict=True))
+    runtime = Runtime(dist.group.WORLD, rank, ranks, "sum")
+    total, whole_total, errors = 0.0, 0.0, []
+    for step in range(2):
+        for t in tables:
+            every = torch.randint(t.rows, (ranks, 200), generator=generator)
+            weight, whole = by_name[t.name]
+            out = pull(runtime, Fetch.of_table(t), weight, every[rank])
+            own = torch.nn.functional.embedding(every, whole, padding_idx=5, sparse=sparse)
+            errors.append(float((out - own[rank]).abs().max()))
+            total, whole_total = total + out.sin().sum() * (step + 1), whole_total + own.sin().sum() * (step + 1)
+    total.backward()
+    (whole_total / ranks).backward()
+    for t in tables:
+        weight, whole = by_name[t.name]
+        grad, expected_grad = weight.grad.coalesce() if sparse else weight.grad, whole.grad
+        errors.append(float((grad.to_dense() - t.pieces.cut(expected_grad.to_dense(), rank)).abs().max()))
+        if sparse:  # the rows that have an entry are those that were looked up, also where their gradient is 0
+            touched = torch.zeros(t.rows, 1)
+            touched[expected_grad.coalesce().indices()[0]] = 1
+            mine = t.pieces.cut(touched.expand(t.rows, t.dim).contiguous(), rank)[:, 0].nonzero()[:, 0]
+            assert torch.equal(grad.indices()[0], mine)
+    return max(errors)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_many_ranges_of_hot_rows(sparse):
+    assert max(on_ranks(_many_ranges, 3, sparse)) < 1e-12
 
 
 def _alone(rank, ranks):

@@ -71,6 +71,55 @@ class OnOwner(Tables):
         return (torch.softmax(a, -1).sum(1) + b.sum(1)).unsqueeze(1)
 
 
+class Contract(Tables):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 4, 3))
+
+    def f(self, a, b, dense):
+        return torch.einsum("bfd,fdk->bk", torch.stack([a, b], 1), self.weight)
+
+
+class Independent(Tables):
+    def f(self, a, b, dense):
+        return torch.softmax(torch.stack([a, b], 1), 1).amax(2).sum(1, keepdim=True)
+
+
+class Normalise(Tables):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+
+    def f(self, a, b, dense):
+        return self.norm(torch.stack([a, b], 1)).sum(1)
+
+
+class Select(Tables):
+    def f(self, a, b, dense):
+        v = torch.stack([a, b, a], 1)
+        return (v[:, [2, 1]] * v[:, [0, 1]]).sum((1, 2)).unsqueeze(1)
+
+
+class Chunks(Tables):
+    def f(self, a, b, dense):
+        first, second = torch.stack([a, b], 1).chunk(2, -1)
+        return (first * second).sum((1, 2)).unsqueeze(1)
+
+
+class Expand(Tables):
+    def f(self, a, b, dense):
+        return (a.unsqueeze(1).expand(-1, 3, -1).abs() + b.unsqueeze(1).repeat(1, 3, 1)).sum((1, 2)).unsqueeze(1)
+
+
+class Weighted(Tables):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(2, 1))
+
+    def f(self, a, b, dense):
+        return torch.sigmoid(torch.stack([a * self.scale, b], 1) + self.shift).sum((1, 2)).unsqueeze(1)
+
+
 class Bag(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -105,6 +154,17 @@ CASES = [
     (View, "column"),
     (Interaction, "column"),
     (OnOwner, "field"),
+    (Contract, "field"),
+    (Contract, "row"),
+    (Contract, "column"),
+    (Independent, "column"),
+    (Normalise, "field"),
+    (Select, "field"),
+    (Select, "column"),
+    (Chunks, "field"),
+    (Expand, "column"),
+    (Weighted, "field"),
+    (Weighted, "column"),
     (Bag, "row"),
     (Bag, "column"),
     (Offsets, "field"),

@@ -1,0 +1,84 @@
+"""Random models on real ranks: each trains as the original, whatever it is made of and however it is split.
+
+``RANDOM_MODELS=n`` sets how many the long run draws; with ``RANDOM_SEED`` it draws others.
+"""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+import descompiler as des
+from descompiler.passes import FORMS
+from tests.pool import RankPool, RankPoolError, here
+from tests.random_models import CONSUMERS, cases
+
+NAMES = tuple(f.name for f in FORMS)
+SLOW = int(os.environ.get("RANDOM_MODELS", "500"))
+common = settings(
+    deadline=None,
+    database=None,
+    phases=(Phase.explicit, Phase.generate),  # a smaller failing model is not worth minutes
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def check(rank, ranks, case):
+    """On every rank: build the model from its text and verify it."""
+    space = {"__name__": "random_model"}
+    exec(compile(case.text, "<random model>", "exec"), space)
+    plans = [case.plan]
+    report = des.verify(
+        space["Model"](), space["inputs"](), ranks=ranks, plans=plans, optimizers=[case.optimizer], launch=here
+    )
+    return max(report.worst.values())
+
+
+@pytest.fixture(scope="module")
+def pools():
+    with RankPool(2) as two, RankPool(3) as three:
+        yield {2: two, 3: three}
+
+
+def verify(case, pools):
+    try:
+        worst = max(pools[case.ranks](check, case))
+    except RankPoolError as error:
+        pytest.fail(f"{error}\n\n# the model, to run on its own:\n{case.script()}", pytrace=False)
+    assert worst <= 1e-10
+
+
+@seed(1)
+@settings(common, max_examples=15)
+@given(case=cases(NAMES))
+def test_some(case, pools):
+    verify(case, pools)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@seed(int(os.environ.get("RANDOM_SEED", "2")))
+@settings(common, max_examples=SLOW)
+@given(case=cases(NAMES))
+def test_many(case, pools):
+    verify(case, pools)
+
+
+def test_a_case_is_a_script():
+    """What a failure prints defines and verifies the model."""
+    found = []
+
+    @seed(0)
+    @settings(common, max_examples=3)
+    @given(case=cases(NAMES))
+    def draw(case):
+        found.append(case)
+
+    draw()
+    for case in found:
+        assert set(case.consumers) <= set(CONSUMERS)
+        text = case.script()
+        assert "des.verify(Model(), inputs()" in text
+        space = {"__name__": "not main"}
+        exec(compile(text, "<script>", "exec"), space)
+        assert space["Model"]()(*space["inputs"]()) is not None
