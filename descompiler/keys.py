@@ -79,10 +79,5 @@ class KeySpace:
         index = torch.searchsorted(self.starts, keys, right=True) - 1
         return self.owners[index], self.bases[index] + keys - self.starts[index]
 
-    @property
-    def largest(self) -> int:
-        """Keys of the rank that owns most, or shared keys if they are more."""
-        return max(int(self.own[:, -1].max()), int(self.shared[-1]))
-
     def to(self, device: torch.device) -> KeySpace:
         return KeySpace(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))

@@ -9,6 +9,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -152,13 +153,10 @@ class FetchTable:
         """Tables of one kind are a class, whose rows are one tensor."""
         return (not self.trained, self.gathered, self.sparse, self.dtype, self.dim)
 
-    @cached_property
-    def sizes(self) -> list[int]:
+    @property
+    def sizes(self) -> np.ndarray:
         """Rows that each rank owns; rows that all hold at the end."""
-        sizes = [0] * (self.pieces.ranks + 1)
-        for r in self.pieces.ranges:
-            sizes[r.owner] += r.size
-        return sizes
+        return self.pieces.sizes
 
 
 @dataclass(frozen=True)
@@ -219,7 +217,7 @@ class Fetch:
     @cached_property
     def divided(self) -> bool:
         """Whether any rows have one owner, so that rows cross."""
-        return any(sum(t.sizes[:ALL]) for t in self.tables)
+        return any(t.sizes[:ALL].any() for t in self.tables)
 
     @cached_property
     def gathered_classes(self) -> list[int]:
@@ -240,11 +238,12 @@ class Fetch:
     @cached_property
     def reduced_elements(self) -> int:
         """Elements of that all-reduce; one more for each row of a table with sparse gradients: who looked it up."""
-        return sum(x.sizes[ALL] * (x.dim + x.sparse) for x in map(self.tables.__getitem__, self.reduced_tables))
+        return sum(int(x.sizes[ALL]) * (x.dim + x.sparse) for x in map(self.tables.__getitem__, self.reduced_tables))
 
     @cached_property
     def id_bytes(self) -> int:
-        return 4 if self.space.largest < 1 << 31 else 8
+        """Of a key: 4 if no rank's are more than that numbers."""
+        return 4 if np.sum([t.sizes for t in self.tables], axis=0).max() < 1 << 31 else 8
 
     @cached_property
     def padding_places(self) -> list[tuple[int, int]]:
@@ -259,7 +258,7 @@ class Fetch:
         if owner == rank:
             return key - int(self.space.own[rank][table])
         if owner == ALL:
-            return key - int(self.space.shared[table]) + self.tables[table].sizes[rank]
+            return key - int(self.space.shared[table]) + int(self.tables[table].sizes[rank])
         return -1
 
 
@@ -454,12 +453,11 @@ class Layout:
     @cached_property
     def fetch_loads(self) -> list[float]:
         """What each rank owns of the tables that are fetched, in shares of tables, weighed by ids and dim."""
-        loads = [0.0] * self.ranks
+        loads = np.zeros(self.ranks)
         for f in self.fetches:
             for t in f.tables:
-                for r, size in enumerate(t.sizes[:ALL]):
-                    loads[r] += t.ids * t.dim * size / t.rows
-        return [round(x, 9) for x in loads]
+                loads += t.ids * t.dim / t.rows * t.sizes[:ALL]
+        return loads.round(9).tolist()
 
     def expected(self, rank: int, rows: Sequence[int], statistics: Statistics | None = None) -> dict[str, Counts]:
         """Expected unique ids by table, where rank r has ``rows[r]`` rows; of assumed statistics by default."""

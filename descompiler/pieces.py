@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,6 +110,12 @@ class Pieces:
     def owners(self) -> tuple[int, ...]:
         """The ranks that own a non-empty range, in order."""
         return tuple(sorted(o for o in self._by_owner if o != ALL))
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Size of the divided dimension that each rank owns alone, ``[ranks + 1]``; that of all at the end."""
+        owners, sizes = (np.array(x) for x in zip(*((r.owner, r.size) for r in self.ranges), strict=True))
+        return np.bincount(np.where(owners == ALL, self.ranks, owners), sizes, minlength=self.ranks + 1).astype(int)
 
     def own(self, rank: int) -> list[Range]:
         """The ranges that belong to ``rank`` alone."""

@@ -203,7 +203,7 @@ class Statistics:
 
     def shares(self, table: str, pieces: Pieces, batch_rows: int) -> list[float]:
         """Share of a batch's expected unique ids that each rank owns; that of rows which all hold at the end."""
-        key = (table, pieces, batch_rows)
+        key = (table, id(pieces), batch_rows)  # pieces have many ranges; kept, so that no other gets the same id
         if key not in self._kept:
             ids, present, other = self.presence(table, batch_rows)
             starts = np.array([r.start for r in pieces.ranges])
@@ -213,8 +213,8 @@ class Statistics:
             weight = sizes * other + np.bincount(at, present - other, minlength=len(starts))
             owners = np.where(owners == ALL, pieces.ranks, owners)
             total = np.bincount(owners, weight, minlength=pieces.ranks + 1)
-            self._kept[key] = (total / max(total.sum(), 1e-300)).tolist()
-        return self._kept[key]
+            self._kept[key] = (total / max(total.sum(), 1e-300)).tolist(), pieces
+        return self._kept[key][0]
 
     def balanced_rows(
         self,

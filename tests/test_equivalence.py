@@ -6,9 +6,13 @@ import pytest
 import torch
 
 import descompiler as des
+from descompiler.passes import FORMS
 from examples.models import LAYOUTS, MODELS, make_inputs
 
 SPLITS = [None, *({"*": form} for form in ("replicate", "field", "row", "column"))]
+EVERY = [None, *({"*": form.name} for form in FORMS)]
+FETCHED = [{"*": form} for form in ("gather", "pull", "hot")]
+"""Forms without a region: what follows a lookup is the original's graph, so a few models say it all."""
 
 
 # DNN is a part of Wide&Deep, and xDeepFM has DeepFM's; what `make test` leaves out is in `make test-all`.
@@ -29,17 +33,35 @@ def test_two_ranks(name, layout):
     assert report.cases == len(SPLITS)
 
 
+@pytest.mark.parametrize(("name", "layout"), [("deepfm", "offsets"), ("two_tower", "bags")])
+def test_fetched(name, layout):
+    torch.manual_seed(0)
+    des.verify(MODELS[name](layout), make_inputs(name, layout, 8), ranks=2, plans=FETCHED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_fetched_by_every_model_and_optimizer(name, ranks):
+    for layout in LAYOUTS:
+        for sparse in (False, True):
+            torch.manual_seed(0)
+            model = MODELS[name](layout, sparse=sparse)
+            optimizers = ["sparse_adam"] if sparse else ["sgd", "adagrad", "adam"]
+            des.verify(model, make_inputs(name, layout, 8), ranks=ranks, plans=FETCHED, optimizers=optimizers)
+
+
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam", "sparse_adam"])
 def test_optimizers(optimizer):
     torch.manual_seed(0)
     model = MODELS["deepfm"]("fields", sparse=optimizer == "sparse_adam", batch_norm=True)
-    des.verify(model, make_inputs("deepfm", "fields", 8), ranks=2, plans=SPLITS, optimizers=[optimizer])
+    des.verify(model, make_inputs("deepfm", "fields", 8), ranks=2, plans=EVERY, optimizers=[optimizer])
 
 
 @pytest.mark.parametrize("name", ["deepfm", "two_tower"])
 def test_four_ranks(name):
     torch.manual_seed(0)
-    des.verify(MODELS[name]("fields"), make_inputs(name, "fields", 8), ranks=4, plans=SPLITS)
+    des.verify(MODELS[name]("fields"), make_inputs(name, "fields", 8), ranks=4, plans=EVERY)
 
 
 def test_a_wrong_model_is_found():

@@ -141,6 +141,18 @@ class Offsets(nn.Module):
         return self.linear(self.table(ids + self.offsets).flatten(1))
 
 
+class Chained(nn.Module):
+    """The second table's ids are computed from the first one's rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Embedding(6, 4, padding_idx=0), nn.Embedding(2, 4)
+
+    def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
+        x = self.first(ids)
+        return torch.softmax(x, 1).sum(1) * self.second((x[:, 0, 0] > 0).long())
+
+
 CASES = [
     (Elementwise, "field"),
     (Elementwise, "row"),
@@ -168,6 +180,10 @@ CASES = [
     (Bag, "row"),
     (Bag, "column"),
     (Offsets, "field"),
+    (Offsets, "gather"),
+    (Concatenate, "pull"),
+    (Bag, "hot"),
+    (Chained, "pull"),
 ]
 
 
