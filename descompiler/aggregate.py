@@ -22,10 +22,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-import networkx as nx
 from torch import fx
 
 from descompiler.coupling import scope_of
+from descompiler.flow import Network
 from descompiler.form import Split
 from descompiler.layout import Exit
 from descompiler.operators import Operator
@@ -223,26 +223,32 @@ def minimum_cut(
     if not candidates.lookups:
         return Cut(frozenset(), 0)
     placements = candidates.placements()
-    graph = nx.DiGraph()
+    network = Network("source", "sink")
     forced = _forced(candidates, colocated)
     for v, answer in candidates.placed.items():
         if v in forced:
-            graph.add_edge("source", (v, "in"))  # no capacity: unlimited
+            network.add("source", (v, "in"))
         elif saved := saved_bytes(program, answer, w):
-            graph.add_edge("source", (v, "in"), capacity=saved)
+            network.add("source", (v, "in"), saved)
         if work := work_bytes(v, answer.placement, placements, w):
-            graph.add_edge((v, "in"), "sink", capacity=work)
-        graph.add_edge((v, "in"), (v, "out"), capacity=exit_bytes(v, answer.placement, w))
+            network.add((v, "in"), "sink", work)
+        network.add((v, "in"), (v, "out"), exit_bytes(v, answer.placement, w))
         for u in v.users:
-            graph.add_edge((v, "out"), (u, "in") if u in candidates.placed else "sink")
+            network.add((v, "out"), (u, "in") if u in candidates.placed else "sink")
             if u in candidates.placed:
-                graph.add_edge((u, "in"), (v, "in"))
-    if "sink" not in graph:
-        graph.add_node("sink")
-    cost, (side, _) = nx.minimum_cut(graph, "source", "sink")
+                network.add((u, "in"), (v, "in"))
+    found = network.minimum_cut()
+    assert found is not None  # aggregation at the lookups is finite
+    cost, side = found
     inside = frozenset(v for v in candidates.placed if (v, "in") in side)
     exits = tuple(v for v in candidates.placed if v in inside and any(u not in inside for u in v.users))
-    return Cut(inside, int(cost), exits)
+    return Cut(inside, cost, exits)
+
+
+def at_lookups(candidates: Candidates) -> Cut:
+    """Aggregation at the tables themselves: what looks them up is all that is inside."""
+    exits = tuple(v for v in candidates.placed if v in candidates.lookups and v.users)
+    return Cut(frozenset(candidates.lookups), 0, exits)
 
 
 def brute_force(program: Program, candidates: Candidates, w: Weights) -> int:

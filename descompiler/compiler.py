@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from descompiler.aggregate import Candidates, Cut, Weights, minimum_cut, place
+from descompiler.aggregate import Candidates, Cut, Weights, at_lookups, minimum_cut, place
 from descompiler.capture import capture
+from descompiler.cluster import Cluster
 from descompiler.coverage import Coverage, coverage_of
 from descompiler.emit import Emitted, emit
 from descompiler.errors import CaptureError, InputError, PlanError, RankError
@@ -48,6 +49,9 @@ def compile(
     batch: int | None = None,
     seed: int | None = None,
     forbid: Forbidden | None = None,
+    cluster: Cluster | None = None,
+    memory_bytes: int | None = None,
+    optimizer: str = "adagrad",
     method: str = CALL,
     in_place: bool = False,
 ) -> Any:
@@ -80,6 +84,13 @@ def compile(
         For a meta-device model; rank 0's ``torch.initial_seed()`` by default.
     forbid : mapping of str to str or sequence of str, optional
         Forms that tables must not take, by name or pattern: ``{"*": ["replicate"]}``.
+    cluster : Cluster, optional
+        Minimise the seconds of a step's collectives on it; bytes of the busiest rank by default. Its memory is the
+        limit.
+    memory_bytes : int, optional
+        Limit of each rank for weights, gradients, optimiser state and activations.
+    optimizer : str
+        Whose state counts: "sgd", "momentum", "adagrad", "rowwise_adagrad", "adam" or "sparse_adam".
     method : str
         What is compiled: by default a call of the model (its forward), or a method of it such as "calculate_loss".
     in_place : bool
@@ -95,7 +106,7 @@ def compile(
     CaptureError, UnsupportedError, PlanError, InputError, RankError
     """
     options = {"plan": plan, "process_group": process_group, "loss": loss, "batch": batch, "seed": seed}
-    options["terms"] = Terms(forbid=forbid or {})
+    options["terms"] = Terms(forbid or {}, cluster, memory_bytes, optimizer)
     if in_place:
         if example_inputs is None:
             raise InputError("in_place=True needs example_inputs: optimisers have to see the pieces from the start")
@@ -270,24 +281,38 @@ def plan(
     model: nn.Module,
     example_inputs: Any,
     *,
-    ranks: int,
+    ranks: int | None = None,
+    cluster: Cluster | None = None,
     batch: int | None = None,
     pins: Mapping[str, str] | None = None,
+    plan: Plan | str | Path | None = None,
     forbid: Forbidden | None = None,
+    memory_bytes: int | None = None,
+    optimizer: str = "adagrad",
 ) -> Plan:
     """Plan for any number of ranks, without a process group and without weights.
 
     Parameters
     ----------
     ranks : int
+        The cluster's by default.
     batch : int, optional
         Rows per rank; the example's by default.
     pins : mapping of str to str, optional
         As `compile`'s ``plan``.
-    forbid : mapping, optional
+    plan : Plan or path, optional
+        Follow it: price it for this model, with forms that were edited in its file.
+    cluster, forbid, memory_bytes, optimizer
         As `compile`'s.
+
+    Raises
+    ------
+    PlanError
+        If nothing satisfies the constraints: which rank lacks how much memory, and what would fit.
     """
-    return Captured(model, example_inputs).plan(ranks=ranks, batch=batch, pins=pins, forbid=forbid)
+    captured = Captured(model, example_inputs)
+    terms = {"forbid": forbid or {}, "cluster": cluster, "memory_bytes": memory_bytes, "optimizer": optimizer}
+    return captured.plan(ranks=ranks, batch=batch, pins=pins, plan=plan, **terms)
 
 
 class Captured:
@@ -310,14 +335,24 @@ class Captured:
     def plan(
         self,
         *,
-        ranks: int,
+        ranks: int | None = None,
         batch: int | None = None,
         pins: Mapping[str, str] | None = None,
-        forbid: Forbidden | None = None,
+        plan: Plan | str | Path | None = None,
+        **terms: Any,
     ) -> Plan:
-        """As `descompiler.plan`."""
+        """As `descompiler.plan`; ``terms`` are those of `descompiler.planner.Terms`."""
+        if isinstance(plan, str | Path):
+            plan = Plan.load(plan)
+        if ranks is None:
+            cluster = terms.get("cluster")
+            if cluster is None and plan is None:
+                raise PlanError("des.plan needs ranks=, or cluster= with them")
+            ranks = cluster.ranks if cluster is not None else plan.ranks  # type: ignore[union-attr]
+        if plan is not None:
+            batch, pins = batch or plan.rows, {**plan.forms, **plan.changes, **(pins or {})}
         w = Weights(ranks, batch or self.rows, max((o.dtype.itemsize for o in self.operators), default=4))
-        return choose(self.program, self.operators, RULES, w, pins, terms=Terms(forbid=forbid or {}))
+        return choose(self.program, self.operators, RULES, w, pins, terms=Terms(**terms))
 
     def region(self, plan: Plan) -> tuple[Candidates, Cut]:
         """What the rules can place, and what the plan keeps inside the region."""
@@ -332,7 +367,7 @@ def _region(program: Program, operators: list[Operator], plan: Plan) -> tuple[Ca
     cut_weights = {n: p for n, p in plan.pieces.items() if n not in plan.splits and not p.is_replicated and n in used}
     colocated = {n: p for n, p in cut_weights.items() if biases.get(n) != p}
     candidates = place(program, operators, splits, RULES, plan.ranks, colocated)
-    cut = minimum_cut(program, candidates, w, colocated)
+    cut = at_lookups(candidates) if plan.aggregate == "lookups" else minimum_cut(program, candidates, w, colocated)
     inside = {n for node in cut.inside for n in candidates.placed[node].pieces}
     if lost := set(colocated) - inside:
         raise PlanError(f"weights {sorted(lost)} were cut for another graph (training flags differ); plan again")

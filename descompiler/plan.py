@@ -20,6 +20,7 @@ from descompiler.cost_models.symbols import N, b, i, s
 from descompiler.errors import PlanError
 from descompiler.form import Split, form_named
 from descompiler.layout import Counts, Layout
+from descompiler.memory import Memory
 from descompiler.pieces import Pieces
 from descompiler.serial import decode, encode
 from descompiler.statistics import Statistics
@@ -125,6 +126,18 @@ class Plan:
         ``cluster``.
     price, bound : float
         In units of the objective: the plan's, and what no plan can be below (see `descompiler.planner`).
+    exact : bool
+        Whether no choice of forms is cheaper.
+    trials : int
+        Choices of forms that were priced.
+    aggregate : {"cut", "lookups"}
+        Aggregation points: of the minimum cut, or the lookups themselves.
+    memories : list of Memory
+        By rank, for ``optimizer``.
+    limit_bytes : int or None
+        Of memory, of each rank.
+    missing : dict of str to dict of str to int
+        By table and form: bytes above the limit if the tables like it took that form.
     changes : dict of str to str
         Forms that were edited in a file and are not priced yet: `des.compile` and `des.plan` do that.
     """
@@ -143,8 +156,15 @@ class Plan:
     objective: str = "bytes"
     price: float = 0.0
     bound: float = 0.0
+    exact: bool = False
+    trials: int = 0
+    aggregate: str = "cut"
     cluster: Cluster | None = None
     statistics: str = ""
+    memories: list[Memory] = field(default_factory=list)
+    optimizer: str = "adagrad"
+    limit_bytes: int | None = None
+    missing: dict[str, dict[str, int]] = field(default_factory=dict)
     changes: dict[str, str] = field(default_factory=dict)
     replan: Callable[[Mapping[str, str]], Plan] | None = field(default=None, repr=False, compare=False)
 
@@ -157,6 +177,15 @@ class Plan:
     def exits(self) -> list[str]:
         """The aggregation points: operator and placement."""
         return [f"{c.name} {c.placement}" for c in self.crossings if c.kind == "values"]
+
+    @property
+    def gap(self) -> float:
+        """How far the price may be above the best, as a share of it: 0 is none."""
+        return 0.0 if self.price <= self.bound else self.price / self.bound - 1 if self.bound else float("inf")
+
+    def memory(self, rank: int) -> Memory:
+        """What a rank keeps in a training step, estimated (see `descompiler.memory`)."""
+        return self.memories[rank]
 
     def traffic(
         self,
@@ -395,8 +424,13 @@ _FIELDS: dict[str, Any] = {
     "objective": str,
     "price": float,
     "bound": float,
+    "exact": bool,
+    "trials": int,
+    "aggregate": str,
     "price_bytes": int,
     "statistics": str,
+    "optimizer": str,
+    "limit_bytes": int | None,
     "cluster": Cluster | None,
     "tables": list[Table],
     "splits": dict[str, Split],
@@ -404,5 +438,7 @@ _FIELDS: dict[str, Any] = {
     "layout": Layout,
     "crossings": list[Crossing],
     "prices": dict[str, dict[str, int]],
+    "missing": dict[str, dict[str, int]],
+    "memories": list[Memory],
 }
 """What a plan file holds."""

@@ -1,29 +1,60 @@
-"""Planning: trials of splits, each placed, cut and priced; the cheapest becomes the plan."""
+"""Planning: which form each table takes, and where its results are aggregated; the cheapest becomes the plan.
+
+Given are a program with tables T, the forms F(t) that each may take, N ranks, a batch, and a limit M of memory. A
+choice f in the product of the F(t) determines a plan:
+
+    owners        of whole tables, by longest processing time first (`assign`)
+    placements    of every operator that a rule keeps in the region (`descompiler.aggregate.place`)
+    aggregation   the minimum cut, or the lookups themselves where the busiest rank then sends less (`Search.trial`)
+
+    minimise      max over ranks r of bytes(r)     or, given a cluster, seconds of the collectives    (`Search._price`)
+    subject to    weights + gradients + optimiser state + activations of every rank <= M              (`memory_of`)
+
+over f (`Search.run`). Tables share aggregation points, so the price is no sum over tables. The search is a descent from
+several starts (one form for all; each table's cheapest by itself; the relaxation's optimum) with three kinds of moves:
+all tables of a class (same width, forms, ids and gradients) to another form, its m smallest or largest, single tables.
+The relaxation of `descompiler.bound` is below every plan; with few tables the choice then is completed to the optimum
+by branch and bound over it (`Search.complete`), else its distance is reported as the gap. All is counted, nothing
+timed: the same inputs give the same plan anywhere.
+"""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from math import prod
+from typing import Any
 
+import sympy
 from torch import fx
 
-from descompiler.aggregate import Candidates, Cut, Weights, minimum_cut, place
+from descompiler.aggregate import Candidates, Cut, Weights, at_lookups, minimum_cut, place
+from descompiler.bound import FormCost, Relaxation
+from descompiler.cluster import COLLECTIVES, Cluster
+from descompiler.cost_models.symbols import L as IDS
+from descompiler.cost_models.symbols import N, U, V, b, i, k, s
 from descompiler.emit import layout_of
 from descompiler.errors import PlanError
-from descompiler.form import Choice, Split, split_as
+from descompiler.form import Choice, Split, form_named, split_as
 from descompiler.layout import Layout
+from descompiler.memory import Memory, check_optimizer, memory_of
 from descompiler.operators import Operator
 from descompiler.outputs import bias_pieces, outputs_in_order
 from descompiler.passes import FORMS as ALL_FORMS
 from descompiler.pieces import Pieces
 from descompiler.plan import Crossing, Plan, Table
-from descompiler.program import Program, tail, target_name, user_line
+from descompiler.program import Program, shape_of, tail, target_name, user_line
 from descompiler.rule import Rule
+from descompiler.statistics import Statistics
+from descompiler.traffic import Traffic
 
 FORMS = tuple(f.name for f in ALL_FORMS)
 
+EXACT_TABLES = 12
+"""Free tables up to which the choice is completed to the optimum, if the effort is enough."""
 
 Forbidden = Mapping[str, str | Sequence[str]]
 """Table names or patterns to forms."""
@@ -37,20 +68,52 @@ class Terms:
     ----------
     forbid : mapping
         Forms that tables must not take.
+    cluster : Cluster, optional
+        Then seconds are minimised, not bytes; its memory is the limit if there is no other.
+    memory_bytes : int, optional
+        Limit of each rank.
+    optimizer : str
+        Whose state counts in memory: a key of `descompiler.cost_models.memory.STATE`.
+    effort : int
+        Multiplies the choices that are tried: 1 is for compiling, more for a model that will run for weeks.
+    statistics : Statistics, optional
+        Of the ids; assumed if not given.
     """
 
     forbid: Forbidden = field(default_factory=dict)
+    cluster: Cluster | None = None
+    memory_bytes: int | None = None
+    optimizer: str = "adagrad"
+    effort: int = 1
+    statistics: Statistics | None = None
+
+    @property
+    def limit_bytes(self) -> int | None:
+        if self.memory_bytes is not None or self.cluster is None:
+            return self.memory_bytes
+        return self.cluster.memory_bytes
 
 
 @dataclass
 class Trial:
-    """One choice of splits, priced."""
+    """One choice of forms, with all that follows from it."""
 
     splits: dict[str, Split]
     candidates: Candidates
     cut: Cut
     pieces: dict[str, Pieces]
     layout: Layout
+    aggregate: str
+    score: Score
+    memory: list[Memory]
+
+
+@dataclass(frozen=True, order=True)
+class Score:
+    """What trials are compared by, in this order."""
+
+    missing_bytes: int  # of the rank that is farthest above the limit of memory
+    price: float  # in units of the objective
     price_bytes: int
 
 
@@ -65,43 +128,42 @@ def parameter_pieces(
     return result
 
 
-def try_splits(
-    program: Program,
+def assign(
     operators: Sequence[Operator],
-    splits: dict[str, Split],
-    rules: Sequence[Rule],
-    w: Weights,
-) -> Trial:
-    """Place, cut and price one choice of splits: the bytes that the busiest rank sends."""
-    candidates = place(program, operators, splits, rules, w.ranks)
-    cut = minimum_cut(program, candidates, w)
-    pieces = parameter_pieces(program, splits, candidates, cut, w.ranks)
-    pieces.update(bias_pieces(program, operators, splits))
-    layout = layout_of(program, operators, splits, pieces, candidates, cut, w.ranks)
-    rows = [w.rows] * w.ranks
-    price = max(layout.predict(r, rows, w.itemsize).total for r in layout.kinds)
-    return Trial(splits, candidates, cut, pieces, layout, price)
+    forms: Mapping[str, str],
+    ranks: int,
+    *,
+    by_memory: bool = False,
+    split: Callable[[Operator, str, int, Choice | None], Split] = split_as,
+) -> dict[str, Split]:
+    """Splits in given forms; whole tables go to ranks by longest processing time first (Graham, 1969).
 
-
-def assign(operators: Sequence[Operator], forms: Mapping[str, str], ranks: int) -> dict[str, Split]:
-    """Splits in given forms; field-split tables that read the same ids share a rank, balanced by width, then bytes."""
+    Tables that read the same ids share a rank. The load is what they send, elements a row, then bytes held; the other
+    way round with ``by_memory``.
+    """
     groups: dict[str, list[Operator]] = {}
-    load = [(0, 0)] * ranks
     splits: dict[str, Split] = {}
     for o in operators:
         if forms[o.name] != "field":
-            splits[o.name] = split_as(o, forms[o.name], ranks)
+            splits[o.name] = split(o, forms[o.name], ranks, None)
         else:
             groups.setdefault(o.lookups[0].ids.name, []).append(o)
-    for group in sorted(groups.values(), key=lambda g: (-sum(o.dim for o in g), -sum(o.rows for o in g))):
-        if all(o.starts is not None and o.starts == group[0].starts for o in group) and group[0].starts is not None:
+
+    def load(group: Sequence[Operator]) -> tuple[int, int]:
+        sent = sum(prod(tail(x.node)) for o in group for x in o.lookups)
+        size = sum(o.size_bytes for o in group)
+        return (size, sent) if by_memory else (sent, size)
+
+    least = [(0, 0, r) for r in range(ranks)]
+    for group in sorted(groups.values(), key=load, reverse=True):
+        if all(o.starts is not None and o.starts == group[0].starts for o in group):
             owners = tuple(_field_owners(group[0], ranks))
-            splits.update({o.name: split_as(o, "field", ranks, Choice(field_owners=owners)) for o in group})
+            splits.update({o.name: split(o, "field", ranks, Choice(field_owners=owners)) for o in group})
             continue
-        owner = min(range(ranks), key=lambda r: load[r])
-        width, size = load[owner]
-        load[owner] = (width + sum(o.dim for o in group), size + sum(o.size_bytes for o in group))
-        splits.update({o.name: split_as(o, "field", ranks, Choice(owner=owner)) for o in group})
+        first, second, owner = least[0]
+        more = load(group)
+        heapq.heapreplace(least, (first + more[0], second + more[1], owner))
+        splits.update({o.name: split(o, "field", ranks, Choice(owner=owner)) for o in group})
     return splits
 
 
@@ -187,6 +249,276 @@ def allowed_forms(
     return result
 
 
+class Search:
+    """The choice of forms for one program (see the module's text).
+
+    Attributes
+    ----------
+    allowed : dict of str to tuple of str
+        The forms that each table may take.
+    trials : int
+        Choices that were placed, cut and priced.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        operators: Sequence[Operator],
+        rules: Sequence[Rule],
+        w: Weights,
+        allowed: Mapping[str, tuple[str, ...]],
+        terms: Terms,
+        progress: Callable[[str], None] = lambda text: None,
+    ):
+        self.program, self.operators, self.rules, self.w = program, operators, rules, w
+        self.allowed, self.terms, self.progress = allowed, terms, progress
+        self.best: Trial | None = None
+        self.scores: dict[tuple[str, ...], Score] = {}
+        self.exact = False
+        self.split = cache(split_as)
+        # a dozen tables are planned in a second, a thousand on as many ranks in less than a minute
+        self.budget = 40 * terms.effort
+
+    @property
+    def trials(self) -> int:
+        return len(self.scores)
+
+    # ---- one choice
+
+    def score(self, forms: Mapping[str, str]) -> Score:
+        """The score of a choice, remembered; the best trial so far is kept."""
+        key = tuple(forms[o.name] for o in self.operators)
+        if key not in self.scores:
+            trial = self.trial(forms)
+            self.scores[key] = trial.score
+            if self.best is None or trial.score < self.best.score:
+                self.best = trial
+                self.progress(f"{self.trials} trials, {trial.score.price_bytes:,} B")
+        return self.scores[key]
+
+    def trial(self, forms: Mapping[str, str]) -> Trial:
+        """Assign, place, cut and price one choice."""
+        found: list[Trial] = []
+        for by_memory in (False, True):
+            splits = assign(self.operators, forms, self.w.ranks, by_memory=by_memory, split=self.split)
+            candidates = place(self.program, self.operators, splits, self.rules, self.w.ranks)
+            cuts = {"cut": minimum_cut(self.program, candidates, self.w)}
+            if cuts["cut"].exits != (other := at_lookups(candidates)).exits:
+                cuts["lookups"] = other
+            found += [self._price(splits, candidates, cut, aggregate) for aggregate, cut in cuts.items()]
+            best = min(found, key=lambda t: t.score)
+            if not best.score.missing_bytes:
+                break
+        return best
+
+    def _price(self, splits: dict[str, Split], candidates: Candidates, cut: Cut, aggregate: str) -> Trial:
+        w, terms = self.w, self.terms
+        pieces = parameter_pieces(self.program, splits, candidates, cut, w.ranks)
+        pieces.update(bias_pieces(self.program, self.operators, splits))
+        layout = layout_of(self.program, self.operators, splits, pieces, candidates, cut, w.ranks)
+        every = self.traffic(layout, _busy(layout))
+        price_bytes = max(t.total for t in every)
+        price = float(price_bytes) if terms.cluster is None else terms.cluster.seconds(every)
+        memory: list[Memory] = []
+        missing = 0
+        if terms.limit_bytes is not None:
+            memory = self.memory(pieces, candidates, cut)
+            missing = max(0, max(m.total for m in memory) - terms.limit_bytes)
+        return Trial(splits, candidates, cut, pieces, layout, aggregate, Score(missing, price, price_bytes), memory)
+
+    def traffic(self, layout: Layout, ranks: Iterable[int]) -> list[Traffic]:
+        """What ranks send, in expectation."""
+        rows = [self.w.rows] * self.w.ranks
+        unique = [layout.expected(r, rows, self.statistics) if layout.fetches else {} for r in ranks]
+        return [layout.predict(r, rows, self.w.itemsize, unique=x) for r, x in zip(ranks, unique, strict=True)]
+
+    def memory(self, pieces: Mapping[str, Pieces], candidates: Candidates, cut: Cut) -> list[Memory]:
+        placements = candidates.placements()
+        operators, w, optimizer = self.operators, self.w, self.terms.optimizer
+        return memory_of(self.program, operators, pieces, placements, cut, w, optimizer, self.unique)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        return self.terms.statistics or Statistics.assumed(self.operators)
+
+    @cached_property
+    def unique(self) -> dict[str, float]:
+        """Expected unique ids of a rank's batch, by table."""
+        return {o.name: self.statistics.unique(o.name, self.w.rows) for o in self.operators}
+
+    # ---- what forms cost by themselves
+
+    @cached_property
+    def costs(self) -> dict[str, dict[str, FormCost]]:
+        """By table and allowed form, over all ranks; formulas that need more than is known count nothing."""
+        readers: dict[fx.Node, int] = {}
+        for o in self.operators:
+            for ids in {x.ids for x in o.lookups}:
+                readers[ids] = readers.get(ids, 0) + 1
+        return {o.name: {f: self._cost(o, f, readers) for f in self.allowed[o.name]} for o in self.operators}
+
+    def _cost(self, o: Operator, form: str, readers: Mapping[fx.Node, int]) -> FormCost:
+        w = self.w
+        split = self.split(o, form, w.ranks, None)
+        if any(split.placement(o, x) is not None for x in o.lookups):
+            sent = 0.0
+            for ids in dict.fromkeys(x.ids for x in o.lookups):
+                x = next(x for x in o.lookups if x.ids is ids)
+                width = prod(tail(ids))
+                if split.columns(o, x, split.pieces.owners[0]) is None:
+                    width *= len(split.pieces.owners)
+                sent += 4 * w.rows * (w.ranks - 1) * width / readers[ids]
+            return FormCost(True, sent)
+        values: dict[Any, float] = {N: w.ranks, b: w.rows, s: w.itemsize, i: 4, V: o.rows, k: o.dim, IDS: o.ids}
+        values[U] = self.unique[o.name]
+        total = 0.0
+        known = o.trained and (not o.outputs or split.pieces.is_replicated)  # products with a divided table are more
+        for formula in form_named(form).costs(o.sparse).values():
+            if known and formula.free_symbols <= set(values):
+                symbols, function = _compiled(formula)
+                total += max(0.0, function(*(values[x] for x in symbols)))
+        # a byte for each term that a layout rounds
+        return FormCost(False, max(0.0, total - 4) * w.ranks * (1 - 1e-9))
+
+    @cached_property
+    def relaxation(self) -> Relaxation:
+        w, program = self.w, self.program
+        used = {program.parameter(n) for n in program.graph.nodes if n.op == "placeholder" and len(n.users)}
+        tables = {o.name for o in self.operators}
+        tables |= {str(program.parameter(x.bias)) for o in self.operators for x in o.outputs}  # cut with their tables
+        dense = sum(p.numel() for n, p in program.parameters.items() if n in used - tables and p.requires_grad)
+        fixed = 2 * (w.ranks - 1) * dense * w.itemsize
+        return Relaxation(program, self.operators, self.rules, w, self.costs, fixed)
+
+    def in_units(self, sent_bytes: float) -> float:
+        """A bound on the objective from one on the bytes of the busiest rank: seconds at the fastest of the links."""
+        cluster = self.terms.cluster
+        if cluster is None:
+            return sent_bytes
+        sizes = (1e9, 2e9)
+        return sent_bytes * min(
+            (cluster.seconds_of(c, sizes[1]) - cluster.seconds_of(c, sizes[0])) / (sizes[1] - sizes[0])
+            for c in COLLECTIVES
+        )
+
+    # ---- the search
+
+    def run(self) -> tuple[dict[str, str], float]:
+        """The forms, and the bound in units of the objective."""
+        relaxed = self.relaxation.solve(self.allowed)
+        bound = self.in_units(relaxed.sent_bytes)
+        forms = min(self._starts(relaxed.inside), key=self.score)
+        improved = True
+        while improved and self.trials < self.budget:
+            improved = False
+            for move in self._moves(forms):
+                other = {**forms, **move}
+                if self.score(other) < self.score(forms):
+                    forms, improved = other, True
+                if self.trials >= self.budget:
+                    break
+        if not self.score(forms).missing_bytes and self.score(forms).price > bound:
+            forms = self.complete(forms)
+        if self.exact or self.score(forms).price <= bound:
+            self.exact, bound = True, self.score(forms).price
+        return forms, bound
+
+    def _starts(self, inside: frozenset[str]) -> Iterator[dict[str, str]]:
+        """One form for all that can take it; each table's cheapest by itself; the relaxation's choice."""
+        own = {n: min(c, key=lambda f: (c[f].inside, c[f].sent_bytes, FORMS.index(f))) for n, c in self.costs.items()}
+        yield own
+        for form in FORMS:
+            if any(form in forms for forms in self.allowed.values()):
+                yield {n: form if form in forms else own[n] for n, forms in self.allowed.items()}
+        for form in FORMS:
+            if 0 < len(inside) < len(own):
+                able = {n for n in inside if form in self.costs[n] and self.costs[n][form].inside}
+                if able:
+                    yield {n: form if n in able else own[n] for n in self.allowed}
+
+    @cached_property
+    def classes(self) -> list[list[Operator]]:
+        """Free tables that are alike, smallest first."""
+        found: dict[Any, list[Operator]] = {}
+        for o in self.operators:
+            if len(self.allowed[o.name]) > 1:
+                uses = (tuple((x.mode, str(shape_of(x.ids)[1:])) for x in o.lookups), tuple(map(str, o.outputs)))
+                found.setdefault((o.dim, self.allowed[o.name], o.starts is None, uses, o.sparse), []).append(o)
+        return [sorted(members, key=lambda o: o.rows) for members in found.values()]
+
+    def _moves(self, forms: Mapping[str, str]) -> Iterator[dict[str, str]]:
+        """Classes, then the smallest or the largest of each, then single tables where there are not too many."""
+        for members in self.classes:
+            for form in self.allowed[members[0].name]:
+                yield {o.name: form for o in members}
+        for members in self.classes:
+            for form in self.allowed[members[0].name]:
+                others = [o for o in members if forms[o.name] != form]
+                for m in _sizes(len(others)):
+                    yield {o.name: form for o in others[:m]}
+                    yield {o.name: form for o in others[-m:]}
+        if len(self.operators) <= EXACT_TABLES:
+            for members in self.classes:
+                for o in members:
+                    for form in self.allowed[o.name]:
+                        yield {o.name: form}
+
+    def complete(self, forms: dict[str, str]) -> dict[str, str]:
+        """Branch and bound over the forms of every table; `exact` says whether it came to the end."""
+        free = [o.name for o in sorted(self.operators, key=lambda o: -o.size_bytes) if len(self.allowed[o.name]) > 1]
+        if len(free) > EXACT_TABLES:
+            return forms
+        best, nodes = dict(forms), 0
+        limit = (300 if len(free) <= EXACT_TABLES // 2 else 60) * self.terms.effort
+
+        def visit(partial: dict[str, tuple[str, ...]], depth: int) -> bool:
+            nonlocal best, nodes
+            if depth == len(free):
+                choice = {n: f[0] for n, f in partial.items()}
+                if self.score(choice) < self.score(best):
+                    best = choice
+                return True
+            children = []
+            for form in self.allowed[free[depth]]:
+                nodes += 1
+                child = {**partial, free[depth]: (form,)}
+                children.append((self.in_units(self.relaxation.solve(child).sent_bytes), form, child))
+            for below, _, child in sorted(children, key=lambda x: x[:2]):
+                if below >= self.score(best).price:
+                    continue
+                if nodes > limit or not visit(child, depth + 1):
+                    return False
+            return True
+
+        self.exact = visit(dict(self.allowed), 0)
+        return best
+
+
+def _busy(layout: Layout, most: int = 48) -> list[int]:
+    """One rank of each kind; of very many kinds those that send or receive most and least of each thing."""
+    kinds = list(layout.kinds)
+    if len(kinds) <= most:
+        return kinds
+    found: set[int] = set()
+    for loads in (layout.enter_widths, layout.exit_widths, layout.fetch_loads):
+        ordered = sorted(kinds, key=lambda r: loads[r])
+        found.update((*ordered[:2], *ordered[-4:]))
+    return sorted(found)
+
+
+def _sizes(count: int) -> list[int]:
+    """Sizes of parts of a class to try: all of few, powers of two of many."""
+    if count <= 8:
+        return list(range(1, count))
+    return [1 << e for e in range(count.bit_length()) if 1 << e < count]
+
+
+@cache
+def _compiled(formula: sympy.Expr) -> tuple[list[sympy.Symbol], Callable[..., float]]:
+    symbols = sorted(formula.free_symbols, key=str)
+    return symbols, sympy.lambdify(symbols, formula, "math")
+
+
 def choose(
     program: Program,
     operators: Sequence[Operator],
@@ -197,70 +529,114 @@ def choose(
     *,
     terms: Terms | None = None,
 ) -> Plan:
-    """Choose splits by coordinate descent over classes of similar tables, then over small tables to replicate."""
+    """The cheapest plan that the search finds (see the module's text).
+
+    Raises
+    ------
+    PlanError
+        If pins or forbidden forms are wrong, or no plan fits into memory.
+    """
     terms = terms or Terms()
+    check_optimizer(terms.optimizer)
+    if terms.cluster is not None and terms.cluster.ranks != w.ranks:
+        raise PlanError(
+            f"cluster {terms.cluster.name!r} has {terms.cluster.ranks} ranks, the plan is for {w.ranks}: "
+            f"cluster.with_ranks({w.ranks})"
+        )
     allowed = allowed_forms(operators, pins, terms.forbid)
-    fixed = {name: forms[0] for name, forms in allowed.items() if len(forms) == 1}
-    classes: dict[object, list[Operator]] = {}
-    for o in operators:
-        uses = (tuple(x.mode for x in o.lookups), tuple(map(str, o.outputs)))
-        key = fixed.get(o.name) or (o.dim, o.forms, o.starts is None, uses, o.sparse)
-        classes.setdefault(key, []).append(o)
-    cache: dict[tuple[tuple[str, str], ...], Trial] = {}
-
-    def trial(forms: Mapping[str, str]) -> Trial:
-        key = tuple(sorted(forms.items()))
-        if key not in cache:
-            cache[key] = try_splits(program, operators, assign(operators, forms, w.ranks), rules, w)
-        return cache[key]
-
-    if w.ranks == 1 or not operators:
-        forms = {o.name: "replicate" for o in operators}
-    else:
-        starts = [{o.name: fixed.get(o.name, f if f in o.forms else "replicate") for o in operators} for f in FORMS]
-        forms = min(starts, key=lambda f: trial(f).price_bytes)
-        improved = True
-        while improved:
-            improved = False
-            for members in classes.values():
-                for form in FORMS:
-                    other = {**forms, **{o.name: form for o in members if form in o.forms and o.name not in fixed}}
-                    if trial(other).price_bytes < trial(forms).price_bytes:
-                        forms, improved = other, True
-        forms = _replicate_small(operators, forms, fixed, trial)
-    best = trial(forms)
-    prices: dict[str, dict[str, int]] = {o.name: {forms[o.name]: best.price_bytes} for o in operators}
-    for members in classes.values() if w.ranks > 1 else ():
-        for form in FORMS:
-            changed = {o.name: form for o in members if form in o.forms and o.name not in fixed}
-            if any(forms[n] != form for n in changed):
-                price = trial({**forms, **changed}).price_bytes
-                for n in changed:
-                    prices[n].setdefault(form, price)
+    if w.ranks == 1:
+        allowed = {o.name: ("replicate",) for o in operators}
+    search = Search(program, operators, rules, w, allowed, terms, progress)
+    forms, bound = search.run()
+    best = search.trial(forms)
+    every = search.traffic(best.layout, best.layout.kinds)  # trials look at some of very many kinds of ranks
+    price_bytes = max(t.total for t in every)
+    if best.score.missing_bytes:
+        raise PlanError(_does_not_fit(search, forms, best, pins))
+    prices, missing = _alternatives(search, forms, price_bytes)
     return Plan(
         ranks=w.ranks,
         rows=w.rows,
-        itemsize=max((o.dtype.itemsize for o in operators), default=4),
+        itemsize=w.itemsize,
         tables=[_table(o) for o in operators],
         splits=best.splits,
         pieces=best.pieces,
         layout=best.layout,
         crossings=_crossings(program, operators, best),
-        price_bytes=best.price_bytes,
+        price_bytes=price_bytes,
         prices=prices,
         fingerprint=program.fingerprint(),
-        price=float(best.price_bytes),
+        aggregate=best.aggregate,
+        objective="bytes" if terms.cluster is None else "seconds",
+        price=float(price_bytes) if terms.cluster is None else terms.cluster.seconds(every),
+        bound=bound,
+        exact=search.exact,
+        trials=search.trials,
+        cluster=terms.cluster,
+        statistics=search.statistics.source,
+        optimizer=terms.optimizer,
+        limit_bytes=terms.limit_bytes,
+        missing=missing,
+        memories=best.memory or search.memory(best.pieces, best.candidates, best.cut),
         replan=lambda changed: choose(program, operators, rules, w, changed, terms=terms),
     )
 
 
+def _alternatives(
+    search: Search, forms: Mapping[str, str], price_bytes: int
+) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
+    """Bytes of the busiest rank, and bytes of memory that are missing, if the tables of a class took another form."""
+    prices = {o.name: {forms[o.name]: price_bytes} for o in search.operators}
+    missing: dict[str, dict[str, int]] = {}
+    for members in search.classes:
+        for form in search.allowed[members[0].name]:
+            changed = {o.name: form for o in members}
+            if all(forms[n] == form for n in changed):
+                continue
+            score = search.score({**forms, **changed})
+            for n in changed:
+                prices[n].setdefault(form, score.price_bytes)
+                if score.missing_bytes:
+                    missing.setdefault(n, {})[form] = score.missing_bytes
+    return prices, missing
+
+
+def _does_not_fit(search: Search, forms: Mapping[str, str], best: Trial, pins: Mapping[str, str] | None) -> str:
+    """Which ranks lack how much, and what would fit."""
+    limit, w = search.terms.limit_bytes, search.w
+    assert limit is not None
+    over = [(r, m) for r, m in enumerate(best.memory) if m.total > limit]
+    lines = [f"no plan fits {limit:,} B a rank; the closest is short on {len(over)} of {w.ranks} ranks:"]
+    lines += [f"rank {r} is short of {m.total - limit:,} B: it needs {m}" for r, m in over[:8]]
+    if len(over) > 8:
+        lines.append(f"and {len(over) - 8} more")
+    if pins or search.terms.forbid:
+        free = Search(search.program, search.operators, search.rules, w, allowed_forms(search.operators), search.terms)
+        found, _ = free.run()
+        if not free.score(found).missing_bytes:
+            changed = sorted({f"{n}: {found[n]}" for n in found if found[n] != forms[n]})
+            return "\n".join([*lines, f"without the pins and forbidden forms it fits, with {', '.join(changed[:8])}"])
+    for factor in (2, 4, 8, 16, 32, 64):
+        more = Weights(w.ranks * factor, w.rows, w.itemsize, w.flops_per_byte, w.backward)
+        terms = Terms(search.terms.forbid, None, limit, search.terms.optimizer)
+        wider = Search(search.program, search.operators, search.rules, more, search.allowed, terms)
+        if not min(wider.score(x) for x in wider._starts(frozenset())).missing_bytes:
+            return "\n".join([*lines, f"{more.ranks} ranks would fit, with {w.rows:,} rows each"])
+    most = max(best.memory, key=lambda m: m.total)
+    largest = max(("weights", "gradients", "state", "activations"), key=lambda x: getattr(most, f"{x}_bytes"))
+    advice = {
+        "activations": "a smaller batch would help",
+        "state": "an optimiser with less state would help: rowwise_adagrad, sgd",
+    }.get(largest, "sparse gradients (sparse=True) or smaller tables would help")
+    return "\n".join([*lines, f"not even {w.ranks * 64} ranks would; most of it is {largest}: {advice}"])
+
+
 def _table(o: Operator) -> Table:
     uses = sorted({target_name(u) for x in o.lookups for u in x.node.users})
-    ids = sum(prod(tail(x.ids)) for x in o.lookups)
     vectors = sum(1 if x.mode else prod(tail(x.ids)) for x in o.lookups)
     outputs = tuple(str(x) for x in o.outputs)
     size = o.dtype.itemsize
-    return Table(o.name, o.rows, o.dim, size, ids, vectors, o.sparse, tuple(uses), dict(o.refusals), o.line, outputs)
+    return Table(o.name, o.rows, o.dim, size, o.ids, vectors, o.sparse, tuple(uses), dict(o.refusals), o.line, outputs)
 
 
 def _crossings(program: Program, operators: Sequence[Operator], best: Trial) -> list[Crossing]:
@@ -285,22 +661,3 @@ def _crossings(program: Program, operators: Sequence[Operator], best: Trial) -> 
     for (node, (o, output)), v in zip(products.items(), best.layout.vocabularies, strict=True):
         result.append(Crossing("product", str(output), "Shard(0)", v.elements, (o.name,), user_line(node), v.ids))
     return result
-
-
-def _replicate_small(
-    operators: Sequence[Operator],
-    forms: dict[str, str],
-    fixed: Mapping[str, str],
-    trial: Callable[[Mapping[str, str]], Trial],
-) -> dict[str, str]:
-    """Replicate the m smallest split tables, doubling m as long as it pays."""
-    small = sorted(
-        (o for o in operators if forms[o.name] != "replicate" and o.name not in fixed), key=lambda o: o.size_bytes
-    )
-    best, m = forms, 1
-    while m <= len(small):
-        other = {**forms, **{o.name: "replicate" for o in small[:m]}}
-        if trial(other).price_bytes < trial(best).price_bytes:
-            best = other
-        m *= 2
-    return best

@@ -9,9 +9,10 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from fractions import Fraction
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import torch
 
 
 def encode(x: Any) -> Any:
@@ -28,8 +29,8 @@ def encode(x: Any) -> Any:
         return {str(k): encode(v) for k, v in x.items()}
     if isinstance(x, list | tuple):
         return [encode(v) for v in x]
-    if isinstance(x, Fraction):
-        return f"{x.numerator}/{x.denominator}"
+    if isinstance(x, torch.dtype):
+        return str(x).removeprefix("torch.")
     if x is None or isinstance(x, str | int | float):
         return x
     raise TypeError(f"{type(x).__name__} has no JSON form here")
@@ -70,8 +71,8 @@ def decode(kind: Any, data: Any) -> Any:
         return [decode(arguments[0], x) for x in data]
     if origin in (dict, Mapping):
         return {decode(arguments[0], k): decode(arguments[1], v) for k, v in data.items()}
-    if kind is Fraction:
-        return Fraction(data)
+    if kind is torch.dtype:
+        return getattr(torch, data)
     if kind in (int, float, str, bool):
         return kind(data)
     if kind is Any:
