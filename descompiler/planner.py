@@ -28,6 +28,7 @@ from functools import cache, cached_property
 from math import prod
 from typing import Any
 
+import numpy as np
 import sympy
 from torch import fx
 
@@ -135,6 +136,7 @@ def assign(
     *,
     by_memory: bool = False,
     split: Callable[[Operator, str, int, Choice | None], Split] = split_as,
+    choice: Callable[[Operator, str], Choice] = lambda operator, form: Choice(),
 ) -> dict[str, Split]:
     """Splits in given forms; whole tables go to ranks by longest processing time first (Graham, 1969).
 
@@ -145,7 +147,7 @@ def assign(
     splits: dict[str, Split] = {}
     for o in operators:
         if forms[o.name] != "field":
-            splits[o.name] = split(o, forms[o.name], ranks, None)
+            splits[o.name] = split(o, forms[o.name], ranks, choice(o, forms[o.name]))
         else:
             groups.setdefault(o.lookups[0].ids.name, []).append(o)
 
@@ -276,6 +278,7 @@ class Search:
         self.scores: dict[tuple[str, ...], Score] = {}
         self.exact = False
         self.split = cache(split_as)
+        self.choice = cache(self._choice)
         # a dozen tables are planned in a second, a thousand on as many ranks in less than a minute
         self.budget = 40 * terms.effort
 
@@ -300,7 +303,9 @@ class Search:
         """Assign, place, cut and price one choice."""
         found: list[Trial] = []
         for by_memory in (False, True):
-            splits = assign(self.operators, forms, self.w.ranks, by_memory=by_memory, split=self.split)
+            splits = assign(
+                self.operators, forms, self.w.ranks, by_memory=by_memory, split=self.split, choice=self.choice
+            )
             candidates = place(self.program, self.operators, splits, self.rules, self.w.ranks)
             cuts = {"cut": minimum_cut(self.program, candidates, self.w)}
             if cuts["cut"].exits != (other := at_lookups(candidates)).exits:
@@ -337,6 +342,10 @@ class Search:
         operators, w, optimizer = self.operators, self.w, self.terms.optimizer
         return memory_of(self.program, operators, pieces, placements, cut, w, optimizer, self.unique)
 
+    def _choice(self, o: Operator, form: str) -> Choice:
+        """Boundaries of rows, and hot rows, by statistics."""
+        return form_named(form).choose(o, self.w.ranks, self.statistics, self.w.rows)
+
     @cached_property
     def statistics(self) -> Statistics:
         return self.terms.statistics or Statistics.assumed(self.operators)
@@ -359,7 +368,7 @@ class Search:
 
     def _cost(self, o: Operator, form: str, readers: Mapping[fx.Node, int]) -> FormCost:
         w = self.w
-        split = self.split(o, form, w.ranks, None)
+        split = self.split(o, form, w.ranks, self.choice(o, form))
         if any(split.placement(o, x) is not None for x in o.lookups):
             sent = 0.0
             for ids in dict.fromkeys(x.ids for x in o.lookups):
@@ -369,6 +378,12 @@ class Search:
                     width *= len(split.pieces.owners)
                 sent += 4 * w.rows * (w.ranks - 1) * width / readers[ids]
             return FormCost(True, sent)
+        if form == "hot":  # every row the cheaper way
+            _, present, other = self.statistics.presence(o.name, w.rows)
+            fetched, reduced = 4 + 2 * o.dim * w.itemsize, 2 * o.dim * w.itemsize
+            some = float(np.minimum(present * fetched, reduced).sum())
+            least = some + (o.rows - len(present)) * min(other * fetched, reduced)
+            return FormCost(False, (w.ranks - 1) * least * (1 - 1e-9))
         values: dict[Any, float] = {N: w.ranks, b: w.rows, s: w.itemsize, i: 4, V: o.rows, k: o.dim, IDS: o.ids}
         values[U] = self.unique[o.name]
         total = 0.0
@@ -546,6 +561,10 @@ def choose(
     allowed = allowed_forms(operators, pins, terms.forbid)
     if w.ranks == 1:
         allowed = {o.name: ("replicate",) for o in operators}
+    measured = terms.statistics.measured if terms.statistics is not None else {}
+    for name, forms_of in allowed.items():  # nothing says which rows are hot
+        if name not in measured and len(forms_of) > 1:
+            allowed[name] = tuple(f for f in forms_of if f != "hot")
     search = Search(program, operators, rules, w, allowed, terms, progress)
     forms, bound = search.run()
     best = search.trial(forms)
