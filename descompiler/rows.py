@@ -15,7 +15,7 @@ class Rows:
     --------
     >>> import torch
     >>> x = torch.arange(6).reshape(2, 3)  # a batch of 3 in dimension 1
-    >>> Rows(1).lead(x).tolist()
+    >>> Rows(1).lead(x).flatten(1).tolist()
     [[0, 3], [1, 4], [2, 5]]
     >>> Rows(1).narrow(x, 1, 2).tolist()
     [[1, 2], [4, 5]]

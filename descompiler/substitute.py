@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from descompiler import traffic as wire
-from descompiler.collectives import all_gather, all_to_all
+from descompiler.collectives import all_to_all
 from descompiler.errors import DescompilerError, UnsupportedError
 from descompiler.pieces import ALL, Pieces
 from descompiler.runtime import Runtime
@@ -206,9 +206,10 @@ class Keeper:
         if self.runtime.ranks == 1:
             return send
         width = send.shape[1:].numel()
-        self.runtime.traffic.add(name, (len(send) - sent[self.runtime.rank]) * width * send.element_size())
+        size = (len(send) - sent[self.runtime.rank]) * width * send.element_size()
         counts = ([n * width for n in sent], [n * width for n in received])
-        out = all_to_all(send.contiguous().reshape(-1), *counts, self.runtime.group).wait()
+        flat = send.contiguous().reshape(-1)
+        out = self.runtime.collective(name, size, lambda: all_to_all(flat, *counts, self.runtime.group).wait())
         return out.reshape(sum(received), *send.shape[1:])
 
     def gather(self, piece: Tensor, pieces: Pieces) -> Tensor:
@@ -219,8 +220,7 @@ class Keeper:
         most = max(pieces.numel(r) for r in range(ranks))
         mine = piece.new_zeros(most)
         mine[: piece.numel()] = piece.detach().reshape(-1)
-        every = all_gather(mine, self.runtime.group)
-        self.runtime.traffic.add(GATHER, (ranks - 1) * most * piece.element_size())
+        every = self.runtime.gather(GATHER, mine)
         parts = [every[r * most : r * most + pieces.numel(r)].reshape(pieces.piece_shape(r)) for r in range(ranks)]
         return pieces.join(parts)
 
@@ -259,8 +259,9 @@ class Keeper:
         )
         if runtime.ranks > 1 and len(flags):
             flags = flags.to(runtime.header_device())
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=runtime.group)
-            runtime.traffic.add(FLAGS, wire.all_reduce_bytes(len(flags), runtime.ranks))
+            size = wire.all_reduce_bytes(len(flags), runtime.ranks)
+            largest = dist.ReduceOp.MAX
+            runtime.collective(FLAGS, size, lambda: dist.all_reduce(flags, op=largest, group=runtime.group))
         some = flags.tolist()
         with torch.no_grad():
             for record, present in zip(list(self.records), some[: len(self.records)], strict=True):
@@ -310,8 +311,7 @@ class Keeper:
         for positions in by_dtype.values():
             parts = [held[i] if i in held else torch.zeros_like(self.replicated[i]) for i in positions]
             flat = torch.cat([g.reshape(-1) for g in parts])
-            self.runtime.traffic.add(wire.DENSE_GRADIENTS, wire.all_reduce_bytes(flat.nbytes, ranks))
-            dist.all_reduce(flat, group=self.runtime.group)
+            self.runtime.all_reduce(wire.DENSE_GRADIENTS, flat)
             flat /= ranks
             for i, g in zip(positions, flat.split([g.numel() for g in parts]), strict=True):
                 _add(self.replicated[i], g.reshape(self.replicated[i].shape))

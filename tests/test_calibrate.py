@@ -13,6 +13,7 @@ from descompiler.cluster import COLLECTIVES
 from descompiler.examples import MODELS, make_inputs
 from descompiler.passes import FORMS
 from descompiler.verify import on_ranks
+from tests.test_partial import IDS, Branch
 
 
 @given(st.floats(1e-5, 1e-1), st.floats(1e5, 1e11), st.floats(0, 0.05))
@@ -104,3 +105,15 @@ def test_every_form_runs_under_the_clock_and_sends_what_is_predicted():
     """Collectives that are waited for one by one, those of the reducer too, never wait for ever."""
     for mismatches in on_ranks(_every_form, 2):
         assert len(mismatches) == 2 * len(FORMS) and not any(mismatches.values())
+
+
+def _in_part(rank, ranks):
+    module = des.compile(Branch(), (IDS,), plan={"*": "row"})
+    return des.audit(module, [(IDS,)] * 2, cluster=des.Cluster.builtin("ethernet-10g", ranks=ranks), warm_up=1)
+
+
+def test_a_model_captured_in_part_is_timed_and_its_traffic_called_an_estimate():
+    for audit in on_ranks(_in_part, 2):
+        assert not audit.exact and not audit.mismatches and "an estimate" in str(audit)
+        assert sum(x.sent_bytes for x in audit.collectives) > 0
+        assert all(x.measured_s > 0 for x in audit.collectives if x.calls)
