@@ -405,9 +405,11 @@ class Builder:
         flags = {n: m.training for n, m in self.template.named_modules()} if training is None else training
         key = tuple(flags.items())
         if key not in self._captured:
-            self._captured[key] = capture(
-                self.template, self.example_inputs, training=flags, passes=NORMALISE, method=self.method
-            )
+            # an evaluation program is first wanted where the user has gradients off; the checks need them
+            with torch.inference_mode(False), torch.enable_grad():
+                self._captured[key] = capture(
+                    self.template, self.example_inputs, training=flags, passes=NORMALISE, method=self.method
+                )
         return self._captured[key]
 
     def emit(self, plan: Plan, training: dict[str, bool], rank: int) -> Emitted:

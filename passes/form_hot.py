@@ -19,7 +19,7 @@ import numpy as np
 import sympy
 
 from descompiler.cost_models.forms import HOT, hot_threshold
-from descompiler.form import Choice, OwnRows, Split, not_fetched
+from descompiler.form import Choice, OwnRows, Split, not_fetched, whole_rows
 from descompiler.operators import Operator
 from descompiler.pieces import ALL, Pieces, Range, even_sizes
 from descompiler.program import Program
@@ -36,7 +36,7 @@ class Hot(OwnRows):
     def refuses(self, program: Program, operator: Operator) -> str | None:
         if not operator.trained:
             return "it is not trained: hot rows would save nothing that replicating does not"
-        return not_fetched(operator)
+        return whole_rows(operator) or not_fetched(operator)
 
     def choose(
         self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, max_rows: int | None = None
