@@ -392,7 +392,7 @@ class Plan:
         numbers = [f"[{n}]" for n, c in enumerate(self.crossings, 1) if t.name in c.tables]
         if numbers:
             lines.append(f"sends {', '.join(numbers)} below")
-        else:
+        if not numbers or any(t.name == x.name for f in self.layout.fetches for x in f.tables):
             for name, (formula, size) in self.sends(t).items():
                 lines.append(f"sends {name}: {formula} = {size:,} B")
         others = sorted((price, form) for form, price in self.prices.get(t.name, {}).items() if form != split.form)

@@ -680,6 +680,70 @@ class NeuMF(nn.Module):
         return self.out(torch.cat([gmf_user * gmf_item, deep], dim=1)).squeeze(1)
 
 
+class SequentialRecommender(nn.Module):
+    """Next-item recommendation: a history of items to a score of every item, with one item table for both.
+
+    The history is encoded by a GRU (as GRU4Rec, Hidasi et al., arXiv 1511.06939) or by causal self-attention (as
+    SASRec, Kang and McAuley, arXiv 1808.09781); scores are products of the last state with the item table (tied
+    weights), and the loss is the cross-entropy over all items.
+
+    Parameters
+    ----------
+    n_items : int
+        Item ids are 1 to ``n_items``; 0 pads histories in front.
+    dim : int
+        Width of embeddings and states.
+    length : int
+        Items of a history.
+    encoder : {"gru", "attention"}
+        How histories are encoded.
+    layers, heads : int
+        Of the encoder.
+    """
+
+    causal: Tensor
+
+    def __init__(
+        self, n_items: int, dim: int = 64, *, length: int = 20, encoder: str = "gru", layers: int = 1, heads: int = 1
+    ):
+        super().__init__()
+        if encoder not in ("gru", "attention"):
+            raise ValueError(f"encoder must be gru or attention; it is {encoder!r}")
+        self.items = nn.Embedding(n_items + 1, dim, padding_idx=0)
+        self.gru = nn.GRU(dim, dim, layers, batch_first=True) if encoder == "gru" else None
+        self.positions = nn.Embedding(length, dim) if encoder == "attention" else None
+        self.attention = nn.ModuleList(
+            nn.TransformerEncoderLayer(dim, heads, 4 * dim, dropout=0.0, batch_first=True, norm_first=True)
+            for _ in range(layers if encoder == "attention" else 0)
+        )
+        # not on the default device: a model on the meta device would lose the values
+        later = torch.ones(length, length, dtype=torch.bool, device="cpu").triu(1)
+        self.register_buffer("causal", later, persistent=False)
+
+    def encode(self, history: Tensor) -> Tensor:
+        """Item ids ``[rows, length]`` to the state after the last item ``[rows, dim]``."""
+        x = self.items(history)
+        if self.gru is not None:
+            return self.gru(x)[0][:, -1]
+        assert self.positions is not None
+        x = x + self.positions.weight
+        for layer in self.attention:
+            x = layer(x, src_mask=self.causal)
+        return x[:, -1]
+
+    def forward(self, history: Tensor, target: Tensor) -> Tensor:
+        """The loss of each row ``[rows]``: minus the log-probability of the target among all items."""
+        return nn.functional.cross_entropy(self.scores(history), target, reduction="none")
+
+    def scores(self, history: Tensor) -> Tensor:
+        """A score of every item, padding included ``[rows, n_items + 1]``."""
+        return torch.matmul(self.encode(history), self.items.weight.transpose(0, 1))
+
+    def recommend(self, history: Tensor, k: int = 10) -> Tensor:
+        """The ids of the ``k`` best items ``[rows, k]``."""
+        return self.scores(history)[:, 1:].topk(k).indices + 1
+
+
 SMALL_VOCAB_SIZES = (17, 5, 101, 3, 1, 40)
 """Uneven on purpose: a table of one row, tables with fewer rows than ranks, sizes that no rank count divides."""
 

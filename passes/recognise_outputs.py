@@ -342,6 +342,8 @@ def _consumer(program: Program, p: Product, node: fx.Node) -> Consumer | None:
 
     if target is aten.cross_entropy_loss.default:
         return _cross_entropy(program, p, node, edit)
+    if dims == 3 and _swaps_last(node):
+        return _classes_in_front(program, p, node)
     if target in (aten.log_softmax.int, aten.softmax.int) and last and args["dtype"] is None:
         return _softmax(program, p, node, edit)
     if target is aten.logsumexp.default and last:
@@ -388,6 +390,13 @@ def _counts(node: Any, size: Any) -> bool:
     return node.target in (aten.arange.start, aten.arange.start_step) and [*node.args, 1][:3:2] == [0, 1]
 
 
+def _swaps_last(node: Any) -> bool:
+    """Whether a node of three dimensions is ``transpose(x, 1, 2)``."""
+    if node.target is aten.transpose.int:
+        return {int(d) % 3 for d in node.args[1:3]} == {1, 2}
+    return node.target is aten.permute.default and [int(d) % 3 for d in node.args[1]] == [0, 2, 1]
+
+
 def _softmax(program: Program, p: Product, node: fx.Node, edit: _Editor) -> Consumer | None:
     """(log-)softmax of which only some ids are used, or the negative log-likelihood."""
     log = node.target is aten.log_softmax.int
@@ -427,13 +436,32 @@ def _softmax(program: Program, p: Product, node: fx.Node, edit: _Editor) -> Cons
     return Consumer(node, requests, build) if steps else None
 
 
+def _classes_in_front(program: Program, p: Product, node: fx.Node) -> Consumer | None:
+    """Cross-entropy of ``[b, L, V]`` logits, whose classes it wants in dimension 1."""
+    requests: list[Request] = []
+    builds: list[tuple[int, int, Any]] = []
+    for user in node.users:
+        inner = _Editor(program, p.node)
+        inner.at(user)
+        if user.target is not aten.cross_entropy_loss.default:
+            return None
+        loss = _cross_entropy(program, p, user, inner)
+        if loss is None:
+            return None
+        builds.append((len(requests), len(requests) + len(loss.requests), loss.build))
+        requests += loss.requests
+    return Consumer(node, requests, lambda r: {u: x for i, j, build in builds for u, x in build(r[i:j]).items()})
+
+
 def _cross_entropy(program: Program, p: Product, node: fx.Node, edit: _Editor) -> Consumer | None:
-    """Cross-entropy with class ids, or `nll_loss_nd` of log-softmax."""
+    """Cross-entropy with class ids, or `nll_loss_nd` of log-softmax; classes are in dimension 1, or in front of it."""
     args = signature(node)
     target, ignore, smoothing = args["target"], int(str(args["ignore_index"])), float(args.get("label_smoothing", 0))
-    if args["weight"] is not None or value(target).is_floating_point() or value(p.node).dim() != 2:
+    if args["weight"] is not None or value(target).is_floating_point() or value(p.node).dim() not in (2, 3):
         return None
-    if shape_of(target) != shape_of(p.node)[:1] or not _only_data(program, target):
+    if value(p.node).dim() == 3 and not _swaps_last(node.args[0]):
+        return None
+    if shape_of(target) != shape_of(p.node)[:-1] or not _only_data(program, target):
         return None
     wide = edit.call(aten.unsqueeze.default, target, -1)
     requests: list[Request] = [("log_sum_exp",), ("select", wide, ignore)]

@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import descompiler as des
 from descompiler.capture import capture
 from descompiler.passes import NORMALISE
 from descompiler.probe import blueprint
 from descompiler.verify import _work, on_ranks
+from examples.models import SequentialRecommender
 
 ITEMS, DIM, LENGTH, ROWS = 37, 4, 5, 6
 
@@ -55,6 +57,11 @@ HEADS = {
         ).view(-1, LENGTH),
         "log_sum_exp, select, total",
     ),
+    "mean over all positions but padding": (
+        lambda m, h, s, y, t: F.cross_entropy(scores(m, s).transpose(1, 2), t, ignore_index=0),
+        "log_sum_exp, select",
+    ),
+    "mean over the batch": (lambda m, h, s, y, t: F.cross_entropy(scores(m, h), y), "log_sum_exp, select"),
     "an output layer of its own": (
         lambda m, h, s, y, t: F.nll_loss(F.log_softmax(m.out(h), 1), y, reduction="none"),
         "out.weight: log_sum_exp, select",
@@ -117,3 +124,43 @@ def _every_head(rank, ranks):
 def test_every_head_trains_as_the_original():
     for reports in on_ranks(_every_head, 2):
         assert all(r.cases == 3 for r in reports.values()) and len(reports) == len(HEADS)
+
+
+def _bad_target(rank, ranks):
+    t, y = make_inputs()
+    texts = []
+    for form in ("row", "replicate"):
+        torch.manual_seed(0)
+        module = des.compile(Model("cross entropy").double(), (t, y), plan={"items.weight": form})
+        wrong = y.clone()
+        if rank == 1:
+            wrong[2] = ITEMS
+        with pytest.raises(des.InputError) as caught:
+            module(t, wrong)
+        module(t, y).sum().backward()
+        texts.append(str(caught.value))
+    return texts
+
+
+def test_a_target_that_is_no_item_raises_on_every_rank():
+    for texts in on_ranks(_bad_target, 2):
+        assert all(f"id {ITEMS} in row 2" in text and "'items.weight'" in text for text in texts)
+
+
+@pytest.mark.parametrize("encoder, ranks", [("gru", 2), ("attention", 3)])
+def test_a_sequential_recommender_with_a_tied_item_table(encoder, ranks):
+    torch.manual_seed(0)
+    model = SequentialRecommender(40, 4, length=5, encoder=encoder)
+    history, target = torch.randint(41, (9, 5)), torch.randint(1, 41, (9,))
+    plans = [None, {"items.weight": "row"}, {"items.weight": "pull"}]
+    assert des.verify(model, (history, target), ranks=ranks, plans=plans, optimizers=["adam"]).cases == len(plans)
+
+
+def test_the_planner_leaves_the_logits_with_the_owners():
+    with torch.device("meta"):
+        model = SequentialRecommender(100_000, 16)
+    inputs = (torch.randint(1, 1000, (4, 20)), torch.randint(1, 1000, (4,)))
+    plan = des.plan(model, inputs, ranks=4, batch=256)
+    assert plan.splits["items.weight"].form == "pull" and plan.layout.vocabularies
+    assert plan.price_bytes < plan.baselines()["data parallel, dense gradients"] / 20
+    assert "log_sum_exp, select" in plan.explain()
