@@ -54,9 +54,10 @@ def layouts_of(program: Program, operators: Sequence[Operator], splits: Mapping[
 
 def _ranges(pieces: Pieces, x: Output) -> list[tuple[int, int, int, int]]:
     """(owner, start in the vocabulary, size, offset in the owner's piece) of the parts of a product's vocabulary."""
-    assert pieces.dim == 0 and len(pieces.owners) == len(pieces.ranges) and not pieces.shared_size()
+    held = [r for r in pieces.ranges if r.size]
+    assert pieces.dim == 0 and len(pieces.owners) == len(held) and not pieces.shared_size()
     result = []
-    for r in pieces.ranges:
+    for r in held:
         start, stop = max(r.start, x.first), min(r.stop, x.first + x.size)
         if stop > start:
             result.append((r.owner, start - x.first, stop - start, start - r.start))
