@@ -78,6 +78,7 @@ def compile(
         What each rank's loss is, so that gradients are the original's on the global batch. "rank_mean": a mean over the
         rank's rows, ranks are averaged (as DistributedDataParallel). "row_mean": the same mean, weighted by each rank's
         rows: the mean over the global batch also where ranks have different batch sizes. "sum": a sum over rows.
+        Outputs without rows (a loss computed in the model) are the global batch's on every rank, and count once.
     batch : int, optional
         Rows per rank to plan for; the example's by default.
     seed : int, optional

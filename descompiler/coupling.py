@@ -35,7 +35,7 @@ from torch import Tensor, fx
 
 from descompiler.errors import UnsupportedError
 from descompiler.layout import Exchange
-from descompiler.program import Program, aten, is_tensor, signature, value, where
+from descompiler.program import Program, aten, is_random, is_tensor, signature, target_name, user_line, value, where
 from descompiler.rows import Rows
 from descompiler.runtime import bag
 from descompiler.vocabulary import vocabulary
@@ -165,16 +165,6 @@ def scope_of(node: fx.Node) -> Scope:
     return node.meta.get("scope") or Scope(LOCAL, Rows())
 
 
-def is_random(node: fx.Node) -> bool:
-    """Whether the operator draws random numbers (dropout of nothing does not)."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
-        return False
-    args = signature(node)
-    rate = args.get("p", args.get("dropout_p", args.get("dropout", 1.0)))
-    return bool(args.get("train", True)) and rate != 0
-
-
 def _symbols_of(size: Any) -> set[sympy.Symbol]:
     return set() if isinstance(size, int) else set(size.node.expr.free_symbols)
 
@@ -239,7 +229,7 @@ class _Classifier:
                     self._placeholder(node)
                 elif node.op == "call_function":
                     self._judge(node)
-        received = self._gradients()
+            received = self._gradients()
         for node, scope in self.scopes.items():
             node.meta["scope"] = Scope(**{**vars(scope), "grad": node in received})
 
@@ -594,18 +584,33 @@ class _Coupler:
         self.program, self.inside = program, inside
         self.free: set[fx.Node] = set()
         self.after: set[fx.Node] = set()  # depends on the region
+        candidates = []
         for n in program.graph.nodes:
             scope = scope_of(n)
             if n in inside or any(a in inside or a in self.after for a in n.all_input_nodes):
                 self.after.add(n)
-            if n.op == "call_function" and scope.kind == LOCAL and n not in inside and not scope.drawn:
-                fixed = n.target is not aten.batch_norm.default and n.target not in LOOKUPS | {vocabulary}
-                # a list of values is not gathered, but made again
-                if fixed and (not is_tensor(n) or all(self._everywhere(a) for a in n.all_input_nodes)):
-                    self.free.add(n)
+            once = (
+                n in inside or scope.drawn or n.target in LOOKUPS | {vocabulary} or n.target is aten.batch_norm.default
+            )
+            if n.op == "call_function" and scope.kind == LOCAL and not once:
+                candidates.append(n)
+        for n in candidates:
+            # a list of values is not gathered, but made again
+            if not is_tensor(n) or all(self._everywhere(a) for a in n.all_input_nodes):
+                self.free.add(n)
+        light = [n for n in candidates if n.target not in HEAVY]
+        while True:
+            gathered = {n for n, version in self._demands() if version == WHOLE and self._exchanges(n)}
+            made = {n for n in light if n in gathered and all(self._known(a, gathered) for a in n.all_input_nodes)}
+            if not made:
+                break
+            self.free |= made
 
     def _everywhere(self, a: fx.Node) -> bool:
         return scope_of(a).kind in (CONSTANT, SIZE, GLOBAL) or a in self.free
+
+    def _known(self, a: fx.Node, gathered: set[fx.Node]) -> bool:
+        return self._everywhere(a) or (a in gathered and not scope_of(a).reduced)
 
     def run(self) -> Coupling:
         demands = self._demands()
@@ -684,11 +689,6 @@ class _Coupler:
             return [(a, OWN) for a in operands]
         if scope.kind == SIZE:
             return self._size_needs(n, version)
-        if scope.kind == GLOBAL and scope.drawn:
-            raise UnsupportedError(
-                f"{where(n)} draws random numbers for the whole batch, and ranks would draw different ones; draw "
-                "for each row (a shape with the batch in front), or outside the model"
-            )
         if version == SIZED:
             return [(a, SIZED if scope_of(a).sized else OWN) for a in operands]
         if scope.kind == GLOBAL and version == OWN:
@@ -765,3 +765,42 @@ def size_terms(program: Program, n: fx.Node) -> tuple[int, ...] | None:
 def _writes(n: fx.Node) -> bool:
     schema = getattr(n.target, "_schema", None)
     return (schema is not None and schema.is_mutable) or (n.target is aten.batch_norm.default and bool(n.args[5]))
+
+
+EXCHANGED = {
+    "gather": "every rank's rows go to all",
+    "reduce": "a sum over the batch is one over ranks' terms",
+    "slice": "the gradient of every rank's rows goes to all",
+    "spread": "the gradient is a sum over ranks",
+}
+
+
+def notes_of(program: Program, exchanges: Sequence[Exchange]) -> list[str]:
+    """For people: what mixes the rows of the batch and crosses, and what is drawn at random."""
+    nodes = {n.name: n for n in program.graph.nodes}
+    notes = []
+    for e in exchanges:
+        n = nodes[e.name]
+        size = "x".join(_polynomial_text(t) for t in e.terms) or "1"
+        what = f"{size} elements" + (" a row" if e.kind in ("gather", "slice") else "")
+        name = f"input {n.name}" if n.op == "placeholder" else target_name(n)
+        notes.append(f"{e.kind} {name}, {what}: {EXCHANGED[e.kind]}  {user_line(n)}".rstrip())
+    for n in program.graph.nodes:
+        if n.op == "call_function" and scope_of(n).drawn:
+            each = "one draw, equal on all ranks" if scope_of(n).kind == GLOBAL else "each rank draws for its own rows"
+            notes.append(f"random {target_name(n)}: {each}  {user_line(n)}".rstrip())
+    return notes
+
+
+def _polynomial_text(coefficients: Sequence[int]) -> str:
+    """A polynomial in the rows B of the global batch.
+
+    >>> _polynomial_text((1, 2))
+    '1+2B'
+    """
+    terms = [
+        f"{c if c != 1 or not i else ''}{'B' * (i > 0)}{'^' + str(i) if i > 1 else ''}"
+        for i, c in enumerate(coefficients)
+        if c
+    ]
+    return "+".join(terms) or "0"

@@ -426,6 +426,11 @@ class _Emitter:
             self.whole[n] = self._size(n, WHOLE)
         elif n in self.stage_of:
             self._emit_stage(self.stage_of[n])
+        elif scope.drawn:
+            args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), self._whole)
+            number = list(self.program.graph.nodes).index(n)
+            function: Any = n.target
+            self.whole[n] = self.graph.call_method("draw", (self.runtime, number, function, *args), kwargs)
         elif n in self.lookups:
             weight = self._whole(n.args[0])  # type: ignore[arg-type]
             self.whole[n] = self._emit_lookup(n, self._whole(self.lookups[n][1].ids), weight)

@@ -138,6 +138,8 @@ class Plan:
         Of memory, of each rank.
     missing : dict of str to dict of str to int
         By table and form: bytes above the limit if the tables like it took that form.
+    notes : list of str
+        What mixes the rows of the batch and crosses for it, and what is drawn at random.
     changes : dict of str to str
         Forms that were edited in a file and are not priced yet: `des.compile` and `des.plan` do that.
     """
@@ -165,6 +167,7 @@ class Plan:
     optimizer: str = "adagrad"
     limit_bytes: int | None = None
     missing: dict[str, dict[str, int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     changes: dict[str, str] = field(default_factory=dict)
     replan: Callable[[Mapping[str, str]], Plan] | None = field(default=None, repr=False, compare=False)
 
@@ -381,6 +384,9 @@ class Plan:
                 lines.append(
                     "      the full logits cross: compute the loss, or topk, in forward to leave them with the owners"
                 )
+        if self.notes:
+            lines.append("across the batch, and at random:")
+            lines += [f"  {note}" for note in self.notes]
         lines.append("bytes sent by rank 0 per step:")
         lines.append(str(self.traffic(0)))
         return "\n".join(lines)
@@ -437,6 +443,7 @@ _FIELDS: dict[str, Any] = {
     "pieces": dict[str, Pieces],
     "layout": Layout,
     "crossings": list[Crossing],
+    "notes": list[str],
     "prices": dict[str, dict[str, int]],
     "missing": dict[str, dict[str, int]],
     "memories": list[Memory],

@@ -37,6 +37,7 @@ from descompiler.bound import FormCost, Relaxation
 from descompiler.cluster import COLLECTIVES, Cluster
 from descompiler.cost_models.symbols import L as IDS
 from descompiler.cost_models.symbols import N, U, V, b, i, k, s
+from descompiler.coupling import notes_of
 from descompiler.emit import layout_of
 from descompiler.errors import PlanError
 from descompiler.form import Choice, Split, form_named, split_as
@@ -597,6 +598,7 @@ def choose(
         limit_bytes=terms.limit_bytes,
         missing=missing,
         memories=best.memory or search.memory(best.pieces, best.candidates, best.cut),
+        notes=notes_of(program, best.layout.exchanges),
         replan=lambda changed: choose(program, operators, rules, w, changed, terms=terms),
     )
 

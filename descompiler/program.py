@@ -209,6 +209,16 @@ def signature(node: fx.Node) -> dict[str, Any]:
     return found
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether the operator draws random numbers (dropout of nothing does not)."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    args = signature(node)
+    rate = args.get("p", args.get("dropout_p", args.get("dropout", 1.0)))
+    return bool(args.get("train", True)) and rate != 0
+
+
 def user_line(node: fx.Node) -> str:
     """``file:line`` of the user's code that made this node; empty if unknown."""
     torch_home = str(Path(torch.__file__).parent)

@@ -1,6 +1,7 @@
 """Passes over programs, one a file; the order is this tuple."""
 
 from descompiler.form import Form
+from descompiler.passes.decompose_losses import DecomposeLosses
 from descompiler.passes.explicit_shapes import ExplicitShapes
 from descompiler.passes.fold_constants import FoldConstants
 from descompiler.passes.form_column import Column
@@ -38,6 +39,7 @@ NORMALISE: tuple[Pass, ...] = (
     SimplifyIndexing(),
     MergeDuplicates(),
     RecogniseOutputs(),
+    DecomposeLosses(),
 )
 """From a captured program to its normal form."""
 

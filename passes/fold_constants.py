@@ -12,9 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from descompiler.program import Program, Source, aten, is_tensor
-
-NEVER = {aten.dropout.default, aten.rand.default, aten.randn.default, aten.bernoulli.default}
+from descompiler.program import Program, Source, is_random, is_tensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class FoldConstants:
             if node.op != "call_function" or not inputs or not all(n in values for n in inputs):
                 continue
             schema = getattr(node.target, "_schema", None)
-            if schema is None or schema.is_mutable or node.target in NEVER or not is_tensor(node):
+            if schema is None or schema.is_mutable or is_random(node) or not is_tensor(node):
                 continue
             recipe = _recipe(program, node)
             result = recipe()

@@ -11,20 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from descompiler.program import PURE_PYTHON, Program, aten, eliminate_dead_code
-
-RANDOM = {
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-    aten.rand.default,
-    aten.rand_like.default,
-    aten.randn.default,
-    aten.randn_like.default,
-    aten.randint.default,
-    aten.bernoulli.default,
-    aten.multinomial.default,
-}
+from descompiler.program import PURE_PYTHON, Program, aten, eliminate_dead_code, is_random
 
 
 @dataclass(frozen=True)
@@ -43,7 +30,7 @@ class MergeDuplicates:
                 schema = getattr(node.target, "_schema", None)
                 if schema is None and node.target not in PURE_PYTHON:
                     continue
-                if schema is not None and (schema.is_mutable or node.target in RANDOM):
+                if schema is not None and (schema.is_mutable or is_random(node)):
                     writes = writes or schema.is_mutable
                     continue
                 if node.target is aten.batch_norm.default:

@@ -1,13 +1,16 @@
 """Operators that mix the rows of the batch: exact on real ranks, uneven and empty ones too."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import descompiler as des
+from descompiler.verify import on_ranks
 
-SPLITS = [None, *({"*": form} for form in ("replicate", "field", "row", "column"))]
+FORMS = ("replicate", "gather", "field", "row", "column", "pull")
 
 
 class TwoTower(nn.Module):
@@ -64,7 +67,10 @@ class Losses(TwoTower):
         score = (u * v).sum(1)
         bpr = -F.logsigmoid(score - x).mean()
         rest = F.mse_loss(score, x) + F.binary_cross_entropy_with_logits(score, x, reduction="sum")
-        return bpr + rest + 0.01 * self.linear.weight.norm() + F.smooth_l1_loss(u, v) + F.l1_loss(u, v.relu())
+        classes = F.cross_entropy(u, (10 * x).long() % 4, ignore_index=3, label_smoothing=0.1)
+        classes = classes + F.kl_div(F.log_softmax(u, 1), F.softmax(v, 1), reduction="batchmean")
+        regular = 0.01 * self.linear.weight.norm()
+        return bpr + rest + classes + regular + F.smooth_l1_loss(u, v) + F.l1_loss(u, v.relu())
 
 
 class SeveralOutputs(TwoTower):
@@ -93,6 +99,35 @@ class BatchSize(TwoTower):
         return (u * v).sum(1) / n + torch.arange(n).to(u) / (2 * n + 1)
 
 
+class Normalised(TwoTower):
+    """Batch norm of sequences, in front of what mixes rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def f(self, u, v, x):
+        z = self.norm(torch.stack([u, v], 1))
+        return (z - z.mean(0)).square().sum((1, 2))
+
+
+class Rolled(TwoTower):
+    """Negatives are the ids of the row before: the second lookup's ids are computed from the whole batch."""
+
+    def forward(self, users, items, x):
+        u, v = self.user(users), self.item(items)
+        return (u * v).sum(1) - (u * self.item(items.roll(1, 0))).sum(1)
+
+
+class BatchSecond(TwoTower):
+    """Sequences with the batch in dimension 1, and rows side by side: nothing mixes."""
+
+    def f(self, u, v, x):
+        s = torch.stack([u, v, u * v], 1).transpose(0, 1)  # [3, b, 4]
+        s = s.reshape(3, -1, 2).tanh().reshape(3, -1, 4) * x.unsqueeze(-1)
+        return s.transpose(0, 1).flatten(1)
+
+
 MODELS = [
     InBatchSoftmax,
     Contrastive,
@@ -104,6 +139,9 @@ MODELS = [
     Cumulative,
     Listwise,
     BatchSize,
+    Normalised,
+    Rolled,
+    BatchSecond,
 ]
 
 
@@ -116,8 +154,143 @@ def inputs():
     )
 
 
+def double():
+    return tuple(x.double() if x.is_floating_point() else x for x in inputs())
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_two_ranks(model):
     torch.manual_seed(0)
-    report = des.verify(model(), inputs(), ranks=2, plans=SPLITS)
-    assert report.cases == len(SPLITS)
+    report = des.verify(model(), inputs(), ranks=2, plans=[None, {"user*": "row", "item*": "field"}, {"*": "pull"}])
+    assert report.cases == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_split(model, ranks):
+    torch.manual_seed(0)
+    des.verify(model(), inputs(), ranks=ranks, plans=[{"*": form} for form in FORMS])
+
+
+@pytest.mark.parametrize("model", [InBatchSoftmax, SeveralOutputs])
+def test_four_ranks(model):
+    torch.manual_seed(0)
+    des.verify(model(), inputs(), ranks=4, plans=[{"*": "row"}])
+
+
+def plan_of(model, ranks=2):
+    return des.plan(model, inputs(), ranks=ranks, batch=16)
+
+
+def test_rows_that_stay_apart_are_not_exchanged():
+    assert plan_of(BatchSecond()).layout.exchanges == ()
+
+
+@pytest.mark.parametrize(
+    ("model", "kinds"),
+    [
+        (Centred, {"reduce": 4, "spread": 4}),  # a mean over the batch is a sum of ranks' terms
+        (InBatchSoftmax, {"gather": 8, "spread": 1}),  # of a scalar's gradient, one number crosses
+        (Cumulative, {"gather": 4, "slice": 4}),
+    ],
+)
+def test_what_crosses(model, kinds):
+    found = {}
+    for e in plan_of(model()).layout.exchanges:
+        found[e.kind] = found.get(e.kind, 0) + e.elements(1)
+    assert found == kinds
+
+
+def test_the_explanation_names_what_mixes_and_what_is_drawn():
+    class Dropped(TwoTower):
+        def f(self, u, v, x):
+            return F.dropout(u, 0.5) - v.mean(0)
+
+    text = plan_of(Dropped()).explain()
+    assert "reduce aten.mean.dim, 4 elements: a sum over the batch is one over ranks' terms" in text
+    assert "random aten.dropout: each rank draws for its own rows" in text
+    assert "test_coupling.py:" in text
+
+
+class Shuffled(TwoTower):
+    """Negatives drawn from the batch, and one draw of weights for all rows."""
+
+    def f(self, u, v, x):
+        order = torch.randperm(x.shape[0])
+        return v[order], order, x * torch.rand(1)
+
+
+def _shuffled(rank, ranks):
+    torch.manual_seed(rank)
+    model = Shuffled()
+    module = des.compile(model, double())
+    counts = [3, 0, 5]
+    first = sum(counts[:rank])
+    mine = tuple(x[first : first + counts[rank]] for x in double())
+    runs = [module(*mine) for _ in range(2)]
+    return [[x.tolist() for x in run] for run in runs], des.full_state_dict(module)["item.weight"]
+
+
+def test_draws_for_the_whole_batch_are_equal_on_all_ranks():
+    results = on_ranks(_shuffled, 3)
+    _, items, x = double()
+    orders = []
+    for step in range(2):
+        rows, order, scaled = ([x for runs, _ in results for x in runs[step][i]] for i in range(3))
+        assert sorted(order) == list(range(8))
+        assert torch.equal(torch.tensor(rows), results[0][1][items[order]])
+        assert torch.allclose(torch.tensor(scaled).double(), x * (scaled[0] / x[0]))
+        orders.append(order)
+    assert orders[0] != orders[1]
+
+
+def _modes(rank, ranks, loss):
+    torch.manual_seed(0)
+    model = SeveralOutputs().double()
+    reference = copy.deepcopy(model)
+    module = des.compile(model, double(), plan={"*": "row"}, loss=loss)
+    counts = [2, 6]
+    first = sum(counts[:rank])
+
+    def own(out, rows=None):
+        """The user's loss: something over the rank's rows, and something of the whole batch."""
+        score = out["score"] if rows is None else out["score"][rows]
+        return (score.square().sum() if loss == "sum" else score.square().mean()) + out["loss"] + out["all"].sum().sin()
+
+    own(module(*(x[first : first + counts[rank]] for x in double()))).backward()
+    out = reference(*double())
+    if loss == "rank_mean":
+        (sum(own(out, slice(a, b)) for a, b in ((0, 2), (2, 8))) / 2).backward()
+    else:
+        own(out).backward()
+    grads = {n: p.grad for n, p in reference.named_parameters()}
+    errors = [(p.grad - module.pieces(n).cut(grads[n], rank)).abs().max() for n, p in module.named_parameters()]
+    return float(max(errors)) / float(max(g.abs().max() for g in grads.values()))
+
+
+@pytest.mark.parametrize("loss", ["rank_mean", "row_mean", "sum"])
+def test_losses_that_use_rows_and_the_whole_batch(loss):
+    assert max(on_ranks(_modes, 2, loss)) < 1e-10
+
+
+def _other_outputs(rank, ranks):
+    torch.manual_seed(0)
+    model = SeveralOutputs().double()
+    reference = copy.deepcopy(model)
+    module = des.compile(model, double(), plan={"*": "row"})
+    out = module(*(x[4 * rank : 4 * rank + 4] for x in double()))
+    (out["loss"] if rank else out["score"].sum()).backward()  # each rank's loss uses another output
+    whole = reference(*double())
+    ((whole["loss"] + whole["score"][:4].sum()) / 2).backward()
+    grads = {n: p.grad for n, p in reference.named_parameters()}
+    errors = [(p.grad - module.pieces(n).cut(grads[n], rank)).abs().max() for n, p in module.named_parameters()]
+    module.eval()
+    with torch.no_grad():
+        module(*(x[4 * rank : 4 * rank + 4] for x in double()))
+    return float(max(errors)), module.traffic() == module.plan.traffic(rank, 4, backward=False)
+
+
+def test_ranks_that_use_different_outputs_and_evaluation():
+    for error, counted in on_ranks(_other_outputs, 2):
+        assert error < 1e-10 and counted

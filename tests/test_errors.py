@@ -38,16 +38,6 @@ def test_inputs_that_do_not_fit():
         des.compile(Table(), (torch.randn(3, 2),))
 
 
-def test_draws_for_the_whole_batch_are_refused():
-    class Shuffled(Table):
-        def forward(self, x):
-            e = self.users(x)
-            return (e * e[torch.randperm(x.shape[0])]).sum(-1)
-
-    with pytest.raises(des.UnsupportedError, match=r"aten.randperm at .*test_errors.py:\d+ draws random numbers"):
-        des.plan(Shuffled(), (torch.tensor([1, 2, 3]),), ranks=2)
-
-
 def test_unknown_tables_and_forms():
     model, inputs = MODELS["fm"]("fields"), make_inputs("fm", "fields", 8)
     with pytest.raises(des.PlanError, match="no table"):

@@ -120,6 +120,20 @@ class Weighted(Tables):
         return torch.sigmoid(torch.stack([a * self.scale, b], 1) + self.shift).sum((1, 2)).unsqueeze(1)
 
 
+class Centre(Tables):
+    """A mean over the batch: ranks' terms are summed."""
+
+    def f(self, a, b, dense):
+        return (a * (b - b.mean(0))).sum(1)
+
+
+class InBatch(Tables):
+    """Other rows are the negatives: rows are gathered, the loss is the same on every rank."""
+
+    def f(self, a, b, dense):
+        return torch.nn.functional.cross_entropy(a @ b.T, torch.arange(a.shape[0]))
+
+
 class Bag(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -177,6 +191,8 @@ CASES = [
     (Expand, "column"),
     (Weighted, "field"),
     (Weighted, "column"),
+    (Centre, "row"),
+    (InBatch, "field"),
     (Bag, "row"),
     (Bag, "column"),
     (Offsets, "field"),
