@@ -224,6 +224,11 @@ def take_rows(inputs: Any, index: Tensor) -> Any:
     return pytree.tree_unflatten(taken, spec)
 
 
+def knows_rows(inputs: Any) -> bool:
+    """Whether a class inside was registered with ``take``, so that `take_rows` knows rows that dim 0 does not show."""
+    return any(type(x) in _TAKE for x in pytree.tree_leaves(inputs, is_leaf=lambda x: type(x) in _TAKE))
+
+
 def _take_adapted(x: Any, index: Tensor) -> Any:
     adapter = _adapter_of(x)
     assert adapter is not None

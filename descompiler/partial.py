@@ -25,7 +25,7 @@ from descompiler.coverage import PARTIAL, WEIGHTS_RICH_ELEMENTS, Coverage, Cover
 from descompiler.double import InDouble, is_double_meant
 from descompiler.errors import InputError, PlanError, UnsupportedError
 from descompiler.form import Split
-from descompiler.inputs import flatten, map_tensors, normalise_inputs, split_statics, take_rows
+from descompiler.inputs import flatten, knows_rows, map_tensors, normalise_inputs, split_statics, take_rows
 from descompiler.layout import Layout
 from descompiler.pieces import Pieces, even_sizes
 from descompiler.plan import Plan, Table
@@ -151,12 +151,14 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
         ) from error
     sizes = {t.shape[0] if t.dim() else None for t in tensors}
     whole, _ = run(double, skip_norms=True)
-    if len(sizes) != 1 or None in sizes:
+    if (len(sizes) != 1 or None in sizes) and not knows_rows(double):
         rows = next((o.shape[0] for o in whole if o.dim()), 0)
         if any(not o.dim() for o in whole):
             raise UnsupportedError("forward returns a scalar, and its inputs' sizes differ: its rows are not known")
         return Survey(recorder.uses, (ROWS,) * len(whole), rows, "the inputs differ in dim 0")
-    rows = tensors[0].shape[0]
+    rows = tensors[0].shape[0] if len(sizes) == 1 else next((o.shape[0] for o in whole if o.dim()), 0)
+    if not rows:
+        raise UnsupportedError("the inputs differ in dim 0 and forward returns a scalar: its rows are not known")
     return Survey(recorder.uses, _kinds(double, whole, rows, lambda x: run(x, skip_norms=True)[0]), rows)
 
 

@@ -3,7 +3,6 @@
 export   torch.export, non-strict, with a dynamic batch dimension
 dynamo   Dynamo's full graph of torch functions (Python's control flow on sizes, ``len(tensor)`` and numpy are its
          strength), replayed into torch.export
-fx       a symbolic trace by proxies, with the modules that it can't enter as leaves, replayed into torch.export
 """
 
 from __future__ import annotations

@@ -94,6 +94,7 @@ def _train(rank, ranks, cls, method, cuts):
     ("cls", "method", "rung"),
     [
         (Recommender, "forward", "export"),
+        (Recommender, "calculate_loss", "export"),
         (Branching, "forward", "partial"),
         (Branching, "calculate_loss", "partial"),
     ],

@@ -131,6 +131,33 @@ class Floats(Scorer):
         return self.score(ids[:, 0], ids[:, 1:5], x[:, 5].long()) + x[:, 6]
 
 
+class Jagged:
+    """Sequences of any length, one after another, as torchrec's: rows are in the offsets, not in dim 0 of values."""
+
+    def __init__(self, lengths, values):
+        self.lengths, self.values = lengths, values
+
+
+def take_jagged(x, index):
+    parts = torch.split(x.values, x.lengths.tolist())
+    return Jagged(x.lengths[index], torch.cat([parts[i] for i in index.tolist()] + [x.values[:0]]))
+
+
+des.register_input(Jagged, lambda x: ([x.lengths, x.values], None), lambda c, _: Jagged(*c), take=take_jagged)
+
+
+class OneJagged(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.items = nn.EmbeddingBag(11, 4, mode="mean", include_last_offset=True)
+        self.top = nn.Linear(4, 1)
+
+    def forward(self, x):
+        offsets = torch.cat([x.lengths.new_zeros(1), x.lengths.cumsum(0)])
+        return self.top(self.items(x.values, offsets)).squeeze(1)
+
+
 COLUMNS = {"user": USER, "items": ITEMS, "length": LENGTH}
 CASES = {
     "dict, one argument": (OneDict, {"user": USER, "history": {"items": ITEMS, "length": LENGTH}}),
@@ -165,6 +192,37 @@ def test_one_rank_computes_as_the_model(case):
 def test_two_ranks(case):
     cls, inputs = CASES[case]
     assert des.verify(cls(), inputs, plans=[{"*": "row"}]).cases == 1
+
+
+def test_jagged_values_and_lengths_on_two_ranks():
+    inputs = Jagged(LENGTH, torch.randint(11, (int(LENGTH.sum()),), generator=GENERATOR))
+    assert des.compile(OneJagged(), inputs).coverage().rung == "partial"
+    assert des.verify(OneJagged(), inputs, plans=[{"*": "row"}]).cases == 1
+
+
+def test_jagged_tensors_without_a_class():
+    """Their rows are not known: it is said that they were not checked."""
+
+    class Plain(OneJagged):
+        def forward(self, lengths, values):
+            return super().forward(Jagged(lengths, values))
+
+    inputs = (LENGTH, torch.randint(11, (int(LENGTH.sum()),), generator=GENERATOR))
+    with pytest.warns(UserWarning, match="not checked for independence: the inputs differ in dim 0"):
+        module = des.compile(Plain(), inputs)
+    assert torch.equal(module(*inputs), Plain()(*inputs))
+
+
+def test_keyed_jagged_tensor():
+    torchrec = pytest.importorskip("torchrec.sparse.jagged_tensor", reason="torchrec is not installed")
+
+    class Keyed(OneJagged):
+        def forward(self, x):
+            return super().forward(Jagged(x.lengths(), x.values()))
+
+    values = torch.randint(11, (int(LENGTH.sum()),), generator=GENERATOR)
+    inputs = torchrec.KeyedJaggedTensor(keys=["items"], values=values, lengths=LENGTH)
+    assert torch.allclose(des.compile(Keyed(), inputs)(inputs), Keyed()(inputs))
 
 
 def test_a_dict_is_keywords_only_if_it_names_them_all():
