@@ -369,7 +369,7 @@ def explain(
         return
     if operator not in plan.splits:
         raise des.PlanError(f"no table {operator!r} in {spec}; there are {_some(plan.splits)}")
-    tables = [sheets.candidates(plan, only=operator)]
+    tables = [sheets.candidates(plan, only=operator), sheets.thresholds(plan, only=operator), sheets.crossings(plan)]
     show(tables, json=json, markdown=markdown, latex=latex, model=spec, operator=operator)
 
 

@@ -94,7 +94,7 @@ def page(
         ("Memory per rank", _memory(plan)),
         (
             "Operators: formulas, prices and what was rejected",
-            render.to_html(sheets.candidates(plan)),
+            render.to_html(sheets.candidates(plan)) + render.to_html(sheets.thresholds(plan)),
         ),
         ("What crosses the wire", render.to_html(sheets.crossings(plan)) + render.to_html(sheets.parts(plan))),
         ("Strategies", render.to_html(sheets.strategies(plan, where))),

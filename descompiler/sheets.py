@@ -16,9 +16,14 @@ import sympy
 
 from descompiler.audit import Audit
 from descompiler.cluster import Cluster
+from descompiler.cost_models.crossovers import WORDS, crossovers
+from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
+from descompiler.cost_models.forms import GATHER, PULL, REPLICATE
+from descompiler.cost_models.symbols import L, N, U, V, b, i, k, p, s, w
 from descompiler.form import form_named
 from descompiler.plan import Crossing, Plan, Table
 from descompiler.render import Column, Sheet
+from descompiler.statistics import Statistics
 from descompiler.units import format_bandwidth, format_count
 
 MINE = "this plan"
@@ -123,6 +128,101 @@ def candidates(plan: Plan, only: str | None = None) -> Sheet:
     )
 
 
+FIELD_VALUES = "field, all-to-all"
+FIELD_SUMS = "field, partial sums"
+_VALUES = VALUES_OUT_AND_BACK.subs(w, p * k)
+_SUMS = VALUES_OUT_AND_BACK.subs(w, N * w)  # each of N ranks sends a term
+CURVES = {
+    "replicate": REPLICATE,
+    "gather": GATHER,
+    "pull": PULL,
+    FIELD_VALUES: IDS_IN + _VALUES,
+    FIELD_SUMS: IDS_IN + _SUMS,
+}
+"""What tables send in each form: one receiver of each id."""
+
+
+def curve_of(plan: Plan, kind: Kind) -> tuple[str, sympy.Expr] | None:
+    """What tables send in the form that was chosen; None for a form whose curve depends on frequencies of ids."""
+    if kind.form in CURVES:
+        return kind.form, CURVES[kind.form]
+    leave = _leaving(plan, kind)
+    if not leave:
+        return None
+    sums = all(c.placement.startswith(("Partial", "Disjoint")) for c in leave)
+    if kind.form == "field":
+        return (FIELD_SUMS, CURVES[FIELD_SUMS]) if sums else (FIELD_VALUES, CURVES[FIELD_VALUES])
+    several = len(plan.splits[kind.tables[0].name].pieces.owners) > 1  # then every rank needs all ids
+    ids = IDS_IN.subs(L, N * L) if several else IDS_IN
+    return f"{kind.form}, {'partial sums' if sums else 'all-to-all'}", ids + (_SUMS if sums else _VALUES)
+
+
+def _leaving(plan: Plan, kind: Kind) -> list[Crossing]:
+    names = {t.name for t in kind.tables}
+    return [c for c in plan.crossings if c.kind == "values" and names & set(c.tables)]
+
+
+def thresholds(plan: Plan, only: str | None = None) -> Sheet:
+    """Where other forms overtake those that were chosen, in closed form: against ranks, and rows of a table.
+
+    What several kinds of tables share (their ids, the sums that they are in) counts for each of them in part.
+    """
+    rows: list[tuple[Any, ...]] = []
+    for kind in kinds(plan):
+        if only is not None and only not in {t.name for t in kind.tables}:
+            continue
+        mine = curve_of(plan, kind)
+        if mine is None:
+            continue
+        numbers = _numbers(plan, kind)
+        for other in CURVES.items():
+            if other[0] == mine[0] or (other[0] == FIELD_SUMS and not numbers[w]):
+                continue
+            # a table's rows change its unique ids, which no closed form knows
+            for symbol in (N,) if U in other[1].free_symbols | mine[1].free_symbols else (N, V):
+                known = {x: n for x, n in numbers.items() if x is not symbol}
+                for c in crossovers(mine, other, symbol, known):
+                    rows.append((kind.title, f"{c.first} beats {c.second}", WORDS[symbol.name], c.threshold, c.start))
+    columns = (
+        Column("operator"),
+        Column("crossover"),
+        Column("of"),
+        Column("threshold", "formula"),
+        Column("from", "count"),
+    )
+    notes = (
+        f"all other numbers as here ({plan.ranks} ranks, {plan.rows:,} rows a rank, tables of the mean size); "
+        "all-to-all: vectors leave the region; partial sums: w elements a row do, of every rank.",
+    )
+    return Sheet("crossovers, in closed form", columns, tuple(rows), notes)
+
+
+def _numbers(plan: Plan, kind: Kind) -> dict[sympy.Symbol, float]:
+    """The symbols' numbers, of one table of the kind's mean size."""
+    count, t = len(kind.tables), kind.tables[0]
+    names = {x.name for x in kind.tables}
+
+    def shared(crossing: Crossing) -> float:
+        return crossing.width * len(names & set(crossing.tables)) / len(crossing.tables) / count
+
+    receivers = max(1, len(plan.splits[t.name].pieces.owners))
+    ids = sum(shared(c) for c in plan.crossings if c.kind == "ids" and names & set(c.tables)) / receivers
+    sums = sum(shared(c) for c in _leaving(plan, kind) if c.placement.startswith(("Partial", "Disjoint")))
+    statistics = Statistics.assumed(kind.tables)
+    return {
+        N: plan.ranks,
+        b: plan.rows,
+        L: ids or t.ids,
+        p: t.vectors,
+        V: sum(x.rows for x in kind.tables) / count,
+        k: t.dim,
+        s: t.itemsize,
+        i: plan.layout.id_bytes,
+        U: sum(statistics.unique(x.name, plan.rows) for x in kind.tables) / count,
+        w: sums / plan.ranks,
+    }
+
+
 def formula_of(form: str, sparse: bool) -> sympy.Expr:
     """Bytes that a form sends for a table, with or without sparse gradients: the mean over ranks."""
     return sum(form_named(form).costs(sparse).values(), sympy.Integer(0))
@@ -189,6 +289,7 @@ def all_of(plan: Plan, cluster: Cluster | None = None) -> list[Sheet]:
     """All that one plan says."""
     return [
         candidates(plan),
+        thresholds(plan),
         crossings(plan),
         parts(plan),
         strategies(plan, cluster),
@@ -303,11 +404,11 @@ def sweep(plans: Sequence[Plan], cluster: Cluster | None = None) -> list[Sheet]:
     table: list[tuple[Any, ...]] = [(MINE, *mine)]
     table += [(name, *(o[name] for o in others)) for name in others[0]]
     chosen = []
-    for p, name, size, other in zip(plans, names, mine, others, strict=True):
+    for plan, name, size, other in zip(plans, names, mine, others, strict=True):
         best = min(other, key=lambda n: other[n])
         times = other[best] / size if size else None
-        row = [name, summary_of(p), ", ".join(dict.fromkeys(exits_of(p))), size, best, times]
-        chosen.append(tuple(row if cluster is None else [*row, step_seconds(p, cluster)]))
+        row = [name, summary_of(plan), ", ".join(dict.fromkeys(exits_of(plan))), size, best, times]
+        chosen.append(tuple(row if cluster is None else [*row, step_seconds(plan, cluster)]))
     columns = [
         Column("at"),
         Column("tables"),
