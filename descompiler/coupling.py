@@ -772,6 +772,8 @@ EXCHANGED = {
     "reduce": "a sum over the batch is one over ranks' terms",
     "slice": "the gradient of every rank's rows goes to all",
     "spread": "the gradient is a sum over ranks",
+    "total": "a sum over a whole table is one over the owners' terms",
+    "total back": "the gradient is a mean over ranks",
 }
 
 

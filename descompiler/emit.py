@@ -42,6 +42,8 @@ from descompiler.outputs import checks_of, layouts_of, outputs_in_order
 from descompiler.pieces import Pieces
 from descompiler.placement import LOCAL, Local, Partial, Placement, Shard, has_local
 from descompiler.program import Program, Source, aten, is_tensor, signature, tail, value
+from descompiler.regularisers import divided, emit_total, find_totals
+from descompiler.regularisers import exchanges as total_exchanges
 from descompiler.rows import Rows
 from descompiler.rule import Part, Placed, Rule
 from descompiler.runtime import join_local, scale_grad
@@ -119,6 +121,7 @@ class _Emitter:
         self.fetched_rows: dict[int, tuple[fx.Node, fx.Node]] = {}  # the fetch, and its rows
         self.coupling = couple(program, cut.inside)
         self.stage_of = {n: s for s in self.coupling.stages for n in s.members}
+        self.totals = {t.node: t for t in divided(find_totals(program), splits)} if ranks > 1 else {}
         self.whole: dict[fx.Node, Any] = {}  # original node -> emitted node holding the global batch
         self.sized: dict[fx.Node, Any] = {}  # original node -> emitted node made from the number of own rows
         self.rows: fx.Node | None = None  # of the global batch
@@ -393,6 +396,10 @@ class _Emitter:
             new = self._emit_output(n)
         elif self.ranks == 1:
             new = self.graph.node_copy(n, self._own)
+        elif n in self.totals:
+            t = self.totals[n]
+            weight = self.outside[t.weight]
+            new = emit_total(self.graph, self.runtime, t, weight, self.pieces[t.table], self.rank)
         elif scope.kind == SIZE:
             new = self._size(n, OWN)
         elif scope.kind == GLOBAL:
@@ -562,6 +569,7 @@ def layout_of(
             columns[r] = None if None in wanted else tuple(sorted({i for c in wanted for i in (c or ())}))
         entries.append(Entry(ids.name, tail(ids), tuple(columns)))
     exchanges: tuple[Exchange, ...] = ()
+    totals = [t for t in divided(find_totals(program), splits) if t.node.users]
     own = set(program.graph.nodes) - cut.inside
     if is_coupled(program):
         coupling = couple(program, cut.inside)
@@ -581,7 +589,7 @@ def layout_of(
         shared_columns=tuple(prod(p.shape) // p.shape[p.dim] * p.shared_size() for p in shared),
         vocabularies=layouts_of(program, operators, splits),
         dense_elements=sum(program.parameters[n].numel() for n in _dense_parameters(program, splits, pieces)),
-        exchanges=exchanges,
+        exchanges=exchanges + total_exchanges(totals, lambda n: scope_of(n).grad),
     )
 
 

@@ -268,8 +268,9 @@ class Exchange:
 
     Attributes
     ----------
-    kind : {"gather", "reduce", "slice", "spread"}
-        As in `descompiler.coupling`: gather and reduce send values in forward, slice and spread gradients in backward.
+    kind : {"gather", "reduce", "slice", "spread", "total", "total back"}
+        As in `descompiler.coupling`: gather and reduce send values in forward, slice and spread gradients in backward;
+        or a sum over a whole table (`descompiler.regularisers`).
     terms : tuple of tuple of int
         Elements: per row of the batch (gather, slice), or in all, as a product of polynomials in the rows of the
         global batch (coefficients, constant term first).

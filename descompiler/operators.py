@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from descompiler import regularisers
 from descompiler.coupling import GLOBAL, coupled_nodes, scope_of
 from descompiler.errors import UnsupportedError
 from descompiler.program import Program, aten, rowwise, shape_of, signature, tail, user_line, where
@@ -171,12 +172,14 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
     order = {name: i for i, name in enumerate(program.parameters)}
     depends = _depending(program, {x.node for xs in found.values() for x in xs})
     coupled = coupled_nodes(program)
+    in_totals = regularisers.uses(regularisers.find_totals(program))
     result = []
     for name in sorted({*found, *products}, key=lambda n: order[n]):
         lookups, outputs = tuple(found.get(name, ())), tuple(products.get(name, ()))
         parameter = program.parameters[name]
         nodes = [x.node for x in lookups] + [x.node for x in outputs]
-        others = tuple(u for u in uses[name] if u not in nodes)
+        sparse = bool(lookups) and lookups[0].sparse and not outputs  # a product's gradient is dense
+        others = tuple(u for u in uses[name] if u not in nodes and (sparse or u not in in_totals))
         operator = Operator(
             name=name,
             rows=parameter.shape[0],
@@ -184,7 +187,7 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
             dtype=parameter.dtype,
             lookups=lookups,
             padding_idx=lookups[0].padding_idx if lookups else -1,
-            sparse=bool(lookups) and lookups[0].sparse and not outputs,  # a product's gradient is dense
+            sparse=sparse,
             starts=_starts(program, lookups),
             line=user_line(nodes[0]),
             trained=parameter.requires_grad,

@@ -356,6 +356,10 @@ class Runtime:
             torch.manual_seed(hash((self.draw_seed, self.steps, number)) & ((1 << 63) - 1))
             return function(*args, **kwargs)
 
+    def total(self, own: Tensor, shared: Tensor | None = None) -> Tensor:
+        """A number made from a whole table: terms of this rank's own piece, and of rows that all ranks hold."""
+        return _Total.apply(self, own, shared)
+
     def own_rows(self) -> int:
         """Rows of this rank, once the header has told."""
         return self.rows[self.rank]
@@ -605,6 +609,24 @@ class _Spread(torch.autograd.Function):
         grad = grads[0].clone(memory_format=torch.contiguous_format)
         ctx.runtime.all_reduce(wire.COUPLING["spread"], grad)
         return None, grad
+
+
+class _Total(torch.autograd.Function):
+    """Backward: the ranks' gradients are averaged, as those of every parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, runtime: Runtime, own: Tensor, shared: Tensor | None) -> Tensor:
+        ctx.runtime, ctx.shared = runtime, shared is not None
+        result = own.clone()
+        runtime.all_reduce(wire.COUPLING["total"], result)
+        return result if shared is None else result + shared
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad = grads[0].clone()
+        ctx.runtime.all_reduce(wire.COUPLING["total back"], grad)
+        grad /= ctx.runtime.ranks
+        return None, grad, grad if ctx.shared else None
 
 
 class _Together(torch.autograd.Function):

@@ -78,9 +78,11 @@ COUPLING = {
     "reduce": "all_reduce (sums over the batch)",
     "slice": "all_gather (gradients of batch-coupled rows)",
     "spread": "all_reduce (gradients of batch-coupled values)",
+    "total": "all_reduce (sums over whole tables)",
+    "total back": "all_reduce (gradients of sums over whole tables)",
 }
 """By the kind of exchange; see `descompiler.coupling`."""
-IN_BACKWARD = {"gather": False, "reduce": False, "slice": True, "spread": True}
+IN_BACKWARD = {"gather": False, "reduce": False, "slice": True, "spread": True, "total": False, "total back": True}
 HEADER_BYTES = 5 * 8  # rows, status, mode, unique ids asked, unique ids gathered: int64 each
 FETCH_COUNTS_BYTES = 3 * 8  # status, unique ids asked, unique ids gathered
 

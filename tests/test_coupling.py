@@ -128,6 +128,14 @@ class BatchSecond(TwoTower):
         return s.transpose(0, 1).flatten(1)
 
 
+class Regularised(TwoTower):
+    """Penalties on every row of tables that are looked up."""
+
+    def f(self, u, v, x):
+        penalty = 0.1 * (self.user.weight**2).sum() + self.item.weight.norm() + self.item.weight.abs().mean()
+        return (u * v).sum(1) + x.mean() * self.user.weight.norm(p=1), F.mse_loss((u * v).sum(1), x) + penalty, penalty
+
+
 MODELS = [
     InBatchSoftmax,
     Contrastive,
@@ -142,6 +150,7 @@ MODELS = [
     Normalised,
     Rolled,
     BatchSecond,
+    Regularised,
 ]
 
 
@@ -200,6 +209,23 @@ def test_what_crosses(model, kinds):
     for e in plan_of(model()).layout.exchanges:
         found[e.kind] = found.get(e.kind, 0) + e.elements(1)
     assert found == kinds
+
+
+def test_tables_with_regularisers_can_be_divided():
+    plan = plan_of(Regularised())
+    assert all({"row", "field", "column", "pull"} <= set(plan.prices[t.name]) for t in plan.tables)
+    pinned = des.plan(Regularised(), inputs(), ranks=2, batch=16, pins={"*": "row"})
+    assert [e.kind for e in pinned.layout.exchanges].count("total") == 4
+    assert "a sum over a whole table is one over the owners' terms" in pinned.explain()
+
+
+def test_a_table_that_is_also_used_whole_otherwise_stays_whole():
+    class Whole(TwoTower):
+        def f(self, u, v, x):
+            return (u * v) @ (self.item.weight**2).sum(0)
+
+    (table,) = (t for t in plan_of(Whole()).tables if t.name == "item.weight")
+    assert "also used by aten.pow" in table.refusals["row"]
 
 
 def test_the_explanation_names_what_mixes_and_what_is_drawn():
