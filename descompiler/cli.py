@@ -27,6 +27,7 @@ from descompiler import report as pages
 from descompiler.calibrate import SIZES_BYTES
 from descompiler.cluster import BUILTIN, COLLECTIVES, Cluster, Link
 from descompiler.compiler import Captured
+from descompiler.cost_models.memory import STATE
 from descompiler.plan import Plan
 from descompiler.render import Sheet
 
@@ -109,6 +110,10 @@ Pins = Annotated[
 Forbid = Annotated[
     list[str] | None, typer.Option("--forbid", metavar="TABLE=FORM", help="a form that tables must not take")
 ]
+Memory = Annotated[
+    Any, typer.Option("--memory", parser=_usage(units.parse_size), metavar="SIZE", help="limit of each rank: 16GB")
+]
+Optimizer = Annotated[str, typer.Option(help=f"for memory: {', '.join(STATE)}")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, in SI units")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="print Markdown tables")]
 Latex = Annotated[bool, typer.Option("--latex", help="print LaTeX tables (booktabs)")]
@@ -254,14 +259,21 @@ def working(text: str, total: int | None = None) -> Iterator[Callable[[str], Non
         yield next_is
 
 
-def plans_for(captured: Captured, ranks: Iterable[int], batches: Iterable[int | None], **options: Any) -> list[Plan]:
+def plans_for(
+    captured: Captured,
+    ranks: Iterable[int],
+    batches: Iterable[int | None],
+    cluster: Cluster | None = None,
+    **options: Any,
+) -> list[Plan]:
     """A plan for every number of ranks and rows, with progress."""
     points = [(n, rows) for rows in batches for n in ranks]
     result = []
     with working("planning", len(points)) as next_is:
         for n, rows in points:
             next_is(f"planning for {n} ranks")
-            result.append(captured.plan(ranks=n, batch=rows, **options))
+            where = None if cluster is None else cluster.with_ranks(n)
+            result.append(captured.plan(ranks=n, batch=rows, cluster=where, **options))
     return result
 
 
@@ -286,6 +298,8 @@ def cost(
     latency: Latency = None,
     cluster: ClusterOption = None,
     ranks_per_node: PerNode = None,
+    memory: Memory = None,
+    optimizer: Optimizer = "adagrad",
     pin: Pins = None,
     forbid: Forbid = None,
     json: Json = False,
@@ -294,7 +308,8 @@ def cost(
 ) -> None:
     """What a model sends per step: every operator's candidates, the winner, and the strategies that users know.
 
-    Needs no process group and no weights. Bytes are per rank and step, ids included.
+    Needs no process group and no weights. Bytes are per rank and step, ids included. With a cluster, the plan is the
+    fastest on it; without, the one that sends least.
 
     Examples:
 
@@ -314,7 +329,16 @@ def cost(
     batches = (None,) if batch is None else batch
     where = cluster_from(cluster, bandwidth, latency, ranks[0], ranks_per_node)
     captured = captured_from(spec)
-    plans = plans_for(captured, ranks, batches, pins=pins_from(pin), forbid=forbidden_from(forbid))
+    plans = plans_for(
+        captured,
+        ranks,
+        batches,
+        where,
+        pins=pins_from(pin),
+        forbid=forbidden_from(forbid),
+        memory_bytes=memory,
+        optimizer=optimizer,
+    )
     if len(plans) > 1:
         tables = sheets.sweep(plans, where)
     else:
@@ -345,6 +369,8 @@ def explain(
     operator: Annotated[str | None, typer.Argument(help="one operator, by name; all by default")] = None,
     ranks: Annotated[int, typer.Option(min=1)] = 8,
     batch: Annotated[int | None, typer.Option(min=1, help="rows per rank; the example's by default")] = None,
+    memory: Memory = None,
+    optimizer: Optimizer = "adagrad",
     pin: Pins = None,
     forbid: Forbid = None,
     json: Json = False,
@@ -360,7 +386,8 @@ def explain(
         descompiler explain fm embeddings.tables.2.weight --ranks 16
     """
     captured = captured_from(spec)
-    (plan,) = plans_for(captured, (ranks,), (batch,), pins=pins_from(pin), forbid=forbidden_from(forbid))
+    terms = {"forbid": forbidden_from(forbid), "memory_bytes": memory, "optimizer": optimizer}
+    (plan,) = plans_for(captured, (ranks,), (batch,), pins=pins_from(pin), **terms)
     if operator is None:
         if json or markdown or latex:
             show([sheets.candidates(plan)], json=json, markdown=markdown, latex=latex, model=spec)
@@ -390,6 +417,9 @@ def plan_write(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="the JSON file to write")],
     ranks: Annotated[int, typer.Option(min=1)] = 8,
     batch: Annotated[int | None, typer.Option(min=1, help="rows per rank; the example's by default")] = None,
+    cluster: ClusterOption = None,
+    memory: Memory = None,
+    optimizer: Optimizer = "adagrad",
     pin: Pins = None,
     forbid: Forbid = None,
 ) -> None:
@@ -400,8 +430,10 @@ def plan_write(
     \b
         descompiler plan write fm --ranks 64 --batch 1024 --out fm-64.json
     """
+    where = None if cluster is None else cluster_from(cluster, None, None, ranks)
     captured = captured_from(spec)
-    (plan,) = plans_for(captured, (ranks,), (batch,), pins=pins_from(pin), forbid=forbidden_from(forbid))
+    terms = {"forbid": forbidden_from(forbid), "memory_bytes": memory, "optimizer": optimizer}
+    (plan,) = plans_for(captured, (ranks,), (batch,), where, pins=pins_from(pin), **terms)
     plan.save(out)
     typer.echo(f"wrote {out}: {sheets.summary_of(plan)}; {units.format_bytes(plan.price_bytes)} for the busiest rank")
 
@@ -545,6 +577,8 @@ def report(
     latency: Latency = None,
     cluster: ClusterOption = None,
     ranks_per_node: PerNode = None,
+    memory: Memory = None,
+    optimizer: Optimizer = "adagrad",
     pin: Pins = None,
 ) -> None:
     """Write one self-contained HTML page: graphs with bytes, curves with crossovers, formulas, what was rejected.
@@ -558,7 +592,8 @@ def report(
     """
     where = cluster_from(cluster, bandwidth, latency, ranks, ranks_per_node) or Cluster.builtin("ethernet-25g", ranks)
     captured, pins = captured_from(spec), pins_from(pin)
-    (plan,) = plans_for(captured, (ranks,), (batch,), pins=pins)
+    terms = {"pins": pins, "memory_bytes": memory, "optimizer": optimizer}
+    (plan,) = plans_for(captured, (ranks,), (batch,), **terms)
     over_ranks = plans_for(captured, pages.sweep_ranks(plan), (plan.rows,), pins=pins)
     over_rows = plans_for(captured, (ranks,), pages.sweep_rows(plan), pins=pins)
     html.write_text(pages.page(captured, plan, over_ranks, over_rows, title=spec, cluster=where), encoding="utf-8")

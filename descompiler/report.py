@@ -222,17 +222,12 @@ MOST_BARS = 32
 
 
 def _memory(plan: Plan) -> str:
-    def sizes(rank: int) -> tuple[float, float]:
-        own = sum(p.numel(rank) for p in plan.pieces.values() if not p.is_replicated)
-        every = sum(p.numel(rank) for p in plan.pieces.values() if p.is_replicated)
-        return float(own * plan.itemsize), float(every * plan.itemsize)
-
-    rows = [(f"rank {r}", sizes(r)) for r in range(plan.ranks)]
+    rows = [(f"rank {r}", sheets.memory_of(plan, r)) for r in range(plan.ranks)]
     more = ""
     if len(rows) > MOST_BARS:
         rows = sorted(rows, key=lambda x: -sum(x[1]))
         shown = MOST_BARS // 2
         more = f"<p class='note'>The {shown} ranks with most and the {shown} with least, of {plan.ranks}.</p>"
         rows = [*rows[:shown], *rows[-shown:]]
-    chart = charts.bars("weights per rank", rows, ("pieces of split weights", "replicated weights"), format_bytes)
+    chart = charts.bars("memory per rank", rows, sheets.MEMORY, format_bytes)
     return chart + more + render.to_html(sheets.memory(plan))

@@ -24,7 +24,7 @@ from descompiler.form import form_named
 from descompiler.plan import Crossing, Plan, Table
 from descompiler.render import Column, Sheet
 from descompiler.statistics import Statistics
-from descompiler.units import format_bandwidth, format_count
+from descompiler.units import format_bandwidth, format_bytes, format_count
 
 MINE = "this plan"
 
@@ -123,7 +123,10 @@ def candidates(plan: Plan, only: str | None = None) -> Sheet:
             Column("verdict"),
         ),
         tuple(rows),
-        ("busiest rank: all bytes that it sends in a training step if the operator and those like it took that form.",),
+        (
+            "busiest rank: all bytes that it sends in a step if the operator and those like it took that form.",
+            choice(plan),
+        ),
         frozenset(strong),
     )
 
@@ -367,17 +370,41 @@ def strategies(plan: Plan, cluster: Cluster | None = None) -> Sheet:
     )
 
 
+MEMORY = ("weights", "gradients", "optimiser state", "activations")
+"""What `memory_of` counts."""
+
+
+def memory_of(plan: Plan, rank: int) -> tuple[int, int, int, int]:
+    """Bytes that a rank keeps, in the order of `MEMORY`."""
+    m = plan.memory(rank)
+    return m.weights_bytes, m.gradients_bytes, m.state_bytes, m.activations_bytes
+
+
 def memory(plan: Plan) -> Sheet:
-    """What each rank holds of the weights; ranks that hold as much share a row."""
-    weights = Counter(sum(p.numel(r) for p in plan.pieces.values()) * plan.itemsize for r in range(plan.ranks))
-    whole = sum(prod(p.shape) for p in plan.pieces.values()) * plan.itemsize
+    """What each rank keeps; ranks that keep as much share a row."""
+    counts = Counter(memory_of(plan, r) for r in range(plan.ranks))
     rows = [
-        (f"{n} rank{'s' * (n > 1)}", size, 100 * size / whole if whole else None)
-        for size, n in sorted(weights.items(), reverse=True)
+        (f"{n} rank{'s' * (n > 1)}", *sizes, sum(sizes))
+        for sizes, n in sorted(counts.items(), key=lambda x: -sum(x[0]))
     ]
-    rows.append(("the whole model", whole, None))
-    columns = (Column("on"), Column("weights", "bytes"), Column("of the model", "percent"))
-    return Sheet("memory for weights", columns, tuple(rows))
+    whole = sum(prod(p.shape) for p in plan.pieces.values()) * plan.itemsize
+    columns = (Column("on"), *(Column(name, "bytes") for name in MEMORY), Column("total", "bytes"))
+    limit = "" if plan.limit_bytes is None else f"; the limit is {format_bytes(plan.limit_bytes)}"
+    notes = (
+        f"optimiser {plan.optimizer}; activations at most; the whole model's weights: {format_bytes(whole)}{limit}.",
+    )
+    return Sheet("memory per rank", columns, tuple(rows), notes)
+
+
+def choice(plan: Plan) -> str:
+    """What was minimised, and how sure it is."""
+    what = "bytes of the busiest rank" if plan.objective == "bytes" else "seconds of the collectives"
+    where = f" on {plan.cluster.name}" if plan.cluster is not None and plan.objective == "seconds" else ""
+    if plan.exact:
+        return f"chosen: the least {what}{where}; no choice of forms is cheaper."
+    if plan.bound > 0:
+        return f"chosen: the least {what} that was found{where}; at most {100 * plan.gap:.1f} % above the best."
+    return f"chosen: the least {what} that was found{where}."
 
 
 def summary_of(plan: Plan) -> str:

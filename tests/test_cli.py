@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -9,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from descompiler import units
-from descompiler.cli import app
+from descompiler.cli import app, plan_app
+from descompiler.cluster import Cluster
 from descompiler.errors import InputError
 
 MODEL = """
@@ -154,8 +156,9 @@ def test_verify_a_file(file):
 
 
 def test_plan_write_show_diff(file, tmp_path):
+    on = ("--ranks", "4", "--cluster", "ethernet-25g")
     first, second = str(tmp_path / "a.json"), str(tmp_path / "b.json")
-    assert "wrote" in run("plan", "write", f"{file}:large", "--ranks", "4", "--out", first).stdout
+    assert "wrote" in run("plan", "write", f"{file}:large", *on, "--out", first).stdout
     run(
         "plan",
         "write",
@@ -170,7 +173,7 @@ def test_plan_write_show_diff(file, tmp_path):
         second,
     )
     shown = json.loads(run("plan", "show", first, "--cluster", "ethernet-25g", "--json").stdout)
-    priced = json.loads(run("cost", f"{file}:large", "--ranks", "4", "--cluster", "ethernet-25g", "--json").stdout)
+    priced = json.loads(run("cost", f"{file}:large", *on, "--json").stdout)
     for a, b in zip(shown["sheets"][1:], priced["sheets"][1:], strict=True):
         assert a == b
     out = run("plan", "diff", first, second).stdout
@@ -205,6 +208,56 @@ def test_calibrate_then_audit_on_two_ranks(file, tmp_path):
     where = json.loads(run("cost", f"{file}:tiny", "--ranks", "2", "--cluster", cluster, "--json").stdout)
     (strategies,) = (s for s in where["sheets"] if s["title"].startswith("strategies"))
     assert strategies["rows"][0]["communication"] > 0
+
+
+# --- help
+
+EXAMPLES = [
+    line.strip()
+    for command in (*app.registered_commands, *plan_app.registered_commands)
+    for line in (command.callback.__doc__ or "").splitlines()
+    if line.strip().startswith(("descompiler ", "torchrun "))
+]
+PLANS = [e for e in EXAMPLES if re.search(r" (cost|explain|plan write) (lr|fm)", e)]
+QUICK = [e for e in PLANS if "64" not in e]
+SLOW = [e for e in EXAMPLES if e not in QUICK and "train.py" not in e and "torchrun" not in e]
+
+
+def test_every_command_has_an_example():
+    names = {c.name or c.callback.__name__ for c in app.registered_commands} | {"plan"}
+    shown = {re.search(r"descompiler (\w+)", e)[1] for e in EXAMPLES}
+    assert shown == names - {"version"}
+    help_text = run("--help").stdout
+    assert all(name in help_text for name in names)
+    assert "descompiler cost lr" in run("cost", "--help").stdout
+
+
+@pytest.mark.parametrize("example", QUICK)
+def test_examples_of_the_help_run(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "cluster.json" in example:
+        Cluster.builtin("ethernet-25g", 4).save("cluster.json")
+    assert run(*shlex.split(example)[1:]).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", SLOW)
+def test_the_other_examples_of_the_help_run(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in ("fm-64.json", "fm-64-edited.json"):
+        if file in example and "write" not in example:
+            run("plan", "write", "lr", "--ranks", "4", "--out", file)
+    assert run(*shlex.split(example)[1:]).stdout
+
+
+def test_memory_limits_are_followed_or_say_what_is_missing(file):
+    arguments = ("cost", f"{file}:tiny", "--ranks", "4", "--memory")
+    data = json.loads(run(*arguments, "1GB", "--optimizer", "adam", "--json").stdout)
+    (sheet,) = (s for s in data["sheets"] if s["title"] == "memory per rank")
+    assert "adam" in sheet["notes"][0] and "1.00 GB" in sheet["notes"][0]
+    for row in sheet["rows"]:
+        assert row["total"] == sum(row[x] for x in ("weights", "gradients", "optimiser state", "activations")) < 1e9
+    assert "no plan fits 1,000 B a rank" in run(*arguments, "1kB", status=1).stderr
 
 
 # --- errors
