@@ -34,6 +34,7 @@ from descompiler import traffic as wire
 from descompiler.errors import InputError
 from descompiler.keys import KeySpace
 from descompiler.layout import Counts, Fetch
+from descompiler.pieces import ALL
 from descompiler.runtime import Runtime, bag, lookup
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Fetching:
 def prepare(fetch: Fetch, ids: Sequence[Tensor], ranks: int) -> Fetching:
     """Deduplicate the ids of all lookups of a fetch, and find where each row is."""
     device = ids[0].device
-    space = fetch.space if device.type == "cpu" else fetch.space.to(device)
+    space, of_table = fetch.on(device)
     tables, classes = len(fetch.tables), len(fetch.classes)
     parts = [x.reshape(-1).long() + space.offsets[t] for x, t in zip(ids, fetch.lookups, strict=True)]
     unique, inverse = torch.unique(torch.cat(parts), return_inverse=True)
@@ -95,7 +96,6 @@ def prepare(fetch: Fetch, ids: Sequence[Tensor], ranks: int) -> Fetching:
     owner = torch.where(owner < 0, ranks, owner)
     table = torch.searchsorted(space.offsets, unique, right=True) - 1
     by_table = torch.bincount(table * (ranks + 1) + owner, minlength=tables * (ranks + 1)).reshape(tables, -1)
-    of_table = torch.tensor(fetch.class_of, device=device)
     by_class = by_table.new_zeros((classes, ranks + 1)).index_add_(0, of_table, by_table)
     # shared rows first, then the owners' in order
     turn = of_table[table] * (ranks + 1) + torch.where(owner == ranks, 0, owner + 1)
@@ -294,10 +294,10 @@ class _FetchRows(torch.autograd.Function):
         received = fetching.keys if fetching.asking is None else fetching.asking.wait().long()  # no keys if not divided
         sender = torch.repeat_interleave(torch.tensor(fetching.served_counts, device=received.device))
         table = torch.searchsorted(own, received, right=True) - 1
-        cls = torch.tensor(fetch.class_of, device=received.device)[table]
+        _, of_table = fetch.on(received.device)
+        cls = of_table[table]
         size, classes = len(fetch.tables), len(fetch.classes)
         by_table = torch.bincount(sender * size + table, minlength=runtime.ranks * size).reshape(-1, size)
-        of_table = torch.tensor(fetch.class_of, device=received.device)
         served = by_table.new_zeros((runtime.ranks, classes)).index_add_(1, of_table, by_table)
         fetching.served = served.tolist()
         fetching.served_keys = [received[cls == c] for c in range(classes)]
@@ -307,7 +307,7 @@ class _FetchRows(torch.autograd.Function):
             mine = [weights[t] for t in members]
             bounds = slice(members.start, members.stop + 1)
             owned.append(_read(mine, fetching.served_keys[c], own[bounds], [0] * len(members)))
-            sizes = (own[bounds][1:] - own[bounds][:-1]).tolist()
+            sizes = [int(fetch.tables[t].sizes[rank]) for t in members]  # shared rows follow the own ones
             shared.append(_read(mine, fetching.shared_keys[c], space.shared[bounds], sizes))
         ctx.runtime, ctx.fetching = runtime, fetching
         ctx.weights = [w.detach() for w in weights]
@@ -334,7 +334,7 @@ class _FetchRows(torch.autograd.Function):
             if c in shared:
                 deposits.append((*_deposited(*shared[c], space.shared[bounds]), True))
             for i, t in enumerate(members):
-                first = int(space.own[rank][t + 1] - space.own[rank][t])  # shared rows follow the own ones
+                first = int(fetch.tables[t].sizes[rank])
                 parts = [(rows[i] + first if late else rows[i], values[i]) for rows, values, late in deposits]
                 if t in reduced:
                     parts.append((reduced[t][0] + first, reduced[t][1]))
@@ -477,7 +477,7 @@ def _reduce(runtime: Runtime, fetching: Fetching, own: Sequence[Tensor], dtype: 
             keys, values = fetching.shared_keys[c] - shared[members.start], own[c].to(dtype)
             if fetch.tables[members.start].sparse:
                 values = torch.cat([values, values.new_ones((len(values), 1))], 1)
-            rows = int(shared[members.stop] - shared[members.start])
+            rows = sum(int(fetch.tables[t].sizes[ALL]) for t in members)
             parts.append(values.new_zeros((rows, values.shape[1])).index_add_(0, keys, values).reshape(-1))
     flat = torch.cat(parts)
     size = wire.all_reduce_bytes(flat.numel() * flat.element_size(), runtime.ranks)
@@ -491,8 +491,8 @@ def _reduced(fetching: Fetching) -> dict[int, tuple[Tensor, Tensor]]:
         return {}
     work, flat = fetching.reducing
     work.wait()
-    fetch, shared = fetching.fetch, fetching.space.shared
-    sizes = [int(shared[t + 1] - shared[t]) for t in fetch.reduced_tables]
+    fetch = fetching.fetch
+    sizes = [int(fetch.tables[t].sizes[ALL]) for t in fetch.reduced_tables]
     widths = [fetch.tables[t].dim + fetch.tables[t].sparse for t in fetch.reduced_tables]
     parts = torch.split(flat, [n * w for n, w in zip(sizes, widths, strict=True)])
     result = {}

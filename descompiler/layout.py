@@ -190,6 +190,16 @@ class Fetch:
         return KeySpace.of([t.pieces for t in self.tables])
 
     @cached_property
+    def _placed(self) -> dict[torch.device, tuple[KeySpace, Tensor]]:
+        return {}
+
+    def on(self, device: torch.device) -> tuple[KeySpace, Tensor]:
+        """The key space and the class of each table, on a device."""
+        if device not in self._placed:
+            self._placed[device] = self.space.to(device), torch.tensor(self.class_of, device=device)
+        return self._placed[device]
+
+    @cached_property
     def classes(self) -> list[range]:
         """The tables of each class."""
         result, start = [], 0

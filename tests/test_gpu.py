@@ -10,7 +10,7 @@ import torch
 import descompiler as des
 from descompiler.verify import on_ranks
 from examples.models import MODELS, make_inputs
-from tests.test_equivalence import SPLITS
+from tests.test_equivalence import EVERY, SPLITS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine")
 
@@ -32,7 +32,7 @@ def test_optimizers_and_batch_norm(optimizer):
     torch.manual_seed(0)
     model = MODELS["deepfm"]("fields", sparse=optimizer == "sparse_adam", batch_norm=True)
     inputs = make_inputs("deepfm", "fields", 8)
-    des.verify(model, inputs, ranks=2, plans=SPLITS, optimizers=[optimizer], device="cuda")
+    des.verify(model, inputs, ranks=2, plans=EVERY, optimizers=[optimizer], device="cuda")
 
 
 def _created_on_the_device(rank, ranks):
