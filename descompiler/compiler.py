@@ -21,7 +21,7 @@ from descompiler.coverage import Coverage, coverage_of
 from descompiler.emit import Emitted, emit
 from descompiler.errors import CaptureError, InputError, PlanError, RankError
 from descompiler.form import Split, split_as
-from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics
+from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics, take_rows
 from descompiler.module import DeferredModule, DistributedModule, PartialModule, install
 from descompiler.operators import Operator, find_operators
 from descompiler.outputs import bias_pieces
@@ -211,11 +211,31 @@ def _distribute_in_part(
         warnings.warn(f"descompiler: rows of a batch were not checked for independence: {seen.unchecked}", stacklevel=4)
     values, buffers = _weights(model, build, chosen, seed, group, rank, ranks)
     runtime = Runtime(group, rank, ranks, loss)
-    runs = copy.deepcopy(build.template) if host is None else host
+    runs = _copy_with(build.template, values) if host is None else host
+    inputs = normalise_inputs(build.example_inputs, method_of(build.template, build.method))
+    spare = inputs if seen.unchecked else take_rows(inputs, torch.zeros(1, dtype=torch.int64, device=build.device))
     call = runs if build.method == CALL else method_of(runs, build.method)
     return PartialModule(
-        build.template, chosen, runtime, values, buffers, coverage, runs, call, seen.outputs, in_place=host is not None
+        build.template,
+        chosen,
+        runtime,
+        values,
+        buffers,
+        coverage,
+        runs,
+        call,
+        seen.outputs,
+        spare,
+        in_place=host is not None,
     )
+
+
+def _copy_with(template: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model with these values as parameters, wherever it keeps them."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(values[n], requires_grad=p.requires_grad) for n, p in template.named_parameters()
+    }
+    return copy.deepcopy(template, memo)
 
 
 def _weights(

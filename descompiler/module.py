@@ -337,11 +337,13 @@ class PartialModule(DistributedModule):
         host: nn.Module,
         call: Callable[..., Any],
         outputs: Sequence[str],
+        spare: tuple[tuple[Any, ...], dict[str, Any]],
         *,
         in_place: bool = False,
     ):
         super().__init__(template, plan, None, runtime, None, values, buffers, coverage, host, in_place=in_place)
         self._outputs, self._means_double = tuple(outputs), is_double_meant()
+        self._spare = spare  # one row of inputs
         vars(self)["_call"] = call  # perhaps the host itself, which is no submodule
         self._watch()
 
@@ -355,13 +357,15 @@ class PartialModule(DistributedModule):
         runtime.device, runtime.wire_dtype = reference.device, reference.dtype
         flags = "".join(str(int(f)) for f in self._training_flags())
         try:
-            with InDouble() if self._means_double else nullcontext(), SynchroniseNorms(keeper):
-                out = vars(self)["_call"](*args, **kwargs)
+            out, spare = self._run_host(args, kwargs)
             leaves, spec = flatten(out)
             tensors, statics = split_statics(leaves)
             if len(tensors) != len(self._outputs):
                 raise InputError(f"forward returned {len(tensors)} tensors, and {len(self._outputs)} on example_inputs")
-            rows = _rows_of(tensors, self._outputs, (args, kwargs))
+            rows = 0 if spare else _rows_of(tensors, self._outputs, (args, kwargs))
+            if spare:
+                drop = {"rows": lambda x: x[:0], "mean": lambda x: x * 0, "sum": lambda x: x * 0, "same": lambda x: x}
+                tensors = [drop[kind](x) for x, kind in zip(tensors, self._outputs, strict=True)]
             mode = f"training flags {flags}, gradients {torch.is_grad_enabled()}"
             keeper.agree(f"the end of forward, {mode}", "end", rows=rows)
         except Exception as error:
@@ -379,7 +383,25 @@ class PartialModule(DistributedModule):
         if runtime.ranks == 1:
             return x
         share = {"mean": runtime.rows[runtime.rank] / max(sum(runtime.rows), 1), "sum": 1.0, "same": 1 / runtime.ranks}
-        return self._keeper.total(x * share[kind] if share[kind] else torch.zeros_like(x), "a scalar output")
+        # the mean over no rows is nan; backward still has to go through it
+        return self._keeper.total(x * share[kind] if share[kind] else x.nan_to_num() * 0, "a scalar output")
+
+    def _run_host(self, args: Any, kwargs: Any) -> tuple[Any, bool]:
+        """The user's forward; where it can't run without rows, on a spare row, whose results are dropped (then True).
+
+        All that a spare row reaches has gradient zero.
+        """
+        call = vars(self)["_call"]
+        arithmetic = InDouble if self._means_double else nullcontext
+        try:
+            with arithmetic(), SynchroniseNorms(self._keeper):
+                return call(*args, **kwargs), False
+        except Exception:
+            empty = any(x.dim() and not x.shape[0] for x in split_statics(flatten((args, kwargs))[0])[0])
+            if not empty or self._keeper.failed or self._runtime.ranks == 1:
+                raise
+        with arithmetic(), SynchroniseNorms(self._keeper, spare=True):
+            return call(*self._spare[0], **self._spare[1]), True
 
     @property
     def output_rows(self) -> tuple[Rows | None, ...]:
@@ -432,7 +454,7 @@ class DeferredModule(DistributedModule):
         compiled = self._compile_for((args, kwargs))
         self.__dict__.clear()
         self.__dict__.update(compiled.__dict__)
-        self.__class__ = DistributedModule  # type: ignore[assignment]
+        self.__class__ = type(compiled)  # type: ignore[assignment]
         return self(*args, **kwargs)
 
     def train(self, mode: bool = True) -> DeferredModule:

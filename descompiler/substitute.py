@@ -39,9 +39,10 @@ GATHER = "all_gather (whole parameters)"
 SCATTER = "all_to_all (gradients of whole parameters)"
 FLAGS = "all_reduce (which gradients there are)"
 
-KINDS = ("other", "end", "fetch", "whole")
+KINDS = ("other", "end", "norm", "fetch", "whole")
 SERVED = ("fetch", "whole")
-"""Calls that a rank which does not make them can take part in."""
+"""Calls that a rank which does not make them can take part in, if it waits at one of `WAITING`."""
+WAITING = ("end", "norm", *SERVED)
 
 KEPT_FORWARDS = 8
 """Forwards whose backward may still come; older ones are forgotten."""
@@ -95,14 +96,15 @@ class Keeper:
     ) -> list[int]:
         """Come to a common call: none has failed, and every rank calls the same operator, or serves those that do.
 
-        A rank that has reached the end of forward, or wants another parameter's rows, takes part in the lookups of the
-        others with no ids of its own; the lowest rank's call comes first. Any other difference raises on every rank.
+        A rank that has reached a batch norm or the end of forward, or wants another parameter's rows, takes part in the
+        lookups of the others with no ids of its own; the lowest rank's call comes first. Any other difference raises on
+        every rank.
         ``tell[r]`` is a number for rank r; returns what each rank told this one.
         """
         runtime = self.runtime
         position = 0 if piece is None else piece.position
-        code = KINDS.index(kind) if kind in SERVED else zlib.crc32(what.encode()) << 2 | KINDS.index(kind)
-        runtime.mode = mine = -1 - (position << 2 | code if kind in SERVED else code)
+        code = KINDS.index(kind) if kind in SERVED else zlib.crc32(what.encode()) << 3 | KINDS.index(kind)
+        runtime.mode = mine = -1 - (position << 3 | code if kind in SERVED else code)
         try:
             while True:
                 runtime.mode, runtime.mode_name = mine, what
@@ -110,14 +112,14 @@ class Keeper:
                 modes = runtime.modes
                 if len(set(modes)) == 1:
                     return told
-                calls = [m for m in modes if KINDS[(-1 - m) & 3] in SERVED and m < 0]
-                ends = [m for m in modes if m < 0 and KINDS[(-1 - m) & 3] == "end"]
-                if not calls or len(calls) + len(ends) < len(modes) or len(set(ends)) > 1:
+                kinds = [KINDS[(-1 - m) & 7] if m < 0 else "another program" for m in modes]
+                calls = [m for m, k in zip(modes, kinds, strict=True) if k in SERVED]
+                if not calls or not all(k in WAITING for k in kinds):
                     runtime.raise_different()
                 told = [n if m == calls[0] else 0 for n, m in zip(told, modes, strict=True)]
                 if calls[0] == mine:
                     return told
-                self._serve(KINDS[(-1 - calls[0]) & 3], self.pieces[(-1 - calls[0]) >> 2], told)
+                self._serve(KINDS[(-1 - calls[0]) & 7], self.pieces[(-1 - calls[0]) >> 3], told)
         except DescompilerError:
             self.failed = True
             raise
@@ -638,9 +640,10 @@ def function_name(func: Callable[..., Any]) -> str:
 class SynchroniseNorms(TorchFunctionMode):
     """Batch norm in training takes its statistics over the global batch."""
 
-    def __init__(self, keeper: Keeper):
+    def __init__(self, keeper: Keeper, *, spare: bool = False):
         super().__init__()
         self.keeper = keeper
+        self.spare = spare  # the rows are none of the batch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.batch_norm:
@@ -651,14 +654,13 @@ class SynchroniseNorms(TorchFunctionMode):
         if not call["training"]:
             return func(*args, **(kwargs or {}))
         keeper = self.keeper
-        keeper.agree("batch norm")
-        out = keeper.runtime.batch_norm(
-            call["input"], call["weight"], call["bias"], call["running_mean"], call["running_var"],
-            call["momentum"], call["eps"],
-        )  # fmt: skip
+        keeper.agree("batch norm", "norm")
+        x = call["input"][:0] if self.spare else call["input"]
+        arguments = (call[n] for n in ("weight", "bias", "running_mean", "running_var", "momentum", "eps"))
+        out = keeper.runtime.batch_norm(x, *arguments)
         if out.requires_grad:
             out.register_hook(self._before_backward)
-        return out
+        return call["input"] + out.sum() if self.spare else out  # a sum over no rows: 0
 
     def _before_backward(self, gradient: Tensor) -> None:
         self.keeper.agree("backward of batch norm")

@@ -7,9 +7,12 @@ dynamo   Dynamo's full graph of torch functions (Python's control flow on sizes,
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -58,8 +61,7 @@ def trace_dynamo(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Pr
     code = Flat.forward.__code__.replace()  # Dynamo's cache, and its limit, belong to a code object
     forward = types.FunctionType(code, Flat.forward.__globals__)
     try:
-        with torch._dynamo.config.patch(options), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch._dynamo.config.patch(options), _quiet():
             torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)(traced, *inputs)
     except Exception as error:  # a tracer raises whatever the user's code and torch do; it is reported
         raise CaptureError(_first_line(error)) from error
@@ -115,14 +117,27 @@ class _Replay(nn.Module):
 def _export(module: nn.Module, traced: Flat, tensors: list[Tensor], template: nn.Module) -> Program:
     batch = torch.export.Dim("batch", min=2)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             exported = torch.export.export(
                 module, tuple(tensors), dynamic_shapes=(tuple({0: batch} for _ in tensors),), strict=False
             )
     except Exception as error:  # as above
         raise CaptureError(_first_line(error)) from error
     return _program_of(exported, template, traced)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A tracer that fails is followed by the next: what it prints and logs of that is not the user's business."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        nowhere = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def _first_line(error: Exception) -> str:

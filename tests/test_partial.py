@@ -60,7 +60,21 @@ class Everything(Base):
         return {"score": self.top(e).squeeze(1) + self.bias[ids[:, 1]], "all": scores, "n": None}
 
 
-@pytest.mark.parametrize("cls", [Branch, Everything])
+class Packed(Base):
+    """As most sequence models: packing refuses a batch without rows; a batch norm on top."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(4, 4, batch_first=True)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, ids):
+        lengths = 1 + (ids[:, 0] % 3)
+        packed = nn.utils.rnn.pack_padded_sequence(self.table(ids), lengths, batch_first=True, enforce_sorted=False)
+        return self.top(self.norm(self.gru(packed)[1][0]))
+
+
+@pytest.mark.parametrize("cls", [Branch, Everything, Packed])
 def test_trains_as_the_original(cls):
     with warnings.catch_warnings(record=True):
         report = des.verify(cls(), (IDS,), plans=[PULL], optimizers=["adagrad"])
