@@ -174,3 +174,23 @@ def _alone(rank, ranks):
 def test_pull_by_itself():
     for output, gradient in on_ranks(_alone, 3):
         assert output < 1e-12 and gradient < 1e-12
+
+
+class Different(nn.Module):
+    """One lookup has a padding row and the other has none, so no form may treat them alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+
+    def forward(self, x):
+        padded = nn.functional.embedding(x, self.table.weight, padding_idx=3)
+        return (padded * nn.functional.embedding((x + 1) % 9, self.table.weight)).sum(1)
+
+
+def test_lookups_that_differ_are_not_fetched_together():
+    model, inputs = Different(), (torch.arange(9).repeat(2),)
+    (table,) = des.plan(model, inputs, ranks=2).tables
+    assert {"pull", "gather", "hot", "row"} <= set(table.refusals)
+    assert table.refusals["pull"] == "its lookups differ in padding_idx or sparse"
+    des.verify(model, inputs, ranks=2)
