@@ -381,12 +381,15 @@ def memory_of(plan: Plan, rank: int) -> tuple[int, int, int, int]:
 
 
 def memory(plan: Plan) -> Sheet:
-    """What each rank keeps; ranks that keep as much share a row."""
-    counts = Counter(memory_of(plan, r) for r in range(plan.ranks))
-    rows = [
-        (f"{n} rank{'s' * (n > 1)}", *sizes, sum(sizes))
-        for sizes, n in sorted(counts.items(), key=lambda x: -sum(x[0]))
-    ]
+    """What each rank keeps; ranks that keep as much, to three digits, share the row of the fullest."""
+    alike: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
+    for r in range(plan.ranks):
+        sizes = memory_of(plan, r)
+        alike.setdefault(tuple(map(format_bytes, sizes)), []).append(sizes)
+    rows = []
+    for group in sorted(alike.values(), key=lambda g: -sum(g[0])):
+        most = max(group, key=sum)
+        rows.append((f"{len(group)} rank{'s' * (len(group) > 1)}", *most, sum(most)))
     whole = sum(prod(p.shape) for p in plan.pieces.values()) * plan.itemsize
     columns = (Column("on"), *(Column(name, "bytes") for name in MEMORY), Column("total", "bytes"))
     limit = "" if plan.limit_bytes is None else f"; the limit is {format_bytes(plan.limit_bytes)}"
