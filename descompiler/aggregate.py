@@ -24,6 +24,7 @@ from math import prod
 
 from torch import fx
 
+from descompiler.cost_models.operators import extra_flops, linear_flops
 from descompiler.coupling import scope_of
 from descompiler.flow import Network
 from descompiler.form import Split
@@ -179,7 +180,7 @@ def work_bytes(node: fx.Node, placement: Region, at: Mapping[fx.Node, Placement]
     if node.target not in (aten.linear.default, aten.bmm.default, aten.matmul.default):
         return 0
     inner = int(shape_of(node.args[0])[-1])  # type: ignore[arg-type]
-    flops = 6 * prod(tail(node)) * inner * w.rows  # forward and backward, of one rank's rows
+    flops = linear_flops(w.rows, inner, prod(tail(node)))
     operand = at.get(node.args[0], Local())  # type: ignore[arg-type]
     if isinstance(operand, Shard):
         size = sum(operand.widths.values())
@@ -187,8 +188,7 @@ def work_bytes(node: fx.Node, placement: Region, at: Mapping[fx.Node, Placement]
         local = operand.width(LOCAL) / size
     else:
         share, local = 1.0, 0.0
-    extra = flops * (w.ranks * share + local - 1)
-    return max(0, round(w.ranks * extra / w.flops_per_byte))
+    return max(0, round(w.ranks * extra_flops(flops, w.ranks, share, local) / w.flops_per_byte))
 
 
 def evaluate(program: Program, candidates: Candidates, inside: frozenset[fx.Node], w: Weights) -> int:
