@@ -43,6 +43,9 @@ class RemoveNoops:
         for node in list(program.graph.nodes):
             if node.op != "call_function" or node in written:
                 continue
+            if node.target is aten.cat.default and len(node.args[0]) == 1:
+                node.args = (node.args[0][0],)
+                node.target = aten.alias.default
             if is_noop(node) and node.args[0] not in written:
                 node.replace_all_uses_with(node.args[0])
                 program.graph.erase_node(node)

@@ -170,7 +170,7 @@ def cases(draw: Any, forms: tuple[str, ...]) -> Case:
                 length = draw(st.integers(1, 3))
                 parts.append(f"self.t{t}({name})")
             else:
-                how = draw(st.sampled_from(["one", "one", "sum", "mean", "largest", "masked mean"]))
+                how = draw(st.sampled_from(["one", "one", "sum", "mean", "largest", "masked mean", "masked product"]))
                 length = 0 if how == "one" else draw(st.integers(2, 3))
                 parts.append(
                     {
@@ -179,6 +179,7 @@ def cases(draw: Any, forms: tuple[str, ...]) -> Case:
                         "mean": f"self.t{t}({name}).mean(1)",
                         "largest": f"self.t{t}({name}).amax(1)",
                         "masked mean": f"masked_mean(self.t{t}({name}), {name} != 0)",
+                        "masked product": f"torch.bmm(({name} != 0).to(x).unsqueeze(1), self.t{t}({name})).squeeze(1)",
                     }[how]
                 )
             shape = f"({ROWS}, {length})" if length else f"({ROWS},)"

@@ -134,6 +134,16 @@ class InBatch(Tables):
         return torch.nn.functional.cross_entropy(a @ b.T, torch.arange(a.shape[0]))
 
 
+class MaskedSum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(6, 4, padding_idx=0)
+
+    def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
+        mask = (ids != 0).unsqueeze(-1).to(dense.dtype)
+        return (self.table(ids) * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
 class Bag(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -193,6 +203,7 @@ CASES = [
     (Weighted, "column"),
     (Centre, "row"),
     (InBatch, "field"),
+    (MaskedSum, "row"),
     (Bag, "row"),
     (Bag, "column"),
     (Offsets, "field"),

@@ -3,10 +3,14 @@
 `make test` runs those that a rule of their own is about; `make test-all` runs all.
 """
 
+import time
+
 import pytest
+import torch
 
 import descompiler as des
 from descompiler.passes import FORMS
+from examples.models import DeepFM
 from tests.pool import RankPool, here
 from tests.random_models import CONSUMERS, fixed
 
@@ -48,3 +52,46 @@ def test_every_form(consumer, pool):
     report = pool(forced, fixed(consumer).text)[0]
     assert report.cases == len(PLANS)
     assert max(report.worst.values()) <= 1e-10
+
+
+MASKED = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Embedding(7, 4, padding_idx=0), nn.Embedding(5, 4, padding_idx=0)
+
+    def forward(self, x, y):
+        mask = (x != 0).unsqueeze(-1).float()
+        mean = (self.a(x) * mask).sum(1) / mask.sum(1).clamp(min=1)
+        product = torch.bmm((y > 0).float().unsqueeze(1), self.b(y)).squeeze(1)
+        return (mean * product).sum(1)
+
+def inputs():
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(7, (6, 3), generator=g), torch.randint(3, (6, 2), generator=g)
+"""
+
+
+def test_masked_sums(pool):
+    report = pool(forced, MASKED)[0]
+    assert report.cases == len(PLANS)
+
+
+def compile_s(rank, ranks, fields):
+    """On every rank: how long a model with two tables for each field takes to compile, from a cold start."""
+    model = DeepFM([1000] * fields)
+    ids = torch.randint(1000, (64, fields))
+    start = time.perf_counter()
+    plan = des.compile(model, (torch.randn(64, 13), ids)).plan
+    return len(plan.tables), time.perf_counter() - start
+
+
+@pytest.mark.slow
+def test_a_hundred_tables_compile_in_half_a_minute(pool):
+    for tables, seconds in pool(compile_s, 50):
+        assert tables == 100
+        assert seconds < 30
