@@ -124,11 +124,16 @@ class DistributedModule(nn.Module):
 
     def _adopt(self, host: nn.Module, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """The modules and parameters of a host become this module's; they stay the same objects."""
+        recurrent = [m for m in host.modules() if isinstance(m, nn.RNNBase)]
+        for m in recurrent:
+            m._flat_weight_refs = []  # a tensor that has weak references can't be swapped
         for name, p in host.named_parameters():
             if p.is_meta:
                 torch.utils.swap_tensors(p, nn.Parameter(values[name], requires_grad=p.requires_grad))
             else:
                 p.data = values[name]
+        for m in recurrent:
+            m._init_flat_weights()
         for name, module in host.named_modules():
             for leaf, b in module._buffers.items():
                 if b is not None:

@@ -120,7 +120,10 @@ def _serve(rank: int, ranks: int, folder: str, pipe: Any) -> None:
             answer = pickle.dumps(("ok", function(rank, ranks, *arguments)))
         except Exception:  # whatever it is, the caller raises it with this rank's name
             answer = pickle.dumps(("error", f"rank {rank}: {traceback.format_exc()}"))
-        pipe.send_bytes(answer)
+        try:
+            pipe.send_bytes(answer)
+        except OSError:  # the caller has given up
+            return
 
 
 def here(function: Callable[..., Any], ranks: int, *arguments: Any, timeout_s: float = 0.0) -> list[Any]:
