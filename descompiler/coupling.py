@@ -101,12 +101,21 @@ ALONG = frozenset(
 )
 """Operators that work along dimensions, which they name in ``dim`` or ``dims``: along the batch they mix rows."""
 
-DRAWN_BY_ROW = frozenset(
+DROPPING = frozenset(
     {
         aten.dropout.default,
         aten.feature_dropout.default,
         aten.alpha_dropout.default,
         aten.feature_alpha_dropout.default,
+        aten.gru.input,
+        aten.lstm.input,
+        aten.scaled_dot_product_attention.default,
+    }
+)
+"""Random operators that only drop: judged as if they dropped nothing, by the numbers."""
+
+DRAWN_BY_ROW = frozenset(
+    {
         aten.bernoulli.default,
         aten.bernoulli.p,
         aten.rand_like.default,
@@ -114,9 +123,6 @@ DRAWN_BY_ROW = frozenset(
         aten.randint_like.default,
         aten.randint_like.low_dtype,
         aten.rrelu.default,
-        aten.gru.input,
-        aten.lstm.input,
-        aten.scaled_dot_product_attention.default,
         aten.multinomial.default,
         aten.rand.default,
         aten.randn.default,
@@ -280,8 +286,15 @@ class _Classifier:
                     part[node] = rows.narrow(whole, first, size)
 
     def _call(self, node: fx.Node, find: Callable[[fx.Node], Any]) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), find)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        args, kwargs = fx.map_arg((list(node.args), dict(node.kwargs)), find)
+        target: Any = node.target
+        if target in DROPPING:
+            for i, a in enumerate(target._schema.arguments):
+                if a.name in ("p", "dropout", "dropout_p") and (a.name in kwargs or i >= len(args)):
+                    kwargs = {**kwargs, a.name: 0.0}
+                elif a.name in ("p", "dropout", "dropout_p"):
+                    args = [*args[:i], 0.0, *args[i + 1 :]]
+        return target(*args, **kwargs)
 
     def _global(self, node: fx.Node, *, reduced: bool = False, drawn: bool = False) -> None:
         operands = node.all_input_nodes
@@ -310,7 +323,8 @@ class _Classifier:
         if node.target in LOOKUPS and self._lookup(node, kinds):
             return
         self.whole[node] = self._whole_value(node)
-        if random:
+        drops = random and node.target in DROPPING and any(k != CONSTANT for k in kinds.values())
+        if random and not drops:
             self._random(node, kinds)
         elif all(k == CONSTANT for k in kinds.values()):
             self._set_same(node, Scope(CONSTANT, uses=(OWN,) * len(kinds)))
@@ -322,12 +336,12 @@ class _Classifier:
             self._global(node, reduced=True)
         elif self._may_be_local(node, kinds) and (found := self._reproducing(node, kinds)):
             rows, uses, parts = found
-            self.scopes[node] = Scope(LOCAL, rows, uses)
+            self.scopes[node] = Scope(LOCAL, rows, uses, drawn=drops)
             for division, results in zip(self.parts, parts, strict=True):
                 for part, result in zip(division, results, strict=True):
                     part[node] = result
         else:
-            self._global(node)
+            self._global(node, drawn=drops)
 
     def _lookup(self, node: fx.Node, kinds: dict[fx.Node, str]) -> bool:
         """Rows of a table, by ids of own rows: replaced by random ones, so that they differ where the ids repeat."""

@@ -318,6 +318,8 @@ def _case(
     rank: int,
     ranks: int,
 ) -> None:
+    if drawn := [note for note in module.plan.notes if note.startswith("random")]:
+        raise EquivalenceError(f"{title}: values can't be compared, the model draws them: {'; '.join(drawn)}")
     reference = copy.deepcopy(model)
     sparse = module.plan.sparse
 

@@ -151,6 +151,7 @@ MODELS = [
     Rolled,
     BatchSecond,
     Regularised,
+    lambda: Attention(True, 0.0),
 ]
 
 
@@ -237,6 +238,33 @@ def test_the_explanation_names_what_mixes_and_what_is_drawn():
     assert "reduce aten.mean.dim, 4 elements: a sum over the batch is one over ranks' terms" in text
     assert "random aten.dropout: each rank draws for its own rows" in text
     assert "test_coupling.py:" in text
+
+
+class Attention(TwoTower):
+    """Attention among the rows of the batch (a transformer without ``batch_first``), or within each row."""
+
+    def __init__(self, across, dropout):
+        super().__init__()
+        self.across, self.attention = across, nn.MultiheadAttention(4, 2, dropout=dropout, batch_first=True)
+
+    def f(self, u, v, x):
+        s = torch.stack([u, v], 1)
+        s = s.transpose(0, 1) if self.across else s
+        out = self.attention(s, s, s, need_weights=False)[0]
+        return (out.transpose(0, 1) if self.across else out).flatten(1)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_attention_mixes_rows_only_along_the_batch(dropout):
+    within, across = plan_of(Attention(False, dropout)), plan_of(Attention(True, dropout))
+    assert within.layout.exchanges == () and "gather" in {e.kind for e in across.layout.exchanges}
+    assert any("equal on all ranks" in note for note in across.notes) == (dropout > 0)
+    assert any("own rows" in note for note in within.notes) == (dropout > 0)
+
+
+def test_verify_says_that_it_can_not_compare_draws():
+    with pytest.raises(des.EquivalenceError, match=r"the model draws them: random aten\.randperm"):
+        des.verify(Shuffled(), inputs(), ranks=2)
 
 
 class Shuffled(TwoTower):
