@@ -204,3 +204,10 @@ def _regularised(rank, ranks, kind):
 def test_regularisers_outside_forward(kind):
     for gradient, value in on_ranks(_regularised, 2, kind):
         assert gradient < 1e-12 and value < 1e-12
+
+
+def test_compiled_by_the_first_forward():
+    model = Branch()
+    module = des.compile(model)
+    assert torch.equal(module(IDS), model(IDS))
+    assert type(module).__name__ == "PartialModule" and module.coverage().rung == "partial"
