@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from descompiler.errors import CaptureError
-from descompiler.probe import LARGE_ELEMENTS, Flat, run_eager
+from descompiler.probe import Flat, probed_whole, run_eager
 from descompiler.program import Program, copy_program, interpret
 
 TOLERANCE_FLOAT64 = 1e-9
@@ -58,9 +58,10 @@ def in_float64(program: Program) -> Program:
 
 
 def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> None:
-    params = {n: p for n, p in probe.model.named_parameters() if p.requires_grad and p.numel() <= LARGE_ELEMENTS}
+    whole = probed_whole(probe.model)
+    params = {n: p for n, p in probe.model.named_parameters() if p.requires_grad and p.numel() <= whole}
     for p in probe.model.parameters():
-        if p.numel() > LARGE_ELEMENTS:
+        if p.numel() > whole:
             p.requires_grad_(False)
     with probe.arithmetic():
         values = probe_values(program, probe, tensors)  # clones the buffers before eager changes them

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -33,6 +33,7 @@ from descompiler.probe import CALL, blueprint, method_of
 from descompiler.program import Failure, Program
 from descompiler.runtime import Runtime
 from descompiler.state import reset_pieces, send_buffers, send_from_first
+from descompiler.statistics import Statistics, measure
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ def compile(
     cluster: Cluster | None = None,
     memory_bytes: int | None = None,
     optimizer: str = "adagrad",
+    samples: Iterable[Any] | None = None,
     method: str = CALL,
     in_place: bool = False,
 ) -> Any:
@@ -92,6 +94,9 @@ def compile(
         Limit of each rank for weights, gradients, optimiser state and activations.
     optimizer : str
         Whose state counts: "sgd", "momentum", "adagrad", "rowwise_adagrad", "adam" or "sparse_adam".
+    samples : iterable, optional
+        Batches, each as ``example_inputs``, of which statistics of the ids are measured; rank 0's count. Without,
+        Zipf-distributed ids are assumed.
     method : str
         What is compiled: by default a call of the model (its forward), or a method of it such as "calculate_loss".
     in_place : bool
@@ -107,7 +112,7 @@ def compile(
     CaptureError, UnsupportedError, PlanError, InputError, RankError
     """
     options = {"plan": plan, "process_group": process_group, "loss": loss, "batch": batch, "seed": seed}
-    options["terms"] = Terms(forbid or {}, cluster, memory_bytes, optimizer)
+    options.update(terms=Terms(forbid or {}, cluster, memory_bytes, optimizer), samples=samples)
     if in_place:
         if example_inputs is None:
             raise InputError("in_place=True needs example_inputs: optimisers have to see the pieces from the start")
@@ -131,6 +136,7 @@ def distribute(
     batch: Any,
     seed: Any,
     terms: Terms | None = None,
+    samples: Iterable[Any] | None = None,
     host: nn.Module | None = None,
 ) -> DistributedModule:
     """`compile`, given what captures the model: one builder serves many compilations of one architecture.
@@ -156,6 +162,11 @@ def distribute(
         return _distribute_in_part(model, found, group, rank, ranks, plan, loss, rows, seed, host)
     assert program is not None and signature is not None
     w = Weights(ranks, rows, max((o.dtype.itemsize for o in operators), default=4))
+    if samples is not None:
+        local = _everywhere(
+            lambda: None if rank else build.measure(program, signature, operators, samples), group, ranks
+        )
+        terms = replace(terms or Terms(), statistics=_broadcast(local, group, ranks))
     chosen = _everywhere(lambda: _follow_or_choose(program, operators, w, plan, terms), group, ranks)
     _agree(chosen, group, ranks)
     if not operators and rank == 0:
@@ -310,6 +321,7 @@ def plan(
     forbid: Forbidden | None = None,
     memory_bytes: int | None = None,
     optimizer: str = "adagrad",
+    samples: Iterable[Any] | None = None,
 ) -> Plan:
     """Plan for any number of ranks, without a process group and without weights.
 
@@ -323,7 +335,7 @@ def plan(
         As `compile`'s ``plan``.
     plan : Plan or path, optional
         Follow it: price it for this model, with forms that were edited in its file.
-    cluster, forbid, memory_bytes, optimizer
+    cluster, forbid, memory_bytes, optimizer, samples
         As `compile`'s.
 
     Raises
@@ -333,7 +345,7 @@ def plan(
     """
     captured = Captured(model, example_inputs)
     terms = {"forbid": forbid or {}, "cluster": cluster, "memory_bytes": memory_bytes, "optimizer": optimizer}
-    return captured.plan(ranks=ranks, batch=batch, pins=pins, plan=plan, **terms)
+    return captured.plan(ranks=ranks, batch=batch, pins=pins, plan=plan, samples=samples, **terms)
 
 
 class Captured:
@@ -348,10 +360,10 @@ class Captured:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any):
-        build = Builder(blueprint(model), example_inputs)
-        self.program, _ = build.capture(None)
+        self._build = Builder(blueprint(model), example_inputs)
+        self.program, self._signature = self._build.capture(None)
         self.operators = find_operators(self.program)
-        self.rows = build.rows
+        self.rows = self._build.rows
 
     def plan(
         self,
@@ -360,6 +372,7 @@ class Captured:
         batch: int | None = None,
         pins: Mapping[str, str] | None = None,
         plan: Plan | str | Path | None = None,
+        samples: Iterable[Any] | None = None,
         **terms: Any,
     ) -> Plan:
         """As `descompiler.plan`; ``terms`` are those of `descompiler.planner.Terms`."""
@@ -373,6 +386,8 @@ class Captured:
         if plan is not None:
             batch, pins = batch or plan.rows, {**plan.forms, **plan.changes, **(pins or {})}
         w = Weights(ranks, batch or self.rows, max((o.dtype.itemsize for o in self.operators), default=4))
+        if samples is not None:
+            terms["statistics"] = self._build.measure(self.program, self._signature, self.operators, samples)
         return choose(self.program, self.operators, RULES, w, pins, terms=Terms(**terms))
 
     def region(self, plan: Plan) -> tuple[Candidates, Cut]:
@@ -432,6 +447,14 @@ class Builder:
                     self.template, self.example_inputs, training=flags, passes=NORMALISE, method=self.method
                 )
         return self._captured[key]
+
+    def measure(
+        self, program: Program, signature: Signature, operators: list[Operator], samples: Iterable[Any]
+    ) -> Statistics:
+        """Statistics of the ids of sample batches."""
+        called = method_of(self.template, self.method)
+        batches = (signature.flatten(*normalise_inputs(x, called)) for x in samples)
+        return measure(program, operators, batches)
 
     def emit(self, plan: Plan, training: dict[str, bool], rank: int) -> Emitted:
         program, _ = self.capture(training)

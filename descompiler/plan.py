@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,9 @@ import sympy
 from descompiler.cluster import Cluster
 from descompiler.cost_models import baselines
 from descompiler.cost_models.baselines import Priced, TableUse
+from descompiler.cost_models.crossovers import crossovers
 from descompiler.cost_models.exchange import IDS_IN, OUTPUTS, VALUES_OUT_AND_BACK
-from descompiler.cost_models.symbols import N, b, i, s
+from descompiler.cost_models.symbols import N, U, V, b, i, k, s
 from descompiler.errors import PlanError
 from descompiler.form import Split, form_named
 from descompiler.layout import Counts, Layout
@@ -132,6 +134,8 @@ class Plan:
         Choices of forms that were priced.
     aggregate : {"cut", "lookups"}
         Aggregation points: of the minimum cut, or the lookups themselves.
+    unique : dict of str to float
+        Expected unique ids of one rank's batch, by table.
     memories : list of Memory
         By rank, for ``optimizer``.
     limit_bytes : int or None
@@ -163,6 +167,7 @@ class Plan:
     aggregate: str = "cut"
     cluster: Cluster | None = None
     statistics: str = ""
+    unique: dict[str, float] = field(default_factory=dict)
     memories: list[Memory] = field(default_factory=list)
     optimizer: str = "adagrad"
     limit_bytes: int | None = None
@@ -250,7 +255,7 @@ class Plan:
         if any(t.name in c.tables for c in self.crossings):
             return {}
         split, statistics = self.splits[t.name], Statistics.assumed([t])
-        unique = statistics.unique(t.name, self.rows)
+        unique = self.unique.get(t.name, statistics.unique(t.name, self.rows))
         hot = unique * statistics.shares(t.name, split.pieces, self.rows)[-1]
         values = {"V": t.rows, "k": t.dim, "U": unique, "H": split.pieces.shared_size(), "U_H": hot}
         return {n: (f, self.bytes_of(f, **values)) for n, f in form_named(split.form).costs(t.sparse).items()}
@@ -355,12 +360,31 @@ class Plan:
             lines.append(f"busiest rank: {self.price_bytes:,} B -> {other.price_bytes:,} B a step ({change:+,} B)")
         return "\n".join(lines)
 
-    def explain(self) -> str:
+    def explain(self, table: str | None = None) -> str:
         """The plan in words: every table, its split and why; what crosses the wire; formulas and bytes.
 
         Bytes are per rank and step, the mean over ranks, unless a line says otherwise.
+
+        Parameters
+        ----------
+        table : str, optional
+            Only this one, by its parameter's or its module's name, with where one form overtakes another.
+
+        Raises
+        ------
+        PlanError
+            If there is no such table.
         """
+        if table is not None:
+            found = [t for t in self.tables if t.name in (table, f"{table}.weight")]
+            if not found:
+                raise PlanError(f"no table {table!r}; there are {_some([t.name for t in self.tables])}")
+            lines = [f"{t.name}  [{t.rows:,} x {t.dim}]  {t.line}".rstrip() for t in found]
+            return "\n".join(
+                [*lines, *(f"  {text}" for t in found for text in (*self._reasons(t), *self._overtakes(t)))]
+            )
         lines = [f"plan for {self.ranks} ranks, {self.rows} rows a rank, fingerprint {self.fingerprint}"]
+        lines += self._result()
         if not self.tables:
             lines.append(NO_OPERATORS)
         for t in self.tables:
@@ -404,8 +428,46 @@ class Plan:
         others = sorted((price, form) for form, price in self.prices.get(t.name, {}).items() if form != split.form)
         for position, (price, form) in enumerate(others):
             what = "runner-up" if position == 0 else "not"
-            lines.append(f"{what} {form}: {price:,} B a step for the busiest rank, against {self.price_bytes:,} B")
+            text = f"{what} {form}: {price:,} B a step for the busiest rank, against {self.price_bytes:,} B"
+            for formula in self._alone(t, form):
+                text += f"; by itself it sends {formula} = {self._bytes_alone(t, formula):,} B"
+            if above := self.missing.get(t.name, {}).get(form):
+                text += f"; {above:,} B above the limit of memory"
+            lines.append(text)
         return lines + [f"not {form}: {reason}" for form, reason in t.refusals.items()]
+
+    def _result(self) -> list[str]:
+        """What was minimised, how far it is from the best, by which statistics, and the memory."""
+        amount = f"{self.price_bytes:,} B" if self.objective == "bytes" else f"{self.price:.3g} s"
+        best = "no choice of forms is better" if self.exact else f"at most {self.gap:.1%} above the best"
+        lines = [f"{self.objective} of the busiest rank: {amount}, {best} ({self.trials} choices priced)"]
+        if self.statistics:
+            lines.append(f"ids: {self.statistics}")
+        if self.memories:
+            rank = max(range(len(self.memories)), key=lambda r: self.memories[r].total)
+            limit = "" if self.limit_bytes is None else f", of {self.limit_bytes:,} B"
+            lines.append(f"memory with {self.optimizer}, most on rank {rank}: {self.memories[rank]}{limit}")
+        return lines
+
+    def _alone(self, t: Table, form: str) -> list[sympy.Expr]:
+        """Formulas of what a form sends that depend on this table alone."""
+        known = {N, b, s, i, V, k, U}
+        return [f for f in form_named(form).costs(t.sparse).values() if f.free_symbols <= known]
+
+    def _bytes_alone(self, t: Table, formula: sympy.Expr) -> int:
+        return self.bytes_of(formula, V=t.rows, k=t.dim, U=self.unique.get(t.name, 0.0))
+
+    def _overtakes(self, t: Table) -> list[str]:
+        """Where the forms that depend on this table alone overtake one another, against ranks and rows."""
+        unique = self.unique.get(t.name, 0.0)
+        numbers = {N: self.ranks, V: t.rows, k: t.dim, U: unique, s: self.itemsize, i: self.layout.id_bytes}
+        curves = [(f, x) for f in self.prices.get(t.name, {}) for x in self._alone(t, f)]
+        lines = []
+        for symbol in (N, V):
+            rest = {x: n for x, n in numbers.items() if x != symbol}
+            for a, c in itertools.combinations(curves, 2):
+                lines += [str(x) for x in crossovers(a, c, symbol, rest)]
+        return lines
 
 
 def _some(names: Sequence[str]) -> str:
@@ -435,6 +497,7 @@ _FIELDS: dict[str, Any] = {
     "aggregate": str,
     "price_bytes": int,
     "statistics": str,
+    "unique": dict[str, float],
     "optimizer": str,
     "limit_bytes": int | None,
     "cluster": Cluster | None,

@@ -594,6 +594,7 @@ def choose(
         trials=search.trials,
         cluster=terms.cluster,
         statistics=search.statistics.source,
+        unique=search.unique,
         optimizer=terms.optimizer,
         limit_bytes=terms.limit_bytes,
         missing=missing,

@@ -213,3 +213,31 @@ def test_whole_tables_are_balanced():
     plan = des.plan(Wide(), torch.zeros(4, 12, dtype=torch.int64), ranks=4, batch=64, pins={"*": "field"})
     loads = plan.layout.exit_widths
     assert sum(loads) == sum(dims) and max(loads) <= sum(dims) / 4 * 4 / 3
+
+
+def test_the_explanation_says_how_good_the_plan_is_and_why_each_form_lost():
+    model, inputs = small()
+    plan = Captured(model, inputs).plan(ranks=4, batch=64)
+    text = plan.explain()
+    assert "bytes of the busiest rank" in text and ("no choice of forms" in text or "above the best" in text)
+    assert "ids: assumed: Zipf(1.05)" in text and "memory with adagrad" in text
+    table = max(plan.tables, key=lambda t: t.rows)
+    one = plan.explain(table.name.removesuffix(".weight"))
+    assert one.startswith(table.name) and "by itself it sends" in one
+    for form, price in plan.prices[table.name].items():
+        assert form == plan.forms[table.name] or f"{form}: {price:,} B" in one
+    assert "beats" in one, "where replicating overtakes pulling has a closed form"
+    with pytest.raises(des.PlanError, match="no table 'nobody'"):
+        plan.explain("nobody")
+
+
+def test_samples_are_what_prices_depend_on():
+    """Ids that repeat are cheap to pull; the plan says what was measured."""
+    model, dense = MODELS["fm"]("fields", vocab_sizes=[10_000] * 3, dim=4), torch.randn(64, 3)
+    generator = torch.Generator().manual_seed(0)
+    few, many = (torch.randint(n, (64, 3), generator=generator) for n in (2, 10_000))
+    found = Captured(model, (dense, many))
+    plans = [found.plan(ranks=4, pins={"*": "pull"}, samples=[(dense, x)] * 3) for x in (few, many)]
+    assert plans[0].price_bytes < plans[1].price_bytes / 4
+    assert all("assumed" not in p.statistics for p in plans)
+    assert max(plans[0].unique.values()) <= 2.5 < min(plans[1].unique.values())
