@@ -4,7 +4,8 @@
 
 DeepFM, FM, DLRM and Wide&Deep with 26 fields of 1,000,000 rows in all, dim 16, first layer 400 wide, 4,096 rows a rank,
 ids by Zipf(1.05), float32. Nothing is measured: bytes are those of the formulas in `descompiler.cost_models.baselines`,
-the mean over ranks, and of the plan's own layout, for the busiest rank.
+the mean over ranks, and of the plan's own layout, for the busiest rank and with its control messages (row counts,
+agreement), which the formulas do not have.
 """
 
 from __future__ import annotations
