@@ -253,6 +253,11 @@ def _absorb(program: Program, p: Product) -> bool:
         if shape_of(user)[-1:] != [p.size] or rows_per_row(program, user) is None:
             return False
         p.x = edit.call(aten.reshape.default, p.x, [*arguments[1][:-1], int(shape_of(p.x)[-1])])
+    elif user.target is aten.flatten.using_ints:
+        args, dims = signature(user), value(p.node).dim()
+        if args["end_dim"] % dims == dims - 1 or rows_per_row(program, user) is None:
+            return False
+        p.x = edit.call(user.target, p.x, args["start_dim"], args["end_dim"])
     elif user.target in (aten.mul.Tensor, aten.div.Tensor) and p.bias is None:
         other = arguments[1] if arguments[0] is p.node else arguments[0]
         if arguments[0] is not p.node and user.target is aten.div.Tensor:

@@ -1,5 +1,8 @@
 """Products with a table and what is asked of the logits: which are recognised, and that they train as the original."""
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,3 +167,34 @@ def test_the_planner_leaves_the_logits_with_the_owners():
     assert plan.splits["items.weight"].form == "pull" and plan.layout.vocabularies
     assert plan.price_bytes < plan.baselines()["data parallel, dense gradients"] / 20
     assert "log_sum_exp, select" in plan.explain()
+
+
+class WithLoss(nn.Module):
+    """A public model that returns scores of all items, unmodified, and its loss."""
+
+    def __init__(self, name):
+        super().__init__()
+        if name == "stamp":
+            feature = SimpleNamespace(name="history", vocab_size=43, embed_dim=4)
+            self.model = importlib.import_module("torch_rechub.models.matching.stamp").STAMP(feature, 0.3, 0.3)
+        else:
+            hstu = importlib.import_module("torch_rechub.models.generative.hstu").HSTUModel
+            self.model = hstu(43, d_model=8, n_heads=2, n_layers=1, dqk=4, dv=4, max_seq_len=6)
+        self.name = name
+
+    def forward(self, history, target):
+        scores = self.model({"history": history} if self.name == "stamp" else history)
+        return F.cross_entropy(scores.flatten(0, -2), target.flatten(), reduction="none")
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["stamp", "hstu"])
+def test_public_models_with_scores_of_all_items(name):
+    pytest.importorskip("torch_rechub")
+    torch.manual_seed(0)
+    history = torch.randint(1, 43, (8, 6))
+    history[:4, 4:] = 0
+    target = torch.randint(1, 43, (8,) if name == "stamp" else (8, 6))
+    plan = des.plan(WithLoss(name), (history, target), ranks=2, pins={"*": "pull"})
+    assert [kind for v in plan.layout.vocabularies for kind, _ in v.requests] == ["log_sum_exp", "select"]
+    des.verify(WithLoss(name), (history, target), plans=[{"*": "pull"}, {"*": "row"}])
