@@ -41,6 +41,24 @@ class _Core(nn.Module):
         return self._run(tensors)
 
 
+class _Arm(torch.autograd.Function):
+    """Identity of a forward's outputs; in backward, the reducer is told that a pass begins.
+
+    DistributedDataParallel prepares its reducer in forward, for one backward. The second of two backwards (of two
+    forwards, or of one whose graph is kept) would leave gradients as each rank has them, without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, module: DistributedModule, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.module = module
+        return tuple(x.view_as(x) for x in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.module._arm()
+        return None, *grads
+
+
 class DistributedModule(nn.Module):
     """This rank's part of a model; called, trained and moved as the original.
 
@@ -80,6 +98,7 @@ class DistributedModule(nn.Module):
         self._ddp: list[Any] = []
         self._timed_buckets: list[tuple[Tensor, Any]] = []
         self._ddp_key: Any = None
+        self._armed = self._in_backward = False
         self._flags = [name for name, _ in template.named_modules()]
         if host is None:
             self._mirror(template, values, buffers)
@@ -162,7 +181,7 @@ class DistributedModule(nn.Module):
             runtime.device = reference.device
             runtime.wire_dtype = reference.dtype
             reduced = grad and emitted.layout.dense_elements and not self._in_place
-            outputs = self._reducer()(*tensors) if reduced else self._run(tensors)
+            outputs = self._reduced(tensors) if reduced else self._run(tensors)
         except Exception as error:
             if runtime.started:
                 raise
@@ -171,6 +190,30 @@ class DistributedModule(nn.Module):
             runtime.header(0, text)
             raise
         return self._signature.unflatten(self._finishing(outputs) if self._in_place else outputs)
+
+    def _reduced(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The program's outputs; every backward from them ends with averaged gradients of replicated parameters."""
+        outputs = list(self._reducer()(*tensors))
+        if self._runtime.ranks > 1:
+            self._armed, self._in_backward = True, False
+            trained = [i for i, x in enumerate(outputs) if x.requires_grad]
+            for i, x in zip(trained, _Arm.apply(self, *(outputs[i] for i in trained)), strict=True):
+                outputs[i] = x
+        return outputs
+
+    def _arm(self) -> None:
+        """Prepare the reducer for a backward, unless its forward just did."""
+        if self._in_backward:
+            return
+        self._in_backward = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+        if not self._armed:
+            reducer = self._ddp[0].reducer
+            reducer._rebuild_buckets()  # as its forward does: once, in the order of the first backward
+            reducer.prepare_for_backward([])
+
+    def _end_backward(self) -> None:
+        self._armed = self._in_backward = False
 
     def _finishing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, so that every rank's backward ends with the keeper's exchange."""

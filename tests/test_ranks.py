@@ -210,3 +210,43 @@ def test_example_inputs_that_one_rank_can_not_run():
     first, second = on_ranks(_fails_on_one_rank, 2)
     assert first.startswith("RankError: rank 1 could not compile: InputError")
     assert second.startswith("InputError: the model can't run example_inputs")
+
+
+def _backward_orders(rank, ranks, order):
+    model = make(batch_norm=True)
+    reference = copy.deepcopy(model)
+    module = des.compile(model, inputs_of(), plan={"*": "row", "first_order*": "replicate"}, loss="sum")
+    mine = slice(0, 3) if rank == 0 else slice(3, 8)
+    for step in range(3):
+        for m, rows in ((module, mine), (reference, slice(None))):
+            if order == "forwards first":
+                a, b = m(*inputs_of(rows)), m(*inputs_of(rows))
+                a.square().sum().backward()
+                b.sin().sum().backward()
+            elif order == "graph kept":
+                a = m(*inputs_of(rows)).square().sum()
+                a.backward(retain_graph=True)
+                a.backward()
+            elif order == "accumulated":
+                m(*inputs_of(rows)).square().sum().backward()
+                m(*inputs_of(rows)).sin().sum().backward()
+            else:
+                m(*inputs_of(rows))
+                m(*inputs_of(rows)).square().sum().backward()
+        for m in (module, reference):
+            for p in m.parameters():
+                if step == 2:
+                    continue
+                p.grad = None
+    worst = 0.0
+    for n, p in module.named_parameters():
+        whole = dict(reference.named_parameters())[n].grad
+        part = module.pieces(n).cut(whole, rank)
+        if part.numel() and whole.abs().max() > 1e-12:
+            worst = max(worst, float((p.grad - part).abs().max() / whole.abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("order", ["forwards first", "graph kept", "accumulated", "a forward without backward"])
+def test_forwards_and_backwards_in_any_order(order):
+    assert max(on_ranks(_backward_orders, 2, order)) < 1e-10
