@@ -42,7 +42,9 @@ def table_of(name: str) -> list[str]:
     chosen = [p.price_bytes for p in plans]
     lines.append("| **chosen, busiest rank** | " + " | ".join(f"**{x / 1e6:,.2f}**" for x in chosen) + " |")
     lines.append(
-        "| of the best strategy above | " + " | ".join(f"{a / b:.0%}" for a, b in zip(chosen, best, strict=True)) + " |"
+        "| chosen, of the best strategy of the field | "
+        + " | ".join(f"{a / b:.2%}" for a, b in zip(chosen, best, strict=True))
+        + " |"
     )
     lines.append("| at most above the best plan | " + " | ".join(f"{p.gap:.1%}" for p in plans) + " |")
     forms = [", ".join(f"{list(p.forms.values()).count(f)} {f}" for f in sorted(set(p.forms.values()))) for p in plans]
