@@ -62,13 +62,14 @@ class Total:
 def find_totals(program: Program) -> list[Total]:
     """All sums over whole parameters, in the order of the graph."""
     result = []
+    order = {n: i for i, n in enumerate(program.graph.nodes)}
     for weight in program.graph.nodes:
         name = program.parameter(weight)
         if name is None or len(shape_of(weight)) != 2:
             continue
         steps: dict[fx.Node, None] = {}
         totals: list[fx.Node] = []
-        for n in program.graph.nodes:
+        for n in sorted(_reached(weight), key=order.__getitem__):
             known = (
                 n.op == "call_function"
                 and n.all_input_nodes
@@ -88,8 +89,20 @@ def find_totals(program: Program) -> list[Total]:
         result += [
             Total(n, name, weight, kept) for n in totals if all(a is weight or a in steps for a in n.all_input_nodes)
         ]
-    order = {n: i for i, n in enumerate(program.graph.nodes)}
     return sorted(result, key=lambda t: order[t.node])
+
+
+def _reached(weight: fx.Node) -> set[fx.Node]:
+    """What elementwise operators lead to from a parameter: all that can be a step or a total of it."""
+    found: set[fx.Node] = set()
+    stack = [weight]
+    while stack:
+        for user in stack.pop().users:
+            if user not in found:
+                found.add(user)
+                if user.target in ELEMENTWISE:
+                    stack.append(user)
+    return found
 
 
 def _is_total(n: fx.Node) -> bool:
