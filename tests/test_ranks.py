@@ -250,3 +250,26 @@ def _backward_orders(rank, ranks, order):
 @pytest.mark.parametrize("order", ["forwards first", "graph kept", "accumulated", "a forward without backward"])
 def test_forwards_and_backwards_in_any_order(order):
     assert max(on_ranks(_backward_orders, 2, order)) < 1e-10
+
+
+def _from_samples(rank, ranks):
+    model = make()
+    dense, ids = inputs_of()
+    generator = torch.Generator().manual_seed(rank)  # ranks have other samples: rank 0's are everyone's
+    samples = [(dense, ids[torch.randint(8, (8,), generator=generator)]) for _ in range(3)]
+    module = des.compile(model, inputs_of(), plan={"*": "pull"}, samples=samples, loss="sum")
+    rows = slice(0, 3) if rank else slice(3, 8)
+    module(*inputs_of(rows)).square().sum().backward()
+    model(*inputs_of()).square().sum().backward()
+    whole = {n: p.grad for n, p in model.named_parameters()}
+    errors = [
+        float((p.grad - module.pieces(n).cut(whole[n], rank)).abs().max())
+        for n, p in module.named_parameters()
+        if p.numel()
+    ]
+    return max(errors), "assumed" in module.plan.explain().split("memory")[0]
+
+
+def test_a_plan_from_samples():
+    for error, assumed in on_ranks(_from_samples, 2):
+        assert error < 1e-12 and not assumed
