@@ -330,6 +330,8 @@ def _case(
             raise EquivalenceError(f"{title}: {what} {name!r} has shape {tuple(a.shape)}, not {tuple(b.shape)}")
         if not b.numel():
             return
+        if bool(b.isnan().any()):
+            raise EquivalenceError(f"{title}: the original's own {what} {name!r} is NaN, so there is nothing to compare")
         difference = float((a.double() - b.double()).abs().max())
         if difference <= rounding and size * TOLERANCE_FLOAT64 < rounding:
             if difference > size * TOLERANCE_FLOAT64:
