@@ -331,7 +331,7 @@ def _case(
         if not b.numel():
             return
         if bool(b.isnan().any()):
-            raise EquivalenceError(f"{title}: the original's own {what} {name!r} is NaN, so there is nothing to compare")
+            raise EquivalenceError(f"{title}: the original's own {what} {name!r} is NaN; nothing can be compared")
         difference = float((a.double() - b.double()).abs().max())
         if difference <= rounding and size * TOLERANCE_FLOAT64 < rounding:
             if difference > size * TOLERANCE_FLOAT64:
