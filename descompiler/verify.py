@@ -91,6 +91,11 @@ def verify(
     In float64, on uneven batches, one of them empty, with repeated rows: outputs, every gradient, every weight after
     ``steps`` optimiser steps, predicted against sent bytes. Dropout is set to 0: its masks are random.
 
+    A difference may be `TOLERANCE_FLOAT64` of a tensor's size. Two kinds of gradient are judged otherwise, and are no
+    part of `Report.worst`: those that are zero but for rounding (`Report.rounding`), and those that rounding the
+    original's own weights moves by more than the tolerance (`Report.conditioned`), compared with `SENSITIVITY_FACTOR`
+    times that movement.
+
     Parameters
     ----------
     plans : sequence of mapping or None
