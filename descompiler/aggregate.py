@@ -101,7 +101,8 @@ def place(
             placement = splits[op.name].placement(op, x)
             if placement is not None:
                 lookups.add(x.node)
-                placed[x.node] = Placed(placement)
+                whole = op.group.replicated if op.group is not None and x.computed is not None else ()
+                placed[x.node] = Placed(placement, replicated=whole)
                 placements[x.node] = placement
     for node in program.graph.nodes:
         if node.op != "call_function" or node in placed:

@@ -32,6 +32,7 @@ from descompiler.planner import Forbidden, Terms, choose
 from descompiler.probe import CALL, blueprint, method_of
 from descompiler.program import Failure, Program
 from descompiler.runtime import Runtime
+from descompiler.sparse import copied
 from descompiler.state import reset_pieces, send_buffers, send_from_first
 from descompiler.statistics import Statistics, measure
 
@@ -246,7 +247,7 @@ def _copy_with(template: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     memo: dict[int, Any] = {
         id(p): nn.Parameter(values[n], requires_grad=p.requires_grad) for n, p in template.named_parameters()
     }
-    return copy.deepcopy(template, memo)
+    return copy.deepcopy(template, memo | copied(template))
 
 
 def _weights(

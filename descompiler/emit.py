@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -35,6 +35,7 @@ from descompiler.coupling import (
 )
 from descompiler.coupling import LOCAL as LOCAL_SCOPE
 from descompiler.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait, take
+from descompiler.follow import emit_slice, follow
 from descompiler.form import LookupPart, Split, form_named
 from descompiler.layout import Check, Entry, Exchange, Fetch, FetchTable, Layout
 from descompiler.operators import Lookup, Operator, ids_per_row
@@ -108,6 +109,7 @@ class _Emitter:
         self.outside: dict[fx.Node, Any] = {}  # original node -> emitted node holding own rows
         self.region: dict[fx.Node, fx.Node] = {}  # original node -> emitted node holding the global part
         self.local: dict[fx.Node, fx.Node | None] = {}  # original node -> emitted node holding the part of own rows
+        self.sliced: dict[fx.Node, fx.Node] = {}  # original node -> emitted node, of tables computed by columns
         self.slices: dict[str, fx.Node] = {}  # weight name -> the slice that all ranks hold
         self.constants: dict[str, torch.Tensor] = dict(program.constants)
         self.form_constants: dict[str, dict[str, fx.Node]] = {}  # by table, what its form needs
@@ -134,8 +136,7 @@ class _Emitter:
         late |= coupled_nodes(self.program)
         checked = [
             (o, x)
-            for o in self.operators
-            for x in o.lookups
+            for o, x in self.lookups.values()  # once, also of a table that is computed of several
             if x.ids not in late and x.ids.op != "get_attr" and scope_of(x.node).kind != GLOBAL
         ]
         targets = [(n, c) for n, c in checks_of(self.operators) if n not in late]
@@ -179,13 +180,20 @@ class _Emitter:
                 self.graph.output(self._outputs(outputs))
         self._drop_dead_code()
         self.graph.lint()
-        checks = [form_named(self.splits[o.name].form).check(self.splits[o.name], o) for o, _ in checked]
+        checks = [self._check(o, x) for o, x in checked]
         checks += [c for _, c in targets]
         module = fx.GraphModule(torch.nn.Module(), self.graph)
         own = tuple(scope_of(o).rows for o in outputs)
         return Emitted(module, self.sources, self.constants, self.layout, tuple(checks), own)
 
     # ---- small helpers
+
+    def _check(self, o: Operator, x: Lookup) -> Check:
+        found = form_named(self.splits[o.name].form).check(self.splits[o.name], o)
+        if x.computed is None:
+            return found
+        assert o.group is not None
+        return replace(found, table=f"computed of {', '.join(o.group.tables)}", rows=x.computed)
 
     def _runtime(self, method: str, *args: Any) -> fx.Node:
         return self.graph.call_method(method, (self.runtime, *args))
@@ -316,17 +324,16 @@ class _Emitter:
                 self.entered[n] = (self._item(arrived, i), e.columns[self.rank])
 
     def _exit(self) -> None:
+        by_name = {self.program.parameter(n): n for n in self.program.graph.nodes if n.op == "placeholder"}
         unused = [
-            self.outside[w]
+            self.outside[by_name[name]]
             for n in self.program.graph.nodes
             if n in self.inside and n not in self.region
-            for w in n.all_input_nodes
-            if self.program.parameter(w) in self.placed[n].replicated
+            for name in self.placed[n].replicated
         ]
         anchor = self._runtime("anchor", *dict.fromkeys(unused))
         cut_weights = _shared_weights(self.program, self.placed, self.inside)
         if cut_weights:
-            by_name = {self.program.parameter(n): n for n in self.program.graph.nodes if n.op == "placeholder"}
             slices = []
             for name, p in cut_weights.items():
                 args = (self.outside[by_name[name]], p.dim, p.own_size(self.rank), p.shared_size())
@@ -351,10 +358,37 @@ class _Emitter:
 
     def _emit_lookup(self, n: fx.Node, ids: fx.Node, weight: fx.Node | None = None) -> fx.Node:
         o, x = self.lookups[n]
-        split, weight = self.splits[o.name], weight or self.outside[n.args[0]]  # type: ignore[index]
+        split, weight = self.splits[o.name], weight or self._table(n, x)
         constants = self.form_constants.get(o.name, {})
         part = LookupPart(self.graph, self.runtime, self.rank, self.ranks, o, x, split, weight, ids, constants)
         return form_named(split.form).emit(part)
+
+    def _table(self, n: fx.Node, x: Lookup) -> fx.Node:
+        """What a lookup takes rows of: a table, or what is computed of tables."""
+        table: Any = n.args[0]
+        return self._columns(table) if x.computed is not None and n in self.inside else self._own(table)
+
+    def _columns(self, n: fx.Node) -> fx.Node:
+        """This rank's columns of a computed table, or of a table that goes into it."""
+        if n.op == "placeholder":
+            return self.outside[n]
+        if n not in self.sliced:
+            group = next(o.group for o in self.operators if o.group is not None and n in o.group.dims)
+            step = follow(n, group.dims)
+            (own,) = self.pieces[group.tables[0]].own(self.rank)
+            assert step is not None
+            self.sliced[n] = emit_slice(
+                self.graph, n, step, group.dims, self._columns, self._for_columns, own.start, own.size
+            )
+        return self.sliced[n]
+
+    def _for_columns(self, n: fx.Node) -> fx.Node:
+        """A constant that a rank's columns of a computed table are made with; parameters as the region uses them."""
+        if n.op == "placeholder":
+            return self._region_weight(n)
+        if n not in self.sliced:
+            self.sliced[n] = self.graph.node_copy(n, self._for_columns)
+        return self.sliced[n]
 
     def _local(self, n: fx.Node) -> fx.Node | None:
         """The part of a value of the region that every rank computes from its own rows; None if there is none."""

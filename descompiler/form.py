@@ -204,9 +204,12 @@ def split_as(operator: Operator, form: str, ranks: int, choice: Choice | None = 
     return found.split(operator, ranks, Choice() if choice is None else choice)
 
 
-def not_in_region(program: Program, operator: Operator) -> str | None:
-    """Why no lookup of an operator can be in the substituted region; None if all can."""
-    if reason := not_fetched(operator):
+def not_in_region(program: Program, operator: Operator, *, by_columns: bool = False) -> str | None:
+    """Why no lookup of an operator can be in the substituted region; None if all can.
+
+    ``by_columns``: ranks have columns of the table, and of what is computed of it column by column.
+    """
+    if reason := (_used_otherwise(operator) if by_columns and operator.group is not None else not_fetched(operator)):
         return reason
     if any(not rowwise(program, x.ids) or not rowwise(program, x.node) for x in operator.lookups):
         return "its ids are not one row per row of the batch"
@@ -224,12 +227,19 @@ def whole_rows(operator: Operator) -> str | None:
     return None
 
 
-def not_fetched(operator: Operator) -> str | None:
-    """Why the lookups of an operator can't go through `descompiler.fetch`; None if they can."""
+def _used_otherwise(operator: Operator) -> str | None:
+    """Why an operator's lookups are not all that is done with it; None if they are."""
     if operator.other_uses:
         return f"the table is also used by {where(operator.other_uses[0])}"
-    if operator.coupled:
-        return "every rank looks it up for the whole batch"
+    return "every rank looks it up for the whole batch" if operator.coupled else None
+
+
+def not_fetched(operator: Operator) -> str | None:
+    """Why the lookups of an operator can't go through `descompiler.fetch`; None if they can."""
+    if reason := _used_otherwise(operator):
+        return reason
+    if operator.group is not None:
+        return f"what is looked up is computed of all its rows ({where(operator.group.nodes[0])})"
     return None if operator.uniform else "its lookups differ in padding_idx or sparse"
 
 

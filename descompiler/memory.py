@@ -3,7 +3,7 @@
     weights, state     of the pieces that the rank holds      `descompiler.cost_models.memory`
     gradients          as the weights; of a table with sparse gradients, of the unique rows of a step
     activations        n A s: every value that is no view, A elements a row, in bytes of s; n is the rank's rows
-                       outside the region, the global batch's inside it
+                       outside the region, the global batch's inside it; of tables computed of whole tables, all rows
 
 Activations are counted as if all were kept until backward ends, so they are an upper estimate; buffers of collectives
 are not counted.
@@ -19,12 +19,13 @@ import numpy as np
 from torch import fx
 
 from descompiler.aggregate import Cut, Weights
+from descompiler.computed import groups_of
 from descompiler.cost_models.memory import STATE, activation_bytes, gradient_bytes, state_bytes, weight_bytes
 from descompiler.errors import PlanError
 from descompiler.operators import Operator
 from descompiler.pieces import ALL, Pieces
 from descompiler.placement import LOCAL, Placement, Shard, ranks_of
-from descompiler.program import Program, is_tensor, rowwise, tail, value
+from descompiler.program import Program, is_tensor, rowwise, shape_of, tail, value
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ def memory_of(
         elif rowwise(program, node):
             outside += prod(tail(node))
     activations = activation_bytes(w.rows, outside + inside * w.ranks, w.itemsize)
+    for group in groups_of(operators):  # all rows of each computed table, in this rank's columns
+        first = pieces[group.tables[0]]
+        share = _held(first, w.ranks)[0] / first.shape[first.dim]
+        elements = sum(prod(shape_of(n)) for n in group.nodes if not _is_view(n))
+        activations = activations + activation_bytes(1, np.ceil(elements * share).astype(np.int64), w.itemsize)
     columns = (weights, gradients, state, activations)
     return [Memory(*(int(x) for x in row)) for row in zip(*(c.tolist() for c in columns), strict=True)]
 

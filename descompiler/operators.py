@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from descompiler import regularisers
+from descompiler.computed import Group, find_groups
 from descompiler.coupling import GLOBAL, coupled_nodes, scope_of
 from descompiler.errors import UnsupportedError
 from descompiler.program import Program, aten, rowwise, shape_of, signature, tail, user_line, where
@@ -24,13 +25,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lookup:
-    """One use of a table: ``node = table[ids]``, pooled over dim 1 if ``mode`` is given; padding -1 is none."""
+    """One use of a table: ``node = table[ids]``, pooled over dim 1 if ``mode`` is given; padding -1 is none.
+
+    Of a `computed` table, made of this one and perhaps of others (`descompiler.computed`), if ``computed`` is given:
+    then it has ``computed`` rows.
+    """
 
     node: fx.Node
     ids: fx.Node
     mode: str | None = None
     padding_idx: int = -1
     sparse: bool = False
+    computed: int | None = None
+
+    @property
+    def padding(self) -> int | None:
+        """The padding row as `nn.EmbeddingBag` names it: None for none."""
+        return self.padding_idx if self.padding_idx >= 0 else None
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,9 @@ class Operator:
     starts : tuple of int or None
         First row of each field, if ids are ``x + offsets``.
     other_uses : tuple of torch.fx.Node
-        Nodes that use the table otherwise.
+        Nodes that use the table otherwise, or what is computed of it column by column.
+    group : Group or None
+        What is computed of the table column by column and looked up, and the other tables that go into it.
     computed_ids : bool
         Whether ids of a lookup are computed from another lookup of a table.
     coupled_ids : bool
@@ -99,6 +112,7 @@ class Operator:
     trained: bool = True
     outputs: tuple[Output, ...] = ()
     other_uses: tuple[fx.Node, ...] = ()
+    group: Group | None = None
     computed_ids: bool = False
     coupled_ids: bool = False
     coupled: bool = False
@@ -173,13 +187,20 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
     depends = _depending(program, {x.node for xs in found.values() for x in xs})
     coupled = coupled_nodes(program)
     in_totals = regularisers.uses(regularisers.find_totals(program))
+    groups = {name: g for g in find_groups(program) for name in g.tables}
+    for name, g in groups.items():
+        found.setdefault(name, []).extend(_lookup(n, computed=True) for n in g.lookups)  # type: ignore[misc]
     result = []
     for name in sorted({*found, *products}, key=lambda n: order[n]):
         lookups, outputs = tuple(found.get(name, ())), tuple(products.get(name, ()))
         parameter = program.parameters[name]
         nodes = [x.node for x in lookups] + [x.node for x in outputs]
-        sparse = bool(lookups) and lookups[0].sparse and not outputs  # a product's gradient is dense
+        group = groups.get(name)
+        # a product's gradient is dense, and so is that of what is computed of whole tables
+        sparse = bool(lookups) and lookups[0].sparse and not outputs and group is None
         others = tuple(u for u in uses[name] if u not in nodes and (sparse or u not in in_totals))
+        if group is not None:
+            others = (*(u for u in others if u not in group.dims), *group.others)
         operator = Operator(
             name=name,
             rows=parameter.shape[0],
@@ -193,6 +214,7 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
             trained=parameter.requires_grad,
             outputs=outputs,
             other_uses=others,
+            group=group,
             computed_ids=any(x.ids in depends for x in lookups),
             coupled_ids=any(x.ids in coupled for x in lookups),
             coupled=any(scope_of(x.node).kind == GLOBAL for x in lookups),
@@ -203,11 +225,12 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
     return result
 
 
-def _lookup(node: fx.Node) -> Lookup | None:
+def _lookup(node: fx.Node, *, computed: bool = False) -> Lookup | None:
     if node.target is not bag and node.target is not aten.embedding.default:
         return None
     padding, sparse = _padding(node), _sparse(node)
-    return Lookup(node, node.args[1], node.args[2] if node.target is bag else None, padding, sparse)  # type: ignore[arg-type]
+    rows = int(shape_of(node.args[0])[0]) if computed else None  # type: ignore[arg-type]
+    return Lookup(node, node.args[1], node.args[2] if node.target is bag else None, padding, sparse, rows)  # type: ignore[arg-type]
 
 
 def ids_per_row(ids: fx.Node) -> int:

@@ -35,6 +35,8 @@ from torch import fx
 from descompiler.aggregate import Candidates, Cut, Weights, at_lookups, minimum_cut, place
 from descompiler.bound import FormCost, Relaxation
 from descompiler.cluster import COLLECTIVES, Cluster
+from descompiler.computed import Group, groups_of
+from descompiler.computed import notes_of as computed_notes
 from descompiler.cost_models.symbols import L as IDS
 from descompiler.cost_models.symbols import N, U, V, b, i, k, s
 from descompiler.coupling import notes_of
@@ -242,6 +244,7 @@ def allowed_forms(
                 result[o.name] = (form,)
             elif not set(pattern) & set("*?["):
                 raise PlanError(f"table {o.name!r} can't take the form {form}: {o.refusals[form]}")
+    _tie(result, groups_of(operators))
     for o in operators:
         if not result[o.name]:
             why = "; ".join(f"{f}: {reason}" for f, reason in o.refusals.items())
@@ -250,6 +253,23 @@ def allowed_forms(
                 f"forbidden" + (f", and it can't take {why}" if why else "") + "; forbid less"
             )
     return result
+
+
+def _tie(allowed: dict[str, tuple[str, ...]], groups: Sequence[Group]) -> None:
+    """Tables that a computed table is made of are divided by columns together, or not."""
+    for g in groups:
+        pinned = [n for n in g.tables if allowed[n] == ("column",)]
+        unable = [n for n in g.tables if "column" not in allowed[n]]
+        if pinned and unable:
+            raise PlanError(
+                f"tables {', '.join(g.tables)} are computed together ({user_line(g.nodes[0])}), so {pinned[0]!r} can "
+                f"be divided by columns only if {unable[0]!r} is: pin both"
+            )
+        for n in g.tables:
+            if pinned:
+                allowed[n] = ("column",)
+            elif unable:
+                allowed[n] = tuple(f for f in allowed[n] if f != "column")
 
 
 class Search:
@@ -278,6 +298,7 @@ class Search:
         self.best: Trial | None = None
         self.scores: dict[tuple[str, ...], Score] = {}
         self.exact = False
+        self.groups = groups_of(operators)
         self.split = cache(split_as)
         self.choice = cache(self._choice)
         # a dozen tables are planned in a second, a thousand on as many ranks in less than a minute
@@ -288,6 +309,18 @@ class Search:
         return len(self.scores)
 
     # ---- one choice
+
+    def tied(self, forms: Mapping[str, str], move: Mapping[str, str]) -> dict[str, str]:
+        """The forms after a move, and what it takes with it: see `_tie`."""
+        result = {**forms, **move}
+        for g in self.groups:
+            by_columns = [n for n in g.tables if result[n] == "column"]
+            if len(by_columns) in (0, len(g.tables)):
+                continue
+            to_columns = any(move.get(n) == "column" for n in g.tables)
+            for n in g.tables if to_columns else by_columns:
+                result[n] = "column" if to_columns else next(f for f in self.allowed[n] if f != "column")
+        return result
 
     def score(self, forms: Mapping[str, str]) -> Score:
         """The score of a choice, remembered; the best trial so far is kept."""
@@ -428,7 +461,7 @@ class Search:
         while improved and self.trials < self.budget:
             improved = False
             for move in self._moves(forms):
-                other = {**forms, **move}
+                other = self.tied(forms, move)
                 if self.score(other) < self.score(forms):
                     forms, improved = other, True
                 if self.trials >= self.budget:
@@ -442,15 +475,16 @@ class Search:
     def _starts(self, inside: frozenset[str]) -> Iterator[dict[str, str]]:
         """One form for all that can take it; each table's cheapest by itself; the relaxation's choice."""
         own = {n: min(c, key=lambda f: (c[f].inside, c[f].sent_bytes, FORMS.index(f))) for n, c in self.costs.items()}
+        own = self.tied(own, {})
         yield own
         for form in FORMS:
             if any(form in forms for forms in self.allowed.values()):
-                yield {n: form if form in forms else own[n] for n, forms in self.allowed.items()}
+                yield self.tied(own, {n: form for n, forms in self.allowed.items() if form in forms})
         for form in FORMS:
             if 0 < len(inside) < len(own):
                 able = {n for n in inside if form in self.costs[n] and self.costs[n][form].inside}
                 if able:
-                    yield {n: form if n in able else own[n] for n in self.allowed}
+                    yield self.tied(own, dict.fromkeys(able, form))
 
     @cached_property
     def classes(self) -> list[list[Operator]]:
@@ -490,7 +524,7 @@ class Search:
         def visit(partial: dict[str, tuple[str, ...]], depth: int) -> bool:
             nonlocal best, nodes
             if depth == len(free):
-                choice = {n: f[0] for n, f in partial.items()}
+                choice = self.tied({n: f[0] for n, f in partial.items()}, {})
                 if self.score(choice) < self.score(best):
                     best = choice
                 return True
@@ -599,7 +633,7 @@ def choose(
         limit_bytes=terms.limit_bytes,
         missing=missing,
         memories=best.memory or search.memory(best.pieces, best.candidates, best.cut),
-        notes=notes_of(program, best.layout.exchanges),
+        notes=notes_of(program, best.layout.exchanges) + computed_notes(groups_of(operators), forms),
         replan=lambda changed: choose(program, operators, rules, w, changed, terms=terms),
     )
 
@@ -615,7 +649,7 @@ def _alternatives(
             changed = {o.name: form for o in members}
             if all(forms[n] == form for n in changed):
                 continue
-            score = search.score({**forms, **changed})
+            score = search.score(search.tied(forms, changed))
             for n in changed:
                 prices[n].setdefault(form, score.price_bytes)
                 if score.missing_bytes:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from descompiler.double import InDouble, is_double_meant
 from descompiler.errors import CaptureError, InputError, UnsupportedError
 from descompiler.inputs import flatten, split_statics, unflatten_with
+from descompiler.sparse import copied, double_held
 
 LARGE_ELEMENTS = 1 << 22
 """Parameters with more elements than this are probed through an overlapping view and without gradients."""
@@ -34,7 +35,7 @@ def blueprint(model: nn.Module) -> nn.Module:
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in model.parameters()
     }
-    result = copy.deepcopy(model, memo)
+    result = copy.deepcopy(model, memo | copied(model))
     for prefix, module in result.named_modules():
         lost = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
         if not lost:
@@ -81,11 +82,13 @@ def materialise(template: nn.Module, device: torch.device, *, double: bool) -> n
     for p in template.parameters():
         dtype = torch.float64 if double and p.is_floating_point() else p.dtype
         memo[id(p)] = nn.Parameter(_probe_tensor(p, device, generator, dtype, whole), requires_grad=p.requires_grad)
-    result = copy.deepcopy(template, memo)
+    result = copy.deepcopy(template, memo | copied(template))
     for module in result.modules():
         for name, b in module._buffers.items():
             if b is not None:
                 module._buffers[name] = b.to(device, torch.float64 if double and b.is_floating_point() else b.dtype)
+    if double:
+        double_held(result)
     return result
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from descompiler.errors import DescompilerError
+from descompiler.sparse import parts_of
 
 aten = torch.ops.aten
 
@@ -112,10 +113,11 @@ class Program:
                 if source.kind == "input":
                     names[node] += f" {tail(node)} {value(node).dtype}"
                 elif source.kind != "parameter" and source.name in self.constants:  # by value: names depend on flags
-                    c = self.constants[source.name].detach().cpu().contiguous()
-                    names[node] = hashlib.sha256(
-                        f"{c.dtype} {tuple(c.shape)}".encode() + c.numpy().tobytes()
-                    ).hexdigest()
+                    c = self.constants[source.name].detach().cpu()
+                    content = hashlib.sha256(f"{c.dtype} {tuple(c.shape)}".encode())
+                    for part in parts_of(c):
+                        content.update(part.contiguous().numpy().tobytes())
+                    names[node] = content.hexdigest()
                 continue
             if node.target in DROPOUTS:
                 names[node] = names[node.args[0]]

@@ -15,6 +15,7 @@ from descompiler.collectives import receive, send
 from descompiler.errors import InputError, UnsupportedError
 from descompiler.module import DistributedModule, module_of
 from descompiler.pieces import Pieces
+from descompiler.sparse import broadcast
 
 BLOCK_ROWS = 1 << 16
 """Rows of a table that are initialised at a time, each block from its own seed."""
@@ -61,9 +62,7 @@ def send_buffers(model: nn.Module, template: nn.Module, group: Any, rank: int, r
     sources = dict(model.named_buffers(remove_duplicate=False))
     for name, b in template.named_buffers(remove_duplicate=False):
         value = b.detach().clone() if sources[name].is_meta else sources[name].detach().clone()
-        if ranks > 1:
-            dist.broadcast(value, group_src=0, group=group)
-        result[name] = value
+        result[name] = broadcast(value, group) if ranks > 1 else value
     return result
 
 

@@ -315,9 +315,9 @@ def measure(
     """
     from descompiler.layout import Check  # which imports this module
 
-    wanted = {o.name: [x.ids for x in o.lookups] for o in operators}
+    wanted = {o.name: [x.ids for x in o.lookups if x.computed is None] for o in operators}
     order = _computable(program, [n for nodes in wanted.values() for n in nodes])
-    tables = [o for o in operators if all(n in order for n in wanted[o.name])]
+    tables = [o for o in operators if wanted[o.name] and all(n in order for n in wanted[o.name])]
     gathered: dict[str, list[tuple[int, np.ndarray, int]]] = {o.name: [] for o in tables}
     batches = rows = 0
     for tensors in samples:

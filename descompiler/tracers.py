@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from descompiler.errors import CaptureError
 from descompiler.probe import Flat
 from descompiler.program import Program, Source, aten
+from descompiler.sparse import register_compressed
 
 
 def trace_export(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Program:
@@ -116,6 +117,7 @@ class _Replay(nn.Module):
 
 def _export(module: nn.Module, traced: Flat, tensors: list[Tensor], template: nn.Module) -> Program:
     batch = torch.export.Dim("batch", min=2)
+    registered = register_compressed(traced.model)
     try:
         with _quiet():
             exported = torch.export.export(
@@ -123,7 +125,7 @@ def _export(module: nn.Module, traced: Flat, tensors: list[Tensor], template: nn
             )
     except Exception as error:  # as above
         raise CaptureError(_first_line(error)) from error
-    return _program_of(exported, template, traced)
+    return _program_of(exported, template, traced, registered)
 
 
 @contextlib.contextmanager
@@ -146,14 +148,17 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:400]
 
 
-def _program_of(exported: Any, template: nn.Module, traced: Flat) -> Program:
+def _program_of(exported: Any, template: nn.Module, traced: Flat, registered: set[str]) -> Program:
     """Name the placeholders; constants that share a parameter's storage are that parameter.
+
+    ``registered``: buffers of the traced copy that the model holds as plain attributes, so that they are constants.
 
     Non-strict export lifts parameters that a module holds in a plain list as constants: right values, lost gradients.
     """
     by_pointer = {p.data_ptr(): n for n, p in traced.model.named_parameters() if p.numel()}
     first = {id(p): n for n, p in traced.model.named_parameters()}
     canonical = {n: first[id(p)] for n, p in traced.model.named_parameters(remove_duplicate=False)}  # tied parameters
+    buffers = dict(traced.model.named_buffers())
     sources: dict[str, Source] = {}
     constants: dict[str, Tensor] = {}
     kinds = torch.export.graph_signature.InputKind
@@ -163,11 +168,15 @@ def _program_of(exported: Any, template: nn.Module, traced: Flat) -> Program:
             sources[name] = Source("input", name)
         elif spec.kind == kinds.PARAMETER:
             sources[name] = Source("parameter", canonical[target.removeprefix("model.")])
+        elif spec.kind == kinds.BUFFER and target.removeprefix("model.") in registered:
+            sources[name] = Source("constant", target)
+            constants[target] = buffers[target.removeprefix("model.")].detach().clone()
         elif spec.kind == kinds.BUFFER:
             sources[name] = Source("buffer", target.removeprefix("model."))
         elif spec.kind == kinds.CONSTANT_TENSOR:
             tensor = exported.constants[target]
-            if tensor.is_floating_point() and tensor.data_ptr() in by_pointer:
+            strided = tensor.layout is torch.strided  # a sparse one has no storage of its own
+            if strided and tensor.is_floating_point() and tensor.data_ptr() in by_pointer:
                 sources[name] = Source("parameter", by_pointer[tensor.data_ptr()])
             else:
                 sources[name] = Source("constant", target)
@@ -181,8 +190,8 @@ def _program_of(exported: Any, template: nn.Module, traced: Flat) -> Program:
         if node.target is aten._assert_tensor_metadata.default:  # says what dtype the trace saw, in front of a cast
             graph.erase_node(node)
     # Integer buffers (offsets of fields, masks) are read as constants by passes; the module keeps them as buffers.
-    for name, b in traced.model.named_buffers():
-        if not b.is_floating_point() and b.numel() <= 1 << 16 and not b.is_complex():
+    for name, b in buffers.items():
+        if not b.is_floating_point() and b.layout is torch.strided and b.numel() <= 1 << 16 and not b.is_complex():
             constants[name] = b.detach().clone()
     batch = next(
         (

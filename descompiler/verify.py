@@ -27,6 +27,7 @@ from descompiler.inputs import flatten, map_tensors, normalise_inputs, split_sta
 from descompiler.module import DistributedModule, PartialModule
 from descompiler.probe import blueprint
 from descompiler.rows import Rows
+from descompiler.sparse import copied, double_held, equal
 from descompiler.state import full_state_dict
 
 TOLERANCE_FLOAT64 = 1e-10
@@ -116,7 +117,8 @@ def verify(
     EquivalenceError
         With the worst parameter named.
     """
-    model = copy.deepcopy(model).double()
+    model = copy.deepcopy(model, copied(model)).double()
+    double_held(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.AlphaDropout | nn.FeatureAlphaDropout | nn.Dropout1d):
             module.p = 0.0
@@ -285,7 +287,7 @@ def _runs_without_rows(model: nn.Module, inputs: Any) -> bool:
     args, kwargs = take_rows(inputs, torch.arange(0))
     try:
         with torch.no_grad(), InDouble():
-            copy.deepcopy(model)(*args, **kwargs)
+            copy.deepcopy(model, copied(model))(*args, **kwargs)
     except Exception:  # whatever the user's forward raises
         return False
     return True
@@ -297,7 +299,7 @@ def _sensitivity(model: nn.Module, args: Any, kwargs: Any, layouts: Sequence[Row
     moved = dict.fromkeys(grads, 0.0)
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
-        other = copy.deepcopy(model)
+        other = copy.deepcopy(model, copied(model))
         other.zero_grad()
         with torch.no_grad():
             for p in other.parameters():
@@ -325,7 +327,7 @@ def _case(
 ) -> None:
     if drawn := [note for note in module.plan.notes if note.startswith("random")]:
         raise EquivalenceError(f"{title}: values can't be compared, the model draws them: {'; '.join(drawn)}")
-    reference = copy.deepcopy(model)
+    reference = copy.deepcopy(model, copied(model))
     sparse = module.plan.sparse
 
     def compare(what: str, name: str, a: Tensor, b: Tensor, size: float, rounding: float) -> None:
@@ -348,7 +350,7 @@ def _case(
             raise EquivalenceError(f"{title}: {what} {name!r} differs by {error:.1e} (allowed {TOLERANCE_FLOAT64:.0e})")
 
     for name, value in full_state_dict(module).items():
-        if not torch.equal(value, reference.state_dict()[name]):
+        if not equal(value, reference.state_dict()[name]):
             raise EquivalenceError(f"{title}: initial {name!r} is not the original's, bit for bit")
     # a user's own forward may need rows (packed sequences do): then no graph stands in for it
     empty = not isinstance(module, PartialModule) or _runs_without_rows(reference, inputs)
@@ -394,8 +396,10 @@ def _case(
         predicted, sent = module.plan.traffic(rank, counts, unique=module.unique()), module.traffic()
         if module.predicts_traffic and predicted != sent:
             raise EquivalenceError(f"{title}: predicted traffic\n{predicted}\nis not what was sent\n{sent}")
-    weights = reference.state_dict()
+    weights = {n: w for n, w in reference.state_dict().items() if w.layout is torch.strided}  # no matrix is trained
     rounding = ROUNDING_FLOAT64 * _largest(w for w in weights.values() if w.is_floating_point())
     for name, value in full_state_dict(module).items():
+        if name not in weights:
+            continue
         compare("weight", name, value, weights[name], _largest([weights[name]]), rounding)
     report.cases += 1

@@ -14,6 +14,7 @@ from descompiler.passes.form_row import Row
 from descompiler.passes.functionalise import Functionalise
 from descompiler.passes.merge_duplicates import MergeDuplicates
 from descompiler.passes.recognise_bags import RecogniseBags
+from descompiler.passes.recognise_lookups import RecogniseLookups
 from descompiler.passes.recognise_masked_sums import RecogniseMaskedSums
 from descompiler.passes.recognise_outputs import RecogniseOutputs
 from descompiler.passes.remove_noops import RemoveNoops
@@ -38,6 +39,7 @@ NORMALISE: tuple[Pass, ...] = (
     RemoveNoops(),
     RecogniseBags(),
     SimplifyIndexing(),
+    RecogniseLookups(),
     MergeDuplicates(),
     RecogniseMaskedSums(),
     RecogniseOutputs(),

@@ -1,6 +1,7 @@
 """column: ``E[R,D]  -->  cat_1(E[R,D_r]@r)``
 
-Contiguous ranges of columns to ranks: every rank looks up all ids, and has its columns of every result.
+Contiguous ranges of columns to ranks: every rank looks up all ids, and has its columns of every result. Of what is
+computed of whole tables column by column (graph propagation) a rank computes its columns, and nothing crosses for it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Column:
     name: str = "column"
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
-        return not_in_region(program, operator) or whole_rows(operator)
+        return not_in_region(program, operator, by_columns=True) or whole_rows(operator)
 
     def choose(
         self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, max_rows: int | None = None
@@ -55,8 +56,8 @@ class Column:
     def emit(self, part: LookupPart) -> fx.Node:
         o, x = part.operator, part.lookup
         if x.mode is None:
-            return part.call(lookup, part.weight, part.ids, o.padding_idx, o.sparse)
-        return part.call(bag, part.weight, part.ids, x.mode, o.padding, o.sparse)
+            return part.call(lookup, part.weight, part.ids, x.padding_idx, o.sparse)
+        return part.call(bag, part.weight, part.ids, x.mode, x.padding, o.sparse)
 
     def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
         return {"ids in": IDS_IN, "values out and back": VALUES_OUT_AND_BACK}

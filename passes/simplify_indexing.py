@@ -36,7 +36,7 @@ class SimplifyIndexing:
         x = pieces.args[0]
         assert isinstance(x, fx.Node)
         dim = signature(pieces)["dim"] % len(shape_of(x))
-        if dim == 0:  # of the batch: the sizes are not known
+        if not isinstance(shape_of(x)[dim], int):  # of the batch: the sizes are not known
             return
         if pieces.target is aten.unbind.int:
             self._replace(program, node, aten.select.int, (x, dim, index))

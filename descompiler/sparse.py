@@ -1,0 +1,98 @@
+"""Sparse matrices that a model holds (an adjacency for graph propagation): taken apart, hashed, sent, made double.
+
+They are constants or buffers of a program, as dense ones are; only what looks into their memory has to know of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
+def parts_of(x: Tensor) -> list[Tensor]:
+    """The dense tensors that a tensor is made of: itself, or indices and values.
+
+    >>> [p.shape for p in parts_of(torch.eye(3).to_sparse())]
+    [torch.Size([2, 3]), torch.Size([3])]
+    """
+    if x.layout is torch.sparse_coo:
+        return [x._indices(), x._values()]
+    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [x.crow_indices(), x.col_indices(), x.values()]
+    if x.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [x.ccol_indices(), x.row_indices(), x.values()]
+    return [x]
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, bit for bit, and stored the same way."""
+    if a.layout is not b.layout or a.shape != b.shape:
+        return False
+    return all(map(torch.equal, parts_of(a), parts_of(b)))
+
+
+def with_parts(like: Tensor, parts: list[Tensor]) -> Tensor:
+    """The tensor of the shape and layout of ``like`` that is made of these parts: the inverse of `parts_of`."""
+    if like.layout is torch.sparse_coo:
+        made = torch.sparse_coo_tensor(parts[0], parts[1], like.shape, check_invariants=False)
+        return made._coalesced_(like.is_coalesced())
+    if like.layout in COMPRESSED:
+        compressed, plain, values = parts
+        return torch.sparse_compressed_tensor(
+            compressed, plain, values, size=like.shape, layout=like.layout, check_invariants=False
+        )
+    return parts[0]
+
+
+def broadcast(x: Tensor, group: Any) -> Tensor:
+    """Rank 0's tensor on every rank. Collective; ``x`` has its shape and layout, perhaps with more or fewer values."""
+    sizes = [[list(p.shape) for p in parts_of(x)]]
+    if x.layout is not torch.strided:
+        dist.broadcast_object_list(sizes, group_src=0, group=group)
+    mine = dist.get_rank(group) == 0
+    parts = [
+        p.contiguous() if mine or list(p.shape) == size else p.new_empty(size)
+        for p, size in zip(parts_of(x), sizes[0], strict=True)
+    ]
+    for p in parts:
+        dist.broadcast(p, group_src=0, group=group)
+    return with_parts(x, parts)
+
+
+def held_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Tensors that modules hold as plain attributes, neither parameters nor buffers."""
+    for module in model.modules():
+        for name, x in vars(module).items():
+            if isinstance(x, Tensor) and not isinstance(x, nn.Parameter):
+                yield module, name, x
+
+
+def copied(model: nn.Module) -> dict[int, Tensor]:
+    """A memo for `copy.deepcopy`, which can't copy compressed matrices by itself."""
+    every = [*(b for b in model.buffers()), *(x for _, _, x in held_tensors(model))]
+    return {id(x): x.clone() for x in every if x.layout in COMPRESSED}
+
+
+def double_held(model: nn.Module) -> None:
+    """Make plain attributes float64 that are float32: ``model.double()`` leaves them as they are."""
+    for module, name, x in list(held_tensors(model)):
+        if x.dtype is torch.float32 and not x.is_meta and not x.requires_grad:
+            vars(module)[name] = x.double()
+
+
+def register_compressed(model: nn.Module) -> set[str]:
+    """Make buffers of compressed matrices that are plain attributes, which `torch.export` takes; their names."""
+    wanted = [(m, n, x) for m, n, x in held_tensors(model) if x.layout in COMPRESSED]
+    for module, name, x in wanted:
+        delattr(module, name)
+        module.register_buffer(name, x, persistent=False)
+    made = {(id(m), n) for m, n, _ in wanted}
+    return {
+        f"{prefix}.{n}".lstrip(".") for prefix, m in model.named_modules() for n in m._buffers if (id(m), n) in made
+    }

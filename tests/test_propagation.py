@@ -1,0 +1,134 @@
+"""Tables that are used whole before rows are looked up: graph propagation."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import descompiler as des
+from descompiler.capture import capture
+from descompiler.computed import find_groups
+from descompiler.operators import find_operators
+from descompiler.passes import NORMALISE
+from descompiler.probe import blueprint
+from descompiler.sparse import copied, double_held, equal, parts_of, with_parts
+from descompiler.verify import _work, on_ranks
+from tests.propagation import ITEMS, NGCF, STEPS, LightGCN, Loss, Weighted, inputs
+
+HELD = [f"{layout} {how}" for layout in ("coo", "csr", "dense") for how in ("buffer", "attribute")]
+
+
+def program_of(model, batch=None):
+    torch.manual_seed(0)
+    return capture(blueprint(model), inputs() if batch is None else batch, passes=NORMALISE)[0]
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_matrices_are_captured_as_the_model_holds_them(held):
+    """Capture accepts a graph only if it reproduces outputs and gradients."""
+    (group,) = find_groups(program_of(LightGCN("matmul" if "dense" in held else "sparse.mm", held)))
+    assert group.tables == ("user.weight", "item.weight") and not group.others and len(group.lookups) == 2
+
+
+@pytest.mark.parametrize("step", [s for s in STEPS if s != "sparse.mm"])
+def test_every_way_to_pass_messages_is_by_columns(step):
+    for operator in find_operators(program_of(LightGCN(step))):
+        assert operator.forms == ("replicate", "column")
+        assert "computed of all its rows" in operator.refusals["row"]
+
+
+def test_dense_layers_mix_columns():
+    assert not find_groups(program_of(NGCF()))
+
+
+class Scores(LightGCN):
+    """Scores of all items, for some."""
+
+    def forward(self, user, item):
+        users, items = self.everyone()
+        return (users[user] @ items.T).gather(1, item.unsqueeze(1))
+
+
+def test_another_use_of_the_computed_table_is_named():
+    for operator in find_operators(program_of(Scores())):
+        assert operator.forms == ("replicate",)
+        assert "also used by aten.matmul" in operator.refusals["column"]
+
+
+MODELS = {
+    "LightGCN": (lambda: LightGCN(), inputs()),
+    "scatter_add, csr": (lambda: LightGCN("scatter_add", "csr attribute"), inputs()),
+    "index_add": (lambda: LightGCN("index_add", sparse=True), inputs()),
+    "its loss": (lambda: Loss(LightGCN(padding_idx=0)), inputs(loss=True)),
+    "learnt weights on the way": (lambda: Weighted(), inputs()),
+    "fewer columns than ranks": (lambda: Loss(Weighted(dim=2)), inputs(loss=True)),
+}
+
+
+def _verify(rank, ranks, names):
+    cases = []
+    for name in names:
+        torch.manual_seed(0)
+        make, batch = MODELS[name]
+        model, plans = make().double(), [{"*": "column"}, {"*": "replicate"}]
+        double_held(model)
+        cases.append(_work(rank, ranks, model, (batch, {}), 3, plans, ["adagrad"], "cpu").cases)
+    return cases
+
+
+@pytest.mark.parametrize("ranks, names", [(2, list(MODELS)[:-1]), (3, list(MODELS)[-1:])])
+def test_propagation_by_columns_trains_as_the_original(ranks, names):
+    assert on_ranks(_verify, ranks, names) == [[2] * len(names)] * ranks
+
+
+def test_the_planner_divides_by_columns_and_sends_no_table():
+    torch.manual_seed(0)
+    model = Loss(LightGCN(users=300, items=200, dim=16))
+    batch = inputs(rows=8, users=300, items=200, loss=True)
+    plan = des.plan(model, batch, ranks=4, batch=32)
+    assert plan.forms == {"model.user.weight": "column", "model.item.weight": "column"}
+    assert plan.price_bytes < plan.baselines()["data parallel, dense gradients"] / 4
+    replicated = des.plan(model, batch, ranks=4, batch=32, pins={"*": "replicate"})
+    assert plan.memories[0].total < replicated.memories[0].total / 3  # weights, state, and the layers of the table
+    assert "each rank computes its columns, nothing crosses" in plan.explain()
+
+
+def test_tables_that_are_computed_together_are_divided_together():
+    model, batch = LightGCN(), inputs()
+    plan = des.plan(model, batch, ranks=2, pins={"user.weight": "column"})
+    assert set(plan.forms.values()) == {"column"}
+    plan = des.plan(model, batch, ranks=2, forbid={"item.weight": "column"})
+    assert set(plan.forms.values()) == {"replicate"}
+    with pytest.raises(des.PlanError, match="pin both"):
+        des.plan(model, batch, ranks=2, pins={"user.weight": "column", "item.weight": "replicate"})
+
+
+def _bad_ids(rank, ranks):
+    torch.manual_seed(0)
+    user, item = inputs()
+    module = des.compile(LightGCN().double(), (user, item), plan={"*": "column"})
+    wrong = item.clone()
+    if rank == 1:
+        wrong[3] = ITEMS
+    with pytest.raises(des.InputError) as caught:
+        module(user, wrong)
+    module(user, item).sum().backward()
+    return str(caught.value)
+
+
+def test_ids_out_of_range_of_the_computed_table_raise_on_every_rank():
+    for text in on_ranks(_bad_ids, 2):
+        assert f"id {ITEMS} in row 3" in text and "computed of user.weight, item.weight" in text
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.strided])
+def test_parts_of_a_matrix_make_it_again(layout):
+    x = torch.tensor([[0.0, 2.0], [3.0, 0.0], [0.0, 4.0]])
+    x = x if layout is torch.strided else x.to_sparse(layout=layout)
+    again = with_parts(x, [p.clone() for p in parts_of(x)])
+    assert again.layout is layout and equal(x, again)
+    model = nn.Module()
+    model.register_buffer("x", x)
+    assert equal(copy.deepcopy(model, copied(model)).x, x)
+    assert not equal(x, with_parts(x, [*parts_of(x)[:-1], parts_of(x)[-1] + 1]))
