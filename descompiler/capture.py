@@ -1,14 +1,14 @@
 """Capture: from a user's module to a `Program`, accepted only after it reproduces the module.
 
 The model is copied without its weights (`blueprint`), so that tables of any size can be captured anywhere. The tracers
-of `descompiler.tracers.RUNGS` are tried in turn. A graph is accepted if it gives the module's outputs and gradients in
+of `RUNGS` are tried in turn. A graph is accepted if it gives the module's outputs and gradients in
 float64, on the example batch and on a batch of another size with other values and other weights. Last, every node is
 told from own rows or mixing rows (`descompiler.coupling`), since each rank is given its own rows only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,10 +16,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from descompiler.checks import CannotRunError, check_reproduces, in_float64, probe_values
-from descompiler.coupling import classify
+from descompiler.coupling import LOCAL, classify, scope_of
 from descompiler.double import InDouble
 from descompiler.errors import CaptureError, DescompilerError, InputError, UnsupportedError
 from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics
+from descompiler.leaf import Leaf, LeafError
+from descompiler.leaves import trace_leaves, trace_whole
 from descompiler.probe import (
     CALL,
     Flat,
@@ -32,7 +34,15 @@ from descompiler.probe import (
     run_eager,
 )
 from descompiler.program import Failure, Pass, Program, run_passes
-from descompiler.tracers import RUNGS
+from descompiler.tracers import trace_dynamo, trace_export
+
+RUNGS: tuple[tuple[str, Callable[[Flat, list[Tensor], nn.Module], Program]], ...] = (
+    ("export", trace_export),
+    ("dynamo", trace_dynamo),
+    ("fx", trace_leaves),
+    ("leaf", trace_whole),
+)
+"""The ladder, in the order in which it is climbed."""
 
 
 def _try_probe(probe: Flat, tensors: list[Tensor]) -> None:
@@ -48,6 +58,17 @@ def _check(program: Program, probe: Flat, batches: Sequence[list[Tensor]]) -> No
     for batch in batches:
         check_reproduces(program, probe, batch)
         move_parameters(probe)
+
+
+def _check_leaves(program: Program) -> None:
+    """A leaf that writes to buffers runs once, for the global batch, or not at all.
+
+    Batch norm in a leaf would make it mix rows, at the price of gathering them; partial capture exchanges statistics.
+    """
+    for n in program.graph.nodes:
+        if isinstance(n.target, Leaf) and n.target.call.writes and scope_of(n).kind == LOCAL:
+            what = "trains a batch norm" if n.target.call.trains_norm else "writes to its buffers"
+            raise LeafError(f"{n.target.name!r} {what}, and its rows are independent otherwise")
 
 
 NOT_CAPTURED = (
@@ -130,8 +151,13 @@ def capture(
         except DescompilerError as error:
             failures.append(Failure(rung, str(error)))
             continue
-        with probe.arithmetic():
-            classify(checked, partial(probe_values, checked, probe), batches[0])
+        try:
+            with probe.arithmetic():
+                classify(checked, partial(probe_values, checked, probe), batches[0])
+            _check_leaves(checked)
+        except LeafError as error:
+            failures.append(Failure(rung, str(error)))
+            continue
         scopes = {n.name: n.meta.get("scope") for n in checked.graph.nodes}
         for n in program.graph.nodes:
             n.meta["scope"] = scopes[n.name]

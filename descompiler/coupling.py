@@ -35,6 +35,7 @@ from torch import Tensor, fx
 
 from descompiler.errors import UnsupportedError
 from descompiler.layout import Exchange
+from descompiler.leaf import Leaf
 from descompiler.program import Program, aten, is_random, is_tensor, signature, target_name, user_line, value, where
 from descompiler.rows import Rows
 from descompiler.runtime import bag
@@ -288,6 +289,8 @@ class _Classifier:
     def _call(self, node: fx.Node, find: Callable[[fx.Node], Any]) -> Any:
         args, kwargs = fx.map_arg((list(node.args), dict(node.kwargs)), find)
         target: Any = node.target
+        if isinstance(target, Leaf):
+            return target.judged(*args)  # type: ignore[arg-type]
         if target in DROPPING:
             for i, a in enumerate(target._schema.arguments):
                 if a.name in ("p", "dropout", "dropout_p") and (a.name in kwargs or i >= len(args)):
@@ -323,7 +326,7 @@ class _Classifier:
         if node.target in LOOKUPS and self._lookup(node, kinds):
             return
         self.whole[node] = self._whole_value(node)
-        drops = random and node.target in DROPPING and any(k != CONSTANT for k in kinds.values())
+        drops = random and _only_drops(node) and any(k != CONSTANT for k in kinds.values())
         if random and not drops:
             self._random(node, kinds)
         elif all(k == CONSTANT for k in kinds.values()):
@@ -497,6 +500,10 @@ class _Classifier:
         return {n for n, g in zip(nodes, found, strict=True) if g is not None}
 
 
+def _only_drops(node: fx.Node) -> bool:
+    return node.target in DROPPING or isinstance(node.target, Leaf)
+
+
 def _polynomial(expr: Any, batch: Any) -> tuple[int, ...] | None:
     """Integer coefficients of an expression in the batch size, constant term first; None if it is none."""
     if not sympy.sympify(expr).is_polynomial(batch):
@@ -603,9 +610,8 @@ class _Coupler:
             scope = scope_of(n)
             if n in inside or any(a in inside or a in self.after for a in n.all_input_nodes):
                 self.after.add(n)
-            once = (
-                n in inside or scope.drawn or n.target in LOOKUPS | {vocabulary} or n.target is aten.batch_norm.default
-            )
+            once = n in inside or scope.drawn or n.target in LOOKUPS | {vocabulary} or isinstance(n.target, Leaf)
+            once |= n.target is aten.batch_norm.default
             if n.op == "call_function" and scope.kind == LOCAL and not once:
                 candidates.append(n)
         for n in candidates:

@@ -31,12 +31,10 @@ from descompiler.pieces import Pieces, even_sizes
 from descompiler.plan import Plan, Table
 from descompiler.probe import CALL, materialise, method_of
 from descompiler.program import Failure
-from descompiler.substitute import LOOKUPS, function_name
+from descompiler.substitute import DROPOUTS, LOOKUPS, function_name
 
 ROWS, MEAN, SUM, SAME = "rows", "mean", "sum", "same"
 """What an output is: rows of the batch; or a scalar that is a mean over rows, a sum over rows, or free of the batch."""
-
-PASSED_ON = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d}
 
 
 @dataclass
@@ -84,7 +82,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         leaves = pytree.tree_leaves((args, kwargs))
-        if self.skip_norms and func in PASSED_ON:
+        if self.skip_norms and func in DROPOUTS:
             return args[0].clone()
         if self.skip_norms and func is F.batch_norm and (args[5] if len(args) > 5 else kwargs.get("training")):
             return args[0].clone()

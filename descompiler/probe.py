@@ -121,6 +121,12 @@ class Flat(nn.Module):
         self.means_double = is_double_meant()
         self.arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext  # or InDouble, for a probe in float64
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Flat:
+        result = Flat(copy.deepcopy(self.model, memo), self.spec, self.statics, self.method)
+        result.training, result.means_double = self.training, self.means_double
+        result.arithmetic = self.arithmetic
+        return result
+
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = unflatten_with(tensors, self.spec, self.statics)
         leaves, self.out_spec = flatten(self._call(args, kwargs))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from descompiler.errors import DescompilerError
+from descompiler.leaf import Leaf
 from descompiler.sparse import parts_of
 
 aten = torch.ops.aten
@@ -65,7 +66,7 @@ class Program:
     journal : list of str
         What the passes did.
     rung : str
-        The tracer that captured it (`descompiler.tracers.RUNGS`).
+        The tracer that captured it (`descompiler.capture.RUNGS`).
     failures : tuple of Failure
         The tracers that were tried before, and why they failed.
     """
@@ -214,6 +215,8 @@ def signature(node: fx.Node) -> dict[str, Any]:
 def is_random(node: fx.Node) -> bool:
     """Whether the operator draws random numbers (dropout of nothing does not)."""
     target = node.target
+    if isinstance(target, Leaf):
+        return target.call.drops
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
     args = signature(node)

@@ -485,6 +485,7 @@ ELEMENTWISE = {
 SUMS = {torch.sum: "sum", Tensor.sum: "sum", torch.mean: "mean", Tensor.mean: "mean"}
 NORMS = {torch.norm, Tensor.norm, torch.linalg.norm, torch.linalg.vector_norm}
 LOOKUPS = {F.embedding, F.embedding_bag, torch.embedding, Tensor.__getitem__, torch.index_select, Tensor.index_select}
+DROPOUTS = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d}
 PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, torch.bmm}
 
 

@@ -32,7 +32,7 @@ def trace_export(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Pr
     CaptureError
         If tracing fails.
     """
-    return _export(traced, traced, tensors, template)
+    return export_program(traced, traced, tensors, template)
 
 
 def trace_dynamo(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Program:
@@ -65,10 +65,10 @@ def trace_dynamo(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Pr
         with torch._dynamo.config.patch(options), _quiet():
             torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)(traced, *inputs)
     except Exception as error:  # a tracer raises whatever the user's code and torch do; it is reported
-        raise CaptureError(_first_line(error)) from error
+        raise CaptureError(first_line(error)) from error
     if len(graphs) != 1 or len(calls) != 1:
         raise CaptureError(f"forward became {len(graphs)} graphs")
-    return _export(_Replay(traced.model, graphs[0], calls[0], inputs), traced, tensors, template)
+    return export_program(_Replay(traced.model, graphs[0], calls[0], inputs), traced, tensors, template)
 
 
 class _Replay(nn.Module):
@@ -115,7 +115,7 @@ class _Replay(nn.Module):
         return list(self._graph[0](*values))
 
 
-def _export(module: nn.Module, traced: Flat, tensors: list[Tensor], template: nn.Module) -> Program:
+def export_program(module: nn.Module, traced: Flat, tensors: list[Tensor], template: nn.Module) -> Program:
     batch = torch.export.Dim("batch", min=2)
     registered = register_compressed(traced.model)
     try:
@@ -124,7 +124,7 @@ def _export(module: nn.Module, traced: Flat, tensors: list[Tensor], template: nn
                 module, tuple(tensors), dynamic_shapes=(tuple({0: batch} for _ in tensors),), strict=False
             )
     except Exception as error:  # as above
-        raise CaptureError(_first_line(error)) from error
+        raise CaptureError(first_line(error)) from error
     return _program_of(exported, template, traced, registered)
 
 
@@ -142,7 +142,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The kind of an error and the first lines of its text that say something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:400]
@@ -207,10 +207,3 @@ def _program_of(exported: Any, template: nn.Module, traced: Flat, registered: se
         raise CaptureError("the batch size was specialised while tracing: forward depends on its value")
     parameters = {n: p.detach().requires_grad_(p.requires_grad) for n, p in template.named_parameters()}
     return Program(graph, sources, constants, parameters, traced.training, batch)
-
-
-RUNGS: tuple[tuple[str, Callable[[Flat, list[Tensor], nn.Module], Program]], ...] = (
-    ("export", trace_export),
-    ("dynamo", trace_dynamo),
-)
-"""The ladder, in the order in which it is climbed."""

@@ -8,6 +8,7 @@ stay. A write that a view of the value would see is refused by name.
 from __future__ import annotations
 
 import operator
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ class Functionalise:
     name: str = "functionalise"
 
     def __call__(self, program: Program) -> Program:
-        roots = _roots(program.graph)
+        roots = storage_roots(program.graph)
         order = {n: i for i, n in enumerate(program.graph.nodes)}
         for node in list(program.graph.nodes):
             schema = getattr(node.target, "_schema", None)
@@ -50,7 +51,8 @@ class Functionalise:
         position = order[node]
         for other, root in roots.items():
             late = any(order.get(u, position) > position for u in other.users)
-            if root is roots[written] and other is not written and order[other] < position and late:
+            elsewhere = root is roots[written] and other is not written and order[other] < position and late
+            if elsewhere and not _disjoint(other, written):
                 raise UnsupportedError(f"{advice}, and a view of it is used afterwards; use the operator without '_'")
         with program.graph.inserting_before(node):
             new = program.graph.call_function(functional, node.args, dict(node.kwargs))
@@ -85,7 +87,32 @@ def _functional(target: Any) -> Any:
     return found if same else None
 
 
-def _roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+def _disjoint(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two views of one value have no element in common: other entries of one dimension."""
+    for x, y in zip(_views(a), _views(b), strict=False):
+        if x != y:
+            entries = x[0] is y[0] is aten.select.int and x[1][0] == y[1][0]
+            return entries and (x[1][1] < 0) == (y[1][1] < 0) and x[1][1] != y[1][1]
+    return False
+
+
+def _views(node: fx.Node) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The operators that make a view of a value, in order, with their other arguments; without slices of everything."""
+    chain: list[tuple[Any, tuple[Any, ...]]] = []
+    while (schema := getattr(node.target, "_schema", None)) is not None and not schema.is_mutable:
+        if not any(r.alias_info is not None for r in schema.returns):
+            break
+        if node.target is not aten.slice.Tensor or not _is_whole_slice(*node.args[2:]):
+            chain.append((node.target, tuple(node.args[1:])))
+        node = node.args[0]  # type: ignore[assignment]
+    return chain[::-1]
+
+
+def _is_whole_slice(start: Any = None, end: Any = None, step: Any = 1) -> bool:
+    return start in (None, 0) and (end is None or end == sys.maxsize) and step == 1
+
+
+def storage_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """The node whose storage each node's value may share."""
     roots: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
