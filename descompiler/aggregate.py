@@ -25,15 +25,27 @@ from math import prod
 from torch import fx
 
 from descompiler.cost_models.operators import extra_flops, linear_flops
-from descompiler.coupling import scope_of
+from descompiler.coupling import CONSTANT, SIZE, scope_of
+from descompiler.coupling import LOCAL as LOCAL_SCOPE
 from descompiler.flow import Network
 from descompiler.form import Split
 from descompiler.layout import Exit
 from descompiler.operators import Operator
 from descompiler.pieces import Pieces
 from descompiler.placement import LOCAL, Local, Placement, Region, Shard, ranks_of
-from descompiler.program import Program, aten, is_tensor, rowwise, shape_of, tail, value
-from descompiler.rule import Declined, Placed, Rule, Situation
+from descompiler.program import Program, aten, elements_per_row, is_pure, is_tensor, rowwise, shape_of, tail, value
+from descompiler.rule import NO_RULE, Declined, Givens, Placed, Rule, Situation
+
+SHAPED = frozenset(
+    {
+        aten.reshape.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.unflatten.int,
+        aten.expand.default,
+    }
+)
+"""Operators whose numbers are sizes of the result: a part's follow from the part."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +69,22 @@ class Weights:
 
 @dataclass
 class Candidates:
-    """All nodes that rules can place, with the reasons of those that they can't (and that touch the region)."""
+    """All nodes that rules can place, with the reasons of those that they can't (and that touch the region).
+
+    Attributes
+    ----------
+    rules : dict of node to Rule
+        That placed it.
+    confined : frozenset of node
+        Lists, masks, values without the batch in front: they can't leave the region, only what is made from them.
+    """
 
     placed: dict[fx.Node, Placed]
     lookups: set[fx.Node]
     declined: dict[fx.Node, str]
+    rules: dict[fx.Node, Rule]
+    givens: Givens
+    confined: frozenset[fx.Node]
 
     def placements(self) -> dict[fx.Node, Placement]:
         return {n: p.placement for n, p in self.placed.items()}
@@ -91,12 +114,14 @@ def place(
     colocated : mapping of str to Pieces, optional
         Weights that are already cut (by the plan of the training graph): others stay whole, these must be used so.
     """
-    by_target = {t: r for r in reversed(rules) for t in r.targets}
     placed: dict[fx.Node, Placed] = {}
     lookups: set[fx.Node] = set()
     declined: dict[fx.Node, str] = {}
     placements: dict[fx.Node, Placement] = {}
+    placed_by: dict[fx.Node, Rule] = {}
+    of_tables: set[fx.Node] = set()  # the forms' business
     for op in operators:
+        of_tables.update((*(x.node for x in op.lookups), *(x.node for x in op.outputs)))
         for x in op.lookups:
             placement = splits[op.name].placement(op, x)
             if placement is not None:
@@ -104,36 +129,88 @@ def place(
                 whole = op.group.replicated if op.group is not None and x.computed is not None else ()
                 placed[x.node] = Placed(placement, replicated=whole)
                 placements[x.node] = placement
+    situation = Situation(program, ranks, placements, _givens(program, operators, splits, ranks))
     for node in program.graph.nodes:
         if node.op != "call_function" or node in placed:
             continue
         if not any(n in placements for n in node.all_input_nodes):
             continue
-        rule = by_target.get(node.target)
-        region = [n for n in node.all_input_nodes if n in placements]
-        if rule is None:
-            declined[node] = "no rule for this operator"
-        elif not rowwise(program, node) or not value(node).is_floating_point():
-            declined[node] = "its result is not one row per row of the batch"
-        elif scope_of(node).kind != "local" or scope_of(node).drawn:
-            declined[node] = "it mixes the rows of the batch" if not scope_of(node).drawn else "it draws random numbers"
-        elif any(not is_tensor(n) and n.op != "placeholder" for n in node.all_input_nodes if n not in region) and (
-            "reshape" not in rule.name
-        ):
-            declined[node] = "it depends on the batch size"
+        if node in of_tables or scope_of(node).drawn:
+            declined[node] = "it draws random numbers" if scope_of(node).drawn else NO_RULE
+            continue
+        if scope_of(node).kind != LOCAL_SCOPE:
+            declined[node] = "it mixes the rows of the batch"
+            continue
+        answer, rule = _ask(node, rules, situation)
+        if isinstance(answer, Placed) and colocated is not None:
+            if any(colocated.get(name) != pieces for name, pieces in answer.pieces.items()):
+                answer = Declined("its weight is not cut that way by the training graph")
+            elif any(name in colocated for name in answer.replicated):
+                answer = Declined("its weight is cut by the training graph")
+        if isinstance(answer, Declined):
+            declined[node] = answer.reason
         else:
-            answer = rule.place(node, Situation(program, ranks, placements))
-            if isinstance(answer, Placed) and colocated is not None:
-                if any(colocated.get(name) != pieces for name, pieces in answer.pieces.items()):
-                    answer = Declined("its weight is not cut that way by the training graph")
-                elif any(name in colocated for name in answer.replicated):
-                    answer = Declined("its weight is cut by the training graph")
-            if isinstance(answer, Declined):
-                declined[node] = answer.reason
-            else:
-                placed[node] = answer
-                placements[node] = answer.placement
-    return Candidates(placed, lookups, declined)
+            placed[node], placed_by[node] = answer, rule
+            placements[node] = answer.placement
+    confined = frozenset(n for n in placed if not may_leave(program, n))
+    return Candidates(placed, lookups, declined, placed_by, situation.givens, confined)
+
+
+def may_leave(program: Program, node: fx.Node) -> bool:
+    """Whether a value can cross: a tensor of floating point with the batch in front."""
+    return rowwise(program, node) and value(node).is_floating_point()
+
+
+def _ask(node: fx.Node, rules: Sequence[Rule], at: Situation) -> tuple[Placed | Declined, Rule]:
+    """The first rule that places a node; if none does, the reason of the one that is most about its operator."""
+    reasons: list[tuple[tuple[bool, bool], Declined, Rule]] = []
+    numbers = [n for n in node.all_input_nodes if not is_tensor(n) and n not in at.placements]
+    sized = at.givens.sized.issuperset(numbers)
+    plain = all(may_leave(at.program, n) for n in (node, *at.placements.keys() & set(node.all_input_nodes)))
+    for rule in rules:
+        named = rule.targets is not None
+        if rule.targets is not None and node.target not in rule.targets:
+            continue
+        if not sized or (numbers and named and node.target not in SHAPED):
+            answer: Placed | Declined = Declined("it depends on the batch size")
+        elif named and not plain:
+            answer = Declined("its result is not one row per row of the batch")
+        else:
+            answer = rule.place(node, at)
+        if isinstance(answer, Placed):
+            return answer, rule
+        reasons.append(((not named, answer.reason == NO_RULE), answer, rule))
+    return min(reasons, key=lambda r: r[0])[1:]
+
+
+def _givens(program: Program, operators: Sequence[Operator], splits: Mapping[str, Split], ranks: int) -> Givens:
+    """What rules may use inside besides the region's values."""
+    tables = frozenset(o.name for o in operators)
+    constants: dict[fx.Node, tuple[str, ...]] = {}
+    known: dict[fx.Node, set[int]] = {}
+    sized: set[fx.Node] = set()
+    for o in operators:
+        for x in o.lookups:
+            if splits[o.name].placement(o, x) is not None:
+                every = {r for r in range(ranks) if splits[o.name].columns(o, x, r) is None}
+                known.setdefault(x.ids, set()).update(every)
+    for node in program.graph.nodes:
+        source, operands, scope = program.source(node), node.all_input_nodes, scope_of(node)
+        if source is not None and source.kind != "input":
+            if source.name not in tables:
+                constants[node] = (source.name,) if source.kind == "parameter" else ()
+            continue
+        if node.op != "call_function" or scope.drawn or not is_pure(node):
+            continue
+        if scope.kind == SIZE or (scope.sized and is_tensor(node)):
+            sized.add(node)
+        elif scope.kind == CONSTANT and all(a in constants for a in operands):
+            constants[node] = tuple(dict.fromkeys(name for a in operands for name in constants[a]))
+        elif scope.kind == LOCAL_SCOPE and node not in known and any(a in known for a in operands):
+            rest = [a for a in operands if a not in known and a not in sized]
+            if not any(constants.get(a, ("unknown",)) for a in rest):
+                known[node] = set.intersection(*(known[a] for a in operands if a in known))
+    return Givens(constants, {n: frozenset(r) for n, r in known.items() if r}, frozenset(sized), tables)
 
 
 def exit_of(node: fx.Node, placement: Region, ranks: int) -> Exit:
@@ -172,16 +249,31 @@ def saved_bytes(program: Program, answer: Placed, w: Weights) -> int:
     return saved if w.backward else 0
 
 
+def product_flops(node: fx.Node, rows: int) -> int:
+    """Of an operator's matrix products on ``rows`` rows, forward and backward; 0 for operators without."""
+    x = node.args[0]
+    if not isinstance(x, fx.Node) or not is_tensor(x):
+        return 0
+    inner = shape_of(x)[-1]
+    if node.target in (aten.linear.default, aten.bmm.default, aten.matmul.default):
+        return int(linear_flops(rows, inner, elements_per_row(node)))
+    if node.target in (aten.gru.input, aten.lstm.input):
+        weights = [value(n).numel() for n in node.all_input_nodes if value(n).dim() == 2]
+        return int(linear_flops(rows, elements_per_row(x) // inner, sum(weights)))
+    if node.target is aten.scaled_dot_product_attention.default:
+        return int(2 * linear_flops(rows, shape_of(x)[-2], elements_per_row(node.args[1])))  # type: ignore[arg-type]
+    return 0
+
+
 def work_bytes(node: fx.Node, placement: Region, at: Mapping[fx.Node, Placement], w: Weights) -> int:
     """Extra time of a node inside, against outside, as bytes over all ranks that take as long to send.
 
     Outside, each rank works on its own rows; inside, the slowest rank works on all rows with its share. Counted for
     matrix products only: they are what costs.
     """
-    if node.target not in (aten.linear.default, aten.bmm.default, aten.matmul.default):
+    flops = product_flops(node, w.rows)
+    if not flops:
         return 0
-    inner = int(shape_of(node.args[0])[-1])  # type: ignore[arg-type]
-    flops = linear_flops(w.rows, inner, prod(tail(node)))
     operand = at.get(node.args[0], Local())  # type: ignore[arg-type]
     if isinstance(operand, Shard):
         size = sum(operand.widths.values())
@@ -207,9 +299,12 @@ def evaluate(program: Program, candidates: Candidates, inside: frozenset[fx.Node
 
 
 def is_legal(candidates: Candidates, inside: frozenset[fx.Node], colocated: Mapping[str, Pieces] | None = None) -> bool:
-    """Whether a set holds all lookups and all placed operands of its nodes."""
-    forced = all(n in inside for n in _forced(candidates, colocated))
-    return forced and all(p in inside for n in inside for p in n.all_input_nodes if p in candidates.placed)
+    """Whether a set holds all lookups, all placed operands of its nodes, and all users of what can't leave."""
+    if any(n not in inside for n in _forced(candidates, colocated)):
+        return False
+    if any(u not in inside for n in candidates.confined & inside for u in n.users):
+        return False
+    return all(p in inside for n in inside for p in n.all_input_nodes if p in candidates.placed)
 
 
 def _forced(candidates: Candidates, colocated: Mapping[str, Pieces] | None) -> set[fx.Node]:
@@ -233,7 +328,7 @@ def minimum_cut(
             network.add("source", (v, "in"), saved)
         if work := work_bytes(v, answer.placement, placements, w):
             network.add((v, "in"), "sink", work)
-        network.add((v, "in"), (v, "out"), exit_bytes(v, answer.placement, w))
+        network.add((v, "in"), (v, "out"), None if v in candidates.confined else exit_bytes(v, answer.placement, w))
         for u in v.users:
             network.add((v, "out"), (u, "in") if u in candidates.placed else "sink")
             if u in candidates.placed:

@@ -127,10 +127,11 @@ class Relaxation:
         for node in self.program.graph.nodes:
             if node not in self._together.placed:
                 continue
-            elements = prod(tail(node))
             answer = self._apart.placed.get(node)
+            seen = [n for p in node.all_input_nodes for n in result.get(p, {}).values()]
+            # what can't leave by itself leaves as what is made of it, which may be narrower
+            elements = min(seen) if node in self._together.confined else prod(tail(node))
             if answer is None:  # only where its operands are together: as narrow as any of their parts, at least
-                seen = [n for p in node.all_input_nodes for n in result.get(p, {}).values()]
                 result[node] = {MIXED: min([elements, *seen])}
             elif isinstance(answer.placement, Owned):
                 result[node] = {names[answer.placement.rank]: elements}

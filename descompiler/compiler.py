@@ -462,7 +462,7 @@ class Builder:
         operators = find_operators(program)
         candidates, cut = _region(program, operators, plan)
         splits = _splits(operators, plan)
-        return emit(program, operators, splits, plan.pieces, candidates, cut, RULES, rank, plan.ranks)
+        return emit(program, operators, splits, plan.pieces, candidates, cut, rank, plan.ranks)
 
 
 def _process_group(group: Any) -> tuple[Any, int, int]:

@@ -38,15 +38,15 @@ from descompiler.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, 
 from descompiler.follow import emit_slice, follow
 from descompiler.form import LookupPart, Split, form_named
 from descompiler.layout import Check, Entry, Exchange, Fetch, FetchTable, Layout
-from descompiler.operators import Lookup, Operator, ids_per_row
+from descompiler.operators import Lookup, Operator
 from descompiler.outputs import checks_of, layouts_of, outputs_in_order
 from descompiler.pieces import Pieces
 from descompiler.placement import LOCAL, Local, Partial, Placement, Shard, has_local
-from descompiler.program import Program, Source, aten, is_tensor, signature, tail, value
+from descompiler.program import Program, Source, aten, elements_per_row, is_tensor, signature, tail, value
 from descompiler.regularisers import divided, emit_total, find_totals
 from descompiler.regularisers import exchanges as total_exchanges
 from descompiler.rows import Rows
-from descompiler.rule import Part, Placed, Rule
+from descompiler.rule import Part, Placed
 from descompiler.runtime import join_local, scale_grad
 
 
@@ -77,12 +77,11 @@ def emit(
     pieces: Mapping[str, Pieces],
     candidates: Candidates,
     cut: Cut,
-    rules: Sequence[Rule],
     rank: int,
     ranks: int,
 ) -> Emitted:
     """Emit one rank's program (see the module's text)."""
-    return _Emitter(program, operators, splits, pieces, candidates, cut, rules, rank, ranks).run()
+    return _Emitter(program, operators, splits, pieces, candidates, cut, rank, ranks).run()
 
 
 class _Emitter:
@@ -94,7 +93,6 @@ class _Emitter:
         pieces: Mapping[str, Pieces],
         candidates: Candidates,
         cut: Cut,
-        rules: Sequence[Rule],
         rank: int,
         ranks: int,
     ):
@@ -102,7 +100,7 @@ class _Emitter:
         self.inside, self.exits = cut.inside, cut.exits
         self.placed = candidates.placed
         self.placements: dict[fx.Node, Placement] = {n: candidates.placed[n].placement for n in cut.inside}
-        self.rules = {t: r for r in reversed(rules) for t in r.targets}
+        self.rules, self.givens = candidates.rules, candidates.givens
         self.rank, self.ranks = rank, ranks
         self.lookups: dict[fx.Node, tuple[Operator, Lookup]] = {x.node: (o, x) for o in operators for x in o.lookups}
         self.graph = fx.Graph()
@@ -110,6 +108,7 @@ class _Emitter:
         self.region: dict[fx.Node, fx.Node] = {}  # original node -> emitted node holding the global part
         self.local: dict[fx.Node, fx.Node | None] = {}  # original node -> emitted node holding the part of own rows
         self.sliced: dict[fx.Node, fx.Node] = {}  # original node -> emitted node, of tables computed by columns
+        self.given: dict[fx.Node, Any] = {}  # original node -> emitted node: what the region's nodes are given
         self.slices: dict[str, fx.Node] = {}  # weight name -> the slice that all ranks hold
         self.constants: dict[str, torch.Tensor] = dict(program.constants)
         self.form_constants: dict[str, dict[str, fx.Node]] = {}  # by table, what its form needs
@@ -248,7 +247,7 @@ class _Emitter:
                 self.placements,
                 self.pieces,
                 lambda n: self._local(n) if n in self.inside else self._own(n),
-                self._local_weight,
+                self._local_given,
             )
         return Part(
             self.graph,
@@ -260,12 +259,25 @@ class _Emitter:
             self.placements,
             self.pieces,
             self.region.get,
-            self._region_weight,
+            self._region_given,
         )
 
-    # ---- weights
+    # ---- what the region's nodes are given
 
-    def _region_weight(self, node: fx.Node) -> fx.Node:
+    def _region_given(self, node: fx.Node) -> Any:
+        """An operand that depends on no batch, or on ids and sizes alone, for the global batch."""
+        if node not in self.given:
+            self.given[node] = self._emit_given(node)
+        return self.given[node]
+
+    def _emit_given(self, node: fx.Node) -> Any:
+        if node in self.entered:
+            arrived, dtype = self.entered[node][0], value(node).dtype
+            return arrived if dtype == torch.int64 else self.graph.call_function(aten.to.dtype, (arrived, dtype))
+        if node in self.givens.sized:
+            return self._whole(node)
+        if node.op == "call_function":
+            return self.graph.node_copy(node, self._region_given)
         name = self.program.parameter(node)
         if name is None:  # a constant
             return self.outside[node]
@@ -279,8 +291,10 @@ class _Emitter:
             aten.narrow.default, (self.outside[node], pieces.dim, 0, pieces.own_size(self.rank))
         )
 
-    def _local_weight(self, node: fx.Node) -> fx.Node:
-        return self.slices.get(self.program.parameter(node) or "", self.outside[node])
+    def _local_given(self, node: fx.Node) -> Any:
+        """The same for own rows."""
+        name = self.program.parameter(node)
+        return self._own(node) if name is None else self.slices.get(name, self.outside[node])
 
     # ---- stages
 
@@ -324,9 +338,9 @@ class _Emitter:
                 self.entered[n] = (self._item(arrived, i), e.columns[self.rank])
 
     def _exit(self) -> None:
-        by_name = {self.program.parameter(n): n for n in self.program.graph.nodes if n.op == "placeholder"}
+        by_name = {self.program.parameter(w): x for w, x in self.outside.items()}
         unused = [
-            self.outside[by_name[name]]
+            by_name[name]
             for n in self.program.graph.nodes
             if n in self.inside and n not in self.region
             for name in self.placed[n].replicated
@@ -336,7 +350,7 @@ class _Emitter:
         if cut_weights:
             slices = []
             for name, p in cut_weights.items():
-                args = (self.outside[by_name[name]], p.dim, p.own_size(self.rank), p.shared_size())
+                args = (by_name[name], p.dim, p.own_size(self.rank), p.shared_size())
                 slices.append(self.graph.call_function(aten.narrow.default, args))
             reduced = self._runtime("reduce_shared", anchor, *slices)
             anchor = self._item(reduced, 0)
@@ -345,7 +359,7 @@ class _Emitter:
 
     def _emit_region(self, n: fx.Node) -> fx.Node:
         if n not in self.lookups:
-            return self.rules[n.target].emit(n, self._part(self.rank))
+            return self.rules[n].emit(n, self._part(self.rank))
         o, x = self.lookups[n]
         ids, arrived = self.entered[x.ids]
         wanted = self.splits[o.name].columns(o, x, self.rank)
@@ -385,7 +399,7 @@ class _Emitter:
     def _for_columns(self, n: fx.Node) -> fx.Node:
         """A constant that a rank's columns of a computed table are made with; parameters as the region uses them."""
         if n.op == "placeholder":
-            return self._region_weight(n)
+            return self._region_given(n)
         if n not in self.sliced:
             self.sliced[n] = self.graph.node_copy(n, self._for_columns)
         return self.sliced[n]
@@ -394,7 +408,7 @@ class _Emitter:
         """The part of a value of the region that every rank computes from its own rows; None if there is none."""
         if n not in self.local:
             part = self._part(LOCAL)
-            self.local[n] = self.rules[n.target].emit(n, part) if part.holds(self.placements[n]) else None
+            self.local[n] = self.rules[n].emit(n, part) if part.holds(self.placements[n]) else None
         return self.local[n]
 
     def _combine(self, n: fx.Node) -> fx.Node:
@@ -680,7 +694,7 @@ def _fetch(lookups: Sequence[tuple[Operator, Lookup]], splits: Mapping[str, Spli
     tables: dict[str, FetchTable] = {}
     for o, x in lookups:
         s, before = splits[o.name], tables.get(o.name)
-        ids = ids_per_row(x.ids) + (before.ids if before else 0)
+        ids = elements_per_row(x.ids) + (before.ids if before else 0)
         tables[o.name] = FetchTable(o.name, s.pieces, ids, o.padding_idx, o.sparse, o.trained, s.gathered, str(o.dtype))
     ordered = sorted(tables.values(), key=lambda t: t.kind)
     position = {t.name: i for i, t in enumerate(ordered)}

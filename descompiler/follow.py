@@ -10,35 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from torch import fx
 
-from descompiler.program import aten, is_tensor, shape_of, signature
+from descompiler.program import aten, is_pointwise, is_tensor, shape_of, signature
 
-POINTWISE = frozenset(
-    {
-        aten.add.Tensor,
-        aten.sub.Tensor,
-        aten.mul.Tensor,
-        aten.div.Tensor,
-        aten.add.Scalar,
-        aten.sub.Scalar,
-        aten.maximum.default,
-        aten.minimum.default,
-        aten.where.self,
-        aten.pow.Tensor_Tensor,
-        aten.masked_fill.Scalar,
-        aten.zeros_like.default,
-        aten.ones_like.default,
-        aten.clone.default,
-        aten.detach.default,
-        aten.contiguous.default,
-        aten.to.dtype,
-        aten._to_copy.default,
-    }
-)
 PRODUCTS = frozenset({aten.mm.default, aten.matmul.default, aten._sparse_mm.default})
 REDUCTIONS = frozenset(
     {
@@ -87,15 +64,7 @@ def follow(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
     for targets, answer in FAMILIES:
         if node.target in targets:
             return answer(node, dims)
-    return _pointwise(node, dims) if node.target in _functions() else None
-
-
-@cache
-def _functions() -> frozenset[Any]:
-    """Functions of one value, element by element."""
-    from descompiler.passes.rule_elementwise import ANY, LINEAR, ZERO_TO_ZERO  # rules import what imports this
-
-    return LINEAR | ZERO_TO_ZERO | ANY
+    return _pointwise(node, dims) if is_pointwise(node) else None
 
 
 def emit_slice(
@@ -320,7 +289,6 @@ def _reshape(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
 
 
 FAMILIES: tuple[tuple[Any, Callable[[fx.Node, Mapping[fx.Node, int]], Step | None]], ...] = (
-    (POINTWISE, _pointwise),
     ({aten.cat.default, aten.stack.default}, _cat),
     (PRODUCTS, _product),
     ({aten.addmm.default, aten._sparse_addmm.default}, _product_and_sum),

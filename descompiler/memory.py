@@ -25,7 +25,7 @@ from descompiler.errors import PlanError
 from descompiler.operators import Operator
 from descompiler.pieces import ALL, Pieces
 from descompiler.placement import LOCAL, Placement, Shard, ranks_of
-from descompiler.program import Program, is_tensor, rowwise, shape_of, tail, value
+from descompiler.program import Program, elements_per_row, is_tensor, rowwise, shape_of, tail, value
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _held(pieces: Pieces, ranks: int) -> tuple[np.ndarray, int]:
 
 
 def _add_share(total: np.ndarray, node: fx.Node, placement: Placement) -> None:
-    elements = prod(tail(node))
+    elements = elements_per_row(node)
     if isinstance(placement, Shard):
         size = sum(placement.widths.values())
         for r, width in placement.widths.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,7 @@ from descompiler import regularisers
 from descompiler.computed import Group, find_groups
 from descompiler.coupling import GLOBAL, coupled_nodes, scope_of
 from descompiler.errors import UnsupportedError
-from descompiler.program import Program, aten, rowwise, shape_of, signature, tail, user_line, where
+from descompiler.program import Program, aten, elements_per_row, rowwise, shape_of, signature, tail, user_line, where
 from descompiler.runtime import bag
 from descompiler.vocabulary import Request, vocabulary
 
@@ -135,7 +134,7 @@ class Operator:
     @property
     def ids(self) -> int:
         """Ids per row of the batch, over all lookups; those that are the same for every batch don't count."""
-        return sum(ids_per_row(x.ids) for x in self.lookups)
+        return sum(elements_per_row(x.ids) for x in self.lookups)
 
     @property
     def padding(self) -> int | None:
@@ -231,15 +230,6 @@ def _lookup(node: fx.Node, *, computed: bool = False) -> Lookup | None:
     padding, sparse = _padding(node), _sparse(node)
     rows = int(shape_of(node.args[0])[0]) if computed else None  # type: ignore[arg-type]
     return Lookup(node, node.args[1], node.args[2] if node.target is bag else None, padding, sparse, rows)  # type: ignore[arg-type]
-
-
-def ids_per_row(ids: fx.Node) -> int:
-    """Elements of a tensor per row of the batch."""
-    one, two = (
-        prod(s if isinstance(s, int) else int(s.subs(dict.fromkeys(s.free_symbols, n))) for s in shape_of(ids))
-        for n in (1, 2)
-    )
-    return two - one
 
 
 def _counts_frequency(node: fx.Node) -> bool:

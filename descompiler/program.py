@@ -10,6 +10,7 @@ import hashlib
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -198,6 +199,15 @@ def tail(node: fx.Node) -> tuple[int, ...]:
     return tuple(int(s) for s in value(node).shape[1:])
 
 
+def elements_per_row(node: fx.Node) -> int:
+    """Elements of a tensor per row of the batch, wherever the batch lies in it."""
+    one, two = (
+        prod(s if isinstance(s, int) else int(s.subs(dict.fromkeys(s.free_symbols, n))) for s in shape_of(node))
+        for n in (1, 2)
+    )
+    return two - one
+
+
 def signature(node: fx.Node) -> dict[str, Any]:
     """Arguments of an ATen call by the names of its schema, defaults filled in."""
     schema = node.target._schema  # type: ignore[union-attr]
@@ -212,6 +222,29 @@ def signature(node: fx.Node) -> dict[str, Any]:
     return found
 
 
+UNTAGGED_POINTWISE = frozenset(
+    {
+        aten.to.dtype,
+        aten._to_copy.default,
+        aten.detach.default,
+        aten.contiguous.default,
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.log_sigmoid.default,
+        aten.hardswish.default,
+    }
+)
+"""Elementwise operators that torch does not tag so."""
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each element of the result is made of the operands' at its place, by no chance."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not is_tensor(node) or is_random(node):
+        return False
+    return torch.Tag.pointwise in target.tags or target in UNTAGGED_POINTWISE
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether the operator draws random numbers (dropout of nothing does not)."""
     target = node.target
@@ -222,6 +255,12 @@ def is_random(node: fx.Node) -> bool:
     args = signature(node)
     rate = args.get("p", args.get("dropout_p", args.get("dropout", 1.0)))
     return bool(args.get("train", True)) and rate != 0
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether a call changes nothing: no buffer, no running statistics."""
+    schema = getattr(node.target, "_schema", None)
+    return not (schema is not None and schema.is_mutable) and node.target is not aten.batch_norm.default
 
 
 def user_line(node: fx.Node) -> str:

@@ -20,7 +20,7 @@ from descompiler.passes.recognise_outputs import RecogniseOutputs
 from descompiler.passes.remove_noops import RemoveNoops
 from descompiler.passes.rule_concatenate import Concatenate
 from descompiler.passes.rule_contract import Contract
-from descompiler.passes.rule_elementwise import Binary, Unary
+from descompiler.passes.rule_elementwise import Binary, Pointwise, Unary
 from descompiler.passes.rule_expand import Expand
 from descompiler.passes.rule_independent import Independent
 from descompiler.passes.rule_index import IndexSelect
@@ -48,6 +48,8 @@ NORMALISE: tuple[Pass, ...] = (
 """From a captured program to its normal form."""
 
 RULES: tuple[Rule, ...] = (
+    OnOwner(),
+    Pointwise(),
     Unary(),
     Binary(),
     Reduce(),
@@ -60,9 +62,8 @@ RULES: tuple[Rule, ...] = (
     Independent(),
     IndexSelect(),
     Expand(),
-    OnOwner(),
 )
-"""How operators stay in the substituted region; the first rule that names an operator's function decides."""
+"""How operators stay in the substituted region; the first rule that can place an operator does."""
 
 FORMS: tuple[Form, ...] = (Replicate(), Gather(), Field(), Row(), Column(), Pull(), Hot())
 """How a weights-rich operator can be divided; where two cost the same, the first is taken."""

@@ -15,9 +15,8 @@ from typing import Any
 
 from torch import fx
 
-from descompiler.passes.rule_linear import ranges_of, with_owner
 from descompiler.pieces import Pieces
-from descompiler.placement import Disjoint, Local, Owned, Partial, Shard, has_local, ranks_of
+from descompiler.placement import Disjoint, Local, Partial, Shard, has_local, ranks_of
 from descompiler.program import aten, shape_of
 from descompiler.rule import Declined, Part, Placed, Situation
 
@@ -33,46 +32,62 @@ class Contract:
         found = letters(node)
         if found is None:
             return Declined("no letters for its dimensions")
-        operands, terms, out = _operands(node), found[:-1], found[-1]
-        values = [(n, t) for n, t in zip(operands, terms, strict=True) if at.program.parameter(n) is None]
-        weights = [(n, t) for n, t in zip(operands, terms, strict=True) if at.program.parameter(n) is not None]
-        if any(t[:1] != out[:1] or out[0] in t[1:] for _, t in values) or any(out[0] in t for _, t in weights):
-            return Declined("the batch is not in front")
-        places = [at.at(n) for n, _ in values]
-        names = tuple(at.program.parameter(n) or "" for n, _ in weights)
-        if any(isinstance(p, Local) for p in places):
-            return Declined("a product with what every rank has for its own rows")
-        if all(isinstance(p, Owned) and p == places[0] for p in places):
-            assert isinstance(places[0], Owned)
-            return with_owner(at, places[0], [n for n, _ in weights])
-        if len(places) == 1 and isinstance(places[0], Partial | Disjoint):
-            return Placed(Partial(ranks_of(places[0]), has_local(places[0])), replicated=names)
-        first = places[0]
-        if not all(isinstance(p, Shard) and isinstance(first, Shard) and p.segments == first.segments for p in places):
-            return Declined("pairs of values with different owners")
-        assert isinstance(first, Shard)
-        letter = values[0][1][first.dim]
-        for (_, t), p in zip(values, places, strict=True):
-            assert isinstance(p, Shard)
-            if t[p.dim] != letter or t.count(letter) != 1:
-                return Declined("pairs of values with different owners")
-        pieces, whole = {}, []
-        for (n, t), name in zip(weights, names, strict=True):
-            if letter not in t:
-                whole.append(name)
-            elif at.colocatable(n) is None or t.count(letter) != 1:
-                return Declined("the weight is used elsewhere too, so it can't be cut to follow its input")
-            else:
-                shape = tuple(at.program.parameters[name].shape)
-                pieces[name] = Pieces(shape, t.index(letter), ranges_of(first.segments), at.ranks)
+        terms, out = dict(zip(_operands(node), found[:-1], strict=False)), found[-1]
+        if len(terms) < len(found) - 1 and not all(n in at.placements for n in terms):
+            return Declined("a weight times itself")
+        values = [n for n in _operands(node) if n in at.placements]
+        first = at.at(values[0])
+        assert not isinstance(first, Local)
+        for n, t in zip(_operands(node), found[:-1], strict=True):
+            if n not in at.placements and not at.given(n, first):
+                return Declined("a product with what each rank has for its own rows only")
+            constant = n in at.givens.constants
+            if out[0] in t if constant else (t[:1] != out[:1] or out[0] in t[1:]):
+                return Declined("the batch is not in front")
+        weights = [n for n in terms if n not in at.placements]
+        if len(values) == 1 and isinstance(first, Partial | Disjoint):
+            names = tuple(name for n in weights for name in at.givens.parameters(n))
+            return Placed(Partial(ranks_of(first), has_local(first)), replicated=names)
+        letter = _letter(node, at)
+        if letter is None or not isinstance(first, Shard):
+            return Declined("products of what different ranks have")
+        pieces: dict[str, Pieces] = {}
+        whole: list[str] = []
+        for n in weights:
+            if letter not in terms[n]:
+                whole += at.givens.parameters(n)
+                continue
+            cut, rest = at.along(n, terms[n].index(letter), first)
+            pieces.update(cut)
+            whole += rest
         result = Shard(out.index(letter), first.segments) if letter in out else Partial(first.ranks, first.local)
-        return Placed(result, pieces, tuple(whole))
+        return Placed(result, pieces, tuple(dict.fromkeys(whole)))
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
-        tensors = [part.operand(n) if part.program.parameter(n) is None else part.weight(n) for n in _operands(node)]
+        letter, found = _letter(node, part), letters(node)
+        assert found is not None
+        placement = next(part.at(n) for n in _operands(node) if n in part.placements)
+        tensors = []
+        for n, t in zip(_operands(node), found[:-1], strict=True):
+            if n not in part.placements and letter is not None and letter in t and isinstance(placement, Shard):
+                tensors.append(part.share(n, t.index(letter), placement))
+            else:
+                tensors.append(part.argument(n))
         if node.target is aten.einsum.default:
             return part.call(aten.einsum.default, node.args[0], tensors)
         return part.call(node.target, *tensors, *node.args[2:], **node.kwargs)
+
+
+def _letter(node: fx.Node, at: Situation | Part) -> str | None:
+    """The letter that ranks divide, alike in all values of the region; None if there is none."""
+    found = letters(node)
+    assert found is not None
+    values = [(at.at(n), t) for n, t in zip(_operands(node), found, strict=False) if n in at.placements]
+    divided = {(p.segments, t[p.dim]) for p, t in values if isinstance(p, Shard)}
+    if len(divided) != 1 or not all(isinstance(p, Shard) for p, _ in values):
+        return None
+    letter = next(iter(divided))[1]
+    return letter if all(t.count(letter) <= 1 for t in found) else None
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
@@ -81,7 +96,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 
 def letters(node: fx.Node) -> tuple[str, ...] | None:
-    """A term of letters for each operand, and for the result; None if there is none (an ellipsis, a broadcast)."""
+    """A term of letters for each operand, and for the result; None if there is none (an ellipsis)."""
     shapes = [[*map(str, shape_of(n))] for n in _operands(node)]
     if node.target is aten.einsum.default:
         equation = str(node.args[0]).replace(" ", "")
@@ -108,6 +123,7 @@ def letters(node: fx.Node) -> tuple[str, ...] | None:
     names = string.ascii_lowercase[:lead]
     x, y = [*names[lead - (a - 2) :], "M", "K"], [*names[lead - (b - 2) :], "K", "N"]
     for d in range(1, min(a, b) - 1):
-        if shapes[0][-2 - d] != shapes[1][-2 - d]:
-            return None
+        one, two = shapes[0][-2 - d], shapes[1][-2 - d]
+        if one != two:  # a dimension of size 1 is repeated: a letter of its own, which the result has not
+            (x if one == "1" else y)[-2 - d] = string.ascii_uppercase[-d]
     return "".join(x), "".join(y), "".join([*names, "M", "N"])

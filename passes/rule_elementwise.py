@@ -1,7 +1,7 @@
-"""elementwise: ``f(gather(x_r))  -->  gather(f(x_r))``
+"""elementwise: ``f(gather(x_r), gather(y_r))  -->  gather(f(x_r, y_r))``
 
-Any f on a value that is divided (`Owned`, `Shard`); f with f(0) = 0 on `Disjoint`; linear f on `Partial`. It pays since
-FM squares, activations and products then need no exchange of their inputs.
+Any f on values that are divided alike (`Shard`); f with f(0) = 0 on `Disjoint`; linear f on `Partial`. It pays since FM
+squares, activations, masks and products then need no exchange of their inputs.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from typing import Any
 
 from torch import fx
 
-from descompiler.passes.rule_linear import ranges_of, with_owner
 from descompiler.pieces import Pieces
-from descompiler.placement import Disjoint, Local, Owned, Partial, Placement, Region, Shard, has_local, ranks_of
-from descompiler.program import Program, aten, shape_of
-from descompiler.rule import Declined, Part, Placed, Situation
+from descompiler.placement import Disjoint, Local, Owned, Partial, Placement, Shard, has_local, ranks_of
+from descompiler.program import aten, is_pointwise, is_tensor, shape_of
+from descompiler.rule import NO_RULE, Declined, Part, Placed, Situation
 
 LINEAR = frozenset({aten.neg.default, aten.mul.Scalar, aten.div.Scalar})
 ZERO_TO_ZERO = frozenset(
@@ -41,57 +40,85 @@ ZERO_TO_ZERO = frozenset(
         aten.atan.default,
     }
 )
-ANY = frozenset(
-    {
-        aten.sigmoid.default,
-        aten.exp.default,
-        aten.cos.default,
-        aten.softplus.default,
-        aten.clamp.default,
-        aten.clamp_min.default,
-        aten.clamp_max.default,
-        aten.hardtanh.default,
-        aten.hardsigmoid.default,
-        aten.rsub.Scalar,
-        aten.log2.default,
-        aten.exp2.default,
-        aten.log1p.default,
-        aten.log.default,
-        aten.sqrt.default,
-        aten.rsqrt.default,
-        aten.reciprocal.default,
-        aten.pow.Tensor_Scalar,
-    }
-)
 BINARY = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor})
 
 
 @dataclass(frozen=True)
+class Pointwise:
+    """Any elementwise operator on values that are divided alike, and on given ones."""
+
+    name: str = "pointwise"
+    targets: None = None
+
+    def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
+        values = {at.at(n) for n in node.all_input_nodes if n in at.placements}
+        x = next(iter(values))
+        if not is_pointwise(node) or isinstance(x, Owned):
+            return Declined(NO_RULE)
+        if not isinstance(x, Shard):
+            return Declined("f of a sum is not the sum of f")
+        if len(values) > 1:
+            return Declined("it combines values that are divided differently")
+        pieces: dict[str, Pieces] = {}
+        replicated: list[str] = []
+        for n in node.all_input_nodes:
+            if not is_tensor(n):
+                continue
+            dim = _dim_of(n, node, x)
+            if n in at.placements:
+                if dim is None:
+                    return Declined("what ranks divide is broadcast")
+            elif not at.given(n, x):
+                return Declined("it combines what is divided with what each rank has for its own rows only")
+            elif dim is None:
+                replicated += at.givens.parameters(n)
+            else:
+                cut, whole = at.along(n, dim, x)
+                pieces.update(cut)
+                replicated += whole
+        return Placed(x, pieces, tuple(dict.fromkeys(replicated)))
+
+    def emit(self, node: fx.Node, part: Part) -> fx.Node:
+        placement = part.at(node)
+        assert isinstance(placement, Shard)
+
+        def argument(n: fx.Node) -> Any:
+            dim = _dim_of(n, node, placement) if n not in part.placements and is_tensor(n) else None
+            return part.argument(n) if dim is None else part.share(n, dim, placement)
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), argument)
+        return part.call(node.target, *args, **kwargs)
+
+
+def _dim_of(operand: fx.Node, node: fx.Node, x: Shard) -> int | None:
+    """The operand's dimension that the result has as its divided one; None if it is broadcast."""
+    dim = x.dim - len(shape_of(node)) + len(shape_of(operand))
+    return dim if dim >= 0 and shape_of(operand)[dim] == shape_of(node)[x.dim] else None
+
+
+@dataclass(frozen=True)
 class Unary:
-    """``f(x)``, and ``x op number``."""
+    """``f(x)``, and ``x op number``, of terms."""
 
     name: str = "elementwise"
-    targets: frozenset[Any] = LINEAR | ZERO_TO_ZERO | ANY
+    targets: frozenset[Any] = LINEAR | ZERO_TO_ZERO | {aten.pow.Tensor_Scalar}
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
         x = at.at(node.args[0])
-        assert not isinstance(x, Local)
-        if isinstance(x, Owned | Shard) or node.target in LINEAR:
-            return Placed(x)
         power = node.target is aten.pow.Tensor_Scalar and float(node.args[1]) > 0  # type: ignore[arg-type]
-        zero = node.target in ZERO_TO_ZERO or power
-        if isinstance(x, Disjoint) and zero:
+        linear = node.target in LINEAR and isinstance(x, Partial | Disjoint)
+        if linear or (isinstance(x, Disjoint) and (power or node.target in ZERO_TO_ZERO)):
+            assert not isinstance(x, Local)
             return Placed(x)
-        return Declined("f of a sum is not the sum of f" if zero else "f(0) is not 0")
+        return Declined("f of a sum is not the sum of f")
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
-        assert isinstance(node.args[0], fx.Node)
-        return part.call(node.target, part.operand(node.args[0]), *node.args[1:], **node.kwargs)
+        return part.copy(node)
 
 
 @dataclass(frozen=True)
 class Binary:
-    """``x + y``, ``x - y``, ``x * y``, ``x / y``."""
+    """``x + y``, ``x - y``, ``x * y``, ``x / y``, of terms."""
 
     name: str = "elementwise pair"
     targets: frozenset[Any] = BINARY
@@ -101,23 +128,18 @@ class Binary:
         additive = node.target in (aten.add.Tensor, aten.sub.Tensor)
         if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
             x = at.at(a if isinstance(a, fx.Node) else b)
-            linear = node.target is aten.mul.Tensor or (node.target is aten.div.Tensor and isinstance(a, fx.Node))
-            zero = linear and isinstance(x, Partial | Disjoint)
-            if not isinstance(x, Local) and (isinstance(x, Owned | Shard) or zero):
+            if isinstance(x, Partial | Disjoint) and not additive and (isinstance(a, fx.Node) or _is_product(node)):
                 return Placed(x)
             return Declined("a number added to each rank's term would be added several times")
         x, y = at.at(a), at.at(b)
-        if (weighted := _with_weight(node, at)) is not None:
-            return weighted
-        if not isinstance(x, Local) and not isinstance(y, Local):
-            if same := _same_division(node, x, y):
-                return Placed(same)
-            if isinstance(x, Disjoint) and x == y and shape_of(a) == shape_of(b):
-                if additive or node.target is aten.mul.Tensor:
-                    return Placed(x)
-                return Declined("0 / 0 on the rows that a rank does not own")
+        if (scaled := _with_given(node, at)) is not None:
+            return scaled
+        if isinstance(x, Disjoint) and x == y and shape_of(a) == shape_of(b):
+            if additive or _is_product(node):
+                return Placed(x)
+            return Declined("0 / 0 on the rows that a rank does not own")
         if not additive:
-            return Declined("a product of values that are divided differently")
+            return Declined(_why_no_product(x, y))
         result = shape_of(node)
         ranks: set[int] = set()
         local = False
@@ -126,7 +148,7 @@ class Binary:
                 local = True
                 continue
             if isinstance(placement, Shard):
-                return Declined("a sum of values that are divided differently")
+                return Declined("a sum of a divided value and one that is not divided alike")
             if shape_of(operand) != result:
                 return Declined("a term that is broadcast")
             ranks.update(ranks_of(placement))
@@ -136,11 +158,10 @@ class Binary:
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
         a, b = node.args
         if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
-            x, y = (part.operand(v) if isinstance(v, fx.Node) else v for v in (a, b))
-            return part.call(node.target, x, y, **node.kwargs)
+            return part.copy(node)
+        if node.target not in (aten.add.Tensor, aten.sub.Tensor):
+            return part.copy(node)
         x, y = part.operand(a), part.operand(b)
-        if (weight := _weight_of(node, part.program)) is not None and not _is_term(node, part.at(node)):
-            x, y = (part.weight(n) if n is weight else part.operand(n) for n in (a, b))
         if x is not None and y is not None:
             return part.call(node.target, x, y, **node.kwargs)
         if x is None:
@@ -155,57 +176,28 @@ class Binary:
         return x
 
 
-def _weight_of(node: fx.Node, program: Program) -> fx.Node | None:
-    """The operand that is a parameter or a constant, if one is."""
-    return next((n for n in node.args if isinstance(n, fx.Node) and _is_weight(program, n)), None)
+def _is_product(node: fx.Node) -> bool:
+    return node.target is aten.mul.Tensor
 
 
-def _is_weight(program: Program, node: fx.Node) -> bool:
-    source = program.source(node)
-    return source is not None and source.kind in ("parameter", "constant")
+def _why_no_product(x: Placement, y: Placement) -> str:
+    if isinstance(x, Local) or isinstance(y, Local):
+        return "a product with what each rank has for its own rows only"
+    if isinstance(x, Partial | Disjoint) or isinstance(y, Partial | Disjoint):
+        return "a product of sums is not the sum of products"
+    return "a product of values that different ranks have"
 
 
-def _is_term(node: fx.Node, placement: Placement) -> bool:
-    """Whether a weight is added to a sum of ranks' terms: it is the term of each rank's own rows."""
-    return node.target in (aten.add.Tensor, aten.sub.Tensor) and isinstance(placement, Partial)
-
-
-def _with_weight(node: fx.Node, at: Situation) -> Placed | Declined | None:
-    """The answer for a value and a parameter (or a constant); None for other pairs, and for a sum with terms."""
-    weight = _weight_of(node, at.program)
-    if weight is None:
-        return None
+def _with_given(node: fx.Node, at: Situation) -> Placed | Declined | None:
+    """The answer for terms that a given value multiplies; None for other pairs."""
     a, b = node.args
     assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
-    x_node = b if weight is a else a
-    x, name = at.at(x_node), at.program.parameter(weight)
-    names = () if name is None else (name,)
-    if isinstance(x, Local):
+    x_node, other = (a, b) if a in at.placements else (b, a)
+    x = at.at(x_node)
+    if not isinstance(x, Partial | Disjoint) or not at.given(other, x):
         return None
-    if isinstance(x, Owned):
-        return with_owner(at, x, [weight] if name is not None else [])
-    if isinstance(x, Partial | Disjoint):
-        if node.target is aten.mul.Tensor or (node.target is aten.div.Tensor and weight is b):
-            whole = isinstance(x, Disjoint) and shape_of(x_node) == shape_of(node)
-            return Placed(x if whole else Partial(ranks_of(x), has_local(x)), replicated=names)
-        return None if node.target in (aten.add.Tensor, aten.sub.Tensor) else Declined("a sum divides nothing")
-    if len(shape_of(x_node)) != len(shape_of(node)) or shape_of(x_node)[x.dim] != shape_of(node)[x.dim]:
-        return Declined("what ranks divide is broadcast")
-    dim = x.dim - (len(shape_of(node)) - len(shape_of(weight)))
-    if dim < 0 or shape_of(weight)[dim] == 1:
-        return Placed(x, replicated=names)
-    if name is None or at.colocatable(weight) is None:
-        return Declined("the weight is used elsewhere too, so it can't be cut to follow the value")
-    shape = tuple(at.program.parameters[name].shape)
-    return Placed(x, {name: Pieces(shape, dim, ranges_of(x.segments), at.ranks)})
-
-
-def _same_division(node: fx.Node, x: Region, y: Region) -> Region | None:
-    """The placement of both operands if corresponding elements are on the same rank."""
-    if isinstance(x, Owned) and x == y:
-        return x
-    if isinstance(x, Shard) and x == y:
-        shapes = [shape_of(n) for n in node.args]  # type: ignore[arg-type]
-        if len(shapes[0]) == len(shapes[1]) and shapes[0][x.dim] == shapes[1][x.dim]:
-            return x
-    return None
+    if _is_product(node) or (node.target is aten.div.Tensor and other is b):
+        whole = isinstance(x, Disjoint) and shape_of(x_node) == shape_of(node)
+        names = at.givens.parameters(other)
+        return Placed(x if whole else Partial(ranks_of(x), has_local(x)), replicated=names)
+    return None if node.target in (aten.add.Tensor, aten.sub.Tensor) else Declined("a sum divides nothing")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from descompiler.placement import Disjoint, Owned, Partial, Shard
+from descompiler.placement import Disjoint, Partial, Shard
 from descompiler.program import aten, shape_of
 from descompiler.rule import Declined, Part, Placed, Situation
 
@@ -26,7 +26,7 @@ class Expand:
         if len(before) != len(after) or before[0] != after[0]:
             return Declined("adds dimensions, or rows")
         grown = [d for d, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
-        if isinstance(x, Owned | Partial):
+        if isinstance(x, Partial):
             return Placed(x)
         if isinstance(x, Disjoint):
             key = ("expand", x.key, tuple(map(str, after)), str(node.target))

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from descompiler.passes.rule_linear import with_owner
-from descompiler.placement import Disjoint, Owned, Partial, Shard
+from descompiler.placement import Disjoint, Partial, Shard
 from descompiler.program import aten, shape_of, signature
 from descompiler.rule import Declined, Part, Placed, Situation
 
@@ -49,13 +48,11 @@ class Independent:
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
         x, dims = at.at(node.args[0]), along(node)
         weights = [n for n in node.all_input_nodes if n is not node.args[0]]
-        names = tuple(at.program.parameter(n) or "" for n in weights)
-        if not all(names):
-            return Declined("its weight is computed")
+        if not all(n in at.givens.constants for n in weights):
+            return Declined("its weight depends on the batch, or is a table")
+        names = tuple(name for n in weights for name in at.givens.parameters(n))
         if dims is None or 0 in dims:
             return Declined("mixes the rows of the batch, or what it mixes is not known")
-        if isinstance(x, Owned):
-            return with_owner(at, x, weights)
         if isinstance(x, Disjoint) and node.target in ZERO_TO_ZERO and min(dims, default=x.lead) >= x.lead:
             return Placed(x, replicated=names)
         if isinstance(x, Partial | Disjoint):
@@ -69,10 +66,7 @@ class Independent:
         return Placed(Shard(x.dim - before, x.segments), replicated=names)
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
-        args, kwargs = fx.map_arg(
-            (node.args, node.kwargs), lambda n: part.operand(n) if n is node.args[0] else part.weight(n)
-        )
-        return part.call(node.target, *args, **kwargs)
+        return part.copy(node)
 
 
 def along(node: fx.Node) -> set[int] | None:

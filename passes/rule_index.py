@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from descompiler.placement import LOCAL, Disjoint, Owned, Partial, Segment, Shard, shard
+from descompiler.placement import LOCAL, Disjoint, Partial, Segment, Shard, shard
 from descompiler.program import Program, aten, shape_of
 from descompiler.rule import Declined, Part, Placed, Situation
 
@@ -28,7 +28,7 @@ class IndexSelect:
             return Declined("selects rows of the batch")
         if chosen is None:
             return Declined("selects by computed positions")
-        if isinstance(x, Owned | Partial):
+        if isinstance(x, Partial):
             return Placed(x)
         if isinstance(x, Disjoint):
             return Placed(x if dim >= x.lead else Disjoint(x.ranks, ("index", x.key, dim, tuple(chosen)), x.lead))
@@ -44,7 +44,7 @@ class IndexSelect:
         assert isinstance(node.args[0], fx.Node) and isinstance(node.args[2], fx.Node)
         x, dim, operand = part.at(node.args[0]), _dim(node), part.operand(node.args[0])
         if not isinstance(x, Shard) or x.dim != dim:
-            return part.call(aten.index_select.default, operand, dim, part.weight(node.args[2]))
+            return part.call(aten.index_select.default, operand, dim, part.given(node.args[2]))
         owners, chosen = _owners(x), _chosen(part.program, node)
         assert chosen is not None
         mine = [i for i, owner in enumerate(owners) if owner == part.owner]

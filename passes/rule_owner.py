@@ -1,46 +1,48 @@
-"""owner: ``f(x@r, y@r)  -->  f(x, y)@r``
+"""owner: ``f(x@r, y@r, W)  -->  f(x, y, W@r)@r``
 
-Any operator whose tensors all have one owner is computed there, on the global batch. It pays where the result is
-narrower than what it was made from.
+Any operator whose values all have one owner is computed there, on the global batch: sequence encoders, norms,
+attention, gates. Parameters that nobody else uses move to the owner and need no all-reduce. It pays where the result is
+narrower than what it was made from: a sequence's encoding against its items.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import fx
 
+from descompiler.pieces import Pieces
 from descompiler.placement import Owned
-from descompiler.program import aten, is_tensor, rowwise
-from descompiler.rule import Declined, Part, Placed, Situation
-
-ON_OWNER = frozenset(
-    {
-        aten.maximum.default,
-        aten.minimum.default,
-        aten.flip.default,
-        aten.cosine_similarity.default,
-    }
-)
+from descompiler.program import aten
+from descompiler.rule import NO_RULE, Declined, Part, Placed, Situation
 
 
 @dataclass(frozen=True)
 class OnOwner:
-    """Operators without a rule of their own, on values of one owner."""
+    """Operators on values of one owner."""
 
     name: str = "owner"
-    targets: frozenset[Any] = ON_OWNER
+    targets: None = None
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
-        tensors = [n for n in node.all_input_nodes if is_tensor(n)]
-        places = {at.at(n) for n in tensors}
-        first = next(iter(places))
-        if len(places) == 1 and isinstance(first, Owned) and rowwise(at.program, node):
-            return Placed(first)
-        return Declined(f"no rule for values that are {', '.join(sorted(map(str, places)))}")
+        values = {at.at(n) for n in node.all_input_nodes if n in at.placements}
+        owner = next(iter(values))
+        if len(values) > 1 or not isinstance(owner, Owned):
+            return Declined(NO_RULE)
+        if node.target is aten.batch_norm.default:
+            return Declined("its running statistics are kept by every rank")
+        pieces: dict[str, Pieces] = {}
+        replicated: list[str] = []
+        for n in node.all_input_nodes:
+            if n in at.placements or n in at.givens.sized:
+                continue
+            if not at.given(n, owner):
+                return Declined("an operand that each rank has for its own rows only")
+            if (moved := at.to_owner(n, owner)) is not None:
+                pieces.update(moved)
+            else:
+                replicated += at.givens.parameters(n)
+        return Placed(owner, pieces, tuple(dict.fromkeys(replicated)))
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), part.operand)
-        return part.call(node.target, *args, **kwargs)
+        return part.copy(node)

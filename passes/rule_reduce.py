@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from descompiler.placement import Disjoint, Owned, Partial, Shard
+from descompiler.placement import Disjoint, Partial, Shard
 from descompiler.program import aten, shape_of, signature
 from descompiler.rule import Declined, Part, Placed, Situation
 
@@ -26,7 +26,7 @@ class Reduce:
         x, dims, keep = at.at(node.args[0]), _dims(node), signature(node)["keepdim"]
         if not dims or 0 in dims:
             return Declined("sums over the batch")
-        if isinstance(x, Owned | Partial):
+        if isinstance(x, Partial):
             return Placed(x)
         if isinstance(x, Disjoint):
             return Placed(x if min(dims) >= x.lead else Partial(x.ranks))

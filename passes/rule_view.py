@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from descompiler.placement import LOCAL, Disjoint, Owned, Partial, Region, Segment, Shard, shard
+from descompiler.placement import LOCAL, Disjoint, Partial, Region, Segment, Shard, shard
 from descompiler.program import aten, shape_of, signature, tail
 from descompiler.rule import Declined, Part, Placed, Situation
 
@@ -40,7 +40,7 @@ class Reshape:
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
         x, before, after = at.at(node.args[0]), tail(node.args[0]), tail(node)  # type: ignore[arg-type]
-        if isinstance(x, Owned | Partial):
+        if isinstance(x, Partial):
             return Placed(x)
         if isinstance(x, Disjoint):
             if before[: x.lead - 1] == after[: x.lead - 1]:
@@ -96,7 +96,7 @@ class Permute:
             return Placed(Shard(order.index(x.dim), x.segments))
         if isinstance(x, Disjoint):
             return Placed(Disjoint(x.ranks, ("permute", x.key, tuple(order), x.lead), len(order)))
-        assert isinstance(x, Owned | Partial)
+        assert isinstance(x, Partial)
         return Placed(x)
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
@@ -126,7 +126,7 @@ class Narrow:
         if dim == 0:
             return Declined("selects rows of the batch")
         drops = node.target is aten.select.int
-        if isinstance(x, Owned | Partial):
+        if isinstance(x, Partial):
             return Placed(x)
         if isinstance(x, Disjoint):
             if dim >= x.lead:

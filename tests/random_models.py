@@ -6,6 +6,7 @@ region and from operators that have no rule.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ CONSUMERS: dict[str, tuple[str, str]] = {
         "self.{n}(e)",
     ),
     "batch norm in front": ("self.{n} = nn.BatchNorm1d({F} * {D})", "self.{n}(e).sum(1, keepdim=True)"),
-    "layer norm": ("self.{n} = nn.LayerNorm({D})", "self.{n}(v).sum(1)"),
+    "layer norm": ("self.{n} = nn.LayerNorm({D})", "self.{n}(v).tanh().sum(1)"),
     "linear of each field": ("self.{n} = nn.Linear({D}, 3)", "torch.relu(self.{n}(v)).sum(1)"),
     "linear of the sum": ("self.{n} = nn.Linear({D}, 3, bias=False)", "self.{n}(v.sum(1))"),
     "inner products": ("", "torch.bmm(v, v.transpose(1, 2)).flatten(1)"),
@@ -87,7 +88,44 @@ CONSUMERS: dict[str, tuple[str, str]] = {
     "recurrent": ("self.{n} = nn.GRU({D}, 3, batch_first=True)", "self.{n}(v)[0].sum(1)"),
     "sorted": ("", "v.sort(-1).values.sum(1)"),
     "cumulative": ("", "v.cumsum(1).tanh().sum(1)"),
+    # of a history h [b, 4, D] of items, its mask m [b, 4] (ids that are not 0), and a target t [b, D]: one table
+    "recurrent history": ("self.{n} = nn.GRU({D}, 3, batch_first=True)", "self.{n}(h)[1].squeeze(0)"),
+    "recurrent history, all states": (
+        "self.{n} = nn.LSTM({D}, 2, num_layers=2, bidirectional=True, batch_first=True)",
+        "(self.{n}(h)[0] * m.unsqueeze(-1)).sum(1)",
+    ),
+    "encoded history": (
+        "self.{n} = nn.TransformerEncoderLayer({D}, 1, 5, dropout=0.0, batch_first=True)",
+        "self.{n}(h, src_key_padding_mask=~m & (m.sum(1, keepdim=True) > 0))[:, -1]",
+    ),
+    "masked attention": (
+        "self.{n} = nn.Linear({D}, {D})",
+        "(torch.softmax((self.{n}(h) * t.unsqueeze(1)).sum(-1).masked_fill(~m, -1e9), 1).unsqueeze(-1) * h).sum(1)",
+    ),
+    "activation unit": (
+        "self.{n} = nn.Sequential(nn.Linear(4 * {D}, 3), nn.PReLU(), nn.Linear(3, 1))",
+        "(self.{n}(torch.cat([t.unsqueeze(1).expand_as(h), h, t.unsqueeze(1) - h, h * h], -1)) * h).sum(1)",
+    ),
+    "masked mean of a history": ("", "(h * m.unsqueeze(-1)).sum(1) / (m.sum(1, keepdim=True) + 1)"),
+    "masked elements": ("", "torch.where(m.unsqueeze(-1), h, h.square()).tanh().sum(1)"),
+    "largest of a history": ("", "h.masked_fill(~m.unsqueeze(-1), -2).max(1).values"),
+    "gated history": (
+        "self.{n} = nn.Linear({D}, {D}); self.{n}n = nn.LayerNorm({D})",
+        "self.{n}n(torch.sigmoid(self.{n}(h)) * h).mean(1) + t",
+    ),
+    "cosine of a history": ("", "F.cosine_similarity(h.mean(1), t, dim=-1).unsqueeze(1)"),
+    "last of a history": ("", "h.gather(1, (m.sum(1).clamp(min=1) - 1).view(-1, 1, 1).expand(-1, 1, {D})).squeeze(1)"),
+    "scalar weight": ("self.{n} = nn.Parameter(torch.tensor(0.3))", "h[:, 0] * self.{n}"),
+    "shared weight": ("self.{n} = nn.Linear({D}, 3)", "self.{n}(u) + self.{n}(v[:, -1])"),
+    "computed weight": ("self.{n} = nn.Parameter(torch.randn(3, {D}))", "F.linear(u, F.normalize(self.{n}, dim=1))"),
 }
+
+HISTORY = ["h, t = self.items(history), self.items(target)", "m = history != 0"]
+"""What consumers of a history start with."""
+
+
+def _of_history(consumer: str) -> bool:
+    return re.search(r"\b[hmt]\b", CONSUMERS[consumer][1].replace("'", "")) is not None
 
 
 @dataclass(frozen=True)
@@ -188,7 +226,9 @@ def cases(draw: Any, forms: tuple[str, ...]) -> Case:
     names = draw(st.lists(st.sampled_from(sorted(CONSUMERS)), min_size=1, max_size=3, unique=True))
     several = draw(st.booleans())
     activation = draw(st.sampled_from(["", "torch.sigmoid", "torch.tanh"]))
-    text = _lines(init, parts, inputs, names, (fields, dim), activation, several)
+    if any(map(_of_history, names)):
+        plan["items.weight"] = draw(st.sampled_from(forms))
+    text = _lines(init, parts, inputs, names, (fields, dim), activation, several, sparse)
     chosen = None if draw(st.integers(0, 3)) == 0 else plan
     optimizer = draw(st.sampled_from(["sgd", "adagrad", "adam"])) if not sparse else "sparse_adam"
     return Case(text, draw(st.sampled_from([2, 2, 3])), chosen, optimizer, tuple(names))
@@ -202,14 +242,25 @@ def _lines(
     sizes: tuple[int, int],
     activation: str,
     several: bool,
+    sparse: bool = False,
 ) -> str:
     """The text of a model: modules, fields' vectors, inputs, consumers, (F, D), what each term goes through."""
-    terms = []
+    terms: list[str] = []
+    body = [f"v = torch.stack([{', '.join(parts)}], 1)", "e, u = v.flatten(1), v[:, 0]"]
+    if any(map(_of_history, names)):
+        body += HISTORY
+        init = [*init, f"self.items = nn.Embedding(9, {sizes[1]}, sparse={sparse})"]
+        inputs = [
+            *inputs,
+            ("history", f"torch.randint(9, ({ROWS}, 4), generator=g)"),
+            ("target", f"torch.randint(9, ({ROWS},), generator=g)"),
+        ]
+    if all(map(_of_history, names)):
+        names = [*names, "sum of fields"]  # a model uses all its tables
     for i, name in enumerate(names):
         module, expression = (s.format(n=f"c{i}", F=sizes[0], D=sizes[1]) for s in CONSUMERS[name])
         init = [*init, module] if module else init
         terms.append(f"({expression}).sum(1)  # {name}")
-    body = [f"v = torch.stack([{', '.join(parts)}], 1)", "e, u = v.flatten(1), v[:, 0]"]
     body += [f"y{i} = {t}" for i, t in enumerate(terms)]
     total = [f"{activation}(y{i})" for i in range(len(terms))]
     body.append(f"return {', '.join(total)}" if several else f"return {' + '.join(total)}")

@@ -144,6 +144,45 @@ class MaskedSum(nn.Module):
         return (self.table(ids) * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
+class History(nn.Module):
+    """Attention of a target to a masked history: on the items' owner, which makes the mask from the ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear = nn.Embedding(6, 4), nn.Linear(4, 4)
+
+    def forward(self, ids: Tensor, target: Tensor) -> Tensor:
+        h, mask = self.table(ids), ids != 0
+        scores = (torch.sigmoid(self.linear(h)) * self.table(target).unsqueeze(1)).sum(-1)
+        return (torch.softmax(scores.masked_fill(~mask, -1e9), 1).unsqueeze(-1) * h).sum(1)
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        return torch.tensor([[0, 1], [2, 3], [4, 4]]), torch.tensor([1, 2, 0])
+
+
+class Recurrent(Tables):
+    """Two results of one operator, one with the batch in its second dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(2, 3, batch_first=True)
+
+    def f(self, a, b, dense):
+        states, last = self.gru(a.reshape(a.shape[0], 2, 2))
+        return states.sum(1) + last.squeeze(0)
+
+
+class SharedWeight(Tables):
+    """A weight that two nodes use is not cut: each rank takes its columns of the whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(4, 2), nn.Parameter(torch.ones(4))
+
+    def f(self, a, b, dense):
+        return self.linear(torch.where(a > 0, a * self.scale, a)) + self.linear(b - self.scale)
+
+
 class Bag(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -204,6 +243,10 @@ CASES = [
     (Centre, "row"),
     (InBatch, "field"),
     (MaskedSum, "row"),
+    (History, "field"),
+    (History, "row"),
+    (Recurrent, "field"),
+    (SharedWeight, "column"),
     (Bag, "row"),
     (Bag, "column"),
     (Offsets, "field"),
@@ -216,7 +259,7 @@ CASES = [
 
 def text_of(model: nn.Module, form: str) -> str:
     """The program with placements, and the program of every rank, for one form of all tables."""
-    inputs = (torch.tensor([[0, 1], [2, 3], [4, 4]]), torch.ones(3, 3))
+    inputs = getattr(model, "inputs", lambda: (torch.tensor([[0, 1], [2, 3], [4, 4]]), torch.ones(3, 3)))()
     program, _ = capture(blueprint(model), inputs, passes=NORMALISE)
     operators = find_operators(program)
     splits = assign(operators, {o.name: form for o in operators}, RANKS)
@@ -227,7 +270,7 @@ def text_of(model: nn.Module, form: str) -> str:
     marks |= {n: f"declined: {reason}" for n, reason in candidates.declined.items()}
     text = "before\n" + canonical(program, marks)
     for rank in range(RANKS):
-        emitted = emit(program, operators, splits, pieces, candidates, cut, RULES, rank, RANKS)
+        emitted = emit(program, operators, splits, pieces, candidates, cut, rank, RANKS)
         sources = dict(
             zip([n.name for n in emitted.module.graph.nodes if n.op == "placeholder"][1:], emitted.sources, strict=True)
         )
