@@ -258,9 +258,10 @@ def is_random(node: fx.Node) -> bool:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Whether a call changes nothing: no buffer, no running statistics."""
+    """Whether a call is known to change nothing: no buffer, no running statistics, no state of a user's forward."""
     schema = getattr(node.target, "_schema", None)
-    return not (schema is not None and schema.is_mutable) and node.target is not aten.batch_norm.default
+    writes = (schema is not None and schema.is_mutable) or node.target is aten.batch_norm.default
+    return not writes and not isinstance(node.target, Leaf)
 
 
 def user_line(node: fx.Node) -> str:

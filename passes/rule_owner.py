@@ -13,7 +13,7 @@ from torch import fx
 
 from descompiler.pieces import Pieces
 from descompiler.placement import Owned
-from descompiler.program import aten
+from descompiler.program import is_pure
 from descompiler.rule import NO_RULE, Declined, Part, Placed, Situation
 
 
@@ -29,8 +29,8 @@ class OnOwner:
         owner = next(iter(values))
         if len(values) > 1 or not isinstance(owner, Owned):
             return Declined(NO_RULE)
-        if node.target is aten.batch_norm.default:
-            return Declined("its running statistics are kept by every rank")
+        if not is_pure(node):
+            return Declined("every rank runs it, for what it keeps: running statistics, a user's own state")
         pieces: dict[str, Pieces] = {}
         replicated: list[str] = []
         for n in node.all_input_nodes:
