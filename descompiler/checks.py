@@ -89,7 +89,7 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> No
             raise CaptureError(
                 f"the captured graph does not reproduce output {i} of the model on {len(tensors[0])} rows"
             )
-    sizes = [float(g.to_dense().abs().max()) for g in eager_gradients if g is not None and g.numel()]
+    sizes = [float(g.to_dense().nan_to_num().abs().max()) for g in eager_gradients if g is not None and g.numel()]
     rounding = ROUNDING_FLOAT64 * max(sizes, default=0.0)
     for name, before, after in zip(params, eager_gradients, graph_gradients, strict=True):
         dense = [torch.zeros_like(params[name]) if g is None else g.to_dense() for g in (before, after)]

@@ -239,6 +239,7 @@ def _distribute_in_part(
         seen.outputs,
         spare,
         in_place=host is not None,
+        coupled=bool(seen.coupled),
     )
 
 
@@ -442,8 +443,9 @@ class Builder:
         flags = {n: m.training for n, m in self.template.named_modules()} if training is None else training
         key = tuple(flags.items())
         if key not in self._captured:
-            # an evaluation program is first wanted where the user has gradients off; the checks need them
-            with torch.inference_mode(False), torch.enable_grad():
+            # an evaluation program is first wanted where the user has gradients off; the checks need them, and random
+            # weights may give NaN, which is compared, and which the user's anomaly detection must not stop
+            with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_detect_anomaly(False):
                 self._captured[key] = capture(
                     self.template, self.example_inputs, training=flags, passes=NORMALISE, method=self.method
                 )

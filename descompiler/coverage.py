@@ -49,11 +49,14 @@ class Coverage:
     failures : tuple of Failure
         Why each rung before failed.
     parameters : tuple of Covered
+    note : str
+        What else every rank has to compute for want of a graph; empty if nothing.
     """
 
     rung: str
     failures: tuple[Failure, ...]
     parameters: tuple[Covered, ...]
+    note: str = ""
 
     @property
     def left_whole(self) -> list[Covered]:
@@ -62,17 +65,17 @@ class Coverage:
         return sorted(found, key=lambda p: -p.size_bytes)
 
     def warning(self) -> str | None:
-        """What to warn about; None if nothing weights-rich is left whole for want of a form."""
+        """What to warn about; None if nothing weights-rich is left whole for want of a form, and there is no note."""
         whole = self.left_whole
-        if not whole:
-            return None
         names = "; ".join(f"{p.name!r} ({p.size_bytes:,} B: {p.why})" for p in whole)
         total = sum(p.size_bytes for p in whole)
-        return f"left whole on every rank, {total:,} B: {names}"
+        texts = [self.note, f"left whole on every rank, {total:,} B: {names}" if whole else ""]
+        return "; ".join(filter(None, texts)) or None
 
     def __str__(self) -> str:
         lines = [f"captured by: {self.rung}"]
         lines += [f"  not by {f}" for f in self.failures]
+        lines += [f"  {self.note}"] if self.note else []
         for p in self.parameters:
             lines.append(f"{p.name}  {p.size_bytes:,} B  {p.form} ({p.rung})")
             if p.why:

@@ -13,7 +13,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from descompiler.inputs import adapt
 
 _MEANT = ContextVar("_MEANT", default=False)
 
@@ -24,26 +28,64 @@ class InDouble(TorchFunctionMode):
     >>> with InDouble():
     ...     torch.arange(2).float().dtype, torch.zeros(2).dtype, torch.ones(2, dtype=torch.float32).dtype
     (torch.float64, torch.float64, torch.float64)
+    >>> with InDouble():
+    ...     torch.FloatTensor([1]).dtype, torch.ones(2).type(torch.FloatTensor).dtype, torch.ones(2).cfloat().dtype
+    (torch.float64, torch.float64, torch.complex128)
     """
 
     def __enter__(self) -> InDouble:
-        self._default = torch.get_default_dtype()
+        self._before = torch.get_default_dtype(), torch.FloatTensor
         torch.set_default_dtype(torch.float64)
+        torch.FloatTensor = torch.DoubleTensor  # type: ignore[misc, assignment] # a constructor, which no mode sees
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        torch.set_default_dtype(self._default)
+        dtype, torch.FloatTensor = self._before  # type: ignore[misc]
+        torch.set_default_dtype(dtype)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
+        func = _WIDER_METHODS.get(func, func)
         return func(*map(_double, args), **{k: _double(v) for k, v in (kwargs or {}).items()})
 
 
+_WIDER_METHODS = {
+    torch.Tensor.float: torch.Tensor.double,
+    torch.Tensor.cfloat: torch.Tensor.cdouble,  # type: ignore[attr-defined]
+}
+_WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128, "torch.FloatTensor": torch.float64}
+
+
 def _double(x: Any) -> Any:
-    return torch.float64 if x is torch.float32 else x
+    return _WIDER.get(x, x) if isinstance(x, torch.dtype | str) else x
+
+
+def widen(x: Tensor) -> Tensor:
+    """A float32 or complex64 tensor in twice the precision, others as they are."""
+    return x.to(_WIDER.get(x.dtype, x.dtype))
+
+
+def widen_attributes(model: nn.Module) -> None:
+    """Tensors that modules hold as plain attributes (adjacency matrices, features), in float64: ``double`` skips them.
+
+    >>> module = nn.Linear(1, 1).double()
+    >>> module.features = [torch.ones(2), {"item": torch.eye(2).to_sparse()}]
+    >>> widen_attributes(module)
+    >>> module.features[0].dtype, module.features[1]["item"].dtype
+    (torch.float64, torch.float64)
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            nested = pytree.tree_map(adapt, value)
+            if any(_is_narrow(x) for x in pytree.tree_leaves(nested)):
+                vars(module)[name] = pytree.tree_map(lambda x: widen(x) if _is_narrow(x) else x, nested)
+
+
+def _is_narrow(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype in _WIDER and not isinstance(x, nn.Parameter) and not x.requires_grad
 
 
 @contextmanager

@@ -132,12 +132,13 @@ _DATACLASS = Adapter(_flatten_dataclass, _unflatten_dataclass)
 _DICT = Adapter(lambda x: (list(x.values()), (type(x), tuple(x))), _unflatten_dict)
 
 
-def _adapt(leaf: Any) -> Any:
+def adapt(leaf: Any) -> Any:
+    """An instance of a known class as a pytree node, other leaves as they are."""
     adapter = _adapter_of(leaf)
     if adapter is None:
         return leaf
     children, context = adapter.flatten(leaf)
-    return _Adapted(adapter, type(leaf), [pytree.tree_map(_adapt, c) for c in children], context)
+    return _Adapted(adapter, type(leaf), [pytree.tree_map(adapt, c) for c in children], context)
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -148,7 +149,7 @@ def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
     InputError
         For an object that is no tensor, no static value and of no known class.
     """
-    leaves, spec = pytree.tree_flatten(pytree.tree_map(_adapt, tree))
+    leaves, spec = pytree.tree_flatten(pytree.tree_map(adapt, tree))
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, (Tensor, *STATIC)) and not inspect.isroutine(leaf):
             raise InputError(_how_to_register(i, leaf))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,10 +20,11 @@ from descompiler.emit import Emitted
 from descompiler.errors import InputError
 from descompiler.inputs import Signature, flatten, split_statics, unflatten_with
 from descompiler.layout import Counts
+from descompiler.partial import MEAN, ROWS, SAME, SUM
 from descompiler.pieces import Pieces
 from descompiler.plan import Plan
 from descompiler.rows import Rows
-from descompiler.runtime import Runtime
+from descompiler.runtime import Runtime, scale_grad
 from descompiler.substitute import Finish, Keeper, SynchroniseNorms, substitute
 from descompiler.traffic import Traffic
 
@@ -388,8 +391,10 @@ class PartialModule(DistributedModule):
         spare: tuple[tuple[Any, ...], dict[str, Any]],
         *,
         in_place: bool = False,
+        coupled: bool = False,
     ):
         super().__init__(template, plan, None, runtime, None, values, buffers, coverage, host, in_place=in_place)
+        self._coupled = coupled
         self._outputs, self._means_double = tuple(outputs), is_double_meant()
         self._spare = spare  # one row of inputs
         vars(self)["_call"] = call  # perhaps the host itself, which is no submodule
@@ -404,17 +409,18 @@ class PartialModule(DistributedModule):
         reference = next(self.parameters(), torch.zeros(()))
         runtime.device, runtime.wire_dtype = reference.device, reference.dtype
         flags = "".join(str(int(f)) for f in self._training_flags())
+        mode = f"training flags {flags}, gradients {torch.is_grad_enabled()}"
         try:
+            if self._coupled and runtime.ranks > 1:
+                return self._run_global_batch(args, kwargs, mode)
             out, spare = self._run_host(args, kwargs)
             leaves, spec = flatten(out)
             tensors, statics = split_statics(leaves)
-            if len(tensors) != len(self._outputs):
-                raise InputError(f"forward returned {len(tensors)} tensors, and {len(self._outputs)} on example_inputs")
+            self._check_outputs(tensors)
             rows = 0 if spare else _rows_of(tensors, self._outputs, (args, kwargs))
             if spare:
-                drop = {"rows": lambda x: x[:0], "mean": lambda x: x * 0, "sum": lambda x: x * 0, "same": lambda x: x}
+                drop = {ROWS: lambda x: x[:0], MEAN: lambda x: x * 0, SUM: lambda x: x * 0, SAME: lambda x: x}
                 tensors = [drop[kind](x) for x, kind in zip(tensors, self._outputs, strict=True)]
-            mode = f"training flags {flags}, gradients {torch.is_grad_enabled()}"
             keeper.agree(f"the end of forward, {mode}", "end", rows=rows)
         except Exception as error:
             if not keeper.failed:  # the other ranks wait at their next agreement: tell them, then everyone raises
@@ -423,14 +429,57 @@ class PartialModule(DistributedModule):
         tensors = [self._output(x, kind) for x, kind in zip(tensors, self._outputs, strict=True)]
         return unflatten_with(self._finishing(tensors), spec, statics)
 
+    def _check_outputs(self, tensors: Sequence[Tensor]) -> None:
+        if len(tensors) != len(self._outputs):
+            raise InputError(f"forward returned {len(tensors)} tensors, and {len(self._outputs)} on example_inputs")
+
+    def _run_global_batch(self, args: Any, kwargs: Any, mode: str) -> Any:
+        """The user's forward on the batch of all ranks, because its rows depend on each other.
+
+        It is one computation that every rank repeats: random numbers are the same, and so are the gradients, which are
+        a share of the ranks' each, so that their sum over ranks, divided as every parameter's, is the original's.
+        """
+        runtime, keeper = self._runtime, self._keeper
+        leaves, spec = flatten((args, kwargs))
+        tensors, statics = split_statics(leaves)
+        sizes = {x.shape[0] if x.dim() else None for x in tensors}
+        problem = None if len(sizes) == 1 and None not in sizes else f"the inputs' sizes of dim 0 are {sizes}, not one"
+        rows = tensors[0].shape[0] if problem is None else 0
+        keeper.agree(f"the start of forward, {mode}", rows=rows, problem=problem)
+        args, kwargs = unflatten_with(self._gathered(tensors), spec, statics)
+        arithmetic = InDouble if self._means_double else nullcontext
+        with arithmetic():
+            out = runtime.draw(0, with_seeded_libraries, vars(self)["_call"], *args, **kwargs)
+        leaves, spec = flatten(out)
+        tensors, statics = split_statics(leaves)
+        self._check_outputs(tensors)
+        keeper.agree("the end of forward", "end", rows=rows)
+        outputs = []
+        for x, kind in zip(tensors, self._outputs, strict=True):
+            if x.requires_grad:
+                x = scale_grad(x, 1 / runtime.ranks)
+            outputs.append(runtime.output(runtime.slice_rows(x, 0, 1, 1)) if kind == ROWS else runtime.spread(x))
+        return unflatten_with(self._finishing(outputs), spec, statics)
+
+    def _gathered(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """All ranks' rows of each tensor; one collective for each dtype."""
+        result = list(tensors)
+        for dtype in dict.fromkeys(x.dtype for x in tensors):
+            chosen = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+            # gradients of inputs are, as those of own rows, a rank's and not a share of it
+            mine = [scale_grad(x, self._runtime.ranks) if x.requires_grad else x for x in (tensors[i] for i in chosen)]
+            wholes = self._runtime.gather_rows(mine, [(0, 1, 1)] * len(chosen))
+            result = [wholes[chosen.index(i)] if i in chosen else x for i, x in enumerate(result)]
+        return result
+
     def _output(self, x: Tensor, kind: str) -> Tensor:
         """An output, so that its gradient follows the convention; a scalar of the batch is that of the global one."""
         runtime = self._runtime
-        if kind == "rows":
+        if kind == ROWS:
             return runtime.output(x)
         if runtime.ranks == 1:
             return x
-        share = {"mean": runtime.rows[runtime.rank] / max(sum(runtime.rows), 1), "sum": 1.0, "same": 1 / runtime.ranks}
+        share = {MEAN: runtime.rows[runtime.rank] / max(sum(runtime.rows), 1), SUM: 1.0, SAME: 1 / runtime.ranks}
         # the mean over no rows is nan; backward still has to go through it
         return self._keeper.total(x * share[kind] if share[kind] else x.nan_to_num() * 0, "a scalar output")
 
@@ -454,15 +503,28 @@ class PartialModule(DistributedModule):
     @property
     def output_rows(self) -> tuple[Rows | None, ...]:
         """Where a rank's own rows are in each output tensor; None: it is the global batch's, equal on all ranks."""
-        return tuple(Rows() if kind == "rows" else None for kind in self._outputs)
+        return tuple(Rows() if kind == ROWS else None for kind in self._outputs)
 
     def _program(self) -> Emitted:
         raise InputError("the model was captured in part: its own forward runs, and there is no program to print")
 
 
+def with_seeded_libraries(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call with Python's and NumPy's generators seeded by torch's; they are put back."""
+    states = random.getstate(), np.random.get_state()
+    seed = int(torch.randint(1 << 31, ()))
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
 def _rows_of(tensors: Sequence[Tensor], kinds: Sequence[str], inputs: Any) -> int:
     for x, kind in zip(tensors, kinds, strict=True):
-        if kind == "rows":
+        if kind == ROWS:
             return x.shape[0]
     return next((x.shape[0] for x in split_statics(flatten(inputs)[0])[0] if x.dim()), 0)
 

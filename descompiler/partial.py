@@ -2,14 +2,15 @@
 
 `survey` runs the model (a probe, with random weights) and sees how each parameter is used. Parameters that are only
 looked up are divided by rows and fetched (`descompiler.substitute`); the others stay whole on every rank. What a graph
-would have shown is checked on values: rows of a batch must not depend on each other, batch norm aside.
+would have shown is checked on values: whether rows of a batch depend on each other, batch norm aside. Where they do,
+every rank gathers the inputs of all and runs the global batch: exact, and no faster than one process.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,8 +34,9 @@ from descompiler.probe import CALL, materialise, method_of
 from descompiler.program import Failure
 from descompiler.substitute import DROPOUTS, LOOKUPS, function_name
 
-ROWS, MEAN, SUM, SAME = "rows", "mean", "sum", "same"
-"""What an output is: rows of the batch; or a scalar that is a mean over rows, a sum over rows, or free of the batch."""
+ROWS, MEAN, SUM, SAME, COUPLED = "rows", "mean", "sum", "same", "coupled"
+"""What an output is: rows of the batch; a scalar that is a mean over rows, a sum over rows, or free of the batch; or
+coupled: it combines rows in some other way."""
 
 
 @dataclass
@@ -57,17 +59,26 @@ class Survey:
     uses : dict of str to Use
         By parameter.
     outputs : tuple of str
-        What each tensor that forward returns is: `ROWS`, `MEAN`, `SUM`, `SAME`.
+        What each tensor that forward returns is: `ROWS`, `MEAN`, `SUM`, `SAME`; where ``coupled``, `ROWS` or `COUPLED`.
     rows : int
         Of the example batch; 0 if it is not known.
     unchecked : str
         Why rows could not be checked; empty if they were.
+    coupled : str
+        Which output combines rows, so that every rank has to run the global batch; empty if none does.
+    input_bytes : int
+        Of one row of the inputs.
+    random : bool
+        Whether the outputs depend on random numbers, dropout aside.
     """
 
     uses: dict[str, Use]
     outputs: tuple[str, ...]
     rows: int
     unchecked: str = ""
+    coupled: str = ""
+    input_bytes: int = 0
+    random: bool = False
 
 
 class _Recorder(TorchFunctionMode):
@@ -116,7 +127,7 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
     InputError
         If the model can't run the example inputs.
     UnsupportedError
-        If the rows of a batch depend on each other.
+        If it can't be told which rows of the inputs an output belongs to.
     """
     args, kwargs = normalise_inputs(example_inputs, method_of(template, method))
     double = map_tensors(lambda x: x.double() if x.is_floating_point() else x, (args, kwargs))
@@ -125,10 +136,10 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
     model = materialise(template, device, double=True)
     state = {n: b.clone() for n, b in model.named_buffers()}
 
-    def run(inputs: Any, *, skip_norms: bool) -> tuple[list[Tensor], _Recorder]:
+    def run(inputs: Any, *, skip_norms: bool, seed: int = 11) -> tuple[list[Tensor], _Recorder]:
         for n, b in model.named_buffers():
             b.copy_(state[n])
-        torch.manual_seed(11)
+        torch.manual_seed(seed)
         recorder = _Recorder(model, skip_norms=skip_norms)
         with InDouble() if double_meant else nullcontext(), recorder:
             out = (model if method == CALL else method_of(model, method))(*inputs[0], **inputs[1])
@@ -157,41 +168,77 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
     rows = tensors[0].shape[0] if len(sizes) == 1 else next((o.shape[0] for o in whole if o.dim()), 0)
     if not rows:
         raise UnsupportedError("the inputs differ in dim 0 and forward returns a scalar: its rows are not known")
-    return Survey(recorder.uses, _kinds(double, whole, rows, lambda x: run(x, skip_norms=True)[0]), rows)
+    kinds = _kinds(double, rows, lambda x: run(x, skip_norms=True)[0])
+    if COUPLED not in kinds:
+        return Survey(recorder.uses, kinds, rows)
+    coupled = f"output {kinds.index(COUPLED)}"
+    if len(sizes) != 1 or None in sizes:
+        raise UnsupportedError(
+            f"{coupled} of forward depends on how a batch is divided, no tracer captured the model as "
+            "a graph, and the inputs differ in dim 0, so that ranks' batches can't be put together. Move what combines "
+            "rows into the loss, make forward traceable, or pass padded tensors with one row for each row of the batch"
+        )
+    originals, _ = split_statics(flatten((args, kwargs))[0])
+    row_bytes = sum(x[0].numel() * x.element_size() for x in originals)
+    outputs = _of_the_whole(double, rows, kinds, lambda x: run(x, skip_norms=True)[0])
+    others, _ = run(double, skip_norms=True, seed=12)
+    random = any(not _same(a, b) for a, b in zip(whole, others, strict=True))
+    return Survey(recorder.uses, outputs, rows, "", coupled, row_bytes, random)
 
 
-def _kinds(inputs: Any, whole: list[Tensor], rows: int, run: Any) -> tuple[str, ...]:
-    """What each output is, from the batch, its two halves, and a permutation of it."""
-    if rows < 2:
-        inputs, rows = take_rows(inputs, torch.zeros(2, dtype=torch.int64)), 2
-        whole = run(inputs)
-    half = rows // 2
-    even = take_rows(inputs, torch.arange(2 * half))
-    first, second = (run(take_rows(inputs, torch.arange(a, b))) for a, b in ((0, half), (half, 2 * half)))
-    together = run(even)
-    order = torch.arange(rows).flip(0)
-    turned = run(take_rows(inputs, order))
-    kinds = []
-    for i, (w, t, a, b, p) in enumerate(zip(whole, together, first, second, turned, strict=True)):
+def _of_the_whole(inputs: Any, rows: int, kinds: Sequence[str], run: Any) -> tuple[str, ...]:
+    """What outputs are where every rank runs the global batch: `ROWS` if dim 0, and no other, follows its size."""
+    sizes = (rows, 2 * rows)
+    small, large = (run(take_rows(inputs, torch.arange(n) % rows)) for n in sizes)
 
-        def same(x: Tensor, y: Tensor) -> bool:
-            return x.shape == y.shape and relative_error(x.double(), y.double()) <= TOLERANCE_FLOAT64
+    def follows(a: Tensor, b: Tensor) -> bool:
+        moving = [d for d, n in enumerate(a.shape) if (n, b.shape[d]) != (n, n)]
+        return moving == [0] and (a.shape[0], b.shape[0]) == sizes
 
-        if w.dim() and w.shape[0] == rows and same(t, torch.cat([a, b])) and same(w[order], p):
-            kinds.append(ROWS)
-        elif not w.dim() and same(t, a) and same(t, b) and same(w, p):
-            kinds.append(SAME)
-        elif not w.dim() and same(t, (a + b) / 2) and same(w, p):
-            kinds.append(MEAN)
-        elif not w.dim() and same(t, a + b) and same(w, p):
-            kinds.append(SUM)
-        else:
-            raise UnsupportedError(
-                f"output {i} of forward {'is a scalar that' if not w.dim() else ''} depends on how a batch is divided: "
-                "its rows depend on each other, and the model could not be captured as a graph, where that may be "
-                "made exact. Move what combines rows into the loss, or make forward traceable"
-            )
-    return tuple(kinds)
+    return tuple(ROWS if k == ROWS or follows(a, b) else COUPLED for k, a, b in zip(kinds, small, large, strict=True))
+
+
+def _kinds(inputs: Any, rows: int, run: Any) -> tuple[str, ...]:
+    """What each output is, from batches of rows drawn from the example, divided unevenly, and turned round.
+
+    One division could be a mean over rows by accident: a mean over valid positions is, where both parts have as many.
+    """
+    possible: list[set[str]] = []
+    for seed in range(DRAWS):
+        index = torch.randint(rows, (DRAWN_ROWS,), generator=torch.Generator().manual_seed(seed))
+        index[-1] = (index[0] + 1) % rows  # not one row again and again
+        whole, turned = run(take_rows(inputs, index)), run(take_rows(inputs, index.flip(0)))
+        possible = possible or [{ROWS, SAME, MEAN, SUM} for _ in whole]
+        for sizes in DIVISIONS:
+            parts = [run(take_rows(inputs, part)) for part in index.split(sizes)]
+            for kinds, w, t, *p in zip(possible, whole, turned, *parts, strict=True):
+                kinds &= _kinds_of(w, t, p, sizes)
+    return tuple(next((k for k in (ROWS, SAME, MEAN, SUM) if k in kinds), COUPLED) for kinds in possible)
+
+
+DRAWS, DRAWN_ROWS, DIVISIONS = 3, 7, ((3, 4), (5, 2))
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and relative_error(x.double(), y.double()) <= TOLERANCE_FLOAT64
+
+
+def _kinds_of(whole: Tensor, turned: Tensor, parts: Sequence[Tensor], sizes: Sequence[int]) -> set[str]:
+    """What an output may be, given that of the batch, of the batch turned round, and of its parts."""
+    if whole.dim():
+        shapes = [(n, *whole.shape[1:]) for n in (*sizes, sum(sizes))]
+        by_row = [tuple(x.shape) for x in (*parts, whole)] == shapes
+        return {ROWS} if by_row and _same(whole, torch.cat(list(parts))) and _same(whole.flip(0), turned) else set()
+    if any(p.dim() for p in parts) or not _same(whole, turned):
+        return set()
+    together = torch.stack(list(parts)).double()
+    shares = torch.tensor(sizes, dtype=torch.float64, device=together.device) / sum(sizes)
+    found = {
+        SAME: all(_same(whole, p) for p in parts),
+        MEAN: _same(whole, together @ shares),
+        SUM: _same(whole, together.sum()),
+    }
+    return {kind for kind, holds in found.items() if holds}
 
 
 def plan_partial(template: nn.Module, seen: Survey, ranks: int, rows: int, pins: Mapping[str, str] | None) -> Plan:
@@ -205,7 +252,7 @@ def plan_partial(template: nn.Module, seen: Survey, ranks: int, rows: int, pins:
         if use is None or not use.lookups:
             continue
         size, width = p.numel() * p.element_size(), p.shape[1:].numel()
-        ids = -(-use.ids * rows // max(seen.rows, 1))
+        ids = -(-use.ids * rows * (ranks if seen.coupled else 1) // max(seen.rows, 1))
         unique = min(ids, p.shape[0])
         crossing = ranks - 1
         price = {
@@ -246,7 +293,20 @@ def plan_partial(template: nn.Module, seen: Survey, ranks: int, rows: int, pins:
         price_bytes=price_bytes,
         prices=prices,
         fingerprint=digest.hexdigest()[:16],
+        notes=_notes(seen, ranks, rows),
     )
+
+
+def _notes(seen: Survey, ranks: int, rows: int) -> list[str]:
+    if not seen.coupled or ranks == 1:
+        return []
+    note = (
+        f"{seen.coupled} depends on how a batch is divided, and no tracer captured the model: every rank gathers the "
+        f"inputs of all ({(ranks - 1) * rows * seen.input_bytes:,} B sent) and computes the global batch, exactly, "
+        " but no faster than one process. Move what combines rows into the loss, or make forward traceable"
+    )
+    drawn = "random numbers: forward draws them, the same on every rank"
+    return [note, drawn] if seen.random else [note]
 
 
 def _refusals(use: Use) -> dict[str, str]:
@@ -297,4 +357,4 @@ def coverage_partial(template: nn.Module, seen: Survey, plan: Plan, failures: tu
                 name, size, "replicate", PARTIAL, f"used by {', '.join(sorted(use.others))}, not only by lookups"
             )
         found.append(entry)
-    return Coverage(PARTIAL, failures, tuple(found))
+    return Coverage(PARTIAL, failures, tuple(found), "\n".join(plan.notes))

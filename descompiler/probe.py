@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from descompiler.double import InDouble, is_double_meant
+from descompiler.double import InDouble, is_double_meant, widen, widen_attributes
 from descompiler.errors import CaptureError, InputError, UnsupportedError
 from descompiler.inputs import flatten, split_statics, unflatten_with
-from descompiler.sparse import copied, double_held
+from descompiler.sparse import copied
 
 LARGE_ELEMENTS = 1 << 22
 """Parameters with more elements than this are probed through an overlapping view and without gradients."""
@@ -86,9 +86,9 @@ def materialise(template: nn.Module, device: torch.device, *, double: bool) -> n
     for module in result.modules():
         for name, b in module._buffers.items():
             if b is not None:
-                module._buffers[name] = b.to(device, torch.float64 if double and b.is_floating_point() else b.dtype)
+                module._buffers[name] = (widen(b) if double else b).to(device)
     if double:
-        double_held(result)
+        widen_attributes(result)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Sparse matrices that a model holds (an adjacency for graph propagation): taken apart, hashed, sent, made double.
+"""Sparse matrices that a model holds (an adjacency for graph propagation): taken apart, hashed, sent.
 
 They are constants or buffers of a program, as dense ones are; only what looks into their memory has to know of them.
 """
@@ -77,13 +77,6 @@ def copied(model: nn.Module) -> dict[int, Tensor]:
     """A memo for `copy.deepcopy`, which can't copy compressed matrices by itself."""
     every = [*(b for b in model.buffers()), *(x for _, _, x in held_tensors(model))]
     return {id(x): x.clone() for x in every if x.layout in COMPRESSED}
-
-
-def double_held(model: nn.Module) -> None:
-    """Make plain attributes float64 that are float32: ``model.double()`` leaves them as they are."""
-    for module, name, x in list(held_tensors(model)):
-        if x.dtype is torch.float32 and not x.is_meta and not x.requires_grad:
-            vars(module)[name] = x.double()
 
 
 def register_compressed(model: nn.Module) -> set[str]:

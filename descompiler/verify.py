@@ -21,13 +21,13 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from descompiler.compiler import Builder, distribute
-from descompiler.double import InDouble, double_meant
+from descompiler.double import InDouble, double_meant, widen_attributes
 from descompiler.errors import EquivalenceError
 from descompiler.inputs import flatten, map_tensors, normalise_inputs, split_statics, take_rows
 from descompiler.module import DistributedModule, PartialModule
 from descompiler.probe import blueprint
 from descompiler.rows import Rows
-from descompiler.sparse import copied, double_held, equal
+from descompiler.sparse import copied, equal
 from descompiler.state import full_state_dict
 
 TOLERANCE_FLOAT64 = 1e-10
@@ -118,7 +118,7 @@ def verify(
         With the worst parameter named.
     """
     model = copy.deepcopy(model, copied(model)).double()
-    double_held(model)
+    widen_attributes(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.AlphaDropout | nn.FeatureAlphaDropout | nn.Dropout1d):
             module.p = 0.0
@@ -363,8 +363,9 @@ def _case(
         local_args, local_kwargs = take_rows((args, kwargs), torch.arange(first, first + counts[rank]))
         got = module(*local_args, **local_kwargs)
         layouts = module.output_rows
-        _loss(expected, layouts, 0).backward()
-        _loss(got, layouts, first).backward()
+        for outputs, start in ((expected, 0), (got, first)):
+            if (loss := _loss(outputs, layouts, start)).requires_grad:  # a model may have nothing to train
+                loss.backward()
         for i, (a, b, layout) in enumerate(zip(_tensors(got), _tensors(expected), layouts, strict=True)):
             part = b if layout is None else layout.narrow(b, first, counts[rank])
             compare("output", str(i), a, part, _largest([b]), 0.0)

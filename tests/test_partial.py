@@ -1,9 +1,11 @@
 """Partial capture: the user's own forward, with tables fetched from their owners, on real ranks."""
 
 import copy
+import random
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -176,9 +178,40 @@ class Mixes(Base):
         return self.top(e - e.mean(0))
 
 
-def test_rows_that_depend_on_each_other_are_refused():
-    with pytest.raises(des.UnsupportedError, match="its rows depend on each other"):
-        des.compile(Mixes(), (IDS,))
+class MixesInAllWays(Packed):
+    """Rows of the batch, a matrix of two of its sizes, scalars, batch norm: every output combines rows."""
+
+    def forward(self, ids):
+        e = self.norm(self.table(ids).sum(1)) + super().forward(ids)
+        return {"centred": e - e.mean(0), "pairs": e @ e.t(), "largest": e.max(), "rows": e, "two": e.new_ones(2)}
+
+
+@pytest.mark.parametrize(("cls", "ranks"), [(Mixes, 2), (MixesInAllWays, 3)])
+def test_where_rows_depend_on_each_other_every_rank_runs_the_global_batch(cls, ranks):
+    assert des.verify(cls(), (IDS,), ranks=ranks, plans=[None, PULL], optimizers=["adagrad"]).cases == 2
+
+
+class Draws(Mixes):
+    def forward(self, ids):
+        noise = torch.tensor([random.random(), np.random.random(), torch.rand(()).item()])
+        return super().forward(ids), noise
+
+
+def _same_draws(rank, ranks):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = des.compile(Draws(), (IDS,))
+    for draw in (random.random, np.random.random, torch.rand):
+        [draw(1) if draw is torch.rand else draw() for _ in range(rank)]  # ranks' own generators differ
+    before = random.random(), np.random.random()
+    draws = [module(IDS[rank : 3 + 2 * rank])[1].tolist() for _ in range(2)]
+    return draws, [str(w.message) for w in caught], before
+
+
+def test_the_global_batch_draws_the_same_on_every_rank():
+    (first, warned, mine), (second, _, other) = on_ranks(_same_draws, 2)
+    assert first == second and first[0] != first[1] and mine != other
+    assert any("output 0 depends on how a batch is divided" in w and "computes the global batch" in w for w in warned)
 
 
 def _regularised(rank, ranks, kind):

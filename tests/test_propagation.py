@@ -9,10 +9,11 @@ from torch import nn
 import descompiler as des
 from descompiler.capture import capture
 from descompiler.computed import find_groups
+from descompiler.double import widen_attributes
 from descompiler.operators import find_operators
 from descompiler.passes import NORMALISE
 from descompiler.probe import blueprint
-from descompiler.sparse import copied, double_held, equal, parts_of, with_parts
+from descompiler.sparse import copied, equal, parts_of, with_parts
 from descompiler.verify import _work, on_ranks
 from tests.propagation import ITEMS, NGCF, STEPS, LightGCN, Loss, Weighted, inputs
 
@@ -72,7 +73,7 @@ def _verify(rank, ranks, names):
         torch.manual_seed(0)
         make, batch = MODELS[name]
         model, plans = make().double(), [{"*": "column"}, {"*": "replicate"}]
-        double_held(model)
+        widen_attributes(model)
         cases.append(_work(rank, ranks, model, (batch, {}), 3, plans, ["adagrad"], "cpu").cases)
     return cases
 
