@@ -398,7 +398,7 @@ class Captured:
 
 
 def _region(program: Program, operators: list[Operator], plan: Plan) -> tuple[Candidates, Cut]:
-    w = Weights(plan.ranks, plan.rows, plan.itemsize)
+    w = Weights(plan.ranks, plan.rows, plan.itemsize).on(plan.cluster)
     splits = _splits(operators, plan)
     biases = bias_pieces(program, operators, splits)
     used = {program.parameter(n) for n in program.graph.nodes if n.users}

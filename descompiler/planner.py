@@ -587,6 +587,7 @@ def choose(
         If pins or forbidden forms are wrong, or no plan fits into memory.
     """
     terms = terms or Terms()
+    w = w.on(terms.cluster)
     check_optimizer(terms.optimizer)
     if terms.cluster is not None and terms.cluster.ranks != w.ranks:
         raise PlanError(

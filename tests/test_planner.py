@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import networkx as nx
 import pytest
@@ -241,3 +242,34 @@ def test_samples_are_what_prices_depend_on():
     assert plans[0].price_bytes < plans[1].price_bytes / 4
     assert all("assumed" not in p.statistics for p in plans)
     assert max(plans[0].unique.values()) <= 2.5 < min(plans[1].unique.values())
+
+
+class Histories(nn.Module):
+    """A recurrent encoding of a history of items, for one score."""
+
+    def __init__(self):
+        super().__init__()
+        self.items = nn.Embedding(1_000_000, 32)
+        self.encoder, self.score = nn.GRU(32, 32, batch_first=True), nn.Linear(32, 1)
+
+    def forward(self, history):
+        return self.score(self.encoder(self.items(history))[1].squeeze(0))
+
+
+def test_an_encoder_moves_to_its_table_where_computing_is_cheap_beside_sending():
+    """The owner encodes every rank's histories: ids in, scores out, if the cluster computes fast enough."""
+    with torch.device("meta"):
+        model = Histories()
+    found = Captured(model, torch.zeros(4, 50, dtype=torch.int64))
+    slow, fast = (
+        replace(des.Cluster.builtin("ethernet-10g", ranks=4), flops_per_s=flops_per_s) for flops_per_s in (1e10, 1e15)
+    )
+    sent = {}
+    for name, cluster in (("slow", slow), ("fast", fast)):
+        plan = found.plan(batch=1024, cluster=cluster)
+        sent[name] = max(plan.traffic(r).total for r in range(4))
+        assert plan.forms == {"items.weight": "pull" if name == "slow" else "field"}
+        _, cut = found.region(plan)  # what ranks emit is what was priced
+        assert [x.name for x in cut.exits] == [x.name for x in plan.layout.exits]
+    assert plan.exits[0].startswith("aten.linear Owned")
+    assert sent["fast"] < sent["slow"] / 10
