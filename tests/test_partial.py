@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import descompiler as des
+from descompiler.partial import survey
+from descompiler.probe import blueprint
 from descompiler.verify import on_ranks
 from tests.test_ranks import raised
 
@@ -189,6 +191,28 @@ class MixesInAllWays(Packed):
 @pytest.mark.parametrize(("cls", "ranks"), [(Mixes, 2), (MixesInAllWays, 3)])
 def test_where_rows_depend_on_each_other_every_rank_runs_the_global_batch(cls, ranks):
     assert des.verify(cls(), (IDS,), ranks=ranks, plans=[None, PULL], optimizers=["adagrad"]).cases == 2
+
+
+class Chooses(Packed):
+    """What is chosen depends on the whole batch, for some weights and rows: gradients don't tell."""
+
+    def forward(self, ids):
+        e = self.table(ids).sum(1)
+        return super().forward(ids) + e[:, e.mean(0).argmax()][:, None]
+
+
+class MeanOfValid(Packed):
+    """A mean over the valid positions of all rows: a mean over rows where they have as many."""
+
+    def forward(self, ids):
+        valid = ids % 2 == 0
+        return (super().forward(ids) * valid).sum() / valid.sum()
+
+
+@pytest.mark.parametrize("cls", [Chooses, MeanOfValid])
+def test_combinations_that_one_division_would_not_show(cls):
+    seen = survey(blueprint(cls()), (IDS,))
+    assert seen.coupled == "output 0" and not seen.random
 
 
 class Draws(Mixes):
