@@ -266,8 +266,7 @@ def is_pure(node: fx.Node) -> bool:
 
 def user_line(node: fx.Node) -> str:
     """``file:line`` of the user's code that made this node; empty if unknown."""
-    torch_home = str(Path(torch.__file__).parent)
-    here = str(Path(__file__).parent)
+    torch_home, here = (f"{Path(f).parent}/" for f in (torch.__file__, __file__))
     lines = [x.strip() for x in (node.meta.get("stack_trace") or "").splitlines() if x.strip().startswith("File")]
     for line in reversed(lines):
         path = line.split('"')[1]

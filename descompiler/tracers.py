@@ -112,7 +112,8 @@ class _Replay(nn.Module):
                 values.append(tensors[what[0]].shape[what[1]])
             else:
                 values.append(what)
-        return list(self._graph[0](*values))
+        with fx.traceback.preserve_node_meta():  # the user's lines, not those of Dynamo's graph
+            return list(fx.Interpreter(self._graph[0]).run(*values))
 
 
 def export_program(module: nn.Module, traced: Flat, tensors: list[Tensor], template: nn.Module) -> Program:

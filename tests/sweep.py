@@ -25,6 +25,7 @@ import descompiler as des
 from descompiler.aggregate import place
 from descompiler.compiler import Builder
 from descompiler.errors import CaptureError, DescompilerError
+from descompiler.leaf import Leaf
 from descompiler.operators import find_operators
 from descompiler.passes import FORMS as ALL_FORMS
 from descompiler.passes import RULES
@@ -133,7 +134,8 @@ def _price(found: Finding, model: nn.Module, inputs: Any, small: Plan) -> None:
         found.rung = "in part"
         return
     found.rung = program.rung
-    drawn = {n for n in program.graph.nodes if is_random(n) and n.target not in DROPOUTS and "attention" not in n.name}
+    drops = lambda n: n.target in DROPOUTS or "attention" in n.name or isinstance(n.target, Leaf)  # noqa: E731
+    drawn = {n for n in program.graph.nodes if is_random(n) and not drops(n)}
     found.random = tuple(sorted({target_name(n) for n in drawn}))
     operators = find_operators(program)
     for form in FORMS:

@@ -15,6 +15,7 @@ from descompiler.leaf import Leaf
 from descompiler.leaves import trace_leaves
 from descompiler.passes import NORMALISE
 from descompiler.probe import blueprint, materialise
+from descompiler.program import user_line
 
 IDS = torch.randint(9, (6, 3), generator=torch.Generator().manual_seed(0))
 
@@ -177,6 +178,13 @@ def test_rung(cls, rung):
     assert [f.rung for f in program.failures] == [r for r, _ in ladder.RUNGS][: len(program.failures)]
     assert all(f.reason for f in program.failures)
     assert program.parameters.keys() == dict(cls().named_parameters()).keys()
+
+
+@pytest.mark.parametrize("cls", [Plain, Length, Sequence])
+def test_every_rung_knows_the_users_lines(cls):
+    table = captured(cls())
+    line = user_line(next(n for n in table.graph.nodes if n.target is torch.ops.aten.embedding.default))
+    assert line.startswith(f"{__file__}:")
 
 
 def test_every_reason_is_shown():
