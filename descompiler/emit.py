@@ -41,7 +41,7 @@ from descompiler.layout import Check, Entry, Exchange, Fetch, FetchTable, Layout
 from descompiler.operators import Lookup, Operator
 from descompiler.outputs import checks_of, layouts_of, outputs_in_order
 from descompiler.pieces import Pieces
-from descompiler.placement import LOCAL, Local, Partial, Placement, Shard, has_local
+from descompiler.placement import LOCAL, Local, Owned, Partial, Placement, Shard, has_local
 from descompiler.program import Program, Source, aten, elements_per_row, is_tensor, signature, tail, value
 from descompiler.regularisers import divided, emit_total, find_totals
 from descompiler.regularisers import exchanges as total_exchanges
@@ -157,6 +157,7 @@ class _Emitter:
             for n in self.program.graph.nodes:
                 if n in self.inside and self._part(self.rank).holds(self.placements[n]):
                     self.region[n] = self._emit_region(n)
+            self._share_statistics()
             self._exit()
         demands: dict[fx.Node, list[str]] = {}
         for n, version in self.coupling.demands:
@@ -239,6 +240,7 @@ class _Emitter:
         if owner == LOCAL:
             return Part(
                 self.graph,
+                self.runtime,
                 self.program,
                 self.rank,
                 self.ranks,
@@ -251,6 +253,7 @@ class _Emitter:
             )
         return Part(
             self.graph,
+            self.runtime,
             self.program,
             self.rank,
             self.ranks,
@@ -336,6 +339,13 @@ class _Emitter:
         for i, (n, e) in enumerate(zip(entry_ids, self.layout.entries, strict=True)):
             if e.width(self.rank):
                 self.entered[n] = (self._item(arrived, i), e.columns[self.rank])
+
+    def _share_statistics(self) -> None:
+        """Running statistics that moved on one rank, to all."""
+        if norms := norms_inside(self.program, self.inside):
+            buffers = [[self.outside[b] for b in n.args[3:5]] for n in norms]  # type: ignore[index]
+            channels = [channels_by_rank(n, self.placements[n], self.ranks) for n in norms]
+            self._runtime("share_statistics", buffers, channels)
 
     def _exit(self) -> None:
         by_name = {self.program.parameter(w): x for w, x in self.outside.items()}
@@ -599,6 +609,19 @@ class _Emitter:
                 self.graph.erase_node(node)
 
 
+def norms_inside(program: Program, inside: Collection[fx.Node]) -> list[fx.Node]:
+    """Batch norms in the region whose running statistics move."""
+    norms = [n for n in program.graph.nodes if n in inside and n.target is aten.batch_norm.default]
+    return [n for n in norms if n.args[5] and n.args[3] is not None]
+
+
+def channels_by_rank(norm: fx.Node, placement: Placement, ranks: int) -> list[list[int]]:
+    """The channels that each rank normalises."""
+    if isinstance(placement, Shard):
+        return [placement.positions(r) for r in range(ranks)]
+    return [list(range(tail(norm)[0])) if placement == Owned(r) else [] for r in range(ranks)]
+
+
 def layout_of(
     program: Program,
     operators: Sequence[Operator],
@@ -632,6 +655,10 @@ def layout_of(
         exits=tuple(exit_of(n, candidates.placed[n].placement, ranks) for n in cut.exits),
         id_bytes=4 if all(o.rows < 1 << 31 for o in operators) else 8,
         norm_channels=tuple(tail(n.args[0])[0] for n in norms),
+        norm_shares=tuple(
+            tuple(map(len, channels_by_rank(n, candidates.placed[n].placement, ranks)))
+            for n in norms_inside(program, cut.inside)
+        ),
         fetches=fetches,
         early=early,
         shared_columns=tuple(prod(p.shape) // p.shape[p.dim] * p.shared_size() for p in shared),

@@ -409,7 +409,9 @@ class Layout:
     Attributes
     ----------
     norm_channels : tuple of int
-        Channels of each batch norm that is computed over the global batch.
+        Channels of each batch norm whose statistics are made from the ranks'.
+    norm_shares : tuple of tuple of int
+        Channels on each rank of each batch norm inside the region, whose running statistics go to all ranks.
     fetches : tuple of Fetch
         Lookups outside the region whose unique rows are fetched, or whose rows' gradients are gathered.
     early : bool
@@ -425,6 +427,7 @@ class Layout:
     exits: tuple[Exit, ...] = ()
     id_bytes: int = 8
     norm_channels: tuple[int, ...] = ()
+    norm_shares: tuple[tuple[int, ...], ...] = ()
     fetches: tuple[Fetch, ...] = ()
     early: bool = False
     shared_columns: tuple[int, ...] = ()
@@ -458,7 +461,7 @@ class Layout:
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for r, widths in enumerate(zip(self.enter_widths, self.exit_widths, self.fetch_loads, strict=True)):
             sent = tuple((v.width(r), v.ids_width(r)) for v in self.vocabularies)
-            kinds.setdefault((*widths, *sent), []).append(r)
+            kinds.setdefault((*widths, *sent, *(x[r] for x in self.norm_shares)), []).append(r)
         return {ranks[0]: len(ranks) for ranks in kinds.values()}
 
     @cached_property
@@ -514,6 +517,8 @@ class Layout:
         if self.entries:
             result.add(wire.ENTER, self.id_bytes * mine * (sum(ids) - ids[rank]))
             result.add(wire.EXIT, itemsize * values[rank] * rest)
+        if self.norm_shares:
+            result.add(wire.NORM_INSIDE, (n - 1) * 2 * sum(x[rank] for x in self.norm_shares) * itemsize)
         for channels in self.norm_channels:
             result.add(wire.NORM_FORWARD, (n - 1) * (2 * channels + 1) * itemsize)
         for v in self.vocabularies:

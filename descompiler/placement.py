@@ -63,6 +63,11 @@ class Shard:
         """Size of the sharded dimension on a rank (``LOCAL`` for the local part)."""
         return self.widths.get(rank, 0)
 
+    def positions(self, rank: int) -> list[int]:
+        """Which elements of the sharded dimension a rank has (`LOCAL`: the local part), in order."""
+        owners = [s.owner for s in self.segments for _ in range(s.size)]
+        return [i for i, owner in enumerate(owners) if owner == rank]
+
     @cached_property
     def ranks(self) -> tuple[int, ...]:
         return tuple(sorted(owner for owner in self.widths if owner != LOCAL))

@@ -122,6 +122,7 @@ class Part:
     """What a rule sees when it emits: one part (global batch, or own rows) of a node on one rank."""
 
     graph: fx.Graph
+    runtime: fx.Node
     program: Program
     rank: int
     ranks: int
@@ -152,9 +153,7 @@ class Part:
         name, whole = self.program.parameter(weight), self.given(weight)
         if name is not None and not self.pieces[name].is_replicated:
             return whole  # this rank's piece
-        owners = [s.owner for s in placement.segments for _ in range(s.size)]
-        mine = [i for i, owner in enumerate(owners) if owner == self.owner]
-        return self.call(operator.getitem, whole, (*[slice(None)] * dim, mine))
+        return self.call(operator.getitem, whole, (*[slice(None)] * dim, placement.positions(self.owner)))
 
     def width(self, placement: Shard) -> int:
         return placement.width(self.owner)

@@ -321,6 +321,37 @@ class Runtime:
         """Batch norm in training over the global batch; x ``[b, C, ...]``."""
         return _SyncBatchNorm.apply(self, x, weight, bias, running_mean, running_var, momentum, eps)
 
+    def norm_inside(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        mine: list[int],
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        """Batch norm in training of some channels ``mine``, of which this rank has the global batch."""
+        if running_mean is None or running_var is None:
+            return torch.batch_norm(x, weight, bias, None, None, True, momentum, eps, True)
+        kept = [running_mean[mine], running_var[mine]]
+        result = torch.batch_norm(x, weight, bias, kept[0], kept[1], True, momentum, eps, True)
+        running_mean[mine], running_var[mine] = kept
+        return result
+
+    def share_statistics(
+        self, buffers: Sequence[Sequence[Tensor]], channels: Sequence[Sequence[Sequence[int]]]
+    ) -> None:
+        """Send each running statistic from the rank that has moved it to all; ``channels`` of each norm, by rank."""
+        n = self.ranks
+        own = torch.cat([b[c[self.rank]] for pair, c in zip(buffers, channels, strict=True) for b in pair])
+        sizes = [2 * sum(len(c[r]) for c in channels) for r in range(n)]
+        every = self.exchange(own.repeat(n), [own.numel()] * n, sizes, wire.NORM_INSIDE).wait()
+        places = [(b, c[r]) for r in range(n) for pair, c in zip(buffers, channels, strict=True) for b in pair]
+        for (b, mine), values in zip(places, torch.split(every, [len(m) for _, m in places]), strict=True):
+            b[mine] = values
+
     # ---- values that mix the rows of the batch: every rank computes them, from the global batch
 
     def gather_rows(self, values: Sequence[Tensor], layouts: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -18,6 +18,7 @@ from descompiler.passes.recognise_lookups import RecogniseLookups
 from descompiler.passes.recognise_masked_sums import RecogniseMaskedSums
 from descompiler.passes.recognise_outputs import RecogniseOutputs
 from descompiler.passes.remove_noops import RemoveNoops
+from descompiler.passes.rule_batch_norm import BatchNorm
 from descompiler.passes.rule_concatenate import Concatenate
 from descompiler.passes.rule_contract import Contract
 from descompiler.passes.rule_elementwise import Binary, Pointwise, Unary
@@ -60,6 +61,7 @@ RULES: tuple[Rule, ...] = (
     Linear(),
     Contract(),
     Independent(),
+    BatchNorm(),
     IndexSelect(),
     Expand(),
 )

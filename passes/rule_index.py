@@ -45,10 +45,9 @@ class IndexSelect:
         x, dim, operand = part.at(node.args[0]), _dim(node), part.operand(node.args[0])
         if not isinstance(x, Shard) or x.dim != dim:
             return part.call(aten.index_select.default, operand, dim, part.given(node.args[2]))
-        owners, chosen = _owners(x), _chosen(part.program, node)
+        chosen, mine = _chosen(part.program, node), x.positions(part.owner)
         assert chosen is not None
-        mine = [i for i, owner in enumerate(owners) if owner == part.owner]
-        positions = [mine.index(i) for i in chosen if owners[i] == part.owner]
+        positions = [mine.index(i) for i in chosen if i in mine]
         return part.call(operator.getitem, operand, (*[slice(None)] * dim, positions))
 
 

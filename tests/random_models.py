@@ -39,6 +39,15 @@ CONSUMERS: dict[str, tuple[str, str]] = {
         "self.{n}(e)",
     ),
     "batch norm in front": ("self.{n} = nn.BatchNorm1d({F} * {D})", "self.{n}(e).sum(1, keepdim=True)"),
+    "batch norm of fields": ("self.{n} = nn.BatchNorm1d({F})", "self.{n}(v).tanh().sum(1)"),
+    "batch norm of a field": (
+        "self.{n} = nn.BatchNorm1d({D}, affine=False); self.{n}b = nn.BatchNorm1d({D}, track_running_stats=False)",
+        "self.{n}(u) + self.{n}b(v[:, -1].square()).tanh()",
+    ),
+    "batch norm, then narrow": (
+        "self.{n} = nn.Sequential(nn.BatchNorm1d({F} * {D}), nn.Linear({F} * {D}, 2))",
+        "self.{n}(e * e)",
+    ),
     "layer norm": ("self.{n} = nn.LayerNorm({D})", "self.{n}(v).tanh().sum(1)"),
     "linear of each field": ("self.{n} = nn.Linear({D}, 3)", "torch.relu(self.{n}(v)).sum(1)"),
     "linear of the sum": ("self.{n} = nn.Linear({D}, 3, bias=False)", "self.{n}(v.sum(1))"),

@@ -172,6 +172,17 @@ class Recurrent(Tables):
         return states.sum(1) + last.squeeze(0)
 
 
+class BatchNorms(Tables):
+    """Of channels that ranks divide, and of one owner's."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.first = nn.BatchNorm1d(8), nn.BatchNorm1d(4, affine=False)
+
+    def f(self, a, b, dense):
+        return self.both(torch.cat([a, b], 1)).sum(1, keepdim=True) + self.first(a).sum(1, keepdim=True)
+
+
 class SharedWeight(Tables):
     """A weight that two nodes use is not cut: each rank takes its columns of the whole."""
 
@@ -246,6 +257,7 @@ CASES = [
     (History, "field"),
     (History, "row"),
     (Recurrent, "field"),
+    (BatchNorms, "field"),
     (SharedWeight, "column"),
     (Bag, "row"),
     (Bag, "column"),

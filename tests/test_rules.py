@@ -3,6 +3,7 @@
 `make test` runs those that a rule of their own is about; `make test-all` runs all.
 """
 
+import copy
 import time
 
 import pytest
@@ -95,3 +96,38 @@ def test_a_hundred_tables_compile_in_half_a_minute(pool):
     for tables, seconds in pool(compile_s, 50):
         assert tables == 100
         assert seconds < 30
+
+
+def evaluated(rank, ranks, form, training_first):
+    """On every rank: train two steps, evaluate, train again; the largest difference from the original."""
+    space = {"__name__": "model"}
+    exec(compile(fixed("batch norm, then narrow").text, "<model>", "exec"), space)
+    model, inputs = space["Model"]().double(), space["inputs"]()
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    reference = copy.deepcopy(model)
+    module = des.compile(model.train(training_first), inputs, plan={"*": form})
+    mine = slice(4 * rank, 4 * rank + 4)  # four rows and two
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (reference, module)]
+    worst = 0.0
+    for training in (True, True, False, True, False):
+        reference.train(training), module.train(training)
+        expected, got = reference(*inputs), module(*(x[mine] for x in inputs))
+        worst = max(worst, float((got - expected[mine]).detach().abs().max() / expected.detach().abs().max()))
+        if training:
+            expected.square().mean().backward()
+            (got.square().sum() * ranks / len(expected)).backward()
+            for o in optimizers:
+                o.step(), o.zero_grad()
+    state = des.full_state_dict(module)
+    for name, value in reference.state_dict().items():
+        worst = max(worst, float((state[name] - value).abs().max()))
+    inside = any("norm_inside" in str(n.target) for e in module._programs.values() for n in e.module.graph.nodes)
+    return worst, inside
+
+
+@pytest.mark.parametrize("training_first", [True, False])
+@pytest.mark.parametrize("form", ["field", "column"])
+def test_batch_norm_evaluates_with_the_statistics_of_the_global_batch(pool, form, training_first):
+    for worst, inside in pool(evaluated, form, training_first):
+        assert inside
+        assert worst < 1e-10
