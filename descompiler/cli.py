@@ -5,15 +5,18 @@ Exit status: 0 fine, 1 an error that descompiler raises on purpose (one line), 2
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import torch.distributed as dist
 import typer
@@ -119,6 +122,101 @@ Markdown = Annotated[bool, typer.Option("--markdown", help="print Markdown table
 Latex = Annotated[bool, typer.Option("--latex", help="print LaTeX tables (booktabs)")]
 
 
+OneRanks = Annotated[int, typer.Option(min=1)]
+OneBatch = Annotated[int | None, typer.Option(min=1, help="rows per rank; the example's by default")]
+
+
+# --- groups of options: a command's parameter that is one of these stands for its fields
+
+
+@dataclass(frozen=True)
+class Style:
+    """The format of tables."""
+
+    json: Json = False
+    markdown: Markdown = False
+    latex: Latex = False
+
+    @property
+    def chosen(self) -> bool:
+        return self.json or self.markdown or self.latex
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cluster, or links in numbers."""
+
+    bandwidth: Bandwidth = None
+    latency: Latency = None
+    cluster: ClusterOption = None
+    ranks_per_node: PerNode = None
+
+    def cluster_of(self, ranks: int) -> Cluster | None:
+        """The cluster that the options describe; None if they describe none."""
+        if self.cluster is not None:
+            if self.bandwidth is not None or self.latency is not None:
+                raise typer.BadParameter("give --cluster, or --bandwidth and --latency, not both")
+            if self.cluster in BUILTIN:
+                return Cluster.builtin(self.cluster, ranks, self.ranks_per_node)
+            if not Path(self.cluster).is_file():
+                names = ", ".join(BUILTIN)
+                raise typer.BadParameter(f"--cluster {self.cluster}: no such file, and the names are {names}")
+            return Cluster.load(self.cluster).with_ranks(ranks, self.ranks_per_node)
+        if self.bandwidth is None:
+            if self.latency is not None:
+                raise typer.BadParameter("--latency needs --bandwidth")
+            return None
+        link = Link(self.latency or 0.0, self.bandwidth, source="command line")
+        name = f"{units.format_bandwidth(self.bandwidth)}, {units.format_seconds(self.latency or 0.0)}"
+        return Cluster(name, ranks, self.ranks_per_node or 1, {"inter": dict.fromkeys(COLLECTIVES, link)})
+
+
+@dataclass(frozen=True)
+class PlanTerms:
+    """What a plan has to satisfy."""
+
+    memory: Memory = None
+    optimizer: Optimizer = "adagrad"
+    pin: Pins = None
+    forbid: Forbid = None
+
+    def options(self) -> dict[str, Any]:
+        """As `Captured.plan` takes them."""
+        forbid: dict[str, list[str]] = {}
+        for text in self.forbid or ():
+            table, form = _table_and_form("--forbid", text, "*=replicate")
+            forbid.setdefault(table, []).append(form)
+        pins = dict(_table_and_form("--pin", text, "user.*=row") for text in self.pin or ())
+        return {"pins": pins, "forbid": forbid, "memory_bytes": self.memory, "optimizer": self.optimizer}
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with its groups of options spelt out, as typer wants them."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {n: hint for n, hint in hints.items() if is_dataclass(hint)}
+    names = {n: [f.name for f in fields(hint)] for n, hint in groups.items()}
+    parameters: list[inspect.Parameter] = []
+    for p in inspect.signature(command).parameters.values():
+        if p.name not in groups:
+            parameters.append(p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY))
+            continue
+        of = get_type_hints(groups[p.name], include_extras=True)
+        parameters += [
+            inspect.Parameter(f.name, p.KEYWORD_ONLY, default=f.default, annotation=of[f.name])
+            for f in fields(groups[p.name])
+        ]
+
+    @functools.wraps(command)
+    def call(**options: Any) -> None:
+        made = {n: hint(**{f: options.pop(f) for f in names[n]}) for n, hint in groups.items()}
+        command(**options, **made)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    del call.__wrapped__
+    return call
+
+
 def load(spec: str, *, train: bool = False) -> tuple[Any, Any]:
     """The model and inputs of ``FILE.py:factory``, ``package.module:factory`` or an example's name.
 
@@ -178,61 +276,26 @@ def _module(where: str) -> Any:
     return module
 
 
-def cluster_from(
-    cluster: str | None, bandwidth: float | None, latency: float | None, ranks: int, ranks_per_node: int | None = None
-) -> Cluster | None:
-    """The cluster that the options describe; None if they describe none."""
-    if cluster is not None:
-        if bandwidth is not None or latency is not None:
-            raise typer.BadParameter("give --cluster, or --bandwidth and --latency, not both")
-        if cluster in BUILTIN:
-            return Cluster.builtin(cluster, ranks, ranks_per_node)
-        if not Path(cluster).is_file():
-            raise typer.BadParameter(f"--cluster {cluster}: no such file, and the names are {', '.join(BUILTIN)}")
-        return Cluster.load(cluster).with_ranks(ranks, ranks_per_node)
-    if bandwidth is None:
-        if latency is not None:
-            raise typer.BadParameter("--latency needs --bandwidth")
-        return None
-    link = Link(latency or 0.0, bandwidth, source="command line")
-    name = f"{units.format_bandwidth(bandwidth)}, {units.format_seconds(latency or 0.0)}"
-    return Cluster(name, ranks, ranks_per_node or 1, {"inter": dict.fromkeys(COLLECTIVES, link)})
-
-
-def pins_from(pins: Sequence[str] | None) -> Mapping[str, str]:
-    """``TABLE=FORM`` options as a mapping."""
-    result = {}
-    for pin in pins or ():
-        table, equals, form = pin.rpartition("=")
-        if not equals or not table or not form:
-            raise typer.BadParameter(f"--pin {pin!r}: give TABLE=FORM, such as 'user.*=row'")
-        result[table] = form
-    return result
-
-
-def forbidden_from(forbidden: Sequence[str] | None) -> Mapping[str, list[str]]:
-    """``TABLE=FORM`` options as lists of forms by table."""
-    result: dict[str, list[str]] = {}
-    for text in forbidden or ():
-        table, equals, form = text.rpartition("=")
-        if not equals or not table or not form:
-            raise typer.BadParameter(f"--forbid {text!r}: give TABLE=FORM, such as '*=replicate'")
-        result.setdefault(table, []).append(form)
-    return result
+def _table_and_form(option: str, text: str, example: str) -> tuple[str, str]:
+    """The parts of a ``TABLE=FORM`` option."""
+    table, equals, form = text.rpartition("=")
+    if not equals or not table or not form:
+        raise typer.BadParameter(f"{option} {text!r}: give TABLE=FORM, such as {example!r}")
+    return table, form
 
 
 # --- output
 
 
-def show(tables: Sequence[Sheet], *, json: bool, markdown: bool, latex: bool, **more: Any) -> None:
+def show(tables: Sequence[Sheet], style: Style, **more: Any) -> None:
     """Print tables in the format that the options ask for."""
-    if json + markdown + latex > 1:
+    if style.json + style.markdown + style.latex > 1:
         raise typer.BadParameter("give one of --json, --markdown and --latex")
-    if json:
+    if style.json:
         typer.echo(render.to_json(tables, **more))
-    elif markdown:
+    elif style.markdown:
         typer.echo("\n\n".join(map(render.to_markdown, tables)))
-    elif latex:
+    elif style.latex:
         typer.echo("\n\n".join(map(render.to_latex, tables)))
     else:
         console = Console()
@@ -287,6 +350,7 @@ def captured_from(spec: str) -> Captured:
 
 
 @app.command()
+@grouped
 def cost(
     spec: OptionalSpec = None,
     ranks: Ranks = "8",
@@ -294,17 +358,9 @@ def cost(
     of_paper: Annotated[
         bool, typer.Option("--paper", help="no MODEL: the table of arXiv 1909.04823, at stated industrial sizes")
     ] = False,
-    bandwidth: Bandwidth = None,
-    latency: Latency = None,
-    cluster: ClusterOption = None,
-    ranks_per_node: PerNode = None,
-    memory: Memory = None,
-    optimizer: Optimizer = "adagrad",
-    pin: Pins = None,
-    forbid: Forbid = None,
-    json: Json = False,
-    markdown: Markdown = False,
-    latex: Latex = False,
+    place: Place = Place(),
+    terms: PlanTerms = PlanTerms(),
+    style: Style = Style(),
 ) -> None:
     """What a model sends per step: every operator's candidates, the winner, and the strategies that users know.
 
@@ -324,58 +380,44 @@ def cost(
     if spec is None:
         if len(ranks) > 1 or (batch is not None and len(batch) > 1):
             raise typer.BadParameter("--paper takes one number of ranks and of rows; its last table goes over ranks")
-        paper_table(ranks[0], 1024 if batch is None else batch[0], json=json, markdown=markdown, latex=latex)
+        paper_table(ranks[0], 1024 if batch is None else batch[0], style)
         return
     batches = (None,) if batch is None else batch
-    where = cluster_from(cluster, bandwidth, latency, ranks[0], ranks_per_node)
-    captured = captured_from(spec)
-    plans = plans_for(
-        captured,
-        ranks,
-        batches,
-        where,
-        pins=pins_from(pin),
-        forbid=forbidden_from(forbid),
-        memory_bytes=memory,
-        optimizer=optimizer,
-    )
+    where = place.cluster_of(ranks[0])
+    plans = plans_for(captured_from(spec), ranks, batches, where, **terms.options())
     if len(plans) > 1:
         tables = sheets.sweep(plans, where)
     else:
         (only,) = plans
         tables = sheets.all_of(only, where)
-    show(tables, json=json, markdown=markdown, latex=latex, model=spec)
+    show(tables, style, model=spec)
 
 
-def paper_table(ranks: int, batch: int, *, json: bool, markdown: bool, latex: bool) -> None:
+def paper_table(ranks: int, batch: int, style: Style) -> None:
     """Print the paper's table; as Markdown, the whole page docs/paper.md."""
     setting = paper.Setting()
     with working("the paper's models", len(paper.MODELS)) as next_is:
         rows = paper.rows_of(setting, sorted({2, 4, 8, 16, 32, 64, ranks}), batch, next_is)
-    if markdown and not json and not latex:
+    if style == Style(markdown=True):
         command = f"descompiler cost --paper --ranks {ranks} --batch {batch} --markdown"
         typer.echo(paper.markdown(setting, rows, ranks, command), nl=False)
         return
     notes = paper.words(setting, rows, ranks)
-    show(paper.tables(rows, ranks), json=json, markdown=markdown, latex=latex, notes=notes)
-    if not json and not latex:
+    show(paper.tables(rows, ranks), style, notes=notes)
+    if not style.json and not style.latex:
         for note in notes:
             typer.echo(f"- {note}")
 
 
 @app.command()
+@grouped
 def explain(
     spec: Spec,
     operator: Annotated[str | None, typer.Argument(help="one operator, by name; all by default")] = None,
-    ranks: Annotated[int, typer.Option(min=1)] = 8,
-    batch: Annotated[int | None, typer.Option(min=1, help="rows per rank; the example's by default")] = None,
-    memory: Memory = None,
-    optimizer: Optimizer = "adagrad",
-    pin: Pins = None,
-    forbid: Forbid = None,
-    json: Json = False,
-    markdown: Markdown = False,
-    latex: Latex = False,
+    ranks: OneRanks = 8,
+    batch: OneBatch = None,
+    terms: PlanTerms = PlanTerms(),
+    style: Style = Style(),
 ) -> None:
     """Why a model is divided as it is: of all operators in words, or of one with every form, formula and price.
 
@@ -385,19 +427,17 @@ def explain(
         descompiler explain lr --ranks 4
         descompiler explain fm embeddings.tables.2.weight --ranks 16
     """
-    captured = captured_from(spec)
-    terms = {"forbid": forbidden_from(forbid), "memory_bytes": memory, "optimizer": optimizer}
-    (plan,) = plans_for(captured, (ranks,), (batch,), pins=pins_from(pin), **terms)
+    (plan,) = plans_for(captured_from(spec), (ranks,), (batch,), **terms.options())
     if operator is None:
-        if json or markdown or latex:
-            show([sheets.candidates(plan)], json=json, markdown=markdown, latex=latex, model=spec)
+        if style.chosen:
+            show([sheets.candidates(plan)], style, model=spec)
         else:
             typer.echo(plan.explain())
         return
     if operator not in plan.splits:
         raise des.PlanError(f"no table {operator!r} in {spec}; there are {_some(plan.splits)}")
     tables = [sheets.candidates(plan, only=operator), sheets.thresholds(plan, only=operator), sheets.crossings(plan)]
-    show(tables, json=json, markdown=markdown, latex=latex, model=spec, operator=operator)
+    show(tables, style, model=spec, operator=operator)
 
 
 def _some(names: Iterable[str], most: int = 6) -> str:
@@ -412,16 +452,14 @@ PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="a file that `pla
 
 
 @plan_app.command("write")
+@grouped
 def plan_write(
     spec: Spec,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="the JSON file to write")],
-    ranks: Annotated[int, typer.Option(min=1)] = 8,
-    batch: Annotated[int | None, typer.Option(min=1, help="rows per rank; the example's by default")] = None,
+    ranks: OneRanks = 8,
+    batch: OneBatch = None,
     cluster: ClusterOption = None,
-    memory: Memory = None,
-    optimizer: Optimizer = "adagrad",
-    pin: Pins = None,
-    forbid: Forbid = None,
+    terms: PlanTerms = PlanTerms(),
 ) -> None:
     """Plan on this machine for any number of ranks; `des.compile(model, plan=FILE)` follows it there.
 
@@ -430,24 +468,18 @@ def plan_write(
     \b
         descompiler plan write fm --ranks 64 --batch 1024 --out fm-64.json
     """
-    where = None if cluster is None else cluster_from(cluster, None, None, ranks)
-    captured = captured_from(spec)
-    terms = {"forbid": forbidden_from(forbid), "memory_bytes": memory, "optimizer": optimizer}
-    (plan,) = plans_for(captured, (ranks,), (batch,), where, pins=pins_from(pin), **terms)
+    where = Place(cluster=cluster).cluster_of(ranks)
+    (plan,) = plans_for(captured_from(spec), (ranks,), (batch,), where, **terms.options())
     plan.save(out)
     typer.echo(f"wrote {out}: {sheets.summary_of(plan)}; {units.format_bytes(plan.price_bytes)} for the busiest rank")
 
 
 @plan_app.command("show")
+@grouped
 def plan_show(
     file: PlanFile,
-    bandwidth: Bandwidth = None,
-    latency: Latency = None,
-    cluster: ClusterOption = None,
-    ranks_per_node: PerNode = None,
-    json: Json = False,
-    markdown: Markdown = False,
-    latex: Latex = False,
+    place: Place = Place(),
+    style: Style = Style(),
 ) -> None:
     """Show a plan as `cost` does, without the model.
 
@@ -457,8 +489,8 @@ def plan_show(
         descompiler plan show fm-64.json --cluster ethernet-100g
     """
     plan = Plan.load(file)
-    where = cluster_from(cluster, bandwidth, latency, plan.ranks, ranks_per_node)
-    show(sheets.all_of(plan, where), json=json, markdown=markdown, latex=latex, plan=str(file))
+    where = place.cluster_of(plan.ranks)
+    show(sheets.all_of(plan, where), style, plan=str(file))
 
 
 @plan_app.command("diff")
@@ -474,6 +506,7 @@ def plan_diff(file: PlanFile, other: PlanFile) -> None:
 
 
 @app.command()
+@grouped
 def calibrate(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="the cluster file to write")],
     name: Annotated[str, typer.Option(help="the cluster's name")] = "calibrated",
@@ -484,9 +517,7 @@ def calibrate(
         Any, typer.Option(parser=_usage(_sizes), metavar="SIZES", help="what a rank sends in a call: 1kB,64kB,4MB")
     ] = None,
     repeats: Annotated[int, typer.Option(min=3, help="calls of each size")] = 15,
-    json: Json = False,
-    markdown: Markdown = False,
-    latex: Latex = False,
+    style: Style = Style(),
 ) -> None:
     """Measure latency and bandwidth of every collective on the real network; run it under torchrun.
 
@@ -511,19 +542,18 @@ def calibrate(
         if dist.is_initialized():
             dist.destroy_process_group()
     if first:
-        show([sheets.links(found)], json=json, markdown=markdown, latex=latex, cluster=str(out))
+        show([sheets.links(found)], style, cluster=str(out))
 
 
 @app.command()
+@grouped
 def audit(
     spec: Spec,
     steps: Annotated[int, typer.Option(min=1)] = 8,
     cluster: Annotated[
         Path | None, typer.Option("--cluster", metavar="FILE", help="whose numbers predict; measured first by default")
     ] = None,
-    json: Json = False,
-    markdown: Markdown = False,
-    latex: Latex = False,
+    style: Style = Style(),
 ) -> None:
     """Train a few steps and compare predicted with measured bytes and seconds; run it under torchrun.
 
@@ -544,7 +574,7 @@ def audit(
         if dist.is_initialized():
             dist.destroy_process_group()
     if first:
-        show([sheets.audited(found)], json=json, markdown=markdown, latex=latex, model=spec)
+        show([sheets.audited(found)], style, model=spec)
 
 
 @app.command()
@@ -568,18 +598,14 @@ def verify(
 
 
 @app.command()
+@grouped
 def report(
     spec: Spec,
     html: Annotated[Path, typer.Option("--html", metavar="FILE", help="the page to write")] = Path("report.html"),
     ranks: Annotated[int, typer.Option(min=2)] = 8,
-    batch: Annotated[int | None, typer.Option(min=1, help="rows per rank; the example's by default")] = None,
-    bandwidth: Bandwidth = None,
-    latency: Latency = None,
-    cluster: ClusterOption = None,
-    ranks_per_node: PerNode = None,
-    memory: Memory = None,
-    optimizer: Optimizer = "adagrad",
-    pin: Pins = None,
+    batch: OneBatch = None,
+    place: Place = Place(),
+    terms: PlanTerms = PlanTerms(),
 ) -> None:
     """Write one self-contained HTML page: graphs with bytes, curves with crossovers, formulas, what was rejected.
 
@@ -590,12 +616,12 @@ def report(
     \b
         descompiler report fm --html fm.html --ranks 16 --batch 4096
     """
-    where = cluster_from(cluster, bandwidth, latency, ranks, ranks_per_node) or Cluster.builtin("ethernet-25g", ranks)
-    captured, pins = captured_from(spec), pins_from(pin)
-    terms = {"pins": pins, "memory_bytes": memory, "optimizer": optimizer}
-    (plan,) = plans_for(captured, (ranks,), (batch,), **terms)
-    over_ranks = plans_for(captured, pages.sweep_ranks(plan), (plan.rows,), pins=pins)
-    over_rows = plans_for(captured, (ranks,), pages.sweep_rows(plan), pins=pins)
+    where = place.cluster_of(ranks) or Cluster.builtin("ethernet-25g", ranks)
+    captured, options = captured_from(spec), terms.options()
+    fixed = {name: options[name] for name in ("pins", "forbid")}
+    (plan,) = plans_for(captured, (ranks,), (batch,), **options)
+    over_ranks = plans_for(captured, pages.sweep_ranks(plan), (plan.rows,), **fixed)
+    over_rows = plans_for(captured, (ranks,), pages.sweep_rows(plan), **fixed)
     html.write_text(pages.page(captured, plan, over_ranks, over_rows, title=spec, cluster=where), encoding="utf-8")
     typer.echo(f"wrote {html} ({units.format_bytes(html.stat().st_size)})")
 

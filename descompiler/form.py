@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import sympy
 from torch import Tensor, fx
 
+from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
 from descompiler.errors import PlanError
 from descompiler.layout import Check
 from descompiler.operators import Lookup, Operator
@@ -252,13 +253,36 @@ class ByRows:
         return Choice(sizes=tuple(statistics.balanced_rows(operator.name, ranks, batch_rows, max_rows)))
 
 
-class OwnRows:
-    """What forms have in common whose lookups stay outside the region, on each rank's own rows."""
+class Plain:
+    """What most forms have in common: nothing to choose, any row may be looked up, no tensors beside the table."""
 
     def choose(
         self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, max_rows: int | None = None
     ) -> Choice:
         return Choice()
+
+    def check(self, split: Split, operator: Operator) -> Check:
+        return Check(operator.name, operator.rows, None, operator.line)
+
+    def constants(self, split: Split, rank: int) -> Mapping[str, Tensor]:
+        return {}
+
+
+class InRegion(Plain):
+    """What forms have in common whose lookups are in the region: owners get all ids of the global batch."""
+
+    def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
+        return None if rank in split.pieces.owners else ()
+
+    def fetches(self, split: Split) -> bool:
+        return False
+
+    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
+        return {"ids in": IDS_IN, "values out and back": VALUES_OUT_AND_BACK}
+
+
+class OwnRows(Plain):
+    """What forms have in common whose lookups stay outside the region, on each rank's own rows."""
 
     def placement(self, split: Split, operator: Operator, lookup: Lookup) -> Region | None:
         return None
@@ -268,12 +292,6 @@ class OwnRows:
 
     def fetches(self, split: Split) -> bool:
         return True
-
-    def check(self, split: Split, operator: Operator) -> Check:
-        return any_row(operator)
-
-    def constants(self, split: Split, rank: int) -> Mapping[str, Tensor]:
-        return {}
 
     def emit(self, part: LookupPart) -> fx.Node:
         x = part.lookup
@@ -289,16 +307,6 @@ def by_rows(operator: Operator, ranks: int, choice: Choice) -> Pieces:
     """Contiguous ranges of rows to ranks."""
     sizes = even_sizes(operator.rows, ranks) if choice.sizes is None else choice.sizes
     return Pieces.by_sizes(operator.shape, 0, sizes, ranks)
-
-
-def all_columns(split: Split, rank: int) -> tuple[int, ...] | None:
-    """All columns of the ids, where a rank owns something."""
-    return None if rank in split.pieces.owners else ()
-
-
-def any_row(operator: Operator) -> Check:
-    """Ids may be any row of the table."""
-    return Check(operator.name, operator.rows, None, operator.line)
 
 
 def refusals(program: Program, operator: Operator, forms: Sequence[Form]) -> dict[str, str]:

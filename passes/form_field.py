@@ -9,32 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import sympy
 import torch
 from torch import Tensor, fx
 
-from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
-from descompiler.form import Choice, LookupPart, Split, all_columns, any_row, not_in_region, whole_rows
+from descompiler.form import Choice, InRegion, LookupPart, Split, not_in_region, whole_rows
 from descompiler.layout import Check
 from descompiler.operators import Lookup, Operator
 from descompiler.pieces import Pieces, Range
 from descompiler.placement import Owned, Region, Segment, shard
 from descompiler.program import Program, aten
 from descompiler.runtime import bag, lookup
-from descompiler.statistics import Statistics
 
 
 @dataclass(frozen=True)
-class Field:
+class Field(InRegion):
     name: str = "field"
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         return not_in_region(program, operator) or whole_rows(operator)
-
-    def choose(
-        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, max_rows: int | None = None
-    ) -> Choice:
-        return Choice()
 
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
         if operator.starts is None or choice.field_owners is None:
@@ -52,15 +44,12 @@ class Field:
     def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
         if _several(split):
             return tuple(i for i, r in enumerate(split.pieces.ranges) if r.owner == rank)
-        return all_columns(split, rank)
-
-    def fetches(self, split: Split) -> bool:
-        return False
+        return super().columns(split, operator, lookup, rank)
 
     def check(self, split: Split, operator: Operator) -> Check:
         if _several(split):
             return Check(operator.name, operator.rows, operator.starts, operator.line)
-        return any_row(operator)
+        return super().check(split, operator)
 
     def constants(self, split: Split, rank: int) -> Mapping[str, Tensor]:
         """Where a rank's fields of an offsets table lie side by side, ids move by a constant per field."""
@@ -80,9 +69,6 @@ class Field:
         if x.mode is None:
             return part.call(lookup, part.weight, ids, padding, o.sparse)
         return part.call(bag, part.weight, ids, x.mode, padding if padding >= 0 else None, o.sparse)
-
-    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
-        return {"ids in": IDS_IN, "values out and back": VALUES_OUT_AND_BACK}
 
 
 def _several(split: Split) -> bool:

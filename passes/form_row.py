@@ -7,15 +7,11 @@ by the owners of its rows (`descompiler.outputs`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import sympy
-from torch import Tensor, fx
+from torch import fx
 
-from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
-from descompiler.form import ByRows, Choice, LookupPart, Split, all_columns, any_row, by_rows, not_in_region
-from descompiler.layout import Check
+from descompiler.form import ByRows, Choice, InRegion, LookupPart, Split, by_rows, not_in_region
 from descompiler.operators import Lookup, Operator
 from descompiler.placement import Disjoint, Owned, Partial, Region
 from descompiler.program import Program, tail
@@ -23,7 +19,7 @@ from descompiler.runtime import bag_rows, lookup_rows
 
 
 @dataclass(frozen=True)
-class Row(ByRows):
+class Row(ByRows, InRegion):
     name: str = "row"
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
@@ -45,18 +41,6 @@ class Row(ByRows):
         ranges = tuple((r.start, r.stop, r.owner) for r in split.pieces.ranges)
         return Disjoint(owners, (lookup.ids.name, ranges), 1 + len(tail(lookup.ids)))
 
-    def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
-        return all_columns(split, rank)
-
-    def fetches(self, split: Split) -> bool:
-        return False
-
-    def check(self, split: Split, operator: Operator) -> Check:
-        return any_row(operator)
-
-    def constants(self, split: Split, rank: int) -> Mapping[str, Tensor]:
-        return {}
-
     def emit(self, part: LookupPart) -> fx.Node:
         o, x, pieces = part.operator, part.lookup, part.split.pieces
         start = pieces.own(part.rank)[0].start
@@ -65,6 +49,3 @@ class Row(ByRows):
         if x.mode is None:
             return part.call(lookup_rows, part.weight, part.ids, start, near, o.sparse)
         return part.call(bag_rows, part.weight, part.ids, start, x.mode, o.padding, near, o.sparse)
-
-    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
-        return {"ids in": IDS_IN, "values out and back": VALUES_OUT_AND_BACK}
