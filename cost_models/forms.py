@@ -4,6 +4,7 @@
     replicate, unique rows' gradients   (N-1) U (k s + i)                         `GATHER`
     pull unique rows                    (N-1)/N U (i + 2 k s)                     `PULL`
     hot rows replicated, others pulled  (N-1)/N ((U - u) (i + 2 k s) + 2 H k s)   `HOT`: u of H hot rows in a batch
+    fully sharded, gathered whole       2 (N-1)/N V k s                           `FSDP`: forward and backward together
     split, values by all-to-all         (N-1)/N b L (i + 2 k s)                   `ALL_TO_ALL`
     field or column split, a partial    (N-1)/N b L i + 2 (N-1) b w s             `PARTIAL`: w elements a row, per rank
 
@@ -20,6 +21,7 @@ REPLICATE = ALL_REDUCE
 GATHER = (N - 1) * U * (k * s + i)
 PULL = (N - 1) / N * U * (i + 2 * k * s)
 HOT = (N - 1) / N * ((U - UH) * (i + 2 * k * s) + 2 * H * k * s)
+FSDP = ALL_REDUCE
 ALL_TO_ALL = IDS_IN + VALUES_OUT_AND_BACK.subs(w, L * k)
 PARTIAL = IDS_IN + VALUES_OUT_AND_BACK.subs(w, N * w)  # each of N ranks sends a term
 

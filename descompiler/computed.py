@@ -89,6 +89,13 @@ def find_groups(program: Program) -> list[Group]:
     return sorted(result, key=lambda g: order[next(iter(g.dims))])
 
 
+def whole_tables(program: Program) -> list[str]:
+    """Matrices that looked-up values are computed of."""
+    looked_up = {n.args[0] for n in program.graph.nodes if n.target in LOOKUPS and _is_computed(program, n.args[0])}
+    above = [n for n in _ancestors(looked_up) if program.parameter(n) and len(shape_of(n)) == 2]
+    return [str(program.parameter(n)) for n in above if value(n).is_floating_point()]
+
+
 def _is_computed(program: Program, weight: fx.Node) -> bool:
     return weight.op == "call_function" and scope_of(weight).kind == CONSTANT and len(shape_of(weight)) == 2
 
@@ -159,4 +166,19 @@ def notes_of(groups: Sequence[Group], forms: Mapping[str, str]) -> list[str]:
         by_columns = all(forms.get(name) == "column" for name in g.tables)
         where = "each rank computes its columns, nothing crosses" if by_columns else "every rank computes all of it"
         notes.append(f"computed table {g}: {where}  {user_line(g.nodes[-1])}".rstrip())
+    return notes
+
+
+def whole_notes(operators: Iterable[Any], splits: Mapping[str, Any]) -> list[str]:
+    """For people: which tables are gathered whole, for what, and what that sends."""
+    notes = []
+    for o in operators:
+        pieces = splits[o.name].pieces
+        if splits[o.name].whole:
+            size = o.size_bytes * 2 * (pieces.ranks - 1) // pieces.ranks
+            uses = (*o.other_uses, *(x.node for x in o.outputs), *(x.node for x in o.lookups))
+            notes.append(
+                f"gathered table {o.name}: {target_name(uses[0])} needs all of it, {size:,} B a rank for its rows and "
+                f"their gradients  {user_line(uses[0])}".rstrip()
+            )
     return notes

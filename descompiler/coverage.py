@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from descompiler.operators import Operator
+from descompiler.operators import WEIGHTS_RICH_ELEMENTS, Operator
 from descompiler.plan import Plan
 from descompiler.program import Failure, Program, target_name
-
-WEIGHTS_RICH_ELEMENTS = 1 << 14
-"""A parameter is weights-rich if it has at least this many elements, or is looked up by ids."""
 
 PARTIAL = "partial"
 """The last rung: the user's own forward runs, and uses of split parameters are intercepted."""

@@ -37,7 +37,7 @@ from descompiler.coupling import LOCAL as LOCAL_SCOPE
 from descompiler.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait, take
 from descompiler.follow import emit_slice, follow
 from descompiler.form import LookupPart, Split, form_named
-from descompiler.layout import Check, Entry, Exchange, Fetch, FetchTable, Layout
+from descompiler.layout import Check, Entry, Exchange, Fetch, FetchTable, Layout, Whole
 from descompiler.operators import Lookup, Operator
 from descompiler.outputs import checks_of, layouts_of, outputs_in_order
 from descompiler.pieces import Pieces
@@ -131,7 +131,8 @@ class _Emitter:
         self.runtime = self.graph.placeholder("runtime")
         self._placeholders()
         dependent = self._dependent_on(self.inside)
-        late = self._dependent_on({*self.inside, *(n for n in self.lookups if n.name in self.fetched)})
+        wholes = {n for n in self.outside if self.program.parameter(n) in {t.name for t in self.layout.wholes}}
+        late = self._dependent_on({*self.inside, *wholes, *(n for n in self.lookups if n.name in self.fetched)})
         late |= coupled_nodes(self.program)
         checked = [
             (o, x)
@@ -148,6 +149,8 @@ class _Emitter:
             self._begin_fetch(ids)
         else:
             self.rows = self._runtime("begin", self.rows_local, ids)
+        if self.layout.wholes:
+            self._gather_tables()
         if self.inside:
             entering = self._runtime("enter_start", self._entry_ids())
         if self.layout.early:
@@ -303,6 +306,12 @@ class _Emitter:
 
     def _call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.graph.call_function(function, args)
+
+    def _gather_tables(self) -> None:
+        by_name = {self.program.parameter(n): n for n in self.outside if n.op == "placeholder"}
+        nodes = [by_name[t.name] for t in self.layout.wholes]
+        gathered = self._runtime("gather_tables", *(self.outside[n] for n in nodes))
+        self.outside.update({n: self._item(gathered, i) for i, n in enumerate(nodes)})
 
     def _fetch_ids(self, number: int) -> list[fx.Node]:
         by_name = {n.name: x.ids for n, (_, x) in self.lookups.items()}
@@ -576,7 +585,7 @@ class _Emitter:
     def _outputs(self, outputs: Sequence[fx.Node]) -> list[Any]:
         result = [self._own(o) for o in outputs]
         joined = [i for i, o in enumerate(outputs) if scope_of(o).grad]
-        if self.ranks > 1 and self.coupling.backward and len(joined) > 1:
+        if self.ranks > 1 and (self.coupling.backward or self.layout.wholes) and len(joined) > 1:
             together = self._runtime("together", [result[i] for i in joined])
             for position, i in enumerate(joined):
                 result[i] = self._item(together, position)
@@ -665,7 +674,19 @@ def layout_of(
         vocabularies=layouts_of(program, operators, splits),
         dense_elements=sum(program.parameters[n].numel() for n in _dense_parameters(program, splits, pieces)),
         exchanges=exchanges + total_exchanges(totals, lambda n: scope_of(n).grad),
+        wholes=_wholes(program, splits) if ranks > 1 else (),
     )
+
+
+def _wholes(program: Program, splits: Mapping[str, Split]) -> tuple[Whole, ...]:
+    """The tables that a program uses, and gathers for that."""
+    result = []
+    for n in program.graph.nodes:
+        name = program.parameter(n)
+        if name is not None and n.users and name in splits and splits[name].whole:
+            trained = program.parameters[name].requires_grad and any(scope_of(u).grad for u in n.users)
+            result.append(Whole(name, splits[name].pieces, trained))
+    return tuple(result)
 
 
 def _users_by_ids(

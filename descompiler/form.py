@@ -58,6 +58,8 @@ class Split:
     gathered : bool
         Whether ranks exchange the gradients of rows that all of them hold row by row, those that were looked up; else
         they are all-reduced.
+    whole : bool
+        Whether ranks gather the table before they use it, so that everything is as if it were replicated.
 
     >>> print(Split("column", Pieces.by_sizes((10, 4), 1, [2, 2], 2)))
     column: E[10,4] -> cat_1(E[10,2]@0, E[10,2]@1)
@@ -66,6 +68,12 @@ class Split:
     form: str
     pieces: Pieces
     gathered: bool = False
+    whole: bool = False
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether every rank has all rows when the table is used."""
+        return self.whole or self.pieces.is_replicated
 
     def __str__(self) -> str:
         p = self.pieces

@@ -403,6 +403,21 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """A table that every rank gathers whole before it is used.
+
+    Attributes
+    ----------
+    backward : bool
+        Whether it gets a gradient.
+    """
+
+    name: str
+    pieces: Pieces
+    backward: bool = True
+
+
+@dataclass(frozen=True)
 class Layout:
     """All that crosses, in one program.
 
@@ -420,6 +435,8 @@ class Layout:
         Elements of each slice of a co-located weight that all ranks hold.
     exchanges : tuple of Exchange
         What values that mix the rows of the batch cost.
+    wholes : tuple of Whole
+        Tables that are gathered whole, in one collective, and their gradients in another.
     """
 
     ranks: int
@@ -434,6 +451,12 @@ class Layout:
     dense_elements: int = 0
     exchanges: tuple[Exchange, ...] = ()
     vocabularies: tuple[Vocabulary, ...] = ()
+    wholes: tuple[Whole, ...] = ()
+
+    @cached_property
+    def whole_elements(self) -> list[int]:
+        """Elements that each rank owns of the tables that are gathered whole."""
+        return [sum(t.pieces.numel(r) for t in self.wholes) for r in range(self.ranks)]
 
     @cached_property
     def enter_widths(self) -> list[int]:
@@ -460,8 +483,9 @@ class Layout:
         """One rank of each kind, and how many there are: ranks of a kind send the same where all have as many rows."""
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for r, widths in enumerate(zip(self.enter_widths, self.exit_widths, self.fetch_loads, strict=True)):
-            sent = tuple((v.width(r), v.ids_width(r)) for v in self.vocabularies)
-            kinds.setdefault((*widths, *sent, *(x[r] for x in self.norm_shares)), []).append(r)
+            products = ((v.width(r), v.ids_width(r)) for v in self.vocabularies)
+            sent = (*products, *(x[r] for x in self.norm_shares), self.whole_elements[r] if self.wholes else 0)
+            kinds.setdefault((*widths, *sent), []).append(r)
         return {ranks[0]: len(ranks) for ranks in kinds.values()}
 
     @cached_property
@@ -521,6 +545,11 @@ class Layout:
             result.add(wire.NORM_INSIDE, (n - 1) * 2 * sum(x[rank] for x in self.norm_shares) * itemsize)
         for channels in self.norm_channels:
             result.add(wire.NORM_FORWARD, (n - 1) * (2 * channels + 1) * itemsize)
+        if self.wholes:
+            own = self.whole_elements[rank]
+            result.add(wire.WHOLE, (n - 1) * own * itemsize)
+            if backward and any(t.backward for t in self.wholes):
+                result.add(wire.WHOLE_BACK, (sum(self.whole_elements) - own) * itemsize)
         for v in self.vocabularies:
             v.add(result, rank, rows, itemsize, backward=backward)
         if self.fetches:

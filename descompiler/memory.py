@@ -11,7 +11,7 @@ are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -64,6 +64,7 @@ def memory_of(
     w: Weights,
     optimizer: str,
     unique: Mapping[str, float],
+    wholes: Collection[str] = (),
 ) -> list[Memory]:
     """Memory of every rank.
 
@@ -71,6 +72,8 @@ def memory_of(
     ----------
     unique : mapping of str to float
         Expected unique ids of one rank's batch, for tables with sparse gradients.
+    wholes : collection of str
+        Tables that are gathered whole: they, and their gradients, are there during a step.
     """
     sparse = {o.name for o in operators if o.sparse}
     tables = {o.name for o in operators}
@@ -100,6 +103,8 @@ def memory_of(
         elif rowwise(program, node):
             outside += prod(tail(node))
     activations = activation_bytes(w.rows, outside + inside * w.ranks, w.itemsize)
+    held = sum(p.numel() * (2 if p.requires_grad else 1) for n, p in program.parameters.items() if n in wholes)
+    activations = activations + activation_bytes(1, held, w.itemsize)
     for group in groups_of(operators):  # all rows of each computed table, in this rank's columns
         first = pieces[group.tables[0]]
         share = _held(first, w.ranks)[0] / first.shape[first.dim]

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from descompiler import regularisers
-from descompiler.computed import Group, find_groups
+from descompiler.computed import Group, find_groups, whole_tables
 from descompiler.coupling import GLOBAL, coupled_nodes, scope_of
 from descompiler.errors import UnsupportedError
 from descompiler.program import Program, aten, elements_per_row, rowwise, shape_of, signature, tail, user_line, where
@@ -20,6 +20,10 @@ from descompiler.vocabulary import Request, vocabulary
 
 if TYPE_CHECKING:
     from descompiler.form import Form
+
+
+WEIGHTS_RICH_ELEMENTS = 1 << 14
+"""A parameter is weights-rich if it has at least this many elements, or is looked up by ids."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class Operator:
         Nodes that use the table otherwise, or what is computed of it column by column.
     group : Group or None
         What is computed of the table column by column and looked up, and the other tables that go into it.
+    whole_in_region : bool
+        Whether other tables are computed column by column with all of it.
     computed_ids : bool
         Whether ids of a lookup are computed from another lookup of a table.
     coupled_ids : bool
@@ -112,6 +118,7 @@ class Operator:
     outputs: tuple[Output, ...] = ()
     other_uses: tuple[fx.Node, ...] = ()
     group: Group | None = None
+    whole_in_region: bool = False
     computed_ids: bool = False
     coupled_ids: bool = False
     coupled: bool = False
@@ -143,7 +150,8 @@ class Operator:
 
 
 def find_operators(program: Program, forms: Sequence[Form] | None = None) -> list[Operator]:
-    """All tables that the program looks up or takes products with, in the order of the model's parameters.
+    """All tables that the program looks up, takes products with or computes looked-up tables of, in the order of the
+    model's parameters.
 
     Parameters
     ----------
@@ -186,11 +194,13 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
     depends = _depending(program, {x.node for xs in found.values() for x in xs})
     coupled = coupled_nodes(program)
     in_totals = regularisers.uses(regularisers.find_totals(program))
-    groups = {name: g for g in find_groups(program) for name in g.tables}
+    found_groups = find_groups(program)
+    groups = {name: g for g in found_groups for name in g.tables}
     for name, g in groups.items():
         found.setdefault(name, []).extend(_lookup(n, computed=True) for n in g.lookups)  # type: ignore[misc]
     result = []
-    for name in sorted({*found, *products}, key=lambda n: order[n]):
+    whole = [n for n in whole_tables(program) if program.parameters[n].numel() >= WEIGHTS_RICH_ELEMENTS]
+    for name in sorted({*found, *products, *whole}, key=lambda n: order[n]):
         lookups, outputs = tuple(found.get(name, ())), tuple(products.get(name, ()))
         parameter = program.parameters[name]
         nodes = [x.node for x in lookups] + [x.node for x in outputs]
@@ -209,11 +219,12 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
             padding_idx=lookups[0].padding_idx if lookups else -1,
             sparse=sparse,
             starts=_starts(program, lookups),
-            line=user_line(nodes[0]),
+            line=user_line((*nodes, *others)[0]),
             trained=parameter.requires_grad,
             outputs=outputs,
             other_uses=others,
             group=group,
+            whole_in_region=any(name in g.replicated for g in found_groups),
             computed_ids=any(x.ids in depends for x in lookups),
             coupled_ids=any(x.ids in coupled for x in lookups),
             coupled=any(scope_of(x.node).kind == GLOBAL for x in lookups),

@@ -24,7 +24,7 @@ def outputs_in_order(
     program: Program, operators: Sequence[Operator], splits: Mapping[str, Split]
 ) -> dict[fx.Node, tuple[Operator, Output]]:
     """The products with divided tables, in the order of the graph."""
-    every = {x.node: (o, x) for o in operators for x in o.outputs if not splits[o.name].pieces.is_replicated}
+    every = {x.node: (o, x) for o in operators for x in o.outputs if not splits[o.name].at_hand}
     return {n: every[n] for n in program.graph.nodes if n in every}
 
 

@@ -35,7 +35,7 @@ from torch import fx
 from descompiler.aggregate import Candidates, Cut, Weights, at_lookups, minimum_cut, place
 from descompiler.bound import FormCost, Relaxation
 from descompiler.cluster import COLLECTIVES, Cluster
-from descompiler.computed import Group, groups_of
+from descompiler.computed import Group, groups_of, whole_notes
 from descompiler.computed import notes_of as computed_notes
 from descompiler.cost_models.symbols import L as IDS
 from descompiler.cost_models.symbols import N, U, V, b, i, k, s
@@ -361,7 +361,7 @@ class Search:
         memory: list[Memory] = []
         missing = 0
         if terms.limit_bytes is not None:
-            memory = self.memory(pieces, candidates, cut)
+            memory = self.memory(pieces, candidates, cut, layout)
             missing = max(0, max(m.total for m in memory) - terms.limit_bytes)
         return Trial(splits, candidates, cut, pieces, layout, aggregate, Score(missing, price, price_bytes), memory)
 
@@ -371,10 +371,11 @@ class Search:
         unique = [layout.expected(r, rows, self.statistics) if layout.fetches else {} for r in ranks]
         return [layout.predict(r, rows, self.w.itemsize, unique=x) for r, x in zip(ranks, unique, strict=True)]
 
-    def memory(self, pieces: Mapping[str, Pieces], candidates: Candidates, cut: Cut) -> list[Memory]:
+    def memory(self, pieces: Mapping[str, Pieces], candidates: Candidates, cut: Cut, layout: Layout) -> list[Memory]:
+        wholes = {t.name for t in layout.wholes}
         placements = candidates.placements()
         operators, w, optimizer = self.operators, self.w, self.terms.optimizer
-        return memory_of(self.program, operators, pieces, placements, cut, w, optimizer, self.unique)
+        return memory_of(self.program, operators, pieces, placements, cut, w, optimizer, self.unique, wholes)
 
     def _choice(self, o: Operator, form: str) -> Choice:
         """Boundaries of rows, and hot rows, by statistics."""
@@ -421,7 +422,7 @@ class Search:
         values: dict[Any, float] = {N: w.ranks, b: w.rows, s: w.itemsize, i: 4, V: o.rows, k: o.dim, IDS: o.ids}
         values[U] = self.unique[o.name]
         total = 0.0
-        known = o.trained and (not o.outputs or split.pieces.is_replicated)  # products with a divided table are more
+        known = o.trained and (not o.outputs or split.at_hand)  # products with a divided table are more
         for formula in form_named(form).costs(o.sparse).values():
             if known and formula.free_symbols <= set(values):
                 symbols, function = _compiled(formula)
@@ -633,8 +634,10 @@ def choose(
         optimizer=terms.optimizer,
         limit_bytes=terms.limit_bytes,
         missing=missing,
-        memories=best.memory or search.memory(best.pieces, best.candidates, best.cut),
-        notes=notes_of(program, best.layout.exchanges) + computed_notes(groups_of(operators), forms),
+        memories=best.memory or search.memory(best.pieces, best.candidates, best.cut, best.layout),
+        notes=notes_of(program, best.layout.exchanges)
+        + computed_notes(groups_of(operators), forms)
+        + whole_notes(operators, best.splits),
         replan=lambda changed: choose(program, operators, rules, w, changed, terms=terms),
     )
 

@@ -160,8 +160,4 @@ def sqrt_or_zero(x: Tensor) -> Tensor:
 
 def divided(totals: Sequence[Total], splits: Any) -> list[Total]:
     """The totals of tables that the reducer does not average."""
-    return [
-        t
-        for t in totals
-        if t.table in splits and not (splits[t.table].pieces.is_replicated and not splits[t.table].gathered)
-    ]
+    return [t for t in totals if t.table in splits and not (splits[t.table].at_hand and not splits[t.table].gathered)]

@@ -227,6 +227,12 @@ class Runtime:
         lines = [f"rank {r}: {t}" for r, t in enumerate(texts) if t is not None]
         raise kind("\n".join([title, *lines] if title else lines))
 
+    # ---- tables that are used whole
+
+    def gather_tables(self, *pieces: Tensor) -> list[Tensor]:
+        """The tables of ``layout.wholes`` from all ranks' pieces; backward sends each owner its rows' gradients."""
+        return list(_GatherTables.apply(self, *pieces))
+
     # ---- ids into the region
 
     def enter_start(self, ids: Sequence[Tensor]) -> Handle:
@@ -427,6 +433,44 @@ def join_local(dim: int, segments: Sequence[Sequence[int]], region: Tensor | Non
     exchanged = iter(torch.split(region, sizes, dim))
     own = iter(torch.split(local, [size for size, owner in segments if owner == -1], dim))
     return torch.cat([next(own if owner == -1 else exchanged) for _, owner in segments], dim)
+
+
+class _GatherTables(torch.autograd.Function):
+    """Whole tables, in one collective; gradients of pieces are averages over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, runtime: Runtime, *pieces: Tensor) -> tuple[Tensor, ...]:
+        wholes, ranks, dtype = runtime.layout.wholes, runtime.ranks, runtime.wire_dtype
+        ctx.runtime, ctx.wholes, ctx.dtypes = runtime, wholes, [p.dtype for p in pieces]
+        ctx.sizes = sizes = runtime.layout.whole_elements
+        flat = torch.cat([p.reshape(-1).to(dtype) for p in pieces])
+
+        def call() -> Tensor:
+            if len(set(sizes)) == 1:
+                return all_gather(flat, runtime.group)
+            return all_to_all(flat.repeat(ranks), [len(flat)] * ranks, sizes, runtime.group).wait()
+
+        every = runtime.collective(wire.WHOLE, (ranks - 1) * flat.numel() * flat.element_size(), call)
+        parts = torch.split(every, [t.pieces.numel(r) for r in range(ranks) for t in wholes])
+        result = []
+        for i, (t, p) in enumerate(zip(wholes, pieces, strict=True)):
+            shapes = [t.pieces.piece_shape(r) for r in range(ranks)]
+            mine = [x.reshape(s) for x, s in zip(parts[i :: len(wholes)], shapes, strict=True)]
+            result.append(t.pieces.join(mine).to(p.dtype))
+        return tuple(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        runtime, wholes, sizes = ctx.runtime, ctx.wholes, ctx.sizes
+        ranks, mine = runtime.ranks, sizes[runtime.rank]
+        chunks = [t.pieces.cut(g, r).reshape(-1) for r in range(ranks) for t, g in zip(wholes, grads, strict=True)]
+        send = torch.cat([c.to(runtime.wire_dtype) for c in chunks])
+        received = runtime.exchange(send, sizes, [mine] * ranks, wire.WHOLE_BACK).wait()
+        total = received.reshape(ranks, mine).sum(0) / ranks
+        parts = total.split([t.pieces.numel(runtime.rank) for t in wholes])
+        shapes = [t.pieces.piece_shape(runtime.rank) for t in wholes]
+        every = zip(parts, shapes, ctx.dtypes, ctx.needs_input_grad[1:], strict=True)
+        return None, *(p.reshape(s).to(d) if wanted else None for p, s, d, wanted in every)
 
 
 class _Anchor(torch.autograd.Function):

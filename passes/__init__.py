@@ -6,6 +6,7 @@ from descompiler.passes.explicit_shapes import ExplicitShapes
 from descompiler.passes.fold_constants import FoldConstants
 from descompiler.passes.form_column import Column
 from descompiler.passes.form_field import Field
+from descompiler.passes.form_fsdp import FullySharded
 from descompiler.passes.form_gather import Gather
 from descompiler.passes.form_hot import Hot
 from descompiler.passes.form_pull import Pull
@@ -67,5 +68,5 @@ RULES: tuple[Rule, ...] = (
 )
 """How operators stay in the substituted region; the first rule that can place an operator does."""
 
-FORMS: tuple[Form, ...] = (Replicate(), Gather(), Field(), Row(), Column(), Pull(), Hot())
+FORMS: tuple[Form, ...] = (Replicate(), Gather(), Field(), Row(), Column(), Pull(), Hot(), FullySharded())
 """How a weights-rich operator can be divided; where two cost the same, the first is taken."""

@@ -10,7 +10,7 @@ USERS, ITEMS, DIM, LAYERS = 11, 7, 5, 2
 def edges(users=USERS, items=ITEMS, seed=3):
     """Both directions of a bipartite graph: int64 ``[2, edges]``."""
     g = torch.Generator().manual_seed(seed)
-    met = (torch.rand(users, items, generator=g) < 0.4).nonzero().T
+    met = (torch.rand(users, items, generator=g) < min(0.4, 3 / items)).nonzero().T
     met = torch.cat([met, torch.stack([torch.arange(users), torch.arange(users) % items])], 1).unique(dim=1)
     there = torch.stack([met[0], met[1] + users])
     return torch.cat([there, there.flip(0)], 1)

@@ -8,6 +8,7 @@ from torch import nn
 
 import descompiler as des
 from descompiler.capture import capture
+from descompiler.compiler import Captured
 from descompiler.computed import find_groups
 from descompiler.double import widen_attributes
 from descompiler.operators import find_operators
@@ -133,3 +134,44 @@ def test_parts_of_a_matrix_make_it_again(layout):
     model.register_buffer("x", x)
     assert equal(copy.deepcopy(model, copied(model)).x, x)
     assert not equal(x, with_parts(x, [*parts_of(x)[:-1], parts_of(x)[-1] + 1]))
+
+
+def _verify_whole(rank, ranks):
+    torch.manual_seed(0)
+    cases = []
+    for model, batch in ((Loss(NGCF()), inputs(loss=True)), (Scores("index_add"), inputs()), (Twice(), inputs())):
+        plans = [{"*": "fsdp"}, {"*user*": "fsdp"}]
+        cases.append(_work(rank, ranks, model.double(), (batch, {}), 3, plans, ["adagrad"], "cpu").cases)
+    return cases
+
+
+class Twice(nn.Module):
+    """A table used whole by an operator that has no rule, looked up, multiplied with and in a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.item = nn.Embedding(ITEMS, 4, padding_idx=0)
+        self.user = nn.Embedding(11, 4)
+
+    def forward(self, user, item):
+        w = torch.cumsum(self.item.weight, 0)
+        x = self.user(user) + self.item(item) + w.sum(0)
+        return x @ self.item.weight.T + self.item.weight.norm(), (x @ w.T).logsumexp(1)
+
+
+def test_gathered_tables_train_as_the_original():
+    assert on_ranks(_verify_whole, 3) == [[2] * 3] * 3
+
+
+def test_the_planner_gathers_tables_where_memory_is_short():
+    """What is sent is the same, so that memory decides: Adam's state is cut, weights and gradients are there whole."""
+    torch.manual_seed(0)
+    captured = Captured(NGCF(users=2100, items=2100, dim=8), inputs(users=2100, items=2100))  # large enough to count
+    free = captured.plan(ranks=4, optimizer="adam")
+    assert free.forms == {"user.weight": "replicate", "item.weight": "replicate"}
+    limit = max(m.total for m in free.memories) - 1000
+    plan = captured.plan(ranks=4, optimizer="adam", memory_bytes=limit)
+    assert "fsdp" in plan.forms.values() and max(m.total for m in plan.memories) <= limit
+    gathered = captured.plan(ranks=4, optimizer="adam", pins={"*": "fsdp"})
+    assert gathered.price_bytes - free.price_bytes == 0
+    assert "gathered table user.weight: aten.cat needs all of it, 100,800 B a rank" in gathered.explain()
