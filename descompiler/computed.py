@@ -7,7 +7,7 @@ nothing crosses for it. `find_groups` finds the tables that go into one such C: 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,17 +76,42 @@ def find_groups(program: Program) -> list[Group]:
         lookups = [n for n in looked_up if n.args[0] in members]
         users = {u for n in ordered for u in n.users if u not in members}
         others = [u for u in users if u not in totals and not _is_own_lookup(u, members)]
-        inside = {a for n in ordered for a in n.all_input_nodes if a not in members}
         result.append(
             Group(
                 tuple(str(program.parameter(n)) for n in ordered if n.op == "placeholder"),
                 {n: dims[n] for n in ordered},
                 tuple(lookups),
                 tuple(sorted(others, key=order.__getitem__)),
-                tuple(dict.fromkeys(name for n in _ancestors(inside) if (name := program.parameter(n)))),
+                tuple(sorted(whole_parameters(program, members))),
             )
         )
     return sorted(result, key=lambda g: order[next(iter(g.dims))])
+
+
+def whole_parameters(program: Program, divided: Collection[fx.Node]) -> set[str]:
+    """Parameters that divided values are computed with, and that are no such values themselves."""
+    inside = {a for n in divided for a in n.all_input_nodes if a not in divided}
+    return {name for n in _ancestors(inside) if (name := program.parameter(n)) is not None}
+
+
+def by_rows(program: Program, node: fx.Node) -> dict[fx.Node, int] | None:
+    """Tables that a node is computed of row by row: a parameter first, then the values up to the node, and which of
+    their dimensions the rows are; None if it is not."""
+    above = _ancestors({node})
+    if any(s.kind == "input" for n in above if (s := program.source(n)) is not None):
+        return None
+    ordered = [n for n in program.graph.nodes if n in above]
+    rows = shape_of(node)[0]
+    bases = [n for n in ordered if program.parameter(n) and len(shape_of(n)) == 2 and shape_of(n)[0] == rows]
+    for base in sorted(bases, key=lambda n: -value(n).numel()):  # the richest one; the others are narrowed
+        dims = {base: 0}
+        for n in ordered:
+            if n.op == "call_function" and (step := follow(n, dims)) is not None:
+                dims[n] = step.dim
+        if dims.get(node) == 0:
+            needed = _above(node, dims)
+            return {n: d for n, d in dims.items() if n in needed}
+    return None
 
 
 def whole_tables(program: Program) -> list[str]:

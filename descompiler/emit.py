@@ -109,6 +109,7 @@ class _Emitter:
         self.local: dict[fx.Node, fx.Node | None] = {}  # original node -> emitted node holding the part of own rows
         self.sliced: dict[fx.Node, fx.Node] = {}  # original node -> emitted node, of tables computed by columns
         self.given: dict[fx.Node, Any] = {}  # original node -> emitted node: what the region's nodes are given
+        self.row_sliced: dict[fx.Node, fx.Node] = {}  # the same, of tables computed by rows
         self.slices: dict[str, fx.Node] = {}  # weight name -> the slice that all ranks hold
         self.constants: dict[str, torch.Tensor] = dict(program.constants)
         self.form_constants: dict[str, dict[str, fx.Node]] = {}  # by table, what its form needs
@@ -411,17 +412,25 @@ class _Emitter:
             (own,) = self.pieces[group.tables[0]].own(self.rank)
             assert step is not None
             self.sliced[n] = emit_slice(
-                self.graph, n, step, group.dims, self._columns, self._for_columns, own.start, own.size
+                self.graph, n, step, group.dims, self._columns, self._region_given, own.start, own.size
             )
         return self.sliced[n]
 
-    def _for_columns(self, n: fx.Node) -> fx.Node:
-        """A constant that a rank's columns of a computed table are made with; parameters as the region uses them."""
+    def _rows_of(self, n: fx.Node, o: Operator, dims: Mapping[fx.Node, int]) -> fx.Node:
+        """This rank's rows of what is computed of a table row by row."""
         if n.op == "placeholder":
-            return self._region_given(n)
-        if n not in self.sliced:
-            self.sliced[n] = self.graph.node_copy(n, self._for_columns)
-        return self.sliced[n]
+            return self.outside[n]
+        if n not in self.row_sliced:
+            step = follow(n, dims)
+            own = self.pieces[o.name].own(self.rank)
+            first, size = (own[0].start, own[0].size) if own else (0, 0)
+            assert step is not None
+
+            def piece(a: fx.Node) -> fx.Node:
+                return self._rows_of(a, o, dims)
+
+            self.row_sliced[n] = emit_slice(self.graph, n, step, dims, piece, self._region_given, first, size)
+        return self.row_sliced[n]
 
     def _local(self, n: fx.Node) -> fx.Node | None:
         """The part of a value of the region that every rank computes from its own rows; None if there is none."""
@@ -598,7 +607,8 @@ class _Emitter:
     def _emit_output(self, n: fx.Node) -> fx.Node:
         number = list(self.outputs).index(n)
         _, x = self.outputs[n]
-        weight, bias = self._own(n.args[1]), x.bias  # type: ignore[arg-type]
+        o, bias = self.outputs[n][0], x.bias
+        weight = self._rows_of(n.args[1], o, x.rows) if x.rows else self._own(n.args[1])  # type: ignore[arg-type]
         if bias is not None:
             name = self.program.parameter(bias)
             bias = self._own(bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from descompiler import regularisers
-from descompiler.computed import Group, find_groups, whole_tables
+from descompiler.computed import Group, by_rows, find_groups, whole_parameters, whole_tables
 from descompiler.coupling import GLOBAL, coupled_nodes, scope_of
 from descompiler.errors import UnsupportedError
 from descompiler.program import Program, aten, elements_per_row, rowwise, shape_of, signature, tail, user_line, where
@@ -49,9 +49,17 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Output:
-    """One product with a table: ``node = vocabulary(x, table, bias, first, size, requests)``."""
+    """One product with a table: ``node = vocabulary(x, table, bias, first, size, requests)``.
+
+    Attributes
+    ----------
+    rows : mapping of node to int
+        If the product is with what is computed of the table row by row: the table, the values up to that, and which of
+        their dimensions the rows are.
+    """
 
     node: fx.Node
+    rows: Mapping[fx.Node, int] = field(default_factory=dict, hash=False)
 
     @property
     def x(self) -> fx.Node:
@@ -92,7 +100,7 @@ class Operator:
     group : Group or None
         What is computed of the table column by column and looked up, and the other tables that go into it.
     whole_in_region : bool
-        Whether other tables are computed column by column with all of it.
+        Whether pieces of other tables are computed with all of it.
     computed_ids : bool
         Whether ids of a lookup are computed from another lookup of a table.
     coupled_ids : bool
@@ -185,8 +193,10 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
                 )
             found.setdefault(name, []).append(lookup)
         own_rows = scope_of(node).kind != GLOBAL  # what every rank repeats on the global batch needs the whole table
-        if node.target is vocabulary and own_rows and (name := program.parameter(node.args[1])) is not None:
-            products.setdefault(name, []).append(Output(node))
+        if node.target is vocabulary and own_rows:
+            rows = {} if program.parameter(node.args[1]) else by_rows(program, node.args[1]) or {}
+            if (name := program.parameter(next(iter(rows), node.args[1]))) is not None:
+                products.setdefault(name, []).append(Output(node, rows))
         for n in node.all_input_nodes:
             if (name := program.parameter(n)) is not None:
                 uses.setdefault(name, []).append(node)
@@ -199,6 +209,9 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
     for name, g in groups.items():
         found.setdefault(name, []).extend(_lookup(n, computed=True) for n in g.lookups)  # type: ignore[misc]
     result = []
+    in_region = {name for g in found_groups for name in g.replicated}
+    for chain in (x.rows for xs in products.values() for x in xs):
+        in_region |= whole_parameters(program, chain)
     whole = [n for n in whole_tables(program) if program.parameters[n].numel() >= WEIGHTS_RICH_ELEMENTS]
     for name in sorted({*found, *products, *whole}, key=lambda n: order[n]):
         lookups, outputs = tuple(found.get(name, ())), tuple(products.get(name, ()))
@@ -208,6 +221,11 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
         # a product's gradient is dense, and so is that of what is computed of whole tables
         sparse = bool(lookups) and lookups[0].sparse and not outputs and group is None
         others = tuple(u for u in uses[name] if u not in nodes and (sparse or u not in in_totals))
+        computed = {n: None for x in outputs for n in x.rows}
+        others = tuple(u for u in others if u not in computed)
+        others += tuple(
+            u for n in computed if n.op == "call_function" for u in n.users if u not in computed and u not in nodes
+        )
         if group is not None:
             others = (*(u for u in others if u not in group.dims), *group.others)
         operator = Operator(
@@ -224,7 +242,7 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
             outputs=outputs,
             other_uses=others,
             group=group,
-            whole_in_region=any(name in g.replicated for g in found_groups),
+            whole_in_region=name in in_region,
             computed_ids=any(x.ids in depends for x in lookups),
             coupled_ids=any(x.ids in coupled for x in lookups),
             coupled=any(scope_of(x.node).kind == GLOBAL for x in lookups),

@@ -41,7 +41,7 @@ def layouts_of(program: Program, operators: Sequence[Operator], splits: Mapping[
             Vocabulary(
                 name=node.name,
                 ranges=tuple(_ranges(splits[o.name].pieces, x)),
-                dim=o.dim,
+                dim=int(shape_of(x.x)[-1]),
                 per_row=_per_row(program, x.x),
                 requests=kinds_of(x.requests, lambda ids: int(shape_of(ids)[-1])),
                 id_bytes=4 if o.rows < 1 << 31 else 8,

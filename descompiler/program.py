@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from descompiler.errors import DescompilerError
 from descompiler.leaf import Leaf
@@ -332,6 +334,18 @@ def _shape_text(node: fx.Node) -> str:
     return (
         "[" + ",".join(str(s) if isinstance(s, int) else "b" if s.is_Symbol else str(s) for s in shape_of(node)) + "]"
     )
+
+
+def insert_call(before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """A call in front of a node, with its fake value and that node's line."""
+    with before.graph.inserting_before(before):
+        new = before.graph.call_function(target, args, kwargs)
+    new.meta = {k: v for k, v in before.meta.items() if k == "stack_trace"}
+    fake_args, fake_kwargs = fx.map_arg((args, kwargs), value)
+    like = next(x for x in pytree.tree_leaves((fake_args, fake_kwargs, value(before))) if isinstance(x, FakeTensor))
+    with like.fake_mode:
+        new.meta["val"] = target(*fake_args, **fake_kwargs)
+    return new
 
 
 def eliminate_dead_code(graph: fx.Graph) -> int:

@@ -13,6 +13,7 @@ from descompiler.passes.form_pull import Pull
 from descompiler.passes.form_replicate import Replicate
 from descompiler.passes.form_row import Row
 from descompiler.passes.functionalise import Functionalise
+from descompiler.passes.lookups_first import LookupsFirst
 from descompiler.passes.merge_duplicates import MergeDuplicates
 from descompiler.passes.recognise_bags import RecogniseBags
 from descompiler.passes.recognise_lookups import RecogniseLookups
@@ -42,6 +43,7 @@ NORMALISE: tuple[Pass, ...] = (
     RecogniseBags(),
     SimplifyIndexing(),
     RecogniseLookups(),
+    LookupsFirst(),
     MergeDuplicates(),
     RecogniseMaskedSums(),
     RecogniseOutputs(),

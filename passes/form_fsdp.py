@@ -30,7 +30,7 @@ class FullySharded(OwnRows):
         if any(x.sparse for x in operator.lookups):
             return "its gradients are sparse, and a gathered table's is dense"
         if operator.whole_in_region:
-            return "other tables that are divided by columns are computed with all of it"
+            return "pieces of other tables are computed with all of it"
         return None
 
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:

@@ -7,14 +7,13 @@ negative, so they stay as they are, and cross the wire once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from descompiler.program import Program, aten, is_tensor, shape_of, value
+from descompiler.program import Program, aten, insert_call, is_tensor, shape_of, value
 from descompiler.runtime import bag
 
 
@@ -35,7 +34,7 @@ class RecogniseLookups:
             if table is None or "input" in kinds[table] or "parameter" not in kinds[table] or "input" not in kinds[ids]:
                 continue
             if node.target is aten.index.Tensor and ids not in looked_up:
-                ids = _from_the_end(program, node, ids, int(shape_of(table)[0]))
+                ids = _from_the_end(node, ids, int(shape_of(table)[0]))
             with program.graph.inserting_before(node):
                 new = program.graph.call_function(aten.embedding.default, (table, ids))
             new.meta = dict(node.meta)
@@ -63,15 +62,8 @@ def _rows_at(node: fx.Node) -> Any:
     return (table, ids) if isinstance(shape_of(table)[0], int) else (None, None)
 
 
-def _from_the_end(program: Program, node: fx.Node, ids: fx.Node, rows: int) -> fx.Node:
+def _from_the_end(node: fx.Node, ids: fx.Node, rows: int) -> fx.Node:
     """Ids, where negative ones count from the end."""
 
-    def call(target: Callable[..., Any], *args: Any) -> fx.Node:
-        with program.graph.inserting_before(node):
-            new = program.graph.call_function(target, args)
-        new.meta = {k: v for k, v in node.meta.items() if k == "stack_trace"}
-        with value(node).fake_mode:
-            new.meta["val"] = target(*fx.map_arg(args, value))
-        return new
-
-    return call(aten.where.self, call(aten.lt.Scalar, ids, 0), call(aten.add.Tensor, ids, rows), ids)
+    negative = insert_call(node, aten.lt.Scalar, ids, 0)
+    return insert_call(node, aten.where.self, negative, insert_call(node, aten.add.Tensor, ids, rows), ids)

@@ -20,10 +20,12 @@ import sympy
 import torch
 from torch import fx
 
+from descompiler.computed import by_rows
 from descompiler.program import (
     Program,
     aten,
     eliminate_dead_code,
+    insert_call,
     is_tensor,
     shape_of,
     signature,
@@ -79,7 +81,7 @@ class RecogniseOutputs:
                 continue
             product = _product(program, node)
             if product is None or (
-                program.parameter(product.table) not in looked_up and shape_of(product.table)[0] < self.minimum_rows
+                _base(program, product.table) not in looked_up and shape_of(product.table)[0] < self.minimum_rows
             ):
                 continue
             self._rewrite(program, product)
@@ -87,7 +89,7 @@ class RecogniseOutputs:
         return program
 
     def _rewrite(self, program: Program, product: Product) -> None:
-        table, first = program.parameter(product.table), product.node
+        table, first = _base(program, product.table), product.node
         while _absorb(program, product):
             pass
         consumers = [_consumer(program, product, u) for u in product.node.users]
@@ -133,13 +135,7 @@ class _Editor:
         self.point = node
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with self.graph.inserting_before(self.point):
-            node = self.graph.call_function(target, args, kwargs)
-        node.meta = {k: v for k, v in self.point.meta.items() if k == "stack_trace"}
-        fake_args, fake_kwargs = fx.map_arg((args, kwargs), value)
-        with value(self.like).fake_mode:
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
-        return node
+        return insert_call(self.point, target, *args, **kwargs)
 
     def vocabulary(self, product: Product, requests: Sequence[Request], before: fx.Node) -> list[fx.Node]:
         self.at(before)
@@ -190,6 +186,11 @@ def _product(program: Program, node: fx.Node) -> Product | None:
     return Product(node, x, table, first, size, bias)
 
 
+def _base(program: Program, table: fx.Node) -> str | None:
+    """The parameter that a product's table is, or is computed of."""
+    return program.parameter(table) or program.parameter(next(iter(by_rows(program, table) or ()), None))
+
+
 def rows_per_row(program: Program, x: fx.Node) -> int | None:
     """How many vectors (along its last dimension) a value has for each row of the batch; None if that is no number."""
     count = sympy.sympify(prod(shape_of(x)[:-1], start=sympy.Integer(1))) / program.batch
@@ -223,10 +224,10 @@ def _einsum(node: fx.Node) -> tuple[Any, Any]:
 
 
 def _rows_of(program: Program, node: Any) -> tuple[fx.Node, int, int] | None:
-    """(parameter, first row, rows) of a 2-D parameter or a range of its rows."""
+    """(table, first row, rows) of a 2-D parameter, of what is computed of one row by row, or of a range of its rows."""
     if not isinstance(node, fx.Node) or not is_tensor(node) or value(node).dim() != 2:
         return None
-    if program.parameter(node) is not None:
+    if program.parameter(node) is not None or (node.target is not aten.slice.Tensor and by_rows(program, node)):
         return node, 0, int(shape_of(node)[0])
     if node.target is aten.slice.Tensor:
         args = signature(node)

@@ -137,6 +137,18 @@ class Weighted(LightGCN):
         return (users[user + 1] * items[item - self.items]).sum(-1)  # negative ids count from the end
 
 
+class Cosine(LightGCN):
+    """Rows of length one, which all columns are needed for; of the tables too."""
+
+    def everyone(self):
+        return tuple(F.normalize(x, dim=1) for x in super().everyone())
+
+    def forward(self, user, item):
+        users, items = self.everyone()
+        both = torch.cat([users[user], F.normalize(self.user.weight)[user]], 1)
+        return (both * torch.cat([items[item], F.normalize(self.item.weight, dim=-1)[item]], 1)).sum(-1)
+
+
 class Loss(nn.Module):
     """A model's loss as its forward."""
 

@@ -30,6 +30,7 @@ class Model(nn.Module):
         self.encoder = nn.Linear(DIM, DIM)
         self.out = nn.Linear(DIM, 1030)
         self.bias = nn.Parameter(torch.randn(ITEMS))
+        self.gate = nn.Parameter(torch.randn(ITEMS, 1))
         self.name = name
 
     def forward(self, t, y):
@@ -91,6 +92,23 @@ HEADS = {
     "full scores": (lambda m, h, s, y, t: scores(m, h), ": logits"),
     "scores squashed": (lambda m, h, s, y, t: torch.sigmoid(scores(m, h)).sum(1), ": logits"),
     "a small layer": (lambda m, h, s, y, t: F.log_softmax(m.encoder(h), 1).gather(1, y.unsqueeze(1) % DIM), None),
+    "cosine scores": (
+        lambda m, h, s, y, t: F.cross_entropy(
+            F.normalize(h, dim=-1) @ F.normalize(m.items.weight, dim=-1).T / 0.1, y, reduction="none"
+        ),
+        "items.weight: log_sum_exp, select",
+    ),
+    "normalised in both places": (
+        lambda m, h, s, y, t: (
+            (n := F.normalize(m.items.weight, dim=1)),
+            torch.logsumexp((h + n[y] + F.embedding(t, n, 0).sum(1)) @ n[1:].T, 1),
+        )[1],
+        "items.weight: log_sum_exp",
+    ),
+    "an item tower": (
+        lambda m, h, s, y, t: F.cross_entropy(h @ torch.relu(m.encoder(m.items.weight) * m.gate).T, y),
+        "items.weight: log_sum_exp, select",
+    ),
     "loss and scores": (
         lambda m, h, s, y, t: [(x := scores(m, h)), F.cross_entropy(x, y, reduction="none")],
         ": logits",

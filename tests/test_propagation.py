@@ -16,7 +16,7 @@ from descompiler.passes import NORMALISE
 from descompiler.probe import blueprint
 from descompiler.sparse import copied, equal, parts_of, with_parts
 from descompiler.verify import _work, on_ranks
-from tests.propagation import ITEMS, NGCF, STEPS, LightGCN, Loss, Weighted, inputs
+from tests.propagation import ITEMS, NGCF, STEPS, Cosine, LightGCN, Loss, Weighted, inputs
 
 HELD = [f"{layout} {how}" for layout in ("coo", "csr", "dense") for how in ("buffer", "attribute")]
 
@@ -36,8 +36,15 @@ def test_matrices_are_captured_as_the_model_holds_them(held):
 @pytest.mark.parametrize("step", [s for s in STEPS if s != "sparse.mm"])
 def test_every_way_to_pass_messages_is_by_columns(step):
     for operator in find_operators(program_of(LightGCN(step))):
-        assert operator.forms == ("replicate", "column")
+        assert operator.forms == ("replicate", "column", "fsdp")
         assert "computed of all its rows" in operator.refusals["row"]
+
+
+def test_rows_are_looked_up_before_what_needs_all_columns():
+    program = program_of(Cosine())
+    notes = [n for n in program.journal if n.startswith("lookups_first")]
+    assert len(notes) == 4 and all("div" in n for n in notes)
+    assert all("column" in o.forms and not o.other_uses for o in find_operators(program))
 
 
 def test_dense_layers_mix_columns():
@@ -54,7 +61,7 @@ class Scores(LightGCN):
 
 def test_another_use_of_the_computed_table_is_named():
     for operator in find_operators(program_of(Scores())):
-        assert operator.forms == ("replicate",)
+        assert operator.forms == ("replicate", "fsdp")
         assert "also used by aten.matmul" in operator.refusals["column"]
 
 
@@ -62,6 +69,7 @@ MODELS = {
     "LightGCN": (lambda: LightGCN(), inputs()),
     "scatter_add, csr": (lambda: LightGCN("scatter_add", "csr attribute"), inputs()),
     "index_add": (lambda: LightGCN("index_add", sparse=True), inputs()),
+    "norms of rows": (lambda: Cosine(), inputs()),
     "its loss": (lambda: Loss(LightGCN(padding_idx=0)), inputs(loss=True)),
     "learnt weights on the way": (lambda: Weighted(), inputs()),
     "fewer columns than ranks": (lambda: Loss(Weighted(dim=2)), inputs(loss=True)),
