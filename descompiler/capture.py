@@ -45,13 +45,16 @@ RUNGS: tuple[tuple[str, Callable[[Flat, list[Tensor], nn.Module], Program]], ...
 """The ladder, in the order in which it is climbed."""
 
 
-def _try_probe(probe: Flat, tensors: list[Tensor]) -> None:
-    """Run the probe; a model that makes float32 tensors in forward may not run in float64 unless it makes those too."""
+def _try_probe(make: Callable[[], Flat], tensors: list[Tensor]) -> Flat:
+    """A probe that runs: a model that makes float32 tensors in forward may not, unless it makes float64 ones there."""
+    probe = make()
     try:
         run_eager(probe, tensors)
     except Exception:
+        probe = make()  # forward may have kept a float32 tensor
         probe.arithmetic = InDouble
         run_eager(probe, tensors)
+    return probe
 
 
 def _check(program: Program, probe: Flat, batches: Sequence[list[Tensor]]) -> None:
@@ -126,9 +129,8 @@ def capture(
         result.training = model.training
         return result
 
-    probe = flat(double=True)
     try:
-        _try_probe(probe, double_all(tensors))
+        probe = _try_probe(lambda: flat(double=True), double_all(tensors))
     except UnsupportedError:
         raise
     except Exception as error:

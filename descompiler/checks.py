@@ -83,6 +83,8 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> No
         raise CannotRunError(
             f"the captured graph can't run on {len(tensors[0])} rows: {type(error).__name__}: {error}"
         ) from error
+    if len(eager) != len(graph):
+        raise CaptureError(f"the captured graph returns {len(graph)} tensors, the model {len(eager)}")
     graph_gradients = _gradients(graph, list(params.values()))
     for i, (a, b) in enumerate(zip(eager, graph, strict=True)):
         if a.shape != b.shape or relative_error(a, b) > TOLERANCE_FLOAT64:

@@ -29,7 +29,7 @@ from descompiler.partial import Survey, coverage_partial, plan_partial, survey
 from descompiler.passes import NORMALISE, RULES
 from descompiler.plan import NO_OPERATORS, Plan
 from descompiler.planner import Forbidden, Terms, choose
-from descompiler.probe import CALL, blueprint, method_of
+from descompiler.probe import CALL, blueprint, call_of, method_of
 from descompiler.program import Failure, Program
 from descompiler.runtime import Runtime
 from descompiler.sparse import copied
@@ -162,7 +162,7 @@ def distribute(
     if not _all(program is not None, group, ranks):
         return _distribute_in_part(model, found, group, rank, ranks, plan, loss, rows, seed, host)
     assert program is not None and signature is not None
-    w = Weights(ranks, rows, max((o.dtype.itemsize for o in operators), default=4))
+    w = Weights(ranks, rows, _itemsize(operators, program))
     if samples is not None:
         local = _everywhere(
             lambda: None if rank else build.measure(program, signature, operators, samples), group, ranks
@@ -179,8 +179,32 @@ def distribute(
     def program_for(training: dict[str, bool]) -> Emitted:
         return build.emit(chosen, training, rank)
 
-    runtime = Runtime(group, rank, ranks, loss)
-    return DistributedModule(build.template, chosen, signature, runtime, program_for, values, buffers, coverage, host)
+    def forward_for(training: dict[str, bool], now: dict[str, Tensor], buffers: dict[str, Tensor]) -> PartialModule:
+        template = copy.deepcopy(build.template, copied(build.template))
+        for name, m in template.named_modules():
+            m.training = training[name]
+        seen = survey(template, build.example_inputs, build.method)
+        runtime = Runtime(group, rank, ranks, loss)
+        return _partial_module(build, template, seen, chosen, runtime, now, buffers, coverage, None)
+
+    return DistributedModule(
+        build.template,
+        chosen,
+        signature,
+        Runtime(group, rank, ranks, loss),
+        program_for,
+        values,
+        buffers,
+        coverage,
+        host,
+        forward_for=forward_for,
+    )
+
+
+def _itemsize(operators: list[Operator], program: Program) -> int:
+    """Bytes of an element: of the tables; of the model without any."""
+    dtypes = [o.dtype for o in operators] or [p.dtype for p in program.parameters.values()]
+    return max((dtype.itemsize for dtype in dtypes), default=4)
 
 
 @dataclass
@@ -223,12 +247,26 @@ def _distribute_in_part(
         warnings.warn(f"descompiler: rows of a batch were not checked for independence: {seen.unchecked}", stacklevel=4)
     values, buffers = _weights(model, build, chosen, seed, group, rank, ranks)
     runtime = Runtime(group, rank, ranks, loss)
-    runs = _copy_with(build.template, values) if host is None else host
-    inputs = normalise_inputs(build.example_inputs, method_of(build.template, build.method))
+    return _partial_module(build, build.template, seen, chosen, runtime, values, buffers, coverage, host)
+
+
+def _partial_module(
+    build: Builder,
+    template: nn.Module,
+    seen: Survey,
+    chosen: Plan,
+    runtime: Runtime,
+    values: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    coverage: Coverage,
+    host: nn.Module | None,
+) -> PartialModule:
+    runs = _copy_with(template, values) if host is None else host
+    inputs = normalise_inputs(build.example_inputs, method_of(template, build.method))
     spare = inputs if seen.unchecked else take_rows(inputs, torch.zeros(1, dtype=torch.int64, device=build.device))
-    call = runs if build.method == CALL else method_of(runs, build.method)
+    call = call_of(runs, build.method)
     return PartialModule(
-        build.template,
+        template,
         chosen,
         runtime,
         values,
@@ -387,7 +425,7 @@ class Captured:
             ranks = cluster.ranks if cluster is not None else plan.ranks  # type: ignore[union-attr]
         if plan is not None:
             batch, pins = batch or plan.rows, {**plan.forms, **plan.changes, **(pins or {})}
-        w = Weights(ranks, batch or self.rows, max((o.dtype.itemsize for o in self.operators), default=4))
+        w = Weights(ranks, batch or self.rows, _itemsize(self.operators, self.program))
         if samples is not None:
             terms["statistics"] = self._build.measure(self.program, self._signature, self.operators, samples)
         return choose(self.program, self.operators, RULES, w, pins, terms=Terms(**terms))
@@ -437,18 +475,25 @@ class Builder:
         self.rows = max((x.shape[0] for x in leaves if x.dim()), default=1)
         self.device = leaves[0].device if leaves else torch.device("cpu")
         self._captured: dict[tuple[tuple[str, bool], ...], tuple[Program, Signature]] = {}
+        self._failed: dict[tuple[tuple[str, bool], ...], CaptureError] = {}
 
     def capture(self, training: dict[str, bool] | None) -> tuple[Program, Signature]:
         """The program for given flags, those of the model by default; captured once, and not to be edited."""
         flags = {n: m.training for n, m in self.template.named_modules()} if training is None else training
         key = tuple(flags.items())
+        if key in self._failed:
+            raise CaptureError(str(self._failed[key]), self._failed[key].failures)
         if key not in self._captured:
             # an evaluation program is first wanted where the user has gradients off; the checks need them, and random
             # weights may give NaN, which is compared, and which the user's anomaly detection must not stop
             with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_detect_anomaly(False):
-                self._captured[key] = capture(
-                    self.template, self.example_inputs, training=flags, passes=NORMALISE, method=self.method
-                )
+                try:
+                    self._captured[key] = capture(
+                        self.template, self.example_inputs, training=flags, passes=NORMALISE, method=self.method
+                    )
+                except CaptureError as error:
+                    self._failed[key] = error
+                    raise
         return self._captured[key]
 
     def measure(

@@ -252,7 +252,7 @@ class _Emitter:
                 self.rows_local,
                 self.placements,
                 self.pieces,
-                lambda n: self._local(n) if n in self.inside else self._own(n),
+                lambda n: self._local(n) if n in self.inside else self._own_part(n),
                 self._local_given,
             )
         return Part(
@@ -301,7 +301,14 @@ class _Emitter:
     def _local_given(self, node: fx.Node) -> Any:
         """The same for own rows."""
         name = self.program.parameter(node)
-        return self._own(node) if name is None else self.slices.get(name, self.outside[node])
+        return self._own_part(node) if name is None else self.slices.get(name, self.outside[node])
+
+    def _own_part(self, node: fx.Node) -> Any:
+        """A value from outside the region, for own rows; of one that is made from the batch size, its own rows."""
+        own, scope = self._own(node), scope_of(node)
+        if self.ranks == 1 or not scope.sized or scope.rows is None or node in self.coupling.slices:
+            return own
+        return self._runtime("slice_rows", own, scope.rows.dim, scope.rows.outer, scope.rows.inner)
 
     # ---- stages
 

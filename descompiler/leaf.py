@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from descompiler.double import InDouble
 from descompiler.errors import CaptureError, UnsupportedError
 from descompiler.inputs import flatten, split_statics, unflatten_with
+from descompiler.sparse import copied
 from descompiler.substitute import DROPOUTS, LOOKUPS, function_name
 
 
@@ -143,7 +144,7 @@ class Leaf:
             id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
             for p in module.parameters()
         }
-        self.module = copy.deepcopy(module, memo)
+        self.module = copy.deepcopy(module, memo | copied(module))
         for hooks in ("_forward_hooks", "_forward_pre_hooks"):  # the graph has what they do
             getattr(self.module, hooks).clear()
         self.name, self.call, self.state, self.double = name, call, tuple(state), double

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -17,7 +18,7 @@ from descompiler import traffic as wire
 from descompiler.coverage import Coverage
 from descompiler.double import InDouble, is_double_meant
 from descompiler.emit import Emitted
-from descompiler.errors import InputError
+from descompiler.errors import CaptureError, InputError
 from descompiler.inputs import Signature, flatten, split_statics, unflatten_with
 from descompiler.layout import Counts
 from descompiler.partial import MEAN, ROWS, SAME, SUM
@@ -25,7 +26,7 @@ from descompiler.pieces import Pieces
 from descompiler.plan import Plan
 from descompiler.rows import Rows
 from descompiler.runtime import Runtime, scale_grad
-from descompiler.substitute import Finish, Keeper, SynchroniseNorms, substitute
+from descompiler.substitute import Finish, Keeper, SynchroniseNorms, plain, substitute
 from descompiler.traffic import Traffic
 
 
@@ -90,9 +91,12 @@ class DistributedModule(nn.Module):
         host: nn.Module | None = None,
         *,
         in_place: bool = True,
+        forward_for: Callable[..., PartialModule] | None = None,
     ):
         super().__init__()
         object.__setattr__(self, "plan", plan)
+        self._forward_for = forward_for
+        self._forwards: dict[tuple[bool, ...], PartialModule] = {}  # by training flags
         vars(self)["_host"] = host  # no submodule: its parts are this module's own
         self._coverage, self._keeper = coverage, Keeper(runtime)
         self._signature, self._runtime, self._program_for = signature, runtime, program_for
@@ -176,7 +180,12 @@ class DistributedModule(nn.Module):
         runtime.mode = 2 * sum(f << (i % 61) for i, f in enumerate(flags)) % (1 << 61) + grad
         runtime.mode_name = f"{'training' if self.training else 'evaluation'}, gradients {'on' if grad else 'off'}"
         try:
-            emitted = self._program()
+            try:
+                emitted = self._program()
+            except CaptureError as error:
+                users = self._users_forward(error)
+                runtime.started = True  # the users' forward tells the other ranks what fails in it
+                return users.follow(self, args, kwargs)
             runtime.layout, runtime.checks = emitted.layout, emitted.checks
             assert self._signature is not None
             tensors = self._signature.flatten(args, kwargs)
@@ -193,6 +202,34 @@ class DistributedModule(nn.Module):
             runtime.header(0, text)
             raise
         return self._signature.unflatten(self._finishing(outputs) if self._in_place else outputs)
+
+    def _users_forward(self, error: CaptureError) -> PartialModule:
+        """What runs the user's own forward, where the graph for these training flags was not captured.
+
+        Raises
+        ------
+        CaptureError
+            If gradients are on: those of the pieces are the other graph's business.
+        """
+        if torch.is_grad_enabled():
+            raise CaptureError(
+                f"the model was captured in other training flags only, not in these ({error}). Its own forward can run "
+                "in these with gradients off: call it within torch.no_grad()",
+                error.failures,
+            ) from error
+        key = self._training_flags()
+        if key not in self._forwards:
+            assert self._forward_for is not None
+            warnings.warn(
+                "descompiler: the model was not captured as a graph in these training flags; its own forward runs, and "
+                f"fetches or gathers what it uses of split parameters. {error}",
+                stacklevel=4,
+            )
+            values = {n: plain(p).detach() for n, p in self.named_parameters()}
+            self._forwards[key] = self._forward_for(
+                dict(zip(self._flags, key, strict=True)), values, dict(self.named_buffers(remove_duplicate=False))
+            )
+        return self._forwards[key]
 
     def _reduced(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The program's outputs; every backward from them ends with averaged gradients of replicated parameters."""
@@ -359,7 +396,12 @@ class DistributedModule(nn.Module):
     @property
     def output_rows(self) -> tuple[Rows | None, ...]:
         """Where a rank's own rows are in each output tensor; None: it is the global batch's, equal on all ranks."""
-        return self._program().outputs
+        try:
+            return self._program().outputs
+        except CaptureError:
+            if (users := self._forwards.get(self._training_flags())) is None:
+                raise
+            return users.output_rows
 
     def print_readable(self) -> str:
         """Print (and return) this rank's program for the current mode."""
@@ -428,6 +470,17 @@ class PartialModule(DistributedModule):
             raise
         tensors = [self._output(x, kind) for x, kind in zip(tensors, self._outputs, strict=True)]
         return unflatten_with(self._finishing(tensors), spec, statics)
+
+    def follow(self, owner: DistributedModule, args: Any, kwargs: Any) -> Any:
+        """A forward with the parameters and buffers that another module has now, which counts its traffic."""
+        for name, p in self.named_parameters():
+            p.data = plain(owner.get_parameter(name)).detach()
+        for name, b in owner.named_buffers(remove_duplicate=False):
+            path, _, leaf = name.rpartition(".")
+            self.get_submodule(path)._buffers[leaf] = b
+        result = self(*args, **kwargs)
+        owner._runtime.traffic = self._runtime.traffic
+        return result
 
     def _check_outputs(self, tensors: Sequence[Tensor]) -> None:
         if len(tensors) != len(self._outputs):

@@ -30,7 +30,7 @@ from descompiler.inputs import flatten, knows_rows, map_tensors, normalise_input
 from descompiler.layout import Layout
 from descompiler.pieces import Pieces, even_sizes
 from descompiler.plan import Plan, Table
-from descompiler.probe import CALL, materialise, method_of, probed_whole
+from descompiler.probe import CALL, call_of, materialise, method_of, probed_whole
 from descompiler.program import Failure
 from descompiler.substitute import DROPOUTS, LOOKUPS, function_name
 
@@ -142,15 +142,15 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
         torch.manual_seed(seed)
         recorder = _Recorder(model, skip_norms=skip_norms)
         with InDouble() if double_meant else nullcontext(), recorder:
-            out = (model if method == CALL else method_of(model, method))(*inputs[0], **inputs[1])
+            out = call_of(model, method)(*inputs[0], **inputs[1])
         return split_statics(flatten(out)[0])[0], recorder
 
     double_meant = is_double_meant()
     try:
         try:
             _, recorder = run(double, skip_norms=False)
-        except RuntimeError:  # perhaps float32, which its forward makes, meets float64
-            double_meant = True
+        except RuntimeError:  # perhaps float32, which its forward makes (and may have kept), meets float64
+            double_meant, model = True, materialise(template, device, double=True)
             _, recorder = run(double, skip_norms=False)
     except UnsupportedError:
         raise

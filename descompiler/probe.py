@@ -110,6 +110,11 @@ def method_of(model: nn.Module, method: str) -> Callable[..., Any]:
     return found
 
 
+def call_of(model: nn.Module, method: str) -> Callable[..., Any]:
+    """What calls a model's method; with its hooks for `CALL`."""
+    return model if method == CALL else method_of(model, method)
+
+
 class Flat(nn.Module):
     """Calls the user's module from a flat list of tensors and flattens what it returns."""
 
@@ -122,7 +127,7 @@ class Flat(nn.Module):
         self.arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext  # or InDouble, for a probe in float64
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Flat:
-        result = Flat(copy.deepcopy(self.model, memo), self.spec, self.statics, self.method)
+        result = Flat(copy.deepcopy(self.model, memo | copied(self.model)), self.spec, self.statics, self.method)
         result.training, result.means_double = self.training, self.means_double
         result.arithmetic = self.arithmetic
         return result

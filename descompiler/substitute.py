@@ -351,8 +351,8 @@ class _Fetch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keeper: Keeper, record: Record, piece: Tensor) -> Tensor:
         ctx.keeper, ctx.record = keeper, record
-        plain = _plain(piece).detach()
-        return keeper.exchange(plain[record.positions], record.asked, record.sent, FETCH_ROWS)
+        own = plain(piece).detach()
+        return keeper.exchange(own[record.positions], record.asked, record.sent, FETCH_ROWS)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -363,7 +363,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keeper: Keeper, record: Record, piece: Tensor) -> Tensor:
         ctx.keeper, ctx.record = keeper, record
-        return keeper.gather(_plain(piece), record.piece.pieces)
+        return keeper.gather(plain(piece), record.piece.pieces)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -428,7 +428,7 @@ class Finish(torch.autograd.Function):
 # Interception
 
 
-def _plain(x: Tensor) -> Tensor:
+def plain(x: Tensor) -> Tensor:
     """The same tensor, for code whose results are ordinary tensors."""
     return _local(Tensor.as_subclass, (x, Tensor), {})
 
@@ -458,11 +458,11 @@ class Piece(nn.Parameter):
         return _intercept(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        result = nn.Parameter(_plain(self).detach().clone(), self.requires_grad)
+        result = nn.Parameter(plain(self).detach().clone(), self.requires_grad)
         return memo.setdefault(id(self), result)  # a copy is a plain tensor: it belongs to no module
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(_plain(self).detach(), self.requires_grad).__reduce_ex__(protocol)
+        return nn.Parameter(plain(self).detach(), self.requires_grad).__reduce_ex__(protocol)
 
 
 def substitute(p: nn.Parameter, name: str, pieces: Pieces, keeper: Keeper) -> Piece:
@@ -539,8 +539,8 @@ def _common(args: Any, kwargs: Any) -> Any:
 
 def _own_and_shared(x: Any) -> tuple[Tensor, Tensor]:
     """The part that this rank alone holds, and the part that every rank holds."""
-    plain, own = _plain(x), x.pieces.own_size(x.keeper.runtime.rank)
-    return plain.narrow(x.pieces.dim, 0, own), plain.narrow(x.pieces.dim, own, plain.shape[x.pieces.dim] - own)
+    held, own = plain(x), x.pieces.own_size(x.keeper.runtime.rank)
+    return held.narrow(x.pieces.dim, 0, own), held.narrow(x.pieces.dim, own, held.shape[x.pieces.dim] - own)
 
 
 def _reduce(func: Any, x: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import operator
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -58,7 +59,12 @@ def trace_dynamo(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Pr
     inputs = [t.clone() for t in tensors]  # each its own object: they are told apart by identity
     for t in inputs:
         torch._dynamo.mark_dynamic(t, 0)
-    options = {"allow_rnn": True, "capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+    options = {
+        "reorderable_logging_functions": {print},
+        "allow_rnn": True,
+        "capture_scalar_outputs": True,
+        "capture_dynamic_output_shape_ops": True,
+    }
     code = Flat.forward.__code__.replace()  # Dynamo's cache, and its limit, belong to a code object
     forward = types.FunctionType(code, Flat.forward.__globals__)
     try:
@@ -149,6 +155,48 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:400]
 
 
+def _copy_inline(source: fx.GraphModule, graph: fx.Graph, found: dict[fx.Node, Any], *, grad: bool = True) -> Any:
+    """Copy a graph, the regions in it that are graphs of their own inlined; returns what it returns.
+
+    Those of ``torch.no_grad`` return values that send no gradient back.
+    """
+    regions = torch.ops.higher_order
+    for node in source.graph.nodes:
+        if node in found:
+            continue
+        if node.op == "output":
+            return fx.map_arg(node.args[0], lambda n: found[n])
+        if node.op == "get_attr" and isinstance(getattr(source, str(node.target), None), fx.GraphModule):
+            found[node] = getattr(source, str(node.target))
+        elif node.target is regions.wrap_with_set_grad_enabled or node.target is regions.wrap_with_autocast:
+            count = 2 if node.target is regions.wrap_with_set_grad_enabled else 5
+            settings, arguments = node.args[: count - 1], node.args[count - 1 :]
+            inner = found[arguments[0]]
+            if count == 5 and settings[2]:
+                raise CaptureError("autocast chooses dtypes in forward")
+            if count == 2 and settings[0] and not grad:
+                raise CaptureError("gradients are enabled within torch.no_grad")
+            places = [n for n in inner.graph.nodes if n.op == "placeholder"]
+            given = dict(zip(places, fx.map_arg(arguments[1:], lambda n: found[n]), strict=True))
+            still = grad and (count == 5 or bool(settings[0]))
+            found[node] = _copy_inline(inner, graph, given, grad=still)
+            if grad and not still:
+                found[node] = fx.map_arg(found[node], lambda n: _detached(graph, n))
+        elif node.target is operator.getitem and not isinstance(found[node.args[0]], fx.Node):
+            found[node] = found[node.args[0]][node.args[1]]
+        else:
+            found[node] = graph.node_copy(node, lambda n: found[n])
+    raise CaptureError("the graph returns nothing")
+
+
+def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    if not isinstance(node.meta.get("val"), Tensor) or not node.meta["val"].is_floating_point():
+        return node
+    detached = graph.call_function(aten.detach.default, (node,))
+    detached.meta = dict(node.meta)
+    return detached
+
+
 def _program_of(exported: Any, template: nn.Module, traced: Flat, registered: set[str]) -> Program:
     """Name the placeholders; constants that share a parameter's storage are that parameter.
 
@@ -185,7 +233,7 @@ def _program_of(exported: Any, template: nn.Module, traced: Flat, registered: se
         else:
             raise CaptureError(f"the graph has an input of kind {spec.kind}, which is not supported")
     graph = fx.Graph()
-    out = graph.graph_copy(exported.graph, {})
+    out = _copy_inline(exported.graph_module, graph, {})
     graph.output(list(out) if isinstance(out, tuple | list) else [out])
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:  # says what dtype the trace saw, in front of a cast

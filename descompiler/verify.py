@@ -25,7 +25,7 @@ from descompiler.double import InDouble, double_meant, widen_attributes
 from descompiler.errors import EquivalenceError
 from descompiler.inputs import flatten, map_tensors, normalise_inputs, split_statics, take_rows
 from descompiler.module import DistributedModule, PartialModule
-from descompiler.probe import blueprint
+from descompiler.probe import CALL, blueprint, call_of, method_of
 from descompiler.rows import Rows
 from descompiler.sparse import copied, equal
 from descompiler.state import full_state_dict
@@ -85,6 +85,7 @@ def verify(
     optimizers: Sequence[str] = ("sgd",),
     timeout_s: float = 120.0,
     device: str = "cpu",
+    method: str = CALL,
     launch: Callable[..., list[Any]] | None = None,
 ) -> Report:
     """Prove on ``ranks`` local gloo processes that the compiled model trains as the original.
@@ -105,6 +106,8 @@ def verify(
         Keys of `OPTIMIZERS`. With sparse gradients, "sparse_adam" takes those tables and Adagrad the rest.
     device : str
         Where both models are; the ranks share it if it is a GPU.
+    method : str
+        What is compiled, as `compile`'s: by default a call of the model, or a method such as "calculate_loss".
     launch : callable, optional
         Calls a function on every rank, as `on_ranks`, which is the default and starts processes for it.
 
@@ -125,10 +128,11 @@ def verify(
         elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
             module.dropout = 0.0
     inputs = map_tensors(
-        lambda x: (x.double() if x.is_floating_point() else x).cpu(), normalise_inputs(example_inputs, model.forward)
+        lambda x: (x.double() if x.is_floating_point() else x).cpu(),
+        normalise_inputs(example_inputs, method_of(model, method)),
     )
     report = Report(ranks)
-    arguments = (model.cpu(), inputs, steps, list(plans), list(optimizers), device)
+    arguments = (model.cpu(), inputs, steps, list(plans), list(optimizers), device, method)
     for other in (launch or on_ranks)(_work, ranks, *arguments, timeout_s=timeout_s):
         report.cases = other.cases
         report.rounding |= other.rounding
@@ -222,15 +226,17 @@ def _work(
     plans: list[Any],
     optimizers: list[str],
     device: str,
+    method: str,
 ) -> Report:
     report = Report(ranks)
     model, inputs = model.to(device), map_tensors(lambda x: x.to(device), inputs)
-    builder = functools.cache(lambda: Builder(blueprint(model), inputs))  # one capture serves every case
+    builder = functools.cache(lambda: Builder(blueprint(model), inputs, method))  # one capture serves every case
     with double_meant():
         for plan in plans:
             for name in optimizers:
                 module = distribute(model, builder, plan=plan, process_group=None, loss="sum", batch=None, seed=None)
-                _case(report, model, module, inputs, steps, f"plan {plan}, {name}, rank {rank}", name, rank, ranks)
+                title = f"plan {plan}, {name}, rank {rank}"
+                _case(report, model, module, inputs, steps, title, name, rank, ranks, method)
     return report
 
 
@@ -283,17 +289,19 @@ def _near(a: Tensor, b: Tensor, difference: float) -> bool:
     return a.shape == b.shape and (not b.numel() or float((a - b).detach().abs().max()) <= difference)
 
 
-def _runs_without_rows(model: nn.Module, inputs: Any) -> bool:
+def _runs_without_rows(model: nn.Module, inputs: Any, method: str) -> bool:
     args, kwargs = take_rows(inputs, torch.arange(0))
     try:
         with torch.no_grad(), InDouble():
-            copy.deepcopy(model, copied(model))(*args, **kwargs)
+            call_of(copy.deepcopy(model, copied(model)), method)(*args, **kwargs)
     except Exception:  # whatever the user's forward raises
         return False
     return True
 
 
-def _sensitivity(model: nn.Module, args: Any, kwargs: Any, layouts: Sequence[Rows | None]) -> dict[str, float]:
+def _sensitivity(
+    model: nn.Module, args: Any, kwargs: Any, layouts: Sequence[Rows | None], method: str
+) -> dict[str, float]:
     """By how much entries of each gradient of the original change when its weights are rounded otherwise."""
     grads = {n: p.grad.to_dense() for n, p in model.named_parameters() if p.grad is not None}
     moved = dict.fromkeys(grads, 0.0)
@@ -306,7 +314,7 @@ def _sensitivity(model: nn.Module, args: Any, kwargs: Any, layouts: Sequence[Row
                 noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device)
                 p.mul_(1 + torch.finfo(torch.float64).eps * noise)
         with InDouble():
-            outputs = other(*args, **kwargs)
+            outputs = call_of(other, method)(*args, **kwargs)
         _loss(outputs, layouts, 0).backward()
         for n, p in other.named_parameters():
             if p.grad is not None:
@@ -324,6 +332,7 @@ def _case(
     optimizer: str,
     rank: int,
     ranks: int,
+    method: str,
 ) -> None:
     if drawn := [note for note in module.plan.notes if note.startswith("random")]:
         raise EquivalenceError(f"{title}: values can't be compared, the model draws them: {'; '.join(drawn)}")
@@ -353,13 +362,13 @@ def _case(
         if not equal(value, reference.state_dict()[name]):
             raise EquivalenceError(f"{title}: initial {name!r} is not the original's, bit for bit")
     # a user's own forward may need rows (packed sequences do): then no graph stands in for it
-    empty = not isinstance(module, PartialModule) or _runs_without_rows(reference, inputs)
+    empty = not isinstance(module, PartialModule) or _runs_without_rows(reference, inputs, method)
     optimizers = [_optimizer(optimizer, reference, sparse), _optimizer(optimizer, module, sparse)]
     for step in range(steps):
         (args, kwargs), counts = batches(inputs, step, ranks, empty=empty)
         first = sum(counts[:rank])
         with InDouble():
-            expected = reference(*args, **kwargs)
+            expected = call_of(reference, method)(*args, **kwargs)
         local_args, local_kwargs = take_rows((args, kwargs), torch.arange(first, first + counts[rank]))
         got = module(*local_args, **local_kwargs)
         layouts = module.output_rows
@@ -385,7 +394,7 @@ def _case(
                 raise EquivalenceError(f"{title}: the gradient of {name!r} is not sparse any more")
             size = _largest([whole])
             if not _near(own, part, max(rounding, size * TOLERANCE_FLOAT64)):
-                moved = moved or _sensitivity(reference, args, kwargs, layouts)
+                moved = moved or _sensitivity(reference, args, kwargs, layouts, method)
                 least = max(CONDITIONED * size, TOLERANCE_FLOAT64 * largest)
                 if moved[name] <= least and _near(own, part, SENSITIVITY_FACTOR * moved[name]):
                     report.conditioned[name] = max(report.conditioned.get(name, 0.0), moved[name] / size)

@@ -276,3 +276,16 @@ def test_a_write_that_another_view_sees_is_not_accepted():
     program = captured(Overlapping())
     assert program.rung == "leaf"
     assert "writes to a value in place" in program.failures[0].reason
+
+
+class WithLoss(Plain):
+    def calculate_loss(self, ids, target):
+        return nn.functional.mse_loss(self(ids).squeeze(1), target) + 0.01 * self.table.weight.square().sum()
+
+
+def test_verify_of_a_method():
+    target = torch.rand(len(IDS), generator=torch.Generator().manual_seed(1))
+    report = des.verify(WithLoss(), {"ids": IDS, "target": target}, method="calculate_loss", plans=[{"*": "row"}])
+    assert report.worst["output"] < 1e-12
+    with pytest.raises(des.InputError, match="no method 'loss'"):
+        des.verify(WithLoss(), (IDS, target), method="loss")

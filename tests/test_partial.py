@@ -266,6 +266,48 @@ def test_regularisers_outside_forward(kind):
         assert gradient < 1e-12 and value < 1e-12
 
 
+class TrainingOnly(Base):
+    """Traced in training; in evaluation ids go through lists."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, ids):
+        e = self.table(ids).sum(1) if self.training else self.embed(ids)
+        return self.top(e) * self.scale
+
+
+def _evaluated(rank, ranks, form):
+    model = TrainingOnly().double()
+    module = des.compile(model, (IDS,), plan={"*": form})
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, module)]
+    rows = slice(rank * 4, rank * 4 + 4)
+    worst = []
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model.train(), module.train()
+            model(IDS).square().mean().backward()
+            module(IDS[rows]).square().mean().backward()
+            for o in optimizers:
+                o.step()
+                o.zero_grad()
+            model.eval(), module.eval()
+            with torch.no_grad():
+                worst.append(float((module(IDS[rows]) - model(IDS)[rows]).abs().max()))
+    text = raised(lambda: module(IDS[rows]))
+    said = sum("not captured as a graph in these training flags" in str(n.message) for n in notes)
+    return module.coverage().rung, max(worst), said, module.output_rows, module.traffic().total, text
+
+
+@pytest.mark.parametrize("form", ["row", "column"])
+def test_evaluation_that_is_not_captured_runs_the_users_forward(form):
+    for rung, worst, said, rows, sent, text in on_ranks(_evaluated, 2, form):
+        assert rung == "export" and worst < 1e-12 and said == 1 and len(rows) == 1 and sent > 0
+        assert "call it within torch.no_grad()" in text
+
+
 def test_compiled_by_the_first_forward():
     model = Branch()
     module = des.compile(model)

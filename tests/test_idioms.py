@@ -1,0 +1,39 @@
+"""What people write in forward is captured whole, by the rung that is known for it, and trains as it should."""
+
+import pytest
+
+import descompiler as des
+from descompiler.capture import capture
+from descompiler.passes import NORMALISE
+from descompiler.probe import blueprint
+from descompiler.verify import on_ranks
+from tests.idioms import IDIOMS, IDS, LoopOverRows
+from tests.pool import here
+
+RUNGS = dict.fromkeys(IDIOMS, "export")
+RUNGS |= dict.fromkeys(("LoopOverPositions", "BatchSizeAsInt", "AssertsAndPrints"), "dynamo")
+RUNGS |= dict.fromkeys(("BranchOnAny", "FormatsValues", "Data", "WritesInPlace", "FillsColumns"), "leaf")
+
+
+@pytest.mark.parametrize("name", IDIOMS)
+def test_captured_by(name):
+    assert capture(blueprint(IDIOMS[name]()), (IDS,), passes=NORMALISE)[0].rung == RUNGS[name]
+
+
+def _verify(rank, ranks):
+    for name, cls in IDIOMS.items():
+        plan = None if name == "OneHot" else {"table*": "row"}  # a product, no table
+        try:
+            des.verify(cls(), (IDS,), ranks=ranks, steps=2, plans=[plan], launch=here)
+        except Exception as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def test_they_train_as_the_original():
+    on_ranks(_verify, 2, timeout_s=300)
+
+
+def test_a_loop_over_rows_is_captured_in_part():
+    coverage = des.compile(LoopOverRows(), (IDS,)).coverage()
+    assert coverage.rung == "partial"
+    assert "leaf: forward can't be an opaque leaf: which lookups it makes depends on values" in str(coverage)
