@@ -744,6 +744,54 @@ class SequentialRecommender(nn.Module):
         return self.scores(history)[:, 1:].topk(k).indices + 1
 
 
+class LightGCN(nn.Module):
+    """Collaborative filtering by propagation over the graph of users and items (He et al., arXiv 2002.02126).
+
+    Parameters
+    ----------
+    n_users, n_items : int
+        Nodes of the graph.
+    met : Tensor [2, pairs]
+        Ids of a user and of an item that met, each pair once.
+    dim : int
+        Width of an embedding.
+    layers : int
+        Steps of propagation; the embedding of a node is the mean over all of them and the start.
+    decay : float
+        Weight of the squared length of the looked-up rows of the tables.
+    """
+
+    adjacency: Tensor
+
+    def __init__(self, n_users: int, n_items: int, met: Tensor, dim: int = 64, *, layers: int = 3, decay: float = 1e-4):
+        super().__init__()
+        self.n_users, self.n_items, self.layers, self.decay = n_users, n_items, layers, decay
+        self.users, self.items = nn.Embedding(n_users, dim), nn.Embedding(n_items, dim)
+        nodes = n_users + n_items
+        one = torch.stack([met[0], met[1] + n_users])
+        edges = torch.cat([one, one.flip(0)], 1)
+        degree = torch.bincount(edges[0], minlength=nodes).clamp(min=1).float()
+        values = (degree[edges[0]] * degree[edges[1]]).rsqrt()
+        matrix = torch.sparse_coo_tensor(edges, values, (nodes, nodes), check_invariants=True)
+        self.register_buffer("adjacency", matrix.coalesce())
+
+    def propagate(self) -> tuple[Tensor, ...]:
+        """The embeddings of all users and of all items."""
+        x = torch.cat([self.users.weight, self.items.weight])
+        steps = [x]
+        for _ in range(self.layers):
+            x = torch.sparse.mm(self.adjacency, x)
+            steps.append(x)
+        return torch.stack(steps, 1).mean(1).split([self.n_users, self.n_items])
+
+    def forward(self, user: Tensor, item: Tensor, other: Tensor) -> Tensor:
+        """The loss of each row ``[rows]``: that the user prefers the item to the other one."""
+        users, items = self.propagate()
+        margin = (users[user] * (items[item] - items[other])).sum(-1)
+        rows = torch.cat([self.users(user), self.items(item), self.items(other)], 1)
+        return self.decay * rows.square().sum(-1) - nn.functional.logsigmoid(margin)
+
+
 SMALL_VOCAB_SIZES = (17, 5, 101, 3, 1, 40)
 """Uneven on purpose: a table of one row, tables with fewer rows than ranks, sizes that no rank count divides."""
 

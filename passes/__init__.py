@@ -32,6 +32,7 @@ from descompiler.passes.rule_owner import OnOwner
 from descompiler.passes.rule_reduce import Reduce
 from descompiler.passes.rule_view import Narrow, Permute, Reshape
 from descompiler.passes.simplify_indexing import SimplifyIndexing
+from descompiler.passes.split_sums import SplitSums
 from descompiler.program import Pass
 from descompiler.rule import Rule
 
@@ -48,6 +49,7 @@ NORMALISE: tuple[Pass, ...] = (
     RecogniseMaskedSums(),
     RecogniseOutputs(),
     DecomposeLosses(),
+    SplitSums(),
 )
 """From a captured program to its normal form."""
 

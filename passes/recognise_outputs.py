@@ -463,7 +463,10 @@ def _cross_entropy(program: Program, p: Product, node: fx.Node, edit: _Editor) -
     """Cross-entropy with class ids, or `nll_loss_nd` of log-softmax; classes are in dimension 1, or in front of it."""
     args = signature(node)
     target, ignore, smoothing = args["target"], int(str(args["ignore_index"])), float(args.get("label_smoothing", 0))
-    if args["weight"] is not None or value(target).is_floating_point() or value(p.node).dim() not in (2, 3):
+    weights = args["weight"]
+    if value(target).is_floating_point() or value(p.node).dim() not in (2, 3):
+        return None
+    if weights is not None and (smoothing or not _independent(program, weights)):
         return None
     if value(p.node).dim() == 3 and not _swaps_last(node.args[0]):
         return None
@@ -485,12 +488,17 @@ def _cross_entropy(program: Program, p: Product, node: fx.Node, edit: _Editor) -
                 edit.call(aten.mul.Tensor, uniform, smoothing),
             )
         valid = edit.call(aten.ne.Scalar, target, ignore)
+        counted = valid
+        if weights is not None:
+            theirs = edit.call(aten.index.Tensor, weights, [edit.call(aten.where.ScalarOther, valid, target, 0)])
+            losses = edit.call(aten.mul.Tensor, losses, theirs)
+            counted = edit.call(aten.where.ScalarOther, valid, theirs, 0.0)
         losses = edit.call(aten.where.ScalarOther, valid, losses, 0.0)
         if args["reduction"] == 0:
             return {node: losses}
         total = edit.call(aten.sum.default, losses)
         if args["reduction"] == 2:
             return {node: total}
-        return {node: edit.call(aten.div.Tensor, total, edit.call(aten.sum.default, valid))}
+        return {node: edit.call(aten.div.Tensor, total, edit.call(aten.sum.default, counted))}
 
     return Consumer(node, requests, build)

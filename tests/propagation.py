@@ -63,7 +63,8 @@ class LightGCN(nn.Module):
         u, p, n = users[user], items[item], items[negative]
         bpr = -F.logsigmoid((u * p).sum(1) - (u * n).sum(1)).mean()
         rows = (self.user(user), self.item(item), self.item(negative))
-        return bpr + 1e-2 * sum(x.pow(2).sum() for x in rows) / user.shape[0]
+        squares = sum(x.pow(2).sum() for x in rows) / user.shape[0]
+        return bpr + 1e-2 * squares + 1e-3 * (torch.norm(rows[0], p=2) + rows[1].abs().mean() + rows[2].norm(p=1))
 
 
 def _scatter(m, e):

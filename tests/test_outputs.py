@@ -30,6 +30,7 @@ class Model(nn.Module):
         self.encoder = nn.Linear(DIM, DIM)
         self.out = nn.Linear(DIM, 1030)
         self.bias = nn.Parameter(torch.randn(ITEMS))
+        self.register_buffer("weights", torch.randn(ITEMS))
         self.gate = nn.Parameter(torch.randn(ITEMS, 1))
         self.name = name
 
@@ -92,6 +93,10 @@ HEADS = {
     "full scores": (lambda m, h, s, y, t: scores(m, h), ": logits"),
     "scores squashed": (lambda m, h, s, y, t: torch.sigmoid(scores(m, h)).sum(1), ": logits"),
     "a small layer": (lambda m, h, s, y, t: F.log_softmax(m.encoder(h), 1).gather(1, y.unsqueeze(1) % DIM), None),
+    "classes with weights, padding ignored": (
+        lambda m, h, s, y, t: F.cross_entropy(scores(m, s).transpose(1, 2), t, m.weights.abs(), ignore_index=0),
+        "log_sum_exp, select",
+    ),
     "cosine scores": (
         lambda m, h, s, y, t: F.cross_entropy(
             F.normalize(h, dim=-1) @ F.normalize(m.items.weight, dim=-1).T / 0.1, y, reduction="none"

@@ -99,6 +99,8 @@ def test_the_planner_divides_by_columns_and_sends_no_table():
     plan = des.plan(model, batch, ranks=4, batch=32)
     assert plan.forms == {"model.user.weight": "column", "model.item.weight": "column"}
     assert plan.price_bytes < plan.baselines()["data parallel, dense gradients"] / 4
+    assert {c.width for c in plan.crossings if c.kind == "values"} == {4}  # regularisers too: a number a row and rank
+    assert not any(note.startswith("gather") for note in plan.notes)
     replicated = des.plan(model, batch, ranks=4, batch=32, pins={"*": "replicate"})
     assert plan.memories[0].total < replicated.memories[0].total / 3  # weights, state, and the layers of the table
     assert "each rank computes its columns, nothing crosses" in plan.explain()
