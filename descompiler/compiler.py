@@ -160,7 +160,7 @@ def distribute(
     build, program, signature, operators = found.build, found.program, found.signature, found.operators
     rows = _broadcast(batch or build.rows, group, ranks)  # ranks may have examples of different sizes
     if not _all(program is not None, group, ranks):
-        return _distribute_in_part(model, found, group, rank, ranks, plan, loss, rows, seed, host)
+        return _distribute_in_part(model, found, group, rank, ranks, plan, loss, rows, seed, host, terms, samples)
     assert program is not None and signature is not None
     w = Weights(ranks, rows, _itemsize(operators, program))
     if samples is not None:
@@ -229,17 +229,19 @@ def _distribute_in_part(
     rows: int,
     seed: Any,
     host: nn.Module | None,
+    terms: Terms | None,
+    samples: Iterable[Any] | None,
 ) -> PartialModule:
     """The last rung of the ladder: the user's own forward runs on every rank."""
     build = found.build
 
     def plan_of() -> tuple[Survey, Plan]:
-        if isinstance(plan, Plan):
-            raise PlanError("the model is captured in part; such plans can't be followed yet: pin forms by table")
         seen = survey(build.template, build.example_inputs, build.method)
-        return seen, plan_partial(build.template, seen, ranks, rows, plan)
+        return seen, _follow_or_choose_in_part(build.template, seen, ranks, rows, plan)
 
     seen, chosen = _everywhere(plan_of, group, ranks)
+    if rank == 0:
+        _warn_of_terms(terms or Terms(), samples)
     _agree(chosen, group, ranks)
     coverage = coverage_partial(build.template, seen, chosen, found.failures)
     _warn(coverage, rank)
@@ -320,11 +322,7 @@ def _follow_or_choose(
         plan = Plan.load(plan)
     if not isinstance(plan, Plan):
         return choose(program, operators, RULES, w, plan, terms=terms)
-    if plan.ranks != w.ranks:
-        raise PlanError(
-            f"the plan is for {plan.ranks} ranks, and this is {w.ranks} ranks: plan again with des.plan(model, inputs, "
-            f"ranks={w.ranks}), or start {plan.ranks} processes"
-        )
+    _same_ranks(plan, w.ranks)
     if plan.fingerprint != program.fingerprint():
         raise PlanError(
             f"the plan is for another model ({plan.fingerprint}, this one is {program.fingerprint()}): "
@@ -334,6 +332,48 @@ def _follow_or_choose(
         w = replace(w, rows=plan.rows)
         return choose(program, operators, RULES, w, {**plan.forms, **plan.changes}, terms=terms)
     return plan
+
+
+def _follow_or_choose_in_part(
+    template: nn.Module,
+    seen: Survey,
+    ranks: int,
+    rows: int,
+    plan: Plan | str | Path | Mapping[str, str] | None,
+) -> Plan:
+    """As `_follow_or_choose`, for a model of which the user's forward runs."""
+    if isinstance(plan, str | Path):
+        plan = Plan.load(plan)
+    if not isinstance(plan, Plan):
+        return plan_partial(template, seen, ranks, rows, plan)
+    _same_ranks(plan, ranks)
+    fingerprint = plan_partial(template, seen, ranks, rows, None).fingerprint
+    if plan.fingerprint != fingerprint:
+        raise PlanError(
+            f"the plan is for another model ({plan.fingerprint}), or for a graph of this one; it is captured in part "
+            f"({fingerprint}): plan again with des.plan(model, inputs, ranks={plan.ranks})"
+        )
+    if plan.changes:
+        return plan_partial(template, seen, ranks, plan.rows, {**plan.forms, **plan.changes})
+    return plan
+
+
+def _warn_of_terms(terms: Terms, samples: Iterable[Any] | None) -> None:
+    given = {"forbid": terms.forbid, "cluster": terms.cluster, "memory_bytes": terms.memory_bytes, "samples": samples}
+    if names := [n for n, x in given.items() if x]:
+        warnings.warn(
+            f"descompiler: the model is captured in part, where {', '.join(names)} can't be considered: pin forms by "
+            "table",
+            stacklevel=4,
+        )
+
+
+def _same_ranks(plan: Plan, ranks: int) -> None:
+    if plan.ranks != ranks:
+        raise PlanError(
+            f"the plan is for {plan.ranks} ranks, and this is {ranks} ranks: plan again with des.plan(model, inputs, "
+            f"ranks={ranks}), or start {plan.ranks} processes"
+        )
 
 
 def _what_differs(plan: Plan, operators: list[Operator]) -> str:
@@ -383,9 +423,36 @@ def plan(
     PlanError
         If nothing satisfies the constraints: which rank lacks how much memory, and what would fit.
     """
-    captured = Captured(model, example_inputs)
-    terms = {"forbid": forbid or {}, "cluster": cluster, "memory_bytes": memory_bytes, "optimizer": optimizer}
+    terms: dict[str, Any] = {"forbid": forbid or {}, "cluster": cluster}
+    terms |= {"memory_bytes": memory_bytes, "optimizer": optimizer}
+    try:
+        captured = Captured(model, example_inputs)
+    except CaptureError:  # in part, as `compile` does
+        build = Builder(blueprint(model), example_inputs)
+        seen = survey(build.template, example_inputs)
+        _warn_of_terms(Terms(**terms), samples)
+        ranks, batch, pins = _setting(ranks, batch, pins, plan, cluster)
+        return plan_partial(build.template, seen, ranks, batch or build.rows, pins)
     return captured.plan(ranks=ranks, batch=batch, pins=pins, plan=plan, samples=samples, **terms)
+
+
+def _setting(
+    ranks: int | None,
+    batch: int | None,
+    pins: Mapping[str, str] | None,
+    plan: Plan | str | Path | None,
+    cluster: Cluster | None,
+) -> tuple[int, int | None, Mapping[str, str] | None]:
+    """Ranks, rows and pins to plan for; those of a plan where there is one."""
+    if isinstance(plan, str | Path):
+        plan = Plan.load(plan)
+    if ranks is None:
+        if cluster is None and plan is None:
+            raise PlanError("des.plan needs ranks=, or cluster= with them")
+        ranks = cluster.ranks if cluster is not None else plan.ranks  # type: ignore[union-attr]
+    if plan is not None:
+        batch, pins = batch or plan.rows, {**plan.forms, **plan.changes, **(pins or {})}
+    return ranks, batch, pins
 
 
 class Captured:
@@ -416,15 +483,7 @@ class Captured:
         **terms: Any,
     ) -> Plan:
         """As `descompiler.plan`; ``terms`` are those of `descompiler.planner.Terms`."""
-        if isinstance(plan, str | Path):
-            plan = Plan.load(plan)
-        if ranks is None:
-            cluster = terms.get("cluster")
-            if cluster is None and plan is None:
-                raise PlanError("des.plan needs ranks=, or cluster= with them")
-            ranks = cluster.ranks if cluster is not None else plan.ranks  # type: ignore[union-attr]
-        if plan is not None:
-            batch, pins = batch or plan.rows, {**plan.forms, **plan.changes, **(pins or {})}
+        ranks, batch, pins = _setting(ranks, batch, pins, plan, terms.get("cluster"))
         w = Weights(ranks, batch or self.rows, _itemsize(self.operators, self.program))
         if samples is not None:
             terms["statistics"] = self._build.measure(self.program, self._signature, self.operators, samples)

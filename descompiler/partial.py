@@ -8,7 +8,6 @@ every rank gathers the inputs of all and runs the global batch: exact, and no fa
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -30,6 +29,7 @@ from descompiler.inputs import flatten, knows_rows, map_tensors, normalise_input
 from descompiler.layout import Layout
 from descompiler.pieces import Pieces, even_sizes
 from descompiler.plan import Plan, Table
+from descompiler.planner import names_matching
 from descompiler.probe import CALL, call_of, materialise, method_of, probed_whole
 from descompiler.program import Failure
 from descompiler.substitute import DROPOUTS, LOOKUPS, function_name
@@ -305,6 +305,7 @@ def plan_partial(template: nn.Module, seen: Survey, ranks: int, rows: int, pins:
         prices=prices,
         fingerprint=digest.hexdigest()[:16],
         notes=_notes(seen, ranks, rows),
+        replan=lambda changed: plan_partial(template, seen, ranks, rows, changed),
     )
 
 
@@ -327,13 +328,9 @@ def _refusals(use: Use) -> dict[str, str]:
 def _pinned(parameters: Mapping[str, nn.Parameter], seen: Survey, pins: Mapping[str, str] | None) -> dict[str, str]:
     """Forms that the user fixed; "row" is "pull" here, and what a pattern can't have, it does not get."""
     result = {}
-    tables = {n for n in parameters if n in seen.uses and seen.uses[n].lookups}
+    tables = [n for n in parameters if n in seen.uses and seen.uses[n].lookups]
     for pattern, form in (pins or {}).items():
-        matches = fnmatch.filter(tables, pattern)
-        if not matches:
-            raise PlanError(
-                f"plan names {pattern!r}, which is no table of the model; tables: {', '.join(sorted(tables))}"
-            )
+        matches = names_matching(tables, pattern, "plan")
         wanted = "pull" if form == "row" else form
         for name in matches:
             why = (
@@ -345,7 +342,7 @@ def _pinned(parameters: Mapping[str, nn.Parameter], seen: Survey, pins: Mapping[
                 why = _refusals(seen.uses[name]).get("pull")
             if why is None:
                 result[name] = wanted
-            elif name == pattern:
+            elif not set("*?[") & set(pattern):
                 raise PlanError(f"table {name!r} can't be split by {form}: {why}")
     return result
 

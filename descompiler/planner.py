@@ -207,11 +207,17 @@ def tables_named(operators: Sequence[Operator], pattern: str, about: str) -> lis
     >>> [t.name for t in tables_named(tables, "*", "pins")]
     ['user.id.weight', 'item.id.weight']
     """
+    names = names_matching([o.name for o in operators], pattern, about)
+    return [o for o in operators if o.name in names]
+
+
+def names_matching(names: Sequence[str], pattern: str, about: str) -> list[str]:
+    """As `tables_named`, of names."""
     for wanted in (pattern, f"{pattern}.weight", f"*.{pattern}", f"*.{pattern}.weight"):
-        if found := [o for o in operators if fnmatch.fnmatchcase(o.name, wanted)]:
+        if found := [n for n in names if fnmatch.fnmatchcase(n, wanted)]:
             return found
-    names = ", ".join(sorted(o.name for o in operators)[:20])
-    raise PlanError(f"{about} names {pattern!r}, which is no table of the model; tables: {names}")
+    some = ", ".join(sorted(names)[:20])
+    raise PlanError(f"{about} names {pattern!r}, which is no table of the model; tables: {some}")
 
 
 def allowed_forms(

@@ -266,6 +266,39 @@ def test_regularisers_outside_forward(kind):
         assert gradient < 1e-12 and value < 1e-12
 
 
+def test_plans_are_made_saved_and_followed(tmp_path):
+    model = Branch()
+    plan = des.plan(model, (IDS,), ranks=1, pins=PULL)
+    assert (
+        plan.forms == {"table.weight": "pull"}
+        and plan.edit({"table": "replicate"}).forms["table.weight"] == "replicate"
+    )
+    plan.save(tmp_path / "plan.json")
+    for followed in (plan, tmp_path / "plan.json", des.plan(model, (IDS,), plan=tmp_path / "plan.json")):
+        module = des.compile(model, (IDS,), plan=followed)
+        assert module.plan.forms == plan.forms and torch.equal(module(IDS), model(IDS))
+    text = (tmp_path / "plan.json").read_text().replace('"table.weight": "pull"', '"table.weight": "replicate"', 1)
+    (tmp_path / "edited.json").write_text(text)
+    assert des.compile(model, (IDS,), plan=tmp_path / "edited.json").plan.forms["table.weight"] == "replicate"
+    with pytest.raises(des.PlanError, match="for 2 ranks, and this is 1"):
+        des.compile(model, (IDS,), plan=des.plan(model, (IDS,), ranks=2))
+    with pytest.raises(des.PlanError, match="captured in part"):
+        des.compile(model, (IDS,), plan=des.plan(TrainingOnly(), (IDS,), ranks=1))
+    with pytest.warns(UserWarning, match="memory_bytes can't be considered"):
+        des.plan(model, (IDS,), ranks=2, memory_bytes=1 << 20)
+
+
+def _follows(rank, ranks, path):
+    module = des.compile(Branch(), (IDS,), plan=path)
+    return module.plan.forms, module.table.weight.shape[0]
+
+
+def test_two_ranks_follow_a_plan(tmp_path):
+    des.plan(Branch(), (IDS,), ranks=2, pins=PULL).save(tmp_path / "plan.json")
+    found = on_ranks(_follows, 2, tmp_path / "plan.json")
+    assert [f for f, _ in found] == [{"table.weight": "pull"}] * 2 and sum(n for _, n in found) == 9
+
+
 class TrainingOnly(Base):
     """Traced in training; in evaluation ids go through lists."""
 
