@@ -210,7 +210,8 @@ def _givens(program: Program, operators: Sequence[Operator], splits: Mapping[str
         if node.op != "call_function" or scope.drawn or not is_pure(node):
             continue
         if scope.kind == SIZE or (scope.sized and is_tensor(node)):
-            sized.add(node)
+            if scope.kind == SIZE or all(a in sized or constants.get(a) == () for a in operands):
+                sized.add(node)  # made of no parameter: nobody sends it a gradient
         elif scope.kind == CONSTANT and all(a in constants for a in operands):
             constants[node] = tuple(dict.fromkeys(name for a in operands for name in constants[a]))
         elif scope.kind == LOCAL_SCOPE and node not in known and any(a in known for a in operands):

@@ -675,8 +675,8 @@ class _Coupler:
             versions = wanted.setdefault(n, set())
             if n.op == "output":
                 starts = [(o, OWN) for o in n.args[0]]
-            elif n in self.inside:  # what is made of the batch size there is made for the global batch
-                starts = [(a, OWN) for a in n.all_input_nodes if not scope_of(a).sized]
+            elif n in self.inside:
+                starts = [(a, OWN) for a in n.all_input_nodes]
             else:
                 starts = []
                 if n.op == "call_function" and _writes(n):

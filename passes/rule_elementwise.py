@@ -66,7 +66,7 @@ class Pointwise:
                 continue
             dim = _dim_of(n, node, x)
             if n in at.placements:
-                if dim is None:
+                if dim != x.dim:  # the result has more dimensions, or more elements in this one
                     return Declined("what ranks divide is broadcast")
             elif not at.given(n, x):
                 return Declined("it combines what is divided with what each rank has for its own rows only")

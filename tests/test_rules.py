@@ -18,16 +18,21 @@ from tests.random_models import CONSUMERS, fixed
 PLANS = [None, *({"*": form.name} for form in FORMS if form.name != "fsdp")]  # no table here is used whole
 ALWAYS = {
     "attention with heads",
+    "batch norm, then narrow",
     "bias of each element",
     "compressed interaction",
     "cosine",
     "einsum with a weight",
     "layer norm",
+    "masked attention",
     "normalised",
     "pairs by index",
     "parametric relu",
+    "positions' weights of a history",
     "recurrent",
+    "recurrent history, all states",
     "repeated",
+    "scales of equal size",
     "split and joined",
     "target attention",
 }
