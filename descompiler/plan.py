@@ -47,6 +47,8 @@ class Table:
         Forms that it can't take, and why.
     outputs : tuple of str
         What is asked of each product with it.
+    whole : bool
+        Whether every row is used in a step: products, graph propagation, anything else but lookups.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Table:
     refusals: Mapping[str, str]
     line: str
     outputs: tuple[str, ...] = ()
+    whole: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -228,10 +231,10 @@ class Plan:
         tables = [
             TableUse(t.rows, t.dim, t.ids, t.vectors, ids.unique(t.name, each), ids.unique(t.name, each * self.ranks))
             for t in self.tables
-            if not t.outputs  # of those that are multiplied with, every row is used
+            if not t.whole
         ]
         dense = sum(prod(p.shape) for n, p in self.pieces.items() if n not in self.splits)
-        dense += sum(t.rows * t.dim for t in self.tables if t.outputs)
+        dense += sum(t.rows * t.dim for t in self.tables if t.whole)
         return baselines.price(
             tables,
             dense,

@@ -702,7 +702,9 @@ def _table(o: Operator) -> Table:
     vectors = sum(1 if x.mode else prod(tail(x.ids)) for x in o.lookups)
     outputs = tuple(str(x) for x in o.outputs)
     size = o.dtype.itemsize
-    return Table(o.name, o.rows, o.dim, size, o.ids, vectors, o.sparse, tuple(uses), dict(o.refusals), o.line, outputs)
+    whole = bool(o.outputs or o.other_uses or o.group is not None)
+    refused = dict(o.refusals)
+    return Table(o.name, o.rows, o.dim, size, o.ids, vectors, o.sparse, tuple(uses), refused, o.line, outputs, whole)
 
 
 def _crossings(program: Program, operators: Sequence[Operator], best: Trial) -> list[Crossing]:

@@ -226,7 +226,7 @@ def _work(
     plans: list[Any],
     optimizers: list[str],
     device: str,
-    method: str,
+    method: str = CALL,
 ) -> Report:
     report = Report(ranks)
     model, inputs = model.to(device), map_tensors(lambda x: x.to(device), inputs)

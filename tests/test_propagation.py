@@ -98,7 +98,7 @@ def test_the_planner_divides_by_columns_and_sends_no_table():
     batch = inputs(rows=8, users=300, items=200, loss=True)
     plan = des.plan(model, batch, ranks=4, batch=32)
     assert plan.forms == {"model.user.weight": "column", "model.item.weight": "column"}
-    assert plan.price_bytes < plan.baselines()["data parallel, dense gradients"] / 4
+    assert plan.price_bytes < min(plan.baselines().values()) / 4  # every row has a gradient, whatever was looked up
     assert {c.width for c in plan.crossings if c.kind == "values"} == {4}  # regularisers too: a number a row and rank
     assert not any(note.startswith("gather") for note in plan.notes)
     replicated = des.plan(model, batch, ranks=4, batch=32, pins={"*": "replicate"})
