@@ -162,8 +162,11 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
     whole, _ = run(double, skip_norms=True)
     if (len(sizes) != 1 or None in sizes) and not knows_rows(double):
         rows = next((o.shape[0] for o in whole if o.dim()), 0)
-        if any(not o.dim() for o in whole):
-            raise UnsupportedError("forward returns a scalar, and its inputs' sizes differ: its rows are not known")
+        if any(not o.dim() or o.shape[0] not in sizes for o in whole):
+            raise UnsupportedError(
+                "forward returns a tensor that has not the rows of any input, and its inputs' sizes differ in dim 0: "
+                "its rows are not known. Return one row for each row of an input, or pass inputs of one size"
+            )
         return Survey(recorder.uses, (ROWS,) * len(whole), rows, "the inputs differ in dim 0")
     rows = tensors[0].shape[0] if len(sizes) == 1 else next((o.shape[0] for o in whole if o.dim()), 0)
     if not rows:

@@ -224,6 +224,17 @@ def signature(node: fx.Node) -> dict[str, Any]:
     return found
 
 
+def propagate(graph: fx.Graph) -> None:
+    """Compute the fake values of operators anew, from those of the placeholders; opaque modules keep theirs."""
+    fakes = (value(n) for n in graph.nodes if n.op == "placeholder")
+    mode = next(x.fake_mode for x in fakes if isinstance(x, FakeTensor))
+    for node in graph.nodes:
+        if node.op == "call_function" and not isinstance(node.target, Leaf):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+            with mode:
+                node.meta["val"] = node.target(*args, **kwargs)
+
+
 UNTAGGED_POINTWISE = frozenset(
     {
         aten.to.dtype,

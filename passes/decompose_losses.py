@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from descompiler.program import Program, aten, signature, value
+from descompiler.program import Program, aten, insert_call, signature, value
 
 MEANS = frozenset(
     {
@@ -51,16 +51,15 @@ class DecomposeLosses:
             reduction = args["reduction"]
             if reduction not in (MEAN, SUM) or (node.target in BY_CLASS and args["weight"] is not None):
                 continue
-            with program.graph.inserting_before(node):
-                terms = _terms(node)
-                if reduction == SUM:
-                    new = _call(node, aten.sum.default, terms)
-                elif node.target in MEANS or value(args["target"]).is_floating_point():
-                    new = _call(node, aten.mean.default, terms)
-                else:
-                    counted = _call(node, aten.ne.Scalar, args["target"], args["ignore_index"])
-                    count = _call(node, aten.sum.default, counted)
-                    new = _call(node, aten.div.Tensor, _call(node, aten.sum.default, terms), count)
+            terms = _terms(node)
+            if reduction == SUM:
+                new = insert_call(node, aten.sum.default, terms)
+            elif node.target in MEANS or value(args["target"]).is_floating_point():
+                new = insert_call(node, aten.mean.default, terms)
+            else:
+                counted = insert_call(node, aten.ne.Scalar, args["target"], args["ignore_index"])
+                count = insert_call(node, aten.sum.default, counted)
+                new = insert_call(node, aten.div.Tensor, insert_call(node, aten.sum.default, terms), count)
             node.replace_all_uses_with(new)
             program.graph.erase_node(node)
             program.note(f"{self.name}: {node.name}")
@@ -72,14 +71,5 @@ def _terms(node: fx.Node) -> fx.Node:
     target: Any = node.target
     position = [a.name for a in target._schema.arguments].index("reduction")
     if position < len(node.args):
-        return _call(node, target, *node.args[:position], 0, *node.args[position + 1 :], **node.kwargs)
-    return _call(node, target, *node.args, **{**node.kwargs, "reduction": 0})
-
-
-def _call(like: fx.Node, function: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
-    """A call with the user's line of ``like``, and the fake value that it has."""
-    new = like.graph.call_function(function, args, kwargs)
-    fake_args, fake_kwargs = fx.map_arg((args, kwargs), value)
-    with value(like).fake_mode:
-        new.meta = {**like.meta, "val": function(*fake_args, **fake_kwargs)}
-    return new
+        return insert_call(node, target, *node.args[:position], 0, *node.args[position + 1 :], **node.kwargs)
+    return insert_call(node, target, *node.args, **{**node.kwargs, "reduction": 0})

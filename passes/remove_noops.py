@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
-from descompiler.program import DROPOUTS, Program, aten, is_tensor, shape_of, signature, value
+from descompiler.program import DROPOUTS, Program, aten, is_tensor, propagate, shape_of, signature, value
 
 COPIES = {
     aten.clone.default,
@@ -40,6 +41,7 @@ class RemoveNoops:
             if (schema := getattr(n.target, "_schema", None)) is not None and schema.is_mutable
             for a in n.all_input_nodes
         }
+        renamed = False
         for node in list(program.graph.nodes):
             if node.op != "call_function" or node in written:
                 continue
@@ -47,9 +49,22 @@ class RemoveNoops:
                 node.args = (node.args[0][0],)
                 node.target = aten.alias.default
             if is_noop(node) and node.args[0] not in written:
+                renamed |= shape_of(node) != shape_of(node.args[0])
                 node.replace_all_uses_with(node.args[0])
                 program.graph.erase_node(node)
+        if renamed:  # the batch size was an expression in the shapes that followed
+            propagate(program.graph)
         return program
+
+
+def _same_sizes(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two shapes are the same for all batch sizes tried: an end may be computed, ``x[: len(x) // 1]``."""
+    for x, y in zip(shape_of(a), shape_of(b), strict=True):
+        difference = sympy.sympify(x) - sympy.sympify(y)
+        symbols = difference.free_symbols
+        if len(symbols) > 1 or any(difference.subs(dict.fromkeys(symbols, n)) != 0 for n in (2, 3, 7, 8, 64, 1001)):
+            return False
+    return True
 
 
 def is_noop(node: fx.Node) -> bool:
@@ -66,8 +81,10 @@ def is_noop(node: fx.Node) -> bool:
     same = shape_of(node) == shape_of(source) and value(node).dtype == value(source).dtype
     if target is aten.slice.Tensor:
         args = signature(node)
-        whole = args["start"] in (0, None) and (args["end"] is None or args["end"] == torch.iinfo(torch.int64).max)
-        return bool(same) and args["step"] == 1 and bool(whole)
+        if args["start"] not in (0, None) or args["step"] != 1:
+            return False
+        everything = args["end"] is None or args["end"] == torch.iinfo(torch.int64).max
+        return (same and everything) or (isinstance(args["end"], fx.Node) and _same_sizes(node, source))
     if target in (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.to.other):
         return same and value(node).device == value(source).device
     return target in SAME_SHAPE and bool(same)

@@ -137,7 +137,16 @@ class Regularised(TwoTower):
         return (u * v).sum(1) + x.mean() * self.user.weight.norm(p=1), F.mse_loss((u * v).sum(1), x) + penalty, penalty
 
 
+class Penalised(TwoTower):
+    """Norms of what was looked up, as regularisers in a library's loss; a slice whose end is computed."""
+
+    def f(self, u, v, x):
+        u = u[: int(u.shape[0] / 1)]
+        return (u * v).sum(1) + torch.norm(u) + 0.1 * u.norm(p=1) + torch.norm(v * x[:, None], dim=(0, 1), p=3)
+
+
 MODELS = [
+    Penalised,
     InBatchSoftmax,
     Contrastive,
     Centred,
@@ -204,6 +213,7 @@ def test_rows_that_stay_apart_are_not_exchanged():
         (Centred, {"reduce": 4, "spread": 4}),  # a mean over the batch is a sum of ranks' terms
         (InBatchSoftmax, {"gather": 8, "spread": 1}),  # of a scalar's gradient, one number crosses
         (Cumulative, {"gather": 4, "slice": 4}),
+        (Penalised, {"reduce": 2, "gather": 4, "spread": 3}),  # of other norms than of order 1 and 2, their rows
     ],
 )
 def test_what_crosses(model, kinds):
