@@ -227,7 +227,32 @@ class Chained(nn.Module):
         return torch.softmax(x, 1).sum(1) * self.second((x[:, 0, 0] > 0).long())
 
 
+class Propagation(Tables):
+    """Rows of a table that is computed of whole tables, and of one of these."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("adjacency", (torch.arange(121.0).reshape(11, 11) % 3).to_sparse())
+        self.bias = nn.Parameter(torch.ones(4))
+
+    def forward(self, ids, dense):
+        e = torch.cat([self.a.weight, self.b.weight])
+        a, b = torch.tanh(torch.sparse.mm(self.adjacency, e) + self.bias).split([6, 5])
+        return (a[ids[:, 0]] * b[ids[:, 1]]).sum(1) + self.a(ids[:, 0]).square().sum()
+
+
+class Cosine(Tables):
+    """Products with the normalised rows of a table, whose rows are looked up too."""
+
+    def forward(self, ids, dense):
+        rows = nn.functional.normalize(self.a.weight, dim=1)
+        return torch.logsumexp((rows[ids[:, 0]] + self.b(ids[:, 1])) @ rows.T, 1)
+
+
 CASES = [
+    (Propagation, "column"),
+    (Propagation, "fsdp"),
+    (Cosine, "row"),
     (Elementwise, "field"),
     (Elementwise, "row"),
     (Elementwise, "column"),
