@@ -3,7 +3,7 @@
 Where tracing fails, the innermost module of the user's that it failed in becomes a leaf, and the trace begins anew; if
 a leaf can't be one (its results have sizes that depend on values), the module around it is tried. The rung ``leaf`` is
 one leaf that is all of forward. Within a leaf only the ids of its lookups are traced: forward runs up to its last
-lookup for them.
+lookup for them, or what computes them in eager runs is done again (`descompiler.tape`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from descompiler.leaf import Call, Leaf, Lookups, Quiet, Result, Size
 from descompiler.passes.functionalise import storage_roots
 from descompiler.probe import Flat, other_batch
 from descompiler.program import Program, eliminate_dead_code
+from descompiler.tape import NoRecipeError, Step, Tape, same
 from descompiler.tracers import export_program, first_line
 
 ATTEMPTS = 8
@@ -67,7 +68,7 @@ class _Seen:
     outputs: list[Tensor]
     out_statics: tuple[Any, ...]
     out_spec: Any
-    lookups: list[tuple[str, Tensor]]  # the table, and the rows that it returned
+    lookups: list[tuple[str, Tensor, Step | None]]  # the table, the rows that it returned, and how they are computed
     otherwise: set[str]  # parameters that are used in other ways too
     drops: bool
     trains_norm: bool
@@ -170,6 +171,7 @@ class _Trace:
         self.forwards = {n: m.forward for n, m in self.modules.items()}
         self.leaves: dict[str, list[Leaf]] = {}
         self.traced: list[Leaf] = []
+        self.recipes: dict[Leaf, list[Step | None]] = {}  # of what its lookups return, for any batch
 
     def run(self) -> Program:
         if self.names:
@@ -227,17 +229,23 @@ class _Trace:
         return seen
 
     def _record(self, name: str, seen: list[_Seen], *args: Any, **kwargs: Any) -> Any:
-        lookups: list[tuple[str, Tensor]] = []
+        lookups: list[tuple[str, Tensor, Step | None]] = []
 
         def answer(table: str, func: Any, args: Any, kwargs: Any) -> Tensor:
-            lookups.append((table, func(*args, **kwargs)))
+            try:
+                recipe = tape.call(func, args, kwargs)
+            except NoRecipeError:
+                recipe = None
+            lookups.append((table, func(*args, **kwargs), recipe))
             return lookups[-1][1]
 
         module = self.modules[name]
         tensors, statics, spec = _flat(name, (args, kwargs))
+        known: dict[int, int | str] = {id(x): n for n, x in _held(module).items()}
+        tape = Tape(known | {id(x): i for i, x in enumerate(tensors)})
         before = [x.clone() for x in tensors]
         buffers = [b.clone() for b in module.buffers()]
-        with _Random() as random, Quiet() as quiet, Lookups(_tables(module), answer) as seeing:
+        with _Random() as random, Quiet() as quiet, Lookups(_tables(module), answer) as seeing, tape:
             out = self.forwards[name](*args, **kwargs)
         if random.drawn:
             raise _NotALeaf(name, f"it draws random numbers ({random.drawn})")
@@ -257,7 +265,7 @@ class _Trace:
                 raise _NotALeaf(name, "it is called with numbers or a nesting that depend on values")
             if (other.out_statics, other.out_spec) != (first.out_statics, first.out_spec):
                 raise _NotALeaf(name, "it returns numbers or a nesting that depend on values")
-            if [t for t, _ in other.lookups] != [t for t, _ in first.lookups]:
+            if [t for t, *_ in other.lookups] != [t for t, *_ in first.lookups]:
                 raise _NotALeaf(name, "which lookups it makes depends on values", final=name == WHOLE)
         if not first.outputs:
             raise _NotALeaf(name, "it returns no tensor")
@@ -271,18 +279,20 @@ class _Trace:
         example = [x if d is None else x.narrow(d, 0, 1) for x, d in zip(first.inputs, rows, strict=True)]
         call = Call(
             first.spec, first.statics, first.out_spec, first.out_statics, results, rows,
-            tuple(t for t, _ in first.lookups), tuple(x.clone() for x in example),
-            tuple(x[:1].clone() for _, x in first.lookups), first.drops, first.trains_norm, first.writes,
+            tuple(t for t, *_ in first.lookups), tuple(x.clone() for x in example),
+            tuple(x[:1].clone() for _, x, _ in first.lookups), first.drops, first.trains_norm, first.writes,
         )  # fmt: skip
         module = self.modules[name]
         only_looked_up = set(call.lookups) - set().union(*(x.otherwise for _, x in found))
-        held = dict(module.named_parameters()) | dict(module.named_buffers())
+        held = _held(module)
         state = {n: x for n, x in held.items() if n not in only_looked_up}
         leaf = Leaf(name.removeprefix("model.") or "forward", module, call, list(state), double=self.work.means_double)
         try:
             leaf.check_empty(list(state.values()))
         except CaptureError as error:
             raise _NotALeaf(name, str(error)) from error
+        every = [[r for *_, r in x.lookups] for _, x in found]
+        self.recipes[leaf] = [rs[0] if all(same(rs[0], r) for r in rs) else None for rs in zip(*every, strict=True)]
         return leaf
 
     # ---- the trace
@@ -294,15 +304,15 @@ class _Trace:
         if (statics, spec) != (call.statics, call.spec):
             raise _NotALeaf(name, "it is called with numbers or a nesting that depend on the batch")
         token = torch.ops.descompiler.enter(tensors)
-        rows = self._look_up(name, leaf, args, kwargs)
-        held = dict(module.named_parameters()) | dict(module.named_buffers())
+        rows = self._look_up(name, leaf, tensors, args, kwargs)
+        held = _held(module)
         _CALLS.append(call)
         self.traced.append(leaf)
         state = [held[n] for n in leaf.state]
         out = torch.ops.descompiler.leaf(len(_CALLS) - 1, token, tensors, rows, state)
         return unflatten_with(out, call.out_spec, call.out_statics)
 
-    def _look_up(self, name: str, leaf: Leaf, args: Any, kwargs: Any) -> list[Tensor]:
+    def _look_up(self, name: str, leaf: Leaf, tensors: list[Tensor], args: Any, kwargs: Any) -> list[Tensor]:
         """The rows that a leaf's lookups return, as part of the trace."""
         rows: list[Tensor] = []
         if not leaf.call.lookups:
@@ -320,9 +330,15 @@ class _Trace:
         except _Done:
             return rows
         except Exception as error:  # whatever tracing raises
-            table = leaf.call.lookups[len(rows)].removeprefix("model.")
-            why = f"the ids of its lookup in {table!r} can't be traced: {first_line(error)}"
-            raise _NotALeaf(name, why, final=True) from error
+            given: dict[int | str, Tensor] = dict(enumerate(tensors))
+            given.update(_held(self.modules[name]))
+            for table, recipe in zip(leaf.call.lookups[len(rows) :], self.recipes[leaf][len(rows) :], strict=True):
+                if recipe is None:
+                    table = table.removeprefix("model.")
+                    why = f"the ids of its lookup in {table!r} can't be traced: {first_line(error)}"
+                    raise _NotALeaf(name, why, final=True) from error
+                rows.append(recipe.run(given))
+            return rows
         raise _NotALeaf(name, "which lookups it makes depends on values", final=True)
 
     def _finish(self, graph: fx.Graph) -> None:
@@ -343,6 +359,10 @@ def _flat(name: str, tree: Any) -> tuple[list[Tensor], tuple[Any, ...], Any]:
     except InputError as error:
         raise _NotALeaf(name, str(error).splitlines()[0]) from error
     return *split_statics(leaves), spec
+
+
+def _held(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def _tables(module: nn.Module) -> dict[int, str]:

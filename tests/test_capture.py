@@ -135,6 +135,31 @@ class Inside(Model):
         return self.top(self.tower(ids) + self.tower(ids[:, 1:]) + self.table(ids).sum(1))
 
 
+class Late(Model):
+    """Lookups behind code that can't be traced: what computes their ids is done again."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = Encoder()
+
+    def forward(self, ids):
+        if (ids > 8).any():
+            raise ValueError("unknown id")
+        lengths = (ids > 4).sum(1).clamp(min=1)
+        packed = nn.utils.rnn.pack_padded_sequence(self.table(ids), lengths, batch_first=True, enforce_sorted=False)
+        shifted = torch.where(ids[:, 0] > 4, ids[:, 0] - 4, ids[:, 1])
+        return self.top(self.encoder.gru(packed)[1][0] + self.table(shifted))
+
+
+class Largest(Model):
+    """The ids depend on a number that depends on values: doing the same again would be wrong on other batches."""
+
+    def forward(self, ids):
+        largest = int(ids.max())
+        assert ids.sum().item() >= 0
+        return self.top(self.table((ids + 1) % (largest + 1)).sum(1))
+
+
 class Hidden(Model):
     """Ids that no tracer follows."""
 
@@ -187,9 +212,11 @@ def test_every_rung_knows_the_users_lines(cls):
     assert line.startswith(f"{__file__}:")
 
 
-def test_every_reason_is_shown():
+@pytest.mark.parametrize("cls", [Hidden, Largest])
+def test_every_reason_is_shown(cls):
     with pytest.raises(des.CaptureError) as error:
-        captured(Hidden())
+        captured(cls())
+    assert cls is Hidden or "leaf: forward can't be an opaque leaf: the ids of its lookup" in str(error.value)
     for rung, _ in ladder.RUNGS:
         assert f"{rung}: " in str(error.value)
 
@@ -217,7 +244,7 @@ def test_two_ranks_by_dynamo():
     des.verify(Recurrent(), (IDS,), plans=[{"*": "row"}])
 
 
-@pytest.mark.parametrize("cls", [Sequence, Whole, Inside, Longest])
+@pytest.mark.parametrize("cls", [Sequence, Whole, Inside, Longest, Late])
 def test_leaves_on_two_ranks(cls):
     """Tables in front of a leaf take any form, with exactly predicted traffic, also where a rank has no rows."""
     des.verify(cls(), (IDS,), plans=[None, {"table.weight": "row"}, {"table.weight": "pull"}])

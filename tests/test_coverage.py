@@ -42,7 +42,7 @@ class Branching(Base):
         e = self.large(ids[:, 0])
         if (ids[:, 1] == 3).any():
             e = e + (ids[:, 1:] == 3) * e
-        return (e @ self.forgotten.weight[:8].t()).sum(1, True) + self.small(ids[:, 1])
+        return (e @ self.forgotten.weight[:8].t()).sum(1, True) + self.small(torch.tensor(ids[:, 1].tolist()))
 
 
 class Tied(Base):
