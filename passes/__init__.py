@@ -43,6 +43,7 @@ NORMALISE: tuple[Pass, ...] = (
     RemoveNoops(),
     RecogniseBags(),
     SimplifyIndexing(),
+    MergeDuplicates(),
     RecogniseLookups(),
     LookupsFirst(),
     MergeDuplicates(),
