@@ -43,6 +43,9 @@ SENSITIVITY_FACTOR = 8.0
 CONDITIONED = 1e-6
 """Share of a gradient's size up to which such a change excuses a difference: two rows in a batch norm may do it."""
 
+ORIGINAL_FAILS = "nothing can be compared, the original itself can't run on"
+"""What `verify` says of a model that raises on a batch that was made of the example's rows."""
+
 GRACE_S = 20.0
 """How long the other ranks may still answer once one has failed."""
 
@@ -367,8 +370,13 @@ def _case(
     for step in range(steps):
         (args, kwargs), counts = batches(inputs, step, ranks, empty=empty)
         first = sum(counts[:rank])
-        with InDouble():
-            expected = call_of(reference, method)(*args, **kwargs)
+        try:
+            with InDouble():
+                expected = call_of(reference, method)(*args, **kwargs)
+        except Exception as error:  # whatever the user's forward raises
+            raise EquivalenceError(
+                f"{title}: {ORIGINAL_FAILS} {sum(counts)} rows of example_inputs: {type(error).__name__}: {error}"
+            ) from error
         local_args, local_kwargs = take_rows((args, kwargs), torch.arange(first, first + counts[rank]))
         got = module(*local_args, **local_kwargs)
         layouts = module.output_rows

@@ -316,3 +316,17 @@ def test_verify_of_a_method():
     assert report.worst["output"] < 1e-12
     with pytest.raises(des.InputError, match="no method 'loss'"):
         des.verify(WithLoss(), (IDS, target), method="loss")
+
+
+class Needy(Plain):
+    """A model that does not run on small batches."""
+
+    def forward(self, ids):
+        if ids.shape[0] < 6:
+            raise ValueError("at least six rows")
+        return super().forward(ids)
+
+
+def test_verify_says_when_the_original_fails():
+    with pytest.raises(des.EquivalenceError, match=r"the original itself can't run on [2-5] rows.*at least six rows"):
+        des.verify(Needy(), (IDS,))
