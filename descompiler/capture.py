@@ -75,8 +75,8 @@ def _check_leaves(program: Program) -> None:
 
 
 NOT_CAPTURED = (
-    "no tracer captured the model whole. Its forward must not branch on values of tensors, and the batch's size must "
-    "stay symbolic: x.shape[0], not int(x.shape[0])"
+    "no tracer captured the model whole: a graph needs ids that are computed by operators of torch alone, and shapes that "
+    "depend on the batch's size, not on values"
 )
 
 
