@@ -75,8 +75,8 @@ def _check_leaves(program: Program) -> None:
 
 
 NOT_CAPTURED = (
-    "no tracer captured the model whole: a graph needs ids that are computed by operators of torch alone, and shapes that "
-    "depend on the batch's size, not on values"
+    "no tracer captured the model whole: a graph needs ids that are computed by operators of torch alone, and shapes "
+    "that depend on the batch's size, not on values"
 )
 
 
