@@ -18,6 +18,7 @@ from descompiler.aggregate import Candidates, Cut, Weights, at_lookups, minimum_
 from descompiler.capture import capture
 from descompiler.cluster import Cluster
 from descompiler.coverage import Coverage, coverage_of
+from descompiler.double import unregistered
 from descompiler.emit import Emitted, emit
 from descompiler.errors import CaptureError, InputError, PlanError, RankError
 from descompiler.form import Split, split_as
@@ -147,6 +148,12 @@ def distribute(
     if loss not in LOSSES:
         raise PlanError(f"loss={loss!r}; it is one of {', '.join(LOSSES)}")
     group, rank, ranks = _process_group(process_group)
+    if rank == 0 and (names := unregistered(model)):
+        warnings.warn(
+            f"descompiler: {', '.join(names)} hold tensors that require gradients and are not among parameters(): they "
+            "are constants of the compiled model. Use nn.ParameterList, or register them, if they are to be trained",
+            stacklevel=4,
+        )
 
     def capture_and_find() -> Found:
         build = builder()

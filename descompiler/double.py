@@ -62,8 +62,9 @@ def _double(x: Any) -> Any:
 
 
 def widen(x: Tensor) -> Tensor:
-    """A float32 or complex64 tensor in twice the precision, others as they are."""
-    return x.to(_WIDER.get(x.dtype, x.dtype))
+    """A float32 or complex64 tensor in twice the precision, others as they are; leaves stay leaves."""
+    wider = x.detach().to(_WIDER.get(x.dtype, x.dtype))
+    return wider.requires_grad_(x.requires_grad)
 
 
 def widen_attributes(model: nn.Module) -> None:
@@ -75,17 +76,42 @@ def widen_attributes(model: nn.Module) -> None:
     >>> module.features[0].dtype, module.features[1]["item"].dtype
     (torch.float64, torch.float64)
     """
+    registered = {id(p) for p in model.parameters()}
+
+    def is_narrow(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.dtype in _WIDER and id(x) not in registered
+
+    for module, name, nested in held_values(model):
+        if any(map(is_narrow, pytree.tree_leaves(nested))):
+            vars(module)[name] = pytree.tree_map(lambda x: widen(x) if is_narrow(x) else x, nested)
+
+
+def held_values(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Plain attributes of all modules, known classes inside as pytree nodes: module, name, value."""
     for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if name in ("_parameters", "_buffers", "_modules"):
-                continue
-            nested = pytree.tree_map(adapt, value)
-            if any(_is_narrow(x) for x in pytree.tree_leaves(nested)):
-                vars(module)[name] = pytree.tree_map(lambda x: widen(x) if _is_narrow(x) else x, nested)
+        for name, x in list(vars(module).items()):
+            if name not in ("_parameters", "_buffers", "_modules"):
+                yield module, name, pytree.tree_map(adapt, x)
 
 
-def _is_narrow(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dtype in _WIDER and not isinstance(x, nn.Parameter) and not x.requires_grad
+def unregistered(model: nn.Module) -> list[str]:
+    """Tensors that are trained by nobody who asks for ``parameters()``: those of lists, and other plain attributes.
+
+    >>> module = nn.Linear(1, 1)
+    >>> module.gates, module.all = [nn.Parameter(torch.zeros(1))], [module.weight]
+    >>> unregistered(module)
+    ['gates']
+    """
+    registered = {id(p) for p in model.parameters()}
+    prefixes = {id(m): f"{n}." if n else "" for n, m in model.named_modules()}
+    return [
+        f"{prefixes[id(module)]}{name}"
+        for module, name, nested in held_values(model)
+        if any(
+            isinstance(x, Tensor) and x.requires_grad and x.is_leaf and id(x) not in registered
+            for x in pytree.tree_leaves(nested)
+        )
+    ]
 
 
 @contextmanager

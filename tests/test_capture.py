@@ -330,3 +330,23 @@ class Needy(Plain):
 def test_verify_says_when_the_original_fails():
     with pytest.raises(des.EquivalenceError, match=r"the original itself can't run on [2-5] rows.*at least six rows"):
         des.verify(Needy(), (IDS,))
+
+
+class GatesInAList(nn.Module):
+    """A library's mistake: nobody who asks for parameters() trains the gates."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+        self.gates = [nn.Parameter(torch.rand(4, 2)) for _ in range(2)]
+
+    def forward(self, ids):
+        return sum(self.table(ids) @ g for g in self.gates)
+
+
+def test_parameters_that_are_not_registered_are_constants_and_named():
+    ids = torch.arange(8) % 9
+    with pytest.warns(UserWarning, match="gates hold tensors that require gradients and are not among parameters"):
+        module = des.compile(GatesInAList(), (ids,))
+    assert [n for n, _ in module.named_parameters()] == ["table.weight"]
+    des.verify(GatesInAList(), (ids,))
