@@ -318,7 +318,7 @@ def _notes(seen: Survey, ranks: int, rows: int) -> list[str]:
     note = (
         f"{seen.coupled} depends on how a batch is divided, and no tracer captured the model: every rank gathers the "
         f"inputs of all ({(ranks - 1) * rows * seen.input_bytes:,} B sent) and computes the global batch, exactly, "
-        " but no faster than one process. Move what combines rows into the loss, or make forward traceable"
+        "but no faster than one process. Move what combines rows into the loss, or make forward traceable"
     )
     drawn = "random numbers: forward draws them, the same on every rank"
     return [note, drawn] if seen.random else [note]
@@ -368,4 +368,4 @@ def coverage_partial(template: nn.Module, seen: Survey, plan: Plan, failures: tu
                 name, size, "replicate", PARTIAL, f"used by {', '.join(sorted(use.others))}, not only by lookups"
             )
         found.append(entry)
-    return Coverage(PARTIAL, failures, tuple(found), "\n".join(plan.notes))
+    return Coverage(PARTIAL, failures, tuple(found), "; ".join(plan.notes))
