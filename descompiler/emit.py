@@ -38,6 +38,7 @@ from descompiler.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, 
 from descompiler.follow import emit_slice, follow
 from descompiler.form import LookupPart, Split, form_named
 from descompiler.layout import Check, Entry, Exchange, Fetch, FetchTable, Layout, Whole
+from descompiler.leaf import Leaf, LeafOnRanks
 from descompiler.operators import Lookup, Operator
 from descompiler.outputs import checks_of, layouts_of, outputs_in_order
 from descompiler.pieces import Pieces
@@ -131,17 +132,10 @@ class _Emitter:
     def run(self) -> Emitted:
         self.runtime = self.graph.placeholder("runtime")
         self._placeholders()
-        dependent = self._dependent_on(self.inside)
-        wholes = {n for n in self.outside if self.program.parameter(n) in {t.name for t in self.layout.wholes}}
-        late = self._dependent_on({*self.inside, *wholes, *(n for n in self.lookups if n.name in self.fetched)})
-        late |= coupled_nodes(self.program)
-        checked = [
-            (o, x)
-            for o, x in self.lookups.values()  # once, also of a table that is computed of several
-            if x.ids not in late and x.ids.op != "get_attr" and scope_of(x.node).kind != GLOBAL
-        ]
-        targets = [(n, c) for n, c in checks_of(self.operators) if n not in late]
-        for n in self._ancestors([x.ids for _, x in checked] + [n for n, _ in targets]):
+        dependent = _dependent_on(self.program, self.inside, self.inside)
+        layout = self.layout
+        checked, targets = _checked(self.program, self.operators, self.inside, layout.wholes, layout.fetches)
+        for n in _ancestors(self.program, [x.ids for _, x in checked] + [n for n, _ in targets]):
             self._own(n)
         first = next(n for n in self.program.graph.nodes if (s := self.program.source(n)) and s.kind == "input")
         self.rows_local = self.graph.call_function(aten.sym_size.int, (self.outside[first], 0))
@@ -221,24 +215,6 @@ class _Emitter:
                 self.constants[name] = tensor
                 placeholder = self._placeholder(name.replace(".", "_"), Source("constant", name))
                 self.form_constants.setdefault(o.name, {})[what] = placeholder
-
-    def _ancestors(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
-        needed: set[fx.Node] = set()
-        stack = list(nodes)
-        while stack:
-            n = stack.pop()
-            if n not in needed:
-                needed.add(n)
-                stack.extend(n.all_input_nodes)
-        return [n for n in self.program.graph.nodes if n in needed and n.op == "call_function"]
-
-    def _dependent_on(self, nodes: Collection[fx.Node]) -> set[fx.Node]:
-        """What is computed from any of some nodes, but for the region's own."""
-        result: set[fx.Node] = set()
-        for n in self.program.graph.nodes:
-            if n not in self.inside and any(p in nodes or p in result for p in n.all_input_nodes):
-                result.add(n)
-        return result
 
     def _part(self, owner: int) -> Part:
         if owner == LOCAL:
@@ -478,7 +454,7 @@ class _Emitter:
         elif n in self.outputs:
             new = self._emit_output(n)
         elif self.ranks == 1:
-            new = self.graph.node_copy(n, self._own)
+            new = self._copy(n, self._own)
         elif n in self.totals:
             t = self.totals[n]
             weight = self.outside[t.weight]
@@ -492,7 +468,7 @@ class _Emitter:
             args = [self._own(a) if isinstance(a, fx.Node) else a for a in (x_, w, b, mean, var)]
             new = self._runtime("batch_norm", *args, momentum, eps)
         else:
-            new = self.graph.node_copy(n, lambda a: self._version(n, a))
+            new = self._copy(n, lambda a: self._version(n, a))
         self.outside[n] = new
         return new
 
@@ -516,23 +492,35 @@ class _Emitter:
             self.whole[n] = self._size(n, WHOLE)
         elif n in self.stage_of:
             self._emit_stage(self.stage_of[n])
-        elif scope.drawn:
+        elif scope.drawn and not isinstance(n.target, Leaf):
             args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), self._whole)
-            number = list(self.program.graph.nodes).index(n)
+            number = self._number(n)
             function: Any = n.target
             self.whole[n] = self.graph.call_method("draw", (self.runtime, number, function, *args), kwargs)
         elif n in self.lookups:
             weight = self._whole(n.args[0])  # type: ignore[arg-type]
             self.whole[n] = self._emit_lookup(n, self._whole(self.lookups[n][1].ids), weight)
         else:
-            self.whole[n] = self.graph.node_copy(n, self._whole)
+            self.whole[n] = self._copy(n, self._whole, self._number(n) if scope.drawn else None)
         return self.whole[n]
+
+    def _number(self, n: fx.Node) -> int:
+        return list(self.program.graph.nodes).index(n)
+
+    def _copy(self, n: fx.Node, find: Callable[[fx.Node], Any], drawn: int | None = None) -> fx.Node:
+        """A node outside the region as it is, with other operands."""
+        if not isinstance(n.target, Leaf):
+            return self.graph.node_copy(n, find)
+        args = (self.runtime, *fx.map_arg(n.args, find))
+        new = self.graph.create_node(n.op, LeafOnRanks(n.target, drawn), args, {}, n.name)
+        new.meta = dict(n.meta)
+        return new
 
     def _sized(self, n: fx.Node) -> Any:
         """A value made from the batch size, for the number of own rows."""
         if n not in self.sized:
             find = lambda a: self._sized(a) if scope_of(a).sized else self._own(a)  # noqa: E731
-            self.sized[n] = self.graph.node_copy(n, find)
+            self.sized[n] = self._copy(n, find)
         return self.sized[n]
 
     def _emit_stage(self, stage: Stage) -> None:
@@ -631,8 +619,71 @@ class _Emitter:
         for node in reversed(list(self.graph.nodes)):
             schema = getattr(node.target, "_schema", None)
             writes = (schema is not None and schema.is_mutable) or node.target is aten.batch_norm.default
+            writes |= isinstance(node.target, LeafOnRanks)  # it is a collective
             if node.op == "call_function" and not node.users and not writes:
                 self.graph.erase_node(node)
+
+
+def _ancestors(program: Program, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The calls that some nodes are made from, and those nodes."""
+    needed: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        n = stack.pop()
+        if n not in needed:
+            needed.add(n)
+            stack.extend(n.all_input_nodes)
+    return [n for n in program.graph.nodes if n in needed and n.op == "call_function"]
+
+
+def _dependent_on(program: Program, nodes: Collection[fx.Node], inside: Collection[fx.Node]) -> set[fx.Node]:
+    """What is computed from any of some nodes, but for the region's own."""
+    result: set[fx.Node] = set()
+    for n in program.graph.nodes:
+        if n not in inside and any(p in nodes or p in result for p in n.all_input_nodes):
+            result.add(n)
+    return result
+
+
+def _checked(
+    program: Program,
+    operators: Sequence[Operator],
+    inside: frozenset[fx.Node],
+    wholes: Sequence[Whole],
+    fetches: Sequence[Fetch],
+) -> tuple[list[tuple[Operator, Lookup]], list[tuple[fx.Node, Check]]]:
+    """Lookups whose ids, and targets that, are known before the header, and are checked then."""
+    gathered, fetched = {t.name for t in wholes}, {name for f in fetches for name in f.names}
+    lookups = {x.node: (o, x) for o in operators for x in o.lookups}  # once, also of a table computed of several
+    sources = {n for n in program.graph.nodes if program.parameter(n) in gathered}
+    sources |= {n for n in lookups if n.name in fetched}
+    late = _dependent_on(program, {*inside, *sources}, inside) | coupled_nodes(program)
+    checked = [
+        (o, x)
+        for o, x in lookups.values()
+        if x.ids not in late and x.ids.op != "get_attr" and scope_of(x.node).kind != GLOBAL
+    ]
+    return checked, [(n, c) for n, c in checks_of(operators) if n not in late]
+
+
+def _leaf_runs(
+    program: Program,
+    operators: Sequence[Operator],
+    inside: frozenset[fx.Node],
+    wholes: Sequence[Whole],
+    fetches: Sequence[Fetch],
+) -> int:
+    """How often a step runs an opaque leaf after the header, which tells of those before it."""
+    if not any(isinstance(n.target, Leaf) for n in program.graph.nodes):
+        return 0
+    checked, targets = _checked(program, operators, inside, wholes, fetches)
+    before = _ancestors(program, [x.ids for _, x in checked] + [n for n, _ in targets])
+    runs = {
+        (n, WHOLE if scope_of(n).kind == GLOBAL else version)  # others' rows of a global value are cut out of it
+        for n, version in couple(program, inside).demands
+        if isinstance(n.target, Leaf) and n not in before
+    }
+    return len(runs)
 
 
 def norms_inside(program: Program, inside: Collection[fx.Node]) -> list[fx.Node]:
@@ -675,6 +726,7 @@ def layout_of(
     fetches, early = _fetches(program, operators, splits, cut.inside, ranks)
     norms = [n for n in program.graph.nodes if n in own and n.target is aten.batch_norm.default and n.args[5]]
     shared = _shared_weights(program, candidates.placed, cut.inside).values()
+    wholes = _wholes(program, splits) if ranks > 1 else ()
     return Layout(
         ranks=ranks,
         entries=tuple(entries),
@@ -691,7 +743,8 @@ def layout_of(
         vocabularies=layouts_of(program, operators, splits),
         dense_elements=sum(program.parameters[n].numel() for n in _dense_parameters(program, splits, pieces)),
         exchanges=exchanges + total_exchanges(totals, lambda n: scope_of(n).grad),
-        wholes=_wholes(program, splits) if ranks > 1 else (),
+        wholes=wholes,
+        leaves=_leaf_runs(program, operators, cut.inside, wholes, fetches) if ranks > 1 else 0,
     )
 
 

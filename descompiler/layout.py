@@ -437,6 +437,8 @@ class Layout:
         What values that mix the rows of the batch cost.
     wholes : tuple of Whole
         Tables that are gathered whole, in one collective, and their gradients in another.
+    leaves : int
+        Runs of opaque leaves after the header: after each, ranks tell each other whether it failed.
     """
 
     ranks: int
@@ -452,6 +454,7 @@ class Layout:
     exchanges: tuple[Exchange, ...] = ()
     vocabularies: tuple[Vocabulary, ...] = ()
     wholes: tuple[Whole, ...] = ()
+    leaves: int = 0
 
     @cached_property
     def whole_elements(self) -> list[int]:
@@ -543,6 +546,7 @@ class Layout:
             result.add(wire.EXIT, itemsize * values[rank] * rest)
         if self.norm_shares:
             result.add(wire.NORM_INSIDE, (n - 1) * 2 * sum(x[rank] for x in self.norm_shares) * itemsize)
+        result.add(wire.LEAVES, self.leaves * (n - 1) * wire.LEAF_BYTES, self.leaves)
         for channels in self.norm_channels:
             result.add(wire.NORM_FORWARD, (n - 1) * (2 * channels + 1) * itemsize)
         if self.wholes:

@@ -8,11 +8,15 @@ graph, in whatever form, and what crosses is predicted as for any graph.
 from __future__ import annotations
 
 import copy
+import inspect
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +28,9 @@ from descompiler.errors import CaptureError, UnsupportedError
 from descompiler.inputs import flatten, split_statics, unflatten_with
 from descompiler.sparse import copied
 from descompiler.substitute import DROPOUTS, LOOKUPS, function_name
+
+if TYPE_CHECKING:
+    from descompiler.runtime import Runtime
 
 
 class LeafError(UnsupportedError, ValueError):
@@ -177,6 +184,18 @@ class Leaf:
     def __call__(self, tensors: Sequence[Tensor], rows: Sequence[Tensor], state: Sequence[Tensor]) -> list[Tensor]:
         return self._call(tensors, rows, state, nullcontext)
 
+    def failure(self, error: Exception) -> str:
+        """What a call that raised has to say: the leaf, the user's file and line, and the error's own text."""
+        libraries = tuple(f"{Path(f).parent}/" for f in (torch.__file__, np.__file__, __file__))
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [f"{f.filename}:{f.lineno}" for f in frames if not f.filename.startswith(libraries)]
+        if not places:  # it returned what it must not
+            users = (m for m in self.module.modules() if not type(m).__module__.startswith(("torch.", "descompiler.")))
+            code = getattr(inspect.unwrap(type(next(users, self.module)).forward), "__code__", None)
+            places = [f"{code.co_filename}:{code.co_firstlineno}" if code else "line unknown"]
+        text = str(error) if isinstance(error, LeafError) else f"{type(error).__name__}: {error}"
+        return f"opaque leaf {self.name!r} ({places[-1]}): {text}"
+
     def check_empty(self, state: Sequence[Tensor]) -> None:
         """Find out whether forward runs on a batch without rows.
 
@@ -266,6 +285,37 @@ class Leaf:
                 f"{self.name!r} returned shapes {found} for {count} rows, and {shapes} was expected from the example "
                 "inputs: shapes that depend on values can't be part of a graph"
             )
+
+
+class LeafOnRanks:
+    """The target of an emitted node that runs a leaf, and whose failure on one rank is raised on all.
+
+    ``run(runtime, tensors, rows, state)``, with the arguments of a `Leaf`. Collective.
+
+    Parameters
+    ----------
+    drawn : int, optional
+        The number of the node, where random draws have to be the same on every rank (`Runtime.draw`).
+    """
+
+    def __init__(self, leaf: Leaf, drawn: int | None = None):
+        self.leaf, self.drawn = leaf, drawn
+        self.__name__ = self.__qualname__ = leaf.__name__
+        self.__module__ = __name__
+
+    def __call__(
+        self, runtime: Runtime, tensors: Sequence[Tensor], rows: Sequence[Tensor], state: Sequence[Tensor]
+    ) -> list[Tensor]:
+        def run() -> list[Tensor]:
+            try:
+                out = self.leaf(tensors, rows, state)
+            except Exception as error:  # whatever the user's forward raises
+                runtime.agree(self.leaf.failure(error))
+                raise
+            runtime.agree(None)
+            return out
+
+        return run() if self.drawn is None else runtime.draw(self.drawn, run)
 
 
 class _Holding:

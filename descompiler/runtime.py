@@ -216,6 +216,19 @@ class Runtime:
             self.raise_different()
         return served, gathering
 
+    def agree(self, problem: str | None) -> None:
+        """Every rank calls this after code of the user's has run, also when that has failed: then all ranks raise.
+
+        Before the header of a step nothing is sent: it will tell.
+        """
+        if self.ranks == 1 or not self.started:
+            if problem is not None:
+                raise InputError(problem)
+            return
+        mine = torch.tensor([problem is not None], dtype=torch.uint8, device=self.header_device())
+        if bool(self.gather(wire.LEAVES, mine).any()):
+            self.raise_everywhere(problem, InputError)
+
     def raise_different(self) -> None:
         """Raise on every rank, with the modes of all."""
         self.raise_everywhere(f"runs in mode {self.mode_name}", RankError, "ranks call forward in different modes")

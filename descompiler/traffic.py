@@ -68,6 +68,7 @@ GATHER_IDS = "all_to_all (gathered gradients, ids)"
 GATHER_BACK = "all_to_all (gathered gradients)"
 SHARED_ROWS = "all_reduce (shared rows)"
 NORM_INSIDE = "all_to_all (running statistics)"
+LEAVES = "all_gather (opaque leaves, status)"
 WHOLE_BACK = "all_to_all (gradients of whole tables)"
 NORM_FORWARD = "all_gather (batch norm, forward)"
 NORM_BACKWARD = "all_reduce (batch norm, backward)"
@@ -88,6 +89,7 @@ COUPLING = {
 IN_BACKWARD = {"gather": False, "reduce": False, "slice": True, "spread": True, "total": False, "total back": True}
 HEADER_BYTES = 5 * 8  # rows, status, mode, unique ids asked, unique ids gathered: int64 each
 FETCH_COUNTS_BYTES = 3 * 8  # status, unique ids asked, unique ids gathered
+LEAF_BYTES = 1  # status
 
 
 def all_reduce_bytes(size_bytes: int, ranks: int) -> Fraction:

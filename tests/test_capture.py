@@ -1,6 +1,8 @@
 """The ladder: which rung captures what, what is not accepted, and what is said."""
 
+import copy
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from torch import nn
 
 import descompiler as des
 from descompiler import capture as ladder
+from descompiler import traffic as wire
 from descompiler.capture import capture
 from descompiler.coupling import scope_of
 from descompiler.leaf import Leaf
@@ -16,6 +19,8 @@ from descompiler.leaves import trace_leaves
 from descompiler.passes import NORMALISE
 from descompiler.probe import blueprint, materialise
 from descompiler.program import user_line
+from descompiler.verify import on_ranks
+from tests.test_ranks import raised
 
 IDS = torch.randint(9, (6, 3), generator=torch.Generator().manual_seed(0))
 
@@ -244,7 +249,10 @@ def test_two_ranks_by_dynamo():
     des.verify(Recurrent(), (IDS,), plans=[{"*": "row"}])
 
 
-@pytest.mark.parametrize("cls", [Sequence, Whole, Inside, Longest, Late])
+SLOW = [pytest.param(cls, marks=pytest.mark.slow) for cls in (Whole, Longest, Late)]
+
+
+@pytest.mark.parametrize("cls", [Sequence, Inside, *SLOW])
 def test_leaves_on_two_ranks(cls):
     """Tables in front of a leaf take any form, with exactly predicted traffic, also where a rank has no rows."""
     des.verify(cls(), (IDS,), plans=[None, {"table.weight": "row"}, {"table.weight": "pull"}])
@@ -255,6 +263,173 @@ def test_a_leaf_that_mixes_rows_is_computed_for_the_global_batch():
     leaf = next(n for n in program.graph.nodes if isinstance(n.target, Leaf))
     assert scope_of(leaf).kind == "global"
     des.verify(Branch(), (IDS,))
+
+
+class Refuses(nn.Module):
+    """A module that is picky about items: it raises, or returns one row less; and it needs rows."""
+
+    mixes = False
+
+    def __init__(self):
+        super().__init__()
+        self.top = nn.Linear(4, 4)
+
+    def forward(self, x, items):
+        if items.max() == 20:
+            raise ValueError("no such item")
+        e = self.top(x)
+        if items.max() == 21:
+            return e[1:]
+        return e - e.mean(0) if self.mixes else e
+
+
+class Picky(Model):
+    """One leaf behind another."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Refuses(), Refuses()
+
+    def forward(self, ids):
+        x = self.first(self.table(ids % 9).sum(1), ids[:, 0])
+        return self.top(self.second(x, ids[:, 1]).sin())
+
+
+class PickyMixing(Picky):
+    """The second leaf is computed for the global batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.second.mixes = True
+
+
+class PickyIds(Model):
+    """A leaf whose results are ids, which are checked before the ranks have exchanged anything."""
+
+    class Buckets(nn.Module):
+        def forward(self, ids):
+            if (ids == 20).any():
+                raise ValueError("no such item")
+            return ids % 9
+
+    def __init__(self):
+        super().__init__()
+        self.buckets = self.Buckets()
+
+    def forward(self, ids):
+        return self.top(self.table(self.buckets(ids)).sum(1))
+
+
+FAILURES = {  # the model, and the bad item of each rank: column, id
+    "first": (Picky, None, (0, 20)),
+    "second": (Picky, None, (1, 20)),
+    "each in another": (Picky, (0, 20), (1, 20)),
+    "shape": (Picky, None, (1, 21)),
+    "no rows": (Picky, "no rows", (1, 20)),
+    "global": (PickyMixing, None, (1, 20)),
+    "before the header": (PickyIds, None, (1, 20)),
+}
+
+
+def _failing_leaves(rank, ranks):
+    """What each failure says, without gradients in evaluation too, and how well the next step goes."""
+    modules, found = {}, {}
+    for name, (cls, *bad) in FAILURES.items():
+        if cls not in modules:
+            torch.manual_seed(2)
+            model = cls().double()
+            modules[cls] = des.compile(copy.deepcopy(model), (IDS,), plan={"table.weight": "pull"}, loss="sum"), model
+        module, reference = modules[cls]
+        mine = (IDS[:2] if rank == 0 else IDS[2:]).clone()
+        if bad[rank] == "no rows":
+            mine = mine[:0]
+        elif bad[rank] is not None:
+            column, item = bad[rank]
+            mine[0, column] = item
+        texts = [raised(lambda: module(mine))]  # noqa: B023
+        module.eval()
+        with torch.no_grad():
+            texts.append(raised(lambda: module(mine)))  # noqa: B023
+        module.train()
+        found[name] = texts, _error_of_a_step(module, reference, rank)
+    return found
+
+
+def _error_of_a_step(module, reference, rank):
+    for m in (module, reference):
+        m.zero_grad()
+    out, every = module(IDS[:2] if rank == 0 else IDS[2:]), reference(IDS)
+    out.square().sum().backward()
+    every.square().sum().backward()
+    worst = float((out - (every[:2] if rank == 0 else every[2:])).abs().max())
+    for (n, p), q in zip(module.named_parameters(), reference.parameters(), strict=True):
+        worst = max(worst, float((p.grad - module.pieces(n).cut(q.grad, rank)).abs().max()))
+    predicted = module.plan.layout.predict(rank, [2, 4], 8, unique=module.unique())
+    assert module.traffic() == predicted
+    calls = module.traffic().calls_by_collective.get(wire.LEAVES, 0)
+    assert calls == (0 if isinstance(reference, PickyIds) else 2)
+    return worst
+
+
+def test_a_leaf_that_fails_on_one_rank_raises_on_all():
+    here = rf"{re.escape(__file__)}:\d+"
+    says = {
+        name: [rf"rank 1: opaque leaf '{leaf}' \({here}\): ValueError: no such item"]
+        for name, leaf in [("first", "first"), ("second", "second"), ("no rows", "second"), ("global", "second")]
+    }
+    says["each in another"] = [rf"rank 0: opaque leaf 'first' \({here}\): ValueError: no such item"]
+    says["shape"] = [rf"rank 1: opaque leaf 'second' \({here}\): .*returned shapes \[\(3, 4\)\] for 4 rows"]
+    says["global"].append(says["global"][0].replace("rank 1", "rank 0"))
+    says["before the header"] = [rf"rank 1: opaque leaf 'buckets' \({here}\): ValueError: no such item"]
+    assert says.keys() == FAILURES.keys()
+    for found in on_ranks(_failing_leaves, 2, timeout_s=120):
+        for name, (texts, worst) in found.items():
+            for text in texts:
+                for expected in says[name]:
+                    assert re.search(expected, text), (name, text)
+                assert text.startswith("InputError") and text.count("opaque leaf") == len(says[name]), (name, text)
+            assert worst < 1e-12, f"{name}: the next step has to work"
+
+
+class Dropping(Model):
+    """A leaf that mixes rows and draws."""
+
+    class Centre(nn.Module):
+        def forward(self, x, ids):
+            assert ids.max() < 9
+            x = nn.functional.dropout(x, 0.5, self.training)
+            return x - x.mean(0)
+
+    def __init__(self):
+        super().__init__()
+        self.centre = self.Centre()
+
+    def forward(self, ids):
+        return self.centre(self.table(ids).sum(1), ids)
+
+
+def _drawn(rank, ranks):
+    module = des.compile(Dropping().double(), (IDS,))
+    torch.manual_seed(rank)
+    return [module(IDS[:2] if rank == 0 else IDS[2:]).detach() for _ in range(2)]
+
+
+def test_dropout_in_a_leaf_that_mixes_rows_is_drawn_once_for_all_ranks():
+    first, second = (torch.cat(parts) for parts in zip(*on_ranks(_drawn, 2), strict=True))
+    assert not torch.equal(first, second)
+    for x in (first, second):
+        assert torch.allclose(x.mean(0), torch.zeros(4, dtype=x.dtype), atol=1e-12)
+
+
+def test_a_leaf_that_fails_on_one_rank_of_one():
+    module = des.compile(Picky(), (IDS,))
+    with pytest.raises(des.InputError, match=rf"opaque leaf 'first' \({re.escape(__file__)}:\d+\): .*no such item"):
+        module(torch.full_like(IDS, 20))
+    assert module(IDS).shape == (6, 1)
+
+
+def test_a_program_without_leaves_agrees_on_none():
+    assert wire.LEAVES not in des.plan(Plain(), (IDS,), ranks=2).traffic(0).calls_by_collective
 
 
 def test_a_leaf_with_baked_parameters_is_not_accepted(monkeypatch):
