@@ -497,7 +497,9 @@ class _Classifier:
             return set()
         total = sum((x.double().sum() for x in ends[1:]), ends[0].double().sum())
         found = torch.autograd.grad(total, [self.whole[n] for n in nodes], allow_unused=True)
-        return {n for n, g in zip(nodes, found, strict=True) if g is not None}
+        received = {n for n, g in zip(nodes, found, strict=True) if g is not None}
+        several = [n for n, x in self.whole.items() if isinstance(x, tuple | list)]  # their elements are nodes too
+        return received | {n for n in several if any(u in received for u in n.users)}
 
 
 def _only_drops(node: fx.Node) -> bool:

@@ -119,6 +119,7 @@ class Score:
     missing_bytes: int  # of the rank that is farthest above the limit of memory
     price: float  # in units of the objective
     price_bytes: int
+    calls: int  # of collectives
 
 
 def parameter_pieces(
@@ -363,13 +364,15 @@ class Search:
         layout = layout_of(self.program, self.operators, splits, pieces, candidates, cut, w.ranks)
         every = self.traffic(layout, _busy(layout))
         price_bytes = max(t.total for t in every)
+        calls = max(t.calls for t in every)
         price = float(price_bytes) if terms.cluster is None else terms.cluster.seconds(every)
         memory: list[Memory] = []
         missing = 0
         if terms.limit_bytes is not None:
             memory = self.memory(pieces, candidates, cut, layout)
             missing = max(0, max(m.total for m in memory) - terms.limit_bytes)
-        return Trial(splits, candidates, cut, pieces, layout, aggregate, Score(missing, price, price_bytes), memory)
+        score = Score(missing, price, price_bytes, calls)
+        return Trial(splits, candidates, cut, pieces, layout, aggregate, score, memory)
 
     def traffic(self, layout: Layout, ranks: Iterable[int]) -> list[Traffic]:
         """What ranks send, in expectation."""

@@ -92,7 +92,7 @@ def test_nothing_is_left_out():
             assert not wrong and not unsaid
         assert found["Base"][2] == "export" and found["Branching"][2] == "partial"
         forms = found["Base"][3]
-        assert forms["forgotten.weight"] == "unused" and forms["dense.weight"] == "fsdp"
+        assert forms["forgotten.weight"] == "unused" and forms["dense.weight"] == "replicate"
         assert forms["large.weight"] not in ("replicate", "unused"), "it is cheaper to send rows than the table"
         forms = found["Branching"][3]
         assert forms["large.weight"] == "pull" and forms["forgotten.weight"] == "replicate"

@@ -152,6 +152,16 @@ def test_every_head_trains_as_the_original():
         assert all(r.cases == 3 for r in reports.values()) and len(reports) == len(HEADS)
 
 
+def test_a_large_layer_that_is_gathered():
+    """Its gradient is priced; and what is no cheaper divided stays whole."""
+    model, inputs = Model("an output layer of its own"), make_inputs()
+    des.verify(model, inputs, plans=[{"out.weight": "fsdp"}])
+    plan = des.plan(model, inputs, ranks=2, pins={"out.weight": "fsdp"})
+    assert [w.backward for w in plan.layout.wholes] == [True]
+    forbid = {"out.weight": ["row", "pull"]}
+    assert des.plan(model, inputs, ranks=2, forbid=forbid).forms["out.weight"] == "replicate"
+
+
 def _bad_target(rank, ranks):
     t, y = make_inputs()
     texts = []
