@@ -14,6 +14,8 @@ ARGS ?=
 
 # One place spells the torch version; see constraints.txt for why it is installed alone and first.
 TORCH := $(shell grep '^torch==' constraints.txt)
+# Installed without its dependencies: it asks for releases that don't run here, and needs none of them (pyproject.toml).
+RECBOLE := $(shell grep '^recbole==' constraints.txt)
 
 ifeq ($(strip $(PY)),)
 RUN := .venv/bin/python
@@ -87,4 +89,5 @@ clean:  ## remove builds and caches, keep .venv
 
 .venv/.installed-dev: .venv/.installed
 	.venv/bin/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev,zoo]'
+	.venv/bin/python -m pip install --quiet --no-deps "$(RECBOLE)"
 	@touch $@

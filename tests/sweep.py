@@ -139,6 +139,7 @@ def _price(found: Finding, model: nn.Module, inputs: Any, small: Plan) -> None:
         program, _ = Builder(blueprint(large), inputs).capture(None)
     except CaptureError:
         found.rung = "in part"
+        found.random = tuple(note for note in small.notes if note.startswith("random"))
         return
     found.rung = program.rung
     drops = lambda n: n.target in DROPOUTS or "attention" in n.name or isinstance(n.target, Leaf)  # noqa: E731
