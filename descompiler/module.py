@@ -440,7 +440,8 @@ class PartialModule(DistributedModule):
         self._outputs, self._means_double = tuple(outputs), is_double_meant()
         self._spare = spare  # one row of inputs
         vars(self)["_call"] = call  # perhaps the host itself, which is no submodule
-        self._watch()
+        if not self._in_place:
+            self._watch()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward on this rank's rows: outputs for them."""

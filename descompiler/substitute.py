@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from descompiler import traffic as wire
@@ -67,6 +68,7 @@ class Keeper:
 
     runtime: Runtime
     replicated: list[nn.Parameter] = field(default_factory=list)
+    accumulators: list[Any] = field(default_factory=list)  # the hooked node of each of ``replicated``, if any
     pieces: list[Piece] = field(default_factory=list)
     forwards: int = 0
     records: deque[Record] = field(default_factory=deque)
@@ -81,6 +83,7 @@ class Keeper:
         """A forward begins."""
         self.failed = False
         self.forwards += 1
+        self._hook()
         while self.records and self.records[0].forward <= self.forwards - KEPT_FORWARDS:
             self.records.popleft()
 
@@ -167,13 +170,13 @@ class Keeper:
 
     def _fetched(self, piece: Piece, wanted: Tensor, sent: list[int], asked: list[int], sparse: bool) -> Tensor:
         record = Record(piece, self.forwards, sent, asked, self.exchange(wanted, sent, asked, FETCH_IDS), sparse)
-        rows = _Fetch.apply(self, record, piece)
+        rows = _Fetch.apply(self, record, _anchor(piece))
         self._keep(record)
         return rows
 
     def _gathered(self, piece: Piece) -> Tensor:
         record = Record(piece, self.forwards, [], [], None)
-        full = _Whole.apply(self, record, piece)
+        full = _Whole.apply(self, record, _anchor(piece))
         self._keep(record)
         return full
 
@@ -229,19 +232,30 @@ class Keeper:
     # ---- backward
 
     def watch(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Average these parameters' gradients over ranks when backward ends."""
-        for p in parameters:
-            if p.requires_grad:
-                position = len(self.replicated)
-                self.replicated.append(p)
-                p.register_hook(lambda g, i=position: self._hold(i, g))
+        """Average these parameters' gradients over ranks when backward ends, while they require gradients."""
+        self.replicated.extend(parameters)
+        self.accumulators.extend([None] * len(parameters))
+        self._hook()
 
-    def _hold(self, position: int, gradient: Tensor) -> Tensor:
-        if self.runtime.ranks == 1:
-            return gradient
+    def _hook(self) -> None:
+        """Hold what reaches the node that accumulates a parameter's gradient, behind hooks that users registered.
+
+        A parameter has none while it is frozen, and another one once its dtype or device has changed.
+        """
+        if self.runtime.ranks == 1 or not torch.is_grad_enabled():
+            return
+        for i, p in enumerate(self.replicated):
+            if p.requires_grad and (node := get_gradient_edge(p).node) is not self.accumulators[i]:
+                self.accumulators[i] = node
+                node.register_prehook(lambda gradients, i=i: self._hold(i, gradients))
+
+    def _hold(self, position: int, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
+        (gradient,) = gradients
+        if gradient is None:
+            return None
         self.local[position] = gradient.to_dense() if gradient.is_sparse else gradient
         self.schedule()
-        return torch.zeros_like(self.local[position])
+        return (torch.zeros_like(self.local[position]),)
 
     def schedule(self) -> None:
         """Run `finish` when the backward that is under way ends."""
@@ -266,26 +280,33 @@ class Keeper:
             runtime.collective(FLAGS, size, lambda: dist.all_reduce(flags, op=largest, group=runtime.group))
         some = flags.tolist()
         with torch.no_grad():
-            for record, present in zip(list(self.records), some[: len(self.records)], strict=True):
+            totals: dict[Piece, Tensor] = {}
+            for record, present in zip(self.records, some[: len(self.records)], strict=True):
                 if present:
-                    self.records.remove(record)
-                    self._return_gradient(record)
+                    gradient = self._return_gradient(record)
+                    record.gradient = None  # its graph may be kept for another backward
+                    before = totals.get(record.piece)
+                    totals[record.piece] = gradient if before is None else _sum(before, gradient)
+            for piece, gradient in totals.items():
+                for hook in (piece._backward_hooks or {}).values():  # users', which autograd would call
+                    changed = hook(gradient)
+                    gradient = gradient if changed is None else changed
+                _add(piece, gradient)
             self._average(held, some[len(some) - len(self.replicated) :])
 
-    def _return_gradient(self, record: Record) -> None:
+    def _return_gradient(self, record: Record) -> Tensor:
+        """Of the piece, from every rank's use of it; the convention's share of a sum over ranks."""
         piece, ranks = record.piece, self.runtime.ranks
         if record.positions is None:
-            _add(piece, self._scatter(record) / ranks)
-            return
+            return self._scatter(record) / ranks
         tail = piece.shape[1:]
         gradient = record.gradient
         if gradient is None:
             gradient = piece.detach().new_zeros((sum(record.sent), *tail))
         received = self.exchange(gradient, record.sent, record.asked, FETCH_GRADIENTS) / ranks
         if record.sparse:
-            _add(piece, torch.sparse_coo_tensor(record.positions[None], received, piece.shape).coalesce())
-        else:
-            _add(piece, torch.zeros(piece.shape, dtype=piece.dtype).index_add_(0, record.positions, received))
+            return torch.sparse_coo_tensor(record.positions[None], received, piece.shape).coalesce()
+        return torch.zeros(piece.shape, dtype=piece.dtype).index_add_(0, record.positions, received)
 
     def _scatter(self, record: Record) -> Tensor:
         """The sum over ranks of this rank's piece of a whole parameter's gradient."""
@@ -319,11 +340,17 @@ class Keeper:
                 _add(self.replicated[i], g.reshape(self.replicated[i].shape))
 
 
+def _sum(a: Tensor, b: Tensor) -> Tensor:
+    """Of gradients that may be sparse; torch adds a sparse one to a dense one only."""
+    return b + a if a.is_sparse else a + b
+
+
 def _add(p: Tensor, gradient: Tensor) -> None:
+    """Accumulate a gradient that autograd does not bring."""
     if p.grad is None:
         p.grad = gradient.clone()
     elif p.grad.is_sparse or gradient.is_sparse:
-        p.grad = p.grad + gradient
+        p.grad = _sum(p.grad, gradient)
     else:
         p.grad.add_(gradient)
 
@@ -347,11 +374,16 @@ def _locate(pieces: Pieces, ids: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(owners, device=ids.device)[index], ids.long() + torch.tensor(bases, device=ids.device)[index]
 
 
+def _anchor(piece: Piece) -> Tensor:
+    """What makes autograd reach a use of a piece; the piece itself would have its hooks called without a gradient."""
+    return torch.zeros((), device=piece.device, requires_grad=piece.requires_grad)
+
+
 class _Fetch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, keeper: Keeper, record: Record, piece: Tensor) -> Tensor:
+    def forward(ctx: Any, keeper: Keeper, record: Record, anchor: Tensor) -> Tensor:
         ctx.keeper, ctx.record = keeper, record
-        own = plain(piece).detach()
+        own = plain(record.piece).detach()
         return keeper.exchange(own[record.positions], record.asked, record.sent, FETCH_ROWS)
 
     @staticmethod
@@ -361,9 +393,9 @@ class _Fetch(torch.autograd.Function):
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, keeper: Keeper, record: Record, piece: Tensor) -> Tensor:
+    def forward(ctx: Any, keeper: Keeper, record: Record, anchor: Tensor) -> Tensor:
         ctx.keeper, ctx.record = keeper, record
-        return keeper.gather(plain(piece), record.piece.pieces)
+        return keeper.gather(plain(record.piece), record.piece.pieces)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -373,9 +405,7 @@ class _Whole(torch.autograd.Function):
 def _hold(ctx: Any, gradient: Tensor) -> Any:
     record, keeper = ctx.record, ctx.keeper
     if not any(r is record for r in keeper.records):
-        raise UnsupportedError(
-            f"backward through a forward that ended more than {KEPT_FORWARDS} forwards ago, or for the second time"
-        )
+        raise UnsupportedError(f"backward through a forward that ended more than {KEPT_FORWARDS} forwards ago")
     record.gradient = gradient
     keeper.schedule()
     return None, None, None

@@ -346,3 +346,38 @@ def test_compiled_by_the_first_forward():
     module = des.compile(model)
     assert torch.equal(module(IDS), model(IDS))
     assert type(module).__name__ == "PartialModule" and module.coverage().rung == "partial"
+
+
+def _as_alone(rank, ranks, usage):
+    """The largest difference of a gradient on this rank from the original's, in an unusual but legal use."""
+    model = Everything().double()
+    for p in model.parameters():
+        p.requires_grad_(usage != "thawed" or p.dim() > 1)
+    alone = copy.deepcopy(model)
+    module = des.compile(model, (IDS,), plan=PULL, loss="sum")
+    share = slice(0, 3) if rank == 0 else slice(3, 8)
+    if usage == "thawed":
+        module.requires_grad_(True)
+        alone.requires_grad_(True)
+    if usage == "hooks":
+        for p in (*module.parameters(), *alone.parameters()):
+            p.register_hook(lambda g: g * 0.5)
+    for m, ids in ((module, IDS[share]), (alone, IDS)):
+        out = m(ids)
+        loss = out["score"].square().sum() + out["all"].sin().sum()
+        for last in (False, True)[usage != "twice" :]:
+            loss.backward(retain_graph=not last)
+    differences = []
+    for name, p in module.named_parameters():
+        if alone.get_parameter(name).grad is None:
+            assert p.grad is None
+            continue
+        want = module.pieces(name).cut(alone.get_parameter(name).grad.to_dense(), rank)
+        differences.append(float((p.grad.to_dense() - want).abs().max()) if want.numel() else 0.0)
+    return max(differences)
+
+
+@pytest.mark.parametrize("usage", ["thawed", "hooks", "twice"])
+def test_gradients_of_thawed_parameters_behind_hooks_and_twice(usage):
+    with warnings.catch_warnings(record=True):
+        assert max(on_ranks(_as_alone, 2, usage)) < 1e-12
