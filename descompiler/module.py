@@ -192,7 +192,7 @@ class DistributedModule(nn.Module):
             reference = next(self.parameters())
             runtime.device = reference.device
             runtime.wire_dtype = reference.dtype
-            reduced = grad and emitted.layout.dense_elements and not self._in_place
+            reduced = grad and emitted.layout.dense_elements and not self._in_place and self._trains_replicas()
             outputs = self._reduced(tensors) if reduced else self._run(tensors)
         except Exception as error:
             if runtime.started:
@@ -308,21 +308,26 @@ class DistributedModule(nn.Module):
             self._programs[key] = self._program_for(dict(zip(self._flags, key, strict=True)))
         return self._programs[key]
 
+    def _replicas(self) -> dict[str, nn.Parameter]:
+        """The parameters whose gradients the reducer averages: whole on every rank, and used."""
+        pieces, splits = self.plan.pieces, self.plan.splits
+        used = {s.name for s in self._program().sources if s.kind == "parameter"}
+        gathered = {n for n, s in splits.items() if s.gathered}
+        return {n: p for n, p in self.named_parameters() if n in used and n not in gathered and pieces[n].is_replicated}
+
+    def _trains_replicas(self) -> bool:
+        """Whether the reducer, which wants a parameter that requires a gradient, has one: users freeze them."""
+        return any(p.requires_grad for p in self._replicas().values())
+
     def _reducer(self) -> Any:
         """The program behind DistributedDataParallel's reducer, made anew when parameters changed under it."""
         if self._runtime.ranks == 1:
             return lambda *tensors: self._run(tensors)
-        used = {s.name for s in self._program().sources if s.kind == "parameter"}
         parameters = dict(self.named_parameters())
         key = tuple((n, id(p), p.dtype, p.device, p.requires_grad) for n, p in parameters.items())
         if self._ddp_key != key:
             core = _Core(self)
-            pieces, splits = self.plan.pieces, self.plan.splits
-            left_out = {
-                id(p)
-                for n, p in parameters.items()
-                if n not in used or (n in splits and splits[n].gathered) or not pieces[n].is_replicated
-            }
+            left_out = {id(p) for p in parameters.values()} - {id(p) for p in self._replicas().values()}
             # by every name: a tied parameter has several
             ignored = [n for n, p in self.named_parameters(remove_duplicate=False) if id(p) in left_out]
             ignored += [n for n, _ in self.named_buffers(remove_duplicate=False)]

@@ -273,3 +273,27 @@ def _from_samples(rank, ranks):
 def test_a_plan_from_samples():
     for error, assumed in on_ranks(_from_samples, 2):
         assert error < 1e-12 and not assumed
+
+
+def _frozen_afterwards(rank, ranks):
+    """Everything but the tables is frozen after compile, and thawed again."""
+    model = make()
+    reference, module = copy.deepcopy(model), des.compile(model, inputs_of(), plan={"*": "row"}, loss="sum")
+    worst = 0.0
+    for trained in (False, True):
+        for m in (reference, module):
+            m.zero_grad()
+            for name, p in m.named_parameters():
+                p.requires_grad_(trained or not module.plan.pieces[name].is_replicated)
+        reference(*inputs_of()).square().sum().backward()
+        module(*inputs_of(slice(4 * rank, 4 * rank + 4))).square().sum().backward()
+        for (name, p), q in zip(module.named_parameters(), reference.parameters(), strict=True):
+            own = torch.zeros_like(p) if p.grad is None else p.grad
+            whole = torch.zeros_like(q) if q.grad is None else q.grad
+            worst = max([worst, *(own - module.pieces(name).cut(whole, rank)).abs().flatten().tolist()])
+    return worst
+
+
+def test_replicated_parameters_that_are_all_frozen_after_compile():
+    for worst in on_ranks(_frozen_afterwards, 2):
+        assert worst < 1e-12
