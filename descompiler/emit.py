@@ -619,9 +619,13 @@ class _Emitter:
         for node in reversed(list(self.graph.nodes)):
             schema = getattr(node.target, "_schema", None)
             writes = (schema is not None and schema.is_mutable) or node.target is aten.batch_norm.default
-            writes |= isinstance(node.target, LeafOnRanks)  # it is a collective
+            # collectives: every rank makes them, and the plan counts them, also where nobody reads what they bring
+            writes |= isinstance(node.target, LeafOnRanks) or node.target in FETCHING
             if node.op == "call_function" and not node.users and not writes:
                 self.graph.erase_node(node)
+
+
+FETCHING = frozenset({begin_fetch, fetch_start, fetch_rows, fetch_wait, fetch_late})
 
 
 def _ancestors(program: Program, nodes: Sequence[fx.Node]) -> list[fx.Node]:
