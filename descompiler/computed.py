@@ -16,7 +16,7 @@ from torch import fx
 from descompiler import regularisers
 from descompiler.coupling import CONSTANT, scope_of
 from descompiler.follow import follow
-from descompiler.program import Program, aten, shape_of, target_name, user_line, value
+from descompiler.program import Program, ancestors, aten, shape_of, target_name, user_line, value
 from descompiler.runtime import bag
 
 LOOKUPS = frozenset({aten.embedding.default, bag})
@@ -91,13 +91,13 @@ def find_groups(program: Program) -> list[Group]:
 def whole_parameters(program: Program, divided: Collection[fx.Node]) -> set[str]:
     """Parameters that divided values are computed with, and that are no such values themselves."""
     inside = {a for n in divided for a in n.all_input_nodes if a not in divided}
-    return {name for n in _ancestors(inside) if (name := program.parameter(n)) is not None}
+    return {name for n in ancestors(inside) if (name := program.parameter(n)) is not None}
 
 
 def by_rows(program: Program, node: fx.Node) -> dict[fx.Node, int] | None:
     """Tables that a node is computed of row by row: a parameter first, then the values up to the node, and which of
     their dimensions the rows are; None if it is not."""
-    above = _ancestors({node})
+    above = ancestors({node})
     if any(s.kind == "input" for n in above if (s := program.source(n)) is not None):
         return None
     ordered = [n for n in program.graph.nodes if n in above]
@@ -117,7 +117,7 @@ def by_rows(program: Program, node: fx.Node) -> dict[fx.Node, int] | None:
 def whole_tables(program: Program) -> list[str]:
     """Matrices that looked-up values are computed of."""
     looked_up = {n.args[0] for n in program.graph.nodes if n.target in LOOKUPS and _is_computed(program, n.args[0])}
-    above = [n for n in _ancestors(looked_up) if program.parameter(n) and len(shape_of(n)) == 2]
+    above = [n for n in ancestors(looked_up) if program.parameter(n) and len(shape_of(n)) == 2]
     return [str(program.parameter(n)) for n in above if value(n).is_floating_point()]
 
 
@@ -132,7 +132,7 @@ def _is_own_lookup(user: fx.Node, members: set[fx.Node]) -> bool:
 
 def _divided(program: Program, looked_up: Sequence[fx.Node]) -> dict[fx.Node, int]:
     """Tables that lookups of computed values depend on, and what can be divided with their columns; along which dim."""
-    above = _ancestors({n.args[0] for n in looked_up})  # type: ignore[misc]
+    above = ancestors({n.args[0] for n in looked_up})  # type: ignore[misc]
     dims: dict[fx.Node, int] = {}
     for n in program.graph.nodes:
         if n.op == "placeholder":
@@ -165,18 +165,6 @@ def _join(groups: dict[fx.Node, set[fx.Node]], members: set[fx.Node]) -> None:
         joined |= groups.get(n, set())
     for n in joined:
         groups[n] = joined
-
-
-def _ancestors(nodes: set[fx.Node]) -> set[fx.Node]:
-    """Nodes and all that they are computed from."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        n = stack.pop()
-        if n not in found:
-            found.add(n)
-            stack.extend(n.all_input_nodes)
-    return found
 
 
 def groups_of(operators: Iterable[Any]) -> list[Group]:

@@ -43,7 +43,7 @@ from descompiler.operators import Lookup, Operator
 from descompiler.outputs import checks_of, layouts_of, outputs_in_order
 from descompiler.pieces import Pieces
 from descompiler.placement import LOCAL, Local, Owned, Partial, Placement, Shard, has_local
-from descompiler.program import Program, Source, aten, elements_per_row, is_tensor, signature, tail, value
+from descompiler.program import Program, Source, ancestors, aten, elements_per_row, is_tensor, signature, tail, value
 from descompiler.regularisers import divided, emit_total, find_totals
 from descompiler.regularisers import exchanges as total_exchanges
 from descompiler.rows import Rows
@@ -135,8 +135,10 @@ class _Emitter:
         dependent = _dependent_on(self.program, self.inside, self.inside)
         layout = self.layout
         checked, targets = _checked(self.program, self.operators, self.inside, layout.wholes, layout.fetches)
-        for n in _ancestors(self.program, [x.ids for _, x in checked] + [n for n, _ in targets]):
-            self._own(n)
+        needed = ancestors([*(x.ids for _, x in checked), *(n for n, _ in targets)])
+        for n in self.program.graph.nodes:
+            if n in needed and n.op == "call_function":
+                self._own(n)
         first = next(n for n in self.program.graph.nodes if (s := self.program.source(n)) and s.kind == "input")
         self.rows_local = self.graph.call_function(aten.sym_size.int, (self.outside[first], 0))
         ids = [self.outside[x.ids] for _, x in checked] + [self.outside[n] for n, _ in targets]
@@ -177,6 +179,7 @@ class _Emitter:
                 outputs = n.args[0]
                 self.graph.output(self._outputs(outputs))
         self._drop_dead_code()
+        self._reach_fetches([scope_of(o).grad for o in outputs])
         self.graph.lint()
         checks = [self._check(o, x) for o, x in checked]
         checks += [c for _, c in targets]
@@ -624,20 +627,20 @@ class _Emitter:
             if node.op == "call_function" and not node.users and not writes:
                 self.graph.erase_node(node)
 
+    def _reach_fetches(self, trained: Sequence[bool]) -> None:
+        """Let backward come to fetches whose rows nobody reads: owners get gradients of zero, as in the original."""
+        unread = [n for n in self.graph.nodes if n.target is fetch_wait and not n.users]
+        if not unread or not any(trained):
+            return
+        output = next(n for n in self.graph.nodes if n.op == "output")
+        results = list(output.args[0])
+        i = list(trained).index(True)
+        with self.graph.inserting_before(output):
+            results[i] = self._runtime("reach", results[i], unread)
+        output.args = (results,)
+
 
 FETCHING = frozenset({begin_fetch, fetch_start, fetch_rows, fetch_wait, fetch_late})
-
-
-def _ancestors(program: Program, nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """The calls that some nodes are made from, and those nodes."""
-    needed: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        n = stack.pop()
-        if n not in needed:
-            needed.add(n)
-            stack.extend(n.all_input_nodes)
-    return [n for n in program.graph.nodes if n in needed and n.op == "call_function"]
 
 
 def _dependent_on(program: Program, nodes: Collection[fx.Node], inside: Collection[fx.Node]) -> set[fx.Node]:
@@ -681,7 +684,7 @@ def _leaf_runs(
     if not any(isinstance(n.target, Leaf) for n in program.graph.nodes):
         return 0
     checked, targets = _checked(program, operators, inside, wholes, fetches)
-    before = _ancestors(program, [x.ids for _, x in checked] + [n for n, _ in targets])
+    before = ancestors([*(x.ids for _, x in checked), *(n for n, _ in targets)])
     runs = {
         (n, WHOLE if scope_of(n).kind == GLOBAL else version)  # others' rows of a global value are cut out of it
         for n, version in couple(program, inside).demands

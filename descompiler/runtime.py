@@ -418,6 +418,10 @@ class Runtime:
         """The outputs; in backward all of them get a gradient, so that every rank runs the same collectives."""
         return list(_Together.apply(*outputs))
 
+    def reach(self, x: Tensor, fetched: Sequence[Sequence[Tensor]]) -> Tensor:
+        """``x``, from which backward also comes to rows that nobody reads, with gradients of zero."""
+        return x + sum(r[:0].sum().to(x) for rows in fetched for r in rows)
+
     def output(self, x: Tensor) -> Tensor:
         """Scale the gradient that the user's loss sends in to the convention of averaging over ranks."""
         if self.ranks == 1 or not x.requires_grad or self.loss == "rank_mean":

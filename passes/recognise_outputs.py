@@ -23,6 +23,7 @@ from torch import fx
 from descompiler.computed import by_rows
 from descompiler.program import (
     Program,
+    ancestors,
     aten,
     eliminate_dead_code,
     insert_call,
@@ -299,21 +300,9 @@ def _is_scale(p: Product, other: Any) -> bool:
     return not shape or (shape[-1] == 1 and len(shape) <= value(p.x).dim())
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """A node and all that it is computed from."""
-    found: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        n = stack.pop()
-        if n not in found:
-            found.add(n)
-            stack.extend(n.all_input_nodes)
-    return found
-
-
 def _kinds(program: Program, node: fx.Node) -> set[str]:
     """What kinds of placeholders a value is computed from."""
-    return {s.kind for n in _ancestors(node) if (s := program.source(n)) is not None}
+    return {s.kind for n in ancestors([node]) if (s := program.source(n)) is not None}
 
 
 def _independent(program: Program, node: fx.Node) -> bool:

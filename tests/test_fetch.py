@@ -194,3 +194,25 @@ def test_lookups_that_differ_are_not_fetched_together():
     assert {"pull", "gather", "hot", "row"} <= set(table.refusals)
     assert table.refusals["pull"] == "its lookups differ in padding_idx or sparse"
     des.verify(model, inputs, ranks=2)
+
+
+class Selects(nn.Module):
+    """Of what is stacked, the pulled table's rows are not read: what is read is in the region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.unread = nn.Embedding(10, 4), nn.Embedding(8, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        v = torch.stack([self.read(ids[:, 0]), self.unread(ids[:, 1])], 1)
+        return v[:, 0].sum(1)
+
+
+def test_rows_that_nobody_reads():
+    """Their gradients are zero, not missing: weight decay moves the table, as in the original."""
+    module = des.compile(Selects(), (ids_of(6),), plan={"unread.weight": "pull"})
+    module(ids_of(6)).sum().backward()
+    assert module.unread.weight.grad is not None and not module.unread.weight.grad.any()
+    for read in ("field", "row", "pull"):
+        plans = [{"read.weight": read, "unread.weight": form} for form in ("pull", "gather", "hot")]
+        des.verify(Selects(), (ids_of(9),), ranks=2, plans=plans)
