@@ -57,10 +57,13 @@ def _try_probe(make: Callable[[], Flat], tensors: list[Tensor]) -> Flat:
     return probe
 
 
-def _check(program: Program, probe: Flat, batches: Sequence[list[Tensor]]) -> None:
+def _check(program: Program, probe: Flat, batches: Sequence[list[Tensor]]) -> tuple[str, ...]:
+    """Raise unless the program reproduces the model; the parameters that only it gives a gradient, of zeros."""
+    idle: set[str] = set()
     for batch in batches:
-        check_reproduces(program, probe, batch)
+        idle |= check_reproduces(program, probe, batch)
         move_parameters(probe)
+    return tuple(sorted(idle))
 
 
 def _check_leaves(program: Program) -> None:
@@ -146,10 +149,10 @@ def capture(
             # of a copy each: a trace that fails may leave it broken
             program = checked = run_passes(trace(flat(double=False), tensors, template), passes)
             try:
-                _check(checked, probe, batches)
+                idle = _check(checked, probe, batches)
             except CannotRunError:
                 checked = in_float64(program)  # it makes or holds float32 tensors
-                _check(checked, probe, batches)
+                idle = _check(checked, probe, batches)
         except DescompilerError as error:
             failures.append(Failure(rung, str(error)))
             continue
@@ -163,5 +166,5 @@ def capture(
         scopes = {n.name: n.meta.get("scope") for n in checked.graph.nodes}
         for n in program.graph.nodes:
             n.meta["scope"] = scopes[n.name]
-        return replace(program, rung=rung, failures=tuple(failures)), signature
+        return replace(program, rung=rung, failures=tuple(failures), idle=idle), signature
     raise CaptureError("\n".join([NOT_CAPTURED, *(f"  {f}" for f in failures)]), tuple(failures))

@@ -57,7 +57,19 @@ def in_float64(program: Program) -> Program:
     return replace(copied, constants=constants, recipes={})
 
 
-def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> None:
+def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> set[str]:
+    """Compare a graph with its model on one batch.
+
+    Returns
+    -------
+    set of str
+        Parameters that have no gradient in the model, and one of zeros in the graph.
+
+    Raises
+    ------
+    CaptureError
+        For the first output or gradient that differs.
+    """
     whole = probed_whole(probe.model)
     params = {n: p for n, p in probe.model.named_parameters() if p.requires_grad and p.numel() <= whole}
     for p in probe.model.parameters():
@@ -98,6 +110,8 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> No
         near = torch.allclose(dense[0], dense[1], rtol=0.0, atol=rounding)
         if not near and relative_error(dense[0], dense[1]) > TOLERANCE_FLOAT64:
             raise CaptureError(f"the captured graph does not reproduce the gradient of parameter {name!r}")
+    pairs = zip(params, eager_gradients, graph_gradients, strict=True)
+    return {name for name, before, after in pairs if before is None and after is not None}
 
 
 def _gradients(outputs: list[Tensor], params: list[Tensor]) -> list[Tensor | None]:

@@ -106,7 +106,16 @@ def coverage_of(program: Program, operators: Sequence[Operator], plan: Plan) -> 
             uses = ", ".join(sorted(set(users[name])))
             form, why, choice = "replicate", f"used by {uses}, not by a lookup", False
         found.append(Covered(name, size, form, program.rung, why, choice))
-    return Coverage(program.rung, program.failures, tuple(found))
+    return Coverage(program.rung, program.failures, tuple(found), _idle_note(program))
+
+
+def _idle_note(program: Program) -> str:
+    if not program.idle:
+        return ""
+    return (
+        f"{', '.join(program.idle)}: gradients of zero where the original has none, as an opaque leaf holds them; "
+        "weight decay and momentum move them. Freeze what forward does not use"
+    )
 
 
 def _why(operator: Operator, plan: Plan) -> str:

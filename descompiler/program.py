@@ -72,6 +72,8 @@ class Program:
         The tracer that captured it (`descompiler.capture.RUNGS`).
     failures : tuple of Failure
         The tracers that were tried before, and why they failed.
+    idle : tuple of str
+        Parameters that have no gradient in the model on some batch, and one of zeros here (leaves reach all they hold).
     """
 
     graph: fx.Graph
@@ -84,6 +86,7 @@ class Program:
     recipes: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     rung: str = ""
     failures: tuple[Failure, ...] = ()
+    idle: tuple[str, ...] = ()
 
     def source(self, node: Any) -> Source | None:
         """The source of a placeholder node; None for any other node."""

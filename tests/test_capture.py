@@ -3,6 +3,7 @@
 import copy
 import functools
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -525,3 +526,22 @@ def test_parameters_that_are_not_registered_are_constants_and_named():
         module = des.compile(GatesInAList(), (ids,))
     assert [n for n, _ in module.named_parameters()] == ["table.weight"]
     des.verify(GatesInAList(), (ids,))
+
+
+class Idle(Sequence):
+    """The encoder, a leaf, holds a layer that it never uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder.spare = nn.Linear(4, 1)
+
+
+def test_unused_parameters_of_a_leaf_are_named():
+    """They get gradients of zero, where the original has none."""
+    ids = torch.arange(24).reshape(8, 3) % 9
+    with pytest.warns(UserWarning, match=r"encoder\.spare\.bias, encoder\.spare\.weight: gradients of zero where"):
+        module = des.compile(Idle(), (ids,))
+    assert module.coverage().rung == "fx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not des.compile(Sequence(), (ids,)).coverage().note
