@@ -155,6 +155,13 @@ def distribute(
             stacklevel=4,
         )
 
+    if rank == 0 and host is None and (names := [n for n, p in model.named_parameters() if _has_hooks(p)]):
+        warnings.warn(
+            f"descompiler: gradient hooks on {', '.join(names)} are the original's and are not called: register them "
+            "on the parameters of the compiled module, or compile with in_place=True",
+            stacklevel=4,
+        )
+
     def capture_and_find() -> Found:
         build = builder()
         try:
@@ -212,6 +219,10 @@ def _itemsize(operators: list[Operator], program: Program) -> int:
     """Bytes of an element: of the tables; of the model without any."""
     dtypes = [o.dtype for o in operators] or [p.dtype for p in program.parameters.values()]
     return max((dtype.itemsize for dtype in dtypes), default=4)
+
+
+def _has_hooks(p: nn.Parameter) -> bool:
+    return bool(p._backward_hooks or p._post_accumulate_grad_hooks)
 
 
 @dataclass

@@ -545,3 +545,11 @@ def test_unused_parameters_of_a_leaf_are_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not des.compile(Sequence(), (ids,)).coverage().note
+
+
+def test_hooks_that_are_not_carried_over_are_named():
+    model, ids = Sequence(), torch.arange(24).reshape(8, 3) % 9
+    model.top.weight.register_hook(lambda g: g)
+    model.top.bias.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.warns(UserWarning, match=r"gradient hooks on top\.weight, top\.bias are the original's"):
+        des.compile(model, (ids,))
