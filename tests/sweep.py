@@ -33,7 +33,7 @@ from descompiler.plan import Plan
 from descompiler.planner import assign
 from descompiler.probe import blueprint
 from descompiler.program import aten, is_random, target_name
-from descompiler.verify import ORIGINAL_FAILS
+from descompiler.verify import DIVERGED, ORIGINAL_FAILS
 from tests.pool import RankPool, RankPoolError, here
 from tests.zoo import ZOO
 
@@ -67,6 +67,8 @@ class Finding:
     conditioned : dict of str to float
         Gradients that rounding the original's weights moves by more than the tolerance, as shares of their size:
         `des.verify` compares them with that.
+    growth : float
+        Of the original's largest weight within the steps; where training diverges, the proof is weak.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Finding:
     declined: set[tuple[str, str]] = field(default_factory=set)
     random: tuple[str, ...] = ()
     conditioned: dict[str, float] = field(default_factory=dict)
+    growth: float = 1.0
 
 
 def examine(rank: int, ranks: int, name: str) -> Finding:
@@ -116,7 +119,7 @@ def examine(rank: int, ranks: int, name: str) -> Finding:
         found.status, found.reason = "original fails", _first_line(error)
         return found
     found.status, found.cases, found.worst = "verified", report.cases, max(report.worst.values())
-    found.conditioned = report.conditioned
+    found.conditioned, found.growth = report.conditioned, report.growth
     return found
 
 
@@ -243,6 +246,16 @@ def markdown(findings: list[Finding]) -> str:
         lines += [
             f"- `{f.name}`: " + ", ".join(f"{n} {x:.1e}" for n, x in sorted(f.conditioned.items())) for f in moved
         ]
+    if wild := [f for f in good if f.growth > DIVERGED]:
+        lines += [
+            "",
+            "## Weak proofs",
+            "",
+            "The training of these originals diverges within the steps: beside their largest weights, errors of small",
+            "tensors are rounding.",
+            "",
+        ]
+        lines += [f"- `{f.name}`: weights grow {f.growth:.0e} times" for f in wild]
     blocked: dict[tuple[str, str], int] = Counter(d for f in findings for d in f.declined)
     if blocked:
         lines += [
