@@ -36,7 +36,18 @@ from torch import Tensor, fx
 from descompiler.errors import UnsupportedError
 from descompiler.layout import Exchange
 from descompiler.leaf import Leaf
-from descompiler.program import Program, aten, is_random, is_tensor, signature, target_name, user_line, value, where
+from descompiler.program import (
+    Program,
+    aten,
+    descendants,
+    is_random,
+    is_tensor,
+    signature,
+    target_name,
+    user_line,
+    value,
+    where,
+)
 from descompiler.rows import Rows
 from descompiler.runtime import bag
 from descompiler.vocabulary import vocabulary
@@ -606,12 +617,10 @@ class _Coupler:
     def __init__(self, program: Program, inside: frozenset[fx.Node]):
         self.program, self.inside = program, inside
         self.free: set[fx.Node] = set()
-        self.after: set[fx.Node] = set()  # depends on the region
+        self.after = inside | descendants(program.graph, inside)
         candidates = []
         for n in program.graph.nodes:
             scope = scope_of(n)
-            if n in inside or any(a in inside or a in self.after for a in n.all_input_nodes):
-                self.after.add(n)
             once = n in inside or scope.drawn or n.target in LOOKUPS | {vocabulary} or isinstance(n.target, Leaf)
             once |= n.target is aten.batch_norm.default
             if n.op == "call_function" and scope.kind == LOCAL and not once:
@@ -770,12 +779,8 @@ def is_coupled(program: Program) -> bool:
 
 def coupled_nodes(program: Program) -> set[fx.Node]:
     """Nodes whose values for own rows need the rows of the global batch, or an exchange."""
-    result: set[fx.Node] = set()
-    for n in program.graph.nodes:
-        scope = scope_of(n)
-        if scope.kind == GLOBAL or WHOLE in scope.uses or any(a in result for a in n.all_input_nodes):
-            result.add(n)
-    return result
+    mixing = {n for n in program.graph.nodes if scope_of(n).kind == GLOBAL or WHOLE in scope_of(n).uses}
+    return mixing | descendants(program.graph, mixing)
 
 
 def size_terms(program: Program, n: fx.Node) -> tuple[int, ...] | None:

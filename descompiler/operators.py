@@ -14,7 +14,18 @@ from descompiler import regularisers
 from descompiler.computed import Group, by_rows, find_groups, whole_parameters, whole_tables
 from descompiler.coupling import GLOBAL, coupled_nodes, scope_of
 from descompiler.errors import UnsupportedError
-from descompiler.program import Program, aten, elements_per_row, rowwise, shape_of, signature, tail, user_line, where
+from descompiler.program import (
+    Program,
+    aten,
+    descendants,
+    elements_per_row,
+    rowwise,
+    shape_of,
+    signature,
+    tail,
+    user_line,
+    where,
+)
 from descompiler.runtime import bag
 from descompiler.vocabulary import Request, vocabulary
 
@@ -157,6 +168,11 @@ class Operator:
         return self.padding_idx if self.padding_idx >= 0 else None
 
 
+def lookups_by_node(operators: Sequence[Operator]) -> dict[fx.Node, tuple[Operator, Lookup]]:
+    """Every lookup once, with its table; with the last of them where it is of a table computed of several."""
+    return {x.node: (o, x) for o in operators for x in o.lookups}
+
+
 def find_operators(program: Program, forms: Sequence[Form] | None = None) -> list[Operator]:
     """All tables that the program looks up, takes products with or computes looked-up tables of, in the order of the
     model's parameters.
@@ -201,7 +217,7 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
             if (name := program.parameter(n)) is not None:
                 uses.setdefault(name, []).append(node)
     order = {name: i for i, name in enumerate(program.parameters)}
-    depends = _depending(program, {x.node for xs in found.values() for x in xs})
+    depends = descendants(program.graph, {x.node for xs in found.values() for x in xs})
     coupled = coupled_nodes(program)
     in_totals = regularisers.uses(regularisers.find_totals(program))
     found_groups = find_groups(program)
@@ -311,12 +327,3 @@ def _calculated(ids: fx.Node) -> bool:
             seen.add(n)
             stack.extend(n.all_input_nodes)
     return False
-
-
-def _depending(program: Program, sources: set[fx.Node]) -> set[fx.Node]:
-    """The nodes that depend on any of the sources."""
-    result: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        if any(n in sources or n in result for n in node.all_input_nodes):
-            result.add(node)
-    return result

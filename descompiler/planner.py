@@ -35,12 +35,12 @@ from torch import fx
 from descompiler.aggregate import Candidates, Cut, Weights, at_lookups, minimum_cut, place
 from descompiler.bound import FormCost, Relaxation
 from descompiler.cluster import COLLECTIVES, Cluster
+from descompiler.communication import layout_of
 from descompiler.computed import Group, groups_of, whole_notes
 from descompiler.computed import notes_of as computed_notes
 from descompiler.cost_models.symbols import L as IDS
 from descompiler.cost_models.symbols import N, U, V, b, i, k, s
 from descompiler.coupling import notes_of
-from descompiler.emit import layout_of
 from descompiler.errors import PlanError
 from descompiler.form import Choice, Split, form_named, split_as
 from descompiler.layout import Layout

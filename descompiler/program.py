@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -236,6 +236,15 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
         if n not in found:
             found.add(n)
             stack.extend(n.all_input_nodes)
+    return found
+
+
+def descendants(graph: fx.Graph, nodes: Collection[fx.Node]) -> set[fx.Node]:
+    """What is computed from any of some nodes."""
+    found: set[fx.Node] = set()
+    for n in graph.nodes:
+        if any(a in nodes or a in found for a in n.all_input_nodes):
+            found.add(n)
     return found
 
 
