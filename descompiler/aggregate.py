@@ -26,8 +26,6 @@ from torch import fx
 
 from descompiler.cluster import Cluster
 from descompiler.cost_models.operators import extra_flops, linear_flops
-from descompiler.coupling import CONSTANT, SIZE, scope_of
-from descompiler.coupling import LOCAL as LOCAL_SCOPE
 from descompiler.flow import Network
 from descompiler.form import Split
 from descompiler.layout import Exit
@@ -36,6 +34,8 @@ from descompiler.pieces import Pieces
 from descompiler.placement import LOCAL, Local, Placement, Region, Shard, ranks_of
 from descompiler.program import Program, aten, elements_per_row, is_pure, is_tensor, rowwise, shape_of, tail, value
 from descompiler.rule import NO_RULE, Declined, Givens, Placed, Rule, Situation
+from descompiler.scope import CONSTANT, SIZE, scope_of
+from descompiler.scope import LOCAL as LOCAL_SCOPE
 
 SHAPED = frozenset(
     {

@@ -3,7 +3,7 @@
 The model is copied without its weights (`blueprint`), so that tables of any size can be captured anywhere. The tracers
 of `RUNGS` are tried in turn. A graph is accepted if it gives the module's outputs and gradients in
 float64, on the example batch and on a batch of another size with other values and other weights. Last, every node is
-told from own rows or mixing rows (`descompiler.coupling`), since each rank is given its own rows only.
+told from own rows or mixing rows (`descompiler.classify`), since each rank is given its own rows only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from descompiler.checks import CannotRunError, check_reproduces, in_float64, probe_values
-from descompiler.coupling import LOCAL, classify, scope_of
+from descompiler.classify import classify
 from descompiler.double import InDouble
 from descompiler.errors import CaptureError, DescompilerError, InputError, UnsupportedError
 from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics
@@ -34,6 +34,7 @@ from descompiler.probe import (
     run_eager,
 )
 from descompiler.program import Failure, Pass, Program, run_passes
+from descompiler.scope import LOCAL, scope_of
 from descompiler.tracers import trace_dynamo, trace_export
 
 RUNGS: tuple[tuple[str, Callable[[Flat, list[Tensor], nn.Module], Program]], ...] = (

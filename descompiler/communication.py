@@ -11,7 +11,7 @@ from math import prod
 from torch import fx
 
 from descompiler.aggregate import Candidates, Cut, exit_of
-from descompiler.coupling import GLOBAL, OWN, WHOLE, couple, coupled_nodes, is_coupled, scope_of
+from descompiler.coupling import couple
 from descompiler.form import Split, form_named
 from descompiler.layout import Check, Entry, Exchange, Fetch, FetchTable, Layout, Whole
 from descompiler.leaf import Leaf
@@ -23,6 +23,7 @@ from descompiler.program import Program, ancestors, aten, descendants, elements_
 from descompiler.regularisers import divided, find_totals
 from descompiler.regularisers import exchanges as total_exchanges
 from descompiler.rule import Placed
+from descompiler.scope import GLOBAL, OWN, WHOLE, coupled_nodes, is_coupled, scope_of
 
 
 def layout_of(

@@ -14,10 +14,10 @@ from typing import Any
 from torch import fx
 
 from descompiler import regularisers
-from descompiler.coupling import CONSTANT, scope_of
 from descompiler.follow import follow
 from descompiler.program import Program, ancestors, aten, shape_of, target_name, user_line, value
 from descompiler.runtime import bag
+from descompiler.scope import CONSTANT, scope_of
 
 LOOKUPS = frozenset({aten.embedding.default, bag})
 
@@ -55,7 +55,7 @@ class Group:
 
 
 def find_groups(program: Program) -> list[Group]:
-    """The groups of a program whose nodes have scopes (`descompiler.coupling.classify`)."""
+    """The groups of a program whose nodes have scopes (`descompiler.classify`)."""
     order = {n: i for i, n in enumerate(program.graph.nodes)}
     looked_up = [n for n in order if n.target in LOOKUPS and _is_computed(program, n.args[0])]
     if not looked_up:

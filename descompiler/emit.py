@@ -16,7 +16,6 @@ from torch import fx
 
 from descompiler.aggregate import Candidates, Cut
 from descompiler.communication import early_checks
-from descompiler.coupling import scope_of
 from descompiler.emission import Emission
 from descompiler.emit_outside import Outside
 from descompiler.emit_region import Region
@@ -26,8 +25,9 @@ from descompiler.layout import Check, Layout
 from descompiler.leaf import LeafOnRanks
 from descompiler.operators import Lookup, Operator
 from descompiler.pieces import Pieces
-from descompiler.program import Program, Source, ancestors, aten, descendants
+from descompiler.program import Program, Source, ancestors, aten, descendants, eliminate_dead_code
 from descompiler.rows import Rows
+from descompiler.scope import scope_of
 
 FETCHING = frozenset({begin_fetch, fetch_start, fetch_rows, fetch_wait, fetch_late})
 
@@ -93,7 +93,7 @@ def emit(
         elif n.op == "output":
             outputs: Sequence[fx.Node] = n.args[0]
     e.graph.output(outside.outputs(outputs))
-    _drop_dead_code(e.graph)
+    eliminate_dead_code(e.graph, keep=_is_collective)
     _reach_fetches(e, [scope_of(o).grad for o in outputs])
     e.graph.lint()
     rows = tuple(scope_of(o).rows for o in outputs)
@@ -126,14 +126,9 @@ def _check(split: Split, o: Operator, x: Lookup) -> Check:
     return replace(found, table=f"computed of {', '.join(o.group.tables)}", rows=x.computed)
 
 
-def _drop_dead_code(graph: fx.Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        schema = getattr(node.target, "_schema", None)
-        writes = (schema is not None and schema.is_mutable) or node.target is aten.batch_norm.default
-        # collectives: every rank makes them, and the plan counts them, also where nobody reads what they bring
-        writes |= isinstance(node.target, LeafOnRanks) or node.target in FETCHING
-        if node.op == "call_function" and not node.users and not writes:
-            graph.erase_node(node)
+def _is_collective(n: fx.Node) -> bool:
+    """Every rank makes it, and the plan counts it, also where nobody reads what it brings."""
+    return isinstance(n.target, LeafOnRanks) or n.target in FETCHING
 
 
 def _reach_fetches(e: Emission, trained: Sequence[bool]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from descompiler.coupling import CONSTANT, GLOBAL, LOCAL, OWN, SIZE, SIZED, WHOLE, Stage, couple, scope_of, size_terms
+from descompiler.coupling import Stage, couple
 from descompiler.emission import Emission
 from descompiler.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait, take
 from descompiler.leaf import Leaf, LeafOnRanks
@@ -24,6 +24,7 @@ from descompiler.program import aten, is_tensor, signature, value
 from descompiler.regularisers import divided, emit_total, find_totals
 from descompiler.rows import Rows
 from descompiler.runtime import scale_grad
+from descompiler.scope import CONSTANT, GLOBAL, LOCAL, OWN, SIZE, SIZED, WHOLE, scope_of, size_terms
 
 
 class Outside:

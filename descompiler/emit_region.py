@@ -14,7 +14,6 @@ import torch
 from torch import fx
 
 from descompiler.communication import channels_by_rank, lookups_by_ids, norms_inside, shared_weights
-from descompiler.coupling import scope_of
 from descompiler.emission import Emission
 from descompiler.emit_outside import Outside
 from descompiler.follow import emit_slice, follow
@@ -22,6 +21,7 @@ from descompiler.placement import LOCAL, Local, Partial, Shard, has_local
 from descompiler.program import aten, tail, value
 from descompiler.rule import Part
 from descompiler.runtime import join_local, scale_grad
+from descompiler.scope import scope_of
 
 
 class Region:

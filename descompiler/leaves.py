@@ -25,7 +25,7 @@ from descompiler.inputs import flatten, split_statics, unflatten_with
 from descompiler.leaf import Call, Leaf, Lookups, Quiet, Result, Size
 from descompiler.passes.functionalise import storage_roots
 from descompiler.probe import Flat, other_batch
-from descompiler.program import Program, eliminate_dead_code
+from descompiler.program import Program, eliminate_dead_code, mutates
 from descompiler.tape import NoRecipeError, Step, Tape, same
 from descompiler.tracers import export_program, first_line
 
@@ -442,13 +442,8 @@ def _erase_between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> None:
         if node not in needed:
             needed.add(node)
             stack.extend(node.all_input_nodes)
-            written = [w for w in between if _writes(w) and roots[w.args[0]] is roots[node]]  # type: ignore[index]
+            written = [w for w in between if mutates(w) and roots[w.args[0]] is roots[node]]  # type: ignore[index]
             stack.extend(written)
     for node in reversed(between):
         if node not in needed and not node.users:
             graph.erase_node(node)
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable

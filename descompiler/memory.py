@@ -25,7 +25,7 @@ from descompiler.errors import PlanError
 from descompiler.operators import Operator
 from descompiler.pieces import ALL, Pieces
 from descompiler.placement import LOCAL, Placement, Shard, ranks_of
-from descompiler.program import Program, elements_per_row, is_tensor, rowwise, shape_of, tail, value
+from descompiler.program import Program, elements_per_row, is_tensor, is_view, rowwise, shape_of, tail, value
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def memory_of(
     inside = np.zeros(w.ranks, dtype=np.int64)
     outside = 0
     for node in program.graph.nodes:
-        if node.op != "call_function" or not is_tensor(node) or not value(node).is_floating_point() or _is_view(node):
+        if node.op != "call_function" or not is_tensor(node) or not value(node).is_floating_point() or is_view(node):
             continue
         if node in cut.inside:
             _add_share(inside, node, placements[node])
@@ -108,7 +108,7 @@ def memory_of(
     for group in groups_of(operators):  # all rows of each computed table, in this rank's columns
         first = pieces[group.tables[0]]
         share = _held(first, w.ranks)[0] / first.shape[first.dim]
-        elements = sum(prod(shape_of(n)) for n in group.nodes if not _is_view(n))
+        elements = sum(prod(shape_of(n)) for n in group.nodes if not is_view(n))
         activations = activations + activation_bytes(1, np.ceil(elements * share).astype(np.int64), w.itemsize)
     columns = (weights, gradients, state, activations)
     return [Memory(*(int(x) for x in row)) for row in zip(*(c.tolist() for c in columns), strict=True)]
@@ -135,8 +135,3 @@ def _add_share(total: np.ndarray, node: fx.Node, placement: Placement) -> None:
                 total[r] += elements * width // size
     else:
         total[list(ranks_of(placement))] += elements  # type: ignore[arg-type]
-
-
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(r.alias_info is not None for r in schema.returns)

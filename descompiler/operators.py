@@ -12,7 +12,6 @@ from torch import fx
 
 from descompiler import regularisers
 from descompiler.computed import Group, by_rows, find_groups, whole_parameters, whole_tables
-from descompiler.coupling import GLOBAL, coupled_nodes, scope_of
 from descompiler.errors import UnsupportedError
 from descompiler.program import (
     Program,
@@ -27,6 +26,7 @@ from descompiler.program import (
     where,
 )
 from descompiler.runtime import bag
+from descompiler.scope import GLOBAL, coupled_nodes, scope_of
 from descompiler.vocabulary import Request, vocabulary
 
 if TYPE_CHECKING:

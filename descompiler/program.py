@@ -294,11 +294,21 @@ def is_random(node: fx.Node) -> bool:
     return bool(args.get("train", True)) and rate != 0
 
 
+def mutates(node: fx.Node) -> bool:
+    """Whether an operator writes to an operand."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether what an operator returns shares memory with an operand."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+
+
 def is_pure(node: fx.Node) -> bool:
     """Whether a call is known to change nothing: no buffer, no running statistics, no state of a user's forward."""
-    schema = getattr(node.target, "_schema", None)
-    writes = (schema is not None and schema.is_mutable) or node.target is aten.batch_norm.default
-    return not writes and not isinstance(node.target, Leaf)
+    return not (mutates(node) or node.target is aten.batch_norm.default or isinstance(node.target, Leaf))
 
 
 def user_line(node: fx.Node) -> str:
@@ -383,14 +393,13 @@ def insert_call(before: fx.Node, target: Callable[..., Any], *args: Any, **kwarg
     return new
 
 
-def eliminate_dead_code(graph: fx.Graph) -> int:
-    """Erase calls that nobody uses and that change nothing; returns how many."""
+def eliminate_dead_code(graph: fx.Graph, keep: Callable[[fx.Node], bool] = lambda n: False) -> int:
+    """Erase calls that nobody uses, that change nothing and that are not kept; returns how many."""
     erased = 0
     for node in reversed(list(graph.nodes)):
-        if node.op != "call_function" or node.users:
+        if node.op != "call_function" or node.users or keep(node):
             continue
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and (schema.is_mutable or node.target is aten.batch_norm.default):
+        if mutates(node) or node.target is aten.batch_norm.default:
             continue
         graph.erase_node(node)
         erased += 1

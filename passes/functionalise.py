@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from descompiler.errors import UnsupportedError
-from descompiler.program import Program, aten, is_tensor, value, where
+from descompiler.program import Program, aten, is_tensor, is_view, mutates, value, where
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class Functionalise:
         roots = storage_roots(program.graph)
         order = {n: i for i, n in enumerate(program.graph.nodes)}
         for node in list(program.graph.nodes):
-            schema = getattr(node.target, "_schema", None)
-            if node.op != "call_function" or schema is None or not schema.is_mutable:
+            if node.op != "call_function" or not mutates(node):
                 continue
             written = node.args[0]
             source = program.source(roots[written])
@@ -99,9 +98,7 @@ def _disjoint(a: fx.Node, b: fx.Node) -> bool:
 def _views(node: fx.Node) -> list[tuple[Any, tuple[Any, ...]]]:
     """The operators that make a view of a value, in order, with their other arguments; without slices of everything."""
     chain: list[tuple[Any, tuple[Any, ...]]] = []
-    while (schema := getattr(node.target, "_schema", None)) is not None and not schema.is_mutable:
-        if not any(r.alias_info is not None for r in schema.returns):
-            break
+    while is_view(node) and not mutates(node):
         if node.target is not aten.slice.Tensor or not _is_whole_slice(*node.args[2:]):
             chain.append((node.target, tuple(node.args[1:])))
         node = node.args[0]  # type: ignore[assignment]
@@ -120,8 +117,6 @@ def storage_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node):
             continue
-        schema = getattr(node.target, "_schema", None)
-        aliases = schema is not None and any(r.alias_info is not None for r in schema.returns)
-        if aliases or (node.target is operator.getitem and not is_tensor(source)):
+        if is_view(node) or (node.target is operator.getitem and not is_tensor(source)):
             roots[node] = roots[source]
     return roots

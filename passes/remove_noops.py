@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import fx
 
-from descompiler.program import DROPOUTS, Program, aten, is_tensor, propagate, shape_of, signature, value
+from descompiler.program import DROPOUTS, Program, aten, is_tensor, mutates, propagate, shape_of, signature, value
 
 COPIES = {
     aten.clone.default,
@@ -35,12 +35,7 @@ class RemoveNoops:
     name: str = "remove_noops"
 
     def __call__(self, program: Program) -> Program:
-        written = {
-            a
-            for n in program.graph.nodes
-            if (schema := getattr(n.target, "_schema", None)) is not None and schema.is_mutable
-            for a in n.all_input_nodes
-        }
+        written = {a for n in program.graph.nodes if mutates(n) for a in n.all_input_nodes}
         renamed = False
         for node in list(program.graph.nodes):
             if node.op != "call_function" or node in written:

@@ -14,12 +14,12 @@ import descompiler as des
 from descompiler import capture as ladder
 from descompiler import traffic as wire
 from descompiler.capture import capture
-from descompiler.coupling import scope_of
 from descompiler.leaf import Leaf
 from descompiler.leaves import trace_leaves
 from descompiler.passes import NORMALISE
 from descompiler.probe import blueprint, materialise
 from descompiler.program import user_line
+from descompiler.scope import scope_of
 from descompiler.verify import on_ranks
 from tests.test_ranks import raised
 
