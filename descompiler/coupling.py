@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from descompiler.draws import EACH_ITS_OWN, ONE_DRAW
 from descompiler.errors import UnsupportedError
 from descompiler.layout import Exchange
 from descompiler.leaf import Leaf
@@ -266,7 +267,7 @@ def notes_of(program: Program, exchanges: Sequence[Exchange]) -> list[str]:
         notes.append(f"{e.kind} {name}, {what}: {EXCHANGED[e.kind]}  {user_line(n)}".rstrip())
     for n in program.graph.nodes:
         if n.op == "call_function" and scope_of(n).drawn:
-            each = "one draw, equal on all ranks" if scope_of(n).kind == GLOBAL else "each rank draws for its own rows"
+            each = ONE_DRAW if scope_of(n).kind == GLOBAL else EACH_ITS_OWN
             notes.append(f"random {target_name(n)}: {each}  {user_line(n)}".rstrip())
     return notes
 

@@ -132,11 +132,11 @@ class Outside:
             return self._size(n, WHOLE)
         if scope.drawn and not isinstance(n.target, Leaf):
             args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), self.whole)
-            return e.on_runtime("draw", self._number(n), n.target, *args, **kwargs)
+            return e.on_runtime("draw", n.target, *args, **kwargs)
         if n in e.lookups:
             weight = self.whole(n.args[0])  # type: ignore[arg-type]
             return e.lookup(n, self.whole(e.lookups[n][1].ids), weight)
-        return self._copy(n, self.whole, self._number(n) if scope.drawn else None)
+        return self._copy(n, self.whole, scope.drawn)
 
     def sized(self, n: fx.Node) -> Any:
         """A value made from the batch size, for the number of own rows."""
@@ -145,10 +145,7 @@ class Outside:
             self._sized[n] = self._copy(n, find)
         return self._sized[n]
 
-    def _number(self, n: fx.Node) -> int:
-        return list(self.e.program.graph.nodes).index(n)
-
-    def _copy(self, n: fx.Node, find: Callable[[fx.Node], Any], drawn: int | None = None) -> fx.Node:
+    def _copy(self, n: fx.Node, find: Callable[[fx.Node], Any], drawn: bool = False) -> fx.Node:
         """A node outside the region as it is, with other operands."""
         if not isinstance(n.target, Leaf):
             return self.graph.node_copy(n, find)

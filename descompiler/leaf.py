@@ -294,11 +294,11 @@ class LeafOnRanks:
 
     Parameters
     ----------
-    drawn : int, optional
-        The number of the node, where random draws have to be the same on every rank (`Runtime.draw`).
+    drawn : bool
+        Whether random draws have to be the same on every rank (`Runtime.draw`).
     """
 
-    def __init__(self, leaf: Leaf, drawn: int | None = None):
+    def __init__(self, leaf: Leaf, drawn: bool = False):
         self.leaf, self.drawn = leaf, drawn
         self.__name__ = self.__qualname__ = leaf.__name__
         self.__module__ = __name__
@@ -315,7 +315,7 @@ class LeafOnRanks:
             runtime.agree(None)
             return out
 
-        return run() if self.drawn is None else runtime.draw(self.drawn, run)
+        return runtime.draw(run) if self.drawn else run()
 
 
 class _Holding:

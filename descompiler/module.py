@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -408,6 +406,11 @@ class DistributedModule(nn.Module):
                 raise
             return users.output_rows
 
+    def next_draws(self) -> AbstractContextManager[None]:
+        """Context in which one process draws what the next forward will draw for the whole batch. Collective."""
+        device = next(self.parameters(), torch.zeros(())).device
+        return self._runtime.draws.of_forward(self._runtime.forwards + 1, device)
+
     def print_readable(self) -> str:
         """Print (and return) this rank's program for the current mode."""
         text = self._program().module.print_readable(print_output=False)
@@ -508,7 +511,7 @@ class PartialModule(DistributedModule):
         args, kwargs = unflatten_with(self._gathered(tensors), spec, statics)
         arithmetic = InDouble if self._means_double else nullcontext
         with arithmetic():
-            out = runtime.draw(0, with_seeded_libraries, vars(self)["_call"], *args, **kwargs)
+            out = runtime.draw(vars(self)["_call"], *args, **kwargs)
         leaves, spec = flatten(out)
         tensors, statics = split_statics(leaves)
         self._check_outputs(tensors)
@@ -566,19 +569,6 @@ class PartialModule(DistributedModule):
 
     def _program(self) -> Emitted:
         raise InputError("the model was captured in part: its own forward runs, and there is no program to print")
-
-
-def with_seeded_libraries(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call with Python's and NumPy's generators seeded by torch's; they are put back."""
-    states = random.getstate(), np.random.get_state()
-    seed = int(torch.randint(1 << 31, ()))
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        return call(*args, **kwargs)
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def _rows_of(tensors: Sequence[Tensor], kinds: Sequence[str], inputs: Any) -> int:

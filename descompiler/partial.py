@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from descompiler.checks import TOLERANCE_FLOAT64, relative_error
 from descompiler.coverage import PARTIAL, WEIGHTS_RICH_ELEMENTS, Coverage, Covered
 from descompiler.double import InDouble, is_double_meant
+from descompiler.draws import ONE_DRAW, seeded
 from descompiler.errors import InputError, PlanError, UnsupportedError
 from descompiler.form import Split
 from descompiler.inputs import flatten, knows_rows, map_tensors, normalise_inputs, split_statics, take_rows
@@ -65,11 +66,12 @@ class Survey:
     unchecked : str
         Why rows could not be checked; empty if they were.
     coupled : str
-        Which output combines rows, so that every rank has to run the global batch; empty if none does.
+        Why every rank has to run the global batch: an output combines rows, or random numbers are drawn for all of
+        them; empty if neither.
     input_bytes : int
         Of one row of the inputs.
     random : bool
-        Whether the outputs depend on random numbers, dropout aside.
+        Whether forward draws random numbers, dropout aside.
     """
 
     uses: dict[str, Use]
@@ -82,13 +84,14 @@ class Survey:
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes uses of parameters; batch norm in training and dropout pass their input on, if asked."""
+    """Notes uses of parameters, and random draws; batch norm in training and dropout pass their input on, if asked."""
 
     def __init__(self, model: nn.Module, *, skip_norms: bool):
         super().__init__()
         self.names = {id(p): n for n, p in model.named_parameters()}
         self.uses: dict[str, Use] = {}
         self.skip_norms = skip_norms
+        self.random = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -136,13 +139,13 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
     model = materialise(template, device, double=True)
     state = {n: b.clone() for n, b in model.named_buffers()}
 
-    def run(inputs: Any, *, skip_norms: bool, seed: int = 11) -> tuple[list[Tensor], _Recorder]:
+    def run(inputs: Any, *, skip_norms: bool) -> tuple[list[Tensor], _Recorder]:
         for n, b in model.named_buffers():
             b.copy_(state[n])
-        torch.manual_seed(seed)
         recorder = _Recorder(model, skip_norms=skip_norms)
-        with InDouble() if double_meant else nullcontext(), recorder:
+        with seeded(11, device) as has_drawn, InDouble() if double_meant else nullcontext(), recorder:
             out = call_of(model, method)(*inputs[0], **inputs[1])
+            recorder.random = has_drawn()
         return split_statics(flatten(out)[0])[0], recorder
 
     double_meant = is_double_meant()
@@ -159,7 +162,8 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
             f"the model can't run example_inputs ({type(error).__name__}: {error}); pass what its forward takes"
         ) from error
     sizes = {t.shape[0] if t.dim() else None for t in tensors}
-    whole, _ = run(double, skip_norms=True)
+    whole, without_dropout = run(double, skip_norms=True)
+    random = without_dropout.random
     if (len(sizes) != 1 or None in sizes) and not knows_rows(double):
         rows = next((o.shape[0] for o in whole if o.dim()), 0)
         if any(not o.dim() or o.shape[0] not in sizes for o in whole):
@@ -167,25 +171,27 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
                 "forward returns a tensor that has not the rows of any input, and its inputs' sizes differ in dim 0: "
                 "its rows are not known. Return one row for each row of an input, or pass inputs of one size"
             )
-        return Survey(recorder.uses, (ROWS,) * len(whole), rows, "the inputs differ in dim 0")
+        unchecked = "the inputs differ in dim 0" + ", and it draws random numbers, each rank its own" * random
+        return Survey(recorder.uses, (ROWS,) * len(whole), rows, unchecked, random=random)
     rows = tensors[0].shape[0] if len(sizes) == 1 else next((o.shape[0] for o in whole if o.dim()), 0)
     if not rows:
         raise UnsupportedError("the inputs differ in dim 0 and forward returns a scalar: its rows are not known")
     kinds = _kinds(double, rows, lambda x: run(x, skip_norms=True)[0], lambda: _renew(model))
-    if COUPLED not in kinds:
+    if COUPLED in kinds:
+        coupled = f"output {kinds.index(COUPLED)} of forward depends on how a batch is divided"
+    elif random:  # of a few rows the numbers are those of many: one draw for all, which ranks have to share
+        coupled = "forward draws random numbers for the whole batch"
+    else:
         return Survey(recorder.uses, kinds, rows)
-    coupled = f"output {kinds.index(COUPLED)}"
     if len(sizes) != 1 or None in sizes:
         raise UnsupportedError(
-            f"{coupled} of forward depends on how a batch is divided, no tracer captured the model as "
-            "a graph, and the inputs differ in dim 0, so that ranks' batches can't be put together. Move what combines "
-            "rows into the loss, make forward traceable, or pass padded tensors with one row for each row of the batch"
+            f"{coupled}, no tracer captured the model as a graph, and the inputs differ in dim 0: ranks' batches "
+            "can't be put together. Move what combines rows into the loss, make forward traceable, or pass padded "
+            "tensors with one row for each row of the batch"
         )
     originals, _ = split_statics(flatten((args, kwargs))[0])
     row_bytes = sum(x[0].numel() * x.element_size() for x in originals)
     outputs = _of_the_whole(double, rows, kinds, lambda x: run(x, skip_norms=True)[0])
-    first, second = (run(double, skip_norms=True, seed=seed)[0] for seed in (11, 12))
-    random = any(not _same(a, b) for a, b in zip(first, second, strict=True))
     return Survey(recorder.uses, outputs, rows, "", coupled, row_bytes, random)
 
 
@@ -316,11 +322,11 @@ def _notes(seen: Survey, ranks: int, rows: int) -> list[str]:
     if not seen.coupled or ranks == 1:
         return []
     note = (
-        f"{seen.coupled} depends on how a batch is divided, and no tracer captured the model: every rank gathers the "
-        f"inputs of all ({(ranks - 1) * rows * seen.input_bytes:,} B sent) and computes the global batch, exactly, "
+        f"{seen.coupled}, and no tracer captured the model: every rank gathers the inputs of all "
+        f"({(ranks - 1) * rows * seen.input_bytes:,} B sent) and computes the global batch, exactly, "
         "but no faster than one process. Move what combines rows into the loss, or make forward traceable"
     )
-    drawn = "random numbers: forward draws them, the same on every rank"
+    drawn = f"random numbers: {ONE_DRAW}"
     return [note, drawn] if seen.random else [note]
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from descompiler import traffic as wire
 from descompiler.clock import Clock
 from descompiler.collectives import Pending, all_gather, all_to_all
+from descompiler.draws import Draws
 from descompiler.errors import InputError, RankError
 from descompiler.layout import Check, Counts, Exit, Layout
 from descompiler.rows import Rows
@@ -139,9 +140,11 @@ class Runtime:
     started: bool = False
     wire_dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    steps: int = 0
-    draw_seed: int | None = None
+    forwards: int = 0
     clock: Clock | None = None  # set while `descompiler.audit` runs
+
+    def __post_init__(self) -> None:
+        self.draws = Draws(self.group, self.ranks)
 
     def collective(self, name: str, sent_bytes: int | Fraction, call: Callable[[], Any]) -> Any:
         """Make a collective, ``call()``: count it, and time it under a clock."""
@@ -197,7 +200,6 @@ class Runtime:
             What each rank asks of this one, and how many shared rows' gradients it will send.
         """
         self.started = True
-        self.steps += 1
         asked = [0] * self.ranks if asked is None else asked
         if self.ranks == 1:
             self.rows, self.modes = [rows], [self.mode]
@@ -392,18 +394,9 @@ class Runtime:
         """A value that every rank has, for its own rows; backward sums the gradients of all ranks."""
         return _Spread.apply(self, x)
 
-    def draw(self, number: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A random draw that is the same on every rank: its seed is rank 0's first, the step and the operator's number.
-
-        The ranks' own generators don't move.
-        """
-        if self.draw_seed is None:
-            box = [torch.initial_seed()]
-            if self.ranks > 1:
-                dist.broadcast_object_list(box, group_src=0, group=self.group)
-            self.draw_seed = box[0]
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(hash((self.draw_seed, self.steps, number)) & ((1 << 63) - 1))
+    def draw(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A random draw that is the same on every rank: the next of this forward's."""
+        with self.draws.next_of_forward(self.forwards, self.device):
             return function(*args, **kwargs)
 
     def total(self, own: Tensor, shared: Tensor | None = None) -> Tensor:

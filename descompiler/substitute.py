@@ -70,7 +70,6 @@ class Keeper:
     replicated: list[nn.Parameter] = field(default_factory=list)
     accumulators: list[Any] = field(default_factory=list)  # the hooked node of each of ``replicated``, if any
     pieces: list[Piece] = field(default_factory=list)
-    forwards: int = 0
     records: deque[Record] = field(default_factory=deque)
     local: dict[int, Tensor] = field(default_factory=dict)  # this backward's gradients, by position in ``replicated``
     scheduled: bool = False
@@ -82,9 +81,9 @@ class Keeper:
     def begin(self) -> None:
         """A forward begins."""
         self.failed = False
-        self.forwards += 1
+        self.runtime.forwards += 1
         self._hook()
-        while self.records and self.records[0].forward <= self.forwards - KEPT_FORWARDS:
+        while self.records and self.records[0].forward <= self.runtime.forwards - KEPT_FORWARDS:
             self.records.popleft()
 
     def agree(
@@ -169,13 +168,15 @@ class Keeper:
         return rows, back[inverse].reshape(ids.shape), unique[order]
 
     def _fetched(self, piece: Piece, wanted: Tensor, sent: list[int], asked: list[int], sparse: bool) -> Tensor:
-        record = Record(piece, self.forwards, sent, asked, self.exchange(wanted, sent, asked, FETCH_IDS), sparse)
+        record = Record(
+            piece, self.runtime.forwards, sent, asked, self.exchange(wanted, sent, asked, FETCH_IDS), sparse
+        )
         rows = _Fetch.apply(self, record, _anchor(piece))
         self._keep(record)
         return rows
 
     def _gathered(self, piece: Piece) -> Tensor:
-        record = Record(piece, self.forwards, [], [], None)
+        record = Record(piece, self.runtime.forwards, [], [], None)
         full = _Whole.apply(self, record, _anchor(piece))
         self._keep(record)
         return full

@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from descompiler.compiler import Builder, distribute
 from descompiler.double import InDouble, double_meant, widen_attributes
+from descompiler.draws import ONE_DRAW
 from descompiler.errors import EquivalenceError
 from descompiler.inputs import flatten, map_tensors, normalise_inputs, split_statics, take_rows
 from descompiler.module import DistributedModule, PartialModule
@@ -42,6 +44,9 @@ SENSITIVITY_FACTOR = 8.0
 
 CONDITIONED = 1e-6
 """Share of a gradient's size up to which such a change excuses a difference: two rows in a batch norm may do it."""
+
+DRAWS_DIFFER = "values can't be compared, the model draws them"
+"""What `verify` says of random numbers that each rank draws for its own rows, dropout aside."""
 
 ORIGINAL_FAILS = "nothing can be compared, the original itself can't run on"
 """What `verify` says of a model that raises on a batch that was made of the example's rows."""
@@ -101,7 +106,9 @@ def verify(
     """Prove on ``ranks`` local gloo processes that the compiled model trains as the original.
 
     In float64, on uneven batches, one of them empty, with repeated rows: outputs, every gradient, every weight after
-    ``steps`` optimiser steps, predicted against sent bytes. Dropout is set to 0: its masks are random.
+    ``steps`` optimiser steps, predicted against sent bytes. Dropout is set to 0: its masks are random. Random numbers
+    that are drawn once for the whole batch are given to the original too; those that each rank draws for its own rows
+    can't be compared.
 
     A difference may be `TOLERANCE_FLOAT64` of a tensor's size. Two kinds of gradient are judged otherwise, and are no
     part of `Report.worst`: those that are zero but for rounding (`Report.rounding`), and those that rounding the
@@ -349,8 +356,9 @@ def _case(
     ranks: int,
     method: str,
 ) -> None:
-    if drawn := [note for note in module.plan.notes if note.startswith("random")]:
-        raise EquivalenceError(f"{title}: values can't be compared, the model draws them: {'; '.join(drawn)}")
+    drawn = [note for note in module.plan.notes if note.startswith("random")]
+    if apart := [note for note in drawn if ONE_DRAW not in note]:
+        raise EquivalenceError(f"{title}: {DRAWS_DIFFER}: {'; '.join(apart)}")
     reference = copy.deepcopy(model, copied(model))
     sparse = module.plan.sparse
 
@@ -384,7 +392,7 @@ def _case(
         (args, kwargs), counts = batches(inputs, step, ranks, empty=empty)
         first = sum(counts[:rank])
         try:
-            with InDouble():
+            with module.next_draws() if drawn else nullcontext(), InDouble():
                 expected = call_of(reference, method)(*args, **kwargs)
         except Exception as error:  # whatever the user's forward raises
             raise EquivalenceError(

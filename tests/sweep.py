@@ -18,22 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import descompiler as des
 from descompiler.aggregate import place
 from descompiler.compiler import Builder
 from descompiler.errors import CaptureError, DescompilerError, EquivalenceError
-from descompiler.leaf import Leaf
 from descompiler.operators import find_operators
 from descompiler.passes import FORMS as ALL_FORMS
 from descompiler.passes import RULES
 from descompiler.plan import Plan
 from descompiler.planner import assign
 from descompiler.probe import blueprint
-from descompiler.program import aten, is_random, target_name
-from descompiler.verify import DIVERGED, ORIGINAL_FAILS
+from descompiler.program import target_name
+from descompiler.verify import DIVERGED, DRAWS_DIFFER, ORIGINAL_FAILS
 from tests.pool import RankPool, RankPoolError, here
 from tests.zoo import ZOO
 
@@ -46,7 +44,6 @@ COLUMNS = (
     *("model", "result", "worst error", "captured by", "tables", "splits", "aggregation"),
     *("bytes", "data parallel", "sparse", "compile s"),
 )
-DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}  # `verify` sets them to 0
 FORMS = tuple(f.name for f in ALL_FORMS)
 PLANS = (None, *({"*": form} for form in FORMS))
 
@@ -85,7 +82,6 @@ class Finding:
     worst: float = 0.0
     compile_s: float = 0.0
     declined: set[tuple[str, str]] = field(default_factory=set)
-    random: tuple[str, ...] = ()
     conditioned: dict[str, float] = field(default_factory=dict)
     growth: float = 1.0
 
@@ -104,19 +100,15 @@ def examine(rank: int, ranks: int, name: str) -> Finding:
     found.tables = len(plan.tables)
     if rank == 0:
         _price(found, model, inputs, plan)
-    box = [found.random]
-    dist.broadcast_object_list(box, src=0)
-    if box[0]:
-        found.status = "random"
-        found.reason = f"draws random numbers in forward ({', '.join(box[0])}), so two runs can't be compared"
-        return found
     plans = PLANS if plan.tables else PLANS[:1]
     try:
         report = des.verify(model, inputs, ranks=ranks, plans=plans, launch=here)
     except EquivalenceError as error:  # every rank raises it: each runs the original on the global batch
-        if ORIGINAL_FAILS not in str(error):
+        kinds = {ORIGINAL_FAILS: "original fails", DRAWS_DIFFER: "random"}
+        found.status = next((kind for text, kind in kinds.items() if text in str(error)), "failed")
+        if found.status == "failed":
             raise
-        found.status, found.reason = "original fails", _first_line(error)
+        found.reason = _first_line(error)
         return found
     found.status, found.cases, found.worst = "verified", report.cases, max(report.worst.values())
     found.conditioned, found.growth = report.conditioned, report.growth
@@ -142,12 +134,8 @@ def _price(found: Finding, model: nn.Module, inputs: Any, small: Plan) -> None:
         program, _ = Builder(blueprint(large), inputs).capture(None)
     except CaptureError:
         found.rung = "in part"
-        found.random = tuple(note for note in small.notes if note.startswith("random"))
         return
     found.rung = program.rung
-    drops = lambda n: n.target in DROPOUTS or "attention" in n.name or isinstance(n.target, Leaf)  # noqa: E731
-    drawn = {n for n in program.graph.nodes if is_random(n) and not drops(n)}
-    found.random = tuple(sorted({target_name(n) for n in drawn}))
     operators = find_operators(program)
     for form in FORMS:
         forms = {o.name: form if form in o.forms else "replicate" for o in operators}

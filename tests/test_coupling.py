@@ -273,9 +273,18 @@ def test_attention_mixes_rows_only_along_the_batch(dropout):
     assert any("own rows" in note for note in within.notes) == (dropout > 0)
 
 
-def test_verify_says_that_it_can_not_compare_draws():
-    with pytest.raises(des.EquivalenceError, match=r"the model draws them: random aten\.randperm"):
-        des.verify(Shuffled(), inputs(), ranks=2)
+class Noisy(TwoTower):
+    def f(self, u, v, x):
+        return u + torch.randn_like(u)
+
+
+def test_verify_says_that_it_can_not_compare_what_each_rank_draws():
+    with pytest.raises(des.EquivalenceError, match=r"the model draws them: random aten\.randn_like"):
+        des.verify(Noisy(), inputs(), ranks=2)
+
+
+def test_verify_gives_the_original_what_is_drawn_for_the_whole_batch():
+    assert des.verify(Shuffled(), inputs(), ranks=3, plans=[None, {"*": "row"}]).cases == 2
 
 
 class Shuffled(TwoTower):

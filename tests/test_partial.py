@@ -212,13 +212,27 @@ class MeanOfValid(Packed):
 @pytest.mark.parametrize("cls", [Chooses, MeanOfValid])
 def test_combinations_that_one_division_would_not_show(cls):
     seen = survey(blueprint(cls()), (IDS,))
-    assert seen.coupled == "output 0" and not seen.random
+    assert seen.coupled.startswith("output 0 of forward depends") and not seen.random
 
 
 class Draws(Mixes):
     def forward(self, ids):
         noise = torch.tensor([random.random(), np.random.random(), torch.rand(()).item()])
         return super().forward(ids), noise
+
+
+class Noise(Branch):
+    """Rows are independent, and share one random number."""
+
+    def forward(self, ids):
+        return super().forward(ids) * random.random()
+
+
+@pytest.mark.parametrize("cls", [Draws, Noise])
+def test_what_is_drawn_for_the_whole_batch_is_the_same_in_one_process(cls):
+    seen = survey(blueprint(cls()), (IDS,))
+    assert seen.coupled and seen.random
+    assert des.verify(cls(), (IDS,), ranks=2, plans=[None, PULL]).cases == 2
 
 
 def _same_draws(rank, ranks):
@@ -235,7 +249,10 @@ def _same_draws(rank, ranks):
 def test_the_global_batch_draws_the_same_on_every_rank():
     (first, warned, mine), (second, _, other) = on_ranks(_same_draws, 2)
     assert first == second and first[0] != first[1] and mine != other
-    assert any("output 0 depends on how a batch is divided" in w and "computes the global batch" in w for w in warned)
+    assert any(
+        "output 0 of forward depends on how a batch is divided" in w and "computes the global batch" in w
+        for w in warned
+    )
 
 
 def _regularised(rank, ranks, kind):
