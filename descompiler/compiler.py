@@ -67,7 +67,8 @@ def compile(
     Parameters
     ----------
     model : torch.nn.Module
-        Weights are taken from rank 0; if it is on the meta device, from each module's ``reset_parameters``.
+        Weights are taken from rank 0; those that are on the meta device there, from their module's
+        ``reset_parameters``.
     example_inputs : tuple, dict or object, optional
         Inputs of one forward; dim 0 of every tensor is the batch. A tuple or list holds the positional arguments,
         ``(args, kwargs)`` both kinds; a dict that names forward's parameters holds keyword arguments; every other dict
@@ -86,7 +87,7 @@ def compile(
     batch : int, optional
         Rows per rank to plan for; the example's by default.
     seed : int, optional
-        For a meta-device model; rank 0's ``torch.initial_seed()`` by default.
+        For weights on the meta device; rank 0's ``torch.initial_seed()`` by default.
     forbid : mapping of str to str or sequence of str, optional
         Forms that tables must not take, by name or pattern: ``{"*": ["replicate"]}``.
     cluster : Cluster, optional
@@ -313,13 +314,13 @@ def _weights(
     model: nn.Module, build: Builder, chosen: Plan, seed: Any, group: Any, rank: int, ranks: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """This rank's pieces, from rank 0's model or from ``reset_parameters``; and rank 0's buffers."""
-    if _broadcast(any(p.is_meta for p in model.parameters()), group, ranks):
+    values = {}
+    if meta := _broadcast([n for n, p in model.named_parameters() if p.is_meta], group, ranks):
         seed = _broadcast(torch.initial_seed() if seed is None else seed, group, ranks)
         values = _everywhere(
-            lambda: reset_pieces(build.template, chosen.pieces, seed, rank, build.device), group, ranks
+            lambda: reset_pieces(build.template, chosen.pieces, seed, rank, build.device, meta), group, ranks
         )
-    else:
-        values = send_from_first(build.template, model, chosen.pieces, group, rank, ranks)
+    values |= send_from_first(build.template, model, chosen.pieces, group, rank, ranks, without=meta)
     return values, send_buffers(model, build.template, group, rank, ranks)
 
 
@@ -404,7 +405,11 @@ def _what_differs(plan: Plan, operators: list[Operator]) -> str:
             return f"the plan has no table {name!r}"
         if mine[name] != its[name]:
             return f"table {name!r} is {list(its[name])} in the plan, {list(mine[name])} in the model"
-    return "the tables are the same, what is computed from them, or another parameter, is not"
+    itemsizes = {o.name: o.dtype.itemsize for o in operators}
+    for t in plan.tables:
+        if t.itemsize != itemsizes[t.name]:
+            return f"table {t.name!r} has {t.itemsize} bytes an element in the plan, {itemsizes[t.name]} in the model"
+    return "the tables are the same, what is computed from them (in these training flags), or another parameter, is not"
 
 
 def plan(
@@ -420,6 +425,7 @@ def plan(
     memory_bytes: int | None = None,
     optimizer: str = "adagrad",
     samples: Iterable[Any] | None = None,
+    method: str = CALL,
 ) -> Plan:
     """Plan for any number of ranks, without a process group and without weights.
 
@@ -433,7 +439,7 @@ def plan(
         As `compile`'s ``plan``.
     plan : Plan or path, optional
         Follow it: price it for this model, with forms that were edited in its file.
-    cluster, forbid, memory_bytes, optimizer, samples
+    cluster, forbid, memory_bytes, optimizer, samples, method
         As `compile`'s.
 
     Raises
@@ -444,10 +450,10 @@ def plan(
     terms: dict[str, Any] = {"forbid": forbid or {}, "cluster": cluster}
     terms |= {"memory_bytes": memory_bytes, "optimizer": optimizer}
     try:
-        captured = Captured(model, example_inputs)
+        captured = Captured(model, example_inputs, method)
     except CaptureError:  # in part, as `compile` does
-        build = Builder(blueprint(model), example_inputs)
-        seen = survey(build.template, example_inputs)
+        build = Builder(blueprint(model), example_inputs, method)
+        seen = survey(build.template, example_inputs, method)
         _warn_of_terms(Terms(**terms), samples)
         ranks, batch, pins = _setting(ranks, batch, pins, plan, cluster)
         return plan_partial(build.template, seen, ranks, batch or build.rows, pins)
@@ -484,8 +490,8 @@ class Captured:
         Of the example inputs.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any):
-        self._build = Builder(blueprint(model), example_inputs)
+    def __init__(self, model: nn.Module, example_inputs: Any, method: str = CALL):
+        self._build = Builder(blueprint(model), example_inputs, method)
         self.program, self._signature = self._build.capture(None)
         self.operators = find_operators(self.program)
         self.rows = self._build.rows

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from descompiler.double import InDouble, is_double_meant, widen, widen_attributes
+from descompiler.double import InDouble, held_values, is_double_meant, widen, widen_attributes
 from descompiler.errors import CaptureError, InputError, UnsupportedError
 from descompiler.inputs import flatten, split_statics, unflatten_with
 from descompiler.sparse import copied
@@ -29,27 +29,35 @@ def blueprint(model: nn.Module) -> nn.Module:
     Raises
     ------
     UnsupportedError
-        If a buffer's values are not known because it is on the meta device, batch statistics aside.
+        If the values of buffers or attributes are not known because they are on the meta device, batch statistics
+        aside.
     """
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in model.parameters()
     }
     result = copy.deepcopy(model, memo | copied(model))
+    lost = []
     for prefix, module in result.named_modules():
-        lost = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
-        if not lost:
-            continue
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            for name, b in lost.items():
+        buffers = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
+        if buffers and isinstance(module, nn.modules.batchnorm._NormBase):
+            for name, b in buffers.items():
                 module._buffers[name] = torch.empty_like(b, device="cpu")
             module.reset_running_stats()
         else:
-            name = f"{prefix}.{next(iter(lost))}".lstrip(".")
-            raise UnsupportedError(
-                f"buffer {name!r} is on the meta device, so its values are not known; "
-                "create it with device='cpu' (it is only the parameters that may be on meta)"
-            )
+            lost += [f"{prefix}.{name}".lstrip(".") for name in buffers]
+    registered = {id(p) for p in result.parameters()}
+    prefixes = {id(m): f"{n}." if n else "" for n, m in result.named_modules()}
+    lost += [
+        f"{prefixes[id(module)]}{name}"
+        for module, name, nested in held_values(result)
+        if any(isinstance(x, Tensor) and x.is_meta and id(x) not in registered for x in pytree.tree_leaves(nested))
+    ]
+    if lost:
+        raise UnsupportedError(
+            f"{', '.join(map(repr, lost))} of the model {'are' if len(lost) > 1 else 'is'} on the meta device, where "
+            "there are no values: create such tensors with device='cpu'; it is only the parameters that may be on meta"
+        )
     return result
 
 

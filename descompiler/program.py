@@ -27,6 +27,8 @@ from descompiler.sparse import parts_of
 aten = torch.ops.aten
 
 DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
+FLAGS = ("train", "training")
+"""Arguments of batch norms and recurrent layers that say in which mode they run."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Program:
     def fingerprint(self) -> str:
         """Equal exactly if the same operators are applied to the same parameters and constants.
 
-        The batch size, dropout, the training flags of batch norms and the counters they keep do not count.
+        The batch size, dropout, the training flags of operators and the counters that batch norms keep do not count.
         """
         digest = hashlib.sha256()
         names: dict[fx.Node, str] = {}
@@ -132,12 +134,13 @@ class Program:
             schema = getattr(node.target, "_schema", None)
             if schema is not None and schema.is_mutable and not node.users:
                 continue
-            args = node.args
-            if node.target is aten.batch_norm.default:
-                args = (*args[:5], *args[6:])
+            args = list(node.args)
+            if schema is not None:
+                args = [a for a, x in zip(args, schema.arguments, strict=False) if x.name not in FLAGS]
             parts = [target_name(node), *(_text(a, names) for a in args)]
             # a plan made on a laptop's CPU is for the cluster's GPUs
-            parts += [f"{k}={_text(v, names)}" for k, v in node.kwargs.items() if not isinstance(v, torch.device)]
+            kwargs = {k: v for k, v in node.kwargs.items() if k not in FLAGS and not isinstance(v, torch.device)}
+            parts += [f"{k}={_text(v, names)}" for k, v in kwargs.items()]
             names[node] = hashlib.sha256(" ".join(parts).encode()).hexdigest()
             if node.op == "output":
                 digest.update(names[node].encode())

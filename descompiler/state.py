@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,9 +22,15 @@ BLOCK_ROWS = 1 << 16
 
 
 def send_from_first(
-    template: nn.Module, model: nn.Module, pieces: Mapping[str, Pieces], group: Any, rank: int, ranks: int
+    template: nn.Module,
+    model: nn.Module,
+    pieces: Mapping[str, Pieces],
+    group: Any,
+    rank: int,
+    ranks: int,
+    without: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Every rank's pieces of rank 0's parameters, one parameter and one rank at a time.
+    """Every rank's pieces of rank 0's parameters, but some, one parameter and one rank at a time.
 
     Collective. No rank needs more than its pieces and one buffer of a piece's size; the others' own weights are not
     read.
@@ -34,6 +40,8 @@ def send_from_first(
     result: dict[str, Tensor] = {}
     for name, p in template.named_parameters():
         cut = pieces[name]
+        if name in without:
+            continue
         if ranks == 1:
             result[name] = source[name].detach().clone()
             continue
@@ -67,44 +75,75 @@ def send_buffers(model: nn.Module, template: nn.Module, group: Any, rank: int, r
 
 
 def reset_pieces(
-    template: nn.Module, pieces: Mapping[str, Pieces], seed: int, rank: int, device: torch.device
+    template: nn.Module,
+    pieces: Mapping[str, Pieces],
+    seed: int,
+    rank: int,
+    device: torch.device,
+    wanted: Iterable[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Pieces of a meta-device model, from each module's own ``reset_parameters``.
+    """Pieces of parameters that a model has on the meta device, from each module's own ``reset_parameters``.
 
     A value depends on the seed, the module's name and its place in the table only, not on the number of ranks: tables
     are initialised in blocks of `BLOCK_ROWS` rows, other modules whole.
 
+    Parameters
+    ----------
+    wanted : iterable of str, optional
+        Names of the parameters; all by default.
+
     Raises
     ------
     UnsupportedError
-        If a module holds parameters and has no ``reset_parameters``.
+        If a module holds such parameters and has no ``reset_parameters``.
     """
+    canonical = {id(p): n for n, p in template.named_parameters()}
+    left = set(canonical.values() if wanted is None else wanted)
     result: dict[str, Tensor] = {}
-    for prefix, module in template.named_modules():
-        own = {leaf: p for leaf, p in module._parameters.items() if p is not None}
-        names = {leaf: f"{prefix}.{leaf}".lstrip(".") for leaf in own}
-        if not own or all(n in result or n not in pieces for n in names.values()):
+    # a table that is tied to another layer is initialised as a table
+    modules = sorted(template.named_modules(), key=lambda m: not isinstance(m[1], nn.Embedding | nn.EmbeddingBag))
+    for prefix, module in modules:
+        own = module.named_parameters(recurse=isinstance(module, nn.MultiheadAttention))
+        names = {n: canonical[id(p)] for n, p in own if canonical[id(p)] in left}
+        if not names:
             continue
-        reset = getattr(module, "reset_parameters", None)
-        if not callable(reset):
+        left -= set(names.values())
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            name = names["weight"]
+            result[name] = _reset_table(module, name, pieces[name], seed, rank, device)
+            continue
+        reset = next((r for r in RESETS if callable(getattr(module, r, None))), None)
+        if reset is None:
             raise UnsupportedError(
                 f"module {prefix or type(module).__name__!r} ({type(module).__name__}) is on meta and has no "
-                "reset_parameters() to initialise it; write one, or create the model with real weights"
+                f"reset_parameters() to initialise {', '.join(names.values())}; write one, or create the model with "
+                "real weights"
             )
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            result[names["weight"]] = _reset_table(module, names["weight"], pieces[names["weight"]], seed, rank, device)
-            continue
-        whole = copy.copy(module)
-        whole._parameters = {leaf: nn.Parameter(torch.empty_like(p, device=device)) for leaf, p in own.items()}
-        whole._parameters.update({leaf: None for leaf, p in module._parameters.items() if p is None})
-        whole._buffers = {k: None if b is None else b.clone() for k, b in module._buffers.items()}
+        whole = _emptied(module, device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(_seed(seed, prefix, 0))
-            whole.reset_parameters()
-        for leaf, name in names.items():
-            value = whole._parameters[leaf]
-            assert value is not None
-            result[name] = pieces[name].cut(value.detach(), rank)
+            if isinstance(module, nn.MultiheadAttention):
+                whole.get_submodule("out_proj").reset_parameters()  # type: ignore[operator] # then the bias is zeroed
+            getattr(whole, reset)()
+        for n, name in names.items():
+            result[name] = pieces[name].cut(whole.get_parameter(n).detach(), rank)
+    return result
+
+
+RESETS = ("reset_parameters", "_reset_parameters")
+"""What initialises a module; `torch.nn.MultiheadAttention` has the second, which initialises its child too."""
+
+
+def _emptied(module: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a module with parameters to be initialised; children, which have their turn, stay as they are."""
+    result = copy.copy(module)
+    result._parameters = {
+        n: None if p is None else nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad)
+        for n, p in module._parameters.items()
+    }
+    result._buffers = {n: None if b is None else b.clone() for n, b in module._buffers.items()}
+    if isinstance(module, nn.MultiheadAttention):
+        result._modules = {"out_proj": _emptied(module.out_proj, device)}
     return result
 
 

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from descompiler import traffic as wire
 from descompiler.collectives import all_to_all
-from descompiler.errors import DescompilerError, UnsupportedError
+from descompiler.errors import DescompilerError, InputError, UnsupportedError
 from descompiler.pieces import ALL, Pieces
 from descompiler.runtime import Runtime
 
@@ -157,6 +157,8 @@ class Keeper:
             problem = f"table {name!r}: id {int(bad)} is not in 0 to {total - 1}; check the vocabulary size"
         what = f"lookup in {name!r}"
         if problem is not None:
+            if not ids.numel():  # of a batch without rows: forward is run again on a spare row
+                raise InputError(problem)
             self.agree(what, "fetch", piece, problem=problem)
         unique, inverse = torch.unique(ids.reshape(-1), return_inverse=True)
         owners, positions = _locate(pieces, unique, self.runtime.rank)

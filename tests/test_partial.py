@@ -89,6 +89,28 @@ def test_trains_as_the_original(cls):
     assert report.cases == 1
 
 
+def _no_rows_on_the_first_rank(rank, ranks):
+    """Without rows the ids that `Branch` makes of a list are floats, at which the original fails."""
+    model = Branch().double()
+    reference = copy.deepcopy(model)
+    module = des.compile(model, (IDS,), plan=PULL, loss="sum")
+    out = module(IDS[:0] if rank == 0 else IDS)
+    expected = reference(IDS)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    worst = float((out - expected[: len(out)]).abs().sum())
+    for (n, p), q in zip(module.named_parameters(), reference.parameters(), strict=True):
+        worst = max(worst, float((p.grad - module.pieces(n).cut(q.grad, rank)).abs().max()))
+    text = raised(lambda: module(IDS if rank == 0 else IDS.double()))
+    return worst, text
+
+
+def test_a_lookup_that_needs_rows():
+    for worst, text in on_ranks(_no_rows_on_the_first_rank, 2):
+        assert worst < 1e-12
+        assert "rank 1" in text and "int" in text
+
+
 def test_one_rank():
     model = Branch()
     module = des.compile(model, (IDS,), plan=PULL)

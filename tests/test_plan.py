@@ -9,12 +9,21 @@ import descompiler as des
 from descompiler.passes import FORMS
 from descompiler.verify import on_ranks
 from examples.models import MODELS, make_inputs
+from tests.test_capture import IDS, Recurrent
+from tests.test_in_place import Recommender, batch_of
 
 INPUTS = make_inputs("deepfm", "fields", 8)
 
 
 def make(**options):
     return MODELS["deepfm"]("fields", **options)
+
+
+class InPart(Recommender):
+    """Its loss is captured in part: ids go through lists."""
+
+    def calculate_loss(self, batch):
+        return super().calculate_loss({**batch, "ids": torch.tensor(batch["ids"].tolist())})
 
 
 def test_a_plan_survives_a_file(tmp_path):
@@ -92,6 +101,9 @@ def test_a_fingerprint_is_the_models_alone():
     assert len(prints) == 1
     assert des.plan(make(**options, dim=5), INPUTS, ranks=2).fingerprint not in prints
     assert des.plan(make(batch_norm=False), INPUTS, ranks=2).fingerprint not in prints
+    recurrent = Recurrent()
+    trained = des.plan(recurrent, (IDS,), ranks=2)
+    assert des.plan(recurrent.eval(), (IDS,), ranks=2).fingerprint == trained.fingerprint
 
 
 def test_offsets_count_in_a_fingerprint():
@@ -105,3 +117,15 @@ def test_a_plan_of_another_model_is_refused_by_name():
     plan = des.plan(make(), INPUTS, ranks=1)
     with pytest.raises(des.PlanError, match=r"another model.*embeddings.tables.0.weight.*\[17, 4\].*\[17, 5\]"):
         des.compile(make(dim=5), INPUTS, plan=plan)
+    with pytest.raises(des.PlanError, match=r"tables.0.weight' has 4 bytes an element in the plan, 8 in"):
+        des.compile(make().double(), tuple(x.double() if x.is_floating_point() else x for x in INPUTS), plan=plan)
+
+
+@pytest.mark.parametrize("cls", [Recommender, InPart])
+def test_the_plan_of_a_method(cls):
+    batch = (batch_of(slice(0, 8)),)
+    plan = des.plan(cls().double(), batch, ranks=1, method="calculate_loss")
+    model = des.compile(cls().double(), batch, plan=plan, method="calculate_loss", in_place=True)
+    assert des.module_of(model).coverage().rung == ("partial" if cls is InPart else "export")
+    with pytest.raises(des.PlanError, match="another model"):
+        des.compile(Recommender().double(), batch, plan=plan)

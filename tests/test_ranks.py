@@ -126,6 +126,78 @@ def test_weights_of_a_meta_model_do_not_depend_on_ranks():
             assert all(torch.equal(state[n], v) for n, v in expected.items())
 
 
+class Attends(nn.Module):
+    """Attention, which initialises its child; items that are the output layer too; batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(4, 9)
+        self.items = nn.Embedding(9, 4, padding_idx=0)
+        self.out.weight = self.items.weight
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, ids):
+        e = self.items(ids)
+        return self.out(self.norm(self.attention(e, e, e)[0].sum(1)))
+
+
+class InPart(Attends):
+    def forward(self, ids):
+        return super().forward(torch.tensor(ids.tolist()))
+
+
+IDS = torch.randint(9, (8, 3), generator=torch.Generator().manual_seed(0))
+
+
+def _partly_from_meta(rank, ranks, cls, in_place):
+    """Everything is on the meta device, but the bias of the output layer."""
+    with torch.device("meta"):
+        model = cls()
+    model.out.bias = nn.Parameter(torch.arange(9.0) + 100 * rank)
+    module = des.compile(model, (IDS,), plan={"*": "row"}, seed=5, in_place=in_place)
+    state = des.full_state_dict(module)
+    module(IDS).sum().backward()
+    return state, des.module_of(module).coverage().rung
+
+
+@pytest.mark.parametrize(("cls", "rung", "in_place"), [(Attends, "export", False), (InPart, "partial", True)])
+def test_what_is_not_on_meta_keeps_its_values(cls, rung, in_place):
+    expected, _ = _partly_from_meta(0, 1, Attends, False)
+    assert expected["out.bias"].tolist() == list(range(9))
+    assert not expected["items.weight"][0].any() and expected["items.weight"][1:].std() > 0.5  # as a table, not a layer
+    assert not expected["attention.out_proj.bias"].any() and expected["attention.in_proj_weight"].std() > 0.1
+    for state, found in on_ranks(_partly_from_meta, 2, cls, in_place):
+        assert found == rung and all(torch.equal(state[n], v) for n, v in expected.items())
+
+
+class LosesValues(Attends):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("positions", torch.arange(3))
+        self.offsets = [torch.arange(3)]
+
+
+class OwnParameter(Attends):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [
+        (LosesValues, "'positions', 'offsets' of the model are on the meta device.*device='cpu'"),
+        (OwnParameter, r"'OwnParameter' \(OwnParameter\) is on meta and has no reset_parameters.* to initialise gate"),
+    ],
+)
+def test_what_can_not_be_on_meta_is_named(cls, expected):
+    with torch.device("meta"):
+        model = cls()
+    with pytest.raises(des.UnsupportedError, match=expected):
+        des.compile(model, (IDS,))
+
+
 def _losses(rank, ranks, loss):
     model, counts = make(), [2, 6]
     module = des.compile(model, inputs_of(), plan={"*": "row"}, loss=loss)
