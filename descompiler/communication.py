@@ -72,6 +72,7 @@ def layout_of(
         exchanges=exchanges + total_exchanges(totals, lambda n: scope_of(n).grad),
         wholes=wholes,
         leaves=_leaf_runs(program, operators, cut.inside, wholes, fetches) if ranks > 1 else 0,
+        leaves_backward=any(isinstance(n.target, Leaf) and scope_of(n).grad for n in program.graph.nodes),
     )
 
 

@@ -224,7 +224,8 @@ class Outside:
     def outputs(self, outputs: Sequence[fx.Node]) -> list[Any]:
         result = [self.own(o) for o in outputs]
         joined = [i for i, o in enumerate(outputs) if scope_of(o).grad]
-        if self.e.ranks > 1 and (self.coupling.backward or self.e.layout.wholes) and len(joined) > 1:
+        several = len(joined) > 1 and (self.coupling.backward or self.e.layout.wholes)
+        if self.e.ranks > 1 and (several or self.e.layout.leaves_backward):
             together = self.e.on_runtime("together", [result[i] for i in joined])
             for position, i in enumerate(joined):
                 result[i] = self.e.item(together, position)

@@ -439,6 +439,8 @@ class Layout:
         Tables that are gathered whole, in one collective, and their gradients in another.
     leaves : int
         Runs of opaque leaves after the header: after each, ranks tell each other whether it failed.
+    leaves_backward : bool
+        Whether gradients go through opaque leaves: at the end of backward, ranks tell whether one failed in it.
     """
 
     ranks: int
@@ -455,6 +457,7 @@ class Layout:
     vocabularies: tuple[Vocabulary, ...] = ()
     wholes: tuple[Whole, ...] = ()
     leaves: int = 0
+    leaves_backward: bool = False
 
     @cached_property
     def whole_elements(self) -> list[int]:
@@ -573,6 +576,8 @@ class Layout:
                 result.add(wire.SHARED_COLUMNS, wire.all_reduce_bytes(sum(self.shared_columns) * itemsize, n))
             if self.dense_elements:
                 result.add(wire.DENSE_GRADIENTS, wire.all_reduce_bytes(self.dense_elements * itemsize, n))
+            if self.leaves_backward:
+                result.add(wire.LEAVES_BACK, (n - 1) * wire.LEAF_BYTES)
         return result
 
     def _predict_fetches(self, result: Traffic, itemsize: int, backward: bool, unique: Mapping[str, Counts]) -> None:

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from descompiler.double import InDouble
 from descompiler.errors import CaptureError, UnsupportedError
+from descompiler.guard import Guard, raised_at
 from descompiler.inputs import flatten, split_statics, unflatten_with
 from descompiler.sparse import copied
 from descompiler.substitute import DROPOUTS, LOOKUPS, function_name
@@ -186,15 +184,13 @@ class Leaf:
 
     def failure(self, error: Exception) -> str:
         """What a call that raised has to say: the leaf, the user's file and line, and the error's own text."""
-        libraries = tuple(f"{Path(f).parent}/" for f in (torch.__file__, np.__file__, __file__))
-        frames = traceback.extract_tb(error.__traceback__)
-        places = [f"{f.filename}:{f.lineno}" for f in frames if not f.filename.startswith(libraries)]
-        if not places:  # it returned what it must not
+        place = raised_at(error)
+        if place is None:  # it returned what it must not, or an operator's backward raised
             users = (m for m in self.module.modules() if not type(m).__module__.startswith(("torch.", "descompiler.")))
             code = getattr(inspect.unwrap(type(next(users, self.module)).forward), "__code__", None)
-            places = [f"{code.co_filename}:{code.co_firstlineno}" if code else "line unknown"]
+            place = f"{code.co_filename}:{code.co_firstlineno}" if code else "line unknown"
         text = str(error) if isinstance(error, LeafError) else f"{type(error).__name__}: {error}"
-        return f"opaque leaf {self.name!r} ({places[-1]}): {text}"
+        return f"opaque leaf {self.name!r} ({place}): {text}"
 
     def check_empty(self, state: Sequence[Tensor]) -> None:
         """Find out whether forward runs on a batch without rows.
@@ -290,7 +286,8 @@ class Leaf:
 class LeafOnRanks:
     """The target of an emitted node that runs a leaf, and whose failure on one rank is raised on all.
 
-    ``run(runtime, tensors, rows, state)``, with the arguments of a `Leaf`. Collective.
+    ``run(runtime, tensors, rows, state)``, with the arguments of a `Leaf`. Collective. What its backward raises is told
+    at the end of backward (`Runtime.together`).
 
     Parameters
     ----------
@@ -308,7 +305,7 @@ class LeafOnRanks:
     ) -> list[Tensor]:
         def run() -> list[Tensor]:
             try:
-                out = self.leaf(tensors, rows, state)
+                out = self._guarded(runtime, tensors, rows, state)
             except Exception as error:  # whatever the user's forward raises
                 runtime.agree(self.leaf.failure(error))
                 raise
@@ -316,6 +313,15 @@ class LeafOnRanks:
             return out
 
         return runtime.draw(run) if self.drawn else run()
+
+    def _guarded(
+        self, runtime: Runtime, tensors: Sequence[Tensor], rows: Sequence[Tensor], state: Sequence[Tensor]
+    ) -> list[Tensor]:
+        if runtime.ranks == 1 or not torch.is_grad_enabled():
+            return self.leaf(tensors, rows, state)
+        failures = runtime.failures
+        guard = Guard(lambda error: failures.append((f"backward of {self.leaf.failure(error)}", error)))
+        return guard.leave(self.leaf(guard.enter(tensors), guard.enter(rows), guard.enter(state)))
 
 
 class _Holding:

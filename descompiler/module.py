@@ -17,6 +17,7 @@ from descompiler.coverage import Coverage
 from descompiler.double import InDouble, is_double_meant
 from descompiler.emit import Emitted
 from descompiler.errors import CaptureError, InputError
+from descompiler.guard import Guard
 from descompiler.inputs import Signature, flatten, split_statics, unflatten_with
 from descompiler.layout import Counts
 from descompiler.partial import MEAN, ROWS, SAME, SUM
@@ -171,7 +172,7 @@ class DistributedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward on this rank's rows: outputs for them."""
         runtime = self._runtime
-        runtime.traffic, runtime.unique, runtime.started = Traffic(), {}, False
+        runtime.traffic, runtime.unique, runtime.started, runtime.failures = Traffic(), {}, False, []
         self._keeper.begin()
         self._same_flags()
         flags, grad = self._training_flags(), torch.is_grad_enabled()
@@ -464,10 +465,12 @@ class PartialModule(DistributedModule):
         try:
             if self._coupled and runtime.ranks > 1:
                 return self._run_global_batch(args, kwargs, mode)
-            out, spare = self._run_host(args, kwargs)
+            guard = self._guard()
+            out, spare = self._run_host(*self._cut(guard, args, kwargs))
             leaves, spec = flatten(out)
             tensors, statics = split_statics(leaves)
             self._check_outputs(tensors)
+            tensors = tensors if guard is None else guard.leave(tensors)
             rows = 0 if spare else _rows_of(tensors, self._outputs, (args, kwargs))
             if spare:
                 drop = {ROWS: lambda x: x[:0], MEAN: lambda x: x * 0, SUM: lambda x: x * 0, SAME: lambda x: x}
@@ -508,13 +511,15 @@ class PartialModule(DistributedModule):
         problem = None if len(sizes) == 1 and None not in sizes else f"the inputs' sizes of dim 0 are {sizes}, not one"
         rows = tensors[0].shape[0] if problem is None else 0
         keeper.agree(f"the start of forward, {mode}", rows=rows, problem=problem)
-        args, kwargs = unflatten_with(self._gathered(tensors), spec, statics)
+        guard = self._guard()
+        args, kwargs = self._cut(guard, *unflatten_with(self._gathered(tensors), spec, statics))
         arithmetic = InDouble if self._means_double else nullcontext
         with arithmetic():
             out = runtime.draw(vars(self)["_call"], *args, **kwargs)
         leaves, spec = flatten(out)
         tensors, statics = split_statics(leaves)
         self._check_outputs(tensors)
+        tensors = tensors if guard is None else guard.leave(tensors)
         keeper.agree("the end of forward", "end", rows=rows)
         outputs = []
         for x, kind in zip(tensors, self._outputs, strict=True):
@@ -522,6 +527,17 @@ class PartialModule(DistributedModule):
                 x = scale_grad(x, 1 / runtime.ranks)
             outputs.append(runtime.output(runtime.slice_rows(x, 0, 1, 1)) if kind == ROWS else runtime.spread(x))
         return unflatten_with(self._finishing(outputs), spec, statics)
+
+    def _guard(self) -> Guard | None:
+        return self._keeper.guard() if self._runtime.ranks > 1 and torch.is_grad_enabled() else None
+
+    def _cut(self, guard: Guard | None, args: Any, kwargs: Any) -> Any:
+        """Arguments whose gradients, if they get any, come from the guard."""
+        leaves, spec = flatten((args, kwargs))
+        tensors, statics = split_statics(leaves)
+        if guard is None or not any(x.requires_grad for x in tensors):
+            return args, kwargs
+        return unflatten_with(guard.enter(tensors), spec, statics)
 
     def _gathered(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """All ranks' rows of each tensor; one collective for each dtype."""

@@ -349,6 +349,8 @@ def _pinned(parameters: Mapping[str, nn.Parameter], seen: Survey, pins: Mapping[
             )
             if wanted == "pull":
                 why = _refusals(seen.uses[name]).get("pull")
+            elif wanted == "replicate" and seen.uses[name].sparse and not seen.uses[name].others:
+                why = "its gradients are sparse, and only those of fetched rows stay so"
             if why is None:
                 result[name] = wanted
             elif not set("*?[") & set(pattern):

@@ -142,6 +142,7 @@ class Runtime:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     forwards: int = 0
     clock: Clock | None = None  # set while `descompiler.audit` runs
+    failures: list[tuple[str, Exception]] = field(default_factory=list)  # of backwards of the latest forward's leaves
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.group, self.ranks)
@@ -227,9 +228,30 @@ class Runtime:
             if problem is not None:
                 raise InputError(problem)
             return
+        self._agree(wire.LEAVES, problem)
+
+    def _agree(self, name: str, problem: str | None) -> None:
         mine = torch.tensor([problem is not None], dtype=torch.uint8, device=self.header_device())
-        if bool(self.gather(wire.LEAVES, mine).any()):
+        if bool(self.gather(name, mine).any()):
             self.raise_everywhere(problem, InputError)
+
+    def agree_after_backward(self, failures: list[tuple[str, Exception]]) -> None:
+        """At the end of the backward that is under way, ranks tell whether a leaf's failed: then all ranks raise.
+
+        The last of all that is done then: the reducer, and the exchange of gradients, have to end as in any backward.
+        """
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+
+        def tell() -> None:
+            problem, cause = failures[0] if failures else (None, None)
+            failures.clear()
+            try:
+                self._agree(wire.LEAVES_BACK, problem)
+            except InputError as error:
+                raise error from cause
+
+        failures.clear()  # of another backward through a graph that was kept
+        queue(lambda: queue(tell))
 
     def raise_different(self) -> None:
         """Raise on every rank, with the modes of all."""
@@ -408,8 +430,11 @@ class Runtime:
         return self.rows[self.rank]
 
     def together(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs; in backward all of them get a gradient, so that every rank runs the same collectives."""
-        return list(_Together.apply(*outputs))
+        """The outputs; in backward all of them get a gradient, so that every rank runs the same collectives.
+
+        That it begins is known here, on every rank: if it goes through opaque leaves, ranks agree when it ends.
+        """
+        return list(_Together.apply(self, *outputs))
 
     def reach(self, x: Tensor, fetched: Sequence[Sequence[Tensor]]) -> Tensor:
         """``x``, from which backward also comes to rows that nobody reads, with gradients of zero."""
@@ -716,9 +741,12 @@ class _Total(torch.autograd.Function):
 
 class _Together(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, runtime: Runtime, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.runtime, ctx.failures = runtime, runtime.failures if runtime.layout.leaves_backward else None
         return tuple(x.view_as(x) for x in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads
+        if ctx.failures is not None:
+            ctx.runtime.agree_after_backward(ctx.failures)
+        return None, *grads

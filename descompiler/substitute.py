@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from descompiler import traffic as wire
 from descompiler.collectives import all_to_all
 from descompiler.errors import DescompilerError, InputError, UnsupportedError
+from descompiler.guard import Guard, raised_at
 from descompiler.pieces import ALL, Pieces
 from descompiler.runtime import Runtime
 
@@ -44,6 +45,9 @@ KINDS = ("other", "end", "norm", "fetch", "whole")
 SERVED = ("fetch", "whole")
 """Calls that a rank which does not make them can take part in, if it waits at one of `WAITING`."""
 WAITING = ("end", "norm", *SERVED)
+
+NO_BACKWARD = -1
+"""What torch calls the backward that is under way where there is none."""
 
 KEPT_FORWARDS = 8
 """Forwards whose backward may still come; older ones are forgotten."""
@@ -74,14 +78,23 @@ class Keeper:
     local: dict[int, Tensor] = field(default_factory=dict)  # this backward's gradients, by position in ``replicated``
     scheduled: bool = False
     failed: bool = False
+    failure: Exception | None = None  # of the user's code in the backward that is under way
     noted: set[tuple[str, str]] = field(default_factory=set)
 
     # ---- agreement
+
+    def _forget(self) -> None:
+        """Forget what the latest backward held."""
+        self.scheduled, self.failure, self.local = False, None, {}
+        for record in self.records:
+            record.gradient = None
 
     def begin(self) -> None:
         """A forward begins."""
         self.failed = False
         self.runtime.forwards += 1
+        if torch._C._current_graph_task_id() == NO_BACKWARD:  # what a backward that was broken off has left
+            self._forget()
         self._hook()
         while self.records and self.records[0].forward <= self.runtime.forwards - KEPT_FORWARDS:
             self.records.popleft()
@@ -260,6 +273,16 @@ class Keeper:
         self.schedule()
         return (torch.zeros_like(self.local[position]),)
 
+    def guard(self) -> Guard:
+        """For the user's code in a forward: what its backward raises on this rank is told when backward ends."""
+
+        def failed(error: Exception) -> None:
+            if self.failed:  # ranks have told each other already
+                raise error
+            self.failure = self.failure or error
+
+        return Guard(failed)
+
     def schedule(self) -> None:
         """Run `finish` when the backward that is under way ends."""
         if not self.scheduled:
@@ -269,9 +292,16 @@ class Keeper:
     def finish(self) -> None:
         """Exchange the gradients of this backward."""
         self.scheduled = False
-        runtime = self.runtime
+        runtime, cause, problem = self.runtime, self.failure, None
+        if cause is not None:
+            place = raised_at(cause) or "an operator of torch"
+            problem = f"backward of forward ({place}): {type(cause).__name__}: {cause}"
+        try:
+            self.agree(f"the end of backward, {len(self.records)} uses of split parameters", problem=problem)
+        except DescompilerError as error:
+            self._forget()
+            raise error from cause
         held, self.local = self.local, {}
-        self.agree(f"the end of backward, {len(self.records)} uses of split parameters")
         flags = torch.tensor(
             [r.gradient is not None for r in self.records] + [i in held for i in range(len(self.replicated))],
             dtype=torch.uint8,

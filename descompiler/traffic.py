@@ -77,6 +77,7 @@ VOCABULARY_PARTIAL = "all_to_all (vocabulary, partial results)"
 VOCABULARY_GRADIENTS = "all_to_all (vocabulary, their gradients)"
 VOCABULARY_TERMS = "all_to_all (vocabulary, gradients of rows)"
 DENSE_GRADIENTS = "all_reduce (dense gradients)"
+LEAVES_BACK = "all_gather (opaque leaves, status of backward)"
 COUPLING = {
     "gather": "all_gather (batch-coupled values)",
     "reduce": "all_reduce (sums over the batch)",
@@ -89,7 +90,7 @@ COUPLING = {
 IN_BACKWARD = {"gather": False, "reduce": False, "slice": True, "spread": True, "total": False, "total back": True}
 HEADER_BYTES = 5 * 8  # rows, status, mode, unique ids asked, unique ids gathered: int64 each
 FETCH_COUNTS_BYTES = 3 * 8  # status, unique ids asked, unique ids gathered
-LEAF_BYTES = 1  # status
+LEAF_BYTES = 1  # status, of a run and of a backward
 
 
 def all_reduce_bytes(size_bytes: int, ranks: int) -> Fraction:

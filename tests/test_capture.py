@@ -266,6 +266,21 @@ def test_a_leaf_that_mixes_rows_is_computed_for_the_global_batch():
     des.verify(Branch(), (IDS,))
 
 
+class Raises(torch.autograd.Function):
+    """Identity; backward raises where it is told to."""
+
+    @staticmethod
+    def forward(ctx, x, raises):
+        ctx.raises = raises
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.raises:
+            raise ValueError("no such gradient")
+        return grad, None
+
+
 class Refuses(nn.Module):
     """A module that is picky about items: it raises, or returns one row less; and it needs rows."""
 
@@ -281,6 +296,10 @@ class Refuses(nn.Module):
         e = self.top(x)
         if items.max() == 21:
             return e[1:]
+        e = Raises.apply(e, bool(items.max() == 22))
+        if items.max() == 23:  # autograd itself refuses
+            e = e.exp()
+            e.detach().zero_()
         return e - e.mean(0) if self.mixes else e
 
 
@@ -356,7 +375,7 @@ def _failing_leaves(rank, ranks):
     return found
 
 
-def _error_of_a_step(module, reference, rank):
+def _error_of_a_step(module, reference, rank, in_place=False):
     for m in (module, reference):
         m.zero_grad()
     out, every = module(IDS[:2] if rank == 0 else IDS[2:]), reference(IDS)
@@ -365,6 +384,8 @@ def _error_of_a_step(module, reference, rank):
     worst = float((out - (every[:2] if rank == 0 else every[2:])).abs().max())
     for (n, p), q in zip(module.named_parameters(), reference.parameters(), strict=True):
         worst = max(worst, float((p.grad - module.pieces(n).cut(q.grad, rank)).abs().max()))
+    if in_place:  # gradients of replicas have an exchange of their own
+        return worst
     predicted = module.plan.layout.predict(rank, [2, 4], 8, unique=module.unique())
     assert module.traffic() == predicted
     calls = module.traffic().calls_by_collective.get(wire.LEAVES, 0)
@@ -390,6 +411,66 @@ def test_a_leaf_that_fails_on_one_rank_raises_on_all():
                     assert re.search(expected, text), (name, text)
                 assert text.startswith("InputError") and text.count("opaque leaf") == len(says[name]), (name, text)
             assert worst < 1e-12, f"{name}: the next step has to work"
+
+
+BACKWARD_FAILURES = {  # the model, what differs in how it is used, and the bad item of each rank: column, id
+    "first": (Picky, "", None, (0, 22)),
+    "second, and no rows": (Picky, "no rows", (1, 22), None),
+    "each in another": (Picky, "", (0, 22), (1, 22)),
+    "autograd": (Picky, "", None, (1, 23)),
+    "global": (PickyMixing, "", None, (1, 22)),
+    "two forwards": (Picky, "twice", None, (1, 22)),
+    "graph kept": (Picky, "kept", None, (1, 22)),
+    "in place": (Picky, "in place", None, (1, 22)),
+}
+
+
+def _failing_backwards(rank, ranks):
+    """What each failure says, and how well the next step goes."""
+    modules, found = {}, {}
+    for name, (cls, usage, *bad) in BACKWARD_FAILURES.items():
+        key = cls, usage == "in place"
+        if key not in modules:
+            torch.manual_seed(2)
+            model = cls().double()
+            options = {"plan": {"table.weight": "pull"}, "loss": "sum", "in_place": usage == "in place"}
+            modules[key] = des.compile(copy.deepcopy(model), (IDS,), **options), model
+        module, reference = modules[key]
+        mine = (IDS[:2] if rank == 0 else IDS[2:]).clone()
+        if bad[rank] is not None:
+            column, item = bad[rank]
+            mine[0, column] = item
+        elif usage == "no rows":
+            mine = mine[:0]
+        loss = module(mine).square().sum()
+        if usage == "twice":
+            loss = loss + module(IDS[:1]).square().sum()
+        texts = [raised(lambda: loss.backward(retain_graph=usage == "kept"))]  # noqa: B023
+        if usage == "kept":
+            texts.append(raised(loss.backward))
+        found[name] = texts, _error_of_a_step(des.module_of(module), reference, rank, usage == "in place")
+    return found
+
+
+def test_a_leaf_whose_backward_fails_on_one_rank_raises_on_all():
+    ranks = {n: [r for r in range(2) if isinstance(case[2 + r], tuple)] for n, case in BACKWARD_FAILURES.items()}
+    ranks["global"] = [0, 1]
+    for found in on_ranks(_failing_backwards, 2, timeout_s=120):
+        for name, (texts, worst) in found.items():
+            said = "RuntimeError: one of the variables" if name == "autograd" else "ValueError: no such gradient"
+            for text in texts:
+                assert text.startswith("InputError") and text.count("opaque leaf") == len(ranks[name]), (name, text)
+                for rank in ranks[name]:
+                    column = 1 if name == "global" else BACKWARD_FAILURES[name][2 + rank][0]
+                    leaf = rf"'{('first', 'second')[column]}' \({re.escape(__file__)}:\d+\)"
+                    assert re.search(rf"rank {rank}: backward of opaque leaf {leaf}: {said}", text), (name, text)
+            assert worst < 1e-12, f"{name}: the next step has to work"
+
+
+def test_a_leaf_whose_backward_fails_on_one_rank_of_one():
+    module = des.compile(Picky(), (IDS,))
+    with pytest.raises(ValueError, match="no such gradient"):
+        module(torch.full_like(IDS, 22)).sum().backward()
 
 
 class Dropping(Model):

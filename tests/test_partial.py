@@ -159,6 +159,91 @@ def test_ranks_that_differ_get_an_error(action, expected):
         assert fine, "the next step has to work"
 
 
+class Raises(torch.autograd.Function):
+    """Identity; backward raises where it is told to."""
+
+    @staticmethod
+    def forward(ctx, x, raises):
+        ctx.raises = raises
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.raises:
+            raise ValueError("no such gradient")
+        return grad, None
+
+
+class FailsBackward(Base):
+    """Backward raises, or autograd does, in front of a batch norm's backward or behind it."""
+
+    action = ""
+    mixes = False
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, ids, x):
+        e = self.norm(Raises.apply(self.embed(ids) + x, self.action == "behind the norm"))
+        e = Raises.apply(e, self.action == "in front of the norm").exp()
+        if self.action == "autograd":
+            e.detach().zero_()
+        return self.top(e - e.mean(0) if self.mixes else e)
+
+
+class FailsBackwardMixing(FailsBackward):
+    mixes = True
+
+
+BACKWARDS = [
+    (FailsBackward, "behind the norm"),
+    (FailsBackward, "in front of the norm"),
+    (FailsBackward, "autograd"),
+    (FailsBackwardMixing, "in front of the norm"),
+]
+
+
+def _failing_backwards(rank, ranks):
+    """What each backward says that fails on rank 1; the error of the next step, whose inputs come from a graph too."""
+    x = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    mine = slice(0, 3) if rank == 0 else slice(3, 8)
+    modules, found = {}, []
+    for cls, action in BACKWARDS:
+        if cls not in modules:
+            model = cls().double()
+            with warnings.catch_warnings(record=True):
+                modules[cls] = des.compile(copy.deepcopy(model), (IDS, x), plan=PULL, loss="sum"), model
+        module, reference = modules[cls]
+        host = vars(module)["_host"]
+        host.action = action if rank == 1 else ""
+        text = raised(module(IDS[mine], x[mine]).square().sum().backward)
+        host.action = ""
+        worst, scales = 0.0, [torch.tensor(2.0, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        for m, rows, scale in ((module, mine, scales[0]), (reference, slice(0, 8), scales[1])):
+            m.zero_grad()
+            scaled = (x * scale)[rows]
+            (m(IDS[rows], scaled).square().sum() + 0 * scaled.sum()).backward()  # their graph has another user
+        for (n, p), q in zip(module.named_parameters(), reference.parameters(), strict=True):
+            if q.grad is not None:
+                worst = max(worst, float((p.grad - module.pieces(n).cut(q.grad, rank)).abs().max()))
+        found.append((text, worst, [float(scale.grad) for scale in scales]))
+    return found
+
+
+def test_a_backward_that_fails_on_one_rank_raises_on_all():
+    ranks = on_ranks(_failing_backwards, 2, timeout_s=120)
+    for (_, action), *found in zip(BACKWARDS, *ranks, strict=True):
+        said = rf"\({re.escape(__file__)}:\d+\): ValueError: no such gradient"
+        if action == "autograd":
+            said = r"\(an operator of torch\): RuntimeError: one of the variables needed for gradient computation"
+        for text, worst, _ in found:
+            assert re.search(rf"^InputError: rank 1: backward of forward {said}", text), text
+            assert worst < 1e-11, "the next step has to work"
+        scales = [scale for *_, scale in found]
+        assert sum(mine for mine, _ in scales) / 2 == pytest.approx(scales[0][1], rel=1e-12)
+
+
 def _unequal_lookups(rank, ranks):
     """Rank 1 looks one table up twice, rank 0 another one: nobody waits, and gradients are right."""
     model = Unequal().double()
@@ -321,6 +406,8 @@ def test_plans_are_made_saved_and_followed(tmp_path):
     assert des.compile(model, (IDS,), plan=tmp_path / "edited.json").plan.forms["table.weight"] == "replicate"
     with pytest.raises(des.PlanError, match="for 2 ranks, and this is 1"):
         des.compile(model, (IDS,), plan=des.plan(model, (IDS,), ranks=2))
+    with pytest.raises(des.PlanError, match=r"'bag\.weight' can't be split by replicate: its gradients are sparse"):
+        des.plan(Everything(), (IDS,), ranks=2, pins={"bag.weight": "replicate"})
     with pytest.raises(des.PlanError, match="captured in part"):
         des.compile(model, (IDS,), plan=des.plan(TrainingOnly(), (IDS,), ranks=1))
     with pytest.warns(UserWarning, match="memory_bytes can't be considered"):
