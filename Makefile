@@ -16,6 +16,8 @@ ARGS ?=
 TORCH := $(shell grep '^torch==' constraints.txt)
 # Installed without its dependencies: it asks for releases that don't run here, and needs none of them (pyproject.toml).
 RECBOLE := $(shell grep '^recbole==' constraints.txt)
+# For tests of its jagged inputs; without dependencies too, some of which (torchmetrics, iopath) only its training needs.
+TORCHREC := torchrec fbgemm-gpu-cpu cloudpickle importlib_metadata orjson pyre-extensions pyvers tensordict typing-inspect zipp
 
 ifeq ($(strip $(PY)),)
 RUN := .venv/bin/python
@@ -90,4 +92,5 @@ clean:  ## remove builds and caches, keep .venv
 .venv/.installed-dev: .venv/.installed
 	.venv/bin/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev,zoo]'
 	.venv/bin/python -m pip install --quiet --no-deps "$(RECBOLE)"
+	.venv/bin/python -m pip install --quiet --no-deps -c constraints.txt $(TORCHREC)
 	@touch $@

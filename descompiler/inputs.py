@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from descompiler.errors import InputError
+from descompiler.jagged import adapter_of as torchrec_adapter
 
 STATIC = (
     type(None), bool, int, float, complex, str, bytes, enum.Enum, range, slice, type,
@@ -85,6 +86,19 @@ def register_input(
         _TAKE[cls] = take
 
 
+def _is_adapted(x: Any) -> bool:
+    """Whether the class has an adapter, which goes before torch's own registration of it."""
+    cls = type(x)
+    if cls not in _ADAPTERS and (known := torchrec_adapter(cls)) is not None:
+        flatten, unflatten, take = known
+        _ADAPTERS[cls], _TAKE[cls] = Adapter(flatten, unflatten), take
+    return cls in _ADAPTERS
+
+
+def _has_take(x: Any) -> bool:
+    return _is_adapted(x) and type(x) in _TAKE
+
+
 class _Adapted:
     """A pytree node that stands for an instance of an adapted class; unflattening makes that instance."""
 
@@ -100,9 +114,8 @@ pytree.register_pytree_node(
 
 
 def _adapter_of(x: Any) -> Adapter | None:
-    cls = type(x)
-    if cls in _ADAPTERS:
-        return _ADAPTERS[cls]
+    if _is_adapted(x):
+        return _ADAPTERS[type(x)]
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         return _DATACLASS
     return _DICT if isinstance(x, dict) else None
@@ -138,7 +151,7 @@ def adapt(leaf: Any) -> Any:
     if adapter is None:
         return leaf
     children, context = adapter.flatten(leaf)
-    return _Adapted(adapter, type(leaf), [pytree.tree_map(adapt, c) for c in children], context)
+    return _Adapted(adapter, type(leaf), [pytree.tree_map(adapt, c, is_leaf=_is_adapted) for c in children], context)
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -149,7 +162,7 @@ def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
     InputError
         For an object that is no tensor, no static value and of no known class.
     """
-    leaves, spec = pytree.tree_flatten(pytree.tree_map(adapt, tree))
+    leaves, spec = pytree.tree_flatten(pytree.tree_map(adapt, tree, is_leaf=_is_adapted))
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, (Tensor, *STATIC)) and not inspect.isroutine(leaf):
             raise InputError(_how_to_register(i, leaf))
@@ -216,18 +229,18 @@ def take_rows(inputs: Any, index: Tensor) -> Any:
     """The rows of every tensor inside (dim 0) at ``index``; classes registered with ``take`` are asked for theirs."""
 
     def take(x: Any) -> Any:
-        if type(x) in _TAKE:
+        if _has_take(x):
             return _TAKE[type(x)](x, index)
         return x[index] if isinstance(x, Tensor) and x.dim() else x
 
-    leaves, spec = pytree.tree_flatten(inputs, is_leaf=lambda x: type(x) in _TAKE)
-    taken = [take(x) if type(x) in _TAKE or _adapter_of(x) is None else _take_adapted(x, index) for x in leaves]
+    leaves, spec = pytree.tree_flatten(inputs, is_leaf=_has_take)
+    taken = [take(x) if _has_take(x) or _adapter_of(x) is None else _take_adapted(x, index) for x in leaves]
     return pytree.tree_unflatten(taken, spec)
 
 
 def knows_rows(inputs: Any) -> bool:
     """Whether a class inside was registered with ``take``, so that `take_rows` knows rows that dim 0 does not show."""
-    return any(type(x) in _TAKE for x in pytree.tree_leaves(inputs, is_leaf=lambda x: type(x) in _TAKE))
+    return any(_has_take(x) for x in pytree.tree_leaves(inputs, is_leaf=_has_take))
 
 
 def _take_adapted(x: Any, index: Tensor) -> Any:

@@ -213,16 +213,61 @@ def test_jagged_tensors_without_a_class():
     assert torch.equal(module(*inputs), Plain()(*inputs))
 
 
-def test_keyed_jagged_tensor():
-    torchrec = pytest.importorskip("torchrec.sparse.jagged_tensor", reason="torchrec is not installed")
+class Keyed(nn.Module):
+    """Bags of two keys of torchrec's KeyedJaggedTensor, one with weights for its values, and dense features."""
 
-    class Keyed(OneJagged):
-        def forward(self, x):
-            return super().forward(Jagged(x.lengths(), x.values()))
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.items = nn.EmbeddingBag(30, 4, mode="sum", include_last_offset=True)
+        self.shops = nn.EmbeddingBag(20, 4, mode="mean", include_last_offset=True)
+        self.top = nn.Linear(10, 1)
 
-    values = torch.randint(11, (int(LENGTH.sum()),), generator=GENERATOR)
-    inputs = torchrec.KeyedJaggedTensor(keys=["items"], values=values, lengths=LENGTH)
-    assert torch.allclose(des.compile(Keyed(), inputs)(inputs), Keyed()(inputs))
+    def forward(self, dense, features):
+        items, shops = features["items"], features["shops"]
+        bags = [
+            self.items(items.values(), items.offsets(), per_sample_weights=items.weights()),
+            self.shops(shops.values(), shops.offsets()),
+        ]
+        return self.top(torch.cat([*bags, dense], 1))
+
+
+@pytest.fixture(scope="module")
+def torchrec():
+    return pytest.importorskip("torchrec.sparse.jagged_tensor", reason="torchrec is not installed")
+
+
+def keyed(torchrec, **options):
+    lengths = torch.tensor([1, 0, 3, 2, 1, 2, 2, 1, 1, 0, 3, 1])
+    values = torch.randint(20, (int(lengths.sum()),), generator=GENERATOR)
+    weights = torch.rand(len(values), generator=GENERATOR)
+    return torchrec.KeyedJaggedTensor(["items", "shops"], values, weights, lengths=lengths, **options)
+
+
+def test_keyed_jagged_tensor(torchrec):
+    inputs = (torch.randn(6, 2, generator=GENERATOR), keyed(torchrec))
+    module = des.compile(Keyed(), inputs)
+    for _ in range(2):  # forward has torchrec keep offsets, which are no other input
+        assert torch.allclose(module(*inputs), Keyed()(*inputs))
+    assert des.verify(Keyed(), inputs, plans=[None, {"*": "row"}]).cases == 2
+
+
+def test_rows_of_jagged_tensors(torchrec):
+    x = keyed(torchrec)
+    taken = take_rows((x,), torch.tensor([4, 0, 0]))[0]
+    for key in x.keys():  # noqa: SIM118
+        assert [p.tolist() for p in taken[key].to_dense()] == [x[key].to_dense()[i].tolist() for i in (4, 0, 0)]
+        assert [p.tolist() for p in taken[key].to_dense_weights()] == [
+            x[key].to_dense_weights()[i].tolist() for i in (4, 0, 0)
+        ]
+    one = x["items"]
+    assert [p.tolist() for p in take_rows((one,), torch.tensor([2]))[0].to_dense()] == [one.to_dense()[2].tolist()]
+
+
+def test_keys_without_common_rows_are_refused(torchrec):
+    x = keyed(torchrec, stride_per_key_per_rank=[[7], [5]])
+    with pytest.raises(des.InputError, match="same number of rows for each key"):
+        des.compile(Keyed(), (torch.randn(6, 2), x))
 
 
 def test_a_dict_is_keywords_only_if_it_names_them_all():
