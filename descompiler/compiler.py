@@ -24,12 +24,14 @@ from descompiler.errors import CaptureError, InputError, PlanError, RankError
 from descompiler.form import Split, split_as
 from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics, take_rows
 from descompiler.module import DeferredModule, DistributedModule, PartialModule, install
+from descompiler.objective import Terms
 from descompiler.operators import Operator, find_operators
 from descompiler.outputs import bias_pieces
 from descompiler.partial import Survey, coverage_partial, plan_partial, survey
 from descompiler.passes import NORMALISE, RULES
+from descompiler.pins import Forbidden
 from descompiler.plan import NO_OPERATORS, Plan
-from descompiler.planner import Forbidden, Terms, choose
+from descompiler.planner import choose
 from descompiler.probe import CALL, blueprint, call_of, method_of
 from descompiler.program import Failure, Program
 from descompiler.runtime import Runtime
@@ -506,7 +508,7 @@ class Captured:
         samples: Iterable[Any] | None = None,
         **terms: Any,
     ) -> Plan:
-        """As `descompiler.plan`; ``terms`` are those of `descompiler.planner.Terms`."""
+        """As `descompiler.plan`; ``terms`` are those of `descompiler.objective.Terms`."""
         ranks, batch, pins = _setting(ranks, batch, pins, plan, terms.get("cluster"))
         w = Weights(ranks, batch or self.rows, _itemsize(self.operators, self.program))
         if samples is not None:

@@ -29,8 +29,8 @@ from descompiler.form import Split
 from descompiler.inputs import flatten, knows_rows, map_tensors, normalise_inputs, split_statics, take_rows
 from descompiler.layout import Layout
 from descompiler.pieces import Pieces, even_sizes
+from descompiler.pins import names_matching
 from descompiler.plan import Plan, Table
-from descompiler.planner import names_matching
 from descompiler.probe import CALL, call_of, materialise, method_of, probed_whole
 from descompiler.program import Failure
 from descompiler.substitute import DROPOUTS, LOOKUPS, function_name

@@ -130,7 +130,7 @@ class Plan:
         What was minimised: bytes that the busiest rank sends in a training step, or seconds of the collectives on
         ``cluster``.
     price, bound : float
-        In units of the objective: the plan's, and what no plan can be below (see `descompiler.planner`).
+        In units of the objective: the plan's, and what no plan can be below (see `descompiler.search`).
     exact : bool
         Whether no choice of forms is cheaper.
     trials : int

@@ -24,11 +24,11 @@ import descompiler as des
 from descompiler.aggregate import place
 from descompiler.compiler import Builder
 from descompiler.errors import CaptureError, DescompilerError, EquivalenceError
+from descompiler.objective import assign
 from descompiler.operators import find_operators
 from descompiler.passes import FORMS as ALL_FORMS
 from descompiler.passes import RULES
 from descompiler.plan import Plan
-from descompiler.planner import assign
 from descompiler.probe import blueprint
 from descompiler.program import target_name
 from descompiler.verify import DIVERGED, DRAWS_DIFFER, ORIGINAL_FAILS

@@ -8,9 +8,9 @@ from torch import nn
 
 from descompiler.aggregate import Weights, brute_force, evaluate, is_legal, minimum_cut, place
 from descompiler.capture import capture
+from descompiler.objective import assign
 from descompiler.operators import find_operators
 from descompiler.passes import NORMALISE, RULES
-from descompiler.planner import assign
 from descompiler.probe import blueprint
 from descompiler.program import canonical_graph, run_passes
 from examples.models import MODELS

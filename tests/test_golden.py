@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from descompiler.aggregate import Weights, minimum_cut, place
 from descompiler.capture import capture
 from descompiler.emit import emit
+from descompiler.objective import assign, parameter_pieces
 from descompiler.operators import find_operators
 from descompiler.passes import NORMALISE, RULES
-from descompiler.planner import assign, parameter_pieces
 from descompiler.probe import blueprint
 from descompiler.program import canonical, canonical_graph
 

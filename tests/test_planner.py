@@ -17,8 +17,10 @@ import descompiler as des
 from descompiler.aggregate import Weights
 from descompiler.compiler import Captured
 from descompiler.flow import Network
+from descompiler.objective import Terms
 from descompiler.passes import FORMS, RULES
-from descompiler.planner import Search, Terms, allowed_forms
+from descompiler.pins import allowed_forms
+from descompiler.search import Search
 from examples.models import MODELS
 
 NAMES = [f.name for f in FORMS if f.name != "hot"]
