@@ -13,7 +13,7 @@ import argparse
 import torch
 
 import descompiler as des
-from descompiler.compiler import Captured
+from descompiler.captured import Captured
 from descompiler.cost_models import baselines
 from descompiler.render import Column, Sheet, to_markdown
 from examples.models import MODELS, make_inputs
@@ -77,7 +77,7 @@ def main() -> None:
     for name in MODELS:
         with torch.device("meta"):
             model = MODELS[name]("fields", **sizes_of(name))
-        captured = Captured(model, inputs_of(name))
+        captured = Captured.of(model, inputs_of(name))
         for ranks in RANKS:
             plan = captured.plan(ranks=ranks, batch=ROWS)
             others = {x.name: x.busiest_bytes for x in plan.priced()}

@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from descompiler.compiler import Captured
+from descompiler.captured import Captured
 from descompiler.examples import MODELS
 
 
@@ -32,7 +32,7 @@ def main() -> None:
         model = MODELS["deepfm"]("fields", vocab_sizes=sizes, dim=args.dim, hidden=(400, 400))
     inputs = (torch.randn(4, 3), torch.zeros(4, fields, dtype=torch.int64))
     wall, cpu = time.perf_counter(), time.process_time()
-    captured = Captured(model, inputs)
+    captured = Captured.of(model, inputs)
     captured_s = time.perf_counter() - wall, time.process_time() - cpu
     wall, cpu = time.perf_counter(), time.process_time()
     plan = captured.plan(ranks=args.ranks, batch=args.batch)

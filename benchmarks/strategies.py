@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from descompiler.compiler import Captured
+from descompiler.captured import Captured
 from descompiler.examples import MODELS
 
 RANKS = (2, 4, 8, 16, 32, 64)
@@ -25,7 +25,7 @@ def table_of(name: str) -> list[str]:
     sizes = [ROWS // FIELDS + (i < ROWS % FIELDS) for i in range(FIELDS)]
     with torch.device("meta"):
         model = MODELS[name]("fields", vocab_sizes=sizes, dim=DIM, n_dense=13, hidden=(400, 400))
-    captured = Captured(model, (torch.randn(4, 13), torch.zeros(4, FIELDS, dtype=torch.int64)))
+    captured = Captured.of(model, (torch.randn(4, 13), torch.zeros(4, FIELDS, dtype=torch.int64)))
     plans = [captured.plan(ranks=n, batch=BATCH) for n in RANKS]
     rows: dict[str, list[float]] = {}
     for plan in plans:

@@ -2,8 +2,9 @@
 
 from descompiler.audit import Audit, audit
 from descompiler.calibrate import calibrate
+from descompiler.captured import plan
 from descompiler.cluster import Cluster
-from descompiler.compiler import compile, plan
+from descompiler.compiler import compile
 from descompiler.errors import (
     CaptureError,
     DescompilerError,

@@ -27,9 +27,9 @@ from torch import Tensor
 from descompiler.clock import Clock
 from descompiler.cluster import COLLECTIVES, Cluster, Link
 from descompiler.collectives import all_gather
-from descompiler.compiler import _process_group
 from descompiler.cost_models.collectives import BACKENDS
 from descompiler.errors import PlanError
+from descompiler.ranks import Ranks
 
 SIZES_BYTES = (1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 """What a rank sends, by default."""
@@ -84,17 +84,15 @@ def calibrate(
     PlanError
         On one rank, or with too few sizes.
     """
-    group, rank, ranks = _process_group(process_group)
+    every = Ranks.of(process_group)
+    group, rank, ranks = every.group, every.rank, every.count
     if ranks == 1:
         raise PlanError("calibrate measures collectives: start two ranks at least, with torchrun --nproc-per-node 2")
     if len(set(sizes_bytes)) < 2 or min(sizes_bytes) < 1:
         raise PlanError(f"sizes_bytes={list(sizes_bytes)}: a fit needs two different positive sizes")
     backend = str(dist.get_backend(group))
     device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
-    hosts: list[Any] = [None] * ranks
-    dist.all_gather_object(hosts, socket.gethostname(), group=group)
-    flops: list[Any] = [None] * ranks
-    dist.all_gather_object(flops, _flops_per_s(device), group=group)
+    hosts, flops = every.of_every(socket.gethostname()), every.of_every(_flops_per_s(device))
     links, measured = {}, {}
     for collective in COLLECTIVES:
         progress(f"measuring {collective} on {ranks} ranks")

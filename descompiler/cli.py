@@ -28,8 +28,8 @@ import descompiler as des
 from descompiler import examples, paper, render, sheets, units
 from descompiler import report as pages
 from descompiler.calibrate import SIZES_BYTES
+from descompiler.captured import Captured
 from descompiler.cluster import BUILTIN, COLLECTIVES, Cluster, Link
-from descompiler.compiler import Captured
 from descompiler.cost_models.memory import STATE
 from descompiler.plan import Plan
 from descompiler.render import Sheet
@@ -343,7 +343,7 @@ def plans_for(
 def captured_from(spec: str) -> Captured:
     """Load and capture a model, with progress."""
     with working(f"capturing {spec}"):
-        return Captured(*load(spec))
+        return Captured.of(*load(spec))
 
 
 # --- commands

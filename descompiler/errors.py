@@ -1,10 +1,18 @@
-"""What descompiler refuses, by name.
+"""What descompiler refuses, by name, and what it warns of.
 
 Every error says which operator, table or argument it is about, where in the user's code if that is known, and what
 to do next. Errors that one rank meets are raised on every rank (`descompiler.runtime.Runtime.fail_together`).
 """
 
+import sys
+import warnings
+from pathlib import Path
 from typing import Any
+
+import torch
+
+LIBRARIES = tuple(f"{Path(f).parent}/" for f in (__file__, torch.__file__))
+"""Folders of code that is not the user's."""
 
 
 class DescompilerError(Exception):
@@ -40,3 +48,11 @@ class RankError(DescompilerError):
 
 class EquivalenceError(DescompilerError, AssertionError):
     """`des.verify` found a difference between the distributed module and the original model."""
+
+
+def warn(text: str) -> None:
+    """Warn, at the line of the user's code that called this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(LIBRARIES):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"descompiler: {text}", stacklevel=level)

@@ -13,7 +13,7 @@ from math import prod
 
 from descompiler import examples, sheets
 from descompiler import traffic as wire
-from descompiler.compiler import Captured
+from descompiler.captured import Captured
 from descompiler.cost_models.baselines import MESH, MESH_ROWS, SERVER, SERVER_UNIQUE, Baseline
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
 from descompiler.plan import Plan
@@ -113,7 +113,7 @@ def rows_of(
     result = {}
     for name, title in MODELS.items():
         progress(f"{title}: capturing and planning")
-        captured = Captured(
+        captured = Captured.of(
             *examples.industrial(
                 name,
                 fields=setting.fields,

@@ -11,7 +11,6 @@ import operator
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from pathlib import Path
 from typing import Any, Protocol
 
 import sympy
@@ -20,7 +19,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from descompiler.errors import DescompilerError
+from descompiler.errors import LIBRARIES, DescompilerError
 from descompiler.leaf import Leaf
 from descompiler.sparse import parts_of
 
@@ -316,11 +315,10 @@ def is_pure(node: fx.Node) -> bool:
 
 def user_line(node: fx.Node) -> str:
     """``file:line`` of the user's code that made this node; empty if unknown."""
-    torch_home, here = (f"{Path(f).parent}/" for f in (torch.__file__, __file__))
     lines = [x.strip() for x in (node.meta.get("stack_trace") or "").splitlines() if x.strip().startswith("File")]
     for line in reversed(lines):
         path = line.split('"')[1]
-        if not path.startswith((torch_home, here)):
+        if not path.startswith(LIBRARIES):
             return f"{path}:{line.split('line ')[1].split(',')[0]}"
     return ""
 

@@ -14,9 +14,9 @@ from importlib import resources
 
 from descompiler import charts, graphs, render, sheets
 from descompiler.aggregate import Candidates
+from descompiler.captured import Captured
 from descompiler.charts import Line, Mark
 from descompiler.cluster import Cluster
-from descompiler.compiler import Captured
 from descompiler.plan import Plan
 from descompiler.program import target_name
 from descompiler.render import Column, Sheet

@@ -15,10 +15,28 @@ from descompiler.collectives import receive, send
 from descompiler.errors import InputError, UnsupportedError
 from descompiler.module import DistributedModule, module_of
 from descompiler.pieces import Pieces
+from descompiler.ranks import Ranks
 from descompiler.sparse import broadcast
 
 BLOCK_ROWS = 1 << 16
 """Rows of a table that are initialised at a time, each block from its own seed."""
+
+
+def initial_values(
+    model: nn.Module,
+    template: nn.Module,
+    pieces: Mapping[str, Pieces],
+    seed: int | None,
+    device: torch.device,
+    ranks: Ranks,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """This rank's pieces, from rank 0's model or from ``reset_parameters``; and rank 0's buffers. Collective."""
+    values = {}
+    if meta := ranks.of_first([n for n, p in model.named_parameters() if p.is_meta]):
+        seed = ranks.of_first(torch.initial_seed() if seed is None else seed)
+        values = ranks.everywhere(lambda: reset_pieces(template, pieces, seed, ranks.rank, device, meta))
+    values |= send_from_first(template, model, pieces, ranks.group, ranks.rank, ranks.count, without=meta)
+    return values, send_buffers(model, template, ranks.group, ranks.rank, ranks.count)
 
 
 def send_from_first(

@@ -21,7 +21,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from descompiler.compiler import Builder, distribute
+from descompiler.builder import Builder
+from descompiler.compiler import distribute
 from descompiler.double import InDouble, double_meant, widen_attributes
 from descompiler.draws import ONE_DRAW
 from descompiler.errors import EquivalenceError

@@ -22,7 +22,7 @@ from torch import nn
 
 import descompiler as des
 from descompiler.aggregate import place
-from descompiler.compiler import Builder
+from descompiler.builder import Builder
 from descompiler.errors import CaptureError, DescompilerError, EquivalenceError
 from descompiler.objective import assign
 from descompiler.operators import find_operators

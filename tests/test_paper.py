@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from descompiler import examples, paper
-from descompiler.compiler import Captured
+from descompiler.captured import Captured
 from descompiler.cost_models.baselines import MESH, MESH_ROWS, SERVER, SERVER_UNIQUE
 from descompiler.statistics import zipf_unique
 
@@ -18,7 +18,7 @@ HEADER = (N - 1) * 40
 
 @pytest.fixture(scope="module", params=["lr", "dnn"])
 def case(request):
-    captured = Captured(*examples.industrial(request.param, **SETTING))
+    captured = Captured.of(*examples.industrial(request.param, **SETTING))
     return request.param, paper.row_of(request.param, captured.plan(ranks=N, batch=B, pins={"*.tables.*": "field"}))
 
 

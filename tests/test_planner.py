@@ -15,7 +15,7 @@ from torch import nn
 
 import descompiler as des
 from descompiler.aggregate import Weights
-from descompiler.compiler import Captured
+from descompiler.captured import Captured
 from descompiler.flow import Network
 from descompiler.objective import Terms
 from descompiler.passes import FORMS, RULES
@@ -54,7 +54,7 @@ class Mixture(nn.Module):
 def captured(sizes, dim, hidden, consumers, sparse=False):
     with torch.device("meta"):
         model = Mixture(sizes, dim, hidden, consumers, sparse)
-    return Captured(model, torch.zeros(4, len(sizes), dtype=torch.int64))
+    return Captured.of(model, torch.zeros(4, len(sizes), dtype=torch.int64))
 
 
 def search_of(found, ranks, rows, **terms):
@@ -119,10 +119,10 @@ def test_minimum_cuts_are_those_of_networkx(data):
 
 PRINT = """
 import torch
-from descompiler.compiler import Captured
+from descompiler.captured import Captured
 from examples.models import MODELS
 model = MODELS["deepfm"]("fields", vocab_sizes=[10 ** (1 + i % 6) for i in range(8)], dim=8, hidden=(32, 16))
-plan = Captured(model, (torch.randn(4, 3), torch.zeros(4, 8, dtype=torch.int64))).plan(ranks=6, batch=512)
+plan = Captured.of(model, (torch.randn(4, 3), torch.zeros(4, 8, dtype=torch.int64))).plan(ranks=6, batch=512)
 print(plan.digest(), plan.trials)
 """
 
@@ -142,7 +142,7 @@ def test_never_above_a_baseline(name, ranks):
     """Each strategy of the field that the forms can express, priced for its busiest rank like the plan."""
     model = MODELS[name]("fields", vocab_sizes=[200, 5_000, 1_000_000, 1_000_000], dim=16, hidden=(64, 32))
     inputs = (torch.randn(4, 3), torch.zeros(4, 4, dtype=torch.int64))
-    found = Captured(model, inputs)
+    found = Captured.of(model, inputs)
     plan = found.plan(ranks=ranks, batch=1024)
     search = search_of(found, ranks, 1024)
     for form in NAMES:
@@ -157,7 +157,7 @@ def small():
 
 def test_seconds_are_minimised_on_a_cluster():
     model, inputs = small()
-    found = Captured(model, inputs)
+    found = Captured.of(model, inputs)
     cluster = des.Cluster.builtin("ethernet-10g", ranks=4)
     plan = found.plan(cluster=cluster, batch=64)
     assert plan.objective == "seconds" and plan.ranks == 4
@@ -172,7 +172,7 @@ def test_seconds_are_minimised_on_a_cluster():
 def test_memory_is_what_is_held():
     with torch.device("meta"):
         model = MODELS["deepfm"]("fields", vocab_sizes=[1000] * 4, dim=16, hidden=(8,))
-    found = Captured(model, (torch.randn(4, 3), torch.zeros(4, 4, dtype=torch.int64)))
+    found = Captured.of(model, (torch.randn(4, 3), torch.zeros(4, 4, dtype=torch.int64)))
     dense = sum(p.numel() for n, p in model.named_parameters() if "tables" not in n)
     for form, share in (("replicate", 1), ("row", 4)):
         m = found.plan(ranks=4, batch=8, pins={"*": form}, optimizer="adam").memory(0)
@@ -186,7 +186,7 @@ def test_a_limit_of_memory_is_kept():
     """Tables that would be replicated are split; where nothing fits, the error says what is missing and what would."""
     with torch.device("meta"):
         model = MODELS["fm"]("fields", vocab_sizes=[3000] * 4, dim=16)
-    found = Captured(model, (torch.randn(4, 3), torch.zeros(4, 4, dtype=torch.int64)))
+    found = Captured.of(model, (torch.randn(4, 3), torch.zeros(4, 4, dtype=torch.int64)))
     free = found.plan(ranks=4, batch=4096)
     assert set(free.forms.values()) != {"replicate"} or free.price_bytes
     whole = found.plan(ranks=4, batch=1, pins={"*": "replicate"}).memory(0).total
@@ -220,7 +220,7 @@ def test_whole_tables_are_balanced():
 
 def test_the_explanation_says_how_good_the_plan_is_and_why_each_form_lost():
     model, inputs = small()
-    plan = Captured(model, inputs).plan(ranks=4, batch=64)
+    plan = Captured.of(model, inputs).plan(ranks=4, batch=64)
     text = plan.explain()
     assert "bytes of the busiest rank" in text and ("no choice of forms" in text or "above the best" in text)
     assert "ids: assumed: Zipf(1.05)" in text and "memory with adagrad" in text
@@ -239,7 +239,7 @@ def test_samples_are_what_prices_depend_on():
     model, dense = MODELS["fm"]("fields", vocab_sizes=[10_000] * 3, dim=4), torch.randn(64, 3)
     generator = torch.Generator().manual_seed(0)
     few, many = (torch.randint(n, (64, 3), generator=generator) for n in (2, 10_000))
-    found = Captured(model, (dense, many))
+    found = Captured.of(model, (dense, many))
     plans = [found.plan(ranks=4, pins={"*": "pull"}, samples=[(dense, x)] * 3) for x in (few, many)]
     assert plans[0].price_bytes < plans[1].price_bytes / 4
     assert all("assumed" not in p.statistics for p in plans)
@@ -262,7 +262,7 @@ def test_an_encoder_moves_to_its_table_where_computing_is_cheap_beside_sending()
     """The owner encodes every rank's histories: ids in, scores out, if the cluster computes fast enough."""
     with torch.device("meta"):
         model = Histories()
-    found = Captured(model, torch.zeros(4, 50, dtype=torch.int64))
+    found = Captured.of(model, torch.zeros(4, 50, dtype=torch.int64))
     slow, fast = (
         replace(des.Cluster.builtin("ethernet-10g", ranks=4), flops_per_s=flops_per_s) for flops_per_s in (1e10, 1e15)
     )

@@ -8,7 +8,7 @@ from torch import nn
 
 import descompiler as des
 from descompiler.capture import capture
-from descompiler.compiler import Captured
+from descompiler.captured import Captured
 from descompiler.computed import find_groups
 from descompiler.double import widen_attributes
 from descompiler.operators import find_operators
@@ -176,7 +176,7 @@ def test_gathered_tables_train_as_the_original():
 def test_the_planner_gathers_tables_where_memory_is_short():
     """What is sent is the same, so that memory decides: Adam's state is cut, weights and gradients are there whole."""
     torch.manual_seed(0)
-    captured = Captured(NGCF(users=2100, items=2100, dim=8), inputs(users=2100, items=2100))  # large enough to count
+    captured = Captured.of(NGCF(users=2100, items=2100, dim=8), inputs(users=2100, items=2100))  # large enough to count
     free = captured.plan(ranks=4, optimizer="adam")
     assert free.forms == {"user.weight": "replicate", "item.weight": "replicate"}
     limit = max(m.total for m in free.memories) - 1000

@@ -15,8 +15,8 @@ import torch
 
 from descompiler import charts, graphs, report, sheets
 from descompiler import traffic as wire
+from descompiler.captured import Captured
 from descompiler.cluster import Cluster
-from descompiler.compiler import Captured
 from examples.models import MODELS, make_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def captured():
     torch.manual_seed(0)
-    return Captured(MODELS["deepfm"]("fields", vocab_sizes=[5000] * 6), make_inputs("deepfm", "fields", 8))
+    return Captured.of(MODELS["deepfm"]("fields", vocab_sizes=[5000] * 6), make_inputs("deepfm", "fields", 8))
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from descompiler import sheets
-from descompiler.compiler import Captured
+from descompiler.captured import Captured
 from examples.models import MODELS, make_inputs
 
 
 @pytest.fixture(scope="module")
 def captured():
     torch.manual_seed(0)
-    return Captured(MODELS["lr"]("fields", vocab_sizes=[5000] * 6), make_inputs("lr", "fields", 8))
+    return Captured.of(MODELS["lr"]("fields", vocab_sizes=[5000] * 6), make_inputs("lr", "fields", 8))
 
 
 def crossover(plan, text):

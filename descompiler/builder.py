@@ -1,0 +1,101 @@
+"""Programs of one model: captured as the training flags of its modules are, emitted as a plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from descompiler.aggregate import Candidates, Cut, Weights, at_lookups, minimum_cut, place
+from descompiler.capture import capture
+from descompiler.emit import Emitted, emit
+from descompiler.errors import CaptureError, PlanError
+from descompiler.form import Split, split_as
+from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics
+from descompiler.operators import Operator, find_operators
+from descompiler.outputs import bias_pieces
+from descompiler.passes import NORMALISE, RULES
+from descompiler.plan import Plan
+from descompiler.probe import CALL, method_of
+from descompiler.program import Program
+from descompiler.statistics import Statistics, measure
+
+
+class Builder:
+    """Programs of one model, by the training flags of its modules."""
+
+    def __init__(self, template: nn.Module, example_inputs: Any, method: str = CALL):
+        self.template, self.example_inputs, self.method = template, example_inputs, method
+        leaves, _ = split_statics(flatten(normalise_inputs(example_inputs, method_of(template, method)))[0])
+        self.rows = max((x.shape[0] for x in leaves if x.dim()), default=1)
+        self.device = leaves[0].device if leaves else torch.device("cpu")
+        self._captured: dict[tuple[tuple[str, bool], ...], tuple[Program, Signature]] = {}
+        self._failed: dict[tuple[tuple[str, bool], ...], CaptureError] = {}
+
+    def capture(self, training: dict[str, bool] | None) -> tuple[Program, Signature]:
+        """The program for given flags, those of the model by default; captured once, and not to be edited."""
+        flags = {n: m.training for n, m in self.template.named_modules()} if training is None else training
+        key = tuple(flags.items())
+        if key in self._failed:
+            raise CaptureError(str(self._failed[key]), self._failed[key].failures)
+        if key not in self._captured:
+            # an evaluation program is first wanted where the user has gradients off; the checks need them, and random
+            # weights may give NaN, which is compared, and which the user's anomaly detection must not stop
+            with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_detect_anomaly(False):
+                try:
+                    self._captured[key] = capture(
+                        self.template, self.example_inputs, training=flags, passes=NORMALISE, method=self.method
+                    )
+                except CaptureError as error:
+                    self._failed[key] = error
+                    raise
+        return self._captured[key]
+
+    def measure(
+        self, program: Program, signature: Signature, operators: list[Operator], samples: Iterable[Any]
+    ) -> Statistics:
+        """Statistics of the ids of sample batches."""
+        called = method_of(self.template, self.method)
+        batches = (signature.flatten(*normalise_inputs(x, called)) for x in samples)
+        return measure(program, operators, batches)
+
+    def emit(self, plan: Plan, training: dict[str, bool], rank: int) -> Emitted:
+        program, _ = self.capture(training)
+        operators = find_operators(program)
+        candidates, cut = region_of(program, operators, plan)
+        splits = splits_of(operators, plan)
+        return emit(program, operators, splits, plan.pieces, candidates, cut, rank, plan.ranks)
+
+
+def region_of(program: Program, operators: list[Operator], plan: Plan) -> tuple[Candidates, Cut]:
+    """What the rules can place, and what the plan keeps inside the region, in a graph of the planned model."""
+    w = Weights(plan.ranks, plan.rows, plan.itemsize).on(plan.cluster)
+    splits = splits_of(operators, plan)
+    biases = bias_pieces(program, operators, splits)
+    used = {program.parameter(n) for n in program.graph.nodes if n.users}
+    cut_weights = {n: p for n, p in plan.pieces.items() if n not in plan.splits and not p.is_replicated and n in used}
+    colocated = {n: p for n, p in cut_weights.items() if biases.get(n) != p}
+    candidates = place(program, operators, splits, RULES, plan.ranks, colocated)
+    cut = at_lookups(candidates) if plan.aggregate == "lookups" else minimum_cut(program, candidates, w, colocated)
+    inside = {n for node in cut.inside for n in candidates.placed[node].pieces}
+    if lost := set(colocated) - inside:
+        raise PlanError(f"weights {sorted(lost)} were cut for another graph (training flags differ); plan again")
+    return candidates, cut
+
+
+def splits_of(operators: list[Operator], plan: Plan) -> dict[str, Split]:
+    """The plan's splits, for the tables of a graph that need not be the one that was planned."""
+    result = dict(plan.splits)
+    for o in operators:
+        if o.name not in result:  # only here a table: its weight is what the plan made of it
+            result[o.name] = split_as(o, "replicate", plan.ranks)
+            if not plan.pieces[o.name].is_replicated:
+                raise PlanError(f"weight {o.name!r} was cut for another graph (training flags differ); plan again")
+        elif reason := o.refusals.get(result[o.name].form):
+            raise PlanError(
+                f"table {o.name!r} was split by {result[o.name].form} for another graph (training flags differ), and "
+                f"in this one {reason}: pin it to another form"
+            )
+    return result

@@ -1,0 +1,139 @@
+"""A model captured once: what every plan for it, and every rank's part of it, starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from descompiler.aggregate import Candidates, Cut, Weights
+from descompiler.builder import Builder, region_of
+from descompiler.cluster import Cluster
+from descompiler.errors import CaptureError
+from descompiler.given_plan import setting_of, warn_of_terms
+from descompiler.inputs import Signature
+from descompiler.objective import Terms
+from descompiler.operators import Operator, find_operators
+from descompiler.partial import plan_partial, survey
+from descompiler.passes import RULES
+from descompiler.pins import Forbidden
+from descompiler.plan import Plan
+from descompiler.planner import choose
+from descompiler.probe import CALL, blueprint
+from descompiler.program import Program
+from descompiler.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A program of a model, and its tables.
+
+    Attributes
+    ----------
+    build : Builder
+    program : Program
+        Not to be edited.
+    signature : Signature
+    operators : list of Operator
+    """
+
+    build: Builder
+    program: Program
+    signature: Signature
+    operators: list[Operator]
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any, method: str = CALL) -> Captured:
+        """Capture a model in its training flags."""
+        return cls.by(Builder(blueprint(model), example_inputs, method))
+
+    @classmethod
+    def by(cls, build: Builder) -> Captured:
+        program, signature = build.capture(None)
+        return cls(build, program, signature, find_operators(program))
+
+    @property
+    def rows(self) -> int:
+        """Of the example inputs."""
+        return self.build.rows
+
+    def plan(
+        self,
+        *,
+        ranks: int | None = None,
+        batch: int | None = None,
+        pins: Mapping[str, str] | None = None,
+        plan: Plan | str | Path | None = None,
+        samples: Iterable[Any] | None = None,
+        **terms: Any,
+    ) -> Plan:
+        """As `descompiler.plan`, without the capture; ``terms`` are those of `descompiler.objective.Terms`."""
+        ranks, batch, pins = setting_of(ranks, batch, pins, plan, terms.get("cluster"))
+        if samples is not None:
+            terms["statistics"] = self.measure(samples)
+        w = self.weights(ranks, batch or self.rows)
+        return choose(self.program, self.operators, RULES, w, pins, terms=Terms(**terms))
+
+    def weights(self, ranks: int, rows: int) -> Weights:
+        """What the cut weighs with; an element is the tables', or the model's without any."""
+        dtypes = [o.dtype for o in self.operators] or [p.dtype for p in self.program.parameters.values()]
+        return Weights(ranks, rows, max((dtype.itemsize for dtype in dtypes), default=4))
+
+    def measure(self, samples: Iterable[Any]) -> Statistics:
+        """Statistics of the ids of sample batches."""
+        return self.build.measure(self.program, self.signature, self.operators, samples)
+
+    def region(self, plan: Plan) -> tuple[Candidates, Cut]:
+        """What the rules can place, and what the plan keeps inside the region."""
+        return region_of(self.program, self.operators, plan)
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    ranks: int | None = None,
+    cluster: Cluster | None = None,
+    batch: int | None = None,
+    pins: Mapping[str, str] | None = None,
+    plan: Plan | str | Path | None = None,
+    forbid: Forbidden | None = None,
+    memory_bytes: int | None = None,
+    optimizer: str = "adagrad",
+    samples: Iterable[Any] | None = None,
+    method: str = CALL,
+) -> Plan:
+    """Plan for any number of ranks, without a process group and without weights.
+
+    Parameters
+    ----------
+    ranks : int
+        The cluster's by default.
+    batch : int, optional
+        Rows per rank; the example's by default.
+    pins : mapping of str to str, optional
+        As `compile`'s ``plan``.
+    plan : Plan or path, optional
+        Follow it: price it for this model, with forms that were edited in its file.
+    cluster, forbid, memory_bytes, optimizer, samples, method
+        As `compile`'s.
+
+    Raises
+    ------
+    PlanError
+        If nothing satisfies the constraints: which rank lacks how much memory, and what would fit.
+    """
+    terms: dict[str, Any] = {"forbid": forbid or {}, "cluster": cluster}
+    terms |= {"memory_bytes": memory_bytes, "optimizer": optimizer}
+    try:
+        captured = Captured.of(model, example_inputs, method)
+    except CaptureError:  # in part, as `compile` does
+        build = Builder(blueprint(model), example_inputs, method)
+        seen = survey(build.template, example_inputs, method)
+        warn_of_terms(Terms(**terms), samples)
+        ranks, batch, pins = setting_of(ranks, batch, pins, plan, cluster)
+        return plan_partial(build.template, seen, ranks, batch or build.rows, pins)
+    return captured.plan(ranks=ranks, batch=batch, pins=pins, plan=plan, samples=samples, **terms)

@@ -1,0 +1,108 @@
+"""The last rung of the ladder: every rank runs the user's own forward, and what it uses of split parameters is sent."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from descompiler.builder import Builder
+from descompiler.coverage import Coverage
+from descompiler.given_plan import Given, agree, follow_or_choose_in_part
+from descompiler.inputs import normalise_inputs, take_rows
+from descompiler.module import PartialModule
+from descompiler.partial import Survey, coverage_partial, survey
+from descompiler.plan import Plan
+from descompiler.probe import call_of, method_of
+from descompiler.program import Failure
+from descompiler.ranks import Ranks
+from descompiler.runtime import Runtime
+from descompiler.sparse import copied
+from descompiler.state import initial_values
+
+
+def distribute_in_part(
+    model: nn.Module,
+    build: Builder,
+    failures: tuple[Failure, ...],
+    ranks: Ranks,
+    rows: int,
+    *,
+    plan: Given,
+    loss: str,
+    seed: int | None,
+    host: nn.Module | None,
+) -> PartialModule:
+    """As `descompiler.compiler.distribute`, of a model that not every rank could capture."""
+
+    def plan_of() -> tuple[Survey, Plan]:
+        seen = survey(build.template, build.example_inputs, build.method)
+        return seen, follow_or_choose_in_part(build.template, seen, ranks.count, rows, plan)
+
+    seen, chosen = ranks.everywhere(plan_of)
+    agree(chosen, ranks)
+    coverage = coverage_partial(build.template, seen, chosen, failures)
+    if text := coverage.warning():
+        ranks.warn(text)
+    if seen.unchecked:
+        ranks.warn(f"rows of a batch were not checked for independence: {seen.unchecked}")
+    values, buffers = initial_values(model, build.template, chosen.pieces, seed, build.device, ranks)
+    return _module(build, build.template, seen, chosen, ranks.runtime(loss), values, buffers, coverage, host)
+
+
+def in_other_flags(
+    build: Builder,
+    chosen: Plan,
+    coverage: Coverage,
+    runtime: Runtime,
+    training: Mapping[str, bool],
+    values: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+) -> PartialModule:
+    """A captured model in training flags in which it is not captured, with the pieces that it has now."""
+    template = copy.deepcopy(build.template, copied(build.template))
+    for name, m in template.named_modules():
+        m.training = training[name]
+    seen = survey(template, build.example_inputs, build.method)
+    return _module(build, template, seen, chosen, runtime, values, buffers, coverage, None)
+
+
+def _module(
+    build: Builder,
+    template: nn.Module,
+    seen: Survey,
+    chosen: Plan,
+    runtime: Runtime,
+    values: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    coverage: Coverage,
+    host: nn.Module | None,
+) -> PartialModule:
+    runs = _copy_with(template, values) if host is None else host
+    inputs = normalise_inputs(build.example_inputs, method_of(template, build.method))
+    spare = inputs if seen.unchecked else take_rows(inputs, torch.zeros(1, dtype=torch.int64, device=build.device))
+    return PartialModule(
+        template,
+        chosen,
+        runtime,
+        values,
+        buffers,
+        coverage,
+        runs,
+        call_of(runs, build.method),
+        seen.outputs,
+        spare,
+        in_place=host is not None,
+        coupled=bool(seen.coupled),
+    )
+
+
+def _copy_with(template: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model with these values as parameters, wherever it keeps them."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(values[n], requires_grad=p.requires_grad) for n, p in template.named_parameters()
+    }
+    return copy.deepcopy(template, memo | copied(template))
