@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, fx
 
 from descompiler.leaf import Leaf
+from descompiler.local_operators import bag
 from descompiler.operator_kinds import ALONG, DRAWN_BY_ROW, DROPPING, HEAVY, LOOKUPS, SUMS
 from descompiler.program import Program, aten, is_random, is_tensor, signature, value
 from descompiler.rows import Rows
-from descompiler.runtime import bag
 from descompiler.scope import CONSTANT, GLOBAL, LOCAL, OWN, SIZE, SIZED, WHOLE, Scope, polynomial
 
 TOLERANCE_FLOAT64 = 1e-9

@@ -15,8 +15,8 @@ from torch import fx
 
 from descompiler import regularisers
 from descompiler.follow import follow
+from descompiler.local_operators import bag
 from descompiler.program import Program, ancestors, aten, shape_of, target_name, user_line, value
-from descompiler.runtime import bag
 from descompiler.scope import CONSTANT, scope_of
 
 LOOKUPS = frozenset({aten.embedding.default, bag})

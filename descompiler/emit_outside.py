@@ -19,11 +19,11 @@ from descompiler.coupling import Stage, couple
 from descompiler.emission import Emission
 from descompiler.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait, take
 from descompiler.leaf import Leaf, LeafOnRanks
+from descompiler.local_operators import scale_grad
 from descompiler.outputs import outputs_in_order
 from descompiler.program import aten, is_tensor, signature, value
 from descompiler.regularisers import divided, emit_total, find_totals
 from descompiler.rows import Rows
-from descompiler.runtime import scale_grad
 from descompiler.scope import CONSTANT, GLOBAL, LOCAL, OWN, SIZE, SIZED, WHOLE, scope_of, size_terms
 
 

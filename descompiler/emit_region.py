@@ -17,10 +17,10 @@ from descompiler.communication import channels_by_rank, lookups_by_ids, norms_in
 from descompiler.emission import Emission
 from descompiler.emit_outside import Outside
 from descompiler.follow import emit_slice, follow
+from descompiler.local_operators import join_local, scale_grad
 from descompiler.placement import LOCAL, Local, Partial, Shard, has_local
 from descompiler.program import aten, tail, value
 from descompiler.rule import Part
-from descompiler.runtime import join_local, scale_grad
 from descompiler.scope import scope_of
 
 

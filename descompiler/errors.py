@@ -1,7 +1,7 @@
 """What descompiler refuses, by name, and what it warns of.
 
 Every error says which operator, table or argument it is about, where in the user's code if that is known, and what
-to do next. Errors that one rank meets are raised on every rank (`descompiler.runtime.Runtime.fail_together`).
+to do next. Errors that one rank meets are raised on every rank (`descompiler.runtime.Runtime.raise_everywhere`).
 """
 
 import sys

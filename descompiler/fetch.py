@@ -34,8 +34,9 @@ from descompiler import traffic as wire
 from descompiler.errors import InputError
 from descompiler.keys import KeySpace
 from descompiler.layout import Counts, Fetch
+from descompiler.local_operators import bag, lookup
 from descompiler.pieces import ALL
-from descompiler.runtime import Runtime, bag, lookup
+from descompiler.runtime import Runtime
 
 if TYPE_CHECKING:
     from torch.distributed import Work

@@ -20,11 +20,12 @@ from descompiler.errors import CaptureError, InputError
 from descompiler.guard import Guard
 from descompiler.inputs import Signature, flatten, split_statics, unflatten_with
 from descompiler.layout import Counts
+from descompiler.local_operators import scale_grad
 from descompiler.partial import MEAN, ROWS, SAME, SUM
 from descompiler.pieces import Pieces
 from descompiler.plan import Plan
 from descompiler.rows import Rows
-from descompiler.runtime import Runtime, scale_grad
+from descompiler.runtime import Runtime
 from descompiler.substitute import Finish, Keeper, SynchroniseNorms, plain, substitute
 from descompiler.traffic import Traffic
 

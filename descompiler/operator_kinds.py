@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from descompiler.local_operators import bag
 from descompiler.program import aten
-from descompiler.runtime import bag
 from descompiler.vocabulary import vocabulary
 
 LOOKUPS = frozenset({aten.embedding.default, bag})

@@ -13,6 +13,7 @@ from torch import fx
 from descompiler import regularisers
 from descompiler.computed import Group, by_rows, find_groups, whole_parameters, whole_tables
 from descompiler.errors import UnsupportedError
+from descompiler.local_operators import bag
 from descompiler.program import (
     Program,
     aten,
@@ -25,7 +26,6 @@ from descompiler.program import (
     user_line,
     where,
 )
-from descompiler.runtime import bag
 from descompiler.scope import GLOBAL, coupled_nodes, scope_of
 from descompiler.vocabulary import Request, vocabulary
 

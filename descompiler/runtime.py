@@ -1,4 +1,4 @@
-"""The operators that an emitted program calls, and the exchange behind them.
+"""The runtime: what an emitted program calls that crosses between ranks, and the exchange behind it.
 
 A program's forward makes at most four collectives: a header (row counts, agreement, errors), the ids into the region,
 the region's values out of it; its backward sends the gradients of those values back. Everything that crosses in one
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from descompiler import traffic as wire
@@ -26,90 +25,10 @@ from descompiler.collectives import Pending, all_gather, all_to_all
 from descompiler.draws import Draws
 from descompiler.errors import InputError, RankError
 from descompiler.layout import Check, Counts, Exit, Layout
+from descompiler.local_operators import scale_grad
 from descompiler.rows import Rows
 from descompiler.traffic import Traffic
 from descompiler.vocabulary import vocabulary_on_ranks
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Lookups
-
-
-def bag(
-    weight: Tensor,
-    ids: Tensor,
-    mode: str,
-    padding_idx: int | None = None,
-    sparse: bool = False,
-    scale_grad_by_freq: bool = False,
-) -> Tensor:
-    """``nn.EmbeddingBag`` on 2-D ids ``[b, L]``: ``[b, dim]``."""
-    if not ids.shape[0]:
-        return lookup(weight, ids, -1, sparse).sum(1)
-    return F.embedding_bag(
-        ids, weight, mode=mode, padding_idx=padding_idx, sparse=sparse, scale_grad_by_freq=scale_grad_by_freq
-    )
-
-
-def lookup(weight: Tensor, ids: Tensor, padding_idx: int = -1, sparse: bool = False) -> Tensor:
-    """``weight[ids]`` with the gradients of ``nn.Embedding``; ``padding_idx`` -1 is none."""
-    return torch.ops.aten.embedding.default(weight, ids, padding_idx, False, sparse)
-
-
-def lookup_rows(weight: Tensor, ids: Tensor, start: int, padding_idx: int = -1, sparse: bool = False) -> Tensor:
-    """Rows that this rank owns, zeros for the others' ids.
-
-    Only owned rows are selected: a masked lookup of some other row would leave entries in sparse gradients, and
-    optimisers such as SparseAdam move every row that has one.
-    """
-    position = ids - start
-    owned = torch.nonzero(((position >= 0) & (position < weight.shape[0])).reshape(-1)).squeeze(1)
-    rows = lookup(weight, position.reshape(-1)[owned], padding_idx, sparse)
-    out = weight.new_zeros((ids.numel(), weight.shape[1])).to(rows.dtype).index_copy(0, owned, rows)
-    return out.reshape(*ids.shape, weight.shape[1])
-
-
-def bag_rows(
-    weight: Tensor,
-    ids: Tensor,
-    start: int,
-    mode: str,
-    padding_idx: int | None,
-    local_padding: int,
-    sparse: bool,
-) -> Tensor:
-    """This rank's term of a bag over all rows; the mean divides by the whole bag's count."""
-    return pool(lookup_rows(weight, ids, start, local_padding, sparse), ids, mode, padding_idx)
-
-
-def pool(rows: Tensor, ids: Tensor, mode: str, padding_idx: int | None) -> Tensor:
-    """Sum or mean of ``rows`` ``[b, L, dim]`` over dim 1, leaving out padding; the mean of nothing is 0."""
-    if padding_idx is not None:
-        rows = rows * (ids != padding_idx).unsqueeze(-1)
-    total = rows.sum(1)
-    if mode == "mean":
-        count = torch.full_like(ids[:, :1], ids.shape[1]) if padding_idx is None else (ids != padding_idx).sum(1, True)
-        total = total / count.clamp(min=1)
-    return total
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0] * ctx.factor, None
-
-
-def scale_grad(x: Tensor, factor: float) -> Tensor:
-    """``x``; its gradient is multiplied by ``factor``."""
-    return x if factor == 1 else _ScaleGradient.apply(x, factor)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The runtime of one compiled module
 
 
 @dataclass
@@ -458,16 +377,6 @@ def _put_together(e: Exit, parts: dict[int, Tensor]) -> Tensor:
     sizes = {r: [size for size, owner in e.segments if owner == r] for r in parts}
     queues = {r: iter(torch.split(p, sizes[r], e.dim)) for r, p in parts.items()}
     return torch.cat([next(queues[owner]) for _, owner in e.segments if owner in queues], e.dim)
-
-
-def join_local(dim: int, segments: Sequence[Sequence[int]], region: Tensor | None, local: Tensor) -> Tensor:
-    """Interleave the exchanged segments of a value with those computed from own rows (owner -1)."""
-    if region is None:
-        return local
-    sizes = [size for size, owner in segments if owner != -1]
-    exchanged = iter(torch.split(region, sizes, dim))
-    own = iter(torch.split(local, [size for size, owner in segments if owner == -1], dim))
-    return torch.cat([next(own if owner == -1 else exchanged) for _, owner in segments], dim)
 
 
 class _GatherTables(torch.autograd.Function):

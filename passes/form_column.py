@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from descompiler.form import Choice, InRegion, LookupPart, Split, not_in_region, whole_rows
+from descompiler.local_operators import bag, lookup
 from descompiler.operators import Lookup, Operator
 from descompiler.pieces import Pieces, even_sizes
 from descompiler.placement import Region, Segment, shard
 from descompiler.program import Program, tail
-from descompiler.runtime import bag, lookup
 
 
 @dataclass(frozen=True)

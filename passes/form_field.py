@@ -14,11 +14,11 @@ from torch import Tensor, fx
 
 from descompiler.form import Choice, InRegion, LookupPart, Split, not_in_region, whole_rows
 from descompiler.layout import Check
+from descompiler.local_operators import bag, lookup
 from descompiler.operators import Lookup, Operator
 from descompiler.pieces import Pieces, Range
 from descompiler.placement import Owned, Region, Segment, shard
 from descompiler.program import Program, aten
-from descompiler.runtime import bag, lookup
 
 
 @dataclass(frozen=True)

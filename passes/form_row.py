@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from descompiler.form import ByRows, Choice, InRegion, LookupPart, Split, by_rows, not_in_region
+from descompiler.local_operators import bag_rows, lookup_rows
 from descompiler.operators import Lookup, Operator
 from descompiler.placement import Disjoint, Owned, Partial, Region
 from descompiler.program import Program, tail
-from descompiler.runtime import bag_rows, lookup_rows
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import sympy
 from torch import fx
 
+from descompiler.local_operators import bag
 from descompiler.program import (
     Program,
     aten,
@@ -22,7 +23,6 @@ from descompiler.program import (
     signature,
     value,
 )
-from descompiler.runtime import bag
 
 MODES = {0: "sum", 1: "mean", 2: "max"}
 

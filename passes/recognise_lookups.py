@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from descompiler.local_operators import bag
 from descompiler.program import Program, aten, insert_call, is_tensor, shape_of, value
-from descompiler.runtime import bag
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from descompiler.local_operators import bag
 from descompiler.program import Program, aten, eliminate_dead_code, rowwise, shape_of, signature, value
-from descompiler.runtime import bag
 
 SHAPING = {aten.to.dtype, aten._to_copy.default, aten.unsqueeze.default, aten.reshape.default}
 

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from descompiler.computed import by_rows
+from descompiler.local_operators import bag
 from descompiler.program import (
     Program,
     ancestors,
@@ -33,7 +34,6 @@ from descompiler.program import (
     target_name,
     value,
 )
-from descompiler.runtime import bag
 from descompiler.vocabulary import Request, outputs_of, vocabulary
 
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
