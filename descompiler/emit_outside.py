@@ -150,7 +150,8 @@ class Outside:
         if not isinstance(n.target, Leaf):
             return self.graph.node_copy(n, find)
         args = (self.e.runtime, *fx.map_arg(n.args, find))
-        new = self.graph.create_node(n.op, LeafOnRanks(n.target, drawn), args, {}, n.name)
+        target = LeafOnRanks(n.target, drawn=drawn, own_rows=scope_of(n).kind == LOCAL)
+        new = self.graph.create_node(n.op, target, args, {}, n.name)
         new.meta = dict(n.meta)
         return new
 

@@ -117,8 +117,10 @@ class Call:
         The dimension of each tensor among its arguments that is the batch.
     lookups : tuple of str
         The tables that it looks up, in order.
+    lookup_rows : tuple of int or None
+        The dimension of what each lookup returns that is the batch.
     example : tuple of Tensor
-        One row of each tensor among its arguments.
+        One row of each tensor among its arguments, on which forward runs alone if it runs on any.
     example_rows : tuple of Tensor
         What the lookups return for it.
     """
@@ -130,11 +132,18 @@ class Call:
     results: tuple[Result, ...]
     rows: tuple[int | None, ...]
     lookups: tuple[str, ...]
+    lookup_rows: tuple[int | None, ...]
     example: tuple[Tensor, ...]
     example_rows: tuple[Tensor, ...]
     drops: bool
     trains_norm: bool
     writes: bool
+
+    @property
+    def takes_spare(self) -> bool:
+        """Whether a spare row may stand beside others: it must leave nothing behind."""
+        known = None not in self.lookup_rows and all(r.rows is not None for r in self.results)
+        return known and not self.writes
 
 
 class Leaf:
@@ -173,14 +182,17 @@ class Leaf:
             Whatever forward raises.
         """
         try:
-            return self._call(tensors, rows, state, Quiet)
+            return self._call(tensors, rows, state, Quiet, own_rows=True)
         except LeafError:
             raise
         except Exception as error:  # whatever the user's forward raises on a part of a batch
             raise LeafError(f"{self.name!r} can't run on a part of a batch: {type(error).__name__}: {error}") from error
 
-    def __call__(self, tensors: Sequence[Tensor], rows: Sequence[Tensor], state: Sequence[Tensor]) -> list[Tensor]:
-        return self._call(tensors, rows, state, nullcontext)
+    def __call__(
+        self, tensors: Sequence[Tensor], rows: Sequence[Tensor], state: Sequence[Tensor], *, own_rows: bool = False
+    ) -> list[Tensor]:
+        """Run forward; ``own_rows``: these are a part of the batch, which forward need not run on alone."""
+        return self._call(tensors, rows, state, nullcontext, own_rows=own_rows)
 
     def failure(self, error: Exception) -> str:
         """What a call that raised has to say: the leaf, the user's file and line, and the error's own text."""
@@ -218,19 +230,23 @@ class Leaf:
         rows: Sequence[Tensor],
         state: Sequence[Tensor],
         context: Callable[[], AbstractContextManager[Any]],
+        *,
+        own_rows: bool,
     ) -> list[Tensor]:
         count = next(x.shape[d] for x, d in zip(tensors, self.call.rows, strict=True) if d is not None)
         if count or self.runs_empty:
-            out = self._run(tensors, rows, state, context)
-        else:  # on a spare row, whose results are dropped
-            spare = [
-                y.to(x) if d is not None else x
-                for x, y, d in zip(tensors, self.call.example, self.call.rows, strict=True)
-            ]
-            spare_rows = [y.to(x) for x, y in zip(rows, self.call.example_rows, strict=True)]
-            out = self._run(spare, spare_rows, state, context)
-            out = [x.narrow(r.rows or 0, 0, 0) for x, r in zip(out, self.call.results, strict=True)]
-        self._check(out, count)
+            try:
+                out = self._run(tensors, rows, state, context)
+                self._check(out, count)
+            except Exception as error:  # whatever forward raises: perhaps it needs a row of another kind beside these
+                if not (own_rows and count and self.call.takes_spare):
+                    raise
+                try:
+                    out = self._with_spare(count, tensors, rows, state, context)
+                except Exception:  # the same, or what forward raises on the spare row
+                    raise error from None
+        else:
+            out = self._with_spare(count, tensors, rows, state, context)
         # forward may use a value on one rank and not on another: backward reaches all of them on every rank
         trained = [x for x in (*tensors, *rows, *state) if x.requires_grad]
         nothing = [x[:0].sum() if x.dim() else x.reshape(1)[:0].sum() for x in trained]
@@ -238,6 +254,29 @@ class Leaf:
             return out
         anchor = sum(nothing[1:], nothing[0])
         return [x + anchor.to(x) if x.is_floating_point() else x for x in out]
+
+    def _with_spare(
+        self,
+        count: int,
+        tensors: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        state: Sequence[Tensor],
+        context: Callable[[], AbstractContextManager[Any]],
+    ) -> list[Tensor]:
+        """Forward on these rows and a spare one, whose results are dropped."""
+
+        def join(x: Tensor, y: Tensor, dim: int | None) -> Tensor:
+            if dim is None:
+                return x
+            return torch.cat([x, y.to(x)], dim) if count else y.to(x)
+
+        spare = list(map(join, tensors, self.call.example, self.call.rows))
+        # of what has no one dimension of rows, only the spare row's is taken
+        dims = [0 if d is None and not count else d for d in self.call.lookup_rows]
+        spare_rows = list(map(join, rows, self.call.example_rows, dims))
+        out = self._run(spare, spare_rows, state, context)
+        self._check(out, count + 1)
+        return [x.narrow(r.rows or 0, 0, count) for x, r in zip(out, self.call.results, strict=True)]
 
     def _run(
         self,
@@ -293,10 +332,12 @@ class LeafOnRanks:
     ----------
     drawn : bool
         Whether random draws have to be the same on every rank (`Runtime.draw`).
+    own_rows : bool
+        Whether it runs on the rank's own rows, not on the global batch.
     """
 
-    def __init__(self, leaf: Leaf, drawn: bool = False):
-        self.leaf, self.drawn = leaf, drawn
+    def __init__(self, leaf: Leaf, *, drawn: bool = False, own_rows: bool = False):
+        self.leaf, self.drawn, self.own_rows = leaf, drawn, own_rows
         self.__name__ = self.__qualname__ = leaf.__name__
         self.__module__ = __name__
 
@@ -317,11 +358,13 @@ class LeafOnRanks:
     def _guarded(
         self, runtime: Runtime, tensors: Sequence[Tensor], rows: Sequence[Tensor], state: Sequence[Tensor]
     ) -> list[Tensor]:
+        own_rows = self.own_rows and runtime.ranks > 1
         if runtime.ranks == 1 or not torch.is_grad_enabled():
-            return self.leaf(tensors, rows, state)
+            return self.leaf(tensors, rows, state, own_rows=own_rows)
         failures = runtime.failures
         guard = Guard(lambda error: failures.append((f"backward of {self.leaf.failure(error)}", error)))
-        return guard.leave(self.leaf(guard.enter(tensors), guard.enter(rows), guard.enter(state)))
+        inner = guard.enter(tensors), guard.enter(rows), guard.enter(state)
+        return guard.leave(self.leaf(*inner, own_rows=own_rows))
 
 
 class _Holding:

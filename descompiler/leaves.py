@@ -276,11 +276,15 @@ class _Trace:
             Result(_sizes(name, [(n, x.outputs[i]) for n, x in found]), first.outputs[i].dtype)
             for i in range(len(first.outputs))
         )
-        example = [x if d is None else x.narrow(d, 0, 1) for x, d in zip(first.inputs, rows, strict=True)]
+        looked_up = range(len(first.lookups))
+        lookup_rows = tuple(_batch_dim([(n, x.lookups[i][1]) for n, x in found]) for i in looked_up)
+        alone = next((x for n, x in found if n == 1), None)  # one that forward runs on
+        example = [x if d is None else x.narrow(d, 0, 1) for x, d in zip((alone or first).inputs, rows, strict=True)]
+        example_rows = [x if alone else x[:1] for _, x, _ in (alone or first).lookups]
         call = Call(
             first.spec, first.statics, first.out_spec, first.out_statics, results, rows,
-            tuple(t for t, *_ in first.lookups), tuple(x.clone() for x in example),
-            tuple(x[:1].clone() for _, x, _ in first.lookups), first.drops, first.trains_norm, first.writes,
+            tuple(t for t, *_ in first.lookups), lookup_rows, tuple(x.clone() for x in example),
+            tuple(x.clone() for x in example_rows), first.drops, first.trains_norm, first.writes,
         )  # fmt: skip
         module = self.modules[name]
         only_looked_up = set(call.lookups) - set().union(*(x.otherwise for _, x in found))

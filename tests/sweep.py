@@ -149,7 +149,7 @@ def _enlarged(model: nn.Module) -> nn.Module:
     for module in large.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             shape = (max(LARGE_ROWS, module.weight.shape[0]), *module.weight.shape[1:])
-            module.weight = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=module.weight.requires_grad)
+            module.weight.data = torch.empty(shape, device="meta")  # the same object: lists hold it too
     return large
 
 

@@ -266,6 +266,57 @@ def test_a_leaf_that_mixes_rows_is_computed_for_the_global_batch():
     des.verify(Branch(), (IDS,))
 
 
+class Compact(Model):
+    """Sequences that are not empty, packed; there has to be one (deepctr-torch's DIEN is so)."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(4, 4, batch_first=True)
+
+        def forward(self, x, lengths):
+            some = lengths > 0
+            if not some.any():
+                raise ValueError("no sequence")
+            packed = nn.utils.rnn.pack_padded_sequence(x[some], lengths[some], batch_first=True, enforce_sorted=False)
+            return x.new_zeros(len(x), 4).index_put((some,), self.gru(packed)[1][0])
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = self.Encoder()
+
+    def forward(self, ids):
+        return self.top(self.encoder(self.table(ids), (ids != 4).sum(1)))
+
+
+EMPTY = torch.full((2, 3), 4)
+
+
+def _without_what_forward_needs(rank, ranks):
+    """Where rank 1 has empty sequences only: the largest difference from one process; what all of them empty say."""
+    torch.manual_seed(2)
+    model = Compact().double()
+    module = des.compile(copy.deepcopy(model), (torch.cat([EMPTY, IDS]),), loss="sum")
+    mine = IDS if rank == 0 else EMPTY
+    out, every = module(mine), model(torch.cat([IDS, EMPTY]))
+    out.square().sum().backward()
+    every.square().sum().backward()
+    worst = float((out - (every[:6] if rank == 0 else every[6:])).abs().max())
+    for (n, p), q in zip(module.named_parameters(), model.parameters(), strict=True):
+        worst = max(worst, float((p.grad - module.pieces(n).cut(q.grad, rank)).abs().max()))
+    same = module.traffic() == module.plan.traffic(rank, [6, 2], unique=module.unique())
+    return worst, same, wire.COUPLING["gather"] in module.traffic().bytes_by_collective
+
+
+def test_a_leaf_that_needs_a_row_of_a_kind_runs_on_own_rows_beside_a_spare_one():
+    program = captured(Compact(), (torch.cat([EMPTY, IDS]),))
+    assert next(scope_of(n).kind for n in program.graph.nodes if isinstance(n.target, Leaf)) == "local"
+    for worst, predicted, gathers in on_ranks(_without_what_forward_needs, 2):
+        assert worst < 1e-12 and predicted and not gathers
+    with pytest.raises(des.InputError, match="no sequence"):
+        des.compile(Compact(), (torch.cat([EMPTY, IDS]),))(EMPTY)
+
+
 class Raises(torch.autograd.Function):
     """Identity; backward raises where it is told to."""
 
