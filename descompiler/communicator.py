@@ -49,7 +49,6 @@ class Communicator:
     modes: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     started: bool = False
-    forwards: int = 0
     wire_dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     clock: Clock | None = None

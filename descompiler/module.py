@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,9 +15,10 @@ from descompiler import traffic as wire
 from descompiler.coverage import Coverage
 from descompiler.double import InDouble, is_double_meant
 from descompiler.emit import Emitted
-from descompiler.errors import CaptureError, InputError
+from descompiler.errors import CaptureError, InputError, warn
 from descompiler.guard import Guard
 from descompiler.inputs import Signature, flatten, split_statics, unflatten_with
+from descompiler.keeper import Finish, Keeper
 from descompiler.layout import Counts
 from descompiler.local_operators import scale_grad
 from descompiler.partial import MEAN, ROWS, SAME, SUM
@@ -26,7 +26,7 @@ from descompiler.pieces import Pieces
 from descompiler.plan import Plan
 from descompiler.rows import Rows
 from descompiler.runtime import Runtime
-from descompiler.substitute import Finish, Keeper, SynchroniseNorms, plain, substitute
+from descompiler.substitute import SynchroniseNorms, plain, substitute
 from descompiler.traffic import Traffic
 
 
@@ -220,10 +220,9 @@ class DistributedModule(nn.Module):
         key = self._training_flags()
         if key not in self._forwards:
             assert self._forward_for is not None
-            warnings.warn(
-                "descompiler: the model was not captured as a graph in these training flags; its own forward runs, and "
-                f"fetches or gathers what it uses of split parameters. {error}",
-                stacklevel=4,
+            warn(
+                "the model was not captured as a graph in these training flags; its own forward runs, and fetches or "
+                f"gathers what it uses of split parameters. {error}"
             )
             values = {n: plain(p).detach() for n, p in self.named_parameters()}
             self._forwards[key] = self._forward_for(

@@ -177,3 +177,22 @@ def even_sizes(size: int, parts: int) -> list[int]:
     """
     small, rest = divmod(size, parts)
     return [small + (i < rest) for i in range(parts)]
+
+
+def locate(pieces: Pieces, ids: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Owner of each row, and its position in the owner's piece; rows that all ranks hold are taken from this one."""
+    held = [r for r in pieces.ranges if r.size]
+    offset = dict.fromkeys(range(pieces.ranks), 0)
+    owners, bases = [], []
+    for r in held:
+        if r.owner == ALL:
+            position = pieces.own_size(rank) + sum(s.size for s in pieces.shared() if s.stop <= r.start)
+            owners.append(rank)
+        else:
+            position = offset[r.owner]
+            offset[r.owner] += r.size
+            owners.append(r.owner)
+        bases.append(position - r.start)
+    starts = torch.tensor([r.start for r in held], dtype=torch.int64, device=ids.device)
+    index = torch.bucketize(ids.long(), starts, right=True) - 1
+    return torch.tensor(owners, device=ids.device)[index], ids.long() + torch.tensor(bases, device=ids.device)[index]

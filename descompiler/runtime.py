@@ -36,6 +36,7 @@ class Runtime(Communicator):
     unique: dict[str, Counts] = field(default_factory=dict)
     layout: Layout = field(default_factory=lambda: Layout(1))
     checks: tuple[Check, ...] = ()
+    forwards: int = 0
     failures: list[tuple[str, Exception]] = field(default_factory=list)  # of backwards of the latest forward's leaves
 
     def __post_init__(self) -> None:
