@@ -12,8 +12,10 @@ from torch import fx
 
 from descompiler.aggregate import Candidates, Cut, exit_of
 from descompiler.coupling import couple
+from descompiler.fetch_layout import Fetch, FetchTable
 from descompiler.form import Split, form_named
-from descompiler.layout import Check, Entry, Exchange, Fetch, FetchTable, Layout, Whole
+from descompiler.id_checks import Check
+from descompiler.layout import Entry, Exchange, Layout, Whole
 from descompiler.leaf import Leaf
 from descompiler.operators import Lookup, Operator, lookups_by_node
 from descompiler.outputs import checks_of, layouts_of

@@ -21,7 +21,8 @@ from descompiler.emit_outside import Outside
 from descompiler.emit_region import Region
 from descompiler.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait
 from descompiler.form import Split, form_named
-from descompiler.layout import Check, Layout
+from descompiler.id_checks import Check
+from descompiler.layout import Layout
 from descompiler.leaf import LeafOnRanks
 from descompiler.operators import Lookup, Operator
 from descompiler.pieces import Pieces

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from descompiler import traffic as wire
 from descompiler.errors import InputError
+from descompiler.fetch_layout import Counts, Fetch
 from descompiler.keys import KeySpace
-from descompiler.layout import Counts, Fetch
 from descompiler.local_operators import bag, lookup
 from descompiler.pieces import ALL
 from descompiler.runtime import Runtime

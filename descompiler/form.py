@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
 from descompiler.errors import PlanError
-from descompiler.layout import Check
+from descompiler.id_checks import Check
 from descompiler.local_operators import bag, lookup
 from descompiler.operators import Lookup, Operator
 from descompiler.pieces import ALL, Pieces, even_sizes

@@ -16,10 +16,10 @@ from descompiler.coverage import Coverage
 from descompiler.double import InDouble, is_double_meant
 from descompiler.emit import Emitted
 from descompiler.errors import CaptureError, InputError, warn
+from descompiler.fetch_layout import Counts
 from descompiler.guard import Guard
 from descompiler.inputs import Signature, flatten, split_statics, unflatten_with
 from descompiler.keeper import Finish, Keeper
-from descompiler.layout import Counts
 from descompiler.local_operators import scale_grad
 from descompiler.partial import MEAN, ROWS, SAME, SUM
 from descompiler.pieces import Pieces

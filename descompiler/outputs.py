@@ -13,7 +13,8 @@ import sympy
 from torch import fx
 
 from descompiler.form import Split
-from descompiler.layout import Check, Vocabulary
+from descompiler.id_checks import Check
+from descompiler.layout import Vocabulary
 from descompiler.operators import Operator, Output
 from descompiler.pieces import Pieces
 from descompiler.program import Program, aten, shape_of, user_line

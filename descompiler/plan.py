@@ -20,8 +20,9 @@ from descompiler.cost_models.crossovers import crossovers
 from descompiler.cost_models.exchange import IDS_IN, OUTPUTS, VALUES_OUT_AND_BACK
 from descompiler.cost_models.symbols import N, U, V, b, i, k, s
 from descompiler.errors import PlanError
+from descompiler.fetch_layout import Counts
 from descompiler.form import Split, form_named
-from descompiler.layout import Counts, Layout
+from descompiler.layout import Layout
 from descompiler.memory import Memory
 from descompiler.pieces import Pieces
 from descompiler.serial import decode, encode

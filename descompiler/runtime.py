@@ -19,8 +19,10 @@ from torch import Tensor
 from descompiler import traffic as wire
 from descompiler.communicator import Communicator
 from descompiler.draws import Draws
+from descompiler.fetch_layout import Counts
 from descompiler.global_values import Gather, GatherTables, Reduce, Slice, Spread, SyncBatchNorm, Together, Total
-from descompiler.layout import Check, Counts, Layout
+from descompiler.id_checks import Check
+from descompiler.layout import Layout
 from descompiler.local_operators import scale_grad
 from descompiler.region_border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, put_together
 from descompiler.rows import Rows

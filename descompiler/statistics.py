@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from descompiler.errors import InputError
+from descompiler.id_checks import Check
 from descompiler.pieces import ALL, Pieces, even_sizes
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class Statistics:
     def assumed(tables: Sequence[Used], zipf: float = ZIPF) -> Statistics:
         """Ids that nobody measured: frequencies fall as rank^-zipf.
 
-        >>> from descompiler.layout import FetchTable
+        >>> from descompiler.fetch_layout import FetchTable
         >>> table = FetchTable("users", Pieces.replicate((1000, 4), 2), ids=2)
         >>> round(Statistics.assumed([table]).unique("users", 100), 1)
         100.0
@@ -313,8 +314,6 @@ def measure(
     InputError
         If there is no sample, or ids are out of range.
     """
-    from descompiler.layout import Check  # which imports this module
-
     wanted = {o.name: [x.ids for x in o.lookups if x.computed is None] for o in operators}
     order = _computable(program, [n for nodes in wanted.values() for n in nodes])
     tables = [o for o in operators if wanted[o.name] and all(n in order for n in wanted[o.name])]

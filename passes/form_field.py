@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from descompiler.form import Choice, InRegion, LookupPart, Split, not_in_region, whole_rows
-from descompiler.layout import Check
+from descompiler.id_checks import Check
 from descompiler.local_operators import bag, lookup
 from descompiler.operators import Lookup, Operator
 from descompiler.pieces import Pieces, Range

@@ -7,7 +7,7 @@ from torch import nn
 
 import descompiler as des
 from descompiler.fetch import pull
-from descompiler.layout import Fetch, FetchTable
+from descompiler.fetch_layout import Fetch, FetchTable
 from descompiler.pieces import Pieces, Range
 from descompiler.runtime import Runtime
 from descompiler.verify import on_ranks

@@ -1,0 +1,50 @@
+"""Checks of ids and targets, before anything is sent: an error names the table, the id, and where it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the ids of a lookup have to be."""
+
+    table: str
+    rows: int
+    starts: tuple[int, ...] | None = None  # fields of an offsets table: column f's ids lie in its own range
+    line: str = ""
+    ignored: int | None = None  # an id that is allowed too: a target without a loss
+
+    def problem(self, ids: Tensor) -> str | None:
+        """Why these ids are wrong, or None."""
+        name = f"table {self.table!r}" + (f" ({self.line})" if self.line else "")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            return f"{name}: ids must be integers, and are {ids.dtype}; convert them with .long()"
+        if not ids.numel():
+            return None
+        if self.starts is None:
+            low, high = ids.aminmax()
+            if int(low) >= 0 and int(high) < self.rows:
+                return None
+            wrong = (ids < 0) | (ids >= self.rows)
+            if self.ignored is not None:
+                wrong &= ids != self.ignored
+            if not bool(wrong.any()):
+                return None
+            bad = wrong.nonzero()[0].tolist()
+            limits = f"0 to {self.rows - 1}"
+        else:
+            starts = torch.tensor(self.starts, device=ids.device)
+            stops = torch.tensor([*self.starts[1:], self.rows], device=ids.device)
+            wrong = (ids < starts) | (ids >= stops)
+            if not bool(wrong.any()):
+                return None
+            bad = wrong.nonzero()[0].tolist()
+            limits = f"{int(starts[bad[1]])} to {int(stops[bad[1]]) - 1}, the range of field {bad[1]}"
+        return (
+            f"{name}: id {int(ids[tuple(bad)])} in row {bad[0]} of the batch (position {bad}) is not in {limits}; "
+            "check the vocabulary size or the preprocessing"
+        )
