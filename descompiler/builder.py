@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from descompiler.aggregate import Candidates, Cut, Weights, at_lookups, minimum_cut, place
 from descompiler.capture import capture
+from descompiler.checks import asks_for
 from descompiler.emit import Emitted, emit
 from descompiler.errors import CaptureError, PlanError
 from descompiler.form import Split, split_as
-from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics
+from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics, unflatten_with
 from descompiler.operators import Operator, find_operators
 from descompiler.outputs import bias_pieces
 from descompiler.passes import NORMALISE, RULES
 from descompiler.plan import Plan
 from descompiler.probe import CALL, method_of
 from descompiler.program import Program
+from descompiler.sparse import copied
 from descompiler.statistics import Statistics, measure
 
 
@@ -31,6 +34,7 @@ class Builder:
         leaves, _ = split_statics(flatten(normalise_inputs(example_inputs, method_of(template, method)))[0])
         self.rows = max((x.shape[0] for x in leaves if x.dim()), default=1)
         self.device = leaves[0].device if leaves else torch.device("cpu")
+        self._cast: dict[tuple[torch.dtype, ...], Builder] = {}
         self._captured: dict[tuple[tuple[str, bool], ...], tuple[Program, Signature]] = {}
         self._failed: dict[tuple[tuple[str, bool], ...], CaptureError] = {}
 
@@ -53,6 +57,37 @@ class Builder:
                     raise
         return self._captured[key]
 
+    def in_dtypes(
+        self, held: Mapping[str, torch.dtype], given: Sequence[torch.dtype] | None, training: dict[str, bool]
+    ) -> Builder:
+        """Of the model after it was cast, or for inputs in other dtypes: a graph has no casts that did nothing.
+
+        It is this one if only the model was cast, inputs with it, and its graph asks for no dtype.
+
+        Parameters
+        ----------
+        held : mapping of str to torch.dtype
+            By parameter and buffer.
+        given : sequence of torch.dtype, optional
+            By input; as the model was cast if not given. Of inputs that are no floats the example's are taken.
+        """
+        before = {n: x.dtype for n, x in _held(self.template)}
+        cast = {before[n]: d for n, d in held.items() if before[n] != d}
+        leaves, spec = flatten(normalise_inputs(self.example_inputs, method_of(self.template, self.method)))
+        tensors, statics = split_statics(leaves)
+        expected = [cast.get(x.dtype, x.dtype) for x in tensors]
+        wanted = [g if x.is_floating_point() else x.dtype for g, x in zip(given or expected, tensors, strict=True)]
+        if wanted == expected and not asks_for(self.capture(training)[0], cast):
+            return self
+        key = (*held.values(), *wanted)
+        if key not in self._cast:
+            template = copy.deepcopy(self.template, copied(self.template))
+            for name, x in _held(template):
+                x.data = x.data.to(held[name])
+            tensors = [x.to(d) for x, d in zip(tensors, wanted, strict=True)]
+            self._cast[key] = Builder(template, unflatten_with(tensors, spec, statics), self.method)
+        return self._cast[key]
+
     def measure(
         self, program: Program, signature: Signature, operators: list[Operator], samples: Iterable[Any]
     ) -> Statistics:
@@ -67,6 +102,11 @@ class Builder:
         candidates, cut = region_of(program, operators, plan)
         splits = splits_of(operators, plan)
         return emit(program, operators, splits, plan.pieces, candidates, cut, rank, plan.ranks)
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def region_of(program: Program, operators: list[Operator], plan: Plan) -> tuple[Candidates, Cut]:

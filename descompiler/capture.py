@@ -52,9 +52,13 @@ def _try_probe(make: Callable[[], Flat], tensors: list[Tensor]) -> Flat:
     try:
         run_eager(probe, tensors)
     except Exception:
-        probe = make()  # forward may have kept a float32 tensor
-        probe.arithmetic = InDouble
+        probe = _in_double(make())  # forward may have kept a float32 tensor
         run_eager(probe, tensors)
+    return probe
+
+
+def _in_double(probe: Flat) -> Flat:
+    probe.arithmetic = InDouble
     return probe
 
 
@@ -149,17 +153,22 @@ def capture(
         try:
             # of a copy each: a trace that fails may leave it broken
             program = checked = run_passes(trace(flat(double=False), tensors, template), passes)
+            used = probe
             try:
-                idle = _check(checked, probe, batches)
+                idle = _check(checked, used, batches)
             except CannotRunError:
                 checked = in_float64(program)  # it makes or holds float32 tensors
-                idle = _check(checked, probe, batches)
+                idle = _check(checked, used, batches)
+            except CaptureError:
+                # a tracer leaves out casts that do nothing in float32, and bakes dtypes that forward asks for
+                checked, used = in_float64(program), _in_double(flat(double=True))
+                idle = _check(checked, used, batches)
         except DescompilerError as error:
             failures.append(Failure(rung, str(error)))
             continue
         try:
-            with probe.arithmetic():
-                classify(checked, partial(probe_values, checked, probe), batches[0])
+            with used.arithmetic():
+                classify(checked, partial(probe_values, checked, used), batches[0])
             _check_leaves(checked)
         except LeafError as error:
             failures.append(Failure(rung, str(error)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from descompiler.errors import CaptureError
 from descompiler.probe import Flat, probed_whole, run_eager
@@ -42,6 +44,15 @@ def probe_values(program: Program, probe: Flat, tensors: list[Tensor]) -> dict[s
             else:
                 values[node.name] = program.constant(source.name)
     return values
+
+
+def asks_for(program: Program, dtypes: Collection[torch.dtype]) -> bool:
+    """Whether an operator is told to make tensors of one of these dtypes: the code may have asked a tensor for its."""
+    return any(
+        isinstance(x, torch.dtype) and x in dtypes
+        for n in program.graph.nodes
+        for x in pytree.tree_leaves((n.args, n.kwargs))
+    )
 
 
 def in_float64(program: Program) -> Program:

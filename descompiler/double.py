@@ -61,9 +61,13 @@ def _double(x: Any) -> Any:
     return _WIDER.get(x, x) if isinstance(x, torch.dtype | str) else x
 
 
+def _is_narrow(x: Tensor) -> bool:
+    return x.dtype in _WIDER or (x.is_floating_point() and x.dtype != torch.float64)
+
+
 def widen(x: Tensor) -> Tensor:
-    """A float32 or complex64 tensor in twice the precision, others as they are; leaves stay leaves."""
-    wider = x.detach().to(_WIDER.get(x.dtype, x.dtype))
+    """A tensor of less precision in float64 or complex128, others as they are; leaves stay leaves."""
+    wider = x.detach().to(_WIDER.get(x.dtype, torch.float64) if _is_narrow(x) else x.dtype)
     return wider.requires_grad_(x.requires_grad)
 
 
@@ -79,7 +83,7 @@ def widen_attributes(model: nn.Module) -> None:
     registered = {id(p) for p in model.parameters()}
 
     def is_narrow(x: Any) -> bool:
-        return isinstance(x, Tensor) and x.dtype in _WIDER and id(x) not in registered
+        return isinstance(x, Tensor) and _is_narrow(x) and id(x) not in registered
 
     for module, name, nested in held_values(model):
         if any(map(is_narrow, pytree.tree_leaves(nested))):

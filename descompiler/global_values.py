@@ -175,10 +175,7 @@ class SyncBatchNorm(torch.autograd.Function):
         mean = x.mean(dims) if count else x.new_zeros(channels)
         m2 = ((x - mean.reshape(shape)) ** 2).sum(dims)
         mine = torch.cat([x.new_tensor([count]), mean, m2])
-        if runtime.ranks > 1:
-            every = runtime.gather(wire.NORM_FORWARD, mine)
-        else:
-            every = mine
+        every = runtime.gather(wire.NORM_FORWARD, mine)
         counts, means, m2s = every.reshape(runtime.ranks, -1).split([1, channels, channels], 1)
         total = counts.sum()
         mean = (counts * means).sum(0) / total
@@ -199,8 +196,7 @@ class SyncBatchNorm(torch.autograd.Function):
         normal, scale, weight, total = ctx.saved_tensors
         grad_bias, grad_weight = grad.sum(ctx.dims), (grad * normal).sum(ctx.dims)
         inner = torch.cat([grad_bias, grad_weight])
-        if runtime.ranks > 1:
-            runtime.all_reduce(wire.NORM_BACKWARD, inner)
+        runtime.all_reduce(wire.NORM_BACKWARD, inner)
         sum_grad, sum_product = inner.split(grad_bias.numel())
         grad_x = grad - (sum_grad.reshape(shape) + normal * sum_product.reshape(shape)) / total
         grad_x = grad_x * scale.reshape(shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class DistributedModule(nn.Module):
         plan: Plan,
         signature: Signature | None,
         runtime: Runtime,
-        program_for: Callable[[dict[str, bool]], Emitted] | None,
+        program_for: Callable[..., Emitted] | None,
         values: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         coverage: Coverage,
@@ -100,7 +101,8 @@ class DistributedModule(nn.Module):
         vars(self)["_host"] = host  # no submodule: its parts are this module's own
         self._coverage, self._keeper = coverage, Keeper(runtime)
         self._signature, self._runtime, self._program_for = signature, runtime, program_for
-        self._programs: dict[tuple[bool, ...], Emitted] = {}
+        self._programs: dict[Any, Emitted] = {}  # by training flags and dtypes
+        self._given: tuple[torch.dtype, ...] | None = None  # of the latest forward's inputs
         self._constants: dict[str, Tensor] = {}
         self._ddp: list[Any] = []
         self._timed_buckets: list[tuple[Tensor, Any]] = []
@@ -111,6 +113,7 @@ class DistributedModule(nn.Module):
             self._mirror(template, values, buffers)
         else:
             self._adopt(host, values, buffers)
+        runtime.wire_dtype = next((p.dtype for p in self.parameters()), torch.float32)
         self._in_place = in_place and host is not None
         for name, p in self.named_parameters():
             if not plan.pieces[name].is_replicated:
@@ -180,6 +183,9 @@ class DistributedModule(nn.Module):
         runtime.mode = 2 * sum(f << (i % 61) for i, f in enumerate(flags)) % (1 << 61) + grad
         runtime.mode_name = f"{'training' if self.training else 'evaluation'}, gradients {'on' if grad else 'off'}"
         try:
+            assert self._signature is not None
+            tensors = self._signature.flatten(args, kwargs)
+            self._given = tuple(x.dtype for x in tensors)
             try:
                 emitted = self._program()
             except CaptureError as error:
@@ -187,11 +193,11 @@ class DistributedModule(nn.Module):
                 runtime.started = True  # the users' forward tells the other ranks what fails in it
                 return users.follow(self, args, kwargs)
             runtime.layout, runtime.checks = emitted.layout, emitted.checks
-            assert self._signature is not None
-            tensors = self._signature.flatten(args, kwargs)
             reference = next(self.parameters())
             runtime.device = reference.device
-            runtime.wire_dtype = reference.dtype
+            if reference.dtype != runtime.wire_dtype:  # it was cast: other bytes cross
+                runtime.wire_dtype = reference.dtype
+                object.__setattr__(self, "plan", replace(self.plan, itemsize=reference.dtype.itemsize))
             reduced = grad and emitted.layout.dense_elements and not self._in_place and self._trains_replicas()
             outputs = self._reduced(tensors) if reduced else self._run(tensors)
         except Exception as error:
@@ -213,8 +219,8 @@ class DistributedModule(nn.Module):
         """
         if torch.is_grad_enabled():
             raise CaptureError(
-                f"the model was captured in other training flags only, not in these ({error}). Its own forward can run "
-                "in these with gradients off: call it within torch.no_grad()",
+                f"the model was captured in other training flags (or dtypes) only, not in these ({error}). Its own "
+                "forward can run in these with gradients off: call it within torch.no_grad()",
                 error.failures,
             ) from error
         key = self._training_flags()
@@ -301,10 +307,12 @@ class DistributedModule(nn.Module):
         return tuple(modules[name].training for name in self._flags)
 
     def _program(self) -> Emitted:
-        key = self._training_flags()
+        flags = self._training_flags()
+        held = {n: x.dtype for n, x in (*self.named_parameters(), *self.named_buffers())}
+        key = flags, tuple(held.values()), self._given
         if key not in self._programs:
             assert self._program_for is not None
-            self._programs[key] = self._program_for(dict(zip(self._flags, key, strict=True)))
+            self._programs[key] = self._program_for(dict(zip(self._flags, flags, strict=True)), held, self._given)
         return self._programs[key]
 
     def _replicas(self) -> dict[str, nn.Parameter]:
@@ -575,8 +583,12 @@ class PartialModule(DistributedModule):
             empty = any(x.dim() and not x.shape[0] for x in split_statics(flatten((args, kwargs))[0])[0])
             if not empty or self._keeper.failed or self._runtime.ranks == 1:
                 raise
+        leaves, spec = flatten(self._spare)
+        tensors, statics = split_statics(leaves)
+        given = split_statics(flatten((args, kwargs))[0])[0]
+        spare = unflatten_with([x.to(y.dtype) for x, y in zip(tensors, given, strict=True)], spec, statics)
         with arithmetic(), SynchroniseNorms(self._keeper, spare=True):
-            return call(*self._spare[0], **self._spare[1]), True
+            return call(*spare[0], **spare[1]), True
 
     @property
     def output_rows(self) -> tuple[Rows | None, ...]:

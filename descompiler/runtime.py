@@ -146,6 +146,8 @@ class Runtime(Communicator):
         eps: float,
     ) -> Tensor:
         """Batch norm in training over the global batch; x ``[b, C, ...]``."""
+        if self.ranks == 1:
+            return torch.batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps, True)
         return SyncBatchNorm.apply(self, x, weight, bias, running_mean, running_var, momentum, eps)
 
     def norm_inside(

@@ -198,6 +198,66 @@ def test_what_can_not_be_on_meta_is_named(cls, expected):
         des.compile(model, (IDS,))
 
 
+class AsksForDtypes(nn.Module):
+    """Casts that did nothing when it was traced, a dtype that was asked for, and float32 whatever the weights are."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+        self.norm = nn.BatchNorm1d(5)
+        self.top = nn.Linear(5, 1)
+
+    def forward(self, ids, x):
+        x = torch.log1p(x.to(self.top.weight.dtype)) + x.float().exp()
+        e = self.table(ids).sum(1)
+        scale = torch.full((e.shape[0], 1), 0.1, dtype=e.dtype)
+        return self.top(self.norm(torch.cat([e * scale, x.to(e.dtype)[:, None]], 1)))
+
+
+def _cast(rank, ranks, when, in_place):
+    """Cast to float64 and fed float32 and float64 inputs: the largest difference from one process."""
+    torch.manual_seed(1)
+    inputs = IDS, torch.rand(8, generator=torch.Generator().manual_seed(2))
+    model, alone = AsksForDtypes(), AsksForDtypes()
+    compiled = des.compile(model, inputs, plan={"*": "row"}, loss="sum", in_place=in_place)
+    module, rows = des.module_of(compiled), slice(0, 3) if rank == 0 else slice(3, 8)
+    if when == "after a step":
+        compiled(*(x[rows] for x in inputs)).sum().backward()
+    compiled.double().zero_grad()
+    alone.double().load_state_dict(des.full_state_dict(compiled))
+    worst = []
+    for step in range(4):
+        given = inputs[0], inputs[1].double() if step % 2 else inputs[1]
+        for m in (compiled, alone):
+            m.train(step >= 2).zero_grad()
+        got, expected = compiled(*(x[rows] for x in given)), alone(*given)
+        got.square().sum().backward()
+        expected.square().sum().backward()
+        worst.append(float((got - expected[rows]).abs().max()))
+        for name, p in module.named_parameters():
+            want = module.pieces(name).cut(alone.get_parameter(name).grad, rank)
+            worst.append(float((p.grad - want).abs().sum()))
+    predicted = module.plan.traffic(rank, [3, 5], unique=module.unique())
+    return module.coverage().rung, max(worst), predicted == module.traffic()
+
+
+@pytest.mark.parametrize(("when", "in_place"), [("before a step", False), ("after a step", True)])
+def test_cast_after_it_was_compiled(when, in_place):
+    for rung, worst, as_predicted in on_ranks(_cast, 2, when, in_place):
+        assert rung == "export" and worst < 1e-12 and (as_predicted or in_place)
+
+
+def test_a_model_in_bfloat16_with_buffers():
+    model = AsksForDtypes().bfloat16()
+    inputs = IDS, torch.rand(8).bfloat16()
+    module = des.compile(copy.deepcopy(model), inputs)
+    assert torch.equal(module(*inputs), model(*inputs)), "on one rank, bit for bit"
+
+
+def test_casts_that_do_nothing_are_captured_as_a_graph():
+    assert des.compile(AsksForDtypes(), (IDS, torch.rand(8))).coverage().rung == "export"
+
+
 def _losses(rank, ranks, loss):
     model, counts = make(), [2, 6]
     module = des.compile(model, inputs_of(), plan={"*": "row"}, loss=loss)
