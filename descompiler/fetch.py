@@ -21,118 +21,19 @@ Gradients are averages over ranks: what ranks send is summed, and divided by the
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from descompiler import traffic as wire
 from descompiler.errors import InputError
 from descompiler.fetch_layout import Counts, Fetch
-from descompiler.keys import KeySpace
+from descompiler.fetching import Fetching, collected, dealt, prepare
 from descompiler.local_operators import bag, lookup
-from descompiler.pieces import ALL
 from descompiler.runtime import Runtime
-
-if TYPE_CHECKING:
-    from torch.distributed import Work
-
-    from descompiler.collectives import Pending
-
-
-@dataclass
-class Fetching:
-    """One fetch under way: what `prepare` found, what the other ranks ask, and what is still in flight.
-
-    Attributes
-    ----------
-    positions : list of Tensor
-        For each lookup, the place of each of its ids in the rows of its class.
-    padding : list of int
-        For each table, the place of its padding row; -1 where the batch has none.
-    asked, served : list of list of int
-        ``[rank][class]``: rows that this rank asks of a rank; that a rank asks of this one.
-    """
-
-    fetch: Fetch
-    space: KeySpace
-    positions: list[Tensor]
-    padding: list[int]
-    keys: Tensor  # asked of other ranks, in order of rank, class, key
-    asked: list[list[int]]
-    shared_keys: list[Tensor]  # by class
-    by_table: list[list[int]]  # [table][owner, shared last]: unique keys
-    served_counts: list[int] = field(default_factory=list)
-    gathered_counts: list[int] = field(default_factory=list)
-    served: list[list[int]] = field(default_factory=list)
-    served_keys: list[Tensor] = field(default_factory=list)  # by class, in order of rank, key
-    asking: Pending | None = None  # keys
-    answering: Pending | None = None  # rows
-    returning: Pending | None = None  # gradients of rows
-    telling: Pending | None = None  # shared keys of the other ranks
-    gathering: Gathering | None = None
-    reducing: tuple[Work, Tensor] | None = None  # gradients of shared rows
-
-    def asked_counts(self, ranks: int) -> list[int]:
-        return [sum(self.asked[r]) for r in range(ranks)]
-
-    @property
-    def gathered_count(self) -> int:
-        """Shared rows of which this rank will send a gradient to every other rank."""
-        return sum(len(self.shared_keys[c]) for c in self.fetch.gathered_classes)
-
-
-def prepare(fetch: Fetch, ids: Sequence[Tensor], ranks: int) -> Fetching:
-    """Deduplicate the ids of all lookups of a fetch, and find where each row is."""
-    device = ids[0].device
-    space, of_table = fetch.on(device)
-    tables, classes = len(fetch.tables), len(fetch.classes)
-    parts = [x.reshape(-1).long() + space.offsets[t] for x, t in zip(ids, fetch.lookups, strict=True)]
-    unique, inverse = torch.unique(torch.cat(parts), return_inverse=True)
-    owner, key = space.locate(unique)
-    owner = torch.where(owner < 0, ranks, owner)
-    table = torch.searchsorted(space.offsets, unique, right=True) - 1
-    by_table = torch.bincount(table * (ranks + 1) + owner, minlength=tables * (ranks + 1)).reshape(tables, -1)
-    by_class = by_table.new_zeros((classes, ranks + 1)).index_add_(0, of_table, by_table)
-    # shared rows first, then the owners' in order
-    turn = of_table[table] * (ranks + 1) + torch.where(owner == ranks, 0, owner + 1)
-    order = torch.argsort(turn, stable=True)
-    ends = by_class.sum(1).cumsum(0)
-    place = torch.empty_like(order)
-    firsts = ends - by_class.sum(1)
-    place[order] = torch.arange(len(order), device=device) - firsts[of_table[table[order]]]
-    positions = torch.split(place[inverse], [len(p) for p in parts])
-    counts = by_class.tolist()
-    sizes = [n for row in counts for n in (row[-1], *row[:-1])]
-    chunks = torch.split(key[order], sizes)
-    keys = [chunks[c * (ranks + 1) + 1 + r] for r in range(ranks) for c in range(classes)]
-    return Fetching(
-        fetch,
-        space,
-        [p.reshape(x.shape) for p, x in zip(positions, ids, strict=True)],
-        _padding(fetch, space, unique, place),
-        torch.cat(keys),
-        [[counts[c][r] for c in range(classes)] for r in range(ranks)],
-        [chunks[c * (ranks + 1)] for c in range(classes)],
-        by_table.tolist(),
-    )
-
-
-def _padding(fetch: Fetch, space: KeySpace, unique: Tensor, place: Tensor) -> list[int]:
-    """The place of each table's padding row among the rows of its class; -1 where it isn't asked for."""
-    result = [-1] * len(fetch.tables)
-    padded = [t for t, x in enumerate(fetch.tables) if x.padding_idx >= 0]
-    if padded and len(unique):
-        rows = torch.tensor([fetch.tables[t].padding_idx for t in padded], device=unique.device)
-        keys = space.offsets[torch.tensor(padded, device=unique.device)] + rows
-        index = torch.searchsorted(unique, keys).clamp(max=len(unique) - 1)
-        for t, at in zip(padded, torch.where(unique[index] == keys, place[index], -1).tolist(), strict=True):
-            result[t] = at
-    return result
+from descompiler.shared_rows import gathered_gradients, reduced_gradients, start_gathering, start_reducing, to_all
 
 
 def begin_fetch(runtime: Runtime, rows: int, ids: Sequence[Tensor], fetch_ids: Sequence[Tensor]) -> list[Any]:
@@ -181,7 +82,7 @@ def fetch_start(runtime: Runtime, fetching: Fetching) -> Fetching:
     dtype = torch.int32 if fetching.fetch.id_bytes == 4 else torch.int64
     if fetching.fetch.gathered_classes and torch.is_grad_enabled():
         keys = torch.cat([fetching.shared_keys[c] for c in fetching.fetch.gathered_classes]).to(dtype)
-        fetching.telling = _to_all(runtime, keys, fetching.gathered_counts, wire.GATHER_IDS)
+        fetching.telling = to_all(runtime, keys, fetching.gathered_counts, wire.GATHER_IDS)
     if fetching.fetch.divided:
         asked = fetching.asked_counts(runtime.ranks)
         fetching.asking = runtime.exchange(fetching.keys.to(dtype), asked, fetching.served_counts, wire.FETCH_IDS)
@@ -257,24 +158,6 @@ def _read(weights: Sequence[Tensor], keys: Tensor, bounds: Tensor, moves: Sequen
     return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
 
 
-def _dealt(values: Sequence[Tensor], counts: Sequence[Sequence[int]], dtype: torch.dtype) -> tuple[Tensor, list[int]]:
-    """Rows of each class, in order of rank, as one flat buffer in order of rank and class; and its sizes by rank."""
-    parts = [torch.split(v.to(dtype), [row[c] for row in counts]) for c, v in enumerate(values)]
-    chunks = [p[r].reshape(-1) for r in range(len(counts)) for p in parts]
-    sizes = [sum(p[r].numel() for p in parts) for r in range(len(counts))]
-    return torch.cat(chunks), sizes
-
-
-def _collected(buffer: Tensor, counts: Sequence[Sequence[int]], dims: Sequence[int]) -> list[list[Tensor]]:
-    """The inverse of `_dealt`: by class, the rows ``[n, dim]`` of each rank."""
-    parts = iter(torch.split(buffer, [n * d for row in counts for n, d in zip(row, dims, strict=True)]))
-    result: list[list[Tensor]] = [[] for _ in dims]
-    for row in counts:
-        for c, (n, d) in enumerate(zip(row, dims, strict=True)):
-            result[c].append(next(parts).reshape(n, d))
-    return result
-
-
 def _wire_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     dtype = tensors[0].dtype
     for t in tensors:
@@ -313,7 +196,7 @@ class _FetchRows(torch.autograd.Function):
         ctx.runtime, ctx.fetching = runtime, fetching
         ctx.weights = [w.detach() for w in weights]
         if fetch.divided:
-            buffer, sent = _dealt(owned, fetching.served, _wire_dtype(weights))
+            buffer, sent = dealt(owned, fetching.served, _wire_dtype(weights))
             sizes = [sum(n * d for n, d in zip(row, fetch.dims, strict=True)) for row in fetching.asked]
             fetching.answering = runtime.exchange(buffer, sent, sizes, wire.FETCH_ROWS)
             return fetching.answering.out, *shared
@@ -323,7 +206,7 @@ class _FetchRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         runtime, fetching = ctx.runtime, ctx.fetching
         fetch, space, rank = fetching.fetch, fetching.space, runtime.rank
-        owned, shared, reduced = _arrived(fetching), _gathered(runtime, fetching), _reduced(fetching)
+        owned, shared, reduced = _arrived(fetching), gathered_gradients(runtime, fetching), reduced_gradients(fetching)
         result: list[Tensor | None] = [None] * len(fetch.tables)
         for c, members in enumerate(fetch.classes):
             if not fetch.trained[c]:
@@ -372,7 +255,7 @@ class _FetchWait(torch.autograd.Function):
         result = []
         if fetching.answering is not None:
             arrived = fetching.answering.wait()
-            for own, parts in zip(shared, _collected(arrived, fetching.asked, fetch.dims), strict=True):
+            for own, parts in zip(shared, collected(arrived, fetching.asked, fetch.dims), strict=True):
                 result.append(torch.cat([own, *(p.to(own.dtype) for p in parts)]))
         else:
             result = [x.view_as(x) for x in shared]
@@ -390,13 +273,13 @@ class _FetchWait(torch.autograd.Function):
             asked, served = (_trained(fetch, x) for x in (fetching.asked, fetching.served))
             others = [g[len(k) :] for g, k in zip(grads, fetching.shared_keys, strict=True)]
             others = [g if t else g[:0] for g, t in zip(others, fetch.trained, strict=True)]
-            buffer, sent = _dealt(others, asked, dtype)
+            buffer, sent = dealt(others, asked, dtype)
             sizes = [sum(n * d for n, d in zip(row, fetch.dims, strict=True)) for row in served]
             fetching.returning = runtime.exchange(buffer, sent, sizes, wire.FETCH_BACK)
         if fetch.gathered_classes:
-            fetching.gathering = _gather(runtime, fetching, own, dtype)
+            fetching.gathering = start_gathering(runtime, fetching, own, dtype)
         if fetch.reduced_tables:
-            fetching.reducing = _reduce(runtime, fetching, own, dtype)
+            fetching.reducing = start_reducing(runtime, fetching, own, dtype)
         # what the pieces get is in the exchanges: the gradients of the buffers themselves are only for the order
         return None, None, *(z.expand(shape) for z, shape in zip(*ctx.like, strict=True))
 
@@ -411,99 +294,7 @@ def _arrived(fetching: Fetching) -> list[Tensor]:
         return []
     buffer = fetching.returning.wait()
     served = _trained(fetching.fetch, fetching.served)
-    return [torch.cat(parts) for parts in _collected(buffer, served, fetching.fetch.dims)]
-
-
-def _to_all(runtime: Runtime, mine: Tensor, counts: Sequence[int], name: str) -> Pending:
-    """What every other rank sends, ``counts`` elements, in order of rank; ``mine`` goes to them.
-
-    An all-to-all: gloo has no all-gather of uneven sizes, and padding would cost bytes.
-    """
-    sent = [0 if r == runtime.rank else len(mine) for r in range(runtime.ranks)]
-    sizes = [0 if r == runtime.rank else n for r, n in enumerate(counts)]
-    return runtime.exchange(mine.repeat(runtime.ranks - 1), sent, sizes, name)
-
-
-@dataclass
-class Gathering:
-    """Gradients of shared rows under way: those of the other ranks, and this rank's own."""
-
-    values: Pending
-    counts: list[list[int]]  # [rank][class]; none of this rank
-    keys: list[tuple[Tensor, ...]]  # [rank][class]; this rank's too
-    own: list[Tensor]  # by class
-
-
-def _gather(runtime: Runtime, fetching: Fetching, own: list[Tensor], dtype: torch.dtype) -> Gathering:
-    """Send every rank the gradients of the shared rows that this one looked up."""
-    fetch, rank = fetching.fetch, runtime.rank
-    assert fetching.telling is not None
-    received = fetching.telling.wait().long()
-    sizes = [0 if r == rank else n for r, n in enumerate(fetching.gathered_counts)]
-    firsts = fetching.space.shared[torch.tensor([m.start for m in fetch.classes], device=received.device)]
-    counts, keys = [], []
-    for part in torch.split(received, sizes):  # in order of class
-        ends = [*torch.searchsorted(part, firsts).tolist(), len(part)]
-        counts.append([b - a for a, b in itertools.pairwise(ends)])
-        keys.append(torch.split(part, counts[-1]))
-    keys[rank] = tuple(fetching.shared_keys)
-    values = torch.cat([own[c].to(dtype).reshape(-1) for c in fetch.gathered_classes])
-    elements = [sum(n * d for n, d in zip(row, fetch.dims, strict=True)) for row in counts]
-    return Gathering(_to_all(runtime, values, elements, wire.GATHER_BACK), counts, keys, own)
-
-
-def _gathered(runtime: Runtime, fetching: Fetching) -> dict[int, tuple[Tensor, Tensor]]:
-    """By class, the shared keys of all ranks and their gradients.
-
-    In order of rank everywhere, so that replicas stay equal bit for bit: sums run in the same order.
-    """
-    g = fetching.gathering
-    if g is None:
-        return {}
-    buffer = g.values.wait()
-    collected = _collected(buffer, g.counts, fetching.fetch.dims)
-    result = {}
-    for c in fetching.fetch.gathered_classes:
-        collected[c][runtime.rank] = g.own[c].to(buffer.dtype)
-        result[c] = torch.cat([k[c] for k in g.keys]), torch.cat(collected[c])
-    return result
-
-
-def _reduce(runtime: Runtime, fetching: Fetching, own: Sequence[Tensor], dtype: torch.dtype) -> tuple[Work, Tensor]:
-    """Sum dense gradients of shared rows over ranks; a table with sparse gradients adds who looked a row up."""
-    fetch, shared = fetching.fetch, fetching.space.shared
-    parts = []
-    for c, members in enumerate(fetch.classes):
-        if any(t in fetch.reduced_tables for t in members):
-            keys, values = fetching.shared_keys[c] - shared[members.start], own[c].to(dtype)
-            if fetch.tables[members.start].sparse:
-                values = torch.cat([values, values.new_ones((len(values), 1))], 1)
-            rows = sum(int(fetch.tables[t].sizes[ALL]) for t in members)
-            parts.append(values.new_zeros((rows, values.shape[1])).index_add_(0, keys, values).reshape(-1))
-    flat = torch.cat(parts)
-    size = wire.all_reduce_bytes(flat.numel() * flat.element_size(), runtime.ranks)
-    work = runtime.collective(wire.SHARED_ROWS, size, lambda: dist.all_reduce(flat, group=runtime.group, async_op=True))
-    return work, flat
-
-
-def _reduced(fetching: Fetching) -> dict[int, tuple[Tensor, Tensor]]:
-    """By table, shared rows and their gradients, summed over ranks."""
-    if fetching.reducing is None:
-        return {}
-    work, flat = fetching.reducing
-    work.wait()
-    fetch = fetching.fetch
-    sizes = [int(fetch.tables[t].sizes[ALL]) for t in fetch.reduced_tables]
-    widths = [fetch.tables[t].dim + fetch.tables[t].sparse for t in fetch.reduced_tables]
-    parts = torch.split(flat, [n * w for n, w in zip(sizes, widths, strict=True)])
-    result = {}
-    for t, n, w, part in zip(fetch.reduced_tables, sizes, widths, parts, strict=True):
-        values, rows = part.reshape(n, w), torch.arange(n, device=flat.device)
-        if fetch.tables[t].sparse:
-            rows = rows[values[:, -1] > 0]
-            values = values[rows, :-1]
-        result[t] = rows, values
-    return result
+    return [torch.cat(parts) for parts in collected(buffer, served, fetching.fetch.dims)]
 
 
 def _record(runtime: Runtime, fetching: Fetching, served: Tensor) -> None:
