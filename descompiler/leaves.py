@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from descompiler.passes.functionalise import storage_roots
 from descompiler.probe import Flat, other_batch
 from descompiler.program import Program, eliminate_dead_code, mutates
 from descompiler.tape import NoRecipeError, Step, Tape, same
-from descompiler.tracers import export_program, first_line
+from descompiler.tracers import export_program, first_line, traceable_len
 
 ATTEMPTS = 8
 """Traces of one model, each with other leaves."""
@@ -178,7 +177,7 @@ class _Trace:
             self._observe()
         with self._patched(lambda name: partial(self._enter, name, iter(self.leaves[name]))):
             try:
-                with _traceable_len(self.work):
+                with traceable_len(self.work):
                     program = export_program(self.work, self.work, self.tensors, self.template)
             finally:
                 _CALLS.clear()
@@ -412,24 +411,6 @@ def _untracked_calls() -> Iterator[None]:
         yield
     finally:
         nn.Module.__call__ = call  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _traceable_len(model: nn.Module) -> Iterator[None]:
-    """In the modules that define the model's classes, ``len(tensor)`` is the traced size: Python's has to be an int."""
-
-    def traceable(x: Any) -> Any:
-        return x.shape[0] if isinstance(x, Tensor) and x.dim() else len(x)
-
-    spaces = {id(s): s for m in model.modules() if (s := vars(sys.modules[type(m).__module__]))}
-    mine = [s for s in spaces.values() if "len" not in s and not s["__name__"].startswith(("torch.", "descompiler."))]
-    try:
-        for space in mine:
-            space["len"] = traceable
-        yield
-    finally:
-        for space in mine:
-            del space["len"]
 
 
 def _erase_between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import operator
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,7 +34,8 @@ def trace_export(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Pr
     CaptureError
         If tracing fails.
     """
-    return export_program(traced, traced, tensors, template)
+    with traceable_len(traced):
+        return export_program(traced, traced, tensors, template)
 
 
 def trace_dynamo(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Program:
@@ -133,6 +135,24 @@ def export_program(module: nn.Module, traced: Flat, tensors: list[Tensor], templ
     except Exception as error:  # as above
         raise CaptureError(first_line(error)) from error
     return _program_of(exported, template, traced, registered)
+
+
+@contextlib.contextmanager
+def traceable_len(model: nn.Module) -> Iterator[None]:
+    """In the modules that define the model's classes, ``len(tensor)`` is the traced size: Python's has to be an int."""
+
+    def traceable(x: Any) -> Any:
+        return x.shape[0] if isinstance(x, Tensor) and x.dim() else len(x)
+
+    spaces = {id(s): s for m in model.modules() if (s := vars(sys.modules[type(m).__module__]))}
+    mine = [s for s in spaces.values() if "len" not in s and not s["__name__"].startswith(("torch.", "descompiler."))]
+    try:
+        for space in mine:
+            space["len"] = traceable
+        yield
+    finally:
+        for space in mine:
+            del space["len"]
 
 
 @contextlib.contextmanager

@@ -1,12 +1,14 @@
 """functionalise: ``add_(x, y); f(x)  -->  x' = add(x, y); f(x')``
+``fill_(x[:n], y); f(x)  -->  x' = slice_scatter(x, fill(x[:n], y), 0, 0, n); f(x')``
 
 An operator that writes to its first argument becomes the one that returns a new value, and later uses take that. It
 pays because an emitted program runs nodes in another order than the user's. Writes to buffers (counters of batch norm)
-stay. A write that a view of the value would see is refused by name.
+stay. A write that another view of the value would see is refused by name.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 import sys
 from dataclasses import dataclass
@@ -44,38 +46,58 @@ class Functionalise:
         self, program: Program, node: fx.Node, written: fx.Node, roots: dict[fx.Node, fx.Node], order: dict[Any, int]
     ) -> None:
         advice = f"{where(node)} writes to a value in place"
-        functional = _functional(node.target)
+        # aten.copy has no derivative
+        functional = aten.expand_as.default if node.target is aten.copy_.default else _functional(node.target)
+        arguments = (node.args[1], written) if node.target is aten.copy_.default else node.args
         if functional is None or program.source(roots[written]) is not None:
             raise UnsupportedError(f"{advice}, of a parameter or an input; write to a copy")
         position = order[node]
+        chain = _scattered(written)
         for other, root in roots.items():
             late = any(order.get(u, position) > position for u in other.users)
-            elsewhere = root is roots[written] and other is not written and order[other] < position and late
+            elsewhere = root is roots[written] and other not in chain and order[other] < position and late
             if elsewhere and not _disjoint(other, written):
                 raise UnsupportedError(f"{advice}, and a view of it is used afterwards; use the operator without '_'")
         with program.graph.inserting_before(node):
-            new = program.graph.call_function(functional, node.args, dict(node.kwargs))
+            new = program.graph.call_function(functional, arguments, dict(node.kwargs))
             new.meta = dict(node.meta)
-            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+            args, kwargs = fx.map_arg((arguments, node.kwargs), value)
             with value(node).fake_mode:
                 promoted = functional(*args, **kwargs)
             if promoted.dtype != value(node).dtype:  # the value written to keeps its dtype
                 new.meta["val"] = promoted
                 new = program.graph.call_function(aten.to.dtype, (new, value(node).dtype))
                 new.meta = dict(node.meta)
+            changed = {node: new, written: new}
+            for view, of in itertools.pairwise(chain):
+                new = program.graph.call_function(SCATTERS[view.target], (of, new, *view.args[1:]))
+                new.meta = dict(node.meta) | {"val": value(of)}
+                changed[of] = new
         shared = roots[written]
-        order[new] = position
-        for old in (written, node):
+        for old, now in changed.items():
+            order[now] = position
+            roots[now] = new  # what was a view of the value still is, for later writes
             for user in list(old.users):
                 if order.get(user, 0) > position:
-                    user.replace_input_with(old, new)
+                    user.replace_input_with(old, now)
         program.graph.erase_node(node)
         del roots[node]
-        roots[new] = new
         for other, root in roots.items():
             if root is shared and order[other] > position:
                 roots[other] = new
         program.note(f"{self.name}: {node.name}")
+
+
+SCATTERS: dict[Any, Any] = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
+"""Of a view, the operator that returns the value with another one in the view's place."""
+
+
+def _scattered(written: fx.Node) -> list[fx.Node]:
+    """What is written to, and what it is a part of, outwards, as far as the parts can be put back."""
+    chain = [written]
+    while chain[-1].target in SCATTERS:
+        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+    return chain
 
 
 def _functional(target: Any) -> Any:

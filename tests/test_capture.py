@@ -39,7 +39,7 @@ class Plain(Model):
 
 
 class Length(Model):
-    """``len`` of a tensor fixes the batch size under export; Dynamo keeps it symbolic."""
+    """``len`` of a tensor would fix the batch size."""
 
     def forward(self, ids):
         assert len(ids) == ids.shape[0]
@@ -53,7 +53,7 @@ class Numpy(Model):
 
     def forward(self, ids):
         ids = ids % 3 + torch.from_numpy(np.asarray(self.offsets)).unsqueeze(0)
-        return self.top(self.table(ids).sum(1) * len(ids) / ids.shape[0])
+        return self.top(self.table(ids).sum(1) * int(ids.shape[0]) / ids.shape[0])
 
 
 class Recurrent(Model):
@@ -62,7 +62,7 @@ class Recurrent(Model):
         self.gru = nn.GRU(4, 4, batch_first=True)
 
     def forward(self, ids):
-        assert len(ids) > 0
+        assert int(ids.shape[0]) > 0
         return self.top(self.gru(self.table(ids))[0].sum(1))
 
 
@@ -199,7 +199,7 @@ def captured(model, inputs=(IDS,)):
 @pytest.mark.parametrize(
     ("cls", "rung"),
     [
-        (Plain, "export"), (Entries, "export"), (Length, "dynamo"), (Numpy, "dynamo"), (Recurrent, "dynamo"),
+        (Plain, "export"), (Entries, "export"), (Length, "export"), (Numpy, "dynamo"), (Recurrent, "dynamo"),
         (Sequence, "fx"), (Whole, "leaf"), (Inside, "fx"), (Branch, "leaf"), (Longest, "leaf"),
     ],
 )  # fmt: skip
@@ -608,9 +608,39 @@ def test_a_write_that_another_view_sees_is_not_accepted():
             first *= 2
             return self.top(first + all_but_last.sum(1))
 
-    program = captured(Overlapping())
-    assert program.rung == "leaf"
-    assert "writes to a value in place" in program.failures[0].reason
+    class Twice(Model):
+        def forward(self, ids):
+            x = self.table(ids)
+            first = x[:, 0]
+            first *= 2
+            x *= 3
+            return self.top(first + x.sum(1))
+
+    for cls in (Overlapping, Twice):
+        program = captured(cls())
+        assert program.rung == "leaf"
+        assert "writes to a value in place" in program.failures[0].reason
+
+
+class Labels(Model):
+    """A loss whose labels are written into a part of a value, and whose model accumulates in float32."""
+
+    def forward(self, ids):
+        both = torch.cat([self.top(self.table(ids[:, i])).squeeze(1) for i in (0, 1)])
+        target = torch.zeros(len(ids) * 2, dtype=torch.float32)
+        target[: len(ids)] = 1
+        weights = torch.ones(len(ids), 3)
+        weights[:, 1:] = self.table(ids[:, 2])[:, :2]
+        weights[:, 0] *= 0.5
+        penalty = torch.zeros(1)
+        penalty += both.norm()
+        return nn.functional.binary_cross_entropy_with_logits(both, target) + 1e-7 * penalty, weights * 2
+
+
+def test_writes_to_parts_of_values_and_float32_beside_float64():
+    program = captured(Labels())
+    assert program.rung == "export" and not program.failures
+    des.verify(Labels(), (IDS,), plans=[None, {"*": "row"}])
 
 
 class WithLoss(Plain):

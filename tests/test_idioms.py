@@ -11,8 +11,8 @@ from tests.idioms import IDIOMS, IDS, LoopOverRows
 from tests.pool import here
 
 RUNGS = dict.fromkeys(IDIOMS, "export")
-RUNGS |= dict.fromkeys(("LoopOverPositions", "BatchSizeAsInt", "AssertsAndPrints"), "dynamo")
-RUNGS |= dict.fromkeys(("BranchOnAny", "FormatsValues", "Data", "WritesInPlace", "FillsColumns"), "leaf")
+RUNGS |= dict.fromkeys(("BatchSizeAsInt", "AssertsAndPrints"), "dynamo")
+RUNGS |= dict.fromkeys(("BranchOnAny", "FormatsValues", "Data"), "leaf")
 
 
 @pytest.mark.parametrize("name", IDIOMS)
