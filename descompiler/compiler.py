@@ -12,9 +12,9 @@ from descompiler.builder import Builder
 from descompiler.captured import Captured
 from descompiler.cluster import Cluster
 from descompiler.coverage import coverage_of
-from descompiler.double import unregistered
 from descompiler.errors import CaptureError, InputError, PlanError
 from descompiler.given_plan import Given, agree, follow_or_choose, warn_of_terms
+from descompiler.held import unregistered
 from descompiler.in_part import distribute_in_part, in_other_flags
 from descompiler.module import DeferredModule, DistributedModule, install
 from descompiler.objective import Terms

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from descompiler.inputs import adapt
+from descompiler.held import held_values
 
 _MEANT = ContextVar("_MEANT", default=False)
 
@@ -88,34 +88,6 @@ def widen_attributes(model: nn.Module) -> None:
     for module, name, nested in held_values(model):
         if any(map(is_narrow, pytree.tree_leaves(nested))):
             vars(module)[name] = pytree.tree_map(lambda x: widen(x) if is_narrow(x) else x, nested)
-
-
-def held_values(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Plain attributes of all modules, known classes inside as pytree nodes: module, name, value."""
-    for module in model.modules():
-        for name, x in list(vars(module).items()):
-            if name not in ("_parameters", "_buffers", "_modules"):
-                yield module, name, pytree.tree_map(adapt, x)
-
-
-def unregistered(model: nn.Module) -> list[str]:
-    """Tensors that are trained by nobody who asks for ``parameters()``: those of lists, and other plain attributes.
-
-    >>> module = nn.Linear(1, 1)
-    >>> module.gates, module.all = [nn.Parameter(torch.zeros(1))], [module.weight]
-    >>> unregistered(module)
-    ['gates']
-    """
-    registered = {id(p) for p in model.parameters()}
-    prefixes = {id(m): f"{n}." if n else "" for n, m in model.named_modules()}
-    return [
-        f"{prefixes[id(module)]}{name}"
-        for module, name, nested in held_values(model)
-        if any(
-            isinstance(x, Tensor) and x.requires_grad and x.is_leaf and id(x) not in registered
-            for x in pytree.tree_leaves(nested)
-        )
-    ]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from descompiler.builder import Builder
 from descompiler.coverage import Coverage
 from descompiler.given_plan import Given, agree, follow_or_choose_in_part
+from descompiler.held import copied
 from descompiler.inputs import normalise_inputs, take_rows
 from descompiler.module import PartialModule
 from descompiler.partial import Survey, coverage_partial, survey
@@ -20,7 +21,6 @@ from descompiler.probe import call_of, method_of
 from descompiler.program import Failure
 from descompiler.ranks import Ranks
 from descompiler.runtime import Runtime
-from descompiler.sparse import copied
 from descompiler.state import initial_values
 
 

@@ -23,8 +23,8 @@ from torch.utils import _pytree as pytree
 from descompiler.double import InDouble
 from descompiler.errors import CaptureError, UnsupportedError
 from descompiler.guard import Guard, raised_at
+from descompiler.held import copied
 from descompiler.inputs import flatten, split_statics, unflatten_with
-from descompiler.sparse import copied
 from descompiler.substitute import DROPOUTS, LOOKUPS, function_name
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from descompiler.double import InDouble, held_values, is_double_meant, widen, widen_attributes
+from descompiler.double import InDouble, is_double_meant, widen, widen_attributes
 from descompiler.errors import CaptureError, InputError, UnsupportedError
+from descompiler.held import copied, held_values
 from descompiler.inputs import flatten, split_statics, unflatten_with
-from descompiler.sparse import copied
 
 LARGE_ELEMENTS = 1 << 22
 """Parameters with more elements than this are probed through an overlapping view and without gradients."""

@@ -5,14 +5,13 @@ They are constants or buffers of a program, as dense ones are; only what looks i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+from descompiler.held import COMPRESSED, held_tensors
 
 
 def parts_of(x: Tensor) -> list[Tensor]:
@@ -63,20 +62,6 @@ def broadcast(x: Tensor, group: Any) -> Tensor:
     for p in parts:
         dist.broadcast(p, group_src=0, group=group)
     return with_parts(x, parts)
-
-
-def held_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Tensors that modules hold as plain attributes, neither parameters nor buffers."""
-    for module in model.modules():
-        for name, x in vars(module).items():
-            if isinstance(x, Tensor) and not isinstance(x, nn.Parameter):
-                yield module, name, x
-
-
-def copied(model: nn.Module) -> dict[int, Tensor]:
-    """A memo for `copy.deepcopy`, which can't copy compressed matrices by itself."""
-    every = [*(b for b in model.buffers()), *(x for _, _, x in held_tensors(model))]
-    return {id(x): x.clone() for x in every if x.layout in COMPRESSED}
 
 
 def register_compressed(model: nn.Module) -> set[str]:

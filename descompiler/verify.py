@@ -26,11 +26,12 @@ from descompiler.compiler import distribute
 from descompiler.double import InDouble, double_meant, widen_attributes
 from descompiler.draws import ONE_DRAW
 from descompiler.errors import EquivalenceError
+from descompiler.held import copied
 from descompiler.inputs import flatten, map_tensors, normalise_inputs, split_statics, take_rows
 from descompiler.module import DistributedModule, PartialModule
 from descompiler.probe import CALL, blueprint, call_of, method_of
 from descompiler.rows import Rows
-from descompiler.sparse import copied, equal
+from descompiler.sparse import equal
 from descompiler.state import full_state_dict
 
 TOLERANCE_FLOAT64 = 1e-10

@@ -715,3 +715,28 @@ def test_hooks_that_are_not_carried_over_are_named():
     model.top.bias.register_post_accumulate_grad_hook(lambda p: None)
     with pytest.warns(UserWarning, match=r"gradient hooks on top\.weight, top\.bias are the original's"):
         des.compile(model, (ids,))
+
+
+class Looks(Model):
+    """Keeps what it computed, to look at; its top layer's weight is computed in front of each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.first = [], None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the parametrization does without an attribute
+            self.normed = torch.nn.utils.weight_norm(nn.Linear(4, 2))
+
+    def forward(self, ids):
+        e = self.table(ids)
+        self.first = e.softmax(1)
+        self.seen = [{"attention": self.first}]
+        return self.normed((self.first * e).sum(1))
+
+
+def test_a_model_that_keeps_what_it_computed_compiles_after_it_has_run():
+    model = Looks()
+    model(IDS).sum().backward()
+    assert not model.first.is_leaf and not model.normed.weight.is_leaf
+    assert des.verify(model, (IDS,), plans=[None, {"*": "row"}]).cases == 2
+    assert des.compile(model, (IDS,)).coverage().rung == "export"

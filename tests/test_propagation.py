@@ -11,10 +11,11 @@ from descompiler.capture import capture
 from descompiler.captured import Captured
 from descompiler.computed import find_groups
 from descompiler.double import widen_attributes
+from descompiler.held import copied
 from descompiler.operators import find_operators
 from descompiler.passes import NORMALISE
 from descompiler.probe import blueprint
-from descompiler.sparse import copied, equal, parts_of, with_parts
+from descompiler.sparse import equal, parts_of, with_parts
 from descompiler.verify import _work, on_ranks
 from tests.propagation import ITEMS, NGCF, STEPS, Cosine, LightGCN, Loss, Weighted, inputs
 
