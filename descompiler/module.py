@@ -417,8 +417,14 @@ class DistributedModule(nn.Module):
 
     def next_draws(self) -> AbstractContextManager[None]:
         """Context in which one process draws what the next forward will draw for the whole batch. Collective."""
-        device = next(self.parameters(), torch.zeros(())).device
-        return self._runtime.draws.of_forward(self._runtime.forwards + 1, device)
+        return self._draws(self._runtime.forwards + 1)
+
+    def latest_draws(self) -> AbstractContextManager[None]:
+        """Context in which one process draws what the latest forward drew for the whole batch."""
+        return self._draws(self._runtime.forwards)
+
+    def _draws(self, forward: int) -> AbstractContextManager[None]:
+        return self._runtime.draws.of_forward(forward, next(self.parameters(), torch.zeros(())).device)
 
     def print_readable(self) -> str:
         """Print (and return) this rank's program for the current mode."""

@@ -84,6 +84,57 @@ def test_a_fault_is_found(fault):
         des.verify(model, make_inputs("deepfm", "fields", 8), plans=[{"*": "row"}], launch=launch)
 
 
+class Steep(torch.nn.Module):
+    """Its gradient moves a thousand times as far as its weights do, its output hardly."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(9, 4)
+
+    def forward(self, ids):
+        return 1 + torch.sin(1000 * self.table(ids).sum((1, 2))) / 1e6
+
+
+def drifting(by):
+    """Weights of the module's rows that rounding would have moved so far by the second step."""
+
+    def fault(module):
+        calls = []
+
+        def move(*_):
+            calls.append(None)
+            if len(calls) == 2:
+                module.get_parameter("table.weight").detach().mul_(1 + by)
+
+        module.register_forward_pre_hook(move)
+
+    return fault
+
+
+def little_drift(module):
+    drifting(3e-12)(module)
+
+
+def much_drift(module):
+    drifting(SMALL)(module)
+
+
+def verify_steep(fault):
+    def launch(function, ranks, *arguments, timeout_s):
+        return on_ranks(faulty, ranks, fault, function, *arguments, timeout_s=timeout_s)
+
+    torch.manual_seed(0)
+    ids = torch.randint(9, (8, 3))
+    return des.verify(Steep(), (ids,), plans=[{"*": "row"}], launch=launch)
+
+
+def test_a_gradient_is_judged_at_the_weights_that_it_is_of():
+    report = verify_steep(little_drift)
+    assert 1e-10 < report.conditioned["table.weight"] < 1e-6 and report.worst["weight"] < 1e-10
+    with pytest.raises(des.EquivalenceError, match=r"weight 'table\.weight' differs by"):
+        verify_steep(much_drift)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimisers_do_not_enlarge_rounding(name):
     """A gradient that is zero but for rounding moves its weight by no more than that: the next step agrees as well."""
