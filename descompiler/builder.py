@@ -15,6 +15,7 @@ from descompiler.checks import asks_for
 from descompiler.emit import Emitted, emit
 from descompiler.errors import CaptureError, PlanError
 from descompiler.form import Split, split_as
+from descompiler.held import copied
 from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics, unflatten_with
 from descompiler.operators import Operator, find_operators
 from descompiler.outputs import bias_pieces
@@ -22,7 +23,6 @@ from descompiler.passes import NORMALISE, RULES
 from descompiler.plan import Plan
 from descompiler.probe import CALL, method_of
 from descompiler.program import Program
-from descompiler.sparse import copied
 from descompiler.statistics import Statistics, measure
 
 

@@ -227,9 +227,9 @@ def markdown(findings: list[Finding]) -> str:
             "",
             "## Gradients that rounding moves",
             "",
-            "Rounding of weights, of the steps so far or in the last place, moves these gradients of one process by this",
-            "share, which is more than the tolerance: they are compared with the original's at the same weights, or with",
-            "that movement, and are no part of the worst error.",
+            "Rounding of weights, of the steps so far or in the last place, moves these gradients of one process by",
+            "this share, which is more than the tolerance: they are compared with the original's at the same weights,",
+            "or with that movement, and are no part of the worst error.",
             "",
         ]
         lines += [
