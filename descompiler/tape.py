@@ -91,8 +91,9 @@ class Tape(TorchFunctionMode):
         ):
             self.written.update(_storage(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
         several = isinstance(result, tuple | list)
+        taken = {id(x) for x in pytree.tree_leaves((args, kwargs))}  # ``x.to(device)`` may be x, and is no step
         for i, x in enumerate(result if several else [result]):
-            if isinstance(x, Tensor) and id(x) not in self.known and id(x) not in self.made:
+            if isinstance(x, Tensor) and not any(id(x) in seen for seen in (self.known, self.made, taken)):
                 self.made[id(x)] = (func, args, kwargs, i if several else None)
                 self.kept.append(x)
         return result

@@ -166,6 +166,13 @@ class Largest(Model):
         return self.top(self.table((ids + 1) % (largest + 1)).sum(1))
 
 
+class Moved(Model):
+    """Ids in a tensor that no operator made, moved to where it is."""
+
+    def forward(self, ids):
+        return self.top(self.table(torch.LongTensor(ids.tolist()).to(ids.device)).sum(1))
+
+
 class Hidden(Model):
     """Ids that no tracer follows."""
 
@@ -218,7 +225,7 @@ def test_every_rung_knows_the_users_lines(cls):
     assert line.startswith(f"{__file__}:")
 
 
-@pytest.mark.parametrize("cls", [Hidden, Largest])
+@pytest.mark.parametrize("cls", [Hidden, Largest, Moved])
 def test_every_reason_is_shown(cls):
     with pytest.raises(des.CaptureError) as error:
         captured(cls())
