@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -16,7 +17,7 @@ from descompiler import traffic as wire
 from descompiler.coverage import Coverage
 from descompiler.double import InDouble, is_double_meant
 from descompiler.emit import Emitted
-from descompiler.errors import CaptureError, InputError, warn
+from descompiler.errors import CaptureError, InputError, UnsupportedError, warn
 from descompiler.fetch_layout import Counts
 from descompiler.guard import Guard
 from descompiler.inputs import Signature, flatten, split_statics, unflatten_with
@@ -27,6 +28,7 @@ from descompiler.pieces import Pieces
 from descompiler.plan import Plan
 from descompiler.rows import Rows
 from descompiler.runtime import Runtime
+from descompiler.sparse import copied
 from descompiler.substitute import SynchroniseNorms, plain, substitute
 from descompiler.traffic import Traffic
 
@@ -388,6 +390,41 @@ class DistributedModule(nn.Module):
         for buffer, future in buckets:
             future.set_result(buffer)
 
+    # ---- copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DistributedModule:
+        """A copy on the same ranks, with values of its own: an average of weights, a target network."""
+        if self._in_place:
+            raise UnsupportedError(
+                "a model that was compiled in place can't be copied: copy it before it is compiled, compile the copy, "
+                "and load des.full_state_dict(model) into it"
+            )
+        result = self._copied(memo)
+        pairs = zip(self.parameters(), result.parameters(), strict=True)
+        memo.update({id(self): result, **{id(p): q for p, q in pairs}})
+        return result
+
+    def _copied(self, memo: dict[int, Any]) -> DistributedModule:
+        values = {n: plain(p).detach().clone() for n, p in self.named_parameters()}
+        buffers = {n: b.clone() for n, b in self.named_buffers(remove_duplicate=False)}
+        return DistributedModule(
+            self,
+            self.plan,
+            self._signature,
+            self._runtime.anew(),
+            self._program_for,
+            values,
+            buffers,
+            self._coverage,
+            forward_for=self._forward_for,
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedError(
+            "a compiled module belongs to its process group and can't be pickled: save des.full_state_dict(module) and "
+            "module.plan, compile again, and load them with des.load_full_state_dict and plan="
+        )
+
     # ---- reports
 
     def traffic(self) -> Traffic:
@@ -496,6 +533,25 @@ class PartialModule(DistributedModule):
             raise
         tensors = [self._output(x, kind) for x, kind in zip(tensors, self._outputs, strict=True)]
         return unflatten_with(self._finishing(tensors), spec, statics)
+
+    def _copied(self, memo: dict[int, Any]) -> PartialModule:
+        host, call = vars(self)["_host"], vars(self)["_call"]
+        other = copy.deepcopy(host, memo | copied(host))
+        result = PartialModule(
+            other,
+            self.plan,
+            self._runtime.anew(),
+            {n: p.data for n, p in other.named_parameters()},
+            dict(other.named_buffers(remove_duplicate=False)),
+            self._coverage,
+            other,
+            other if call is host else getattr(other, call.__name__),
+            self._outputs,
+            self._spare,
+            coupled=self._coupled,
+        )
+        result._means_double = self._means_double
+        return result
 
     def follow(self, owner: DistributedModule, args: Any, kwargs: Any) -> Any:
         """A forward with the parameters and buffers that another module has now, which counts its traffic."""
@@ -662,5 +718,5 @@ class DeferredModule(DistributedModule):
         )
 
     named_parameters = named_buffers = state_dict = load_state_dict = _apply = _not_yet
-    traffic = print_readable = pieces = coverage = _not_yet
+    traffic = print_readable = pieces = coverage = __deepcopy__ = __reduce_ex__ = _not_yet
     plan = property(_not_yet)

@@ -44,6 +44,10 @@ class Runtime(Communicator):
     def __post_init__(self) -> None:
         self.draws = Draws(self.group, self.ranks)
 
+    def anew(self) -> Runtime:
+        """Of another module on the same ranks."""
+        return Runtime(self.group, self.rank, self.ranks, self.loss)
+
     def begin(self, rows: int, ids: Sequence[Tensor]) -> int:
         """Check ids, exchange row counts, agree with the other ranks; returns the rows of the global batch."""
         self.header(rows, self.problem(ids))

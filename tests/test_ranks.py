@@ -1,6 +1,7 @@
 """What happens on several real ranks besides a good step: bad input, disagreement, initial weights, checkpoints."""
 
 import copy
+import pickle
 import re
 import warnings
 
@@ -294,6 +295,50 @@ class Tied(nn.Module):
 
 def test_tied_tables():
     des.verify(Tied(), (torch.randint(9, (8, 2)),), plans=[{"*": f} for f in ("replicate", "field", "row", "column")])
+
+
+class TiedInPart(Tied):
+    def forward(self, ids):
+        return super().forward(torch.tensor(ids.tolist()))
+
+
+def _averaged(rank, ranks, cls):
+    """An average of weights, evaluated, and trained by itself; what a copy can't be."""
+    torch.manual_seed(1)
+    model = cls().double()
+    alone = copy.deepcopy(model)
+    module = des.compile(model, (IDS,), plan={"*": "row"}, loss="sum")
+    rows = slice(0, 3) if rank == 0 else slice(3, 8)
+    averages = [torch.optim.swa_utils.AveragedModel(m) for m in (module, alone)]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (module, alone)]
+    for step in range(3):
+        ids = IDS.roll(step, 0)
+        module(ids[rows]).sin().sum().backward()
+        alone(ids).sin().sum().backward()
+        for o, average, m in zip(optimizers, averages, (module, alone), strict=True):
+            o.step()
+            o.zero_grad()
+            average.update_parameters(m)
+    copied, expected = (average.module for average in averages)
+    out, want = copied(IDS[rows]), expected(IDS)
+    out.sin().sum().backward()
+    want.sin().sum().backward()
+    worst = [float((out - want[rows]).abs().max())]
+    for name, p in copied.named_parameters():
+        gradient = copied.pieces(name).cut(expected.get_parameter(name).grad, rank)
+        worst.append(float((p.grad - gradient).abs().sum()))
+    assert all(p.grad is None for p in module.parameters())
+    in_place = des.compile(cls().double(), (IDS,), in_place=True)
+    texts = raised(lambda: pickle.dumps(module)), raised(lambda: copy.deepcopy(in_place))
+    return max(worst), module.coverage().rung, *texts
+
+
+@pytest.mark.parametrize(("cls", "rung"), [(Tied, "export"), (TiedInPart, "partial")])
+def test_copies_of_a_compiled_module(cls, rung):
+    for worst, found, pickled, in_place in on_ranks(_averaged, 2, cls):
+        assert worst < 1e-12 and found == rung
+        assert "can't be pickled: save des.full_state_dict" in pickled
+        assert "compiled in place can't be copied" in in_place
 
 
 def _no_tables(rank, ranks):
