@@ -25,7 +25,11 @@ _LIBRARIES = tuple(f"{Path(f).parent}/" for f in (torch.__file__, np.__file__, _
 
 def raised_at(error: BaseException) -> str | None:
     """The user's file and line that an error was raised in; None if it was raised in a library's."""
-    frames = traceback.extract_tb(error.__traceback__)
+    return innermost(traceback.extract_tb(error.__traceback__))
+
+
+def innermost(frames: traceback.StackSummary) -> str | None:
+    """The file and line of the innermost frame that is the user's; None if none is."""
     places = [f"{f.filename}:{f.lineno}" for f in frames if not f.filename.startswith(_LIBRARIES)]
     return places[-1] if places else None
 

@@ -12,6 +12,7 @@ import io
 import logging
 import operator
 import sys
+import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from descompiler.errors import CaptureError
+from descompiler.guard import innermost
 from descompiler.probe import Flat
 from descompiler.program import Program, Source, aten
 from descompiler.sparse import register_compressed
@@ -128,11 +131,16 @@ def export_program(module: nn.Module, traced: Flat, tensors: list[Tensor], templ
     batch = torch.export.Dim("batch", min=2)
     registered = register_compressed(traced.model)
     try:
-        with _quiet():
+        with _quiet(), _specialised() as fixed:
             exported = torch.export.export(
                 module, tuple(tensors), dynamic_shapes=(tuple({0: batch} for _ in tensors),), strict=False
             )
     except Exception as error:  # as above
+        if "specialized it to be a constant" in str(error) and fixed:
+            raise CaptureError(
+                f"the batch size becomes a number at {fixed[0]}: forward depends on it (int(x.shape[0]), a shape with "
+                "a number in it); take sizes from the inputs as they are"
+            ) from error
         raise CaptureError(first_line(error)) from error
     return _program_of(exported, template, traced, registered)
 
@@ -153,6 +161,24 @@ def traceable_len(model: nn.Module) -> Iterator[None]:
     finally:
         for space in mine:
             del space["len"]
+
+
+@contextlib.contextmanager
+def _specialised() -> Iterator[list[str]]:
+    """The user's lines at which a symbolic size becomes a number: torch keeps the first library's line only."""
+    places: list[str] = []
+    replace = ShapeEnv._set_replacement
+
+    def watching(env: ShapeEnv, symbol: Any, target: Any, message: str) -> None:
+        if getattr(target, "is_Integer", False) and (place := innermost(traceback.extract_stack())) is not None:
+            places.append(place)
+        replace(env, symbol, target, message)
+
+    ShapeEnv._set_replacement = watching  # type: ignore[method-assign]
+    try:
+        yield places
+    finally:
+        ShapeEnv._set_replacement = replace  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

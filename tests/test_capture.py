@@ -234,6 +234,15 @@ def test_every_reason_is_shown(cls):
         assert f"{rung}: " in str(error.value)
 
 
+def test_where_the_batch_size_becomes_a_number_is_told():
+    class Fixed(Model):
+        def forward(self, ids):
+            return self.top(self.table(ids).sum(1).view(int(ids.shape[0]), 4))
+
+    line = Fixed.forward.__code__.co_firstlineno + 1
+    assert f"the batch size becomes a number at {__file__}:{line}" in captured(Fixed()).failures[0].reason
+
+
 def test_a_graph_that_does_not_reproduce_the_model_is_not_accepted(monkeypatch):
     """A tracer that returns another model's graph, and one that bakes a parameter-only expression as a constant."""
 
