@@ -20,6 +20,7 @@ from descompiler.emit import Emitted
 from descompiler.errors import CaptureError, InputError, UnsupportedError, warn
 from descompiler.fetch_layout import Counts
 from descompiler.guard import Guard
+from descompiler.held import copied
 from descompiler.inputs import Signature, flatten, split_statics, unflatten_with
 from descompiler.keeper import Finish, Keeper
 from descompiler.local_operators import scale_grad
@@ -28,7 +29,6 @@ from descompiler.pieces import Pieces
 from descompiler.plan import Plan
 from descompiler.rows import Rows
 from descompiler.runtime import Runtime
-from descompiler.sparse import copied
 from descompiler.substitute import SynchroniseNorms, plain, substitute
 from descompiler.traffic import Traffic
 
