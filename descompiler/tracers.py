@@ -174,7 +174,7 @@ def _specialised() -> Iterator[list[str]]:
             places.append(place)
         replace(env, symbol, target, message)
 
-    ShapeEnv._set_replacement = watching  # type: ignore[method-assign]
+    ShapeEnv._set_replacement = watching  # type: ignore[assignment,method-assign]
     try:
         yield places
     finally:
