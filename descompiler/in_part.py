@@ -38,11 +38,9 @@ def distribute_in_part(
 ) -> PartialModule:
     """As `descompiler.compiler.distribute`, of a model that not every rank could capture."""
 
-    def plan_of() -> tuple[Survey, Plan]:
-        seen = survey(build.template, build.example_inputs, build.method)
-        return seen, follow_or_choose_in_part(build.template, seen, ranks.count, rows, plan)
-
-    seen, chosen = ranks.everywhere(plan_of)
+    # how often a table is used may depend on the values of a rank's own example: the first rank's counts
+    seen = ranks.of_first(ranks.everywhere(lambda: survey(build.template, build.example_inputs, build.method)))
+    chosen = ranks.everywhere(lambda: follow_or_choose_in_part(build.template, seen, ranks.count, rows, plan))
     agree(chosen, ranks)
     coverage = coverage_partial(build.template, seen, chosen, failures)
     if text := coverage.warning():

@@ -111,6 +111,17 @@ def test_a_lookup_that_needs_rows():
         assert "rank 1" in text and "int" in text
 
 
+def _own_examples(rank, ranks):
+    """The bags of `Everything` are as long as the values say, so that ranks see other numbers of ids."""
+    module = des.compile(Everything().double(), (IDS[: 3 + 2 * rank],), plan=PULL)
+    module(IDS[: 1 + rank])["score"].sum().backward()
+    return module.plan.digest()
+
+
+def test_ranks_whose_examples_differ_make_one_plan():
+    assert len(set(on_ranks(_own_examples, 2))) == 1
+
+
 def test_one_rank():
     model = Branch()
     module = des.compile(model, (IDS,), plan=PULL)
