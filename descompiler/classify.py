@@ -202,7 +202,7 @@ class _Classifier:
             return False
         like = self._call(node, lambda a: _detach(self.whole[a]))
         drawn = torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
-        self.whole[node] = drawn.requires_grad_(self.program.parameters[name].requires_grad)
+        self.whole[node] = _reaching(drawn, [self.whole[weight]])  # type: ignore[index]
         rows = self.scopes[ids].rows  # type: ignore[index]
         assert rows is not None
         pooled = like.dim() == self.whole[ids].dim() and node.target is bag  # type: ignore[index]
@@ -211,8 +211,13 @@ class _Classifier:
 
     def _whole_value(self, node: fx.Node) -> Any:
         if node.target is aten.batch_norm.default and node.args[5]:
-            return self.whole[node.args[0]].clone()  # type: ignore[index]
-        return self._call(node, lambda a: self.whole[a])
+            x, *affine = (self.whole[a] for a in node.args[:3] if a is not None)  # type: ignore[index]
+            return _reaching(x.clone(), affine)
+        result = self._call(node, lambda a: self.whole[a])
+        if isinstance(node.target, Leaf):  # all that it takes gets a gradient, zeros perhaps: other rows may use more
+            taken = [x for a in node.all_input_nodes if isinstance(x := self.whole[a], Tensor)]
+            return [_reaching(x, taken) if x.requires_grad else x for x in result]
+        return result
 
     def _size(self, node: fx.Node, kinds: dict[fx.Node, str]) -> bool:
         """A number made from the batch size: the parts see it for their rows."""
@@ -338,9 +343,7 @@ class _Classifier:
         output = next(n for n in self.program.graph.nodes if n.op == "output")
         ends = [self.whole[o] for o in output.args[0]]
         ends = [x for x in ends if isinstance(x, Tensor) and x.requires_grad]
-        nodes = [
-            n for n, x in self.whole.items() if n.op != "placeholder" and isinstance(x, Tensor) and x.requires_grad
-        ]
+        nodes = [n for n, x in self.whole.items() if isinstance(x, Tensor) and x.requires_grad]
         if not ends or not nodes:
             return set()
         total = sum((x.double().sum() for x in ends[1:]), ends[0].double().sum())
@@ -348,6 +351,14 @@ class _Classifier:
         received = {n for n, g in zip(nodes, found, strict=True) if g is not None}
         several = [n for n, x in self.whole.items() if isinstance(x, tuple | list)]  # their elements are nodes too
         return received | {n for n in several if any(u in received for u in n.users)}
+
+
+def _reaching(x: Tensor, sources: Sequence[Tensor]) -> Tensor:
+    """``x``, whose gradient also comes to sources, in this analysis."""
+    for s in sources:
+        if s.requires_grad:
+            x = x + s.reshape(-1 if not s.dim() else s.shape)[:0].sum().to(x)
+    return x
 
 
 def _symbols_of(size: Any) -> set[sympy.Symbol]:

@@ -25,7 +25,7 @@ from descompiler.program import Program, ancestors, aten, descendants, elements_
 from descompiler.regularisers import divided, find_totals
 from descompiler.regularisers import exchanges as total_exchanges
 from descompiler.rule import Placed
-from descompiler.scope import GLOBAL, OWN, WHOLE, coupled_nodes, is_coupled, scope_of
+from descompiler.scope import GLOBAL, OWN, WHOLE, coupled_nodes, is_coupled, scope_of, trained_parameters
 
 
 def layout_of(
@@ -103,12 +103,13 @@ def lookups_by_ids(
 
 def shared_weights(program: Program, placed: Mapping[fx.Node, Placed], inside: frozenset[fx.Node]) -> dict[str, Pieces]:
     """Trained co-located weights of which every rank holds a slice."""
+    trained = trained_parameters(program)
     return {
         name: p
         for node in program.graph.nodes
         if node in inside
         for name, p in placed[node].pieces.items()
-        if p.shared_size() and program.parameters[name].requires_grad
+        if p.shared_size() and name in trained
     }
 
 
@@ -149,14 +150,10 @@ def _fetch(lookups: Sequence[tuple[Operator, Lookup]], splits: Mapping[str, Spli
 
 
 def _dense_parameters(program: Program, splits: Mapping[str, Split], pieces: Mapping[str, Pieces]) -> list[str]:
-    """Parameters whose gradients the reducer averages: replicated, trained, used, and not gathered."""
+    """Parameters whose gradients the reducer averages: replicated, trained, and not gathered."""
     gathered = {name for name, s in splits.items() if s.gathered}
-    used = {program.parameter(n) for n in program.graph.nodes if n.op == "placeholder" and len(n.users)}
-    return [
-        name
-        for name, p in program.parameters.items()
-        if p.requires_grad and name in used and name not in gathered and pieces[name].is_replicated
-    ]
+    trained = trained_parameters(program)
+    return [n for n in program.parameters if n in trained and n not in gathered and pieces[n].is_replicated]
 
 
 def early_checks(

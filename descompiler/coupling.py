@@ -23,7 +23,18 @@ from descompiler.errors import UnsupportedError
 from descompiler.layout import Exchange
 from descompiler.leaf import Leaf
 from descompiler.operator_kinds import HEAVY, LOOKUPS, SHAPE_ONLY
-from descompiler.program import Program, aten, descendants, is_tensor, mutates, target_name, user_line, value, where
+from descompiler.program import (
+    Program,
+    aten,
+    descendants,
+    is_tensor,
+    mutates,
+    size_of,
+    target_name,
+    user_line,
+    value,
+    where,
+)
 from descompiler.scope import CONSTANT, GLOBAL, LOCAL, OWN, SIZE, SIZED, WHOLE, polynomial, scope_of, size_terms
 from descompiler.vocabulary import vocabulary
 
@@ -225,13 +236,13 @@ class _Coupler:
         itemsize = None if fake.is_floating_point() and fake.dtype == self._float() else fake.dtype.itemsize
         if kind in ("gather", "slice"):
             assert scope.rows is not None
-            shape = [s if isinstance(s, int) else s.node.expr for s in fake.shape]
+            shape = [size_of(s) for s in fake.shape]
             del shape[scope.rows.dim]
             if not all(isinstance(s, int) for s in shape):
                 raise UnsupportedError(f"{where(n)}: rows of a size that depends on data are used across the batch")
             terms: tuple[tuple[int, ...], ...] = ((scope.rows.outer * scope.rows.inner * torch.Size(shape).numel(),),)
         else:
-            found = [polynomial(s if isinstance(s, int) else s.node.expr, self.program.batch) for s in fake.shape]
+            found = [polynomial(size_of(s), self.program.batch) for s in fake.shape]
             if None in found:
                 raise UnsupportedError(f"{where(n)}: a gradient of a size that depends on data crosses between ranks")
             terms = tuple(f for f in found if f is not None)

@@ -28,7 +28,7 @@ from descompiler.operators import Lookup, Operator
 from descompiler.pieces import Pieces
 from descompiler.program import Program, Source, ancestors, aten, descendants, eliminate_dead_code
 from descompiler.rows import Rows
-from descompiler.scope import scope_of
+from descompiler.scope import scope_of, trained_parameters
 
 FETCHING = frozenset({begin_fetch, fetch_start, fetch_rows, fetch_wait, fetch_late})
 
@@ -43,6 +43,8 @@ class Emitted:
         ``module(runtime, *values)``, values in the order of ``sources``; returns the flat outputs.
     outputs : tuple of Rows or None
         Where a rank's own rows are in each output; None: the output is the global batch's, equal on all ranks.
+    untrained : frozenset of str
+        Parameters that require gradients and get none.
     """
 
     module: fx.GraphModule
@@ -51,6 +53,7 @@ class Emitted:
     layout: Layout
     checks: tuple[Check, ...]
     outputs: tuple[Rows | None, ...]
+    untrained: frozenset[str]
 
 
 def emit(
@@ -98,7 +101,9 @@ def emit(
     _reach_fetches(e, [scope_of(o).grad for o in outputs])
     e.graph.lint()
     rows = tuple(scope_of(o).rows for o in outputs)
-    return Emitted(fx.GraphModule(torch.nn.Module(), e.graph), e.sources, e.constants, e.layout, checks, rows)
+    module = fx.GraphModule(torch.nn.Module(), e.graph)
+    wanted = frozenset(n for n, p in program.parameters.items() if p.requires_grad)
+    return Emitted(module, e.sources, e.constants, e.layout, checks, rows, wanted - trained_parameters(program))
 
 
 def _begin(e: Emission, outside: Outside) -> tuple[Check, ...]:

@@ -318,9 +318,9 @@ class DistributedModule(nn.Module):
         return self._programs[key]
 
     def _replicas(self) -> dict[str, nn.Parameter]:
-        """The parameters whose gradients the reducer averages: whole on every rank, and used."""
-        pieces, splits = self.plan.pieces, self.plan.splits
-        used = {s.name for s in self._program().sources if s.kind == "parameter"}
+        """The parameters whose gradients the reducer averages: whole on every rank, used, and not known to get none."""
+        pieces, splits, program = self.plan.pieces, self.plan.splits, self._program()
+        used = {s.name for s in program.sources if s.kind == "parameter"} - program.untrained
         gathered = {n for n, s in splits.items() if s.gathered}
         return {n: p for n, p in self.named_parameters() if n in used and n not in gathered and pieces[n].is_replicated}
 

@@ -26,7 +26,7 @@ from descompiler.program import (
     user_line,
     where,
 )
-from descompiler.scope import GLOBAL, coupled_nodes, scope_of
+from descompiler.scope import GLOBAL, coupled_nodes, scope_of, trained_parameters
 from descompiler.vocabulary import Request, vocabulary
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
     groups = {name: g for g in found_groups for name in g.tables}
     for name, g in groups.items():
         found.setdefault(name, []).extend(_lookup(n, computed=True) for n in g.lookups)  # type: ignore[misc]
-    result = []
+    result, trained = [], trained_parameters(program)
     in_region = {name for g in found_groups for name in g.replicated}
     for chain in (x.rows for xs in products.values() for x in xs):
         in_region |= whole_parameters(program, chain)
@@ -254,7 +254,7 @@ def find_operators(program: Program, forms: Sequence[Form] | None = None) -> lis
             sparse=sparse,
             starts=_starts(program, lookups),
             line=user_line((*nodes, *others)[0]),
-            trained=parameter.requires_grad,
+            trained=name in trained,
             outputs=outputs,
             other_uses=others,
             group=group,

@@ -188,9 +188,16 @@ def is_tensor(node: Any) -> bool:
     return isinstance(value(node), Tensor)
 
 
+def size_of(size: int | torch.SymInt) -> int | sympy.Expr:
+    """An int if it is one, though a tracer divided it by the batch size to find it; else a sympy expression."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.expr) if size.node.expr.is_number else size.node.expr
+
+
 def shape_of(node: fx.Node) -> list[int | sympy.Expr]:
     """Shape with ints where static and sympy expressions where the batch size enters."""
-    return [int(s) if isinstance(s, int) else s.node.expr for s in value(node).shape]
+    return [size_of(s) for s in value(node).shape]
 
 
 def rowwise(program: Program, node: Any) -> bool:

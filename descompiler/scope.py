@@ -60,6 +60,12 @@ def scope_of(node: fx.Node) -> Scope:
     return node.meta.get("scope") or Scope(LOCAL, Rows())
 
 
+def trained_parameters(program: Program) -> frozenset[str]:
+    """Parameters that require a gradient and get one, not those that only choose (a top-k, a mask)."""
+    found = {name for n in program.graph.nodes if (name := program.parameter(n)) is not None and scope_of(n).grad}
+    return frozenset(n for n in found if program.parameters[n].requires_grad)
+
+
 def is_coupled(program: Program) -> bool:
     """Whether any node mixes rows."""
     return any(scope_of(n).kind == GLOBAL for n in program.graph.nodes)

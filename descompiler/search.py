@@ -30,6 +30,7 @@ from descompiler.operators import Operator
 from descompiler.pins import FORMS
 from descompiler.program import Program, shape_of, tail
 from descompiler.rule import Rule
+from descompiler.scope import trained_parameters
 
 EXACT_TABLES = 12
 """Free tables up to which the choice is completed to the optimum, if the effort is enough."""
@@ -138,10 +139,9 @@ class Search:
     @cached_property
     def relaxation(self) -> Relaxation:
         w, program = self.w, self.program
-        used = {program.parameter(n) for n in program.graph.nodes if n.op == "placeholder" and len(n.users)}
         tables = {o.name for o in self.operators}
         tables |= {str(program.parameter(x.bias)) for o in self.operators for x in o.outputs}  # cut with their tables
-        dense = sum(p.numel() for n, p in program.parameters.items() if n in used - tables and p.requires_grad)
+        dense = sum(program.parameters[n].numel() for n in trained_parameters(program) - tables)
         fixed = 2 * (w.ranks - 1) * dense * w.itemsize
         return Relaxation(program, self.operators, self.rules, w, self.costs, fixed)
 

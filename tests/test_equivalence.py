@@ -64,6 +64,29 @@ def test_four_ranks(name):
     des.verify(MODELS[name]("fields"), make_inputs(name, "fields", 8), ranks=4, plans=EVERY)
 
 
+class Selects(torch.nn.Module):
+    """A layer and a table that only choose which positions are used: no gradient comes to them."""
+
+    def __init__(self):
+        super().__init__()
+        self.items, self.keys = torch.nn.Embedding(30, 8), torch.nn.Embedding(30, 8)
+        self.select, self.top = torch.nn.Linear(8, 8), torch.nn.Linear(8, 1)
+
+    def forward(self, items, target):
+        values, query = self.items(items).view(len(target), -1, 8), self.items(target)
+        best = (self.select(self.keys(items)).view(values.shape) * query[:, None]).sum(-1).topk(2)[1]
+        return self.top(values.gather(1, best[..., None].expand(-1, -1, 8)).mean(1) * query)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_parameters_without_gradients(ranks):
+    """The reducer does not wait for them; sizes that come of a division by the batch size are known without rows."""
+    torch.manual_seed(0)
+    inputs = (torch.randint(30, (8, 6)), torch.randint(30, (8,)))
+    report = des.verify(Selects(), inputs, ranks=ranks, plans=EVERY)
+    assert report.cases == len(EVERY)
+
+
 def test_a_wrong_model_is_found():
     """The proof can fail: a rank whose weights differ from the original's is reported."""
     model = MODELS["fm"]("fields")
