@@ -11,7 +11,6 @@ import contextlib
 import io
 import logging
 import operator
-import sys
 import traceback
 import types
 import warnings
@@ -147,13 +146,16 @@ def export_program(module: nn.Module, traced: Flat, tensors: list[Tensor], templ
 
 @contextlib.contextmanager
 def traceable_len(model: nn.Module) -> Iterator[None]:
-    """In the modules that define the model's classes, ``len(tensor)`` is the traced size: Python's has to be an int."""
+    """In the code of the model's classes, ``len(tensor)`` is the traced size: Python's has to be an int."""
 
     def traceable(x: Any) -> Any:
         return x.shape[0] if isinstance(x, Tensor) and x.dim() else len(x)
 
-    spaces = {id(s): s for m in model.modules() if (s := vars(sys.modules[type(m).__module__]))}
-    mine = [s for s in spaces.values() if "len" not in s and not s["__name__"].startswith(("torch.", "descompiler."))]
+    classes = {c for m in model.modules() for c in type(m).__mro__}
+    functions = [f for c in classes for f in vars(c).values() if isinstance(f, types.FunctionType)]
+    spaces = {id(f.__globals__): f.__globals__ for f in functions}  # not all of a module: some are made by exec
+    ours = ("torch.", "descompiler.")
+    mine = [s for s in spaces.values() if "len" not in s and not str(s.get("__name__")).startswith(ours)]
     try:
         for space in mine:
             space["len"] = traceable

@@ -90,6 +90,11 @@ CONSUMERS: dict[str, tuple[str, str]] = {
     "repeated": ("", "v.repeat(1, 2, 1).square().mean(1)"),
     "scales in front": ("self.{n} = nn.Parameter(torch.randn(3, 1, 1))", "(u * self.{n}).tanh().sum(0)"),
     "scales of equal size": ("self.{n} = nn.Parameter(torch.randn(2, 1, {F}, 1))", "(v * self.{n}).tanh().sum((0, 2))"),
+    "chosen by a score": (
+        "self.{n} = nn.Linear({D}, 1)",
+        "v.gather(1, self.{n}(v).topk(1, 1)[1].expand(-1, -1, {D})).flatten(1)",
+    ),
+    "rows and fields as one": ("", "v.reshape(-1, {D}).tanh().view(v.shape[0], -1, {D}).sum(1)"),
     "where": ("", "torch.where(v > 0, v, 0.1 * v.square()).sum(1)"),
     "clamped": ("", "v.clamp(-0.2, 0.2).sum(1)"),
     "logarithm": ("", "torch.log1p(v.abs()).sum(1)"),
