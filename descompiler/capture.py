@@ -19,6 +19,7 @@ from descompiler.checks import CannotRunError, check_reproduces, in_float64, pro
 from descompiler.classify import classify
 from descompiler.double import InDouble
 from descompiler.errors import CaptureError, DescompilerError, InputError, UnsupportedError
+from descompiler.held import left_behind
 from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics
 from descompiler.leaf import Leaf, LeafError
 from descompiler.leaves import trace_leaves, trace_whole
@@ -145,6 +146,7 @@ def capture(
         raise InputError(
             f"the model can't run example_inputs ({type(error).__name__}: {error}); pass what its forward takes"
         ) from error
+    left = tuple(left_behind(probe.model))
     assert probe.out_spec is not None  # from the eager run: export undoes what forward writes to its module
     signature = Signature(spec, probe.out_spec, statics, probe.out_statics)
     batches = [double_all(batch) for batch in (tensors, other_batch(tensors))]
@@ -176,5 +178,5 @@ def capture(
         scopes = {n.name: n.meta.get("scope") for n in checked.graph.nodes}
         for n in program.graph.nodes:
             n.meta["scope"] = scopes[n.name]
-        return replace(program, rung=rung, failures=tuple(failures), idle=idle), signature
+        return replace(program, rung=rung, failures=tuple(failures), idle=idle, left_behind=left), signature
     raise CaptureError("\n".join([NOT_CAPTURED, *(f"  {f}" for f in failures)]), tuple(failures))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from descompiler.operators import WEIGHTS_RICH_ELEMENTS, Operator
@@ -106,16 +106,20 @@ def coverage_of(program: Program, operators: Sequence[Operator], plan: Plan) -> 
             uses = ", ".join(sorted(set(users[name])))
             form, why, choice = "replicate", f"used by {uses}, not by a lookup", False
         found.append(Covered(name, size, form, program.rung, why, choice))
-    return Coverage(program.rung, program.failures, tuple(found), _idle_note(program))
+    return Coverage(program.rung, program.failures, tuple(found), "; ".join(_notes(program)))
 
 
-def _idle_note(program: Program) -> str:
-    if not program.idle:
-        return ""
-    return (
-        f"{', '.join(program.idle)}: gradients of zero where the original has none, as an opaque leaf holds them; "
-        "weight decay and momentum move them. Freeze what forward does not use"
-    )
+def _notes(program: Program) -> Iterator[str]:
+    if program.idle:
+        yield (
+            f"{', '.join(program.idle)}: gradients of zero where the original has none, as an opaque leaf holds them; "
+            "weight decay and momentum move them. Freeze what forward does not use"
+        )
+    if program.left_behind:
+        yield (
+            f"forward leaves values with gradients on the model, in {', '.join(program.left_behind)}; the compiled "
+            "model does not: return from forward what a loss is made of"
+        )
 
 
 def _why(operator: Operator, plan: Plan) -> str:

@@ -45,6 +45,24 @@ def unregistered(model: nn.Module) -> list[str]:
     ]
 
 
+def left_behind(model: nn.Module) -> list[str]:
+    """Plain attributes in which forward left values with a history, as a loss to be added later is.
+
+    >>> module = nn.Linear(1, 1)
+    >>> module.auxiliary = module.weight.sum()
+    >>> left_behind(module)
+    ['auxiliary']
+    """
+    prefixes = {id(m): f"{n}." if n else "" for n, m in model.named_modules()}
+    return [
+        f"{prefixes[id(module)]}{name}"
+        for module, name, nested in held_values(model)
+        if any(isinstance(x, Tensor) and not x.is_leaf for x in pytree.tree_leaves(nested))
+        # weight_norm and spectral_norm compute ``weight`` from parameters of such names in front of each forward
+        and not any(p.startswith(f"{name}_") for p in module._parameters)
+    ]
+
+
 def held_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Tensors that are plain attributes themselves: module, name, tensor."""
     for module in model.modules():

@@ -75,6 +75,8 @@ class Program:
         The tracers that were tried before, and why they failed.
     idle : tuple of str
         Parameters that have no gradient in the model on some batch, and one of zeros here (leaves reach all they hold).
+    left_behind : tuple of str
+        Attributes of the model in which its forward leaves values with a history; the graph does not.
     """
 
     graph: fx.Graph
@@ -88,6 +90,7 @@ class Program:
     rung: str = ""
     failures: tuple[Failure, ...] = ()
     idle: tuple[str, ...] = ()
+    left_behind: tuple[str, ...] = ()
 
     def source(self, node: Any) -> Source | None:
         """The source of a placeholder node; None for any other node."""

@@ -60,7 +60,7 @@ DIVERGED = 1e3
 """Factor by which the original's weights grow in a few steps where its training diverges, and its rounding with it."""
 
 OPTIMIZERS: dict[str, Any] = {  # eps as lr: the rounding of a gradient of zero enters the weight times lr / eps
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.002, momentum=0.9),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05, eps=0.05),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01, eps=0.01),
     "sparse_adam": lambda p: torch.optim.SparseAdam(p, lr=0.01, eps=0.01),
