@@ -81,7 +81,8 @@ def _module(
 ) -> PartialModule:
     runs = _copy_with(template, values) if host is None else host
     inputs = normalise_inputs(build.example_inputs, method_of(template, build.method))
-    spare = inputs if seen.unchecked else take_rows(inputs, torch.zeros(1, dtype=torch.int64, device=build.device))
+    # two rows: forwards that squeeze can't run on one
+    spare = inputs if seen.unchecked else take_rows(inputs, torch.zeros(2, dtype=torch.int64, device=build.device))
     return PartialModule(
         template,
         chosen,

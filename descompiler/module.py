@@ -498,7 +498,7 @@ class PartialModule(DistributedModule):
         super().__init__(template, plan, None, runtime, None, values, buffers, coverage, host, in_place=in_place)
         self._coupled = coupled
         self._outputs, self._means_double = tuple(outputs), is_double_meant()
-        self._spare = spare  # one row of inputs
+        self._spare = spare  # rows of inputs
         vars(self)["_call"] = call  # perhaps the host itself, which is no submodule
         if not self._in_place:
             self._watch()
@@ -632,9 +632,9 @@ class PartialModule(DistributedModule):
         return self._keeper.total(x * share[kind] if share[kind] else x.nan_to_num() * 0, "a scalar output")
 
     def _run_host(self, args: Any, kwargs: Any) -> tuple[Any, bool]:
-        """The user's forward; where it can't run without rows, on a spare row, whose results are dropped (then True).
+        """The user's forward; where it can't run without rows, on spare rows, whose results are dropped (then True).
 
-        All that a spare row reaches has gradient zero.
+        All that spare rows reach has gradient zero.
         """
         call = vars(self)["_call"]
         arithmetic = InDouble if self._means_double else nullcontext

@@ -28,7 +28,7 @@ from descompiler.draws import ONE_DRAW
 from descompiler.errors import EquivalenceError
 from descompiler.held import copied
 from descompiler.inputs import flatten, map_tensors, normalise_inputs, split_statics, take_rows
-from descompiler.module import DistributedModule, PartialModule
+from descompiler.module import DistributedModule
 from descompiler.probe import CALL, blueprint, call_of, method_of
 from descompiler.rows import Rows
 from descompiler.sparse import equal
@@ -261,12 +261,12 @@ def _work(
     return report
 
 
-def batches(inputs: Any, step: int, ranks: int, *, empty: bool = True) -> tuple[Any, list[int]]:
+def batches(inputs: Any, step: int, ranks: int) -> tuple[Any, list[int]]:
     """A global batch drawn from the example's rows, and each rank's rows: uneven, one rank empty, then even."""
     leaves, _ = split_statics(flatten(inputs)[0])
     rows = [
         [5 + (r % 2) for r in range(ranks)],
-        [int(not empty) if r == step % ranks else 4 + r for r in range(ranks)],
+        [0 if r == step % ranks else 4 + r for r in range(ranks)],
         [3] * ranks,
     ]
     counts = rows[step % 3]
@@ -312,16 +312,6 @@ def _largest(tensors: Iterable[Tensor]) -> float:
 
 def _near(a: Tensor, b: Tensor, difference: float) -> bool:
     return a.shape == b.shape and (not b.numel() or float((a - b).detach().abs().max()) <= difference)
-
-
-def _runs_without_rows(model: nn.Module, inputs: Any, method: str) -> bool:
-    args, kwargs = take_rows(inputs, torch.arange(0))
-    try:
-        with torch.no_grad(), InDouble():
-            call_of(copy.deepcopy(model, copied(model)), method)(*args, **kwargs)
-    except Exception:  # whatever the user's forward raises
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -413,12 +403,10 @@ def _case(
     for name, value in full_state_dict(module).items():
         if not equal(value, reference.state_dict()[name]):
             raise EquivalenceError(f"{title}: initial {name!r} is not the original's, bit for bit")
-    # a user's own forward may need rows (packed sequences do): then no graph stands in for it
-    empty = not isinstance(module, PartialModule) or _runs_without_rows(reference, inputs, method)
     optimizers = [_optimizer(optimizer, reference, sparse), _optimizer(optimizer, module, sparse)]
     start = _largest(reference.parameters())
     for step in range(steps):
-        (args, kwargs), counts = batches(inputs, step, ranks, empty=empty)
+        (args, kwargs), counts = batches(inputs, step, ranks)
         first = sum(counts[:rank])
         before = _without_copying_parameters(reference)
         try:

@@ -82,7 +82,15 @@ class Packed(Base):
         return self.top(self.norm(self.gru(packed)[1][0]))
 
 
-@pytest.mark.parametrize("cls", [Branch, Everything, Packed])
+class Squeezed(Packed):
+    """Can't run on one row either."""
+
+    def forward(self, ids):
+        e = self.embed(ids).unsqueeze(0).squeeze()
+        return self.top(self.norm(e)) + super().forward(ids)
+
+
+@pytest.mark.parametrize("cls", [Branch, Everything, Packed, Squeezed])
 def test_trains_as_the_original(cls):
     with warnings.catch_warnings(record=True):
         report = des.verify(cls(), (IDS,), plans=[PULL], optimizers=["adagrad"])
