@@ -44,6 +44,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[Callable[[], bool]]:
 
 
 def seed_generators(seed: int) -> None:
+    """Seed torch's, Python's and NumPy's global generators; a model's own generators are its own."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)

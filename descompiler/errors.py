@@ -9,9 +9,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-LIBRARIES = tuple(f"{Path(f).parent}/" for f in (__file__, torch.__file__))
+LIBRARIES = tuple(f"{Path(f).parent}/" for f in (__file__, torch.__file__, np.__file__))
 """Folders of code that is not the user's."""
 
 

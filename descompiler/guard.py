@@ -11,16 +11,14 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-_LIBRARIES = tuple(f"{Path(f).parent}/" for f in (torch.__file__, np.__file__, __file__))
+from descompiler.errors import LIBRARIES
 
 
 def raised_at(error: BaseException) -> str | None:
@@ -30,7 +28,7 @@ def raised_at(error: BaseException) -> str | None:
 
 def innermost(frames: traceback.StackSummary) -> str | None:
     """The file and line of the innermost frame that is the user's; None if none is."""
-    places = [f"{f.filename}:{f.lineno}" for f in frames if not f.filename.startswith(_LIBRARIES)]
+    places = [f"{f.filename}:{f.lineno}" for f in frames if not f.filename.startswith(LIBRARIES)]
     return places[-1] if places else None
 
 

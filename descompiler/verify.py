@@ -452,7 +452,7 @@ def _case(
         for name, (own, part, size) in found.items():
             if name in far:
                 drift = _largest([there[name] - grads[name]])
-                share = max(drift, moved[name]) / size
+                share = max(drift, moved[name]) / max(size, 1e-300)
                 least = max(CONDITIONED * size, TOLERANCE_FLOAT64 * largest)
                 near = max(allowed[name], SENSITIVITY_FACTOR * moved[name])
                 same_weights = module.plan.pieces[name].cut(there[name], rank)

@@ -1,6 +1,7 @@
 """Partial capture: the user's own forward, with tables fetched from their owners, on real ranks."""
 
 import copy
+import inspect
 import random
 import re
 import warnings
@@ -15,6 +16,7 @@ import descompiler as des
 from descompiler.partial import survey
 from descompiler.probe import blueprint
 from descompiler.verify import on_ranks
+from tests.test_capture import Raises
 from tests.test_ranks import raised
 
 IDS = torch.randint(9, (8, 3), generator=torch.Generator().manual_seed(0))
@@ -178,21 +180,6 @@ def test_ranks_that_differ_get_an_error(action, expected):
         assert fine, "the next step has to work"
 
 
-class Raises(torch.autograd.Function):
-    """Identity; backward raises where it is told to."""
-
-    @staticmethod
-    def forward(ctx, x, raises):
-        ctx.raises = raises
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        if ctx.raises:
-            raise ValueError("no such gradient")
-        return grad, None
-
-
 class FailsBackward(Base):
     """Backward raises, or autograd does, in front of a batch norm's backward or behind it."""
 
@@ -253,7 +240,7 @@ def _failing_backwards(rank, ranks):
 def test_a_backward_that_fails_on_one_rank_raises_on_all():
     ranks = on_ranks(_failing_backwards, 2, timeout_s=120)
     for (_, action), *found in zip(BACKWARDS, *ranks, strict=True):
-        said = rf"\({re.escape(__file__)}:\d+\): ValueError: no such gradient"
+        said = rf"\({re.escape(inspect.getfile(Raises))}:\d+\): ValueError: no such gradient"
         if action == "autograd":
             said = r"\(an operator of torch\): RuntimeError: one of the variables needed for gradient computation"
         for text, worst, _ in found:
