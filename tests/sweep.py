@@ -44,6 +44,7 @@ COLUMNS = (
     *("model", "result", "worst error", "captured by", "tables", "splits", "aggregation"),
     *("bytes", "data parallel", "sparse", "compile s"),
 )
+INSTALLED_IN = re.compile(r"/\S*/site-packages/")
 FORMS = tuple(f.name for f in ALL_FORMS)
 PLANS = (None, *({"*": form} for form in FORMS))
 
@@ -221,7 +222,7 @@ def markdown(findings: list[Finding]) -> str:
         lines.append(f"| `{f.name}` | {f.status} | {error} | " + " | ".join(cells) + " |")
     if bad := [f for f in findings if f.status != "verified"]:
         lines += ["", "## Not verified, and why", ""]
-        lines += [f"- `{f.name}`: {f.status}: {f.reason}" for f in bad]
+        lines += [f"- `{f.name}`: {f.status}: {INSTALLED_IN.sub('', f.reason)}" for f in bad]
     if moved := [f for f in good if f.conditioned]:
         lines += [
             "",
