@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Builder:
         leaves, _ = split_statics(flatten(normalise_inputs(example_inputs, method_of(template, method)))[0])
         self.rows = max((x.shape[0] for x in leaves if x.dim()), default=1)
         self.device = leaves[0].device if leaves else torch.device("cpu")
-        self._cast: dict[tuple[torch.dtype, ...], Builder] = {}
+        self._others: dict[tuple[object, ...], Builder] = {}
         self._captured: dict[tuple[tuple[str, bool], ...], tuple[Program, Signature]] = {}
         self._failed: dict[tuple[tuple[str, bool], ...], CaptureError] = {}
 
@@ -57,10 +57,14 @@ class Builder:
                     raise
         return self._captured[key]
 
-    def in_dtypes(
-        self, held: Mapping[str, torch.dtype], given: Sequence[torch.dtype] | None, training: dict[str, bool]
+    def of_now(
+        self,
+        training: dict[str, bool],
+        held: Mapping[str, torch.dtype],
+        thawed: Collection[str],
+        given: Sequence[torch.dtype] | None,
     ) -> Builder:
-        """Of the model after it was cast, or for inputs in other dtypes: a graph has no casts that did nothing.
+        """Of the model as it is now: cast, or given inputs in other dtypes (a graph has no casts that did nothing).
 
         It is this one if only the model was cast, inputs with it, and its graph asks for no dtype.
 
@@ -68,6 +72,8 @@ class Builder:
         ----------
         held : mapping of str to torch.dtype
             By parameter and buffer.
+        thawed : collection of str
+            Parameters that require a gradient now, and did not: the graph's programs send none to them.
         given : sequence of torch.dtype, optional
             By input; as the model was cast if not given. Of inputs that are no floats the example's are taken.
         """
@@ -77,16 +83,18 @@ class Builder:
         tensors, statics = split_statics(leaves)
         expected = [cast.get(x.dtype, x.dtype) for x in tensors]
         wanted = [g if x.is_floating_point() else x.dtype for g, x in zip(given or expected, tensors, strict=True)]
-        if wanted == expected and not asks_for(self.capture(training)[0], cast):
+        if not thawed and wanted == expected and not asks_for(self.capture(training)[0], cast):
             return self
-        key = (*held.values(), *wanted)
-        if key not in self._cast:
+        key = (*held.values(), *wanted, *thawed)
+        if key not in self._others:
             template = copy.deepcopy(self.template, copied(self.template))
             for name, x in _held(template):
                 x.data = x.data.to(held[name])
+                if name in thawed:
+                    x.requires_grad_()
             tensors = [x.to(d) for x, d in zip(tensors, wanted, strict=True)]
-            self._cast[key] = Builder(template, unflatten_with(tensors, spec, statics), self.method)
-        return self._cast[key]
+            self._others[key] = Builder(template, unflatten_with(tensors, spec, statics), self.method)
+        return self._others[key]
 
     def measure(
         self, program: Program, signature: Signature, operators: list[Operator], samples: Iterable[Any]

@@ -169,7 +169,7 @@ def distribute(
         chosen,
         captured.signature,
         ranks.runtime(loss),
-        lambda training, held, given: build.in_dtypes(held, given, training).emit(chosen, training, ranks.rank),
+        lambda training, *now: build.of_now(training, *now).emit(chosen, training, ranks.rank),
         values,
         buffers,
         coverage,

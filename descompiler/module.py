@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -103,7 +104,8 @@ class DistributedModule(nn.Module):
         vars(self)["_host"] = host  # no submodule: its parts are this module's own
         self._coverage, self._keeper = coverage, Keeper(runtime)
         self._signature, self._runtime, self._program_for = signature, runtime, program_for
-        self._programs: dict[Any, Emitted] = {}  # by training flags and dtypes
+        self._programs: dict[Any, Emitted] = {}  # by training flags, dtypes, and parameters that were frozen
+        self._frozen = frozenset(n for n, p in template.named_parameters() if not p.requires_grad)
         self._given: tuple[torch.dtype, ...] | None = None  # of the latest forward's inputs
         self._constants: dict[str, Tensor] = {}
         self._ddp: list[Any] = []
@@ -182,8 +184,8 @@ class DistributedModule(nn.Module):
         self._keeper.begin()
         self._same_flags()
         flags, grad = self._training_flags(), torch.is_grad_enabled()
-        runtime.mode = 2 * sum(f << (i % 61) for i, f in enumerate(flags)) % (1 << 61) + grad
-        runtime.mode_name = f"{'training' if self.training else 'evaluation'}, gradients {'on' if grad else 'off'}"
+        runtime.mode = 2 * zlib.crc32(bytes((*flags, *self._trained()))) + grad
+        runtime.mode_name = f"{'training' if self.training else 'evaluation'}, {self._gradients_mode()}"
         try:
             assert self._signature is not None
             tensors = self._signature.flatten(args, kwargs)
@@ -304,6 +306,15 @@ class DistributedModule(nn.Module):
         elif host is not None:
             host.training = self.training
 
+    def _trained(self) -> list[bool]:
+        """By parameter, whether this forward's backward gives it a gradient: the same on every rank."""
+        return [torch.is_grad_enabled() and p.requires_grad for p in self.parameters()]
+
+    def _gradients_mode(self) -> str:
+        if not torch.is_grad_enabled():
+            return "gradients off"
+        return f"gradients on, {self._trained().count(False)} parameters frozen"
+
     def _training_flags(self) -> tuple[bool, ...]:
         modules = dict(self.named_modules(remove_duplicate=False))
         return tuple(modules[name].training for name in self._flags)
@@ -311,10 +322,12 @@ class DistributedModule(nn.Module):
     def _program(self) -> Emitted:
         flags = self._training_flags()
         held = {n: x.dtype for n, x in (*self.named_parameters(), *self.named_buffers())}
-        key = flags, tuple(held.values()), self._given
+        thawed = tuple(n for n, p in self.named_parameters() if p.requires_grad and n in self._frozen)
+        key = flags, tuple(held.values()), thawed, self._given
         if key not in self._programs:
             assert self._program_for is not None
-            self._programs[key] = self._program_for(dict(zip(self._flags, flags, strict=True)), held, self._given)
+            training = dict(zip(self._flags, flags, strict=True))
+            self._programs[key] = self._program_for(training, held, thawed, self._given)
         return self._programs[key]
 
     def _replicas(self) -> dict[str, nn.Parameter]:
@@ -407,7 +420,7 @@ class DistributedModule(nn.Module):
     def _copied(self, memo: dict[int, Any]) -> DistributedModule:
         values = {n: plain(p).detach().clone() for n, p in self.named_parameters()}
         buffers = {n: b.clone() for n, b in self.named_buffers(remove_duplicate=False)}
-        return DistributedModule(
+        result = DistributedModule(
             self,
             self.plan,
             self._signature,
@@ -418,6 +431,8 @@ class DistributedModule(nn.Module):
             self._coverage,
             forward_for=self._forward_for,
         )
+        result._frozen = self._frozen
+        return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UnsupportedError(
@@ -512,7 +527,7 @@ class PartialModule(DistributedModule):
         reference = next(self.parameters(), torch.zeros(()))
         runtime.device, runtime.wire_dtype = reference.device, reference.dtype
         flags = "".join(str(int(f)) for f in self._training_flags())
-        mode = f"training flags {flags}, gradients {torch.is_grad_enabled()}"
+        mode = f"training flags {flags}, {self._gradients_mode()}"
         try:
             if self._coupled and runtime.ranks > 1:
                 return self._run_global_batch(args, kwargs, mode)

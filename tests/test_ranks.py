@@ -474,3 +474,82 @@ def _frozen_afterwards(rank, ranks):
 def test_replicated_parameters_that_are_all_frozen_after_compile():
     for worst in on_ranks(_frozen_afterwards, 2):
         assert worst < 1e-12
+
+
+class Contrast(nn.Module):
+    """One value per row, which depends on all rows; a layer that only chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(50, 6)
+        self.layer, self.chooser, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(3, 1)
+
+    def forward(self, ids):
+        x = self.layer(self.table(ids)).tanh()
+        chosen = self.chooser(x).topk(3).indices
+        return self.last(self.compared(x).gather(1, chosen)).tanh()
+
+    def compared(self, x):
+        return (x - x.max(0).values) * (x @ x.t()).mean()
+
+
+class Branching(Contrast):
+    """Each row by itself; a part of it is a leaf."""
+
+    def compared(self, x):
+        return x if float(x.sum()) > 1e6 else 2 * x
+
+
+class OwnForward(Branching):
+    """The user's own forward runs."""
+
+    def forward(self, ids):
+        scale = self.table.weight[ids].mean(1, keepdim=True) if (ids == 3).any() else 1
+        return super().forward(ids) * scale
+
+
+def _thawed(rank, ranks, cls, names, in_place):
+    """Parameters that are frozen when the model is compiled are trained, and frozen again."""
+    torch.manual_seed(0)
+    model, ids = cls().double(), torch.arange(8) % 5
+    for name in names:
+        model.get_submodule(name).requires_grad_(False)
+    reference = copy.deepcopy(model)
+    module = des.compile(model, (ids,), plan={"*": "row"}, in_place=in_place, loss="sum")
+    worst = 0.0
+    for step in range(4):
+        if step == 2 and not in_place:
+            module = copy.deepcopy(module)
+        for m in (reference, module):
+            m.zero_grad()
+            for name in names:
+                m.get_submodule(name).requires_grad_(step in (1, 2))
+        reference(ids).square().sum().backward()
+        module(ids[:3] if rank else ids[3:]).square().sum().backward()
+        for (name, p), q in zip(module.named_parameters(), reference.parameters(), strict=True):
+            own = torch.zeros_like(p) if p.grad is None else p.grad
+            whole = torch.zeros_like(q) if q.grad is None else q.grad
+            error = own - des.module_of(module).pieces(name).cut(whole, rank)
+            worst = max([worst, *error.abs().flatten().tolist()])
+    return worst
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("names", [["table"], ["table", "layer"], ["chooser"], ["layer", "chooser", "last"]])
+@pytest.mark.parametrize("cls", [Contrast, Branching, OwnForward])
+def test_parameters_that_are_frozen_at_compile_and_trained_later(cls, names, in_place):
+    for worst in on_ranks(_thawed, 2, cls, names, in_place):
+        assert worst < 1e-12
+
+
+def _frozen_on_one_rank(rank, ranks, cls):
+    model, ids = cls().double(), torch.arange(8) % 5
+    module = des.compile(model, (ids,), plan={"*": "row"}, seed=1)
+    module.get_submodule("layer").requires_grad_(rank == 0)
+    return raised(lambda: module(ids).sum().backward())
+
+
+@pytest.mark.parametrize("cls", [Contrast, Branching, OwnForward])
+def test_parameters_that_are_frozen_on_one_rank(cls):
+    for text in on_ranks(_frozen_on_one_rank, 2, cls):
+        assert text.startswith("RankError: ") and "2 parameters frozen" in text
