@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from descompiler.leaf import Leaf
 from descompiler.local_operators import bag
@@ -23,6 +24,7 @@ from descompiler.operator_kinds import ALONG, DRAWN_BY_ROW, DROPPING, HEAVY, LOO
 from descompiler.program import Program, aten, is_random, is_tensor, signature, value
 from descompiler.rows import Rows
 from descompiler.scope import CONSTANT, GLOBAL, LOCAL, OWN, SIZE, SIZED, WHOLE, Scope, polynomial
+from descompiler.spare_row import OnSpareRow, runs_without_rows
 
 TOLERANCE_FLOAT64 = 1e-9
 """Relative error allowed between a whole batch's value and its parts', in float64."""
@@ -187,7 +189,10 @@ class _Classifier:
             self._global(node, reduced=True)
         elif self._may_be_local(node, kinds) and (found := self._reproducing(node, kinds)):
             rows, uses, parts = found
-            self.scopes[node] = Scope(LOCAL, rows, uses, drawn=drops)
+            if not self._run_without_rows(node, dict(zip(kinds, uses, strict=True)), rows):
+                self._global(node, drawn=drops)
+                return
+            self.scopes[node] = Scope(LOCAL, rows[0], uses, drawn=drops)
             for division, results in zip(self.parts, parts, strict=True):
                 for part, result in zip(division, results, strict=True):
                     part[node] = result
@@ -327,8 +332,34 @@ class _Classifier:
                 results = [[_element(p, i, whole) for p in division] for division in parts]
                 layouts.append(next((c for c in candidates if all(_assembles(c, r, x) for r in results)), None))
             if all(c is not None for c in layouts):
-                return layouts[0], uses, parts
+                return layouts, uses, parts
         return None
+
+    def _run_without_rows(self, node: fx.Node, versions: dict[fx.Node, str], results: Sequence[Rows]) -> bool:
+        """Let a local operator run on ranks without rows: as it is, or on a spare one, which the node then has."""
+        if isinstance(node.target, Leaf) or node.target is operator.getitem or SIZED in versions.values():
+            return True
+
+        def taken(a: fx.Node) -> Any:
+            """Of no rows, and what one row would be; None if that is the same."""
+            scope, x = self.scopes[a], _detach(self.whole[a])
+            if versions[a] == OWN and isinstance(x, int):
+                size, batch = value(a).node.expr, self.program.batch
+                return tuple(int(size.subs(batch, n)) if batch in size.free_symbols else x for n in (0, 1))
+            if scope.rows is None or versions[a] == WHOLE:
+                return x, None
+            return scope.rows.narrow(x, 0, 0), (scope.rows, scope.rows.narrow(x, 0, 1))
+
+        leaves, spec = pytree.tree_flatten((list(node.args), dict(node.kwargs)))
+        found = [taken(a) if isinstance(a, fx.Node) else (a, None) for a in leaves]
+        args, kwargs = pytree.tree_unflatten([x for x, _ in found], spec)
+        wholes = self.whole[node] if isinstance(self.whole[node], tuple | list) else [self.whole[node]]
+        shapes = [tuple(r.narrow(x, 0, 0).shape) for r, x in zip(results, wholes, strict=True)]
+        if runs_without_rows(node.target, args, kwargs, shapes):  # type: ignore[arg-type]
+            return True
+        spare = OnSpareRow(node.target, [row for _, row in found], results)  # type: ignore[arg-type]
+        node.meta["spare_row"] = spare
+        return runs_without_rows(spare, args, kwargs, shapes)
 
     def _part(self, node: fx.Node, division: int, part: int, versions: dict[fx.Node, str]) -> Any:
         def find(a: fx.Node) -> Any:

@@ -110,7 +110,10 @@ class Outside:
             x_, w, b, mean, var, _, momentum, eps = n.args[:8]
             args = [self.own(a) if isinstance(a, fx.Node) else a for a in (x_, w, b, mean, var)]
             return e.on_runtime("batch_norm", *args, momentum, eps)
-        return self._copy(n, lambda a: self.version(n, a))
+        copied = self._copy(n, lambda a: self.version(n, a))
+        if scope.kind == LOCAL and "spare_row" in n.meta:
+            copied.target = n.meta["spare_row"]
+        return copied
 
     def whole(self, n: fx.Node) -> Any:
         """The value for the global batch, as every rank computes it."""
