@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from descompiler.checks import CannotRunError, check_reproduces, in_float64, probe_values
-from descompiler.classify import classify
+from descompiler.classify import JUDGED, classify
 from descompiler.double import InDouble
 from descompiler.errors import CaptureError, DescompilerError, InputError, UnsupportedError
 from descompiler.held import left_behind
@@ -175,8 +175,8 @@ def capture(
         except LeafError as error:
             failures.append(Failure(rung, str(error)))
             continue
-        scopes = {n.name: n.meta.get("scope") for n in checked.graph.nodes}
+        found = {n.name: n.meta for n in checked.graph.nodes}
         for n in program.graph.nodes:
-            n.meta["scope"] = scopes[n.name]
+            n.meta.update({k: x for k, x in found[n.name].items() if k in JUDGED})
         return replace(program, rung=rung, failures=tuple(failures), idle=idle, left_behind=left), signature
     raise CaptureError("\n".join([NOT_CAPTURED, *(f"  {f}" for f in failures)]), tuple(failures))

@@ -34,6 +34,10 @@ SPLITS = ((3, 4), (5, 2))
 """The numbers are compared on a batch of 7 rows in two different uneven divisions."""
 
 
+JUDGED = ("scope", "spare_row")
+"""What a node's meta has of it: a `Scope`, and an `OnSpareRow` where it can't run on no rows."""
+
+
 def classify(program: Program, values_of: Callable[[list[Tensor]], dict[str, Any]], tensors: Sequence[Tensor]) -> None:
     """Give every node of a program its `Scope`, as ``node.meta["scope"]``.
 

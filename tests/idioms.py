@@ -154,7 +154,8 @@ class Frequencies(Idiom):
     def forward(self, ids):
         x = self.table(ids).transpose(0, 1)
         filtered = torch.fft.irfft(torch.fft.rfft(x, dim=0) * torch.complex(*self.scales), n=4, dim=0)
-        return self.top(filtered.sum(0) * x.quantile(0.8, dim=0) - x.quantile(0.3, dim=0))
+        same = torch.eye(4, dtype=x.dtype)  # baked: a graph of float32 is checked as a copy
+        return self.top(filtered.sum(0) * x.quantile(0.8, dim=0) - x.quantile(0.3, dim=0) @ same)
 
 
 class LoopOverRows(Idiom):

@@ -20,6 +20,11 @@ def test_captured_by(name):
     assert capture(blueprint(IDIOMS[name]()), (IDS,), passes=NORMALISE)[0].rung == RUNGS[name]
 
 
+def test_what_does_not_run_without_rows_is_known_in_the_program_itself():
+    program = capture(blueprint(IDIOMS["Frequencies"]()), (IDS,), passes=NORMALISE)[0]
+    assert sum("spare_row" in n.meta for n in program.graph.nodes) == 4
+
+
 def _verify(rank, ranks):
     for name, cls in IDIOMS.items():
         plan = None if name == "OneHot" else {"table*": "row"}  # a product, no table
