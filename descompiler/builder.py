@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from descompiler.aggregate import Candidates, Cut, Weights, at_lookups, minimum_cut, place
+from descompiler.attributes import Place
 from descompiler.capture import capture
 from descompiler.checks import asks_for
 from descompiler.emit import Emitted, emit
@@ -62,6 +63,7 @@ class Builder:
         training: dict[str, bool],
         held: Mapping[str, torch.dtype],
         thawed: Collection[str],
+        changes: Sequence[tuple[Place, Any]],
         given: Sequence[torch.dtype] | None,
     ) -> Builder:
         """Of the model as it is now: cast, or given inputs in other dtypes (a graph has no casts that did nothing).
@@ -74,6 +76,8 @@ class Builder:
             By parameter and buffer.
         thawed : collection of str
             Parameters that require a gradient now, and did not: the graph's programs send none to them.
+        changes : sequence of ((str, str), value)
+            Plain attributes that have another value now, by path and name.
         given : sequence of torch.dtype, optional
             By input; as the model was cast if not given. Of inputs that are no floats the example's are taken.
         """
@@ -83,15 +87,17 @@ class Builder:
         tensors, statics = split_statics(leaves)
         expected = [cast.get(x.dtype, x.dtype) for x in tensors]
         wanted = [g if x.is_floating_point() else x.dtype for g, x in zip(given or expected, tensors, strict=True)]
-        if not thawed and wanted == expected and not asks_for(self.capture(training)[0], cast):
+        if not thawed and not changes and wanted == expected and not asks_for(self.capture(training)[0], cast):
             return self
-        key = (*held.values(), *wanted, *thawed)
+        key = (*held.values(), *wanted, *thawed, *changes)
         if key not in self._others:
             template = copy.deepcopy(self.template, copied(self.template))
             for name, x in _held(template):
                 x.data = x.data.to(held[name])
                 if name in thawed:
                     x.requires_grad_()
+            for (path, name), x in changes:
+                setattr(template.get_submodule(path), name, x)
             tensors = [x.to(d) for x, d in zip(tensors, wanted, strict=True)]
             self._others[key] = Builder(template, unflatten_with(tensors, spec, statics), self.method)
         return self._others[key]

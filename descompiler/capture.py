@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from descompiler.attributes import Place, reads_of
 from descompiler.checks import CannotRunError, check_reproduces, in_float64, probe_values
 from descompiler.classify import JUDGED, classify
 from descompiler.double import InDouble
@@ -47,15 +48,20 @@ RUNGS: tuple[tuple[str, Callable[[Flat, list[Tensor], nn.Module], Program]], ...
 """The ladder, in the order in which it is climbed."""
 
 
-def _try_probe(make: Callable[[], Flat], tensors: list[Tensor]) -> Flat:
-    """A probe that runs: a model that makes float32 tensors in forward may not, unless it makes float64 ones there."""
+def _try_probe(make: Callable[[], Flat], tensors: list[Tensor]) -> tuple[Flat, frozenset[Place]]:
+    """A probe that runs, and the plain attributes that it reads.
+
+    A model that makes float32 tensors in forward may not run, unless it makes float64 ones there.
+    """
     probe = make()
     try:
-        run_eager(probe, tensors)
+        with reads_of(probe.model) as reads:
+            run_eager(probe, tensors)
     except Exception:
         probe = _in_double(make())  # forward may have kept a float32 tensor
-        run_eager(probe, tensors)
-    return probe
+        with reads_of(probe.model) as reads:
+            run_eager(probe, tensors)
+    return probe, frozenset(reads)
 
 
 def _in_double(probe: Flat) -> Flat:
@@ -139,7 +145,7 @@ def capture(
         return result
 
     try:
-        probe = _try_probe(lambda: flat(double=True), double_all(tensors))
+        probe, reads = _try_probe(lambda: flat(double=True), double_all(tensors))
     except UnsupportedError:
         raise
     except Exception as error:
@@ -175,8 +181,9 @@ def capture(
         except LeafError as error:
             failures.append(Failure(rung, str(error)))
             continue
-        found = {n.name: n.meta for n in checked.graph.nodes}
+        metas = {n.name: n.meta for n in checked.graph.nodes}
         for n in program.graph.nodes:
-            n.meta.update({k: x for k, x in found[n.name].items() if k in JUDGED})
-        return replace(program, rung=rung, failures=tuple(failures), idle=idle, left_behind=left), signature
+            n.meta.update({k: x for k, x in metas[n.name].items() if k in JUDGED})
+        program = replace(program, rung=rung, failures=tuple(failures), idle=idle, left_behind=left, reads=reads)
+        return program, signature
     raise CaptureError("\n".join([NOT_CAPTURED, *(f"  {f}" for f in failures)]), tuple(failures))

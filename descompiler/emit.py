@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from descompiler.aggregate import Candidates, Cut
+from descompiler.attributes import Place
 from descompiler.communication import early_checks
 from descompiler.emission import Emission
 from descompiler.emit_outside import Outside
@@ -45,6 +46,8 @@ class Emitted:
         Where a rank's own rows are in each output; None: the output is the global batch's, equal on all ranks.
     untrained : frozenset of str
         Parameters that require gradients and get none.
+    reads : frozenset of (str, str)
+        See `Program`.
     """
 
     module: fx.GraphModule
@@ -54,6 +57,7 @@ class Emitted:
     checks: tuple[Check, ...]
     outputs: tuple[Rows | None, ...]
     untrained: frozenset[str]
+    reads: frozenset[Place]
 
 
 def emit(
@@ -103,7 +107,8 @@ def emit(
     rows = tuple(scope_of(o).rows for o in outputs)
     module = fx.GraphModule(torch.nn.Module(), e.graph)
     wanted = frozenset(n for n, p in program.parameters.items() if p.requires_grad)
-    return Emitted(module, e.sources, e.constants, e.layout, checks, rows, wanted - trained_parameters(program))
+    untrained = wanted - trained_parameters(program)
+    return Emitted(module, e.sources, e.constants, e.layout, checks, rows, untrained, program.reads)
 
 
 def _begin(e: Emission, outside: Outside) -> tuple[Check, ...]:

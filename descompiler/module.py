@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from descompiler import traffic as wire
+from descompiler.attributes import Place, Watch
 from descompiler.coverage import Coverage
 from descompiler.double import InDouble, is_double_meant
 from descompiler.emit import Emitted
@@ -119,6 +120,7 @@ class DistributedModule(nn.Module):
             self._adopt(host, values, buffers)
         runtime.wire_dtype = next((p.dtype for p in self.parameters()), torch.float32)
         self._in_place = in_place and host is not None
+        self._attributes = Watch(host) if self._in_place and host is not None else None
         for name, p in self.named_parameters():
             if not plan.pieces[name].is_replicated:
                 substitute(p, name, plan.pieces[name], self._keeper)
@@ -184,9 +186,12 @@ class DistributedModule(nn.Module):
         self._keeper.begin()
         self._same_flags()
         flags, grad = self._training_flags(), torch.is_grad_enabled()
-        runtime.mode = 2 * zlib.crc32(bytes((*flags, *self._trained()))) + grad
         runtime.mode_name = f"{'training' if self.training else 'evaluation'}, {self._gradients_mode()}"
         try:
+            changes = self._changes()
+            runtime.mode = 2 * zlib.crc32(bytes((*flags, *self._trained())) + repr(changes).encode()) + grad
+            if changes and self._attributes is not None:
+                runtime.mode_name += f", {self._attributes.told(changes)}"
             assert self._signature is not None
             tensors = self._signature.flatten(args, kwargs)
             self._given = tuple(x.dtype for x in tensors)
@@ -320,14 +325,29 @@ class DistributedModule(nn.Module):
         return tuple(modules[name].training for name in self._flags)
 
     def _program(self) -> Emitted:
-        flags = self._training_flags()
+        emitted = self._program_now()
+        if self._attributes is not None and self._attributes.add(emitted.reads):
+            emitted = self._program_now()  # it is the first, or the first in these training flags
+        return emitted
+
+    def _changes(self) -> tuple[tuple[Place, Any], ...]:
+        """What users changed of the plain attributes that forward reads, in a model that was compiled in place."""
+        return () if self._attributes is None else self._attributes.changes()
+
+    def _program_now(self) -> Emitted:
+        flags, changes = self._training_flags(), self._changes()
         held = {n: x.dtype for n, x in (*self.named_parameters(), *self.named_buffers())}
         thawed = tuple(n for n, p in self.named_parameters() if p.requires_grad and n in self._frozen)
-        key = flags, tuple(held.values()), thawed, self._given
+        key = flags, tuple(held.values()), thawed, changes, self._given
         if key not in self._programs:
             assert self._program_for is not None
             training = dict(zip(self._flags, flags, strict=True))
-            self._programs[key] = self._program_for(training, held, thawed, self._given)
+            if changes and self._attributes is not None:
+                warn(
+                    f"{self._attributes.told(changes)}: the model is captured anew, as it will be for every other "
+                    "value. A buffer may change without that"
+                )
+            self._programs[key] = self._program_for(training, held, thawed, changes, self._given)
         return self._programs[key]
 
     def _replicas(self) -> dict[str, nn.Parameter]:

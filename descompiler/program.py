@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from descompiler.attributes import Place
 from descompiler.errors import LIBRARIES, DescompilerError
 from descompiler.leaf import Leaf
 from descompiler.sparse import parts_of
@@ -77,6 +78,8 @@ class Program:
         Parameters that have no gradient in the model on some batch, and one of zeros here (leaves reach all they hold).
     left_behind : tuple of str
         Attributes of the model in which its forward leaves values with a history; the graph does not.
+    reads : frozenset of (str, str)
+        Numbers and flags that forward reads: a module's path, and its attribute's name. The graph has their values.
     """
 
     graph: fx.Graph
@@ -91,6 +94,7 @@ class Program:
     failures: tuple[Failure, ...] = ()
     idle: tuple[str, ...] = ()
     left_behind: tuple[str, ...] = ()
+    reads: frozenset[Place] = frozenset()
 
     def source(self, node: Any) -> Source | None:
         """The source of a placeholder node; None for any other node."""

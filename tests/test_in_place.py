@@ -168,3 +168,46 @@ def test_the_training_loop_of_deepctr_torch():
             assert np.abs(weights[name] - value).max() < 1e-5, name
     untrained = _deepctr_model().state_dict()
     assert any(np.abs(state[n] - untrained[n].numpy()).max() > 0.01 for n in state), "it has to have trained"
+
+
+class Annealed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.table, self.drop, self.top = nn.Embedding(9, 4), nn.Dropout(0.5), nn.Linear(4, 1)
+        self.alpha, self.best = 1.0, 0.0
+
+    def forward(self, ids):
+        return self.top(self.drop(self.table(ids).sum(1))) * self.alpha
+
+
+def _annealed(rank, ranks):
+    """Outputs' differences from the original while users change plain attributes, and what they are told."""
+    model = Annealed().double()
+    reference = copy.deepcopy(model)
+    des.compile(model, (IDS,), in_place=True, plan={"*": "row"})
+    mine, worst, told = IDS[:3] if rank else IDS[3:], 0.0, []
+    for p, alpha in ((0.0, 1.0), (0.0, 3.0), (0.0, 1.0), (1.0, 3.0)):
+        for m in (model, reference):
+            m.drop.p, m.alpha, m.best = p, alpha, m.best + 1
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            worst = max(worst, float((model(mine) - reference(mine)).abs().max()))
+        told.append([str(w.message) for w in caught if "captured anew" in str(w.message)])
+    errors = []
+    for value in (5.0 if rank else 7.0, torch.tensor(2.0) if rank else 1.0):
+        model.alpha = value
+        try:
+            model(mine)
+        except des.DescompilerError as error:
+            errors.append(str(error))
+    return worst, told, errors
+
+
+def test_plain_attributes_that_change():
+    for worst, told, errors in on_ranks(_annealed, 2):
+        assert worst < 1e-12
+        assert [len(x) for x in told] == [1, 1, 0, 1], "best is not read, and a known value is not captured again"
+        assert "drop.p is 0.0 now, and was 0.5" in told[0][0] and "alpha is 3.0 now, and was 1.0" in told[1][0]
+        assert "rank 0" in errors[0] and "alpha is 7.0 now" in errors[0] and "alpha is 5.0 now" in errors[0]
+        assert "rank 1: UnsupportedError: alpha was 1.0 when the model was compiled, and is a Tensor now" in errors[1]
