@@ -188,10 +188,6 @@ class DistributedModule(nn.Module):
         flags, grad = self._training_flags(), torch.is_grad_enabled()
         runtime.mode_name = f"{'training' if self.training else 'evaluation'}, {self._gradients_mode()}"
         try:
-            changes = self._changes()
-            runtime.mode = 2 * zlib.crc32(bytes((*flags, *self._trained())) + repr(changes).encode()) + grad
-            if changes and self._attributes is not None:
-                runtime.mode_name += f", {self._attributes.told(changes)}"
             assert self._signature is not None
             tensors = self._signature.flatten(args, kwargs)
             self._given = tuple(x.dtype for x in tensors)
@@ -201,6 +197,10 @@ class DistributedModule(nn.Module):
                 users = self._users_forward(error)
                 runtime.started = True  # the users' forward tells the other ranks what fails in it
                 return users.follow(self, args, kwargs)
+            changes = self._changes()  # of what the program is known to read by now
+            runtime.mode = 2 * zlib.crc32(bytes((*flags, *self._trained())) + repr(changes).encode()) + grad
+            if changes and self._attributes is not None:
+                runtime.mode_name += f", {self._attributes.told(changes)}"
             runtime.layout, runtime.checks = emitted.layout, emitted.checks
             reference = next(self.parameters())
             runtime.device = reference.device
@@ -547,7 +547,8 @@ class PartialModule(DistributedModule):
         reference = next(self.parameters(), torch.zeros(()))
         runtime.device, runtime.wire_dtype = reference.device, reference.dtype
         flags = "".join(str(int(f)) for f in self._training_flags())
-        mode = f"training flags {flags}, {self._gradients_mode()}"
+        trained = "".join(str(int(f)) for f in self._trained())
+        mode = f"training flags {flags}, trained parameters {trained}, {self._gradients_mode()}"
         try:
             if self._coupled and runtime.ranks > 1:
                 return self._run_global_batch(args, kwargs, mode)

@@ -187,6 +187,9 @@ def _annealed(rank, ranks):
     reference = copy.deepcopy(model)
     des.compile(model, (IDS,), in_place=True, plan={"*": "row"})
     mine, worst, told = IDS[:3] if rank else IDS[3:], 0.0, []
+    model.alpha = 2.0 + rank
+    with pytest.raises(des.RankError, match=r"alpha is 3\.0 now"):  # in the first forward too
+        model(mine)
     for p, alpha in ((0.0, 1.0), (0.0, 3.0), (0.0, 1.0), (1.0, 3.0)):
         for m in (model, reference):
             m.drop.p, m.alpha, m.best = p, alpha, m.best + 1
