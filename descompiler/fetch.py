@@ -199,7 +199,7 @@ class _FetchRows(torch.autograd.Function):
             buffer, sent = dealt(owned, fetching.served, _wire_dtype(weights))
             sizes = [sum(n * d for n, d in zip(row, fetch.dims, strict=True)) for row in fetching.asked]
             fetching.answering = runtime.exchange(buffer, sent, sizes, wire.FETCH_ROWS)
-            return fetching.answering.out, *shared
+            return fetching.answering.out.detach(), *shared  # ctx must not hold what has ctx in its history
         return shared[0].new_empty(0), *shared
 
     @staticmethod

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from descompiler import traffic as wire
 from descompiler.collectives import all_to_all
 from descompiler.errors import DescompilerError, InputError, UnsupportedError, warn
+from descompiler.gradients import Caught, add_gradient, sum_of
 from descompiler.guard import Guard, raised_at
 from descompiler.pieces import Pieces, locate
 from descompiler.runtime import Runtime
@@ -63,21 +63,22 @@ class Keeper:
     """The exchanges behind the pieces of one module, and the averages of its replicated parameters' gradients."""
 
     runtime: Runtime
-    replicated: list[nn.Parameter] = field(default_factory=list)
-    accumulators: list[Any] = field(default_factory=list)  # the hooked node of each of ``replicated``, if any
     pieces: list[Piece] = field(default_factory=list)
     records: deque[Record] = field(default_factory=deque)
-    local: dict[int, Tensor] = field(default_factory=dict)  # this backward's gradients, by position in ``replicated``
     scheduled: bool = False
     failed: bool = False
     failure: Exception | None = None  # of the user's code in the backward that is under way
     noted: set[tuple[str, str]] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self.watch([])
+
     # ---- agreement
 
     def _forget(self) -> None:
         """Forget what the latest backward held."""
-        self.scheduled, self.failure, self.local = False, None, {}
+        self.scheduled, self.failure = False, None
+        self.caught.take()
         for record in self.records:
             record.gradient = None
 
@@ -87,7 +88,7 @@ class Keeper:
         self.runtime.forwards += 1
         if torch._C._current_graph_task_id() == NO_BACKWARD:  # what a backward that was broken off has left
             self._forget()
-        self._hook()
+        self.caught.hook()
         while self.records and self.records[0].forward <= self.runtime.forwards - KEPT_FORWARDS:
             self.records.popleft()
 
@@ -240,29 +241,13 @@ class Keeper:
 
     def watch(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average these parameters' gradients over ranks when backward ends, while they require gradients."""
-        self.replicated.extend(parameters)
-        self.accumulators.extend([None] * len(parameters))
-        self._hook()
+        self.caught = Caught(parameters if self.runtime.ranks > 1 else [], self._hold)
+        self.caught.hook()
 
-    def _hook(self) -> None:
-        """Hold what reaches the node that accumulates a parameter's gradient, behind hooks that users registered.
-
-        A parameter has none while it is frozen, and another one once its dtype or device has changed.
-        """
-        if self.runtime.ranks == 1 or not torch.is_grad_enabled():
-            return
-        for i, p in enumerate(self.replicated):
-            if p.requires_grad and (node := get_gradient_edge(p).node) is not self.accumulators[i]:
-                self.accumulators[i] = node
-                node.register_prehook(lambda gradients, i=i: self._hold(i, gradients))
-
-    def _hold(self, position: int, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
-        (gradient,) = gradients
-        if gradient is None:
-            return None
-        self.local[position] = gradient.to_dense() if gradient.is_sparse else gradient
+    def _hold(self, position: int, gradient: Tensor) -> None:
+        before = self.caught.local.get(position)
+        self.caught.local[position] = gradient if before is None else before + gradient
         self.schedule()
-        return (torch.zeros_like(self.local[position]),)
 
     def guard(self) -> Guard:
         """For the user's code in a forward: what its backward raises on this rank is told when backward ends."""
@@ -292,9 +277,9 @@ class Keeper:
         except DescompilerError as error:
             self._forget()
             raise error from cause
-        held, self.local = self.local, {}
+        held = self.caught.take()
         flags = torch.tensor(
-            [r.gradient is not None for r in self.records] + [i in held for i in range(len(self.replicated))],
+            [r.gradient is not None for r in self.records] + [i in held for i in range(len(self.caught.parameters))],
             dtype=torch.uint8,
         )
         if runtime.ranks > 1 and len(flags):
@@ -310,13 +295,13 @@ class Keeper:
                     gradient = self._return_gradient(record)
                     record.gradient = None  # its graph may be kept for another backward
                     before = totals.get(record.piece)
-                    totals[record.piece] = gradient if before is None else _sum(before, gradient)
+                    totals[record.piece] = gradient if before is None else sum_of(before, gradient)
             for piece, gradient in totals.items():
                 for hook in (piece._backward_hooks or {}).values():  # users', which autograd would call
                     changed = hook(gradient)
                     gradient = gradient if changed is None else changed
-                _add(piece, gradient)
-            self._average(held, some[len(some) - len(self.replicated) :])
+                add_gradient(piece, gradient)
+            self._average(held, some[len(self.records) :])
 
     def _return_gradient(self, record: Record) -> Tensor:
         """Of the piece, from every rank's use of it; the convention's share of a sum over ranks."""
@@ -348,35 +333,14 @@ class Keeper:
         return out.reshape(runtime.ranks, *mine.shape).sum(0)
 
     def _average(self, held: Mapping[int, Tensor], present: Sequence[int]) -> None:
-        ranks = self.runtime.ranks
-        if ranks == 1:
-            return
         by_dtype: dict[torch.dtype, list[int]] = {}
-        for i, p in enumerate(self.replicated):
+        for i, p in enumerate(self.caught.parameters):
             if present[i]:
                 by_dtype.setdefault(p.dtype, []).append(i)
         for positions in by_dtype.values():
-            parts = [held[i] if i in held else torch.zeros_like(self.replicated[i]) for i in positions]
-            flat = torch.cat([g.reshape(-1) for g in parts])
+            flat = self.caught.flat(positions, held, self.runtime.ranks)
             self.runtime.all_reduce(wire.DENSE_GRADIENTS, flat)
-            flat /= ranks
-            for i, g in zip(positions, flat.split([g.numel() for g in parts]), strict=True):
-                _add(self.replicated[i], g.reshape(self.replicated[i].shape))
-
-
-def _sum(a: Tensor, b: Tensor) -> Tensor:
-    """Of gradients that may be sparse; torch adds a sparse one to a dense one only."""
-    return b + a if a.is_sparse else a + b
-
-
-def _add(p: Tensor, gradient: Tensor) -> None:
-    """Accumulate a gradient that autograd does not bring."""
-    if p.grad is None:
-        p.grad = gradient.clone()
-    elif p.grad.is_sparse or gradient.is_sparse:
-        p.grad = _sum(p.grad, gradient)
-    else:
-        p.grad.add_(gradient)
+            self.caught.accumulate(positions, flat)
 
 
 def _anchor(piece: Piece) -> Tensor:

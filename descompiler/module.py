@@ -12,15 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from descompiler import traffic as wire
 from descompiler.attributes import Place, Watch
 from descompiler.coverage import Coverage
 from descompiler.double import InDouble, is_double_meant
 from descompiler.emit import Emitted
 from descompiler.errors import CaptureError, InputError, UnsupportedError, warn
 from descompiler.fetch_layout import Counts
+from descompiler.gradients import Reducer
 from descompiler.guard import Guard
 from descompiler.held import copied
 from descompiler.inputs import Signature, flatten, split_statics, unflatten_with
@@ -33,39 +32,6 @@ from descompiler.rows import Rows
 from descompiler.runtime import Runtime
 from descompiler.substitute import SynchroniseNorms, plain, substitute
 from descompiler.traffic import Traffic
-
-
-class _Core(nn.Module):
-    """What DistributedDataParallel wraps: the parameters by name, and a call of the program."""
-
-    def __init__(self, owner: DistributedModule):
-        super().__init__()
-        for name, child in owner.named_children():
-            self.add_module(name, child)
-        for name, p in owner._parameters.items():
-            self.register_parameter(name, p)
-        self._run = owner._run
-
-    def forward(self, *tensors: Tensor) -> list[Tensor]:
-        return self._run(tensors)
-
-
-class _Arm(torch.autograd.Function):
-    """Identity of a forward's outputs; in backward, the reducer is told that a pass begins.
-
-    DistributedDataParallel prepares its reducer in forward, for one backward. The second of two backwards (of two
-    forwards, or of one whose graph is kept) would leave gradients as each rank has them, without a word.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, module: DistributedModule, *outputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.module = module
-        return tuple(x.view_as(x) for x in outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        ctx.module._arm()
-        return None, *grads
 
 
 class DistributedModule(nn.Module):
@@ -109,10 +75,8 @@ class DistributedModule(nn.Module):
         self._frozen = frozenset(n for n, p in template.named_parameters() if not p.requires_grad)
         self._given: tuple[torch.dtype, ...] | None = None  # of the latest forward's inputs
         self._constants: dict[str, Tensor] = {}
-        self._ddp: list[Any] = []
-        self._timed_buckets: list[tuple[Tensor, Any]] = []
-        self._ddp_key: Any = None
-        self._armed = self._in_backward = False
+        self._reducer: Reducer | None = None
+        self._reducer_key: Any = None
         self._flags = [name for name, _ in template.named_modules()]
         if host is None:
             self._mirror(template, values, buffers)
@@ -207,8 +171,10 @@ class DistributedModule(nn.Module):
             if reference.dtype != runtime.wire_dtype:  # it was cast: other bytes cross
                 runtime.wire_dtype = reference.dtype
                 object.__setattr__(self, "plan", replace(self.plan, itemsize=reference.dtype.itemsize))
-            reduced = grad and emitted.layout.dense_elements and not self._in_place and self._trains_replicas()
-            outputs = self._reduced(tensors) if reduced else self._run(tensors)
+            reduced = grad and runtime.ranks > 1 and emitted.layout.dense_elements and not self._in_place
+            if reduced and (reducer := self._reducer_now()) is not None:
+                reducer.begin()
+            outputs = self._run(tensors)
         except Exception as error:
             if runtime.started:
                 raise
@@ -244,30 +210,6 @@ class DistributedModule(nn.Module):
                 dict(zip(self._flags, key, strict=True)), values, dict(self.named_buffers(remove_duplicate=False))
             )
         return self._forwards[key]
-
-    def _reduced(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The program's outputs; every backward from them ends with averaged gradients of replicated parameters."""
-        outputs = list(self._reducer()(*tensors))
-        if self._runtime.ranks > 1:
-            self._armed, self._in_backward = True, False
-            trained = [i for i, x in enumerate(outputs) if x.requires_grad]
-            for i, x in zip(trained, _Arm.apply(self, *(outputs[i] for i in trained)), strict=True):
-                outputs[i] = x
-        return outputs
-
-    def _arm(self) -> None:
-        """Prepare the reducer for a backward, unless its forward just did."""
-        if self._in_backward:
-            return
-        self._in_backward = True
-        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
-        if not self._armed:
-            reducer = self._ddp[0].reducer
-            reducer._rebuild_buckets()  # as its forward does: once, in the order of the first backward
-            reducer.prepare_for_backward([])
-
-    def _end_backward(self) -> None:
-        self._armed = self._in_backward = False
 
     def _finishing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, so that every rank's backward ends with the keeper's exchange."""
@@ -351,35 +293,25 @@ class DistributedModule(nn.Module):
         return self._programs[key]
 
     def _replicas(self) -> dict[str, nn.Parameter]:
-        """The parameters whose gradients the reducer averages: whole on every rank, used, and not known to get none."""
+        """The parameters whose gradients the reducer averages: whole on every rank, trained, and used."""
         pieces, splits, program = self.plan.pieces, self.plan.splits, self._program()
         used = {s.name for s in program.sources if s.kind == "parameter"} - program.untrained
         gathered = {n for n, s in splits.items() if s.gathered}
-        return {n: p for n, p in self.named_parameters() if n in used and n not in gathered and pieces[n].is_replicated}
+        return {
+            n: p
+            for n, p in self.named_parameters()
+            if p.requires_grad and n in used and n not in gathered and pieces[n].is_replicated
+        }
 
-    def _trains_replicas(self) -> bool:
-        """Whether the reducer, which wants a parameter that requires a gradient, has one: users freeze them."""
-        return any(p.requires_grad for p in self._replicas().values())
-
-    def _reducer(self) -> Any:
-        """The program behind DistributedDataParallel's reducer, made anew when parameters changed under it."""
-        if self._runtime.ranks == 1:
-            return lambda *tensors: self._run(tensors)
-        parameters = dict(self.named_parameters())
-        key = tuple((n, id(p), p.dtype, p.device, p.requires_grad) for n, p in parameters.items())
-        if self._ddp_key != key:
-            core = _Core(self)
-            left_out = {id(p) for p in parameters.values()} - {id(p) for p in self._replicas().values()}
-            # by every name: a tied parameter has several
-            ignored = [n for n, p in self.named_parameters(remove_duplicate=False) if id(p) in left_out]
-            ignored += [n for n, _ in self.named_buffers(remove_duplicate=False)]
-            ignored += [f".{n}" for n in ignored if "." not in n]  # how it names the outermost module's own ones
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(core, ignored)
-            ddp = DistributedDataParallel(core, process_group=self._reducer_group(), init_sync=False)
-            # a lambda has no annotations, which register_comm_hook would compare with types, not names
-            ddp.register_comm_hook(None, lambda state, bucket: self._average(bucket))
-            self._ddp, self._ddp_key = [ddp], key
-        return self._ddp[0]
+    def _reducer_now(self) -> Reducer | None:
+        """The reducer of replicated parameters' gradients, made anew when parameters changed under it."""
+        replicas = self._replicas()
+        if not replicas:  # users freeze them
+            return None
+        key = tuple((n, id(p), p.dtype, p.device) for n, p in replicas.items())
+        if self._reducer is None or self._reducer_key != key:
+            self._reducer, self._reducer_key = Reducer(self._runtime, self._reducer_group(), replicas), key
+        return self._reducer
 
     def _reducer_group(self) -> Any:
         # its own group: the reducer's all-reduces run in any order with respect to the exchange
@@ -387,41 +319,6 @@ class DistributedModule(nn.Module):
             group = dist.new_group(dist.get_process_group_ranks(self._runtime.group), use_local_synchronization=True)
             object.__setattr__(self, "_reducer_process_group", group)
         return self._reducer_process_group
-
-    def _average(self, bucket: Any) -> Any:
-        buffer, ranks, group = bucket.buffer(), self._runtime.ranks, self._reducer_process_group
-        size = wire.all_reduce_bytes(buffer.numel() * buffer.element_size(), ranks)
-        self._runtime.traffic.add(wire.DENSE_GRADIENTS, size, calls=int(bucket.index() == 0))
-        buffer.div_(ranks)
-        if self._runtime.clock is not None:
-            return self._average_under_clock(buffer)
-        future = dist.all_reduce(buffer, group=group, async_op=True).get_future()
-        return future.then(lambda f: f.value()[0])
-
-    def _average_under_clock(self, buffer: Tensor) -> Any:
-        """A future of the buffer, complete at the end of backward: then all buckets are reduced, and timed together.
-
-        Under a clock collectives are waited for. Those of the reducer come in any order with respect to those of the
-        exchange, and in another one on each rank: to wait for them as they come could wait for ever.
-        """
-        future: Any = torch.futures.Future()
-        self._timed_buckets.append((buffer, future))
-        if len(self._timed_buckets) == 1:
-            torch.autograd.Variable._execution_engine.queue_callback(self._reduce_timed_buckets)
-        return future
-
-    def _reduce_timed_buckets(self) -> None:
-        runtime, group, buckets = self._runtime, self._reducer_process_group, list(self._timed_buckets)
-        self._timed_buckets.clear()
-
-        def reduce() -> None:
-            for work in [dist.all_reduce(buffer, group=group, async_op=True) for buffer, _ in buckets]:
-                work.wait()
-
-        assert runtime.clock is not None
-        runtime.clock.time(wire.DENSE_GRADIENTS, group, reduce)
-        for buffer, future in buckets:
-            future.set_result(buffer)
 
     # ---- copies
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from descompiler.errors import RankError, warn
 from descompiler.runtime import Runtime
+from descompiler.shutdown import rest_at_exit
 
 T = TypeVar("T")
 
@@ -45,6 +46,7 @@ class Ranks:
                 dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
             else:
                 return cls(None, 0, 1)
+        rest_at_exit()
         group = dist.group.WORLD if group is None else group
         return cls(group, dist.get_rank(group), dist.get_world_size(group))
 

@@ -46,7 +46,7 @@ class ExitStart(torch.autograd.Function):
         ctx.received, ctx.sent = received, [b * width for b in ctx.rows]
         handle.forward = runtime.exchange(send, ctx.sent, received, wire.EXIT)
         handle.sizes = (ctx.received, ctx.sent)
-        return handle.forward.out
+        return handle.forward.out.detach()  # another tensor: what ctx holds must not have ctx in its history
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -1,0 +1,107 @@
+"""Training holds nothing of the steps before: graphs end with the step, and memory stays as it is."""
+
+import gc
+import importlib
+import pkgutil
+import weakref
+
+import pytest
+import torch
+
+import descompiler
+from benchmarks.soak import SCENARIOS, memory, prepared
+from tests.pool import RankPool
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(2) as ranks:
+        yield ranks
+
+
+def functions() -> list[type]:
+    """Every autograd function of the package."""
+    for module in pkgutil.walk_packages(descompiler.__path__, "descompiler."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    found, queue = [], [torch.autograd.Function]
+    while queue:
+        children = queue.pop().__subclasses__()
+        queue += children
+        found += [c for c in children if c.__module__.startswith("descompiler")]
+    return sorted(found, key=lambda c: c.__qualname__)
+
+
+def _contexts(rank, ranks, name):
+    """By function, how many of its contexts a scenario made, and how many were alive once their graphs were dropped."""
+    made: dict[str, list[weakref.ref]] = {}
+    originals = {cls: cls.__dict__["forward"] for cls in functions()}
+
+    def watched(cls, forward):
+        def call(ctx, *args):
+            made.setdefault(f"{cls.__module__}.{cls.__qualname__}", []).append(weakref.ref(ctx))
+            return forward(ctx, *args)
+
+        return staticmethod(call)
+
+    scenario = SCENARIOS[name]
+    try:
+        for cls, original in originals.items():
+            cls.forward = watched(cls, original.__func__)
+        module, ids = prepared(scenario, 12, 4)
+        gc.collect()
+        gc.disable()  # what only the collector would find is held too long
+        made.clear()  # compile's probes have their own graphs
+        for _ in range(3):
+            scenario.step(module, ids)
+        return {c: (len(refs), sum(r() is not None for r in refs)) for c, refs in made.items()}
+    finally:
+        gc.enable()
+        for cls, original in originals.items():
+            cls.forward = original
+
+
+def test_no_function_holds_an_output_of_its_own(pool):
+    """Nothing that a context reaches has it in its history, in any function: it dies with its graph."""
+    seen = set()
+    for name in SCENARIOS:
+        for rank, found in enumerate(pool(_contexts, name)):
+            alive = {c: counts for c, counts in found.items() if counts[1]}
+            assert not alive, f"{name}, rank {rank}: contexts (made, alive) {alive}"
+            seen |= found.keys()
+    missing = {f"{c.__module__}.{c.__qualname__}" for c in functions()} - seen
+    assert not missing, f"no scenario of benchmarks/soak.py uses {sorted(missing)}"
+
+
+def _grows(rank, ranks, name, warm_up, steps):
+    """KiB a step by which what the allocator has in use grows."""
+    scenario = SCENARIOS[name]
+    module, ids = prepared(scenario, 512, 64)
+    for _ in range(warm_up):
+        scenario.step(module, ids)
+        module.zero_grad()
+    gc.collect()
+    before = memory()[1]
+    for _ in range(steps):
+        scenario.step(module, ids)
+        module.zero_grad()
+    gc.collect()
+    return (memory()[1] - before) / 1024 / steps
+
+
+@pytest.mark.parametrize("name", ["row", "pull", "hot", "replicate", "partial", "leaf", "vocabulary"])
+def test_memory_in_use_stays_as_it_is(pool, name):
+    """A step of these leaves 128 KiB or more behind if any of what crosses is held."""
+    assert max(pool(_grows, name, 20, 100)) < 20
+
+
+def test_what_is_held_is_seen(pool):
+    """The measure sees a step's output that is kept."""
+    assert min(pool(_keeps, 50)) > 100
+
+
+def _keeps(rank, ranks, steps):
+    kept, before = [], memory()[1]
+    for _ in range(steps):
+        kept.append(torch.ones(32 << 10))
+    return (memory()[1] - before) / 1024 / steps
