@@ -163,7 +163,9 @@ def distribute(
     for text in (None if operators else NO_OPERATORS, coverage.warning()):
         if text:
             ranks.warn(text)
-    values, buffers = initial_values(model, build.template, chosen.pieces, seed, build.device, ranks)
+    values, buffers = initial_values(
+        model, build.template, chosen.pieces, seed, build.device, ranks, in_place=host is not None
+    )
     return DistributedModule(
         build.template,
         chosen,

@@ -47,7 +47,9 @@ def distribute_in_part(
         ranks.warn(text)
     if seen.unchecked:
         ranks.warn(f"rows of a batch were not checked for independence: {seen.unchecked}")
-    values, buffers = initial_values(model, build.template, chosen.pieces, seed, build.device, ranks)
+    values, buffers = initial_values(
+        model, build.template, chosen.pieces, seed, build.device, ranks, in_place=host is not None
+    )
     return _module(build, build.template, seen, chosen, ranks.runtime(loss), values, buffers, coverage, host)
 
 

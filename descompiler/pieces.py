@@ -14,7 +14,7 @@ the ranges that all ranks hold, in order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -25,6 +25,8 @@ from torch import Tensor
 
 ALL = -1
 """Owner of a range that every rank holds."""
+
+Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,32 @@ class Pieces:
     def numel(self, rank: int) -> int:
         return prod(self.piece_shape(rank))
 
+    def blocks(self, rank: int, elements: int) -> Iterator[tuple[Index, Index]]:
+        """Where a rank's piece is in the full tensor, and where in the piece, part by part.
+
+        A part has at most ``elements`` elements, or one row's; a copy of each in turn moves a piece of any size through
+        little memory.
+
+        >>> pieces = Pieces.by_sizes((5, 2), dim=0, sizes=[3, 2], ranks=2)
+        >>> [(whole, piece) for whole, piece in pieces.blocks(1, elements=2)]
+        [((slice(3, 4, None),), (slice(0, 1, None),)), ((slice(4, 5, None),), (slice(1, 2, None),))]
+        """
+        if not self.shape:
+            yield (), ()
+            return
+        position = 0
+        for r in [*self.own(rank), *self.shared()]:
+            shape = [*self.shape[: self.dim], r.size, *self.shape[self.dim + 1 :]]
+            step = max(1, elements // max(prod(shape[1:]), 1))
+            for a in range(0, shape[0], step):
+                b = min(a + step, shape[0])
+                if self.dim == 0:
+                    yield (slice(r.start + a, r.start + b),), (slice(position + a, position + b),)
+                else:
+                    before = (slice(a, b), *[slice(None)] * (self.dim - 1))
+                    yield (*before, slice(r.start, r.stop)), (*before, slice(position, position + r.size))
+            position += r.size
+
     def cut(self, weight: Tensor, rank: int) -> Tensor:
         """The rank's piece of a full tensor (new storage, also where it is all of it)."""
         if not self.shape:
@@ -153,13 +181,8 @@ class Pieces:
 
     def place(self, full: Tensor, piece: Tensor, rank: int) -> None:
         """Copy the rank's piece to its place in a full tensor."""
-        if not self.shape:
-            full.copy_(piece)
-            return
-        position = 0
-        for r in [*self.own(rank), *self.shared()]:
-            full.narrow(self.dim, r.start, r.size).copy_(piece.narrow(self.dim, position, r.size))
-            position += r.size
+        for whole, part in self.blocks(rank, full.numel()):
+            full[whole] = piece[part]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The full tensor from all ranks' pieces: the inverse of `cut`."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -16,10 +18,14 @@ from descompiler.errors import InputError, UnsupportedError
 from descompiler.module import DistributedModule, module_of
 from descompiler.pieces import Pieces
 from descompiler.ranks import Ranks
+from descompiler.room import check_room
 from descompiler.sparse import broadcast
 
 BLOCK_ROWS = 1 << 16
 """Rows of a table that are initialised at a time, each block from its own seed."""
+
+BLOCK_ELEMENTS = 1 << 22
+"""Elements that are sent at a time: 16 MiB in float32."""
 
 
 def initial_values(
@@ -29,57 +35,102 @@ def initial_values(
     seed: int | None,
     device: torch.device,
     ranks: Ranks,
+    *,
+    in_place: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """This rank's pieces, from rank 0's model or from ``reset_parameters``; and rank 0's buffers. Collective."""
+    """This rank's pieces, from rank 0's model or from ``reset_parameters``; and rank 0's buffers. Collective.
+
+    ``in_place``: the model's own parameters become the pieces, one by one, so that each original is freed before the
+    next is cut.
+
+    Raises
+    ------
+    PlanError
+        On every rank, before anything is allocated, if the memory of a machine does not suffice.
+    """
     values = {}
-    if meta := ranks.of_first([n for n, p in model.named_parameters() if p.is_meta]):
+    meta = ranks.of_first([n for n, p in model.named_parameters() if p.is_meta])
+    check_room(ranks, _room(model, pieces, ranks.rank, device, in_place=in_place), device, "pieces of parameters")
+    if meta:
         seed = ranks.of_first(torch.initial_seed() if seed is None else seed)
         values = ranks.everywhere(lambda: reset_pieces(template, pieces, seed, ranks.rank, device, meta))
-    values |= send_from_first(template, model, pieces, ranks.group, ranks.rank, ranks.count, without=meta)
+    values |= send_from_first(template, model, pieces, ranks, without=meta, in_place=in_place)
     return values, send_buffers(model, template, ranks.group, ranks.rank, ranks.count)
+
+
+def _room(model: nn.Module, pieces: Mapping[str, Pieces], rank: int, device: torch.device, *, in_place: bool) -> int:
+    """Bytes that a rank has to allocate for its pieces, at most at one time."""
+    free, most = 0, 0
+    for name, p in model.named_parameters():
+        size = pieces[name].numel(rank) * p.element_size()
+        kept = in_place and p.device == device  # the original is freed, or becomes the piece
+        whole = kept and pieces[name].is_replicated
+        free -= 0 if whole else size
+        most = max(most, -free)
+        free += p.nbytes if kept and not whole else 0
+    return most
 
 
 def send_from_first(
     template: nn.Module,
     model: nn.Module,
     pieces: Mapping[str, Pieces],
-    group: Any,
-    rank: int,
-    ranks: int,
+    ranks: Ranks,
     without: Collection[str] = (),
+    *,
+    in_place: bool = False,
 ) -> dict[str, Tensor]:
     """Every rank's pieces of rank 0's parameters, but some, one parameter and one rank at a time.
 
-    Collective. No rank needs more than its pieces and one buffer of a piece's size; the others' own weights are not
+    Collective. No rank needs more than its pieces and one block of `BLOCK_ELEMENTS`; the others' own weights are not
     read.
     """
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     source = dict(model.named_parameters())
     result: dict[str, Tensor] = {}
     for name, p in template.named_parameters():
-        cut = pieces[name]
         if name in without:
             continue
-        if ranks == 1:
-            result[name] = source[name].detach().clone()
-            continue
-        if cut.is_replicated:
-            whole = source[name].detach().clone() if rank == 0 else torch.empty(p.shape, dtype=p.dtype, device=device)
-            dist.broadcast(whole, group_src=0, group=group)
-            result[name] = whole
-            continue
-        for r in range(1, ranks):
-            if not cut.numel(r):
-                continue
-            if rank == 0:
-                send(cut.cut(source[name].detach(), r), r, group)
-            elif rank == r:
-                result[name] = receive(torch.empty(cut.piece_shape(r), dtype=p.dtype, device=device), 0, group)
-        if rank == 0:
-            result[name] = cut.cut(source[name].detach(), 0)
-        elif name not in result:
-            result[name] = torch.empty(cut.piece_shape(rank), dtype=p.dtype, device=device)
+        own = source[name].detach()
+        if pieces[name].is_replicated:
+            reused = in_place and not own.is_meta and own.is_contiguous()
+            result[name] = own if reused else torch.empty(p.shape, dtype=p.dtype, device=device)
+            if ranks.rank == 0 and not reused:
+                result[name].copy_(own)
+            if ranks.count > 1:
+                dist.broadcast(result[name], group_src=0, group=ranks.group)
+        else:
+            result[name] = _scatter(own, p, pieces[name], ranks, device)
+        if in_place and not own.is_meta:
+            del own
+            source[name].data = result[name]
     return result
+
+
+def _scatter(whole: Tensor, like: Tensor, pieces: Pieces, ranks: Ranks, device: torch.device) -> Tensor:
+    """This rank's piece of what rank 0 has whole. Collective."""
+    mine = torch.empty(pieces.piece_shape(ranks.rank), dtype=like.dtype, device=device)
+    for r in range(ranks.count):
+        for there, here in pieces.blocks(r, BLOCK_ELEMENTS):
+            if ranks.rank == 0 == r:
+                mine[here] = whole[there]
+            elif ranks.rank == 0:
+                send(whole[there], r, ranks.group)
+            elif ranks.rank == r:
+                mine[here] = receive(torch.empty_like(mine[here]), 0, ranks.group)
+    return mine
+
+
+def _collect(mine: Tensor, pieces: Pieces, ranks: Ranks, full: Tensor | None) -> None:
+    """Put all ranks' pieces into rank 0's ``full``: the inverse of `_scatter`. Collective."""
+    for r in range(ranks.count):
+        for there, here in pieces.blocks(r, BLOCK_ELEMENTS):
+            if full is not None and r == 0:
+                full[there] = mine[here]
+            elif full is not None:
+                full[there] = receive(torch.empty_like(full[there], device=mine.device), r, ranks.group).to(full.device)
+            elif ranks.rank == r:
+                send(mine[here], 0, ranks.group)
 
 
 def send_buffers(model: nn.Module, template: nn.Module, group: Any, rank: int, ranks: int) -> dict[str, Tensor]:
@@ -130,6 +181,9 @@ def reset_pieces(
             name = names["weight"]
             result[name] = _reset_table(module, name, pieces[name], seed, rank, device)
             continue
+        if type(module) is nn.Linear and module.out_features > BLOCK_ROWS:  # its values depend on its columns alone
+            result |= {n: _reset_rows(module, p, n, pieces[n], seed, rank, device) for p, n in names.items()}
+            continue
         reset = next((r for r in RESETS if callable(getattr(module, r, None))), None)
         if reset is None:
             raise UnsupportedError(
@@ -138,8 +192,7 @@ def reset_pieces(
                 "real weights"
             )
         whole = _emptied(module, device)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(_seed(seed, prefix, 0))
+        with _seeded(_seed(seed, prefix, 0), device):
             if isinstance(module, nn.MultiheadAttention):
                 whole.get_submodule("out_proj").reset_parameters()  # type: ignore[operator] # then the bias is zeroed
             getattr(whole, reset)()
@@ -172,70 +225,170 @@ def _seed(seed: int, name: str, block: int) -> int:
 def _reset_table(
     module: nn.Embedding | nn.EmbeddingBag, name: str, pieces: Pieces, seed: int, rank: int, device: torch.device
 ) -> Tensor:
-    rows, dim = module.weight.shape
-    piece = torch.empty(pieces.piece_shape(rank), dtype=module.weight.dtype, device=device)
-    by_row = pieces.dim == 0
-    spans = [*pieces.own(rank), *pieces.shared()]
+    def block(first: int, last: int) -> Tensor:
+        small = copy.copy(module)
+        weight = torch.empty(last - first, module.weight.shape[1], dtype=module.weight.dtype, device=device)
+        small._parameters = {"weight": nn.Parameter(weight)}
+        small.padding_idx = None
+        small.reset_parameters()
+        if module.padding_idx is not None and first <= module.padding_idx < last:
+            weight[module.padding_idx - first].zero_()
+        return weight
+
+    return _in_blocks(block, module.weight, name, pieces, seed, rank, device)
+
+
+def _reset_rows(
+    module: nn.Linear, kind: str, name: str, pieces: Pieces, seed: int, rank: int, device: torch.device
+) -> Tensor:
+    """The piece of a linear layer's weight or bias, ``kind``."""
+    bias = module.bias is not None
+
+    def block(first: int, last: int) -> Tensor:
+        with torch.device(device):  # as the module itself would draw them, for fewer outputs
+            small = nn.Linear(module.in_features, last - first, bias, dtype=module.weight.dtype)
+        return small.get_parameter(kind).detach()
+
+    return _in_blocks(block, module.get_parameter(kind), name, pieces, seed, rank, device)
+
+
+def _in_blocks(
+    block: Callable[[int, int], Tensor],
+    like: Tensor,
+    name: str,
+    pieces: Pieces,
+    seed: int,
+    rank: int,
+    device: torch.device,
+) -> Tensor:
+    """A rank's piece of a parameter whose rows ``block(first, last)`` draws; each `BLOCK_ROWS` have a seed."""
+    rows, spans = like.shape[0], [*pieces.own(rank), *pieces.shared()]
+    piece = torch.empty(pieces.piece_shape(rank), dtype=like.dtype, device=device)
     # of each block that this rank holds rows of: first row, last, and where they are in the piece
     wanted: dict[int, list[tuple[int, int, int]]] = {}
     position = 0
-    for start, stop in [(s.start, s.stop) for s in spans] if by_row else [(0, rows if piece.numel() else 0)]:
-        for block in range(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)):
-            a, b = max(start, block * BLOCK_ROWS), min(stop, (block + 1) * BLOCK_ROWS)
-            wanted.setdefault(block, []).append((a, b, position))
+    for start, stop in [(s.start, s.stop) for s in spans] if pieces.dim == 0 else [(0, rows if spans else 0)]:
+        for number in range(start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)):
+            a, b = max(start, number * BLOCK_ROWS), min(stop, (number + 1) * BLOCK_ROWS)
+            wanted.setdefault(number, []).append((a, b, position))
             position += b - a
-    for block, parts in wanted.items():
-        first, last = block * BLOCK_ROWS, min(rows, (block + 1) * BLOCK_ROWS)
-        small = copy.copy(module)
-        small._parameters = {"weight": nn.Parameter(torch.empty(last - first, dim, dtype=piece.dtype, device=device))}
-        small.padding_idx = None
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-            torch.manual_seed(_seed(seed, name, block))
-            small.reset_parameters()
-            if module.padding_idx is not None and first <= module.padding_idx < last:
-                small.weight[module.padding_idx - first].zero_()
+    for number, parts in wanted.items():
+        first = number * BLOCK_ROWS
+        with _seeded(_seed(seed, name, number), device):
+            drawn = block(first, min(rows, first + BLOCK_ROWS))
         for a, b, position in parts:
-            values = small.weight.detach()[a - first : b - first]
-            if not by_row:
-                values = torch.cat([values.narrow(1, r.start, r.size) for r in spans], 1)
+            values = drawn[a - first : b - first]
+            if pieces.dim != 0:
+                values = torch.cat([values.narrow(pieces.dim, r.start, r.size) for r in spans], pieces.dim)
             piece[position : position + b - a] = values
     return piece
 
 
-def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """The original model's ``state_dict``, bit for bit, on every rank.
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Context that draws from a seed, without gradients, and leaves the generators as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        yield
+
+
+def full_state_dict(module: nn.Module, *, rank0_only: bool = False) -> dict[str, Tensor]:
+    """The original model's ``state_dict``, bit for bit.
 
     Collective: every rank calls it.
+
+    Parameters
+    ----------
+    rank0_only : bool
+        Rank 0 gets it, in the memory of the CPU, and the others an empty one: no other rank holds more than its share,
+        and no rank more than a block of `BLOCK_ELEMENTS` beside. By default every rank has the whole on its device.
+
+    Raises
+    ------
+    PlanError
+        On every rank, before anything is allocated, if the memory of a machine does not suffice.
     """
     module = module_of(module)
     runtime = module._runtime
+    ranks = Ranks(runtime.group, runtime.rank, runtime.ranks)
+    held = module.state_dict()
+    cut = {name: module.plan.pieces.get(_canonical(module, name)) for name in held}
+    takes = not rank0_only or ranks.rank == 0
+    shapes = {n: tuple(x.shape) if (p := cut[n]) is None else p.shape for n, x in held.items()}
+    place = torch.device("cpu") if rank0_only else None
+    room = sum(prod(shapes[n]) * x.element_size() for n, x in held.items()) if takes else 0
+    device = place or next((x.device for x in held.values()), torch.device("cpu"))
+    check_room(ranks, room, device, "the whole state_dict")
     result: dict[str, Tensor] = {}
-    for name, local in module.state_dict().items():
-        pieces = module.plan.pieces.get(_canonical(module, name))
-        if pieces is None or pieces.is_replicated or runtime.ranks == 1:
-            result[name] = local.detach().clone()
+    for name, x in held.items():
+        local, pieces = x.detach(), cut[name]
+        if pieces is None or pieces.is_replicated or ranks.count == 1:
+            if takes:
+                result[name] = local.clone() if place is None else local.to(place, copy=True)
             continue
-        full = local.new_empty(pieces.shape)
-        for r in range(runtime.ranks):
-            if not pieces.numel(r):
-                continue
-            part = local.detach().clone() if r == runtime.rank else local.new_empty(pieces.piece_shape(r))
-            dist.broadcast(part, group_src=r, group=runtime.group)
-            pieces.place(full, part, r)
-        result[name] = full
+        full = torch.empty(pieces.shape, dtype=local.dtype, device=place or local.device) if takes else None
+        if rank0_only:
+            _collect(local, pieces, ranks, full)
+        else:
+            assert full is not None
+            _gather(local, pieces, ranks, full)
+        if full is not None:
+            result[name] = full
     return result
 
 
-def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load the original model's ``state_dict``; each rank takes its pieces. Not collective: every rank has the state.
+def _gather(mine: Tensor, pieces: Pieces, ranks: Ranks, full: Tensor) -> None:
+    """Put all ranks' pieces into every rank's ``full``. Collective."""
+    for r in range(ranks.count):
+        for there, here in pieces.blocks(r, BLOCK_ELEMENTS):
+            part = mine[here].contiguous() if r == ranks.rank else torch.empty_like(full[there]).contiguous()
+            dist.broadcast(part, group_src=r, group=ranks.group)
+            full[there] = part
+
+
+def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank0_only: bool = False) -> None:
+    """Load the original model's ``state_dict``; each rank takes its pieces.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+        On every rank; it is not collective then.
+    rank0_only : bool
+        Only rank 0's ``state`` is read, and streamed to the others, which may pass an empty one. Collective.
 
     Raises
     ------
     InputError
-        If names or shapes differ; nothing is loaded then.
+        If names or shapes differ; nothing is loaded then. On every rank, if ``rank0_only``.
     """
     module = module_of(module)
+    runtime = module._runtime
+    ranks = Ranks(runtime.group, runtime.rank, runtime.ranks) if rank0_only else Ranks(None, runtime.rank, 1)
     mine = module.state_dict()
+    ranks.everywhere(lambda: _check_state(module, mine, state) if not rank0_only or ranks.rank == 0 else None)
+    with torch.no_grad():
+        for name, local in mine.items():
+            pieces, value = module.plan.pieces.get(_canonical(module, name)), state.get(name)
+            if ranks.count == 1:
+                assert value is not None
+                _take(local, value, pieces, runtime.rank)
+            elif pieces is None or pieces.is_replicated:
+                whole = local.detach().clone() if value is None or ranks.rank else value.to(local, copy=True)
+                local.copy_(broadcast(whole, ranks.group))
+            else:
+                local.copy_(_scatter(local if value is None else value, local, pieces, ranks, local.device))
+
+
+def _take(local: Tensor, value: Tensor, pieces: Pieces | None, rank: int) -> None:
+    """Copy a rank's piece of a value to where it is held."""
+    if pieces is None:
+        local.copy_(value)
+        return
+    for there, here in pieces.blocks(rank, BLOCK_ELEMENTS):
+        local[here] = value[there].to(local)
+
+
+def _check_state(module: DistributedModule, mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     missing, unexpected = sorted(set(mine) - set(state)), sorted(set(state) - set(mine))
     if missing or unexpected:
         raise InputError(f"state_dict does not fit: missing {missing}, unexpected {unexpected}")
@@ -244,10 +397,6 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
         shape = tuple(mine[name].shape) if pieces is None else pieces.shape
         if tuple(value.shape) != shape:
             raise InputError(f"{name!r} has shape {tuple(value.shape)}; the model's is {shape}")
-    with torch.no_grad():
-        for name, value in state.items():
-            pieces = module.plan.pieces.get(_canonical(module, name))
-            mine[name].copy_(value if pieces is None else pieces.cut(value, module._runtime.rank))
 
 
 def _canonical(module: DistributedModule, name: str) -> str:
