@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from descompiler.errors import CaptureError
-from descompiler.probe import Flat, probed_whole, run_eager
+from descompiler.folded import has_own_values
+from descompiler.probe import Flat, run_eager
 from descompiler.program import Program, copy_program, interpret
+from descompiler.reach import leaves_of
 
 TOLERANCE_FLOAT64 = 1e-9
 """Relative error allowed between the module and its captured graph: operators are the same, their order may not be."""
@@ -81,11 +83,9 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> se
     CaptureError
         For the first output or gradient that differs.
     """
-    whole = probed_whole(probe.model)
-    params = {n: p for n, p in probe.model.named_parameters() if p.requires_grad and p.numel() <= whole}
-    for p in probe.model.parameters():
-        if p.numel() > whole:
-            p.requires_grad_(False)
+    trained = {n: p for n, p in probe.model.named_parameters() if p.requires_grad}
+    params = {n: p for n, p in trained.items() if has_own_values(p)}
+    large = {n: p for n, p in trained.items() if n not in params}
     with probe.arithmetic():
         values = probe_values(program, probe, tensors)  # clones the buffers before eager changes them
     state = {n: b.clone() for n, b in probe.model.named_buffers()}
@@ -95,7 +95,7 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> se
         raise CaptureError(
             f"the model itself can't run on {len(tensors[0])} rows: {type(error).__name__}: {error}"
         ) from error
-    eager_gradients = _gradients(eager, list(params.values()))
+    eager_gradients, eager_reach = _gradients(eager, list(params.values())), _reached(eager, large)
     for n, b in probe.model.named_buffers():
         b.copy_(state[n])
     torch.manual_seed(11)
@@ -109,6 +109,8 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> se
     if len(eager) != len(graph):
         raise CaptureError(f"the captured graph returns {len(graph)} tensors, the model {len(eager)}")
     graph_gradients = _gradients(graph, list(params.values()))
+    if differing := sorted(eager_reach ^ _reached(graph, large)):
+        raise CaptureError(f"the captured graph does not reproduce whether {differing[0]!r} gets a gradient")
     for i, (a, b) in enumerate(zip(eager, graph, strict=True)):
         if a.shape != b.shape or relative_error(a, b) > TOLERANCE_FLOAT64:
             raise CaptureError(
@@ -130,6 +132,12 @@ def _gradients(outputs: list[Tensor], params: list[Tensor]) -> list[Tensor | Non
     if not terms or not params:
         return [None] * len(params)
     return list(torch.autograd.grad(sum(terms[1:], terms[0]), params, allow_unused=True))
+
+
+def _reached(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> set[str]:
+    """Which parameters get a gradient, whose values would take the memory of all of their elements."""
+    leaves = {id(x) for x in leaves_of(outputs)}
+    return {n for n, p in parameters.items() if {id(p), id(getattr(p, "rows", p))} & leaves}
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from descompiler.folded import has_own_values
 from descompiler.leaf import Leaf
 from descompiler.local_operators import bag
 from descompiler.operator_kinds import ALONG, DRAWN_BY_ROW, DROPPING, HEAVY, LOOKUPS, SUMS
 from descompiler.program import Program, aten, is_random, is_tensor, signature, value
+from descompiler.reach import leaves_of
 from descompiler.rows import Rows
 from descompiler.scope import CONSTANT, GLOBAL, LOCAL, OWN, SIZE, SIZED, WHOLE, Scope, polynomial
 from descompiler.spare_row import OnSpareRow, runs_without_rows
@@ -78,6 +80,7 @@ class _Classifier:
         self.parts = [[dict[fx.Node, Any]() for _ in s] for s in SPLITS]
         self.sized = [[dict[fx.Node, Any]() for _ in s] for s in SPLITS]
         self.scopes: dict[fx.Node, Scope] = {}
+        self.anchors: dict[fx.Node, Tensor] = {}  # zeros that stand for parameters where gradients are concerned
         self.generator = torch.Generator().manual_seed(29)
         # sizes of inputs; a size with any other symbol depends on the values of data
         self.known = {s for n in program.graph.nodes if n.op == "placeholder" for s in _symbols(value(n))}
@@ -115,8 +118,11 @@ class _Classifier:
             self.whole[node] = x
             self._set_local(node, Rows(), ())
             return
-        if source.kind == "parameter":
-            x = x.detach().requires_grad_(self.program.parameters[source.name].requires_grad)
+        if source.kind == "parameter" and (trained := self.program.parameters[source.name].requires_grad):
+            x = x.detach().requires_grad_(trained)
+            self.anchors[node] = torch.zeros((), dtype=torch.float64, device=x.device, requires_grad=True)
+        elif source.kind == "parameter":
+            x = x.detach()
         self.whole[node] = x
         self._set_same(node, Scope(CONSTANT))
 
@@ -211,7 +217,7 @@ class _Classifier:
             return False
         like = self._call(node, lambda a: _detach(self.whole[a]))
         drawn = torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
-        self.whole[node] = _reaching(drawn, [self.whole[weight]])  # type: ignore[index]
+        self.whole[node] = self._reaching(drawn, [weight])  # type: ignore[list-item]
         rows = self.scopes[ids].rows  # type: ignore[index]
         assert rows is not None
         pooled = like.dim() == self.whole[ids].dim() and node.target is bag  # type: ignore[index]
@@ -220,13 +226,22 @@ class _Classifier:
 
     def _whole_value(self, node: fx.Node) -> Any:
         if node.target is aten.batch_norm.default and node.args[5]:
-            x, *affine = (self.whole[a] for a in node.args[:3] if a is not None)  # type: ignore[index]
-            return _reaching(x.clone(), affine)
+            x, *affine = (a for a in node.args[:3] if a is not None)
+            return self._reaching(self.whole[x].clone(), affine)  # type: ignore[index,arg-type]
         result = self._call(node, lambda a: self.whole[a])
         if isinstance(node.target, Leaf):  # all that it takes gets a gradient, zeros perhaps: other rows may use more
-            taken = [x for a in node.all_input_nodes if isinstance(x := self.whole[a], Tensor)]
-            return [_reaching(x, taken) if x.requires_grad else x for x in result]
+            return [self._reaching(x, node.all_input_nodes) if x.requires_grad else x for x in result]
         return result
+
+    def _reaching(self, x: Tensor, sources: Sequence[fx.Node]) -> Tensor:
+        """``x``, whose gradient also comes to sources, in this analysis."""
+        for a in sources:
+            s = self.whole[a]
+            if isinstance(s, Tensor) and s.requires_grad:
+                # a slice of a parameter would have a gradient of the parameter's size
+                s = self.anchors[a] if a in self.anchors else s.reshape(-1 if not s.dim() else s.shape)[:0].sum()
+                x = x + s.to(x)
+        return x
 
     def _size(self, node: fx.Node, kinds: dict[fx.Node, str]) -> bool:
         """A number made from the batch size: the parts see it for their rows."""
@@ -378,22 +393,18 @@ class _Classifier:
         output = next(n for n in self.program.graph.nodes if n.op == "output")
         ends = [self.whole[o] for o in output.args[0]]
         ends = [x for x in ends if isinstance(x, Tensor) and x.requires_grad]
-        nodes = [n for n, x in self.whole.items() if isinstance(x, Tensor) and x.requires_grad]
-        if not ends or not nodes:
+        trained = [(n, x) for n, x in self.whole.items() if isinstance(x, Tensor) and x.requires_grad]
+        if not ends or not trained:
             return set()
+        # a gradient of the size of a large table is not asked for
+        small = [(n, x) for n, x in trained if n not in self.anchors or has_own_values(x)] + list(self.anchors.items())
         total = sum((x.double().sum() for x in ends[1:]), ends[0].double().sum())
-        found = torch.autograd.grad(total, [self.whole[n] for n in nodes], allow_unused=True)
-        received = {n for n, g in zip(nodes, found, strict=True) if g is not None}
+        found = torch.autograd.grad(total, [x for _, x in small], allow_unused=True)
+        received = {n for (n, _), g in zip(small, found, strict=True) if g is not None}
+        leaves = {id(x) for x in leaves_of(ends)}
+        received |= {n for n, x in trained if n in self.anchors and {id(x), id(getattr(x, "rows", x))} & leaves}
         several = [n for n, x in self.whole.items() if isinstance(x, tuple | list)]  # their elements are nodes too
         return received | {n for n in several if any(u in received for u in n.users)}
-
-
-def _reaching(x: Tensor, sources: Sequence[Tensor]) -> Tensor:
-    """``x``, whose gradient also comes to sources, in this analysis."""
-    for s in sources:
-        if s.requires_grad:
-            x = x + s.reshape(-1 if not s.dim() else s.shape)[:0].sum().to(x)
-    return x
 
 
 def _symbols_of(size: Any) -> set[sympy.Symbol]:

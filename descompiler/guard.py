@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
 
 from descompiler.errors import LIBRARIES
+from descompiler.reach import leaves_of
 
 
 def raised_at(error: BaseException) -> str | None:
@@ -56,27 +56,11 @@ class Guard:
         result = list(tensors)
         trained = [i for i, x in enumerate(result) if x.requires_grad]
         ends = [result[i] for i in trained]
-        sources = _sources(ends)
+        sources = leaves_of(ends)
         given = [self.given.get(id(x), x) for x in sources]
         for i, x in zip(trained, _Leave.apply(self.failed, ends, sources, *given) if ends else (), strict=True):
             result[i] = x
         return result
-
-
-def _sources(ends: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors that accumulate gradients of some."""
-    nodes: list[Any] = [get_gradient_edge(x).node for x in ends]
-    seen = {None, *nodes}
-    found: dict[int, Tensor] = {}
-    while nodes:
-        node = nodes.pop()
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-        for other, _ in node.next_functions:
-            if other not in seen:
-                seen.add(other)
-                nodes.append(other)
-    return list(found.values())
 
 
 @contextlib.contextmanager

@@ -25,13 +25,14 @@ from descompiler.coverage import PARTIAL, WEIGHTS_RICH_ELEMENTS, Coverage, Cover
 from descompiler.double import InDouble, is_double_meant
 from descompiler.draws import ONE_DRAW, seeded
 from descompiler.errors import InputError, PlanError, UnsupportedError
+from descompiler.folded import has_own_values
 from descompiler.form import Split
 from descompiler.inputs import flatten, knows_rows, map_tensors, normalise_inputs, split_statics, take_rows
 from descompiler.layout import Layout
 from descompiler.pieces import Pieces, even_sizes
 from descompiler.pins import names_matching
 from descompiler.plan import Plan, Table
-from descompiler.probe import CALL, call_of, materialise, method_of, probed_whole
+from descompiler.probe import CALL, call_of, materialise, method_of
 from descompiler.program import Failure
 from descompiler.substitute import DROPOUTS, LOOKUPS, function_name
 
@@ -209,10 +210,9 @@ def _of_the_whole(inputs: Any, rows: int, kinds: Sequence[str], run: Any) -> tup
 
 def _renew(model: nn.Module) -> None:
     """Give a probe other weights; large tables, which overlap in memory, keep theirs."""
-    whole = probed_whole(model)
     with torch.no_grad():
         for p in model.parameters():
-            if p.numel() <= whole and p.is_floating_point():
+            if has_own_values(p) and p.is_floating_point():
                 p.normal_(std=0.3)
 
 

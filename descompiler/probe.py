@@ -13,14 +13,9 @@ from torch.utils import _pytree as pytree
 
 from descompiler.double import InDouble, is_double_meant, widen, widen_attributes
 from descompiler.errors import CaptureError, InputError, UnsupportedError
+from descompiler.folded import Folded, probe_parameters
 from descompiler.held import copied, held_values
 from descompiler.inputs import flatten, split_statics, unflatten_with
-
-LARGE_ELEMENTS = 1 << 22
-"""Parameters with more elements than this are probed through an overlapping view and without gradients."""
-
-ALL_ELEMENTS = 1 << 25
-"""Of all parameters that are probed whole: a quarter of a gigabyte in float64."""
 
 
 def blueprint(model: nn.Module) -> nn.Module:
@@ -61,35 +56,12 @@ def blueprint(model: nn.Module) -> nn.Module:
     return result
 
 
-def probed_whole(model: nn.Module) -> int:
-    """Elements up to which parameters are probed whole: `LARGE_ELEMENTS`, fewer where there are very many of them."""
-    total = 0
-    for size in sorted(p.numel() for p in model.parameters()):
-        total += size
-        if total > ALL_ELEMENTS:
-            return min(size - 1, LARGE_ELEMENTS)
-    return LARGE_ELEMENTS
-
-
-def _probe_tensor(
-    p: Tensor, device: torch.device, generator: torch.Generator, dtype: torch.dtype, whole: int
-) -> Tensor:
-    """Random values of a parameter's shape; a large table is W[i, j] = base[i + j], which needs one column's memory."""
-    if p.numel() <= whole or p.dim() != 2:
-        return (0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(device, dtype)
-    rows, cols = p.shape
-    base = 0.3 * torch.randn(rows + cols, generator=generator, dtype=torch.float64)
-    return base.to(device, dtype).as_strided((rows, cols), (1, 1))
-
-
 def materialise(template: nn.Module, device: torch.device, *, double: bool) -> nn.Module:
     """A blueprint with random parameters, to trace and to probe."""
     generator = torch.Generator().manual_seed(20190904)
-    memo: dict[int, Any] = {}
-    whole = probed_whole(template)
-    for p in template.parameters():
-        dtype = torch.float64 if double and p.is_floating_point() else p.dtype
-        memo[id(p)] = nn.Parameter(_probe_tensor(p, device, generator, dtype, whole), requires_grad=p.requires_grad)
+    memo: dict[int, Any] = probe_parameters(template.parameters(), device, generator, double=double)
+    if not double:  # tracers want ordinary tensors, and look at no values
+        memo = {i: p.unfolded() if isinstance(p, Folded) else p for i, p in memo.items()}
     result = copy.deepcopy(template, memo | copied(template))
     for module in result.modules():
         for name, b in module._buffers.items():
