@@ -105,7 +105,8 @@ class Unary:
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
         x = at.at(node.args[0])
-        power = node.target is aten.pow.Tensor_Scalar and float(node.args[1]) > 0  # type: ignore[arg-type]
+        # a root of the zeros that other ranks' rows are here has an infinite slope, and a scale in front of it none
+        power = node.target is aten.pow.Tensor_Scalar and float(node.args[1]) >= 1  # type: ignore[arg-type]
         linear = node.target in LINEAR and isinstance(x, Partial | Disjoint)
         if linear or (isinstance(x, Disjoint) and (power or node.target in ZERO_TO_ZERO)):
             assert not isinstance(x, Local)

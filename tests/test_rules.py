@@ -112,6 +112,10 @@ ONCE_WRONG = {
         "self.w = nn.Parameter(torch.ones(()))",
         "(torch.cat([a, b[:, :2]], 1) * torch.cat([a[:, :2], b], 1)).sum(1) * self.w",
     ),
+    "root of scaled rows": (
+        "self.w = nn.Parameter(torch.ones(4))",
+        "(a.square() * self.w).pow(0.5).sum(1) + b.sum(1)",
+    ),
 }
 """What rules did wrong, as models of two lookups: their modules and results."""
 
