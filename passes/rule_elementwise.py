@@ -61,14 +61,14 @@ class Pointwise:
             return Declined("it combines values that are divided differently")
         pieces: dict[str, Pieces] = {}
         replicated: list[str] = []
-        for n in node.all_input_nodes:
-            if not is_tensor(n):
+        tensors = [n for n in node.all_input_nodes if is_tensor(n)]
+        if any(_dim_of(n, node, x) != x.dim for n in tensors if n in at.placements):
+            return Declined("what ranks divide is broadcast")  # to more dimensions, or to more elements in this one
+        for n in tensors:
+            if n in at.placements:
                 continue
             dim = _dim_of(n, node, x)
-            if n in at.placements:
-                if dim != x.dim:  # the result has more dimensions, or more elements in this one
-                    return Declined("what ranks divide is broadcast")
-            elif not at.given(n, x):
+            if not at.given(n, x):
                 return Declined("it combines what is divided with what each rank has for its own rows only")
             elif dim is None:
                 replicated += at.givens.parameters(n)

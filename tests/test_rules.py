@@ -116,6 +116,10 @@ ONCE_WRONG = {
         "self.w = nn.Parameter(torch.ones(4))",
         "(a.square() * self.w).pow(0.5).sum(1) + b.sum(1)",
     ),
+    "scales of two sizes in front": (
+        "self.w = nn.Parameter(torch.randn(3, 1, 2, 1))",
+        "(self.w * torch.stack([a, b], 1)).tanh().sum((0, 2, 3))",
+    ),
 }
 """What rules did wrong, as models of two lookups: their modules and results."""
 
