@@ -71,9 +71,9 @@ class Operand:
 
     def tensor(self) -> Tensor:
         """Its numbers for the global batch; always the same."""
-        if isinstance(self.numbers, tuple):
-            return torch.tensor(self.numbers)
         shape = (BATCH, *self.shape) if self.kind in WITH_ROWS else self.shape
+        if isinstance(self.numbers, tuple):
+            return torch.tensor(self.numbers).reshape(shape)
         generator = torch.Generator().manual_seed(zlib.crc32(repr(self).encode()))
         if self.numbers == "index":
             return torch.randint(2, shape, generator=generator)
