@@ -51,7 +51,7 @@ class Pointwise:
     targets: None = None
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
-        values = {at.at(n) for n in node.all_input_nodes if n in at.placements}
+        values = dict.fromkeys(at.at(n) for n in node.all_input_nodes if n in at.placements)
         x = next(iter(values))
         if not is_pointwise(node) or isinstance(x, Owned):
             return Declined(NO_RULE)
