@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
-from descompiler.placement import Placement
+from descompiler.placement import Region
 from descompiler.program import Program, Source, aten, target_name
 from descompiler.rule import Givens, Situation
 from tests.harness.parts import BATCH, RANKS
@@ -203,7 +203,7 @@ class Site:
                 known[node] = frozenset(range(RANKS) if x.kind == KNOWN else (0,))
         return Givens(constants, known, frozenset(), frozenset())
 
-    def situation(self, placements: Mapping[Operand, Placement]) -> Situation:
+    def situation(self, placements: Mapping[Operand, Region]) -> Situation:
         """What a rule sees if values have these placements."""
         at = {self.nodes[x]: p for x, p in placements.items()}
         return Situation(self.program, RANKS, at, self.givens)

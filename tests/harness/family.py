@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from descompiler.placement import LOCAL, Disjoint, Owned, Partial, Placement, Region, Segment, Shard
+from descompiler.placement import LOCAL, Disjoint, Owned, Partial, Region, Segment, Shard
 from descompiler.program import aten
 from tests.harness.calls import BUFFER, KNOWN, KNOWN_TO_ONE, OWN, PARAMETER, SHARED, Call, Operand, value
 
@@ -266,7 +266,7 @@ def _divisions(size: int) -> Iterator[list[Segment]]:
         yield [Segment(1, 2), Segment(size - 2, LOCAL), Segment(1, 0)]
 
 
-def placed_values(call: Call) -> Iterator[dict[Operand, Placement]]:
+def placed_values(call: Call) -> Iterator[dict[Operand, Region]]:
     """Every placement of a call's values; of three, the later two are alike."""
     values = call.values
     for some in product(*(placements(x) for x in values[:2])):

@@ -53,10 +53,11 @@ def conflicts(levels: int) -> tuple[list[str], int]:
         for v in level:
             compared += 1
             mine = support(v.held, v.placement.lead)
-            theirs, text = patterns.setdefault(v.kind, (mine, v.text))
             if mine is None:
                 found.append(f"{v.text}: several ranks have one row")
-            elif not torch.equal(mine, theirs):
+                continue
+            theirs, text = patterns.setdefault(v.kind, (mine, v.text))
+            if not torch.equal(mine, theirs):
                 found.append(f"{v.text} and {text} have one key and different rows")
             elif (v.kind, v.shape) not in seen:
                 seen.add((v.kind, v.shape))
@@ -88,12 +89,10 @@ def _applied(values: list[Grown]) -> Iterator[Grown]:
 
 def _joined(values: list[Grown], others: list[Grown]) -> Iterator[Grown]:
     """Pairs side by side, and their products and sums, each in both orders."""
-    pairs = dict.fromkeys((a.text, b.text) for a, b in (*product(values, others), *product(others, values)))
-    by_text = {v.text: v for v in (*values, *others)}
-    for a, b in pairs:
-        x, y = by_text[a], by_text[b]
-        for call in _pairs(x.shape, y.shape):
-            yield from _result(call, [x, y])
+    pairs = {(a.text, b.text): [a, b] for a, b in (*product(values, others), *product(others, values))}
+    for a, b in pairs.values():
+        for call in _pairs(a.shape, b.shape):
+            yield from _result(call, [a, b])
 
 
 def _result(call: Call, operands: list[Grown]) -> Iterator[Grown]:

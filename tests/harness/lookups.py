@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -55,7 +56,8 @@ class Table:
 
     @cached_property
     def lookup(self) -> Lookup:
-        return Lookup(self.site.node, self.site.node.args[1], self.mode, self.padding, self.sparse)
+        ids = next(node for x, node in self.site.nodes.items() if x.kind == KNOWN)
+        return Lookup(self.site.node, ids, self.mode, self.padding, self.sparse)
 
     @cached_property
     def operator(self) -> Operator:
@@ -144,12 +146,13 @@ class Looked:
         """Whether pieces get their part of the table's gradient, and entries for those rows alone that it has."""
         expected = next(iter(self.table.site.gradients.values()))
         if self.split.whole:
-            gradients = sum(_dense(w) for w in self.gathered)
+            gradients = torch.stack([_dense(w) for w in self.gathered]).sum(0)
             return [] if torch.allclose(gradients, expected.to_dense()) else ["not the gradient of the table"]
         pieces, found = self.split.pieces, []
-        shared = sum(
+        of_all = [
             _dense(w).narrow(pieces.dim, pieces.own_size(r), pieces.shared_size()) for r, w in enumerate(self.pieces)
-        )
+        ]
+        shared = torch.stack(of_all).sum(0)
         for rank, w in enumerate(self.pieces):
             mine = _dense(w).narrow(pieces.dim, 0, pieces.own_size(rank))
             if not torch.allclose(torch.cat([mine, shared], pieces.dim), pieces.cut(expected.to_dense(), rank)):
@@ -200,7 +203,8 @@ def _answered(fetching: Fetching, splits: list[Split], pieces: list[list[Tensor]
 
 def patterns(looked: Mapping[str, Looked]) -> list[str]:
     """Pairs of lookups with one placement, of which two ranks have one row."""
-    found, seen = [], {}
+    found: list[str] = []
+    seen: dict[Any, tuple[str, Tensor | None]] = {}
     for name, x in looked.items():
         if isinstance(x.placement, Disjoint):
             mine = support(x.held, x.placement.lead)

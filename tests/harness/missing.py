@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from descompiler.placement import LOCAL, Disjoint, Partial, Placement, Shard, has_local
+from descompiler.placement import LOCAL, Disjoint, Partial, Region, Shard, has_local
 from descompiler.rule import Declined
 from tests.harness.calls import BUFFER, KNOWN_TO_ONE, OWN, PARAMETER, SHARED, WITH_ROWS, Call, Operand, Site, site_of
 from tests.harness.family import family, placed_values
@@ -69,7 +69,7 @@ def missing(calls: Iterable[Call]) -> set[Missing]:
     return found
 
 
-def kind_of(placement: Placement) -> str:
+def kind_of(placement: Region) -> str:
     """A placement's kind, without dimensions, sizes and ranks."""
     return type(placement).__name__ + ("+local" if isinstance(placement, Partial) and placement.local else "")
 

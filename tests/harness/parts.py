@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from descompiler.placement import LOCAL, Disjoint, Local, Owned, Placement, Shard, has_local, ranks_of
+from descompiler.placement import LOCAL, Disjoint, Owned, Region, Shard, has_local, ranks_of
 
 RANKS = 3
 ROWS = (5, 0, 4)
@@ -62,10 +62,8 @@ def pattern(key: Hashable, shape: tuple[int, ...], ranks: tuple[int, ...]) -> Te
     return torch.tensor(ranks)[order % len(ranks)].reshape(shape)
 
 
-def cut(x: Tensor, placement: Placement, generator: torch.Generator) -> Held:
+def cut(x: Tensor, placement: Region, generator: torch.Generator) -> Held:
     """What ranks hold of a value for the global batch; terms are drawn at random, patterns follow their keys."""
-    if isinstance(placement, Local):
-        return Held(own=by_rank(x))
     if isinstance(placement, Owned):
         return Held({placement.rank: x.clone()})
     if isinstance(placement, Shard):
@@ -83,7 +81,7 @@ def cut(x: Tensor, placement: Placement, generator: torch.Generator) -> Held:
     return Held(terms, by_rank(own) if placement.local else {})
 
 
-def join(held: Held, placement: Placement, shape: torch.Size) -> Tensor:
+def join(held: Held, placement: Region, shape: torch.Size) -> Tensor:
     """The value of a shape that ranks hold.
 
     Raises
@@ -91,10 +89,8 @@ def join(held: Held, placement: Placement, shape: torch.Size) -> Tensor:
     ValueError
         If the ranks that hold something, or the shapes of what they hold, are not what the placement says.
     """
-    assert not isinstance(placement, Local)
-    if set(held.whole) != set(ranks_of(placement)) or set(held.own) != set(
-        range(RANKS) if has_local(placement) else ()
-    ):
+    own = range(RANKS) if has_local(placement) else ()
+    if set(held.whole) != set(ranks_of(placement)) or set(held.own) != set(own):
         raise ValueError(f"parts on ranks {sorted(held.whole)}, and of own rows on {sorted(held.own)}")
     if isinstance(placement, Shard):
         result = torch.full(shape, torch.nan, dtype=torch.float64)
@@ -115,10 +111,10 @@ def join(held: Held, placement: Placement, shape: torch.Size) -> Tensor:
 
 def support(held: Held, lead: int) -> Tensor | None:
     """The rank that has each position of the leading dimensions, -1 where none has; None if several have one."""
-    found = {r: x.abs().flatten(lead).sum(-1) > 0 if x.dim() > lead else x != 0 for r, x in held.whole.items()}
-    if sum(x.int() for x in found.values()).max() > 1:  # type: ignore[union-attr]
+    has = torch.stack([(x != 0).reshape(*x.shape[:lead], -1).any(-1) for x in held.whole.values()])
+    if has.sum(0).max() > 1:
         return None
-    return sum((r + 1) * x.int() for r, x in found.items()) - 1  # type: ignore[return-value]
+    return torch.where(has.any(0), torch.tensor(list(held.whole))[has.int().argmax(0)], -1)
 
 
 def _along(dim: int, positions: list[int]) -> tuple[slice | list[int], ...]:

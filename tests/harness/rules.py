@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from descompiler.aggregate import ask
 from descompiler.passes import RULES
 from descompiler.pieces import Pieces
-from descompiler.placement import LOCAL, Disjoint, Placement, Shard
+from descompiler.placement import LOCAL, Disjoint, Placement, Region, Shard
 from descompiler.program import shape_of
 from descompiler.rule import Declined, Part, Placed, Rule
 from descompiler.runtime import Runtime
@@ -22,7 +22,7 @@ from tests.harness.parts import BATCH, RANKS, ROWS, Held, cut, join, own_rows, s
 
 TOLERANCE = 1e-9
 
-Placements = Mapping[Operand, Placement]
+Placements = Mapping[Operand, Region]
 
 
 def answer(site: Site, placements: Placements) -> tuple[Placed | Declined, Rule]:
@@ -80,7 +80,7 @@ def _gradient(x: Tensor) -> Tensor:
     return torch.zeros_like(x) if x.grad is None else x.grad
 
 
-def _is_part(part: Tensor, gradient: Tensor, placement: Placement, rank: int, own: bool) -> bool:
+def _is_part(part: Tensor, gradient: Tensor, placement: Region, rank: int, own: bool) -> bool:
     """Whether the gradient of a rank's part is that of the value, for what the rank has of it."""
     got, expected = _gradient(part), gradient
     if isinstance(placement, Disjoint):  # of what others have it is dropped, but not before it is multiplied by 0
