@@ -170,10 +170,12 @@ def _selections() -> Iterator[Call]:
 
 def _joined() -> Iterator[Call]:
     own = Operand("n", OWN, (2, 3))
-    for dim in (1, 2, -1):
+    for dim in (1, 2):
         for others in ([X, Y], [Y, X, X], [own, X], [X, own, Y]):
             yield Call(aten.cat.default, (others, dim))
             yield Call(aten.stack.default, (others, dim))
+    yield Call(aten.cat.default, ([X, Y], -1))
+    yield Call(aten.stack.default, ([X, Y], -1))
     yield Call(aten.cat.default, ([ROW, OTHER_ROW], 1))
     yield Call(aten.cat.default, ([ROW, value("y", 2), Operand("n", OWN, (3,))], 1))
     yield Call(aten.stack.default, ([ROW, OTHER_ROW], 1))
@@ -242,10 +244,21 @@ def _with_weights() -> Iterator[Call]:
         yield Call(aten.batch_norm.default, (x, weight(channels), None, None, None, True, *BATCH_NORM_TAIL))
 
 
-def family() -> list[Call]:
-    """Every call of the family, once."""
-    every = (_elementwise, _pairs, _reductions, _views, _selections, _joined, _products, _with_weights)
-    return list({repr(call): call for some in every for call in some()}.values())
+FAMILIES = {
+    "elementwise": _elementwise,
+    "pairs": _pairs,
+    "reductions": _reductions,
+    "views": _views,
+    "selections": _selections,
+    "joined": _joined,
+    "products": _products,
+    "weights": _with_weights,
+}
+
+
+def family(*names: str) -> list[Call]:
+    """Every call of some of the families, by default of all, once."""
+    return list({repr(call): call for name in names or FAMILIES for call in FAMILIES[name]()}.values())
 
 
 def placements(x: Operand) -> list[Region]:
