@@ -67,6 +67,7 @@ def _elementwise() -> Iterator[Call]:
         yield Call(aten.clamp_min.default, (X, number))
         for packet in (aten.add, aten.sub, aten.mul, aten.div):
             yield Call(packet.Tensor, (X, number))
+            yield Call(packet.Tensor, (number, X))
     yield Call(aten.add.Tensor, (X, 1.0), (("alpha", 2),))
     for mask in (MASK, SHORT_MASK):
         yield Call(aten.masked_fill.Scalar, (X, mask, -9.0))
@@ -83,6 +84,8 @@ def _pairs() -> Iterator[Call]:
             if other.kind != X.kind:
                 yield Call(packet.Tensor, (other, X))
         yield Call(packet.Tensor, (OTHER_ROW, ROW))
+        for other in (weight(2, 3), Operand("n", KNOWN, (2, 1)), value("y", 2, 3)):
+            yield Call(packet.Tensor, (value("x", 1, 3), other))
     for packet in (aten.add, aten.sub):
         yield Call(packet.Tensor, (X, Y), (("alpha", 3),))
         yield Call(packet.Tensor, (X, NUMBERS[2]), (("alpha", 3),))
