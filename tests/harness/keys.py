@@ -127,8 +127,9 @@ def _calls_on(x: Operand) -> Iterator[Call]:
         yield Call(aten.select.int, (x, d, -1))
         yield Call(aten.slice.Tensor, (x, d, 0, 1))
         yield Call(aten.slice.Tensor, (x, d, 1))
-        yield Call(aten.slice.Tensor, (x, d, 0, size, 2))
-        for chosen in ((0, 0), (size - 1, 0), (size - 1,)):
+        for step in (2, 3):
+            yield Call(aten.slice.Tensor, (x, d, 0, size, step))
+        for chosen in ((0, 0), (0, size - 1), (size - 1, 0), (size - 1,)):
             yield Call(aten.index_select.default, (x, d, Operand("chosen", BUFFER, (len(chosen),), chosen)))
         if size == 1:
             yield Call(aten.expand.default, (x, [-1, *(2 if e == d else -1 for e in range(1, len(shape) + 1))]))
