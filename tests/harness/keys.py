@@ -123,8 +123,8 @@ def _calls_on(x: Operand) -> Iterator[Call]:
             yield Call(aten.flatten.using_ints, (x, d, d + 1))
         if size == 4:
             yield Call(aten.unflatten.int, (x, d, [2, 2]))
-        yield Call(aten.select.int, (x, d, 0))
-        yield Call(aten.select.int, (x, d, -1))
+        for index in range(size):
+            yield Call(aten.select.int, (x, d, index))
         yield Call(aten.slice.Tensor, (x, d, 0, 1))
         yield Call(aten.slice.Tensor, (x, d, 1))
         for step in (2, 3):
