@@ -33,7 +33,7 @@ export PYTHONPATH := $(CURDIR)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check zoo gpu-check report paper-table bench-links clean
+.PHONY: help demo test test-all check mutants rules zoo gpu-check report paper-table bench-links clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' \
@@ -64,6 +64,12 @@ report: $(INSTALLED)  ## write artefacts/report.html, the page of one model (MOD
 paper-table: $(INSTALLED)  ## write docs/paper.md: what six models send, against the mesh and a parameter server
 	$(RUN) -m descompiler cost --paper --ranks 8 --batch 1024 --markdown > docs/paper.md.new
 	@mv docs/paper.md.new docs/paper.md && cat docs/paper.md
+
+mutants: $(INSTALLED_DEV)  ## break the product on purpose, in a copy: which mutations do the tests see? (ARGS="part of a name")
+	OMP_NUM_THREADS=1 $(RUN) -m tests.mutants.run $(ARGS)
+
+rules: $(INSTALLED_DEV)  ## write docs/rules.md: what rules owe, and the placements that none offers
+	$(RUN) -m tests.harness.missing
 
 zoo: $(INSTALLED_DEV)  ## verify every model of public libraries on 2 ranks, write docs/zoo.md (ARGS="part of a name")
 	OMP_NUM_THREADS=1 $(RUN) -m tests.sweep $(ARGS)

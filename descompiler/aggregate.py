@@ -148,7 +148,7 @@ def place(
         if scope_of(node).kind != LOCAL_SCOPE:
             declined[node] = "it mixes the rows of the batch"
             continue
-        answer, rule = _ask(node, rules, situation)
+        answer, rule = ask(node, rules, situation)
         if isinstance(answer, Placed) and colocated is not None:
             if any(colocated.get(name) != pieces for name, pieces in answer.pieces.items()):
                 answer = Declined("its weight is not cut that way by the training graph")
@@ -168,7 +168,7 @@ def may_leave(program: Program, node: fx.Node) -> bool:
     return rowwise(program, node) and value(node).is_floating_point()
 
 
-def _ask(node: fx.Node, rules: Sequence[Rule], at: Situation) -> tuple[Placed | Declined, Rule]:
+def ask(node: fx.Node, rules: Sequence[Rule], at: Situation) -> tuple[Placed | Declined, Rule]:
     """The first rule that places a node; if none does, the reason of the one that is most about its operator."""
     reasons: list[tuple[tuple[bool, bool], Declined, Rule]] = []
     numbers = [n for n in node.all_input_nodes if not is_tensor(n) and n not in at.placements]

@@ -53,9 +53,10 @@ class Concatenate:
             if not isinstance(p, Local):
                 ranks.update(ranks_of(p))
         if all(isinstance(p, Disjoint | Owned) for p in places):
-            # still at most one rank has each element; the pattern now spans all dimensions
-            keys = tuple(p.key if isinstance(p, Disjoint) else p for p in places)
-            return Placed(Disjoint(tuple(sorted(ranks)), ("cat", dim, stack, keys), len(shape_of(node))))
+            # still at most one rank has each element; the pattern now spans all dimensions, and where one operand's
+            # ends and the next one's begins is part of it
+            key = ("cat", dim, stack, tuple(zip(places, sizes, strict=True)))
+            return Placed(Disjoint(tuple(sorted(ranks)), key, len(shape_of(node))))
         local = any(isinstance(p, Local) or has_local(p) for p in places)
         return Placed(Partial(tuple(sorted(ranks)), local))
 

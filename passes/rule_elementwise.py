@@ -51,7 +51,7 @@ class Pointwise:
     targets: None = None
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
-        values = {at.at(n) for n in node.all_input_nodes if n in at.placements}
+        values = dict.fromkeys(at.at(n) for n in node.all_input_nodes if n in at.placements)
         x = next(iter(values))
         if not is_pointwise(node) or isinstance(x, Owned):
             return Declined(NO_RULE)
@@ -61,14 +61,14 @@ class Pointwise:
             return Declined("it combines values that are divided differently")
         pieces: dict[str, Pieces] = {}
         replicated: list[str] = []
-        for n in node.all_input_nodes:
-            if not is_tensor(n):
+        tensors = [n for n in node.all_input_nodes if is_tensor(n)]
+        if any(_dim_of(n, node, x) != x.dim for n in tensors if n in at.placements):
+            return Declined("what ranks divide is broadcast")  # to more dimensions, or to more elements in this one
+        for n in tensors:
+            if n in at.placements:
                 continue
             dim = _dim_of(n, node, x)
-            if n in at.placements:
-                if dim != x.dim:  # the result has more dimensions, or more elements in this one
-                    return Declined("what ranks divide is broadcast")
-            elif not at.given(n, x):
+            if not at.given(n, x):
                 return Declined("it combines what is divided with what each rank has for its own rows only")
             elif dim is None:
                 replicated += at.givens.parameters(n)
@@ -105,7 +105,8 @@ class Unary:
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
         x = at.at(node.args[0])
-        power = node.target is aten.pow.Tensor_Scalar and float(node.args[1]) > 0  # type: ignore[arg-type]
+        # a root of the zeros that other ranks' rows are here has an infinite slope, and a scale in front of it none
+        power = node.target is aten.pow.Tensor_Scalar and float(node.args[1]) >= 1  # type: ignore[arg-type]
         linear = node.target in LINEAR and isinstance(x, Partial | Disjoint)
         if linear or (isinstance(x, Disjoint) and (power or node.target in ZERO_TO_ZERO)):
             assert not isinstance(x, Local)

@@ -87,6 +87,51 @@ def test_masked_sums(pool):
     assert report.cases == len(PLANS)
 
 
+PAIR = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Embedding(7, 4), nn.Embedding(5, 4)
+        {module}
+
+    def forward(self, x, y):
+        a, b = self.a(x), self.b(y)
+        return {result}
+
+def inputs():
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(7, (6,), generator=g), torch.randint(5, (6,), generator=g)
+"""
+
+ONCE_WRONG = {
+    "concatenations of other widths": (
+        "self.w = nn.Parameter(torch.ones(()))",
+        "(torch.cat([a, b[:, :2]], 1) * torch.cat([a[:, :2], b], 1)).sum(1) * self.w",
+    ),
+    "root of scaled rows": (
+        "self.w = nn.Parameter(torch.ones(4))",
+        "(a.square() * self.w).pow(0.5).sum(1) + b.sum(1)",
+    ),
+    "scales of two sizes in front": (
+        "self.w = nn.Parameter(torch.randn(3, 1, 2, 1))",
+        "(self.w * torch.stack([a, b], 1)).tanh().sum((0, 2, 3))",
+    ),
+}
+"""What rules did wrong, as models of two lookups: their modules and results."""
+
+
+@pytest.mark.parametrize("name", ONCE_WRONG)
+def test_what_was_wrong_once(name, pool):
+    module, result = ONCE_WRONG[name]
+    report = pool(forced, PAIR.format(module=module, result=result))[0]
+    assert report.cases == len(PLANS)
+    assert max(report.worst.values()) <= 1e-10
+
+
 def compile_s(rank, ranks, fields):
     """On every rank: how long a model with two tables for each field takes to compile, from a cold start."""
     model = DeepFM([1000] * fields)

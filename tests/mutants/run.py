@@ -1,0 +1,112 @@
+"""Do the tests see? Applies each mutation in a work tree of its own and runs the tests that should die of it.
+
+A mutation is a patch, ``tests/mutants/<module>-<what>.patch``, with a header: ``# <one sentence: what it breaks>``, and
+``# tests: <files or tests>``; without the latter every test that is not slow is run. ``python -m tests.mutants.run``
+(`make mutants`) prints which are killed and which live; it fails if one lives, or can't be applied to what is
+committed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[1]
+TIMEOUT_S = 600.0
+
+KILLED, LIVED, BROKEN = "killed", "lived", "broken"
+"""A test failed, or did not end; none failed; the patch does not apply, or pytest ran no test."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One patch: what it breaks, and the tests that should see it."""
+
+    file: Path
+    what: str
+    tests: tuple[str, ...]
+
+    @staticmethod
+    def read(file: Path) -> Mutant:
+        """The mutant of a patch file.
+
+        Raises
+        ------
+        ValueError
+            If its first line does not say what it breaks.
+        """
+        header = [x[2:] for x in file.read_text(encoding="utf-8").split("diff --git")[0].splitlines() if x[:2] == "# "]
+        tests = [x.removeprefix("tests:").split() for x in header if x.startswith("tests:")]
+        if not header or header[0].startswith("tests:"):
+            raise ValueError(f"{file.name}: the first line has to be '# <what it breaks>'")
+        return Mutant(file, header[0], tuple(t for line in tests for t in line))
+
+
+def mutants() -> list[Mutant]:
+    """All that are kept, in order of their names."""
+    return [Mutant.read(f) for f in sorted(FOLDER.glob("*.patch"))]
+
+
+def run_tests(tree: Path, tests: tuple[str, ...], timeout_s: float) -> tuple[str, str]:
+    """Whether tests fail in a tree, and what pytest says."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    try:
+        ended = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return KILLED, f"no end after {timeout_s:.0f} s"
+    return {0: LIVED, 1: KILLED}.get(ended.returncode, BROKEN), ended.stdout + ended.stderr
+
+
+def judge(mutant: Mutant, tree: Path, timeout_s: float) -> str:
+    """What becomes of a mutant; the tree is as it was afterwards."""
+    if _git(tree, "apply", str(mutant.file)).returncode:
+        return BROKEN
+    try:
+        return run_tests(tree, mutant.tests, timeout_s)[0]
+    finally:
+        _git(tree, "checkout", "--", ".")
+
+
+def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants.run", description=__doc__)
+    parser.add_argument("names", nargs="*", help="parts of patches' names; all by default")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="seconds per mutant, after which it is killed")
+    options = parser.parse_args(arguments)
+    chosen = [m for m in mutants() if not options.names or any(part in m.file.name for part in options.names)]
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        if (made := _git(ROOT, "worktree", "add", "--detach", str(tree), "HEAD")).returncode:
+            sys.exit(made.stderr.decode())
+        try:
+            every = tuple(dict.fromkeys(t for m in chosen for t in m.tests))
+            result, said = run_tests(tree, every, options.timeout * max(len(every), 1))
+            if result != LIVED:
+                sys.exit(f"{said}\nThe tests fail without any mutation.")
+            results = [_report(m, tree, options.timeout) for m in chosen]
+        finally:
+            _git(ROOT, "worktree", "remove", "--force", str(tree))
+    print(", ".join(f"{results.count(kind)} {kind}" for kind in (KILLED, LIVED, BROKEN)))
+    return int(results.count(KILLED) < len(results))
+
+
+def _report(mutant: Mutant, tree: Path, timeout_s: float) -> str:
+    start = time.monotonic()
+    result = judge(mutant, tree, timeout_s)
+    print(f"{result:7} {time.monotonic() - start:5.0f} s  {mutant.file.stem}: {mutant.what}", flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,129 @@
+"""Every form of small tables, against the lookup in the whole one; and the pieces that all forms are made of.
+
+In one process: what ranks hold is cut, each rank's part of a lookup is emitted and run, and the parts are put together
+as the form's placement says (`tests.harness.lookups`). Fetches take rows from the owners' pieces where they are.
+"""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from descompiler.form import Choice
+from descompiler.passes import FORMS
+from descompiler.pieces import ALL, Pieces, Range, locate
+from tests.harness.lookups import Looked, Table, fetched, patterns
+from tests.harness.parts import RANKS
+
+CHOICES = {
+    "field": (Choice(owner=1), Choice(field_owners=(2, 0, 2)), Choice(field_owners=(1, 1, 1))),
+    "row": (Choice(), Choice(sizes=(5, 0, 4)), Choice(sizes=(0, 9, 0)), Choice(sizes=(1, 7, 1))),
+    "pull": (Choice(), Choice(sizes=(5, 0, 4)), Choice(sizes=(0, 9, 0))),
+    "hot": (Choice(), Choice(hot=((1, 3), (6, 7))), Choice(hot=((0, 9),)), Choice(hot=(), sizes=(0, 2, 7))),
+}
+"""Of tables of 9 rows, beside what a form takes by itself."""
+
+
+def tables():
+    """Lookups of every kind, padded and not, in dense and sparse tables."""
+    for padding, sparse in product((-1, 0, 4, 8), (False, True)):
+        for ids in ((), (1,), (3,), (2, 3)):
+            yield Table(9, 4, ids, None, padding, sparse)
+        for mode in ("sum", "mean", "max"):
+            if not (mode == "max" and sparse):  # torch has none
+                yield Table(9, 4, (3,), mode, padding, sparse)
+        yield Table(9, 4, (3,), None, padding, sparse, starts=(0, 2, 7))
+        yield Table(9, 1, (3,), None, padding, sparse)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)
+def test_every_lookup_and_its_gradient(form):
+    found, tried = [], 0
+    for table in tables():
+        if form.name == "row" and table.mode == "max":  # refused
+            continue
+        for choice in CHOICES.get(form.name, (Choice(),)):
+            looked = Looked(table, form, choice)
+            found += [f"{table}, {looked.split}: {x}" for x in looked.faults()]
+            tried += 1
+    assert not found
+    assert tried > 60
+
+
+def test_lookups_with_one_key_have_one_pattern():
+    """Tables of the same ids: of other widths, padding and modes; divided alike, and not."""
+    row = next(f for f in FORMS if f.name == "row")
+    looked = {
+        f"{table}, {sizes}": Looked(table, row, Choice(sizes=sizes))
+        for table in (Table(9, 4), Table(9, 2), Table(9, 4, padding=4), Table(9, 4, (3,)), Table(9, 1, (3,)))
+        for sizes in ((3, 3, 3), (5, 0, 4), (4, 0, 5), (1, 7, 1))
+    }
+    assert not patterns(looked)
+    assert len({x.placement for x in looked.values()}) < len(looked)
+
+
+def test_tables_that_are_fetched_together():
+    """Rows of two tables are asked of their owners at once, and each table's padding is its own."""
+    pull, hot = (next(f for f in FORMS if f.name == name) for name in ("pull", "hot"))
+    found = [Table(9, 4, (3,), "mean", 4), Table(7, 4, (), None, 0), Table(5, 4, (2,), None)]
+    splits = [
+        pull.split(found[0].operator, RANKS, Choice(sizes=(5, 0, 4))),
+        hot.split(found[1].operator, RANKS, Choice(hot=((2, 4),))),
+        pull.split(found[2].operator, RANKS, Choice()),
+    ]
+    pieces = [
+        [s.pieces.cut(t.numbers[0], r).requires_grad_() for r in range(RANKS)]
+        for s, t in zip(splits, found, strict=True)
+    ]
+    results = fetched(splits, pieces, found, [t.numbers[1] for t in found])
+    wholes = [torch.cat([result[r] for r in range(RANKS)]) for result in results]
+    for table, got in zip(found, wholes, strict=True):
+        assert torch.allclose(got, table.site.result)
+    sum((got * t.site.weights).sum() for got, t in zip(wholes, found, strict=True)).backward()
+    for table, split, parts in zip(found, splits, pieces, strict=True):
+        expected = next(iter(table.site.gradients.values()))
+        for r, w in enumerate(parts):
+            own = split.pieces.own_size(r)
+            assert torch.allclose(w.grad[:own], split.pieces.cut(expected, r)[:own])
+
+
+@st.composite
+def random_pieces(draw, shapes, rows=False):
+    """A shape, cut anywhere: empty ranges, ranks without any, ranges of all ranks in between; of rows only, or not."""
+    shape = draw(shapes)
+    dim = draw(st.integers(0, len(shape) - 1)) if shape and not rows else 0
+    size, ranks = (shape[dim] if shape else 1), draw(st.integers(1, 4))
+    cuts = sorted(draw(st.lists(st.integers(0, size), max_size=5))) if shape else []
+    ends = [0, *cuts, size]
+    owners = draw(st.lists(st.sampled_from([ALL, *range(ranks)]), min_size=len(ends) - 1, max_size=len(ends) - 1))
+    ranges = (Range(a, b, o) for a, b, o in zip(ends, ends[1:], owners, strict=False))
+    return Pieces(shape, dim, tuple(ranges), ranks)
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces=random_pieces(st.lists(st.integers(0, 7), max_size=3).map(tuple)))
+def test_pieces_are_joined_bit_for_bit(pieces):
+    count = torch.empty(pieces.shape).numel()
+    bits = torch.arange(count, dtype=torch.int32).reshape(pieces.shape) + 0x7FC00000  # every element another nan
+    parts = [pieces.cut(bits.view(torch.float32) if count else bits.float(), r) for r in range(pieces.ranks)]
+    assert [tuple(p.shape) for p in parts] == [pieces.piece_shape(r) for r in range(pieces.ranks)]
+    assert [p.numel() for p in parts] == [pieces.numel(r) for r in range(pieces.ranks)]
+    assert torch.equal(pieces.join(parts).view(torch.int32), bits)
+    assert pieces.sizes.tolist() == [*(pieces.own_size(r) for r in range(pieces.ranks)), pieces.shared_size()]
+    for r in range(pieces.ranks):  # what a rank holds alone is in front, and no other rank's
+        if pieces.shape:
+            own = parts[r].narrow(pieces.dim, 0, pieces.own_size(r)).contiguous().view(torch.int32)
+            others = [p.contiguous().view(torch.int32).flatten() for i, p in enumerate(parts) if i != r]
+            assert not torch.isin(own, torch.cat([own.new_empty(0), *others])).any()
+
+
+@settings(max_examples=200, deadline=None)
+@given(pieces=random_pieces(st.tuples(st.integers(1, 9), st.just(1)), rows=True))
+def test_rows_are_where_they_are_located(pieces):
+    rows = torch.arange(pieces.shape[0])
+    parts = [pieces.cut(rows.unsqueeze(1), r) for r in range(pieces.ranks)]
+    for rank in range(pieces.ranks):
+        owners, positions = locate(pieces, rows, rank)
+        assert [int(parts[o][p]) for o, p in zip(owners.tolist(), positions.tolist(), strict=True)] == rows.tolist()
