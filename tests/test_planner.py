@@ -92,6 +92,19 @@ def test_small_models_get_the_best_of_all_choices(sizes, dim, hidden, consumers,
         assert search.relaxation.solve(fixed).sent_bytes <= least * (1 + 1e-9)
 
 
+def test_a_bound_above_the_price_is_an_error_and_never_a_proof(monkeypatch):
+    """With ids that are counted too dear by far, the relaxation is no relaxation."""
+    found = captured([1000, 100_000], 16, 64, ["fm"])
+    search = search_of(found, 8, 4096)
+    dear = {
+        n: {f: replace(c, sent_bytes=100 * c.sent_bytes) for f, c in forms.items()} for n, forms in search.costs.items()
+    }
+    monkeypatch.setattr(search, "costs", dear)
+    with pytest.raises(des.DescompilerError, match=r"less than .* that no plan should be below"):
+        search.run()
+    assert not search.exact
+
+
 @settings(max_examples=50, **LONG)
 @given(st.data())
 def test_minimum_cuts_are_those_of_networkx(data):
