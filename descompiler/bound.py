@@ -41,7 +41,7 @@ from descompiler.aggregate import Candidates, Weights, place
 from descompiler.flow import Network
 from descompiler.form import Split
 from descompiler.operators import Operator
-from descompiler.pieces import Pieces
+from descompiler.pieces import ALL, Pieces
 from descompiler.placement import LOCAL, Owned, Shard
 from descompiler.program import Program, tail
 from descompiler.rule import Rule
@@ -155,7 +155,7 @@ class Relaxation:
                     continue
                 cut = answer.pieces.get(name) if answer is not None else None
                 if cut is None:
-                    own = sum(pieces.own_size(r) for r in pieces.owners)
+                    own = int(pieces.sizes[:ALL].sum())
                     result.append((self._all_reduce(pieces, own), node, None))
                 else:
                     result += [(self._all_reduce(cut, cut.own_size(r)), node, names[r]) for r in cut.owners]

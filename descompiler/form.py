@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import sympy
@@ -21,7 +22,7 @@ from descompiler.errors import PlanError
 from descompiler.id_checks import Check
 from descompiler.local_operators import bag, lookup
 from descompiler.operators import Lookup, Operator
-from descompiler.pieces import ALL, Pieces, even_sizes
+from descompiler.pieces import ALL, Pieces
 from descompiler.placement import Region
 from descompiler.program import Program, rowwise, where
 from descompiler.statistics import Statistics
@@ -80,11 +81,11 @@ class Split:
         if p.is_replicated:
             return f"{self.form}: E{list(p.shape)} on all {p.ranks} ranks".replace(", ", ",")
         shapes = []
-        for r in p.ranges[:8]:
+        for r in islice(p.ranges(), 8):
             shape = list(p.shape)
             shape[p.dim] = r.size
             shapes.append(f"E{shape}@{'all' if r.owner == ALL else r.owner}".replace(", ", ","))
-        more = ", ..." if len(p.ranges) > 8 else ""
+        more = ", ..." if sum(r.count for r in p.runs) > 8 else ""
         whole = f"E{list(p.shape)}".replace(", ", ",")
         return f"{self.form}: {whole} -> cat_{p.dim}({', '.join(shapes)}{more})"
 
@@ -258,6 +259,8 @@ class ByRows:
     def choose(
         self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, max_rows: int | None = None
     ) -> Choice:
+        if operator.name not in statistics.measured and max_rows is None:
+            return Choice()
         return Choice(sizes=tuple(statistics.balanced_rows(operator.name, ranks, batch_rows, max_rows)))
 
 
@@ -313,8 +316,9 @@ class OwnRows(Plain):
 
 def by_rows(operator: Operator, ranks: int, choice: Choice) -> Pieces:
     """Contiguous ranges of rows to ranks."""
-    sizes = even_sizes(operator.rows, ranks) if choice.sizes is None else choice.sizes
-    return Pieces.by_sizes(operator.shape, 0, sizes, ranks)
+    if choice.sizes is None:
+        return Pieces.even(operator.shape, 0, ranks)
+    return Pieces.by_sizes(operator.shape, 0, choice.sizes, ranks)
 
 
 def refusals(program: Program, operator: Operator, forms: Sequence[Form]) -> dict[str, str]:

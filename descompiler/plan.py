@@ -485,7 +485,7 @@ def _held(pieces: Pieces | None) -> str:
     return "replicated" if pieces.is_replicated else f"cut along dim {pieces.dim} among {len(pieces.owners)} ranks"
 
 
-VERSION = 1
+VERSION = 2
 """Of plan files."""
 
 _FIELDS: dict[str, Any] = {

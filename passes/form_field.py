@@ -16,7 +16,7 @@ from descompiler.form import Choice, InRegion, LookupPart, Split, not_in_region,
 from descompiler.id_checks import Check
 from descompiler.local_operators import bag, lookup
 from descompiler.operators import Lookup, Operator
-from descompiler.pieces import Pieces, Range
+from descompiler.pieces import Pieces
 from descompiler.placement import Owned, Region, Segment, shard
 from descompiler.program import Program, aten
 
@@ -32,18 +32,18 @@ class Field(InRegion):
         if operator.starts is None or choice.field_owners is None:
             return Split(self.name, Pieces.whole(operator.shape, choice.owner, ranks))
         stops = (*operator.starts[1:], operator.rows)
-        ranges = tuple(Range(a, b, o) for a, b, o in zip(operator.starts, stops, choice.field_owners, strict=True))
-        return Split(self.name, Pieces(operator.shape, 0, ranges, ranks))
+        sizes = (b - a for a, b in zip(operator.starts, stops, strict=True))
+        return Split(self.name, Pieces.of(operator.shape, 0, zip(sizes, choice.field_owners, strict=True), ranks))
 
     def placement(self, split: Split, operator: Operator, lookup: Lookup) -> Region | None:
         owners = split.pieces.owners
         if len(owners) == 1:
             return Owned(owners[0])
-        return shard(1, [Segment(1, r.owner) for r in split.pieces.ranges])
+        return shard(1, [Segment(1, r.owner) for r in split.pieces.ranges()])
 
     def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
         if _several(split):
-            return tuple(i for i, r in enumerate(split.pieces.ranges) if r.owner == rank)
+            return tuple(i for i, r in enumerate(split.pieces.ranges()) if r.owner == rank)
         return super().columns(split, operator, lookup, rank)
 
     def check(self, split: Split, operator: Operator) -> Check:
