@@ -20,11 +20,13 @@ from torch import Tensor, fx
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
 from descompiler.errors import PlanError
 from descompiler.id_checks import Check
+from descompiler.layout import Columns
 from descompiler.local_operators import bag, lookup
 from descompiler.operators import Lookup, Operator
 from descompiler.pieces import ALL, Pieces
 from descompiler.placement import Region
 from descompiler.program import Program, rowwise, where
+from descompiler.spans import Spans, alike
 from descompiler.statistics import Statistics
 
 
@@ -93,9 +95,9 @@ class Split:
         """Placement of a lookup's result; None where the lookup stays outside the region."""
         return form_named(self.form).placement(self, operator, lookup)
 
-    def columns(self, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
-        """Columns (dim 1) of the ids that a rank needs; None: all, (): none."""
-        return form_named(self.form).columns(self, operator, lookup, rank)
+    def columns(self, operator: Operator, lookup: Lookup) -> Spans[Columns]:
+        """Columns (dim 1) of the ids that ranks need; None: all of them."""
+        return form_named(self.form).columns(self, operator, lookup)
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ class Form(Protocol):
         """Where a lookup's result is; None where it stays outside the region, for own rows."""
         ...
 
-    def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
-        """Columns (dim 1) of the ids that a rank needs, if the lookup is in the region; None: all, (): none."""
+    def columns(self, split: Split, operator: Operator, lookup: Lookup) -> Spans[Columns]:
+        """Columns (dim 1) of the ids that ranks need, if the lookup is in the region; None: all of them."""
         ...
 
     def fetches(self, split: Split) -> bool:
@@ -282,8 +284,8 @@ class Plain:
 class InRegion(Plain):
     """What forms have in common whose lookups are in the region: owners get all ids of the global batch."""
 
-    def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
-        return None if rank in split.pieces.owners else ()
+    def columns(self, split: Split, operator: Operator, lookup: Lookup) -> Spans[Columns]:
+        return alike(split.pieces.owners, None)
 
     def fetches(self, split: Split) -> bool:
         return False
@@ -298,7 +300,7 @@ class OwnRows(Plain):
     def placement(self, split: Split, operator: Operator, lookup: Lookup) -> Region | None:
         return None
 
-    def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
+    def columns(self, split: Split, operator: Operator, lookup: Lookup) -> Spans[Columns]:
         return ()
 
     def fetches(self, split: Split) -> bool:

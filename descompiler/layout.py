@@ -14,43 +14,66 @@ import numpy as np
 from descompiler import traffic as wire
 from descompiler.fetch_layout import Counts, Fetch
 from descompiler.pieces import ALL, Pieces
+from descompiler.spans import Spans, at
 from descompiler.statistics import Statistics
 from descompiler.traffic import Traffic
+
+Columns = tuple[int, ...] | None
+"""Of dim 1 of some ids; None: all of them."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Ids ``[b, *tail]`` that enter the region; ``columns[r]`` of dim 1 go to rank r (None: all, (): none)."""
+    """Ids ``[b, *tail]`` that enter the region; ``columns`` of dim 1 go to which ranks (None: all of them)."""
 
     name: str
     tail: tuple[int, ...]
-    columns: tuple[tuple[int, ...] | None, ...]
+    columns: Spans[Columns]
+
+    def columns_on(self, rank: int) -> Columns:
+        """The columns that go to ``rank`` (None: all, (): none)."""
+        return at(self.columns, rank, ())
 
     def tail_on(self, rank: int) -> tuple[int, ...]:
-        columns = self.columns[rank]
+        return self._tail(self.columns_on(rank))
+
+    def _tail(self, columns: Columns) -> tuple[int, ...]:
         return self.tail if columns is None else (len(columns), *self.tail[1:])
+
+    @cached_property
+    def widths(self) -> Spans[int]:
+        """Ids per row that go to each rank."""
+        return tuple((first, stop, prod(self._tail(columns))) for first, stop, columns in self.columns)
 
     def width(self, rank: int) -> int:
         """Ids per row that go to ``rank``."""
-        return 0 if self.columns[rank] == () else prod(self.tail_on(rank))
+        return at(self.widths, rank, 0)
 
 
 @dataclass(frozen=True)
 class Exit:
-    """A value that leaves the region: rank r sends ``[rows, *tails[r]]``, or nothing (None).
+    """A value that leaves the region: ranks send ``[rows, *tail]``, of the tail that ``tails`` has for them.
 
     ``segments`` are the (size, owner) of the sharded dimension ``dim``; None: the ranks' terms are summed.
     """
 
     name: str
-    tails: tuple[tuple[int, ...] | None, ...]
+    tails: Spans[tuple[int, ...]]
     dim: int = 0
     segments: tuple[tuple[int, int], ...] | None = None
 
+    def tail_on(self, rank: int) -> tuple[int, ...]:
+        """What a row of what ``rank`` sends is like, if it sends anything."""
+        return at(self.tails, rank, ())
+
+    @cached_property
+    def widths(self) -> Spans[int]:
+        """Elements per row that each rank sends."""
+        return tuple((first, stop, prod(tail)) for first, stop, tail in self.tails)
+
     def width(self, rank: int) -> int:
         """Elements per row that ``rank`` sends."""
-        tail = self.tails[rank]
-        return 0 if tail is None else prod(tail)
+        return at(self.widths, rank, 0)
 
 
 @dataclass(frozen=True)
@@ -243,27 +266,28 @@ class Layout:
     @cached_property
     def whole_elements(self) -> list[int]:
         """Elements that each rank owns of the tables that are gathered whole."""
-        return [sum(t.pieces.numel(r) for t in self.wholes) for r in range(self.ranks)]
+        elements = np.zeros(self.ranks, dtype=np.int64)
+        for t in self.wholes:
+            elements += t.pieces.elements
+        return elements.tolist()
 
     @cached_property
     def enter_widths(self) -> list[int]:
         """Ids per row that go to each rank."""
-        widths = [0] * self.ranks
-        for e in self.entries:
-            for r, columns in enumerate(e.columns):
-                if columns != ():
-                    widths[r] += e.width(r)
-        return widths
+        return self._by_rank(self.entries)
 
     @cached_property
     def exit_widths(self) -> list[int]:
         """Elements per row that each rank sends out of the region."""
-        widths = [0] * self.ranks
-        for e in self.exits:
-            for r, tail in enumerate(e.tails):
-                if tail is not None:
-                    widths[r] += prod(tail)
-        return widths
+        return self._by_rank(self.exits)
+
+    def _by_rank(self, values: Sequence[Entry] | Sequence[Exit]) -> list[int]:
+        """The widths of values together, on each rank."""
+        widths = np.zeros(self.ranks, dtype=np.int64)
+        for v in values:
+            for first, stop, width in v.widths:
+                widths[first:stop] += width
+        return widths.tolist()
 
     @cached_property
     def kinds(self) -> dict[int, int]:

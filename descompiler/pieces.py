@@ -187,6 +187,12 @@ class Pieces:
     def numel(self, rank: int) -> int:
         return prod(self.piece_shape(rank))
 
+    @property
+    def elements(self) -> np.ndarray:
+        """Elements of each rank's piece."""
+        whole = self.shape[self.dim] if self.shape else 1
+        return (self.sizes[:ALL] + self.sizes[ALL]) * (prod(self.shape) // max(whole, 1))
+
     def cut(self, weight: Tensor, rank: int) -> Tensor:
         """The rank's piece of a full tensor (new storage, also where it is all of it)."""
         if not self.shape:

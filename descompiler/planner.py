@@ -31,6 +31,7 @@ from descompiler.plan import Crossing, Plan, Table
 from descompiler.program import Program, tail, target_name, user_line
 from descompiler.rule import Rule
 from descompiler.search import Search
+from descompiler.spans import summed
 
 
 def choose(
@@ -171,17 +172,18 @@ def _crossings(program: Program, operators: Sequence[Operator], best: Trial) -> 
     for n in program.graph.nodes:
         if n in best.cut.inside and n not in sources:
             sources[n] = set().union(*(sources.get(p, set()) for p in n.all_input_nodes))
+    readers: dict[str, set[str]] = {}
+    for o in operators:
+        for x in o.lookups:
+            if x.node in best.cut.inside:
+                readers.setdefault(x.ids.name, set()).add(o.name)
     result = []
     for e in best.layout.entries:
-        reads = {o.name for o in operators for x in o.lookups if x.ids.name == e.name and x.node in best.cut.inside}
-        width = sum(e.width(r) for r in range(best.layout.ranks))
-        result.append(Crossing("ids", e.name, "Shard(0)", width, tuple(sorted(reads)), user_line(nodes[e.name])))
-    for node, x in zip(best.cut.exits, best.layout.exits, strict=True):
-        placement = str(best.candidates.placed[node].placement)
-        width = sum(x.width(r) for r in range(best.layout.ranks))
-        result.append(
-            Crossing("values", target_name(node), placement, width, tuple(sorted(sources[node])), user_line(node))
-        )
+        reads = tuple(sorted(readers[e.name]))
+        result.append(Crossing("ids", e.name, "Shard(0)", summed(e.widths), reads, user_line(nodes[e.name])))
+    for node, left in zip(best.cut.exits, best.layout.exits, strict=True):
+        placement, reads = str(best.candidates.placed[node].placement), tuple(sorted(sources[node]))
+        result.append(Crossing("values", target_name(node), placement, summed(left.widths), reads, user_line(node)))
     products = outputs_in_order(program, operators, best.splits)
     for (node, (o, output)), v in zip(products.items(), best.layout.vocabularies, strict=True):
         result.append(Crossing("product", str(output), "Shard(0)", v.elements, (o.name,), user_line(node), v.ids))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -26,12 +25,14 @@ from descompiler.cost_models.symbols import L as IDS
 from descompiler.cost_models.symbols import N, U, V, b, i, k, s
 from descompiler.errors import DescompilerError
 from descompiler.form import form_named
+from descompiler.layout import Entry
 from descompiler.objective import Objective, Score, Terms, Trial
 from descompiler.operators import Operator
 from descompiler.pins import FORMS
 from descompiler.program import Program, shape_of, tail
 from descompiler.rule import Rule
 from descompiler.scope import trained_parameters
+from descompiler.spans import summed
 
 EXACT_TABLES = 12
 """Free tables up to which the choice is completed to the optimum, if the effort is enough."""
@@ -118,9 +119,7 @@ class Search:
             sent = 0.0
             for ids in dict.fromkeys(x.ids for x in o.lookups):
                 x = next(x for x in o.lookups if x.ids is ids)
-                width = prod(tail(ids))
-                if split.columns(o, x, split.pieces.owners[0]) is None:
-                    width *= len(split.pieces.owners)
+                width = summed(Entry(ids.name, tail(ids), split.columns(o, x)).widths)
                 sent += 4 * w.rows * (w.ranks - 1) * width / readers[ids]
             return FormCost(True, sent)
         if form == "hot":  # every row the cheaper way

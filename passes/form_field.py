@@ -14,11 +14,13 @@ from torch import Tensor, fx
 
 from descompiler.form import Choice, InRegion, LookupPart, Split, not_in_region, whole_rows
 from descompiler.id_checks import Check
+from descompiler.layout import Columns
 from descompiler.local_operators import bag, lookup
 from descompiler.operators import Lookup, Operator
 from descompiler.pieces import Pieces
 from descompiler.placement import Owned, Region, Segment, shard
 from descompiler.program import Program, aten
+from descompiler.spans import Spans, spans_of
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,13 @@ class Field(InRegion):
             return Owned(owners[0])
         return shard(1, [Segment(1, r.owner) for r in split.pieces.ranges()])
 
-    def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
-        if _several(split):
-            return tuple(i for i, r in enumerate(split.pieces.ranges()) if r.owner == rank)
-        return super().columns(split, operator, lookup, rank)
+    def columns(self, split: Split, operator: Operator, lookup: Lookup) -> Spans[Columns]:
+        if not _several(split):
+            return super().columns(split, operator, lookup)
+        fields: dict[int, list[int]] = {}
+        for i, r in enumerate(split.pieces.ranges()):
+            fields.setdefault(r.owner, []).append(i)
+        return spans_of((owner, tuple(fields[owner])) for owner in sorted(fields))
 
     def check(self, split: Split, operator: Operator) -> Check:
         if _several(split):

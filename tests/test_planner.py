@@ -259,6 +259,16 @@ def test_samples_are_what_prices_depend_on():
     assert max(plans[0].unique.values()) <= 2.5 < min(plans[1].unique.values())
 
 
+def test_a_plan_takes_no_room_for_each_table_on_each_rank():
+    """What a table adds to the plan's file is the same on 16 times as many ranks."""
+    few, many = (captured([100_003 + i for i in range(tables)], 32, 8, ["fm", "deep"]) for tables in (8, 24))
+    for form in NAMES:
+        sizes = [
+            [len(found.plan(ranks=ranks, pins={"*": form}).to_json()) for found in (few, many)] for ranks in (64, 1024)
+        ]
+        assert sizes[1][1] - sizes[1][0] < 1.2 * (sizes[0][1] - sizes[0][0]), form
+
+
 class Histories(nn.Module):
     """A recurrent encoding of a history of items, for one score."""
 
