@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
 
 import numpy as np
 
@@ -289,39 +288,31 @@ class Layout:
                 widths[first:stop] += width
         return widths.tolist()
 
-    @cached_property
-    def kinds(self) -> dict[int, int]:
-        """One rank of each kind, and how many there are: ranks of a kind send the same where all have as many rows."""
-        kinds: dict[tuple[Any, ...], list[int]] = {}
-        for r, widths in enumerate(zip(self.enter_widths, self.exit_widths, self.fetch_loads, strict=True)):
-            products = ((v.width(r), v.ids_width(r)) for v in self.vocabularies)
-            sent = (*products, *(x[r] for x in self.norm_shares), self.whole_elements[r] if self.wholes else 0)
-            kinds.setdefault((*widths, *sent), []).append(r)
-        return {ranks[0]: len(ranks) for ranks in kinds.values()}
-
-    @cached_property
-    def fetch_loads(self) -> list[float]:
-        """What each rank owns of the tables that are fetched, in shares of tables, weighed by ids and dim."""
-        loads = np.zeros(self.ranks)
-        for f in self.fetches:
-            for t in f.tables:
-                loads += t.ids * t.dim / t.rows * t.sizes[:ALL]
-        return loads.round(9).tolist()
-
-    def expected(self, rank: int, rows: Sequence[int], statistics: Statistics | None = None) -> dict[str, Counts]:
-        """Expected unique ids by table, where rank r has ``rows[r]`` rows; of assumed statistics by default."""
+    def expected(self, rows: Sequence[int], statistics: Statistics | None = None) -> dict[str, Counts]:
+        """Expected unique ids by table, of every rank, where rank r has ``rows[r]`` rows; of assumed statistics by
+        default."""
         result: dict[str, Counts] = {}
         batches = Counter(rows)
         for t in {t.name: t for f in self.fetches for t in f.tables}.values():
             stats = Statistics.assumed([t]) if statistics is None else statistics
-            mine = stats.unique(t.name, rows[rank])
-            shares = stats.shares(t.name, t.pieces, rows[rank])
-            served = 0.0
-            for b, ranks in batches.items():
-                others = ranks - (b == rows[rank])
-                served += others * stats.unique(t.name, b) * stats.shares(t.name, t.pieces, b)[rank]
-            result[t.name] = Counts(mine * (1 - shares[rank] - shares[ALL]), served, mine * shares[ALL])
+            asked, served, shared = np.zeros((3, self.ranks))
+            for batch, ranks in batches.items():
+                unique, shares = stats.unique(t.name, batch), stats.shares(t.name, t.pieces, batch)
+                own, here = shares[:ALL], np.equal(rows, batch)
+                asked[here] = unique * (1 - own[here] - shares[ALL])
+                served += (ranks - here) * unique * own
+                shared[here] = unique * shares[ALL]
+            result[t.name] = Counts(asked, served, shared)
         return result
+
+    def predict_kinds(self, rows: int, itemsize: int, statistics: Statistics | None = None) -> list[Traffic]:
+        """What ranks are expected to send in a step in which each has ``rows`` rows: once for ranks that send alike."""
+        every = [rows] * self.ranks
+        demands = self._demands(self.expected(every, statistics))
+        sizes = [self.enter_widths, self.exit_widths, self.whole_elements, *self.norm_shares]
+        sizes += [[width(r) for r in range(self.ranks)] for v in self.vocabularies for width in (v.width, v.ids_width)]
+        _, kinds = np.unique(np.vstack([*sizes, *(d.T for d in demands)]), axis=1, return_index=True)
+        return [self._predict(r, every, itemsize, True, [d[r] for d in demands]) for r in sorted(kinds.tolist())]
 
     def predict(
         self,
@@ -342,6 +333,12 @@ class Layout:
             Unique ids of the step, by table: exact if they are those of the step
             (`descompiler.DistributedModule.unique`). `expected` by default.
         """
+        demands = self._demands(self.expected(rows) if unique is None else unique)
+        return self._predict(rank, rows, itemsize, backward, [d[rank] for d in demands])
+
+    def _predict(
+        self, rank: int, rows: Sequence[int], itemsize: int, backward: bool, demands: Sequence[np.ndarray]
+    ) -> Traffic:
         n, result = self.ranks, Traffic()
         if n == 1:
             return result
@@ -365,7 +362,7 @@ class Layout:
         for v in self.vocabularies:
             v.add(result, rank, rows, itemsize, backward=backward)
         if self.fetches:
-            self._predict_fetches(result, itemsize, backward, self.expected(rank, rows) if unique is None else unique)
+            self._predict_fetches(result, itemsize, backward, demands)
         for e in self.exchanges:
             if backward or not wire.IN_BACKWARD[e.kind]:
                 size = e.elements(sum(rows)) * (e.itemsize or itemsize)
@@ -385,21 +382,20 @@ class Layout:
                 result.add(wire.LEAVES_BACK, (n - 1) * wire.LEAF_BYTES)
         return result
 
-    def _predict_fetches(self, result: Traffic, itemsize: int, backward: bool, unique: Mapping[str, Counts]) -> None:
-        others, counted = self.ranks - 1, set()
-        for position, f in enumerate(self.fetches):
-            asked = served = asked_trained = 0.0
-            gathered_ids = gathered = 0.0
-            for t in f.tables:
-                # a table's counts are those of all its fetches together
-                x = Counts() if t.name in counted else unique.get(t.name, Counts())
-                counted.add(t.name)
-                asked += x.asked
-                served += x.served * t.dim
-                asked_trained += x.asked * t.dim * t.trained
-                if t.trained and t.gathered:
-                    gathered_ids += x.shared
-                    gathered += x.shared * t.dim
+    def _demands(self, unique: Mapping[str, Counts]) -> list[np.ndarray]:
+        """What ranks need in each fetch, ``[ranks, 5]``: see `descompiler.fetch_layout.Fetch.demand`."""
+        result, counted = [], set[str]()
+        for f in self.fetches:
+            # a table's counts are those of all its fetches together
+            counts = {t.name: unique[t.name] for t in f.tables if t.name in unique and t.name not in counted}
+            counted.update(t.name for t in f.tables)
+            result.append(np.broadcast_to(f.demand(counts), (self.ranks, 5)))
+        return result
+
+    def _predict_fetches(self, result: Traffic, itemsize: int, backward: bool, demands: Sequence[np.ndarray]) -> None:
+        others = self.ranks - 1
+        for position, (f, demand) in enumerate(zip(self.fetches, demands, strict=True)):
+            asked, served, asked_trained, gathered_ids, gathered = demand.tolist()
             if position or not self.early:
                 result.add(wire.FETCH_COUNTS, others * wire.FETCH_COUNTS_BYTES)
             if f.divided:

@@ -69,11 +69,9 @@ def choose(
     search = Search(program, operators, rules, w, allowed, terms, progress)
     forms, bound = search.run()
     best = search.objective.trial(forms)
-    every = search.objective.traffic(best.layout, best.layout.kinds)  # trials look at some of very many kinds of ranks
-    price_bytes = max(t.total for t in every)
     if best.score.missing_bytes:
         raise PlanError(_does_not_fit(search, forms, best, pins))
-    prices, missing = _alternatives(search, forms, price_bytes)
+    prices, missing = _alternatives(search, forms, best.score.price_bytes)
     return Plan(
         ranks=w.ranks,
         rows=w.rows,
@@ -83,12 +81,12 @@ def choose(
         pieces=best.pieces,
         layout=best.layout,
         crossings=_crossings(program, operators, best),
-        price_bytes=price_bytes,
+        price_bytes=best.score.price_bytes,
         prices=prices,
         fingerprint=program.fingerprint(),
         aggregate=best.aggregate,
         objective="bytes" if terms.cluster is None else "seconds",
-        price=search.objective.price(every),
+        price=best.score.price,
         bound=bound,
         exact=search.exact,
         trials=search.trials,

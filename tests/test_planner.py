@@ -16,6 +16,7 @@ from torch import nn
 import descompiler as des
 from descompiler.aggregate import Weights
 from descompiler.captured import Captured
+from descompiler.fetch_layout import Counts
 from descompiler.flow import Network
 from descompiler.objective import Terms
 from descompiler.passes import FORMS, RULES
@@ -257,6 +258,44 @@ def test_samples_are_what_prices_depend_on():
     assert plans[0].price_bytes < plans[1].price_bytes / 4
     assert all("assumed" not in p.statistics for p in plans)
     assert max(plans[0].unique.values()) <= 2.5 < min(plans[1].unique.values())
+
+
+def test_every_rank_is_priced_where_all_are_different():
+    """Measured ids load each of 64 owners differently; the price is the busiest one's, and what is exact is that."""
+    generator, rows, ranks = torch.Generator().manual_seed(0), 64, 64
+    sizes = [10, 300, 5000, 30_000, 30_000, 1000, 20_000, 7, 50, 9000]
+    model = MODELS["fm"]("offsets", vocab_sizes=sizes, dim=16)
+    ids = [(torch.rand(rows, 10, generator=generator) ** 4 * torch.tensor(sizes)).long() for _ in range(4)]
+    samples = [(torch.randn(rows, 3), x) for x in ids]
+    found = Captured.of(model, samples[0])
+    plan = found.plan(ranks=ranks, samples=samples)
+    expected = plan.layout.expected([rows] * ranks, found.measure(samples))
+    sent = []
+    for r in range(ranks):
+        own = {n: Counts(x.asked[r], x.served[r], x.shared[r]) for n, x in expected.items()}
+        sent.append(plan.traffic(r, unique=own).total)
+    assert max(sent) == plan.price_bytes and len(set(sent)) > 30
+    assert not plan.exact or plan.price == plan.bound
+
+
+def test_the_work_of_planning_grows_with_tables_not_with_tables_times_ranks():
+    def calls(found, ranks):
+        count = 0
+
+        def counted(frame, event, argument):
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(counted)
+        try:
+            found.plan(ranks=ranks, batch=512)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    few, many = (captured([50_000 + i for i in range(n)], 16, 8, ["fm", "deep"]) for n in (25, 100))
+    assert calls(many, 1024) < 1.5 * calls(many, 64)  # on 16 times as many ranks
+    assert calls(many, 256) < 5 * calls(few, 256)  # of 4 times as many tables
 
 
 def test_a_plan_takes_no_room_for_each_table_on_each_rank():
