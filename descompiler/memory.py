@@ -11,6 +11,7 @@ are not counted.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -26,6 +27,7 @@ from descompiler.operators import Operator
 from descompiler.pieces import ALL, Pieces
 from descompiler.placement import LOCAL, Placement, Shard, ranks_of
 from descompiler.program import Program, elements_per_row, is_tensor, is_view, rowwise, shape_of, tail, value
+from descompiler.spans import Spans
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def memory_of(
     optimizer: str,
     unique: Mapping[str, float],
     wholes: Collection[str] = (),
-) -> list[Memory]:
+) -> Spans[Memory]:
     """Memory of every rank.
 
     Parameters
@@ -110,8 +112,10 @@ def memory_of(
         share = _held(first)[0] / first.shape[first.dim]
         elements = sum(prod(shape_of(n)) for n in group.nodes if not is_view(n))
         activations = activations + activation_bytes(1, np.ceil(elements * share).astype(np.int64), w.itemsize)
-    columns = (weights, gradients, state, activations)
-    return [Memory(*(int(x) for x in row)) for row in zip(*(c.tolist() for c in columns), strict=True)]
+    every = np.stack([weights, gradients, state, activations])
+    changes = np.flatnonzero((np.diff(every) != 0).any(0)) + 1
+    borders = itertools.pairwise([0, *changes.tolist(), w.ranks])
+    return tuple((first, stop, Memory(*every[:, first].tolist())) for first, stop in borders)
 
 
 def _held(pieces: Pieces) -> tuple[np.ndarray, int]:

@@ -29,6 +29,7 @@ from descompiler.pieces import Pieces
 from descompiler.pins import Forbidden
 from descompiler.program import Program, tail
 from descompiler.rule import Rule
+from descompiler.spans import Spans
 from descompiler.statistics import Statistics
 
 
@@ -77,7 +78,7 @@ class Trial:
     layout: Layout
     aggregate: str
     score: Score
-    memory: list[Memory]
+    memory: Spans[Memory]
 
 
 @dataclass(frozen=True, order=True)
@@ -149,18 +150,18 @@ class Objective:
         pieces.update(bias_pieces(self.program, self.operators, splits))
         layout = layout_of(self.program, self.operators, splits, pieces, candidates, cut, w.ranks)
         every = layout.predict_kinds(w.rows, w.itemsize, self.statistics)
-        memory: list[Memory] = []
+        memory: Spans[Memory] = ()
         missing = 0
         if limit is not None:
             memory = self.memory(pieces, candidates, cut, layout)
-            missing = max(0, max(m.total for m in memory) - limit)
+            missing = max(0, max(m.total for _, _, m in memory) - limit)
         price_bytes = max(t.total for t in every)
         cluster = self.terms.cluster
         price = float(price_bytes) if cluster is None else cluster.seconds(every)
         score = Score(missing, price, price_bytes, max(t.calls for t in every))
         return Trial(splits, candidates, cut, pieces, layout, aggregate, score, memory)
 
-    def memory(self, pieces: Mapping[str, Pieces], candidates: Candidates, cut: Cut, layout: Layout) -> list[Memory]:
+    def memory(self, pieces: Mapping[str, Pieces], candidates: Candidates, cut: Cut, layout: Layout) -> Spans[Memory]:
         wholes = {t.name for t in layout.wholes}
         placements = candidates.placements()
         operators, w, optimizer = self.operators, self.w, self.terms.optimizer

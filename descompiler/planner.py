@@ -13,6 +13,7 @@ over f in the product of the F(t). Tables share aggregation points, so the price
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from math import prod
 
 from torch import fx
@@ -127,11 +128,13 @@ def _does_not_fit(search: Search, forms: Mapping[str, str], best: Trial, pins: M
     """Which ranks lack how much, and what would fit."""
     limit, w = search.terms.limit_bytes, search.w
     assert limit is not None
-    over = [(r, m) for r, m in enumerate(best.memory) if m.total > limit]
-    lines = [f"no plan fits {limit:,} B a rank; the closest is short on {len(over)} of {w.ranks} ranks:"]
-    lines += [f"rank {r} is short of {m.total - limit:,} B: it needs {m}" for r, m in over[:8]]
-    if len(over) > 8:
-        lines.append(f"and {len(over) - 8} more")
+    over = [(range(first, stop), m) for first, stop, m in best.memory if m.total > limit]
+    count = sum(len(ranks) for ranks, _ in over)
+    lines = [f"no plan fits {limit:,} B a rank; the closest is short on {count} of {w.ranks} ranks:"]
+    each = ((r, m) for ranks, m in over for r in ranks)
+    lines += [f"rank {r} is short of {m.total - limit:,} B: it needs {m}" for r, m in islice(each, 8)]
+    if count > 8:
+        lines.append(f"and {count - 8} more")
     if pins or search.terms.forbid:
         free = Search(search.program, search.operators, search.rules, w, allowed_forms(search.operators), search.terms)
         found, _ = free.run()
@@ -144,7 +147,7 @@ def _does_not_fit(search: Search, forms: Mapping[str, str], best: Trial, pins: M
         wider = Search(search.program, search.operators, search.rules, more, search.allowed, terms)
         if not min(wider.score(x) for x in wider.starts(frozenset())).missing_bytes:
             return "\n".join([*lines, f"{more.ranks} ranks would fit, with {w.rows:,} rows each"])
-    most = max(best.memory, key=lambda m: m.total)
+    most = max((m for _, _, m in best.memory), key=lambda m: m.total)
     largest = max(("weights", "gradients", "state", "activations"), key=lambda x: getattr(most, f"{x}_bytes"))
     advice = {
         "activations": "a smaller batch would help",
