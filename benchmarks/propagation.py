@@ -50,7 +50,7 @@ def step(rank: int, ranks: int, way: str, users: int, items: int, edges: int, di
     return {
         "predicted": module.plan.traffic(rank).total,
         "counted": module.traffic().total,
-        "memory": module.plan.memories[rank].total,
+        "memory": module.plan.memory(rank).total,
         "seconds": sorted(times)[len(times) // 2],
         "loss": float(loss.detach()) / ranks,
     }

@@ -36,6 +36,7 @@ from descompiler.program import Program, aten, elements_per_row, is_pure, is_ten
 from descompiler.rule import NO_RULE, Declined, Givens, Placed, Rule, Situation
 from descompiler.scope import CONSTANT, SIZE, scope_of
 from descompiler.scope import LOCAL as LOCAL_SCOPE
+from descompiler.spans import alike, spans_of
 
 SHAPED = frozenset(
     {
@@ -136,7 +137,7 @@ def place(
                 whole = op.group.replicated if op.group is not None and x.computed is not None else ()
                 placed[x.node] = Placed(placement, replicated=whole)
                 placements[x.node] = placement
-    situation = Situation(program, ranks, placements, _givens(program, operators, splits, ranks))
+    situation = Situation(program, ranks, placements, _givens(program, operators, splits))
     for node in program.graph.nodes:
         if node.op != "call_function" or node in placed:
             continue
@@ -190,7 +191,7 @@ def ask(node: fx.Node, rules: Sequence[Rule], at: Situation) -> tuple[Placed | D
     return min(reasons, key=lambda r: r[0])[1:]
 
 
-def _givens(program: Program, operators: Sequence[Operator], splits: Mapping[str, Split], ranks: int) -> Givens:
+def _givens(program: Program, operators: Sequence[Operator], splits: Mapping[str, Split]) -> Givens:
     """What rules may use inside besides the region's values."""
     tables = frozenset(o.name for o in operators)
     constants: dict[fx.Node, tuple[str, ...]] = {}
@@ -199,8 +200,10 @@ def _givens(program: Program, operators: Sequence[Operator], splits: Mapping[str
     for o in operators:
         for x in o.lookups:
             if splits[o.name].placement(o, x) is not None:
-                every = {r for r in range(ranks) if splits[o.name].columns(o, x, r) is None}
-                known.setdefault(x.ids, set()).update(every)
+                ranks_of_ids = known.setdefault(x.ids, set())
+                for first, stop, columns in splits[o.name].columns(o, x):
+                    if columns is None:
+                        ranks_of_ids.update(range(first, stop))
     for node in program.graph.nodes:
         source, operands, scope = program.source(node), node.all_input_nodes, scope_of(node)
         if source is not None and source.kind != "input":
@@ -221,18 +224,14 @@ def _givens(program: Program, operators: Sequence[Operator], splits: Mapping[str
     return Givens(constants, {n: frozenset(r) for n, r in known.items() if r}, frozenset(sized), tables)
 
 
-def exit_of(node: fx.Node, placement: Region, ranks: int) -> Exit:
+def exit_of(node: fx.Node, placement: Region) -> Exit:
     """What a node sends when it leaves the region."""
-    whole, segments = tail(node), None
-    tails: list[tuple[int, ...] | None] = [None] * ranks
-    if isinstance(placement, Shard):
-        for r in placement.ranks:
-            tails[r] = (*whole[: placement.dim - 1], placement.width(r), *whole[placement.dim :])
-        segments = tuple((s.size, s.owner) for s in placement.segments)
-    else:
-        for r in ranks_of(placement):
-            tails[r] = whole
-    return Exit(node.name, tuple(tails), placement.dim if isinstance(placement, Shard) else 0, segments)
+    whole = tail(node)
+    if not isinstance(placement, Shard):
+        return Exit(node.name, alike(ranks_of(placement), whole))
+    before, behind = whole[: placement.dim - 1], whole[placement.dim :]
+    tails = spans_of((r, (*before, placement.width(r), *behind)) for r in placement.ranks)
+    return Exit(node.name, tails, placement.dim, tuple((s.size, s.owner) for s in placement.segments))
 
 
 def exit_bytes(node: fx.Node, placement: Region, w: Weights) -> int:

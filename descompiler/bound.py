@@ -41,7 +41,7 @@ from descompiler.aggregate import Candidates, Weights, place
 from descompiler.flow import Network
 from descompiler.form import Split
 from descompiler.operators import Operator
-from descompiler.pieces import Pieces
+from descompiler.pieces import ALL, Pieces
 from descompiler.placement import LOCAL, Owned, Shard
 from descompiler.program import Program, tail
 from descompiler.rule import Rule
@@ -155,7 +155,7 @@ class Relaxation:
                     continue
                 cut = answer.pieces.get(name) if answer is not None else None
                 if cut is None:
-                    own = sum(pieces.own_size(r) for r in pieces.owners)
+                    own = int(pieces.sizes[:ALL].sum())
                     result.append((self._all_reduce(pieces, own), node, None))
                 else:
                     result += [(self._all_reduce(cut, cut.own_size(r)), node, names[r]) for r in cut.owners]
@@ -215,9 +215,9 @@ class Relaxation:
             self._close(graph, v)
         for number, (saved, node, of) in enumerate(self._saved):
             graph.add("source", ("saved", number), saved)
-            for part in self.parts[node]:
-                if of is None or part in (of, MIXED):
-                    graph.add(("saved", number), ("in", node, part))
+            parts = self.parts[node]
+            for part in parts if of is None else (p for p in (of, MIXED) if p in parts):
+                graph.add(("saved", number), ("in", node, part))
             if of is not None:
                 graph.add(("saved", number), ("table", of))
         found = graph.minimum_cut()
@@ -234,10 +234,13 @@ class Relaxation:
 
     def _close(self, graph: Network, v: fx.Node) -> None:
         """A part that comes from one part alone is inside only if that is."""
+        above: dict[str | None, list[tuple[fx.Node, str]]] = {}
+        for a in v.all_input_nodes:
+            for q in self.parts.get(a, ()):
+                above.setdefault(self._below(q, v), []).append((a, q))
         for part in self.parts[v]:
-            above = [(a, q) for a in v.all_input_nodes for q in self.parts.get(a, ()) if self._below(q, v) == part]
-            if len(above) == 1:
-                graph.add(("in", v, part), ("in", *above[0]))
+            if len(sources := above.get(part, [])) == 1:
+                graph.add(("in", v, part), ("in", *sources[0]))
 
 
 def _whole(costs: Sequence[float]) -> int | None:

@@ -15,7 +15,7 @@ from descompiler.coupling import couple
 from descompiler.fetch_layout import Fetch, FetchTable
 from descompiler.form import Split, form_named
 from descompiler.id_checks import Check
-from descompiler.layout import Entry, Exchange, Layout, Whole
+from descompiler.layout import Columns, Entry, Exchange, Layout, Whole
 from descompiler.leaf import Leaf
 from descompiler.operators import Lookup, Operator, lookups_by_node
 from descompiler.outputs import checks_of, layouts_of
@@ -26,6 +26,7 @@ from descompiler.regularisers import divided, find_totals
 from descompiler.regularisers import exchanges as total_exchanges
 from descompiler.rule import Placed
 from descompiler.scope import GLOBAL, OWN, WHOLE, coupled_nodes, is_coupled, scope_of, trained_parameters
+from descompiler.spans import union
 
 
 def layout_of(
@@ -40,11 +41,7 @@ def layout_of(
     """What the programs of a choice exchange: the same on every rank, and known without emitting one."""
     entries = []
     for ids, users in lookups_by_ids(program, operators, cut.inside).items():
-        columns: list[tuple[int, ...] | None] = [()] * ranks
-        for r in set().union(*(splits[o.name].pieces.owners for o, _ in users)):
-            wanted = [splits[o.name].columns(o, x, r) for o, x in users]
-            columns[r] = None if None in wanted else tuple(sorted({i for c in wanted for i in (c or ())}))
-        entries.append(Entry(ids.name, tail(ids), tuple(columns)))
+        entries.append(Entry(ids.name, tail(ids), union([splits[o.name].columns(o, x) for o, x in users], _together)))
     exchanges: tuple[Exchange, ...] = ()
     totals = [t for t in divided(find_totals(program), splits) if t.node.users]
     own = set(program.graph.nodes) - cut.inside
@@ -59,7 +56,7 @@ def layout_of(
     return Layout(
         ranks=ranks,
         entries=tuple(entries),
-        exits=tuple(exit_of(n, candidates.placed[n].placement, ranks) for n in cut.exits),
+        exits=tuple(exit_of(n, candidates.placed[n].placement) for n in cut.exits),
         id_bytes=4 if all(o.rows < 1 << 31 for o in operators) else 8,
         norm_channels=tuple(tail(n.args[0])[0] for n in norms),
         norm_shares=tuple(
@@ -76,6 +73,11 @@ def layout_of(
         leaves=_leaf_runs(program, operators, cut.inside, wholes, fetches) if ranks > 1 else 0,
         leaves_backward=any(isinstance(n.target, Leaf) and scope_of(n).grad for n in program.graph.nodes),
     )
+
+
+def _together(wanted: list[Columns]) -> Columns:
+    """The columns of ids that a rank gets for several tables."""
+    return None if None in wanted else tuple(sorted({i for columns in wanted for i in columns or ()}))
 
 
 def _wholes(program: Program, splits: Mapping[str, Split]) -> tuple[Whole, ...]:

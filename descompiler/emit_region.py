@@ -22,6 +22,7 @@ from descompiler.placement import LOCAL, Local, Partial, Shard, has_local
 from descompiler.program import aten, tail, value
 from descompiler.rule import Part
 from descompiler.scope import scope_of
+from descompiler.spans import at
 
 
 class Region:
@@ -49,7 +50,7 @@ class Region:
         entry_ids = lookups_by_ids(e.program, e.operators, e.inside)
         for i, (n, entry) in enumerate(zip(entry_ids, e.layout.entries, strict=True)):
             if entry.width(e.rank):
-                self._entered[n] = (e.item(arrived, i), entry.columns[e.rank])
+                self._entered[n] = (e.item(arrived, i), entry.columns_on(e.rank))
 
     def emit(self) -> None:
         """Values of the global batch, where this rank has a part of them."""
@@ -125,7 +126,7 @@ class Region:
         e = self.e
         o, x = e.lookups[n]
         ids, arrived = self._entered[x.ids]
-        wanted = e.splits[o.name].columns(o, x, e.rank)
+        wanted = at(e.splits[o.name].columns(o, x), e.rank, ())
         if wanted is not None and wanted != arrived:
             have = list(range(tail(x.ids)[0]) if arrived is None else arrived)
             ids = e.call(operator.getitem, ids, (slice(None), [have.index(c) for c in wanted]))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,21 +18,21 @@ from descompiler.pieces import ALL, Pieces
 
 @dataclass(frozen=True)
 class Counts:
-    """Unique ids of one table in a step, as one rank sees them: counted, or expected.
+    """Unique ids of one table in a step, as one rank sees them: counted, or expected; or as every rank does, ``[N]``.
 
     Attributes
     ----------
-    asked : float
+    asked : float or ndarray
         Of this rank's, those that other ranks own.
-    served : float
+    served : float or ndarray
         Of the other ranks', those that this one owns.
-    shared : float
+    shared : float or ndarray
         Of this rank's, those that every rank holds.
     """
 
-    asked: float = 0
-    served: float = 0
-    shared: float = 0
+    asked: float | np.ndarray = 0
+    served: float | np.ndarray = 0
+    shared: float | np.ndarray = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(self.asked + other.asked, self.served + other.served, self.shared + other.shared)
@@ -166,6 +168,17 @@ class Fetch:
     def reduced_elements(self) -> int:
         """Elements of that all-reduce; one more for each row of a table with sparse gradients: who looked it up."""
         return sum(int(x.sizes[ALL]) * (x.dim + x.sparse) for x in map(self.tables.__getitem__, self.reduced_tables))
+
+    def demand(self, unique: Mapping[str, Counts]) -> np.ndarray:
+        """Sums over tables, ``[5]`` or of every rank ``[N, 5]``: ids that are asked for, elements that are served,
+        elements that come back as gradients, ids and elements of gradients that are gathered."""
+        result: Any = [0.0] * 5
+        for t in self.tables:
+            x = unique.get(t.name, Counts())
+            gathered = x.shared * (t.trained and t.gathered)
+            terms = (x.asked, x.served * t.dim, x.asked * t.dim * t.trained, gathered, gathered * t.dim)
+            result = [a + b for a, b in zip(result, terms, strict=True)]
+        return np.stack(np.broadcast_arrays(*result), -1)
 
     @cached_property
     def id_bytes(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import sympy
@@ -19,11 +20,13 @@ from torch import Tensor, fx
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
 from descompiler.errors import PlanError
 from descompiler.id_checks import Check
+from descompiler.layout import Columns
 from descompiler.local_operators import bag, lookup
 from descompiler.operators import Lookup, Operator
-from descompiler.pieces import ALL, Pieces, even_sizes
+from descompiler.pieces import ALL, Pieces
 from descompiler.placement import Region
 from descompiler.program import Program, rowwise, where
+from descompiler.spans import Spans, alike
 from descompiler.statistics import Statistics
 
 
@@ -80,11 +83,11 @@ class Split:
         if p.is_replicated:
             return f"{self.form}: E{list(p.shape)} on all {p.ranks} ranks".replace(", ", ",")
         shapes = []
-        for r in p.ranges[:8]:
+        for r in islice(p.ranges(), 8):
             shape = list(p.shape)
             shape[p.dim] = r.size
             shapes.append(f"E{shape}@{'all' if r.owner == ALL else r.owner}".replace(", ", ","))
-        more = ", ..." if len(p.ranges) > 8 else ""
+        more = ", ..." if sum(r.count for r in p.runs) > 8 else ""
         whole = f"E{list(p.shape)}".replace(", ", ",")
         return f"{self.form}: {whole} -> cat_{p.dim}({', '.join(shapes)}{more})"
 
@@ -92,9 +95,9 @@ class Split:
         """Placement of a lookup's result; None where the lookup stays outside the region."""
         return form_named(self.form).placement(self, operator, lookup)
 
-    def columns(self, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
-        """Columns (dim 1) of the ids that a rank needs; None: all, (): none."""
-        return form_named(self.form).columns(self, operator, lookup, rank)
+    def columns(self, operator: Operator, lookup: Lookup) -> Spans[Columns]:
+        """Columns (dim 1) of the ids that ranks need; None: all of them."""
+        return form_named(self.form).columns(self, operator, lookup)
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,8 @@ class Form(Protocol):
         """Where a lookup's result is; None where it stays outside the region, for own rows."""
         ...
 
-    def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
-        """Columns (dim 1) of the ids that a rank needs, if the lookup is in the region; None: all, (): none."""
+    def columns(self, split: Split, operator: Operator, lookup: Lookup) -> Spans[Columns]:
+        """Columns (dim 1) of the ids that ranks need, if the lookup is in the region; None: all of them."""
         ...
 
     def fetches(self, split: Split) -> bool:
@@ -258,6 +261,8 @@ class ByRows:
     def choose(
         self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, max_rows: int | None = None
     ) -> Choice:
+        if operator.name not in statistics.measured and max_rows is None:
+            return Choice()
         return Choice(sizes=tuple(statistics.balanced_rows(operator.name, ranks, batch_rows, max_rows)))
 
 
@@ -279,8 +284,8 @@ class Plain:
 class InRegion(Plain):
     """What forms have in common whose lookups are in the region: owners get all ids of the global batch."""
 
-    def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
-        return None if rank in split.pieces.owners else ()
+    def columns(self, split: Split, operator: Operator, lookup: Lookup) -> Spans[Columns]:
+        return alike(split.pieces.owners, None)
 
     def fetches(self, split: Split) -> bool:
         return False
@@ -295,7 +300,7 @@ class OwnRows(Plain):
     def placement(self, split: Split, operator: Operator, lookup: Lookup) -> Region | None:
         return None
 
-    def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
+    def columns(self, split: Split, operator: Operator, lookup: Lookup) -> Spans[Columns]:
         return ()
 
     def fetches(self, split: Split) -> bool:
@@ -313,8 +318,9 @@ class OwnRows(Plain):
 
 def by_rows(operator: Operator, ranks: int, choice: Choice) -> Pieces:
     """Contiguous ranges of rows to ranks."""
-    sizes = even_sizes(operator.rows, ranks) if choice.sizes is None else choice.sizes
-    return Pieces.by_sizes(operator.shape, 0, sizes, ranks)
+    if choice.sizes is None:
+        return Pieces.even(operator.shape, 0, ranks)
+    return Pieces.by_sizes(operator.shape, 0, choice.sizes, ranks)
 
 
 def refusals(program: Program, operator: Operator, forms: Sequence[Form]) -> dict[str, str]:

@@ -7,50 +7,72 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
 
 import numpy as np
 
 from descompiler import traffic as wire
 from descompiler.fetch_layout import Counts, Fetch
 from descompiler.pieces import ALL, Pieces
+from descompiler.spans import Spans, at
 from descompiler.statistics import Statistics
 from descompiler.traffic import Traffic
+
+Columns = tuple[int, ...] | None
+"""Of dim 1 of some ids; None: all of them."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Ids ``[b, *tail]`` that enter the region; ``columns[r]`` of dim 1 go to rank r (None: all, (): none)."""
+    """Ids ``[b, *tail]`` that enter the region; ``columns`` of dim 1 go to which ranks (None: all of them)."""
 
     name: str
     tail: tuple[int, ...]
-    columns: tuple[tuple[int, ...] | None, ...]
+    columns: Spans[Columns]
+
+    def columns_on(self, rank: int) -> Columns:
+        """The columns that go to ``rank`` (None: all, (): none)."""
+        return at(self.columns, rank, ())
 
     def tail_on(self, rank: int) -> tuple[int, ...]:
-        columns = self.columns[rank]
+        return self._tail(self.columns_on(rank))
+
+    def _tail(self, columns: Columns) -> tuple[int, ...]:
         return self.tail if columns is None else (len(columns), *self.tail[1:])
+
+    @cached_property
+    def widths(self) -> Spans[int]:
+        """Ids per row that go to each rank."""
+        return tuple((first, stop, prod(self._tail(columns))) for first, stop, columns in self.columns)
 
     def width(self, rank: int) -> int:
         """Ids per row that go to ``rank``."""
-        return 0 if self.columns[rank] == () else prod(self.tail_on(rank))
+        return at(self.widths, rank, 0)
 
 
 @dataclass(frozen=True)
 class Exit:
-    """A value that leaves the region: rank r sends ``[rows, *tails[r]]``, or nothing (None).
+    """A value that leaves the region: ranks send ``[rows, *tail]``, of the tail that ``tails`` has for them.
 
     ``segments`` are the (size, owner) of the sharded dimension ``dim``; None: the ranks' terms are summed.
     """
 
     name: str
-    tails: tuple[tuple[int, ...] | None, ...]
+    tails: Spans[tuple[int, ...]]
     dim: int = 0
     segments: tuple[tuple[int, int], ...] | None = None
 
+    def tail_on(self, rank: int) -> tuple[int, ...]:
+        """What a row of what ``rank`` sends is like, if it sends anything."""
+        return at(self.tails, rank, ())
+
+    @cached_property
+    def widths(self) -> Spans[int]:
+        """Elements per row that each rank sends."""
+        return tuple((first, stop, prod(tail)) for first, stop, tail in self.tails)
+
     def width(self, rank: int) -> int:
         """Elements per row that ``rank`` sends."""
-        tail = self.tails[rank]
-        return 0 if tail is None else prod(tail)
+        return at(self.widths, rank, 0)
 
 
 @dataclass(frozen=True)
@@ -243,61 +265,54 @@ class Layout:
     @cached_property
     def whole_elements(self) -> list[int]:
         """Elements that each rank owns of the tables that are gathered whole."""
-        return [sum(t.pieces.numel(r) for t in self.wholes) for r in range(self.ranks)]
+        elements = np.zeros(self.ranks, dtype=np.int64)
+        for t in self.wholes:
+            elements += t.pieces.elements
+        return elements.tolist()
 
     @cached_property
     def enter_widths(self) -> list[int]:
         """Ids per row that go to each rank."""
-        widths = [0] * self.ranks
-        for e in self.entries:
-            for r, columns in enumerate(e.columns):
-                if columns != ():
-                    widths[r] += e.width(r)
-        return widths
+        return self._by_rank(self.entries)
 
     @cached_property
     def exit_widths(self) -> list[int]:
         """Elements per row that each rank sends out of the region."""
-        widths = [0] * self.ranks
-        for e in self.exits:
-            for r, tail in enumerate(e.tails):
-                if tail is not None:
-                    widths[r] += prod(tail)
-        return widths
+        return self._by_rank(self.exits)
 
-    @cached_property
-    def kinds(self) -> dict[int, int]:
-        """One rank of each kind, and how many there are: ranks of a kind send the same where all have as many rows."""
-        kinds: dict[tuple[Any, ...], list[int]] = {}
-        for r, widths in enumerate(zip(self.enter_widths, self.exit_widths, self.fetch_loads, strict=True)):
-            products = ((v.width(r), v.ids_width(r)) for v in self.vocabularies)
-            sent = (*products, *(x[r] for x in self.norm_shares), self.whole_elements[r] if self.wholes else 0)
-            kinds.setdefault((*widths, *sent), []).append(r)
-        return {ranks[0]: len(ranks) for ranks in kinds.values()}
+    def _by_rank(self, values: Sequence[Entry] | Sequence[Exit]) -> list[int]:
+        """The widths of values together, on each rank."""
+        widths = np.zeros(self.ranks, dtype=np.int64)
+        for v in values:
+            for first, stop, width in v.widths:
+                widths[first:stop] += width
+        return widths.tolist()
 
-    @cached_property
-    def fetch_loads(self) -> list[float]:
-        """What each rank owns of the tables that are fetched, in shares of tables, weighed by ids and dim."""
-        loads = np.zeros(self.ranks)
-        for f in self.fetches:
-            for t in f.tables:
-                loads += t.ids * t.dim / t.rows * t.sizes[:ALL]
-        return loads.round(9).tolist()
-
-    def expected(self, rank: int, rows: Sequence[int], statistics: Statistics | None = None) -> dict[str, Counts]:
-        """Expected unique ids by table, where rank r has ``rows[r]`` rows; of assumed statistics by default."""
+    def expected(self, rows: Sequence[int], statistics: Statistics | None = None) -> dict[str, Counts]:
+        """Expected unique ids by table, of every rank, where rank r has ``rows[r]`` rows; of assumed statistics by
+        default."""
         result: dict[str, Counts] = {}
         batches = Counter(rows)
         for t in {t.name: t for f in self.fetches for t in f.tables}.values():
             stats = Statistics.assumed([t]) if statistics is None else statistics
-            mine = stats.unique(t.name, rows[rank])
-            shares = stats.shares(t.name, t.pieces, rows[rank])
-            served = 0.0
-            for b, ranks in batches.items():
-                others = ranks - (b == rows[rank])
-                served += others * stats.unique(t.name, b) * stats.shares(t.name, t.pieces, b)[rank]
-            result[t.name] = Counts(mine * (1 - shares[rank] - shares[ALL]), served, mine * shares[ALL])
+            asked, served, shared = np.zeros((3, self.ranks))
+            for batch, ranks in batches.items():
+                unique, shares = stats.unique(t.name, batch), stats.shares(t.name, t.pieces, batch)
+                own, here = shares[:ALL], np.equal(rows, batch)
+                asked[here] = unique * (1 - own[here] - shares[ALL])
+                served += (ranks - here) * unique * own
+                shared[here] = unique * shares[ALL]
+            result[t.name] = Counts(asked, served, shared)
         return result
+
+    def predict_kinds(self, rows: int, itemsize: int, statistics: Statistics | None = None) -> list[Traffic]:
+        """What ranks are expected to send in a step in which each has ``rows`` rows: once for ranks that send alike."""
+        every = [rows] * self.ranks
+        demands = self._demands(self.expected(every, statistics))
+        sizes = [self.enter_widths, self.exit_widths, self.whole_elements, *self.norm_shares]
+        sizes += [[width(r) for r in range(self.ranks)] for v in self.vocabularies for width in (v.width, v.ids_width)]
+        _, kinds = np.unique(np.vstack([*sizes, *(d.T for d in demands)]), axis=1, return_index=True)
+        return [self._predict(r, every, itemsize, True, [d[r] for d in demands]) for r in sorted(kinds.tolist())]
 
     def predict(
         self,
@@ -318,6 +333,12 @@ class Layout:
             Unique ids of the step, by table: exact if they are those of the step
             (`descompiler.DistributedModule.unique`). `expected` by default.
         """
+        demands = self._demands(self.expected(rows) if unique is None else unique)
+        return self._predict(rank, rows, itemsize, backward, [d[rank] for d in demands])
+
+    def _predict(
+        self, rank: int, rows: Sequence[int], itemsize: int, backward: bool, demands: Sequence[np.ndarray]
+    ) -> Traffic:
         n, result = self.ranks, Traffic()
         if n == 1:
             return result
@@ -341,7 +362,7 @@ class Layout:
         for v in self.vocabularies:
             v.add(result, rank, rows, itemsize, backward=backward)
         if self.fetches:
-            self._predict_fetches(result, itemsize, backward, self.expected(rank, rows) if unique is None else unique)
+            self._predict_fetches(result, itemsize, backward, demands)
         for e in self.exchanges:
             if backward or not wire.IN_BACKWARD[e.kind]:
                 size = e.elements(sum(rows)) * (e.itemsize or itemsize)
@@ -361,21 +382,20 @@ class Layout:
                 result.add(wire.LEAVES_BACK, (n - 1) * wire.LEAF_BYTES)
         return result
 
-    def _predict_fetches(self, result: Traffic, itemsize: int, backward: bool, unique: Mapping[str, Counts]) -> None:
-        others, counted = self.ranks - 1, set()
-        for position, f in enumerate(self.fetches):
-            asked = served = asked_trained = 0.0
-            gathered_ids = gathered = 0.0
-            for t in f.tables:
-                # a table's counts are those of all its fetches together
-                x = Counts() if t.name in counted else unique.get(t.name, Counts())
-                counted.add(t.name)
-                asked += x.asked
-                served += x.served * t.dim
-                asked_trained += x.asked * t.dim * t.trained
-                if t.trained and t.gathered:
-                    gathered_ids += x.shared
-                    gathered += x.shared * t.dim
+    def _demands(self, unique: Mapping[str, Counts]) -> list[np.ndarray]:
+        """What ranks need in each fetch, ``[ranks, 5]``: see `descompiler.fetch_layout.Fetch.demand`."""
+        result, counted = [], set[str]()
+        for f in self.fetches:
+            # a table's counts are those of all its fetches together
+            counts = {t.name: unique[t.name] for t in f.tables if t.name in unique and t.name not in counted}
+            counted.update(t.name for t in f.tables)
+            result.append(np.broadcast_to(f.demand(counts), (self.ranks, 5)))
+        return result
+
+    def _predict_fetches(self, result: Traffic, itemsize: int, backward: bool, demands: Sequence[np.ndarray]) -> None:
+        others = self.ranks - 1
+        for position, (f, demand) in enumerate(zip(self.fetches, demands, strict=True)):
+            asked, served, asked_trained, gathered_ids, gathered = demand.tolist()
             if position or not self.early:
                 result.add(wire.FETCH_COUNTS, others * wire.FETCH_COUNTS_BYTES)
             if f.divided:

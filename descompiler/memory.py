@@ -11,6 +11,7 @@ are not counted.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -26,6 +27,7 @@ from descompiler.operators import Operator
 from descompiler.pieces import ALL, Pieces
 from descompiler.placement import LOCAL, Placement, Shard, ranks_of
 from descompiler.program import Program, elements_per_row, is_tensor, is_view, rowwise, shape_of, tail, value
+from descompiler.spans import Spans
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def memory_of(
     optimizer: str,
     unique: Mapping[str, float],
     wholes: Collection[str] = (),
-) -> list[Memory]:
+) -> Spans[Memory]:
     """Memory of every rank.
 
     Parameters
@@ -79,7 +81,7 @@ def memory_of(
     tables = {o.name for o in operators}
     weights, gradients, state = (np.zeros(w.ranks, dtype=np.int64) for _ in range(3))
     for name, p in program.parameters.items():
-        rows, width = _held(pieces[name], w.ranks)
+        rows, width = _held(pieces[name])
         itemsize = p.dtype.itemsize
         weights += weight_bytes(rows, width, itemsize)
         if not p.requires_grad:
@@ -107,23 +109,19 @@ def memory_of(
     activations = activations + activation_bytes(1, held, w.itemsize)
     for group in groups_of(operators):  # all rows of each computed table, in this rank's columns
         first = pieces[group.tables[0]]
-        share = _held(first, w.ranks)[0] / first.shape[first.dim]
+        share = _held(first)[0] / first.shape[first.dim]
         elements = sum(prod(shape_of(n)) for n in group.nodes if not is_view(n))
         activations = activations + activation_bytes(1, np.ceil(elements * share).astype(np.int64), w.itemsize)
-    columns = (weights, gradients, state, activations)
-    return [Memory(*(int(x) for x in row)) for row in zip(*(c.tolist() for c in columns), strict=True)]
+    every = np.stack([weights, gradients, state, activations])
+    changes = np.flatnonzero((np.diff(every) != 0).any(0)) + 1
+    borders = itertools.pairwise([0, *changes.tolist(), w.ranks])
+    return tuple((first, stop, Memory(*every[:, first].tolist())) for first, stop in borders)
 
 
-def _held(pieces: Pieces, ranks: int) -> tuple[np.ndarray, int]:
+def _held(pieces: Pieces) -> tuple[np.ndarray, int]:
     """Elements of the divided dimension that each rank holds, and how large the others are together."""
-    held = np.zeros(ranks, dtype=np.int64)
-    for r in pieces.ranges:
-        if r.owner == ALL:
-            held += r.size
-        else:
-            held[r.owner] += r.size
     whole = pieces.shape[pieces.dim] if pieces.shape else 1
-    return held, prod(pieces.shape) // max(whole, 1)
+    return pieces.sizes[:ALL] + pieces.sizes[ALL], prod(pieces.shape) // max(whole, 1)
 
 
 def _add_share(total: np.ndarray, node: fx.Node, placement: Placement) -> None:

@@ -12,7 +12,7 @@ Its price is the bytes that the busiest rank sends in a step or, given a cluster
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from math import prod
@@ -29,8 +29,8 @@ from descompiler.pieces import Pieces
 from descompiler.pins import Forbidden
 from descompiler.program import Program, tail
 from descompiler.rule import Rule
+from descompiler.spans import Spans
 from descompiler.statistics import Statistics
-from descompiler.traffic import Traffic
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Trial:
     layout: Layout
     aggregate: str
     score: Score
-    memory: list[Memory]
+    memory: Spans[Memory]
 
 
 @dataclass(frozen=True, order=True)
@@ -149,27 +149,19 @@ class Objective:
         pieces = parameter_pieces(self.program, splits, candidates, cut, w.ranks)
         pieces.update(bias_pieces(self.program, self.operators, splits))
         layout = layout_of(self.program, self.operators, splits, pieces, candidates, cut, w.ranks)
-        every = self.traffic(layout, _busy(layout))
-        memory: list[Memory] = []
+        every = layout.predict_kinds(w.rows, w.itemsize, self.statistics)
+        memory: Spans[Memory] = ()
         missing = 0
         if limit is not None:
             memory = self.memory(pieces, candidates, cut, layout)
-            missing = max(0, max(m.total for m in memory) - limit)
-        score = Score(missing, self.price(every), max(t.total for t in every), max(t.calls for t in every))
+            missing = max(0, max(m.total for _, _, m in memory) - limit)
+        price_bytes = max(t.total for t in every)
+        cluster = self.terms.cluster
+        price = float(price_bytes) if cluster is None else cluster.seconds(every)
+        score = Score(missing, price, price_bytes, max(t.calls for t in every))
         return Trial(splits, candidates, cut, pieces, layout, aggregate, score, memory)
 
-    def price(self, every: Sequence[Traffic]) -> float:
-        """Bytes of the busiest rank, or the seconds of the collectives on the cluster."""
-        cluster = self.terms.cluster
-        return float(max(t.total for t in every)) if cluster is None else cluster.seconds(every)
-
-    def traffic(self, layout: Layout, ranks: Iterable[int]) -> list[Traffic]:
-        """What ranks send, in expectation."""
-        rows = [self.w.rows] * self.w.ranks
-        unique = [layout.expected(r, rows, self.statistics) if layout.fetches else {} for r in ranks]
-        return [layout.predict(r, rows, self.w.itemsize, unique=x) for r, x in zip(ranks, unique, strict=True)]
-
-    def memory(self, pieces: Mapping[str, Pieces], candidates: Candidates, cut: Cut, layout: Layout) -> list[Memory]:
+    def memory(self, pieces: Mapping[str, Pieces], candidates: Candidates, cut: Cut, layout: Layout) -> Spans[Memory]:
         wholes = {t.name for t in layout.wholes}
         placements = candidates.placements()
         operators, w, optimizer = self.operators, self.w, self.terms.optimizer
@@ -237,15 +229,3 @@ def _field_owners(o: Operator, ranks: int) -> list[int]:
         count[owners[f]] += 1
         rows[owners[f]] += sizes[f]
     return owners
-
-
-def _busy(layout: Layout, most: int = 48) -> list[int]:
-    """One rank of each kind; of very many kinds those that send or receive most and least of each thing."""
-    kinds = list(layout.kinds)
-    if len(kinds) <= most:
-        return kinds
-    found: set[int] = set()
-    for loads in (layout.enter_widths, layout.exit_widths, layout.fetch_loads):
-        ordered = sorted(kinds, key=lambda r: loads[r])
-        found.update((*ordered[:2], *ordered[-4:]))
-    return sorted(found)

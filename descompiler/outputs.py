@@ -55,7 +55,7 @@ def layouts_of(program: Program, operators: Sequence[Operator], splits: Mapping[
 
 def _ranges(pieces: Pieces, x: Output) -> list[tuple[int, int, int, int]]:
     """(owner, start in the vocabulary, size, offset in the owner's piece) of the parts of a product's vocabulary."""
-    held = [r for r in pieces.ranges if r.size]
+    held = [r for r in pieces.ranges() if r.size]
     assert pieces.dim == 0 and len(pieces.owners) == len(held) and not pieces.shared_size()
     result = []
     for r in held:
@@ -95,7 +95,7 @@ def bias_pieces(program: Program, operators: Sequence[Operator], splits: Mapping
         whole = all(u in every and every[u][0] is o and every[u][1].size == o.rows for u in x.bias.users)
         if whole:
             p = splits[o.name].pieces
-            result[name] = Pieces((o.rows,), 0, p.ranges, p.ranks)
+            result[name] = Pieces((o.rows,), 0, p.runs, p.ranks)
     return result
 
 

@@ -29,7 +29,7 @@ from descompiler.folded import has_own_values
 from descompiler.form import Split
 from descompiler.inputs import flatten, knows_rows, map_tensors, normalise_inputs, split_statics, take_rows
 from descompiler.layout import Layout
-from descompiler.pieces import Pieces, even_sizes
+from descompiler.pieces import Pieces
 from descompiler.pins import names_matching
 from descompiler.plan import Plan, Table
 from descompiler.probe import CALL, call_of, materialise, method_of
@@ -286,7 +286,7 @@ def plan_partial(template: nn.Module, seen: Survey, ranks: int, rows: int, pins:
             form = "pull" if cheaper or (use.sparse and ranks > 1) else "replicate"
         form = fixed.get(name, form)
         if form == "pull":
-            pieces[name] = Pieces.by_sizes(tuple(p.shape), 0, even_sizes(p.shape[0], ranks), ranks)
+            pieces[name] = Pieces.even(tuple(p.shape), 0, ranks)
         splits[name], prices[name] = Split(form, pieces[name]), {} if refusals else price
         per_row, vectors = -(-use.ids // max(seen.rows, 1)), -(-use.vectors // max(seen.rows, 1))
         uses = tuple(sorted(use.lookups | use.others))

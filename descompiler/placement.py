@@ -20,6 +20,8 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from descompiler.spans import alike
+
 LOCAL = -1
 """Owner of a segment that every rank holds for its own rows only."""
 
@@ -65,8 +67,16 @@ class Shard:
 
     def positions(self, rank: int) -> list[int]:
         """Which elements of the sharded dimension a rank has (`LOCAL`: the local part), in order."""
-        owners = [s.owner for s in self.segments for _ in range(s.size)]
-        return [i for i, owner in enumerate(owners) if owner == rank]
+        return list(self._positions.get(rank, ()))
+
+    @cached_property
+    def _positions(self) -> dict[int, list[int]]:
+        result: dict[int, list[int]] = {}
+        position = 0
+        for s in self.segments:
+            result.setdefault(s.owner, []).extend(range(position, position + s.size))
+            position += s.size
+        return result
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
@@ -88,7 +98,7 @@ class Partial:
 
     def __str__(self) -> str:
         own = "+local" if self.local else ""
-        return f"Partial({','.join(map(str, self.ranks))}{own})"
+        return f"Partial({_in_words(self.ranks)}{own})"
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,17 @@ class Disjoint:
     lead: int = 1  # leading dimensions that the row pattern spans: those of the ids
 
     def __str__(self) -> str:
-        return f"Disjoint({','.join(map(str, self.ranks))})"
+        return f"Disjoint({_in_words(self.ranks)})"
+
+
+def _in_words(ranks: tuple[int, ...]) -> str:
+    """Ranks as text.
+
+    >>> _in_words((0, 1, 4, 6, 7, 8, 9))
+    '0,1,4,6..9'
+    """
+    spans = (range(first, stop) for first, stop, _ in alike(ranks, None))
+    return ",".join(f"{s[0]}..{s[-1]}" if len(s) > 2 else ",".join(map(str, s)) for s in spans)
 
 
 Region = Owned | Shard | Partial | Disjoint

@@ -26,6 +26,7 @@ from descompiler.layout import Layout
 from descompiler.memory import Memory
 from descompiler.pieces import Pieces
 from descompiler.serial import decode, encode
+from descompiler.spans import Spans, at
 from descompiler.statistics import Statistics
 from descompiler.traffic import Traffic
 
@@ -140,8 +141,8 @@ class Plan:
         Aggregation points: of the minimum cut, or the lookups themselves.
     unique : dict of str to float
         Expected unique ids of one rank's batch, by table.
-    memories : list of Memory
-        By rank, for ``optimizer``.
+    memories : tuple of (int, int, Memory)
+        By spans of ranks (`descompiler.spans`), for ``optimizer``; empty if it was not estimated.
     limit_bytes : int or None
         Of memory, of each rank.
     missing : dict of str to dict of str to int
@@ -172,7 +173,7 @@ class Plan:
     cluster: Cluster | None = None
     statistics: str = ""
     unique: dict[str, float] = field(default_factory=dict)
-    memories: list[Memory] = field(default_factory=list)
+    memories: Spans[Memory] = ()
     optimizer: str = "adagrad"
     limit_bytes: int | None = None
     missing: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -196,8 +197,17 @@ class Plan:
         return 0.0 if self.price <= self.bound else self.price / self.bound - 1 if self.bound else float("inf")
 
     def memory(self, rank: int) -> Memory:
-        """What a rank keeps in a training step, estimated (see `descompiler.memory`)."""
-        return self.memories[rank]
+        """What a rank keeps in a training step, estimated (see `descompiler.memory`).
+
+        Raises
+        ------
+        PlanError
+            If the plan has no estimate for it.
+        """
+        found = at(self.memories, rank, None)
+        if found is None:
+            raise PlanError(f"the plan does not say what rank {rank} of {self.ranks} keeps")
+        return found
 
     def traffic(
         self,
@@ -448,9 +458,9 @@ class Plan:
         if self.statistics:
             lines.append(f"ids: {self.statistics}")
         if self.memories:
-            rank = max(range(len(self.memories)), key=lambda r: self.memories[r].total)
+            rank, _, most = max(self.memories, key=lambda span: span[2].total)
             limit = "" if self.limit_bytes is None else f", of {self.limit_bytes:,} B"
-            lines.append(f"memory with {self.optimizer}, most on rank {rank}: {self.memories[rank]}{limit}")
+            lines.append(f"memory with {self.optimizer}, most on rank {rank}: {most}{limit}")
         return lines
 
     def _alone(self, t: Table, form: str) -> list[sympy.Expr]:
@@ -485,7 +495,7 @@ def _held(pieces: Pieces | None) -> str:
     return "replicated" if pieces.is_replicated else f"cut along dim {pieces.dim} among {len(pieces.owners)} ranks"
 
 
-VERSION = 1
+VERSION = 2
 """Of plan files."""
 
 _FIELDS: dict[str, Any] = {
@@ -513,6 +523,6 @@ _FIELDS: dict[str, Any] = {
     "notes": list[str],
     "prices": dict[str, dict[str, int]],
     "missing": dict[str, dict[str, int]],
-    "memories": list[Memory],
+    "memories": Spans[Memory],
 }
 """What a plan file holds."""

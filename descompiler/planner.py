@@ -13,6 +13,7 @@ over f in the product of the F(t). Tables share aggregation points, so the price
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from math import prod
 
 from torch import fx
@@ -31,6 +32,7 @@ from descompiler.plan import Crossing, Plan, Table
 from descompiler.program import Program, tail, target_name, user_line
 from descompiler.rule import Rule
 from descompiler.search import Search
+from descompiler.spans import summed
 
 
 def choose(
@@ -68,11 +70,9 @@ def choose(
     search = Search(program, operators, rules, w, allowed, terms, progress)
     forms, bound = search.run()
     best = search.objective.trial(forms)
-    every = search.objective.traffic(best.layout, best.layout.kinds)  # trials look at some of very many kinds of ranks
-    price_bytes = max(t.total for t in every)
     if best.score.missing_bytes:
         raise PlanError(_does_not_fit(search, forms, best, pins))
-    prices, missing = _alternatives(search, forms, price_bytes)
+    prices, missing = _alternatives(search, forms, best.score.price_bytes)
     return Plan(
         ranks=w.ranks,
         rows=w.rows,
@@ -82,12 +82,12 @@ def choose(
         pieces=best.pieces,
         layout=best.layout,
         crossings=_crossings(program, operators, best),
-        price_bytes=price_bytes,
+        price_bytes=best.score.price_bytes,
         prices=prices,
         fingerprint=program.fingerprint(),
         aggregate=best.aggregate,
         objective="bytes" if terms.cluster is None else "seconds",
-        price=search.objective.price(every),
+        price=best.score.price,
         bound=bound,
         exact=search.exact,
         trials=search.trials,
@@ -128,11 +128,13 @@ def _does_not_fit(search: Search, forms: Mapping[str, str], best: Trial, pins: M
     """Which ranks lack how much, and what would fit."""
     limit, w = search.terms.limit_bytes, search.w
     assert limit is not None
-    over = [(r, m) for r, m in enumerate(best.memory) if m.total > limit]
-    lines = [f"no plan fits {limit:,} B a rank; the closest is short on {len(over)} of {w.ranks} ranks:"]
-    lines += [f"rank {r} is short of {m.total - limit:,} B: it needs {m}" for r, m in over[:8]]
-    if len(over) > 8:
-        lines.append(f"and {len(over) - 8} more")
+    over = [(range(first, stop), m) for first, stop, m in best.memory if m.total > limit]
+    count = sum(len(ranks) for ranks, _ in over)
+    lines = [f"no plan fits {limit:,} B a rank; the closest is short on {count} of {w.ranks} ranks:"]
+    each = ((r, m) for ranks, m in over for r in ranks)
+    lines += [f"rank {r} is short of {m.total - limit:,} B: it needs {m}" for r, m in islice(each, 8)]
+    if count > 8:
+        lines.append(f"and {count - 8} more")
     if pins or search.terms.forbid:
         free = Search(search.program, search.operators, search.rules, w, allowed_forms(search.operators), search.terms)
         found, _ = free.run()
@@ -145,7 +147,7 @@ def _does_not_fit(search: Search, forms: Mapping[str, str], best: Trial, pins: M
         wider = Search(search.program, search.operators, search.rules, more, search.allowed, terms)
         if not min(wider.score(x) for x in wider.starts(frozenset())).missing_bytes:
             return "\n".join([*lines, f"{more.ranks} ranks would fit, with {w.rows:,} rows each"])
-    most = max(best.memory, key=lambda m: m.total)
+    most = max((m for _, _, m in best.memory), key=lambda m: m.total)
     largest = max(("weights", "gradients", "state", "activations"), key=lambda x: getattr(most, f"{x}_bytes"))
     advice = {
         "activations": "a smaller batch would help",
@@ -171,17 +173,18 @@ def _crossings(program: Program, operators: Sequence[Operator], best: Trial) -> 
     for n in program.graph.nodes:
         if n in best.cut.inside and n not in sources:
             sources[n] = set().union(*(sources.get(p, set()) for p in n.all_input_nodes))
+    readers: dict[str, set[str]] = {}
+    for o in operators:
+        for x in o.lookups:
+            if x.node in best.cut.inside:
+                readers.setdefault(x.ids.name, set()).add(o.name)
     result = []
     for e in best.layout.entries:
-        reads = {o.name for o in operators for x in o.lookups if x.ids.name == e.name and x.node in best.cut.inside}
-        width = sum(e.width(r) for r in range(best.layout.ranks))
-        result.append(Crossing("ids", e.name, "Shard(0)", width, tuple(sorted(reads)), user_line(nodes[e.name])))
-    for node, x in zip(best.cut.exits, best.layout.exits, strict=True):
-        placement = str(best.candidates.placed[node].placement)
-        width = sum(x.width(r) for r in range(best.layout.ranks))
-        result.append(
-            Crossing("values", target_name(node), placement, width, tuple(sorted(sources[node])), user_line(node))
-        )
+        reads = tuple(sorted(readers[e.name]))
+        result.append(Crossing("ids", e.name, "Shard(0)", summed(e.widths), reads, user_line(nodes[e.name])))
+    for node, left in zip(best.cut.exits, best.layout.exits, strict=True):
+        placement, reads = str(best.candidates.placed[node].placement), tuple(sorted(sources[node]))
+        result.append(Crossing("values", target_name(node), placement, summed(left.widths), reads, user_line(node)))
     products = outputs_in_order(program, operators, best.splits)
     for (node, (o, output)), v in zip(products.items(), best.layout.vocabularies, strict=True):
         result.append(Crossing("product", str(output), "Shard(0)", v.elements, (o.name,), user_line(node), v.ids))

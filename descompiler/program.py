@@ -222,10 +222,12 @@ def tail(node: fx.Node) -> tuple[int, ...]:
 
 def elements_per_row(node: fx.Node) -> int:
     """Elements of a tensor per row of the batch, wherever the batch lies in it."""
-    one, two = (
-        prod(s if isinstance(s, int) else int(s.subs(dict.fromkeys(s.free_symbols, n))) for s in shape_of(node))
-        for n in (1, 2)
-    )
+    shape = shape_of(node)
+    static = prod(s for s in shape if isinstance(s, int))
+    sizes = [s for s in shape if not isinstance(s, int)]
+    if len(sizes) == 1 and sizes[0].is_Symbol:  # nearly all, and substituting is slow
+        return static
+    one, two = (prod(int(s.subs(dict.fromkeys(s.free_symbols, n))) for s in sizes) * static for n in (1, 2))
     return two - one
 
 

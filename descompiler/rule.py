@@ -12,13 +12,13 @@ computed from them), or ranks can compute it from ids of the global batch that t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import fx
 
-from descompiler.pieces import ALL, Pieces, Range
+from descompiler.pieces import ALL, Pieces
 from descompiler.placement import LOCAL, Local, Owned, Partial, Placement, Region, Segment, Shard, ranks_of
 from descompiler.program import Program
 
@@ -84,7 +84,7 @@ class Situation:
         """How a given operand follows a divided value along ``dim``: (pieces of it if it may be cut, replicated)."""
         if (name := self.colocatable(weight)) is not None:
             shape = tuple(self.program.parameters[name].shape)
-            return {name: Pieces(shape, dim, ranges_of(placement.segments), self.ranks)}, ()
+            return {name: Pieces.of(shape, dim, ranges_of(placement.segments), self.ranks)}, ()
         return {}, self.givens.parameters(weight)
 
 
@@ -195,10 +195,6 @@ class Rule(Protocol):
     def emit(self, node: fx.Node, part: Part) -> fx.Node: ...
 
 
-def ranges_of(segments: Sequence[Segment]) -> tuple[Range, ...]:
-    """Ranges of a weight's dimension that follow the segments of a value's; local ones belong to all ranks."""
-    result, start = [], 0
-    for s in segments:
-        result.append(Range(start, start + s.size, ALL if s.owner == LOCAL else s.owner))
-        start += s.size
-    return tuple(result)
+def ranges_of(segments: Sequence[Segment]) -> Iterator[tuple[int, int]]:
+    """(size, owner) of the ranges of a weight that follow the segments of a value; local ones belong to all ranks."""
+    return ((s.size, ALL if s.owner == LOCAL else s.owner) for s in segments)

@@ -74,7 +74,7 @@ class Runtime(Communicator):
             size = 0
             for e, x in zip(entries, ids, strict=True):
                 if e.width(r):
-                    columns = e.columns[r]
+                    columns = e.columns_on(r)
                     part = x if columns is None else x[:, list(columns)]
                     chunks.append(part.to(dtype).reshape(-1))
                     size += mine * e.width(r)
@@ -117,7 +117,7 @@ class Runtime(Communicator):
         parts = torch.split(buffer, [mine * exits[i].width(r) for i, r in senders])
         by_exit: list[dict[int, Tensor]] = [{} for _ in exits]
         for (i, r), p in zip(senders, parts, strict=True):
-            by_exit[i][r] = p.reshape(mine, *(exits[i].tails[r] or ()))
+            by_exit[i][r] = p.reshape(mine, *exits[i].tail_on(r))
         return [put_together(e, by_exit[i]) for i, e in enumerate(exits)]
 
     # ---- weights that several ranks hold in part

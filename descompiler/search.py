@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -24,16 +23,22 @@ from descompiler.cluster import COLLECTIVES
 from descompiler.computed import groups_of
 from descompiler.cost_models.symbols import L as IDS
 from descompiler.cost_models.symbols import N, U, V, b, i, k, s
+from descompiler.errors import DescompilerError
 from descompiler.form import form_named
+from descompiler.layout import Entry
 from descompiler.objective import Objective, Score, Terms, Trial
 from descompiler.operators import Operator
 from descompiler.pins import FORMS
 from descompiler.program import Program, shape_of, tail
 from descompiler.rule import Rule
 from descompiler.scope import trained_parameters
+from descompiler.spans import summed
 
 EXACT_TABLES = 12
 """Free tables up to which the choice is completed to the optimum, if the effort is enough."""
+
+ROUNDING = 1e-9
+"""Share of a price that sums of floats may be off by."""
 
 
 class Search:
@@ -114,9 +119,7 @@ class Search:
             sent = 0.0
             for ids in dict.fromkeys(x.ids for x in o.lookups):
                 x = next(x for x in o.lookups if x.ids is ids)
-                width = prod(tail(ids))
-                if split.columns(o, x, split.pieces.owners[0]) is None:
-                    width *= len(split.pieces.owners)
+                width = summed(Entry(ids.name, tail(ids), split.columns(o, x)).widths)
                 sent += 4 * w.rows * (w.ranks - 1) * width / readers[ids]
             return FormCost(True, sent)
         if form == "hot":  # every row the cheaper way
@@ -124,7 +127,7 @@ class Search:
             fetched, reduced = 4 + 2 * o.dim * w.itemsize, 2 * o.dim * w.itemsize
             some = float(np.minimum(present * fetched, reduced).sum())
             least = some + (o.rows - len(present)) * min(other * fetched, reduced)
-            return FormCost(False, (w.ranks - 1) * least * (1 - 1e-9))
+            return FormCost(False, (w.ranks - 1) * least * (1 - ROUNDING))
         values: dict[Any, float] = {N: w.ranks, b: w.rows, s: w.itemsize, i: 4, V: o.rows, k: o.dim, IDS: o.ids}
         values[U] = self.objective.unique[o.name]
         total = 0.0
@@ -134,7 +137,7 @@ class Search:
                 symbols, function = _compiled(formula)
                 total += max(0.0, function(*(values[x] for x in symbols)))
         # a byte for each term that a layout rounds
-        return FormCost(False, max(0.0, total - 4) * w.ranks * (1 - 1e-9))
+        return FormCost(False, max(0.0, total - 4) * w.ranks * (1 - ROUNDING))
 
     @cached_property
     def relaxation(self) -> Relaxation:
@@ -159,7 +162,13 @@ class Search:
     # ---- the search
 
     def run(self) -> tuple[dict[str, str], float]:
-        """The forms, and the bound in units of the objective."""
+        """The forms, and the bound in units of the objective.
+
+        Raises
+        ------
+        DescompilerError
+            If the plan is cheaper than the bound: then one of them is wrong.
+        """
         relaxed = self.relaxation.solve(self.allowed)
         bound = self.in_units(relaxed.sent_bytes)
         forms = min(self.starts(relaxed.inside), key=self.score)
@@ -174,8 +183,15 @@ class Search:
                     break
         if not self.score(forms).missing_bytes and self.score(forms).price > bound:
             forms = self.complete(forms)
-        if self.exact or self.score(forms).price <= bound:
-            self.exact, bound = True, self.score(forms).price
+        price = self.score(forms).price
+        if price < bound * (1 - ROUNDING):
+            raise DescompilerError(
+                f"a plan is priced {price:,.6g}, which is less than the {bound:,.6g} that no plan should be below "
+                "(descompiler/bound.py): one of the two is wrong, so nothing is known of how good the plan is; "
+                "please report the model"
+            )
+        if self.exact or price <= bound:
+            self.exact, bound = True, price
         return forms, bound
 
     def starts(self, inside: frozenset[str]) -> Iterator[dict[str, str]]:

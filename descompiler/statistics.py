@@ -202,19 +202,18 @@ class Statistics:
         draws = batch_rows * m.ids_per_row()
         return m.ids, _present(p, draws), float(_present(np.array(other), draws))
 
-    def shares(self, table: str, pieces: Pieces, batch_rows: int) -> list[float]:
+    def shares(self, table: str, pieces: Pieces, batch_rows: int) -> np.ndarray:
         """Share of a batch's expected unique ids that each rank owns; that of rows which all hold at the end."""
         key = (table, id(pieces), batch_rows)  # pieces have many ranges; kept, so that no other gets the same id
         if key not in self._kept:
             ids, present, other = self.presence(table, batch_rows)
-            starts = np.array([r.start for r in pieces.ranges])
-            owners = np.array([r.owner for r in pieces.ranges])
-            sizes = np.array([r.size for r in pieces.ranges], dtype=np.float64)
+            sizes, owners = pieces.sizes_and_owners()
+            starts = np.cumsum(sizes) - sizes
             at = np.searchsorted(starts, ids, side="right") - 1
             weight = sizes * other + np.bincount(at, present - other, minlength=len(starts))
             owners = np.where(owners == ALL, pieces.ranks, owners)
             total = np.bincount(owners, weight, minlength=pieces.ranks + 1)
-            self._kept[key] = (total / max(total.sum(), 1e-300)).tolist(), pieces
+            self._kept[key] = total / max(total.sum(), 1e-300), pieces
         return self._kept[key][0]
 
     def balanced_rows(

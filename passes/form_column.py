@@ -13,7 +13,7 @@ from torch import fx
 from descompiler.form import Choice, InRegion, LookupPart, Split, not_in_region, whole_rows
 from descompiler.local_operators import bag, lookup
 from descompiler.operators import Lookup, Operator
-from descompiler.pieces import Pieces, even_sizes
+from descompiler.pieces import Pieces
 from descompiler.placement import Region, Segment, shard
 from descompiler.program import Program, tail
 
@@ -26,10 +26,10 @@ class Column(InRegion):
         return not_in_region(program, operator, by_columns=True) or whole_rows(operator)
 
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
-        return Split(self.name, Pieces.by_sizes(operator.shape, 1, even_sizes(operator.dim, ranks), ranks))
+        return Split(self.name, Pieces.even(operator.shape, 1, ranks))
 
     def placement(self, split: Split, operator: Operator, lookup: Lookup) -> Region | None:
-        return shard(len(tail(lookup.node)), [Segment(r.size, r.owner) for r in split.pieces.ranges])
+        return shard(len(tail(lookup.node)), [Segment(r.size, r.owner) for r in split.pieces.ranges()])
 
     def emit(self, part: LookupPart) -> fx.Node:
         o, x = part.operator, part.lookup

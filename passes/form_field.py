@@ -14,11 +14,13 @@ from torch import Tensor, fx
 
 from descompiler.form import Choice, InRegion, LookupPart, Split, not_in_region, whole_rows
 from descompiler.id_checks import Check
+from descompiler.layout import Columns
 from descompiler.local_operators import bag, lookup
 from descompiler.operators import Lookup, Operator
-from descompiler.pieces import Pieces, Range
+from descompiler.pieces import Pieces
 from descompiler.placement import Owned, Region, Segment, shard
 from descompiler.program import Program, aten
+from descompiler.spans import Spans, spans_of
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,22 @@ class Field(InRegion):
         if operator.starts is None or choice.field_owners is None:
             return Split(self.name, Pieces.whole(operator.shape, choice.owner, ranks))
         stops = (*operator.starts[1:], operator.rows)
-        ranges = tuple(Range(a, b, o) for a, b, o in zip(operator.starts, stops, choice.field_owners, strict=True))
-        return Split(self.name, Pieces(operator.shape, 0, ranges, ranks))
+        sizes = (b - a for a, b in zip(operator.starts, stops, strict=True))
+        return Split(self.name, Pieces.of(operator.shape, 0, zip(sizes, choice.field_owners, strict=True), ranks))
 
     def placement(self, split: Split, operator: Operator, lookup: Lookup) -> Region | None:
         owners = split.pieces.owners
         if len(owners) == 1:
             return Owned(owners[0])
-        return shard(1, [Segment(1, r.owner) for r in split.pieces.ranges])
+        return shard(1, [Segment(1, r.owner) for r in split.pieces.ranges()])
 
-    def columns(self, split: Split, operator: Operator, lookup: Lookup, rank: int) -> tuple[int, ...] | None:
-        if _several(split):
-            return tuple(i for i, r in enumerate(split.pieces.ranges) if r.owner == rank)
-        return super().columns(split, operator, lookup, rank)
+    def columns(self, split: Split, operator: Operator, lookup: Lookup) -> Spans[Columns]:
+        if not _several(split):
+            return super().columns(split, operator, lookup)
+        fields: dict[int, list[int]] = {}
+        for i, r in enumerate(split.pieces.ranges()):
+            fields.setdefault(r.owner, []).append(i)
+        return spans_of((owner, tuple(fields[owner])) for owner in sorted(fields))
 
     def check(self, split: Split, operator: Operator) -> Check:
         if _several(split):

@@ -21,7 +21,7 @@ import sympy
 from descompiler.cost_models.forms import HOT, hot_threshold
 from descompiler.form import Choice, OwnRows, Split, not_fetched, whole_rows
 from descompiler.operators import Operator
-from descompiler.pieces import ALL, Pieces, Range, even_sizes
+from descompiler.pieces import ALL, Pieces, even_sizes
 from descompiler.program import Program
 from descompiler.statistics import Statistics
 
@@ -66,8 +66,8 @@ class Hot(OwnRows):
             firsts, ends = (np.array(x) for x in zip(*hot, strict=True))
             at = np.searchsorted(firsts, starts, side="right") - 1
             owner = np.where((at >= 0) & (starts < ends[at]), ALL, owner)
-        ranges = tuple(Range(a, b, o) for a, b, o in zip(cuts[:-1], cuts[1:], owner.tolist(), strict=True))
-        pieces = Pieces(operator.shape, 0, ranges, ranks)
+        held = zip(np.diff(cuts).tolist(), owner.tolist(), strict=True)
+        pieces = Pieces.of(operator.shape, 0, held, ranks)
         return Split(self.name, pieces, gathered=pieces.is_replicated and operator.sparse)
 
     def fetches(self, split: Split) -> bool:

@@ -38,8 +38,7 @@ class Row(ByRows, InRegion):
             return Owned(owners[0])
         if lookup.mode is not None:
             return Partial(owners)
-        ranges = tuple((r.start, r.stop, r.owner) for r in split.pieces.ranges)
-        return Disjoint(owners, (lookup.ids.name, ranges), 1 + len(tail(lookup.ids)))
+        return Disjoint(owners, (lookup.ids.name, split.pieces.runs), 1 + len(tail(lookup.ids)))
 
     def emit(self, part: LookupPart) -> fx.Node:
         o, x, pieces = part.operator, part.lookup, part.split.pieces

@@ -8,7 +8,7 @@ from torch import nn
 import descompiler as des
 from descompiler.fetch import pull
 from descompiler.fetch_layout import Fetch, FetchTable
-from descompiler.pieces import Pieces, Range
+from descompiler.pieces import Pieces
 from descompiler.runtime import Runtime
 from descompiler.verify import on_ranks
 
@@ -113,9 +113,8 @@ def _many_ranges(rank, ranks, sparse):
     tables, weights, expected = [], [], []
     for name, rows, dim in (("a", 1000, 3), ("b", 700, 3), ("c", 50, 2)):
         owners = torch.randint(-1, ranks, (rows // 2,), generator=generator).tolist()
-        ranges = tuple(Range(2 * i, 2 * i + 2, o) for i, o in enumerate(owners))
         whole = torch.randn(rows, dim, dtype=torch.float64, generator=generator).requires_grad_()
-        pieces = Pieces((rows, dim), 0, ranges, ranks)
+        pieces = Pieces.of((rows, dim), 0, [(2, owner) for owner in owners], ranks)
         tables.append(FetchTable(name, pieces, 1, padding_idx=5, sparse=sparse, dtype="torch.float64"))
         weights.append(pieces.cut(whole.detach(), rank).requires_grad_())
         expected.append(whole)

@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 
 import networkx as nx
@@ -16,6 +17,7 @@ from torch import nn
 import descompiler as des
 from descompiler.aggregate import Weights
 from descompiler.captured import Captured
+from descompiler.fetch_layout import Counts
 from descompiler.flow import Network
 from descompiler.objective import Terms
 from descompiler.passes import FORMS, RULES
@@ -90,6 +92,19 @@ def test_small_models_get_the_best_of_all_choices(sizes, dim, hidden, consumers,
         fixed = {n: (c[n],) if k % 2 else f for k, (n, f) in enumerate(every.allowed.items())}
         least = min(every.score(x).price for x in choices if all(x[n] in f for n, f in fixed.items()))
         assert search.relaxation.solve(fixed).sent_bytes <= least * (1 + 1e-9)
+
+
+def test_a_bound_above_the_price_is_an_error_and_never_a_proof(monkeypatch):
+    """With ids that are counted too dear by far, the relaxation is no relaxation."""
+    found = captured([1000, 100_000], 16, 64, ["fm"])
+    search = search_of(found, 8, 4096)
+    dear = {
+        n: {f: replace(c, sent_bytes=100 * c.sent_bytes) for f, c in forms.items()} for n, forms in search.costs.items()
+    }
+    monkeypatch.setattr(search, "costs", dear)
+    with pytest.raises(des.DescompilerError, match=r"less than .* that no plan should be below"):
+        search.run()
+    assert not search.exact
 
 
 @settings(max_examples=50, **LONG)
@@ -244,6 +259,70 @@ def test_samples_are_what_prices_depend_on():
     assert plans[0].price_bytes < plans[1].price_bytes / 4
     assert all("assumed" not in p.statistics for p in plans)
     assert max(plans[0].unique.values()) <= 2.5 < min(plans[1].unique.values())
+
+
+def test_every_rank_is_priced_where_all_are_different():
+    """Measured ids load each of 64 owners differently; the price is the busiest one's, and what is exact is that."""
+    generator, rows, ranks = torch.Generator().manual_seed(0), 64, 64
+    sizes = [10, 300, 5000, 30_000, 30_000, 1000, 20_000, 7, 50, 9000]
+    model = MODELS["fm"]("offsets", vocab_sizes=sizes, dim=16)
+    ids = [(torch.rand(rows, 10, generator=generator) ** 4 * torch.tensor(sizes)).long() for _ in range(4)]
+    samples = [(torch.randn(rows, 3), x) for x in ids]
+    found = Captured.of(model, samples[0])
+    plan = found.plan(ranks=ranks, samples=samples)
+    expected = plan.layout.expected([rows] * ranks, found.measure(samples))
+    sent = []
+    for r in range(ranks):
+        own = {n: Counts(x.asked[r], x.served[r], x.shared[r]) for n, x in expected.items()}
+        sent.append(plan.traffic(r, unique=own).total)
+    assert max(sent) == plan.price_bytes and len(set(sent)) > 30
+    assert not plan.exact or plan.price == plan.bound
+
+
+def test_planning_takes_no_memory_for_the_rows_of_tables():
+    """Fifty terabytes of tables, in every form."""
+    found = captured([1000] * 4, 16, 8, ["fm", "deep"])
+    rows = 10**11
+    tables = {o.name: nn.Parameter(torch.empty(rows, o.dim, device="meta")) for o in found.operators}
+    program = replace(found.program, parameters={**found.program.parameters, **tables})
+    found = replace(found, program=program, operators=[replace(o, rows=rows) for o in found.operators])
+    tracemalloc.start()
+    try:
+        plans = [found.plan(ranks=256, batch=512, pins={"*": form}) for form in NAMES] + [found.plan(ranks=256)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert all(t.rows == rows for p in plans for t in p.tables) and peak < 20e6
+
+
+def test_the_work_of_planning_grows_with_tables_not_with_tables_times_ranks():
+    def calls(found, ranks):
+        count = 0
+
+        def counted(frame, event, argument):
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(counted)
+        try:
+            found.plan(ranks=ranks, batch=512)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    few, many = (captured([50_000 + i for i in range(n)], 16, 8, ["fm", "deep"]) for n in (10, 40))
+    assert calls(many, 1024) < 1.5 * calls(many, 64)  # on 16 times as many ranks
+    assert calls(many, 256) < 5 * calls(few, 256)  # of 4 times as many tables
+
+
+def test_a_plan_takes_no_room_for_each_table_on_each_rank():
+    """What a table adds to the plan's file is the same on 16 times as many ranks."""
+    few, many = (captured([100_003 + i for i in range(tables)], 32, 8, ["fm", "deep"]) for tables in (4, 12))
+    for form in NAMES:
+        sizes = [
+            [len(found.plan(ranks=ranks, pins={"*": form}).to_json()) for found in (few, many)] for ranks in (64, 1024)
+        ]
+        assert sizes[1][1] - sizes[1][0] < 1.2 * (sizes[0][1] - sizes[0][0]), form
 
 
 class Histories(nn.Module):

@@ -103,7 +103,7 @@ def test_the_planner_divides_by_columns_and_sends_no_table():
     assert {c.width for c in plan.crossings if c.kind == "values"} == {4}  # regularisers too: a number a row and rank
     assert not any(note.startswith("gather") for note in plan.notes)
     replicated = des.plan(model, batch, ranks=4, batch=32, pins={"*": "replicate"})
-    assert plan.memories[0].total < replicated.memories[0].total / 3  # weights, state, and the layers of the table
+    assert plan.memory(0).total < replicated.memory(0).total / 3  # weights, state, and the layers of the table
     assert "each rank computes its columns, nothing crosses" in plan.explain()
 
 
@@ -180,9 +180,9 @@ def test_the_planner_gathers_tables_where_memory_is_short():
     captured = Captured.of(NGCF(users=2100, items=2100, dim=8), inputs(users=2100, items=2100))  # large enough to count
     free = captured.plan(ranks=4, optimizer="adam")
     assert free.forms == {"user.weight": "replicate", "item.weight": "replicate"}
-    limit = max(m.total for m in free.memories) - 1000
+    limit = max(free.memory(r).total for r in range(4)) - 1000
     plan = captured.plan(ranks=4, optimizer="adam", memory_bytes=limit)
-    assert "fsdp" in plan.forms.values() and max(m.total for m in plan.memories) <= limit
+    assert "fsdp" in plan.forms.values() and max(plan.memory(r).total for r in range(4)) <= limit
     gathered = captured.plan(ranks=4, optimizer="adam", pins={"*": "fsdp"})
     assert gathered.price_bytes - free.price_bytes == 0
     assert "gathered table user.weight: aten.cat needs all of it, 100,800 B a rank" in gathered.explain()

@@ -12,7 +12,7 @@ from descompiler.cost_models.symbols import UH, H, N, U, i, k, s
 from descompiler.form import form_named
 from descompiler.operators import find_operators
 from descompiler.passes import NORMALISE
-from descompiler.pieces import ALL, Pieces, Range
+from descompiler.pieces import ALL, Pieces
 from descompiler.probe import blueprint
 from descompiler.statistics import Statistics, measure, zipf_unique
 
@@ -81,7 +81,8 @@ def test_boundaries_are_balanced_on_what_was_measured():
     for sizes in (statistics.balanced_rows("item.weight", 4, BATCH), [250] * 4):
         pieces = Pieces.by_sizes((1000, 2), 0, sizes, 4)
         ids = [zipf_ids(1000, 1.2, (BATCH, 2), seed).unique() for seed in range(20, 30)]
-        counts = torch.stack([torch.stack([(x >= r.start) & (x < r.stop) for r in pieces.ranges]).sum(1) for x in ids])
+        ranges = list(pieces.ranges())
+        counts = torch.stack([torch.stack([(x >= r.start) & (x < r.stop) for r in ranges]).sum(1) for x in ids])
         shares.append((counts.double().mean(0) / counts.double().mean(0).sum()).max())
         expected = statistics.shares("item.weight", pieces, BATCH)
         assert expected[:4] == pytest.approx(
@@ -116,7 +117,7 @@ def test_hot_rows_are_those_that_cost_less_replicated():
 
 def test_shares_of_rows_that_all_hold():
     statistics = Statistics.assumed([type("T", (), {"name": "t", "rows": 100, "ids": 1})])
-    pieces = Pieces((100, 2), 0, (Range(0, 10, ALL), Range(10, 40, 1), Range(40, 100, 0)), 2)
+    pieces = Pieces.of((100, 2), 0, [(10, ALL), (30, 1), (60, 0)], 2)
     assert statistics.shares("t", pieces, 50) == pytest.approx([0.6, 0.3, 0.1])
 
 
