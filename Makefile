@@ -33,7 +33,7 @@ export PYTHONPATH := $(CURDIR)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check mutants rules zoo gpu-check report paper-table bench-links bench-memory clean
+.PHONY: help demo test test-all check exits soak mutants rules zoo gpu-check report paper-table bench-links bench-memory clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' \
