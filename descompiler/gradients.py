@@ -46,6 +46,7 @@ class Caught:
         self.parameters, self._arrived = list(parameters), arrived
         self.local: dict[int, Tensor] = {}
         self._nodes: list[Any] = [None] * len(self.parameters)
+        self._handles: list[Any] = [None] * len(self.parameters)
         self._waiting: dict[int, dict[int, Any]] = {}  # users' hooks, by position, that the node is not to call
 
     def hook(self) -> None:
@@ -70,7 +71,13 @@ class Caught:
         for i, p in enumerate(self.parameters):
             if p.requires_grad and (node := get_gradient_edge(p).node) is not self._nodes[i]:
                 self._nodes[i] = node
-                node.register_prehook(lambda gradients, i=i: hold(i, gradients))
+                self._handles[i] = node.register_prehook(lambda gradients, i=i: hold(i, gradients))
+
+    def close(self) -> None:
+        """Catch no more: another object will, on the same nodes perhaps."""
+        self.take()
+        for handle in filter(None, self._handles):
+            handle.remove()
 
     def take(self) -> dict[int, Tensor]:
         """What was caught, which is forgotten here; hooks are on their parameters again."""
