@@ -13,7 +13,7 @@ from descompiler.cluster import COLLECTIVES
 from descompiler.examples import MODELS, make_inputs
 from descompiler.passes import FORMS
 from descompiler.verify import on_ranks
-from tests.test_partial import IDS, Branch
+from tests.harness.models import IDS, Branch
 
 
 @given(st.floats(1e-5, 1e-1), st.floats(1e5, 1e11), st.floats(0, 0.05))

@@ -6,14 +6,8 @@ import pytest
 import torch
 
 import descompiler as des
-from descompiler.passes import FORMS
 from examples.models import LAYOUTS, MODELS, make_inputs
-
-SPLITS = [None, *({"*": form} for form in ("replicate", "field", "row", "column"))]
-EVERY = [None, *({"*": form.name} for form in FORMS if form.name != "fsdp")]  # no table here is used whole
-FETCHED = [{"*": form} for form in ("gather", "pull", "hot")]
-"""Forms without a region: what follows a lookup is the original's graph, so a few models say it all."""
-
+from tests.harness.plans import EVERY, FETCHED, SPLITS
 
 # DNN is a part of Wide&Deep, and xDeepFM has DeepFM's; what `make test` leaves out is in `make test-all`.
 SLOW = {("dnn", layout) for layout in LAYOUTS} | {("xdeepfm", "fields"), ("xdeepfm", "offsets")}

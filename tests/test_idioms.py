@@ -7,8 +7,8 @@ from descompiler.capture import capture
 from descompiler.passes import NORMALISE
 from descompiler.probe import blueprint
 from descompiler.verify import on_ranks
-from tests.idioms import IDIOMS, IDS, LoopOverRows
-from tests.pool import here
+from tests.harness.idioms import IDIOMS, IDS, LoopOverRows
+from tests.harness.pool import here
 
 RUNGS = dict.fromkeys(IDIOMS, "export")
 RUNGS |= dict.fromkeys(("BatchSizeAsInt", "AssertsAndPrints"), "dynamo")

@@ -11,46 +11,11 @@ from torch import nn
 
 import descompiler as des
 from descompiler.verify import on_ranks
-
-IDS = torch.randint(9, (8, 3), generator=torch.Generator().manual_seed(0))
-LABELS = torch.rand(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-class Recommender(nn.Module):
-    """As RecBole's models: ``calculate_loss`` trains, ``predict`` serves, a regulariser in between."""
-
-    data_dependent = False
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.table = nn.Embedding(9, 4)
-        self.top = nn.Linear(4, 1)
-        self.penalised = [self.table.weight, self.top.weight]  # the same objects, outside of the modules
-
-    def forward(self, batch):
-        e = self.table(batch["ids"]).sum(1)
-        if self.data_dependent and (batch["ids"] == 3).any():
-            e = e + self.table.weight[batch["ids"][:, 0]] * (batch["ids"][:, :1] == 3)
-        return self.top(e).squeeze(1)
-
-    def calculate_loss(self, batch):
-        return (self.forward(batch) - batch["label"]).square().mean()
-
-    def regularization_loss(self):
-        return sum(0.1 * p.square().sum() for p in self.penalised) + 0.01 * self.penalised[0].norm()
-
-    def predict(self, batch):
-        with torch.no_grad():
-            return self(batch).sigmoid()
+from tests.harness.models import IDS, LABELS, Recommender, batch_of
 
 
 class Branching(Recommender):
     data_dependent = True
-
-
-def batch_of(rows):
-    return {"ids": IDS[rows], "label": LABELS[rows]}
 
 
 def _train(rank, ranks, cls, method, cuts):

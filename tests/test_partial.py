@@ -16,41 +16,13 @@ import descompiler as des
 from descompiler.partial import survey
 from descompiler.probe import blueprint
 from descompiler.verify import on_ranks
-from tests.test_capture import Raises
-from tests.test_ranks import raised
+from tests.harness.failures import Raises, raised
+from tests.harness.models import IDS, Branch, ThroughLists
 
-IDS = torch.randint(9, (8, 3), generator=torch.Generator().manual_seed(0))
 PULL = {"*": "row"}
 
 
-class Base(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.table = nn.Embedding(9, 4, padding_idx=2)
-        self.top = nn.Linear(4, 1)
-        self.other = nn.Linear(4, 1)
-
-    def embed(self, ids):
-        """The ids go through Python lists: no tracer follows them."""
-        return self.table(torch.tensor(ids.tolist()).reshape(ids.shape)).sum(1)
-
-
-class Branch(Base):
-    """Rows with an odd first id go through another layer: shapes and unused layers depend on values."""
-
-    def forward(self, ids):
-        e = self.embed(ids)
-        odd = ids[:, 0] % 2 == 1
-        out = e.new_zeros(len(ids))
-        if odd.any():
-            out[odd] = self.other(e[odd]).squeeze(1)
-        if (~odd).any():
-            out[~odd] = self.top(e[~odd]).squeeze(1).tanh()
-        return out
-
-
-class Everything(Base):
+class Everything(ThroughLists):
     """Bags, a parameter indexed, a parameter multiplied, sparse gradients, batch norm, dicts out."""
 
     def __init__(self):
@@ -70,7 +42,7 @@ class Everything(Base):
         return {"score": self.top(e).squeeze(1) + self.bias[ids[:, 1]], "all": scores, "n": None}
 
 
-class Packed(Base):
+class Packed(ThroughLists):
     """As most sequence models: packing refuses a batch without rows; a batch norm on top."""
 
     def __init__(self):
@@ -143,7 +115,7 @@ def test_one_rank():
     assert coverage.rung == "partial" and [f.rung for f in coverage.failures] == ["export", "dynamo", "fx", "leaf"]
 
 
-class RankDependent(Base):
+class RankDependent(ThroughLists):
     """Looks up once more where a flag says so, or fails there."""
 
     action = ""
@@ -180,7 +152,7 @@ def test_ranks_that_differ_get_an_error(action, expected):
         assert fine, "the next step has to work"
 
 
-class FailsBackward(Base):
+class FailsBackward(ThroughLists):
     """Backward raises, or autograd does, in front of a batch norm's backward or behind it."""
 
     action = ""
@@ -267,7 +239,7 @@ def _unequal_lookups(rank, ranks):
     return worst
 
 
-class Unequal(Base):
+class Unequal(ThroughLists):
     def __init__(self):
         super().__init__()
         self.rare = nn.Embedding(9, 4)
@@ -287,7 +259,7 @@ def test_ranks_that_look_up_different_things():
         assert worst < 1e-12
 
 
-class Mixes(Base):
+class Mixes(ThroughLists):
     def forward(self, ids):
         e = self.embed(ids)
         return self.top(e - e.mean(0))
@@ -431,7 +403,7 @@ def test_two_ranks_follow_a_plan(tmp_path):
     assert [f for f, _ in found] == [{"table.weight": "pull"}] * 2 and sum(n for _, n in found) == 9
 
 
-class TrainingOnly(Base):
+class TrainingOnly(ThroughLists):
     """Traced in training; in evaluation ids go through lists."""
 
     def __init__(self):

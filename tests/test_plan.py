@@ -9,8 +9,7 @@ import descompiler as des
 from descompiler.passes import FORMS
 from descompiler.verify import on_ranks
 from examples.models import MODELS, make_inputs
-from tests.test_capture import IDS, Recurrent
-from tests.test_in_place import Recommender, batch_of
+from tests.harness.models import IDS, Recommender, Recurrent, batch_of
 
 INPUTS = make_inputs("deepfm", "fields", 8)
 

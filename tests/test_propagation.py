@@ -17,7 +17,7 @@ from descompiler.passes import NORMALISE
 from descompiler.probe import blueprint
 from descompiler.sparse import equal, parts_of, with_parts
 from descompiler.verify import _work, on_ranks
-from tests.propagation import ITEMS, NGCF, STEPS, Cosine, LightGCN, Loss, Weighted, inputs
+from tests.harness.propagation import ITEMS, NGCF, STEPS, Cosine, LightGCN, Loss, Weighted, inputs
 
 HELD = [f"{layout} {how}" for layout in ("coo", "csr", "dense") for how in ("buffer", "attribute")]
 

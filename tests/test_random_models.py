@@ -9,12 +9,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import descompiler as des
-from descompiler.passes import FORMS
 from descompiler.verify import DIVERGED
-from tests.pool import RankPool, RankPoolError, here
-from tests.random_models import CONSUMERS, cases
+from tests.harness.plans import LOOKED_UP
+from tests.harness.pool import RankPool, RankPoolError, here
+from tests.harness.random_models import CONSUMERS, cases
 
-NAMES = tuple(f.name for f in FORMS if f.name != "fsdp")  # their tables are only looked up
 SLOW = int(os.environ.get("RANDOM_MODELS", "500"))
 common = settings(
     deadline=None,
@@ -52,7 +51,7 @@ def verify(case, pools):
 
 @seed(1)
 @settings(common, max_examples=15)
-@given(case=cases(NAMES))
+@given(case=cases(LOOKED_UP))
 def test_some(case, pools):
     verify(case, pools)
 
@@ -61,7 +60,7 @@ def test_some(case, pools):
 @pytest.mark.timeout(7200)
 @seed(int(os.environ.get("RANDOM_SEED", "2")))
 @settings(common, max_examples=SLOW)
-@given(case=cases(NAMES))
+@given(case=cases(LOOKED_UP))
 def test_many(case, pools):
     verify(case, pools)
 
@@ -72,7 +71,7 @@ def test_a_case_is_a_script():
 
     @seed(0)
     @settings(common, max_examples=3)
-    @given(case=cases(NAMES))
+    @given(case=cases(LOOKED_UP))
     def draw(case):
         found.append(case)
 

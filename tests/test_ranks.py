@@ -12,6 +12,8 @@ from torch import nn
 import descompiler as des
 from descompiler.verify import on_ranks
 from examples.models import MODELS, make_inputs
+from tests.harness.failures import raised
+from tests.harness.models import IDS
 
 INPUTS = make_inputs("deepfm", "fields", 8)
 
@@ -23,14 +25,6 @@ def make(seed: int = 0, **options) -> nn.Module:
 
 def inputs_of(rows: slice = slice(None)):
     return tuple(x[rows].double() if x.is_floating_point() else x[rows] for x in INPUTS)
-
-
-def raised(function) -> str:
-    try:
-        function()
-    except des.DescompilerError as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def _bad_ids(rank, ranks):
@@ -146,9 +140,6 @@ class Attends(nn.Module):
 class InPart(Attends):
     def forward(self, ids):
         return super().forward(torch.tensor(ids.tolist()))
-
-
-IDS = torch.randint(9, (8, 3), generator=torch.Generator().manual_seed(0))
 
 
 def _partly_from_meta(rank, ranks, cls, in_place):

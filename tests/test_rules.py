@@ -10,12 +10,11 @@ import pytest
 import torch
 
 import descompiler as des
-from descompiler.passes import FORMS
 from examples.models import DeepFM
-from tests.pool import RankPool, here
-from tests.random_models import CONSUMERS, fixed
+from tests.harness.plans import EVERY
+from tests.harness.pool import RankPool, here
+from tests.harness.random_models import CONSUMERS, fixed
 
-PLANS = [None, *({"*": form.name} for form in FORMS if form.name != "fsdp")]  # no table here is used whole
 ALWAYS = {
     "attention with heads",
     "batch norm, then narrow",
@@ -42,7 +41,7 @@ def forced(rank, ranks, text):
     """On every rank: verify the model of a text with each form on all tables."""
     space = {"__name__": "model"}
     exec(compile(text, "<model>", "exec"), space)
-    return des.verify(space["Model"](), space["inputs"](), ranks=ranks, plans=PLANS, launch=here)
+    return des.verify(space["Model"](), space["inputs"](), ranks=ranks, plans=EVERY, launch=here)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,7 @@ def pool():
 )
 def test_every_form(consumer, pool):
     report = pool(forced, fixed(consumer).text)[0]
-    assert report.cases == len(PLANS)
+    assert report.cases == len(EVERY)
     assert max(report.worst.values()) <= 1e-10
 
 
@@ -84,7 +83,7 @@ def inputs():
 
 def test_masked_sums(pool):
     report = pool(forced, MASKED)[0]
-    assert report.cases == len(PLANS)
+    assert report.cases == len(EVERY)
 
 
 PAIR = """
@@ -128,7 +127,7 @@ ONCE_WRONG = {
 def test_what_was_wrong_once(name, pool):
     module, result = ONCE_WRONG[name]
     report = pool(forced, PAIR.format(module=module, result=result))[0]
-    assert report.cases == len(PLANS)
+    assert report.cases == len(EVERY)
     assert max(report.worst.values()) <= 1e-10
 
 

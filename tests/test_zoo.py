@@ -8,9 +8,9 @@ import importlib.util
 
 import pytest
 
-from tests.pool import RankPool
-from tests.sweep import FILE, PLANS, RANKS, examine, markdown, verified_in
-from tests.zoo import LEFT_OUT, LIBRARIES, ZOO, library_classes
+from tests.harness.pool import RankPool
+from tests.harness.sweep import FILE, PLANS, RANKS, examine, markdown, verified_in
+from tests.harness.zoo import LEFT_OUT, LIBRARIES, ZOO, library_classes
 
 missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
 pytestmark = [
