@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import descompiler as des
-from descompiler.verify import on_ranks
 from tests.harness.models import IDS, LABELS, Recommender, batch_of
 
 
@@ -64,7 +63,7 @@ def _train(rank, ranks, cls, method, cuts):
         (Branching, "calculate_loss", "partial"),
     ],
 )
-def test_own_loop(cls, method, rung):
+def test_own_loop(on_ranks, cls, method, rung):
     for worst, captured in on_ranks(_train, 2, cls, method, [3, 4, 6]):
         assert captured == rung
         assert all(x < 1e-12 for x in worst.values()), worst
@@ -123,7 +122,7 @@ def _fit(rank, ranks):
 
 @pytest.mark.zoo
 @pytest.mark.skipif(importlib.util.find_spec("deepctr_torch") is None, reason="pip install 'descompiler[zoo]'")
-def test_the_training_loop_of_deepctr_torch():
+def test_the_training_loop_of_deepctr_torch(on_ranks):
     _, expected, state, _ = _fit(0, 1)
     for _, scores, weights, rung in on_ranks(_fit, 2):
         assert rung == "export"
@@ -172,7 +171,7 @@ def _annealed(rank, ranks):
     return worst, told, errors
 
 
-def test_plain_attributes_that_change():
+def test_plain_attributes_that_change(on_ranks):
     for worst, told, errors in on_ranks(_annealed, 2):
         assert worst < 1e-12
         assert [len(x) for x in told] == [1, 1, 0, 1], "best is not read, and a known value is not captured again"

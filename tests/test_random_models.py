@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 import descompiler as des
 from descompiler.verify import DIVERGED
 from tests.harness.plans import LOOKED_UP
-from tests.harness.pool import RankPool, RankPoolError, here
+from tests.harness.pool import RankPoolError, here
 from tests.harness.random_models import CONSUMERS, cases
 
 SLOW = int(os.environ.get("RANDOM_MODELS", "500"))
@@ -34,15 +34,9 @@ def check(rank, ranks, case):
     return max(report.worst.values()), report.growth
 
 
-@pytest.fixture(scope="module")
-def pools():
-    with RankPool(2) as two, RankPool(3) as three:
-        yield {2: two, 3: three}
-
-
-def verify(case, pools):
+def verify(on_ranks, case):
     try:
-        worst, growth = map(max, zip(*pools[case.ranks](check, case), strict=True))
+        worst, growth = map(max, zip(*on_ranks(check, case.ranks, case), strict=True))
     except RankPoolError as error:
         pytest.fail(f"{error}\n\n# the model, to run on its own:\n{case.script()}", pytrace=False)
     assert worst <= 1e-10
@@ -52,8 +46,8 @@ def verify(case, pools):
 @seed(1)
 @settings(common, max_examples=15)
 @given(case=cases(LOOKED_UP))
-def test_some(case, pools):
-    verify(case, pools)
+def test_some(on_ranks, case):
+    verify(on_ranks, case)
 
 
 @pytest.mark.slow
@@ -61,8 +55,8 @@ def test_some(case, pools):
 @seed(int(os.environ.get("RANDOM_SEED", "2")))
 @settings(common, max_examples=SLOW)
 @given(case=cases(LOOKED_UP))
-def test_many(case, pools):
-    verify(case, pools)
+def test_many(on_ranks, case):
+    verify(on_ranks, case)
 
 
 def test_a_case_is_a_script():

@@ -12,7 +12,7 @@ import torch
 import descompiler as des
 from examples.models import DeepFM
 from tests.harness.plans import EVERY
-from tests.harness.pool import RankPool, here
+from tests.harness.pool import here
 from tests.harness.random_models import CONSUMERS, fixed
 
 ALWAYS = {
@@ -44,17 +44,11 @@ def forced(rank, ranks, text):
     return des.verify(space["Model"](), space["inputs"](), ranks=ranks, plans=EVERY, launch=here)
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with RankPool(2) as ranks:
-        yield ranks
-
-
 @pytest.mark.parametrize(
     "consumer", [pytest.param(c, marks=() if c in ALWAYS else pytest.mark.slow) for c in sorted(CONSUMERS)]
 )
-def test_every_form(consumer, pool):
-    report = pool(forced, fixed(consumer).text)[0]
+def test_every_form(on_ranks, consumer):
+    report = on_ranks(forced, 2, fixed(consumer).text)[0]
     assert report.cases == len(EVERY)
     assert max(report.worst.values()) <= 1e-10
 
@@ -81,8 +75,8 @@ def inputs():
 """
 
 
-def test_masked_sums(pool):
-    report = pool(forced, MASKED)[0]
+def test_masked_sums(on_ranks):
+    report = on_ranks(forced, 2, MASKED)[0]
     assert report.cases == len(EVERY)
 
 
@@ -124,9 +118,9 @@ ONCE_WRONG = {
 
 
 @pytest.mark.parametrize("name", ONCE_WRONG)
-def test_what_was_wrong_once(name, pool):
+def test_what_was_wrong_once(on_ranks, name):
     module, result = ONCE_WRONG[name]
-    report = pool(forced, PAIR.format(module=module, result=result))[0]
+    report = on_ranks(forced, 2, PAIR.format(module=module, result=result))[0]
     assert report.cases == len(EVERY)
     assert max(report.worst.values()) <= 1e-10
 
@@ -141,8 +135,8 @@ def compile_s(rank, ranks, fields):
 
 
 @pytest.mark.slow
-def test_a_hundred_tables_compile_in_half_a_minute(pool):
-    for tables, seconds in pool(compile_s, 50):
+def test_a_hundred_tables_compile_in_half_a_minute(on_ranks):
+    for tables, seconds in on_ranks(compile_s, 2, 50):
         assert tables == 100
         assert seconds < 30
 
@@ -176,7 +170,7 @@ def evaluated(rank, ranks, form, training_first):
 
 @pytest.mark.parametrize("training_first", [True, False])
 @pytest.mark.parametrize("form", ["field", "column"])
-def test_batch_norm_evaluates_with_the_statistics_of_the_global_batch(pool, form, training_first):
-    for worst, inside in pool(evaluated, form, training_first):
+def test_batch_norm_evaluates_with_the_statistics_of_the_global_batch(on_ranks, form, training_first):
+    for worst, inside in on_ranks(evaluated, 2, form, training_first):
         assert inside
         assert worst < 1e-10
