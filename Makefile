@@ -72,7 +72,7 @@ rules: $(INSTALLED_DEV)  ## write docs/rules.md: what rules owe, and the placeme
 	$(RUN) -m tests.harness.missing
 
 zoo: $(INSTALLED_DEV)  ## verify every model of public libraries on 2 ranks, write docs/zoo.md (ARGS="part of a name")
-	OMP_NUM_THREADS=1 $(RUN) -m tests.sweep $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m tests.harness.sweep $(ARGS)
 
 bench-links: $(INSTALLED)  ## predicted against measured bytes and seconds on shaped links (root; ARGS="--verbose")
 	PYTHONPATH=$(CURDIR) $(RUN) benchmarks/links.py $(ARGS)

@@ -137,7 +137,7 @@ def calibrate(
             "collectives": measured,
         },
     )
-    box: list[Any] = [cluster]
+    box = [cluster]
     dist.broadcast_object_list(box, group_src=0, group=group)
     if rank == 0 and path is not None:
         cluster.save(path)

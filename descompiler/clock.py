@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from descompiler.collectives import Pending
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Clock:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
-    def time(self, name: str, group: Any, call: Callable[[], Any]) -> Any:
+    def time(self, name: str, group: Any, call: Callable[[], T]) -> T:
         """What ``call()`` returns, waited for."""
         self._synchronize()
         dist.barrier(group)

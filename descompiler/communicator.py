@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from descompiler.clock import Clock
 from descompiler.collectives import Pending, all_gather, all_to_all
 from descompiler.errors import InputError, RankError
 from descompiler.traffic import Traffic
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Communicator:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     clock: Clock | None = None
 
-    def collective(self, name: str, sent_bytes: int | Fraction, call: Callable[[], Any]) -> Any:
+    def collective(self, name: str, sent_bytes: int | Fraction, call: Callable[[], T]) -> T:
         """Make a collective, ``call()``: count it, and time it under a clock."""
         self.traffic.add(name, sent_bytes)
         return call() if self.clock is None else self.clock.time(name, self.group, call)

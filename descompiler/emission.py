@@ -61,7 +61,7 @@ class Emission:
         self.graph = fx.Graph()
         self.constants: dict[str, torch.Tensor] = dict(program.constants)
         self.sources: list[Source] = []
-        self.own: dict[fx.Node, Any] = {}
+        self.own: dict[fx.Node, fx.Node] = {}
         self._form_constants: dict[str, dict[str, fx.Node]] = {}  # by table, what its form needs
         self.runtime = self.graph.placeholder("runtime")
         self._placeholders()

@@ -38,6 +38,8 @@ from descompiler.vocabulary import Request, outputs_of, vocabulary
 
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 LOOKUPS = (aten.embedding.default, bag)
+Build = Callable[[list[fx.Node]], dict[fx.Node, fx.Node]]
+"""Makes a consumer's value from the results of its requests."""
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Consumer:
 
     node: fx.Node
     requests: list[Request]
-    build: Callable[[list[fx.Node]], dict[fx.Node, fx.Node]]
+    build: Build
     through: list[fx.Node] = field(default_factory=list)
 
 
@@ -406,7 +408,9 @@ def _softmax(program: Program, p: Product, node: fx.Node, edit: _Editor) -> Cons
                 return None
             requests += loss.requests[1:]
 
-            def losses(r: list[fx.Node], i: int = len(requests) - 1, build: Any = loss.build) -> dict[fx.Node, fx.Node]:
+            def losses(
+                r: list[fx.Node], i: int = len(requests) - 1, build: Build = loss.build
+            ) -> dict[fx.Node, fx.Node]:
                 return build([r[0], r[i]])
 
             steps.append(losses)
@@ -434,7 +438,7 @@ def _softmax(program: Program, p: Product, node: fx.Node, edit: _Editor) -> Cons
 def _classes_in_front(program: Program, p: Product, node: fx.Node) -> Consumer | None:
     """Cross-entropy of ``[b, L, V]`` logits, whose classes it wants in dimension 1."""
     requests: list[Request] = []
-    builds: list[tuple[int, int, Any]] = []
+    builds: list[tuple[int, int, Build]] = []
     for user in node.users:
         inner = _Editor(program, p.node)
         inner.at(user)

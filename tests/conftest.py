@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+from tests.harness.pool import RankPools
+
 # deepctr-torch asks a package index for its newest version whenever it is imported. Tests touch no network: a
 # proxy that nobody serves refuses the question at once, in this process and in the ranks that it starts.
 os.environ["HTTP_PROXY"] = os.environ["HTTPS_PROXY"] = "http://127.0.0.1:9"
@@ -12,3 +14,13 @@ os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")
+
+
+@pytest.fixture(scope="session")
+def on_ranks():
+    """As `descompiler.verify.on_ranks`, on processes that stay for all tests: starting some takes seconds.
+
+    For ``des.verify(..., launch=on_ranks)`` too. Tests of how processes start, end and time out take fresh ones.
+    """
+    with RankPools() as pools:
+        yield pools

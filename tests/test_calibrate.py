@@ -12,8 +12,7 @@ from descompiler.calibrate import fit
 from descompiler.cluster import COLLECTIVES
 from descompiler.examples import MODELS, make_inputs
 from descompiler.passes import FORMS
-from descompiler.verify import on_ranks
-from tests.test_partial import IDS, Branch
+from tests.harness.models import IDS, Branch
 
 
 @given(st.floats(1e-5, 1e-1), st.floats(1e5, 1e11), st.floats(0, 0.05))
@@ -44,7 +43,7 @@ def _calibrate(rank, ranks, folder):
     return cluster, audit, same, module._runtime.clock
 
 
-def test_calibrate_and_audit(tmp_path):
+def test_calibrate_and_audit(on_ranks, tmp_path):
     (first, audit, same, clock), (second, other, _, _) = on_ranks(_calibrate, 2, str(tmp_path))
     assert first == second == des.Cluster.load(tmp_path / "cluster.json")
     assert first.ranks == 2 and first.ranks_per_node == 2 and first.memory_bytes == 10**9
@@ -78,7 +77,7 @@ def _refused(rank, ranks):
     return texts
 
 
-def test_what_is_refused():
+def test_what_is_refused(on_ranks):
     for sizes, batches in on_ranks(_refused, 2):
         assert "two different positive sizes" in sizes and "more than warm_up=2 batches" in batches
     with pytest.raises(des.PlanError, match="two ranks at least"):
@@ -101,7 +100,7 @@ def _every_form(rank, ranks):
 
 
 @pytest.mark.slow
-def test_every_form_runs_under_the_clock_and_sends_what_is_predicted():
+def test_every_form_runs_under_the_clock_and_sends_what_is_predicted(on_ranks):
     """Collectives that are waited for one by one, those of the reducer too, never wait for ever."""
     for mismatches in on_ranks(_every_form, 2):
         assert len(mismatches) == 2 * len(FORMS) and not any(mismatches.values())
@@ -112,7 +111,7 @@ def _in_part(rank, ranks):
     return des.audit(module, [(IDS,)] * 2, cluster=des.Cluster.builtin("ethernet-10g", ranks=ranks), warm_up=1)
 
 
-def test_a_model_captured_in_part_is_timed_and_its_traffic_called_an_estimate():
+def test_a_model_captured_in_part_is_timed_and_its_traffic_called_an_estimate(on_ranks):
     for audit in on_ranks(_in_part, 2):
         assert not audit.exact and not audit.mismatches and "an estimate" in str(audit)
         assert sum(x.sent_bytes for x in audit.collectives) > 0

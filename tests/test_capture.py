@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import re
 import warnings
 
@@ -20,17 +21,10 @@ from descompiler.passes import NORMALISE
 from descompiler.probe import blueprint, materialise
 from descompiler.program import user_line
 from descompiler.scope import scope_of
-from descompiler.verify import on_ranks
-from tests.test_ranks import raised
+from tests.harness.failures import Raises, raised
+from tests.harness.models import Model, Recurrent
 
 IDS = torch.randint(9, (6, 3), generator=torch.Generator().manual_seed(0))
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(9, 4)
-        self.top = nn.Linear(4, 1)
 
 
 class Plain(Model):
@@ -54,16 +48,6 @@ class Numpy(Model):
     def forward(self, ids):
         ids = ids % 3 + torch.from_numpy(np.asarray(self.offsets)).unsqueeze(0)
         return self.top(self.table(ids).sum(1) * int(ids.shape[0]) / ids.shape[0])
-
-
-class Recurrent(Model):
-    def __init__(self):
-        super().__init__()
-        self.gru = nn.GRU(4, 4, batch_first=True)
-
-    def forward(self, ids):
-        assert int(ids.shape[0]) > 0
-        return self.top(self.gru(self.table(ids))[0].sum(1))
 
 
 class Entries(Model):
@@ -262,24 +246,24 @@ def test_a_graph_that_does_not_reproduce_the_model_is_not_accepted(monkeypatch):
     assert "output 0" in program.failures[0].reason and "output 0" in program.failures[1].reason
 
 
-def test_two_ranks_by_dynamo():
-    des.verify(Recurrent(), (IDS,), plans=[{"*": "row"}])
+def test_two_ranks_by_dynamo(on_ranks):
+    des.verify(Recurrent(), (IDS,), plans=[{"*": "row"}], launch=on_ranks)
 
 
 SLOW = [pytest.param(cls, marks=pytest.mark.slow) for cls in (Whole, Longest, Late)]
 
 
 @pytest.mark.parametrize("cls", [Sequence, Inside, *SLOW])
-def test_leaves_on_two_ranks(cls):
+def test_leaves_on_two_ranks(on_ranks, cls):
     """Tables in front of a leaf take any form, with exactly predicted traffic, also where a rank has no rows."""
-    des.verify(cls(), (IDS,), plans=[None, {"table.weight": "row"}, {"table.weight": "pull"}])
+    des.verify(cls(), (IDS,), plans=[None, {"table.weight": "row"}, {"table.weight": "pull"}], launch=on_ranks)
 
 
-def test_a_leaf_that_mixes_rows_is_computed_for_the_global_batch():
+def test_a_leaf_that_mixes_rows_is_computed_for_the_global_batch(on_ranks):
     program = captured(Branch())
     leaf = next(n for n in program.graph.nodes if isinstance(n.target, Leaf))
     assert scope_of(leaf).kind == "global"
-    des.verify(Branch(), (IDS,))
+    des.verify(Branch(), (IDS,), launch=on_ranks)
 
 
 class Compact(Model):
@@ -324,28 +308,13 @@ def _without_what_forward_needs(rank, ranks):
     return worst, same, wire.COUPLING["gather"] in module.traffic().bytes_by_collective
 
 
-def test_a_leaf_that_needs_a_row_of_a_kind_runs_on_own_rows_beside_a_spare_one():
+def test_a_leaf_that_needs_a_row_of_a_kind_runs_on_own_rows_beside_a_spare_one(on_ranks):
     program = captured(Compact(), (torch.cat([EMPTY, IDS]),))
     assert next(scope_of(n).kind for n in program.graph.nodes if isinstance(n.target, Leaf)) == "local"
     for worst, predicted, gathers in on_ranks(_without_what_forward_needs, 2):
         assert worst < 1e-12 and predicted and not gathers
     with pytest.raises(des.InputError, match="no sequence"):
         des.compile(Compact(), (torch.cat([EMPTY, IDS]),))(EMPTY)
-
-
-class Raises(torch.autograd.Function):
-    """Identity; backward raises where it is told to."""
-
-    @staticmethod
-    def forward(ctx, x, raises):
-        ctx.raises = raises
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        if ctx.raises:
-            raise ValueError("no such gradient")
-        return grad, None
 
 
 class Refuses(nn.Module):
@@ -460,7 +429,7 @@ def _error_of_a_step(module, reference, rank, in_place=False):
     return worst
 
 
-def test_a_leaf_that_fails_on_one_rank_raises_on_all():
+def test_a_leaf_that_fails_on_one_rank_raises_on_all(on_ranks):
     here = rf"{re.escape(__file__)}:\d+"
     says = {
         name: [rf"rank 1: opaque leaf '{leaf}' \({here}\): ValueError: no such item"]
@@ -519,17 +488,19 @@ def _failing_backwards(rank, ranks):
     return found
 
 
-def test_a_leaf_whose_backward_fails_on_one_rank_raises_on_all():
+def test_a_leaf_whose_backward_fails_on_one_rank_raises_on_all(on_ranks):
     ranks = {n: [r for r in range(2) if isinstance(case[2 + r], tuple)] for n, case in BACKWARD_FAILURES.items()}
     ranks["global"] = [0, 1]
     for found in on_ranks(_failing_backwards, 2, timeout_s=120):
         for name, (texts, worst) in found.items():
-            said = "RuntimeError: one of the variables" if name == "autograd" else "ValueError: no such gradient"
+            said, file = "ValueError: no such gradient", inspect.getfile(Raises)
+            if name == "autograd":
+                said, file = "RuntimeError: one of the variables", __file__
             for text in texts:
                 assert text.startswith("InputError") and text.count("opaque leaf") == len(ranks[name]), (name, text)
                 for rank in ranks[name]:
                     column = 1 if name == "global" else BACKWARD_FAILURES[name][2 + rank][0]
-                    leaf = rf"'{('first', 'second')[column]}' \({re.escape(__file__)}:\d+\)"
+                    leaf = rf"'{('first', 'second')[column]}' \({re.escape(file)}:\d+\)"
                     assert re.search(rf"rank {rank}: backward of opaque leaf {leaf}: {said}", text), (name, text)
             assert worst < 1e-12, f"{name}: the next step has to work"
 
@@ -563,7 +534,7 @@ def _drawn(rank, ranks):
     return [module(IDS[:2] if rank == 0 else IDS[2:]).detach() for _ in range(2)]
 
 
-def test_dropout_in_a_leaf_that_mixes_rows_is_drawn_once_for_all_ranks():
+def test_dropout_in_a_leaf_that_mixes_rows_is_drawn_once_for_all_ranks(on_ranks):
     first, second = (torch.cat(parts) for parts in zip(*on_ranks(_drawn, 2), strict=True))
     assert not torch.equal(first, second)
     for x in (first, second):
@@ -653,10 +624,10 @@ class Labels(Model):
         return nn.functional.binary_cross_entropy_with_logits(both, target) + 1e-7 * penalty, weights * 2
 
 
-def test_writes_to_parts_of_values_and_float32_beside_float64():
+def test_writes_to_parts_of_values_and_float32_beside_float64(on_ranks):
     program = captured(Labels())
     assert program.rung == "export" and not program.failures
-    des.verify(Labels(), (IDS,), plans=[None, {"*": "row"}])
+    des.verify(Labels(), (IDS,), plans=[None, {"*": "row"}], launch=on_ranks)
 
 
 class WithLoss(Plain):
@@ -664,9 +635,11 @@ class WithLoss(Plain):
         return nn.functional.mse_loss(self(ids).squeeze(1), target) + 0.01 * self.table.weight.square().sum()
 
 
-def test_verify_of_a_method():
+def test_verify_of_a_method(on_ranks):
     target = torch.rand(len(IDS), generator=torch.Generator().manual_seed(1))
-    report = des.verify(WithLoss(), {"ids": IDS, "target": target}, method="calculate_loss", plans=[{"*": "row"}])
+    report = des.verify(
+        WithLoss(), {"ids": IDS, "target": target}, method="calculate_loss", plans=[{"*": "row"}], launch=on_ranks
+    )
     assert report.worst["output"] < 1e-12
     with pytest.raises(des.InputError, match="no method 'loss'"):
         des.verify(WithLoss(), (IDS, target), method="loss")
@@ -698,12 +671,12 @@ class GatesInAList(nn.Module):
         return sum(self.table(ids) @ g for g in self.gates)
 
 
-def test_parameters_that_are_not_registered_are_constants_and_named():
+def test_parameters_that_are_not_registered_are_constants_and_named(on_ranks):
     ids = torch.arange(8) % 9
     with pytest.warns(UserWarning, match="gates hold tensors that require gradients and are not among parameters"):
         module = des.compile(GatesInAList(), (ids,))
     assert [n for n, _ in module.named_parameters()] == ["table.weight"]
-    des.verify(GatesInAList(), (ids,))
+    des.verify(GatesInAList(), (ids,), launch=on_ranks)
 
 
 class Idle(Sequence):
@@ -750,10 +723,10 @@ class Looks(Model):
         return self.normed((self.first * e).sum(1))
 
 
-def test_a_model_that_keeps_what_it_computed_compiles_after_it_has_run():
+def test_a_model_that_keeps_what_it_computed_compiles_after_it_has_run(on_ranks):
     model = Looks()
     model(IDS).sum().backward()
     assert not model.first.is_leaf and not model.normed.weight.is_leaf
-    assert des.verify(model, (IDS,), plans=[None, {"*": "row"}]).cases == 2
+    assert des.verify(model, (IDS,), plans=[None, {"*": "row"}], launch=on_ranks).cases == 2
     with pytest.warns(UserWarning, match=r"leaves values with gradients on the model, in (seen, first|first, seen);"):
         assert des.compile(model, (IDS,)).coverage().rung == "export"

@@ -5,13 +5,16 @@ import torch
 
 import descompiler as des
 from descompiler import collectives
-from descompiler.verify import on_ranks
 from examples.models import MODELS, make_inputs
 
 
-def _exchange(rank, ranks, staged):
-    if staged:
-        collectives.through_host = lambda x, group: True
+def _through_the_host(rank, ranks, function):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "through_host", lambda x, group: True)
+        return function(rank, ranks)
+
+
+def _exchange(rank, ranks):
     sent = [(rank + 1) * (r + 1) for r in range(ranks)]
     received = [(r + 1) * (rank + 1) for r in range(ranks)]
     values = torch.arange(sum(sent), dtype=torch.float64) + 100 * rank
@@ -23,14 +26,13 @@ def _exchange(rank, ranks, staged):
     return pending.wait(), every, moved
 
 
-def test_through_the_host():
-    for direct, staged in zip(on_ranks(_exchange, 2, False), on_ranks(_exchange, 2, True), strict=True):
+def test_through_the_host(on_ranks):
+    for direct, staged in zip(on_ranks(_exchange, 2), on_ranks(_through_the_host, 2, _exchange), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(direct, staged, strict=True))
         assert direct[1].tolist() == [0, 10, 1, 11] and direct[2].tolist() == [0, 1, 2]
 
 
 def _train(rank, ranks):
-    collectives.through_host = lambda x, group: True
     torch.manual_seed(0)
     model, inputs = MODELS["deepfm"]("fields", batch_norm=True).double(), make_inputs("deepfm", "fields", 6)
     inputs = (inputs[0].double(), inputs[1])
@@ -46,6 +48,6 @@ def _train(rank, ranks):
     )
 
 
-def test_training_through_the_host():
-    for error in on_ranks(_train, 2):
+def test_training_through_the_host(on_ranks):
+    for error in on_ranks(_through_the_host, 2, _train):
         assert error == pytest.approx(0, abs=1e-12)

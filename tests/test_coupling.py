@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import descompiler as des
-from descompiler.verify import on_ranks
 
 FORMS = ("replicate", "gather", "field", "row", "column", "pull")
 
@@ -179,24 +178,26 @@ def double():
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_two_ranks(model):
+def test_two_ranks(on_ranks, model):
     torch.manual_seed(0)
-    report = des.verify(model(), inputs(), ranks=2, plans=[None, {"user*": "row", "item*": "field"}, {"*": "pull"}])
+    report = des.verify(
+        model(), inputs(), ranks=2, plans=[None, {"user*": "row", "item*": "field"}, {"*": "pull"}], launch=on_ranks
+    )
     assert report.cases == 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_every_split(model, ranks):
+def test_every_split(on_ranks, model, ranks):
     torch.manual_seed(0)
-    des.verify(model(), inputs(), ranks=ranks, plans=[{"*": form} for form in FORMS])
+    des.verify(model(), inputs(), ranks=ranks, plans=[{"*": form} for form in FORMS], launch=on_ranks)
 
 
 @pytest.mark.parametrize("model", [InBatchSoftmax, SeveralOutputs])
-def test_four_ranks(model):
+def test_four_ranks(on_ranks, model):
     torch.manual_seed(0)
-    des.verify(model(), inputs(), ranks=4, plans=[{"*": "row"}])
+    des.verify(model(), inputs(), ranks=4, plans=[{"*": "row"}], launch=on_ranks)
 
 
 def plan_of(model, ranks=2):
@@ -283,8 +284,8 @@ def test_verify_says_that_it_can_not_compare_what_each_rank_draws():
         des.verify(Noisy(), inputs(), ranks=2)
 
 
-def test_verify_gives_the_original_what_is_drawn_for_the_whole_batch():
-    assert des.verify(Shuffled(), inputs(), ranks=3, plans=[None, {"*": "row"}]).cases == 2
+def test_verify_gives_the_original_what_is_drawn_for_the_whole_batch(on_ranks):
+    assert des.verify(Shuffled(), inputs(), ranks=3, plans=[None, {"*": "row"}], launch=on_ranks).cases == 2
 
 
 class Shuffled(TwoTower):
@@ -306,7 +307,7 @@ def _shuffled(rank, ranks):
     return [[x.tolist() for x in run] for run in runs], des.full_state_dict(module)["item.weight"]
 
 
-def test_draws_for_the_whole_batch_are_equal_on_all_ranks():
+def test_draws_for_the_whole_batch_are_equal_on_all_ranks(on_ranks):
     results = on_ranks(_shuffled, 3)
     _, items, x = double()
     orders = []
@@ -344,7 +345,7 @@ def _modes(rank, ranks, loss):
 
 
 @pytest.mark.parametrize("loss", ["rank_mean", "row_mean", "sum"])
-def test_losses_that_use_rows_and_the_whole_batch(loss):
+def test_losses_that_use_rows_and_the_whole_batch(on_ranks, loss):
     assert max(on_ranks(_modes, 2, loss)) < 1e-10
 
 
@@ -365,6 +366,6 @@ def _other_outputs(rank, ranks):
     return float(max(errors)), module.traffic() == module.plan.traffic(rank, 4, backward=False)
 
 
-def test_ranks_that_use_different_outputs_and_evaluation():
+def test_ranks_that_use_different_outputs_and_evaluation(on_ranks):
     for error, counted in on_ranks(_other_outputs, 2):
         assert error < 1e-10 and counted

@@ -8,7 +8,6 @@ from torch import nn
 
 import descompiler as des
 from descompiler.coverage import WEIGHTS_RICH_ELEMENTS, Coverage, Covered
-from descompiler.verify import on_ranks
 
 ROWS = WEIGHTS_RICH_ELEMENTS // 4
 IDS = torch.randint(ROWS, (8, 2), generator=torch.Generator().manual_seed(0))
@@ -86,7 +85,7 @@ def _covered(rank, ranks):
     return found
 
 
-def test_nothing_is_left_out():
+def test_nothing_is_left_out(on_ranks):
     for found in on_ranks(_covered, 2, timeout_s=200):
         for wrong, unsaid, *_ in found.values():
             assert not wrong and not unsaid

@@ -6,14 +6,8 @@ import pytest
 import torch
 
 import descompiler as des
-from descompiler.passes import FORMS
 from examples.models import LAYOUTS, MODELS, make_inputs
-
-SPLITS = [None, *({"*": form} for form in ("replicate", "field", "row", "column"))]
-EVERY = [None, *({"*": form.name} for form in FORMS if form.name != "fsdp")]  # no table here is used whole
-FETCHED = [{"*": form} for form in ("gather", "pull", "hot")]
-"""Forms without a region: what follows a lookup is the original's graph, so a few models say it all."""
-
+from tests.harness.plans import EVERY, FETCHED, SPLITS
 
 # DNN is a part of Wide&Deep, and xDeepFM has DeepFM's; what `make test` leaves out is in `make test-all`.
 SLOW = {("dnn", layout) for layout in LAYOUTS} | {("xdeepfm", "fields"), ("xdeepfm", "offsets")}
@@ -27,41 +21,43 @@ SLOW = {("dnn", layout) for layout in LAYOUTS} | {("xdeepfm", "fields"), ("xdeep
         for layout in LAYOUTS
     ],
 )
-def test_two_ranks(name, layout):
+def test_two_ranks(on_ranks, name, layout):
     torch.manual_seed(0)
-    report = des.verify(MODELS[name](layout), make_inputs(name, layout, 8), ranks=2, plans=SPLITS)
+    report = des.verify(MODELS[name](layout), make_inputs(name, layout, 8), ranks=2, plans=SPLITS, launch=on_ranks)
     assert report.cases == len(SPLITS)
 
 
 @pytest.mark.parametrize(("name", "layout"), [("deepfm", "offsets"), ("two_tower", "bags")])
-def test_fetched(name, layout):
+def test_fetched(on_ranks, name, layout):
     torch.manual_seed(0)
-    des.verify(MODELS[name](layout), make_inputs(name, layout, 8), ranks=2, plans=FETCHED)
+    des.verify(MODELS[name](layout), make_inputs(name, layout, 8), ranks=2, plans=FETCHED, launch=on_ranks)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_fetched_by_every_model_and_optimizer(name, ranks):
+def test_fetched_by_every_model_and_optimizer(on_ranks, name, ranks):
     for layout in LAYOUTS:
         for sparse in (False, True):
             torch.manual_seed(0)
             model = MODELS[name](layout, sparse=sparse)
             optimizers = ["sparse_adam"] if sparse else ["sgd", "adagrad", "adam"]
-            des.verify(model, make_inputs(name, layout, 8), ranks=ranks, plans=FETCHED, optimizers=optimizers)
+            des.verify(
+                model, make_inputs(name, layout, 8), ranks=ranks, plans=FETCHED, optimizers=optimizers, launch=on_ranks
+            )
 
 
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam", "sparse_adam"])
-def test_optimizers(optimizer):
+def test_optimizers(on_ranks, optimizer):
     torch.manual_seed(0)
     model = MODELS["deepfm"]("fields", sparse=optimizer == "sparse_adam", batch_norm=True)
-    des.verify(model, make_inputs("deepfm", "fields", 8), ranks=2, plans=EVERY, optimizers=[optimizer])
+    des.verify(model, make_inputs("deepfm", "fields", 8), ranks=2, plans=EVERY, optimizers=[optimizer], launch=on_ranks)
 
 
 @pytest.mark.parametrize("name", ["deepfm", "two_tower"])
-def test_four_ranks(name):
+def test_four_ranks(on_ranks, name):
     torch.manual_seed(0)
-    des.verify(MODELS[name]("fields"), make_inputs(name, "fields", 8), ranks=4, plans=EVERY)
+    des.verify(MODELS[name]("fields"), make_inputs(name, "fields", 8), ranks=4, plans=EVERY, launch=on_ranks)
 
 
 class Selects(torch.nn.Module):
@@ -79,11 +75,11 @@ class Selects(torch.nn.Module):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_parameters_without_gradients(ranks):
+def test_parameters_without_gradients(on_ranks, ranks):
     """The reducer does not wait for them; sizes that come of a division by the batch size are known without rows."""
     torch.manual_seed(0)
     inputs = (torch.randint(30, (8, 6)), torch.randint(30, (8,)))
-    report = des.verify(Selects(), inputs, ranks=ranks, plans=EVERY)
+    report = des.verify(Selects(), inputs, ranks=ranks, plans=EVERY, launch=on_ranks)
     assert report.cases == len(EVERY)
 
 

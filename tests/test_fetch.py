@@ -10,7 +10,6 @@ from descompiler.fetch import pull
 from descompiler.fetch_layout import Fetch, FetchTable
 from descompiler.pieces import Pieces
 from descompiler.runtime import Runtime
-from descompiler.verify import on_ranks
 
 
 class Everything(nn.Module):
@@ -45,14 +44,14 @@ MIXED = {"item.weight": "pull", "user.weight": "row", "group.weight": "pull", "b
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
-def test_every_use_of_a_table(optimizer):
+def test_every_use_of_a_table(on_ranks, optimizer):
     torch.manual_seed(0)
     model = Everything(sparse=optimizer == "sparse_adam")
     plans = [{"*": "pull"}, {"*": "gather"}, {"*": "hot"}, MIXED]
-    des.verify(model, (ids_of(9),), ranks=3, plans=plans, optimizers=[optimizer])
+    des.verify(model, (ids_of(9),), ranks=3, plans=plans, optimizers=[optimizer], launch=on_ranks)
 
 
-def test_what_is_sent_for_unique_ids():
+def test_what_is_sent_for_unique_ids(on_ranks):
     """2 ranks, one row each: the expected counts are those of the formula, not those of the runtime."""
     for unique, sent in on_ranks(_counted, 2):
         rank, counts = unique
@@ -102,7 +101,7 @@ def _bad_late_ids(rank, ranks):
     return texts
 
 
-def test_computed_ids_that_are_wrong_on_one_rank_raise_on_every_rank():
+def test_computed_ids_that_are_wrong_on_one_rank_raise_on_every_rank(on_ranks):
     for fine, text in on_ranks(_bad_late_ids, 2):
         assert fine == "fine" and "rank 1: table 'second.weight'" in text and "id 9 in row 1" in text
 
@@ -145,7 +144,7 @@ def _many_ranges(rank, ranks, sparse):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_many_ranges_of_hot_rows(sparse):
+def test_many_ranges_of_hot_rows(on_ranks, sparse):
     assert max(on_ranks(_many_ranges, 3, sparse)) < 1e-12
 
 
@@ -170,7 +169,7 @@ def _alone(rank, ranks):
     return float((out - own).abs()), float(difference)
 
 
-def test_pull_by_itself():
+def test_pull_by_itself(on_ranks):
     for output, gradient in on_ranks(_alone, 3):
         assert output < 1e-12 and gradient < 1e-12
 
@@ -187,12 +186,12 @@ class Different(nn.Module):
         return (padded * nn.functional.embedding((x + 1) % 9, self.table.weight)).sum(1)
 
 
-def test_lookups_that_differ_are_not_fetched_together():
+def test_lookups_that_differ_are_not_fetched_together(on_ranks):
     model, inputs = Different(), (torch.arange(9).repeat(2),)
     (table,) = des.plan(model, inputs, ranks=2).tables
     assert {"pull", "gather", "hot", "row"} <= set(table.refusals)
     assert table.refusals["pull"] == "its lookups differ in padding_idx or sparse"
-    des.verify(model, inputs, ranks=2)
+    des.verify(model, inputs, ranks=2, launch=on_ranks)
 
 
 class Selects(nn.Module):
@@ -207,11 +206,11 @@ class Selects(nn.Module):
         return v[:, 0].sum(1)
 
 
-def test_rows_that_nobody_reads():
+def test_rows_that_nobody_reads(on_ranks):
     """Their gradients are zero, not missing: weight decay moves the table, as in the original."""
     module = des.compile(Selects(), (ids_of(6),), plan={"unread.weight": "pull"})
     module(ids_of(6)).sum().backward()
     assert module.unread.weight.grad is not None and not module.unread.weight.grad.any()
     for read in ("field", "row", "pull"):
         plans = [{"read.weight": read, "unread.weight": form} for form in ("pull", "gather", "hot")]
-        des.verify(Selects(), (ids_of(9),), ranks=2, plans=plans)
+        des.verify(Selects(), (ids_of(9),), ranks=2, plans=plans, launch=on_ranks)

@@ -10,7 +10,7 @@ import torch
 import descompiler as des
 from descompiler.verify import on_ranks
 from examples.models import MODELS, make_inputs
-from tests.test_equivalence import EVERY, SPLITS
+from tests.harness.plans import EVERY, SPLITS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine")
 

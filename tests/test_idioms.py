@@ -6,9 +6,8 @@ import descompiler as des
 from descompiler.capture import capture
 from descompiler.passes import NORMALISE
 from descompiler.probe import blueprint
-from descompiler.verify import on_ranks
-from tests.idioms import IDIOMS, IDS, LoopOverRows
-from tests.pool import here
+from tests.harness.idioms import IDIOMS, IDS, LoopOverRows
+from tests.harness.pool import here
 
 RUNGS = dict.fromkeys(IDIOMS, "export")
 RUNGS |= dict.fromkeys(("BatchSizeAsInt", "AssertsAndPrints"), "dynamo")
@@ -34,7 +33,7 @@ def _verify(rank, ranks):
             raise AssertionError(f"{name}: {error}") from error
 
 
-def test_they_train_as_the_original():
+def test_they_train_as_the_original(on_ranks):
     on_ranks(_verify, 2, timeout_s=300)
 
 

@@ -10,47 +10,11 @@ import torch
 from torch import nn
 
 import descompiler as des
-from descompiler.verify import on_ranks
-
-IDS = torch.randint(9, (8, 3), generator=torch.Generator().manual_seed(0))
-LABELS = torch.rand(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-class Recommender(nn.Module):
-    """As RecBole's models: ``calculate_loss`` trains, ``predict`` serves, a regulariser in between."""
-
-    data_dependent = False
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.table = nn.Embedding(9, 4)
-        self.top = nn.Linear(4, 1)
-        self.penalised = [self.table.weight, self.top.weight]  # the same objects, outside of the modules
-
-    def forward(self, batch):
-        e = self.table(batch["ids"]).sum(1)
-        if self.data_dependent and (batch["ids"] == 3).any():
-            e = e + self.table.weight[batch["ids"][:, 0]] * (batch["ids"][:, :1] == 3)
-        return self.top(e).squeeze(1)
-
-    def calculate_loss(self, batch):
-        return (self.forward(batch) - batch["label"]).square().mean()
-
-    def regularization_loss(self):
-        return sum(0.1 * p.square().sum() for p in self.penalised) + 0.01 * self.penalised[0].norm()
-
-    def predict(self, batch):
-        with torch.no_grad():
-            return self(batch).sigmoid()
+from tests.harness.models import IDS, LABELS, Recommender, batch_of
 
 
 class Branching(Recommender):
     data_dependent = True
-
-
-def batch_of(rows):
-    return {"ids": IDS[rows], "label": LABELS[rows]}
 
 
 def _train(rank, ranks, cls, method, cuts):
@@ -99,7 +63,7 @@ def _train(rank, ranks, cls, method, cuts):
         (Branching, "calculate_loss", "partial"),
     ],
 )
-def test_own_loop(cls, method, rung):
+def test_own_loop(on_ranks, cls, method, rung):
     for worst, captured in on_ranks(_train, 2, cls, method, [3, 4, 6]):
         assert captured == rung
         assert all(x < 1e-12 for x in worst.values()), worst
@@ -158,7 +122,7 @@ def _fit(rank, ranks):
 
 @pytest.mark.zoo
 @pytest.mark.skipif(importlib.util.find_spec("deepctr_torch") is None, reason="pip install 'descompiler[zoo]'")
-def test_the_training_loop_of_deepctr_torch():
+def test_the_training_loop_of_deepctr_torch(on_ranks):
     _, expected, state, _ = _fit(0, 1)
     for _, scores, weights, rung in on_ranks(_fit, 2):
         assert rung == "export"
@@ -207,7 +171,7 @@ def _annealed(rank, ranks):
     return worst, told, errors
 
 
-def test_plain_attributes_that_change():
+def test_plain_attributes_that_change(on_ranks):
     for worst, told, errors in on_ranks(_annealed, 2):
         assert worst < 1e-12
         assert [len(x) for x in told] == [1, 1, 0, 1], "best is not read, and a known value is not captured again"

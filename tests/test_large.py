@@ -17,7 +17,7 @@ from descompiler.errors import CaptureError
 from descompiler.folded import FOLDED_ROWS, Folded, has_own_values
 from descompiler.local_operators import bag, lookup
 from descompiler.probe import blueprint, materialise
-from tests.pool import RankPool
+from tests.harness.pool import RankPool
 
 HUGE = 10**10
 aten = torch.ops.aten

@@ -10,7 +10,7 @@ import torch
 
 import descompiler
 from benchmarks.soak import SCENARIOS, memory, prepared
-from tests.pool import RankPool
+from tests.harness.pool import RankPool
 
 
 @pytest.fixture(scope="module")

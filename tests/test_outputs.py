@@ -12,7 +12,7 @@ import descompiler as des
 from descompiler.capture import capture
 from descompiler.passes import NORMALISE
 from descompiler.probe import blueprint
-from descompiler.verify import _work, on_ranks
+from descompiler.verify import _work
 from examples.models import SequentialRecommender
 
 ITEMS, DIM, LENGTH, ROWS = 37, 4, 5, 6
@@ -147,15 +147,15 @@ def _every_head(rank, ranks):
     return reports
 
 
-def test_every_head_trains_as_the_original():
+def test_every_head_trains_as_the_original(on_ranks):
     for reports in on_ranks(_every_head, 2):
         assert all(r.cases == 3 for r in reports.values()) and len(reports) == len(HEADS)
 
 
-def test_a_large_layer_that_is_gathered():
+def test_a_large_layer_that_is_gathered(on_ranks):
     """Its gradient is priced; and what is no cheaper divided stays whole."""
     model, inputs = Model("an output layer of its own"), make_inputs()
-    des.verify(model, inputs, plans=[{"out.weight": "fsdp"}])
+    des.verify(model, inputs, plans=[{"out.weight": "fsdp"}], launch=on_ranks)
     plan = des.plan(model, inputs, ranks=2, pins={"out.weight": "fsdp"})
     assert [w.backward for w in plan.layout.wholes] == [True]
     forbid = {"out.weight": ["row", "pull"]}
@@ -178,18 +178,20 @@ def _bad_target(rank, ranks):
     return texts
 
 
-def test_a_target_that_is_no_item_raises_on_every_rank():
+def test_a_target_that_is_no_item_raises_on_every_rank(on_ranks):
     for texts in on_ranks(_bad_target, 2):
         assert all(f"id {ITEMS} in row 2" in text and "'items.weight'" in text for text in texts)
 
 
 @pytest.mark.parametrize("encoder, ranks", [("gru", 2), ("attention", 3)])
-def test_a_sequential_recommender_with_a_tied_item_table(encoder, ranks):
+def test_a_sequential_recommender_with_a_tied_item_table(on_ranks, encoder, ranks):
     torch.manual_seed(0)
     model = SequentialRecommender(40, 4, length=5, encoder=encoder)
     history, target = torch.randint(41, (9, 5)), torch.randint(1, 41, (9,))
     plans = [None, {"items.weight": "row"}, {"items.weight": "pull"}]
-    assert des.verify(model, (history, target), ranks=ranks, plans=plans, optimizers=["adam"]).cases == len(plans)
+    assert des.verify(
+        model, (history, target), ranks=ranks, plans=plans, optimizers=["adam"], launch=on_ranks
+    ).cases == len(plans)
 
 
 def test_the_planner_leaves_the_logits_with_the_owners():
@@ -222,7 +224,7 @@ class WithLoss(nn.Module):
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", ["stamp", "hstu"])
-def test_public_models_with_scores_of_all_items(name):
+def test_public_models_with_scores_of_all_items(on_ranks, name):
     pytest.importorskip("torch_rechub")
     torch.manual_seed(0)
     history = torch.randint(1, 43, (8, 6))
@@ -230,4 +232,4 @@ def test_public_models_with_scores_of_all_items(name):
     target = torch.randint(1, 43, (8,) if name == "stamp" else (8, 6))
     plan = des.plan(WithLoss(name), (history, target), ranks=2, pins={"*": "pull"})
     assert [kind for v in plan.layout.vocabularies for kind, _ in v.requests] == ["log_sum_exp", "select"]
-    des.verify(WithLoss(name), (history, target), plans=[{"*": "pull"}, {"*": "row"}])
+    des.verify(WithLoss(name), (history, target), plans=[{"*": "pull"}, {"*": "row"}], launch=on_ranks)

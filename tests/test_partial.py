@@ -15,42 +15,13 @@ from torch import nn
 import descompiler as des
 from descompiler.partial import survey
 from descompiler.probe import blueprint
-from descompiler.verify import on_ranks
-from tests.test_capture import Raises
-from tests.test_ranks import raised
+from tests.harness.failures import Raises, raised
+from tests.harness.models import IDS, Branch, ThroughLists
 
-IDS = torch.randint(9, (8, 3), generator=torch.Generator().manual_seed(0))
 PULL = {"*": "row"}
 
 
-class Base(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.table = nn.Embedding(9, 4, padding_idx=2)
-        self.top = nn.Linear(4, 1)
-        self.other = nn.Linear(4, 1)
-
-    def embed(self, ids):
-        """The ids go through Python lists: no tracer follows them."""
-        return self.table(torch.tensor(ids.tolist()).reshape(ids.shape)).sum(1)
-
-
-class Branch(Base):
-    """Rows with an odd first id go through another layer: shapes and unused layers depend on values."""
-
-    def forward(self, ids):
-        e = self.embed(ids)
-        odd = ids[:, 0] % 2 == 1
-        out = e.new_zeros(len(ids))
-        if odd.any():
-            out[odd] = self.other(e[odd]).squeeze(1)
-        if (~odd).any():
-            out[~odd] = self.top(e[~odd]).squeeze(1).tanh()
-        return out
-
-
-class Everything(Base):
+class Everything(ThroughLists):
     """Bags, a parameter indexed, a parameter multiplied, sparse gradients, batch norm, dicts out."""
 
     def __init__(self):
@@ -70,7 +41,7 @@ class Everything(Base):
         return {"score": self.top(e).squeeze(1) + self.bias[ids[:, 1]], "all": scores, "n": None}
 
 
-class Packed(Base):
+class Packed(ThroughLists):
     """As most sequence models: packing refuses a batch without rows; a batch norm on top."""
 
     def __init__(self):
@@ -93,9 +64,9 @@ class Squeezed(Packed):
 
 
 @pytest.mark.parametrize("cls", [Branch, Everything, Packed, Squeezed])
-def test_trains_as_the_original(cls):
+def test_trains_as_the_original(on_ranks, cls):
     with warnings.catch_warnings(record=True):
-        report = des.verify(cls(), (IDS,), plans=[PULL], optimizers=["adagrad"])
+        report = des.verify(cls(), (IDS,), plans=[PULL], optimizers=["adagrad"], launch=on_ranks)
     assert report.cases == 1
 
 
@@ -115,7 +86,7 @@ def _no_rows_on_the_first_rank(rank, ranks):
     return worst, text
 
 
-def test_a_lookup_that_needs_rows():
+def test_a_lookup_that_needs_rows(on_ranks):
     for worst, text in on_ranks(_no_rows_on_the_first_rank, 2):
         assert worst < 1e-12
         assert "rank 1" in text and "int" in text
@@ -128,7 +99,7 @@ def _own_examples(rank, ranks):
     return module.plan.digest()
 
 
-def test_ranks_whose_examples_differ_make_one_plan():
+def test_ranks_whose_examples_differ_make_one_plan(on_ranks):
     assert len(set(on_ranks(_own_examples, 2))) == 1
 
 
@@ -143,7 +114,7 @@ def test_one_rank():
     assert coverage.rung == "partial" and [f.rung for f in coverage.failures] == ["export", "dynamo", "fx", "leaf"]
 
 
-class RankDependent(Base):
+class RankDependent(ThroughLists):
     """Looks up once more where a flag says so, or fails there."""
 
     action = ""
@@ -174,13 +145,13 @@ NORM = r"RankError.*rank 0: runs in mode the end of forward.*rank 1: runs in mod
 
 
 @pytest.mark.parametrize(("action", "expected"), [("norm", NORM), ("fails", "no such user")])
-def test_ranks_that_differ_get_an_error(action, expected):
+def test_ranks_that_differ_get_an_error(on_ranks, action, expected):
     for text, fine in on_ranks(_differ, 2, action, timeout_s=60):
         assert re.search(expected, text, re.S), text
         assert fine, "the next step has to work"
 
 
-class FailsBackward(Base):
+class FailsBackward(ThroughLists):
     """Backward raises, or autograd does, in front of a batch norm's backward or behind it."""
 
     action = ""
@@ -237,7 +208,7 @@ def _failing_backwards(rank, ranks):
     return found
 
 
-def test_a_backward_that_fails_on_one_rank_raises_on_all():
+def test_a_backward_that_fails_on_one_rank_raises_on_all(on_ranks):
     ranks = on_ranks(_failing_backwards, 2, timeout_s=120)
     for (_, action), *found in zip(BACKWARDS, *ranks, strict=True):
         said = rf"\({re.escape(inspect.getfile(Raises))}:\d+\): ValueError: no such gradient"
@@ -267,7 +238,7 @@ def _unequal_lookups(rank, ranks):
     return worst
 
 
-class Unequal(Base):
+class Unequal(ThroughLists):
     def __init__(self):
         super().__init__()
         self.rare = nn.Embedding(9, 4)
@@ -282,12 +253,12 @@ class Unequal(Base):
         return self.top(e)
 
 
-def test_ranks_that_look_up_different_things():
+def test_ranks_that_look_up_different_things(on_ranks):
     for worst in on_ranks(_unequal_lookups, 2):
         assert worst < 1e-12
 
 
-class Mixes(Base):
+class Mixes(ThroughLists):
     def forward(self, ids):
         e = self.embed(ids)
         return self.top(e - e.mean(0))
@@ -302,8 +273,10 @@ class MixesInAllWays(Packed):
 
 
 @pytest.mark.parametrize(("cls", "ranks"), [(Mixes, 2), (MixesInAllWays, 3)])
-def test_where_rows_depend_on_each_other_every_rank_runs_the_global_batch(cls, ranks):
-    assert des.verify(cls(), (IDS,), ranks=ranks, plans=[None, PULL], optimizers=["adagrad"]).cases == 2
+def test_where_rows_depend_on_each_other_every_rank_runs_the_global_batch(on_ranks, cls, ranks):
+    assert (
+        des.verify(cls(), (IDS,), ranks=ranks, plans=[None, PULL], optimizers=["adagrad"], launch=on_ranks).cases == 2
+    )
 
 
 class Chooses(Packed):
@@ -342,10 +315,10 @@ class Noise(Branch):
 
 
 @pytest.mark.parametrize("cls", [Draws, Noise])
-def test_what_is_drawn_for_the_whole_batch_is_the_same_in_one_process(cls):
+def test_what_is_drawn_for_the_whole_batch_is_the_same_in_one_process(on_ranks, cls):
     seen = survey(blueprint(cls()), (IDS,))
     assert seen.coupled and seen.random
-    assert des.verify(cls(), (IDS,), ranks=2, plans=[None, PULL]).cases == 2
+    assert des.verify(cls(), (IDS,), ranks=2, plans=[None, PULL], launch=on_ranks).cases == 2
 
 
 def _same_draws(rank, ranks):
@@ -359,7 +332,7 @@ def _same_draws(rank, ranks):
     return draws, [str(w.message) for w in caught], before
 
 
-def test_the_global_batch_draws_the_same_on_every_rank():
+def test_the_global_batch_draws_the_same_on_every_rank(on_ranks):
     (first, warned, mine), (second, _, other) = on_ranks(_same_draws, 2)
     assert first == second and first[0] != first[1] and mine != other
     assert any(
@@ -391,7 +364,7 @@ def _regularised(rank, ranks, kind):
 
 
 @pytest.mark.parametrize("kind", ["squares", "norm", "p-norm", "product"])
-def test_regularisers_outside_forward(kind):
+def test_regularisers_outside_forward(on_ranks, kind):
     for gradient, value in on_ranks(_regularised, 2, kind):
         assert gradient < 1e-12 and value < 1e-12
 
@@ -425,13 +398,13 @@ def _follows(rank, ranks, path):
     return module.plan.forms, module.table.weight.shape[0]
 
 
-def test_two_ranks_follow_a_plan(tmp_path):
+def test_two_ranks_follow_a_plan(on_ranks, tmp_path):
     des.plan(Branch(), (IDS,), ranks=2, pins=PULL).save(tmp_path / "plan.json")
     found = on_ranks(_follows, 2, tmp_path / "plan.json")
     assert [f for f, _ in found] == [{"table.weight": "pull"}] * 2 and sum(n for _, n in found) == 9
 
 
-class TrainingOnly(Base):
+class TrainingOnly(ThroughLists):
     """Traced in training; in evaluation ids go through lists."""
 
     def __init__(self):
@@ -467,7 +440,7 @@ def _evaluated(rank, ranks, form):
 
 
 @pytest.mark.parametrize("form", ["row", "column"])
-def test_evaluation_that_is_not_captured_runs_the_users_forward(form):
+def test_evaluation_that_is_not_captured_runs_the_users_forward(on_ranks, form):
     for rung, worst, said, rows, sent, text in on_ranks(_evaluated, 2, form):
         assert rung == "export" and worst < 1e-12 and said == 1 and len(rows) == 1 and sent > 0
         assert "call it within torch.no_grad()" in text
@@ -510,6 +483,6 @@ def _as_alone(rank, ranks, usage):
 
 
 @pytest.mark.parametrize("usage", ["thawed", "hooks", "twice"])
-def test_gradients_of_thawed_parameters_behind_hooks_and_twice(usage):
+def test_gradients_of_thawed_parameters_behind_hooks_and_twice(on_ranks, usage):
     with warnings.catch_warnings(record=True):
         assert max(on_ranks(_as_alone, 2, usage)) < 1e-12

@@ -7,10 +7,8 @@ import torch
 
 import descompiler as des
 from descompiler.passes import FORMS
-from descompiler.verify import on_ranks
 from examples.models import MODELS, make_inputs
-from tests.test_capture import IDS, Recurrent
-from tests.test_in_place import Recommender, batch_of
+from tests.harness.models import IDS, Recommender, Recurrent, batch_of
 
 INPUTS = make_inputs("deepfm", "fields", 8)
 
@@ -60,7 +58,7 @@ def _compile_edited(rank, ranks, path):
     return module.plan.forms, module.plan.traffic(rank, 8, unique=module.unique()) == module.traffic(), module.plan.rows
 
 
-def test_a_form_edited_in_the_file_is_compiled_and_priced(tmp_path):
+def test_a_form_edited_in_the_file_is_compiled_and_priced(on_ranks, tmp_path):
     plan = des.plan(make(), INPUTS, ranks=2, batch=64)
     data = json.loads(plan.to_json())
     name = plan.tables[0].name

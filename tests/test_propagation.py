@@ -16,8 +16,8 @@ from descompiler.operators import find_operators
 from descompiler.passes import NORMALISE
 from descompiler.probe import blueprint
 from descompiler.sparse import equal, parts_of, with_parts
-from descompiler.verify import _work, on_ranks
-from tests.propagation import ITEMS, NGCF, STEPS, Cosine, LightGCN, Loss, Weighted, inputs
+from descompiler.verify import _work
+from tests.harness.propagation import ITEMS, NGCF, STEPS, Cosine, LightGCN, Loss, Weighted, inputs
 
 HELD = [f"{layout} {how}" for layout in ("coo", "csr", "dense") for how in ("buffer", "attribute")]
 
@@ -89,7 +89,7 @@ def _verify(rank, ranks, names):
 
 
 @pytest.mark.parametrize("ranks, names", [(2, list(MODELS)[:-1]), (3, list(MODELS)[-1:])])
-def test_propagation_by_columns_trains_as_the_original(ranks, names):
+def test_propagation_by_columns_trains_as_the_original(on_ranks, ranks, names):
     assert on_ranks(_verify, ranks, names) == [[2] * len(names)] * ranks
 
 
@@ -130,7 +130,7 @@ def _bad_ids(rank, ranks):
     return str(caught.value)
 
 
-def test_ids_out_of_range_of_the_computed_table_raise_on_every_rank():
+def test_ids_out_of_range_of_the_computed_table_raise_on_every_rank(on_ranks):
     for text in on_ranks(_bad_ids, 2):
         assert f"id {ITEMS} in row 3" in text and "computed of user.weight, item.weight" in text
 
@@ -170,7 +170,7 @@ class Twice(nn.Module):
         return x @ self.item.weight.T + self.item.weight.norm(), (x @ w.T).logsumexp(1)
 
 
-def test_gathered_tables_train_as_the_original():
+def test_gathered_tables_train_as_the_original(on_ranks):
     assert on_ranks(_verify_whole, 3) == [[2] * 3] * 3
 
 

@@ -9,12 +9,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import descompiler as des
-from descompiler.passes import FORMS
 from descompiler.verify import DIVERGED
-from tests.pool import RankPool, RankPoolError, here
-from tests.random_models import CONSUMERS, cases
+from tests.harness.plans import LOOKED_UP
+from tests.harness.pool import RankPoolError, here
+from tests.harness.random_models import CONSUMERS, cases
 
-NAMES = tuple(f.name for f in FORMS if f.name != "fsdp")  # their tables are only looked up
 SLOW = int(os.environ.get("RANDOM_MODELS", "500"))
 common = settings(
     deadline=None,
@@ -35,15 +34,9 @@ def check(rank, ranks, case):
     return max(report.worst.values()), report.growth
 
 
-@pytest.fixture(scope="module")
-def pools():
-    with RankPool(2) as two, RankPool(3) as three:
-        yield {2: two, 3: three}
-
-
-def verify(case, pools):
+def verify(on_ranks, case):
     try:
-        worst, growth = map(max, zip(*pools[case.ranks](check, case), strict=True))
+        worst, growth = map(max, zip(*on_ranks(check, case.ranks, case), strict=True))
     except RankPoolError as error:
         pytest.fail(f"{error}\n\n# the model, to run on its own:\n{case.script()}", pytrace=False)
     assert worst <= 1e-10
@@ -52,18 +45,18 @@ def verify(case, pools):
 
 @seed(1)
 @settings(common, max_examples=15)
-@given(case=cases(NAMES))
-def test_some(case, pools):
-    verify(case, pools)
+@given(case=cases(LOOKED_UP))
+def test_some(on_ranks, case):
+    verify(on_ranks, case)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @seed(int(os.environ.get("RANDOM_SEED", "2")))
 @settings(common, max_examples=SLOW)
-@given(case=cases(NAMES))
-def test_many(case, pools):
-    verify(case, pools)
+@given(case=cases(LOOKED_UP))
+def test_many(on_ranks, case):
+    verify(on_ranks, case)
 
 
 def test_a_case_is_a_script():
@@ -72,7 +65,7 @@ def test_a_case_is_a_script():
 
     @seed(0)
     @settings(common, max_examples=3)
-    @given(case=cases(NAMES))
+    @given(case=cases(LOOKED_UP))
     def draw(case):
         found.append(case)
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import descompiler as des
-from descompiler.verify import on_ranks
 from examples.models import MODELS, make_inputs
+from tests.harness.failures import raised
+from tests.harness.models import IDS
 
 INPUTS = make_inputs("deepfm", "fields", 8)
 
@@ -24,14 +25,6 @@ def make(seed: int = 0, **options) -> nn.Module:
 
 def inputs_of(rows: slice = slice(None)):
     return tuple(x[rows].double() if x.is_floating_point() else x[rows] for x in INPUTS)
-
-
-def raised(function) -> str:
-    try:
-        function()
-    except des.DescompilerError as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def _bad_ids(rank, ranks):
@@ -47,7 +40,7 @@ def _bad_ids(rank, ranks):
     return text, nested, torch.isfinite(after).all().item()
 
 
-def test_bad_input_on_one_rank_raises_on_every_rank():
+def test_bad_input_on_one_rank_raises_on_every_rank(on_ranks):
     for text, nested, fine in on_ranks(_bad_ids, 2):
         assert re.search(r"InputError: rank 1: table .* id 10000 in row 3 of the batch", text)
         assert "rank 0" in nested and "compiled for inputs nested as" in nested
@@ -60,7 +53,7 @@ def _floats_for_ids(rank, ranks):
     return raised(lambda: module(dense, ids.double() if rank == 0 else ids))
 
 
-def test_ids_that_are_no_integers():
+def test_ids_that_are_no_integers(on_ranks):
     for text in on_ranks(_floats_for_ids, 2):
         assert "ids must be integers" in text and "rank 0" in text
 
@@ -72,7 +65,7 @@ def _different(rank, ranks, what):
 
 
 @pytest.mark.parametrize("what", ["model", "plan"])
-def test_ranks_that_compile_different_things(what):
+def test_ranks_that_compile_different_things(on_ranks, what):
     for text in on_ranks(_different, 2, what):
         assert text.startswith(f"RankError: ranks compile different {what}s") and "rank 1" in text
 
@@ -82,7 +75,7 @@ def _other_world(rank, ranks):
     return raised(lambda: des.compile(make(), inputs_of(), plan=plan))
 
 
-def test_a_plan_for_another_world_size():
+def test_a_plan_for_another_world_size(on_ranks):
     for text in on_ranks(_other_world, 2):
         assert "PlanError" in text and "3 ranks" in text and "2 ranks" in text
 
@@ -93,7 +86,7 @@ def _modes(rank, ranks):
     return raised(lambda: module(*inputs_of()))
 
 
-def test_ranks_in_different_modes():
+def test_ranks_in_different_modes(on_ranks):
     for text in on_ranks(_modes, 2):
         assert "RankError" in text and "rank 0: runs in mode training" in text and "rank 1: runs in mode eval" in text
 
@@ -109,7 +102,7 @@ def _checkpoint(rank, ranks, form):
 
 
 @pytest.mark.parametrize("form", ["field", "row", "column"])
-def test_state_dict_round_trip(form):
+def test_state_dict_round_trip(on_ranks, form):
     assert on_ranks(_checkpoint, 3, form) == [(True, True, True)] * 3
 
 
@@ -119,7 +112,7 @@ def _from_meta(rank, ranks, form):
     return des.full_state_dict(des.compile(model, INPUTS, plan={"*": form}, seed=5))
 
 
-def test_weights_of_a_meta_model_do_not_depend_on_ranks():
+def test_weights_of_a_meta_model_do_not_depend_on_ranks(on_ranks):
     with torch.device("meta"):
         model = MODELS["deepfm"]("fields")
     expected = des.full_state_dict(des.compile(model, INPUTS, seed=5))
@@ -149,9 +142,6 @@ class InPart(Attends):
         return super().forward(torch.tensor(ids.tolist()))
 
 
-IDS = torch.randint(9, (8, 3), generator=torch.Generator().manual_seed(0))
-
-
 def _partly_from_meta(rank, ranks, cls, in_place):
     """Everything is on the meta device, but the bias of the output layer."""
     with torch.device("meta"):
@@ -164,7 +154,7 @@ def _partly_from_meta(rank, ranks, cls, in_place):
 
 
 @pytest.mark.parametrize(("cls", "rung", "in_place"), [(Attends, "export", False), (InPart, "partial", True)])
-def test_what_is_not_on_meta_keeps_its_values(cls, rung, in_place):
+def test_what_is_not_on_meta_keeps_its_values(on_ranks, cls, rung, in_place):
     expected, _ = _partly_from_meta(0, 1, Attends, False)
     assert expected["out.bias"].tolist() == list(range(9))
     assert not expected["items.weight"][0].any() and expected["items.weight"][1:].std() > 0.5  # as a table, not a layer
@@ -244,7 +234,7 @@ def _cast(rank, ranks, when, in_place):
 
 
 @pytest.mark.parametrize(("when", "in_place"), [("before a step", False), ("after a step", True)])
-def test_cast_after_it_was_compiled(when, in_place):
+def test_cast_after_it_was_compiled(on_ranks, when, in_place):
     for rung, worst, as_predicted in on_ranks(_cast, 2, when, in_place):
         assert rung == "export" and worst < 1e-12 and (as_predicted or in_place)
 
@@ -276,7 +266,7 @@ def _losses(rank, ranks, loss):
 
 
 @pytest.mark.parametrize("loss", ["rank_mean", "row_mean"])
-def test_gradients_by_the_convention_of_the_loss(loss):
+def test_gradients_by_the_convention_of_the_loss(on_ranks, loss):
     assert max(on_ranks(_losses, 2, loss)) < 1e-10
 
 
@@ -294,8 +284,13 @@ class Tied(nn.Module):
         return self.linear(self.user(ids[:, 0]) * self.item(ids[:, 1]))
 
 
-def test_tied_tables():
-    des.verify(Tied(), (torch.randint(9, (8, 2)),), plans=[{"*": f} for f in ("replicate", "field", "row", "column")])
+def test_tied_tables(on_ranks):
+    des.verify(
+        Tied(),
+        (torch.randint(9, (8, 2)),),
+        plans=[{"*": f} for f in ("replicate", "field", "row", "column")],
+        launch=on_ranks,
+    )
 
 
 class TiedInPart(Tied):
@@ -335,7 +330,7 @@ def _averaged(rank, ranks, cls):
 
 
 @pytest.mark.parametrize(("cls", "rung"), [(Tied, "export"), (TiedInPart, "partial")])
-def test_copies_of_a_compiled_module(cls, rung):
+def test_copies_of_a_compiled_module(on_ranks, cls, rung):
     for worst, found, pickled, in_place in on_ranks(_averaged, 2, cls):
         assert worst < 1e-12 and found == rung
         assert "can't be pickled: save des.full_state_dict" in pickled
@@ -357,7 +352,7 @@ def _no_tables(rank, ranks):
     return [str(n.message) for n in notes if "weights-rich" in str(n.message)], same, module.traffic().total
 
 
-def test_a_model_without_tables_is_data_parallel_and_says_so():
+def test_a_model_without_tables_is_data_parallel_and_says_so(on_ranks):
     results = on_ranks(_no_tables, 2)
     assert [len(notes) for notes, _, _ in results] == [1, 0] and "data parallel" in results[0][0][0]
     assert all(same and sent > 0 for _, same, sent in results)
@@ -373,7 +368,7 @@ def _deferred(rank, ranks):
     return before, torch.allclose(got, expected, rtol=1e-10), type(module).__name__, len(list(module.parameters()))
 
 
-def test_compile_at_the_first_forward():
+def test_compile_at_the_first_forward(on_ranks):
     for before, same, kind, parameters in on_ranks(_deferred, 2):
         assert all("compiled by its first forward" in text for text in before)
         assert same and kind == "DistributedModule" and parameters > 0
@@ -384,7 +379,7 @@ def _fails_on_one_rank(rank, ranks):
     return raised(lambda: des.compile(make(), (dense[:, :1] if rank else dense, ids)))
 
 
-def test_example_inputs_that_one_rank_can_not_run():
+def test_example_inputs_that_one_rank_can_not_run(on_ranks):
     first, second = on_ranks(_fails_on_one_rank, 2)
     assert first.startswith("RankError: rank 1 could not compile: InputError")
     assert second.startswith("InputError: the model can't run example_inputs")
@@ -426,7 +421,7 @@ def _backward_orders(rank, ranks, order):
 
 
 @pytest.mark.parametrize("order", ["forwards first", "graph kept", "accumulated", "a forward without backward"])
-def test_forwards_and_backwards_in_any_order(order):
+def test_forwards_and_backwards_in_any_order(on_ranks, order):
     assert max(on_ranks(_backward_orders, 2, order)) < 1e-10
 
 
@@ -448,7 +443,7 @@ def _from_samples(rank, ranks):
     return max(errors), "assumed" in module.plan.explain().split("memory")[0]
 
 
-def test_a_plan_from_samples():
+def test_a_plan_from_samples(on_ranks):
     for error, assumed in on_ranks(_from_samples, 2):
         assert error < 1e-12 and not assumed
 
@@ -472,7 +467,7 @@ def _frozen_afterwards(rank, ranks):
     return worst
 
 
-def test_replicated_parameters_that_are_all_frozen_after_compile():
+def test_replicated_parameters_that_are_all_frozen_after_compile(on_ranks):
     for worst in on_ranks(_frozen_afterwards, 2):
         assert worst < 1e-12
 
@@ -538,7 +533,7 @@ def _thawed(rank, ranks, cls, names, in_place):
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("names", [["table"], ["table", "layer"], ["chooser"], ["layer", "chooser", "last"]])
 @pytest.mark.parametrize("cls", [Contrast, Branching, OwnForward])
-def test_parameters_that_are_frozen_at_compile_and_trained_later(cls, names, in_place):
+def test_parameters_that_are_frozen_at_compile_and_trained_later(on_ranks, cls, names, in_place):
     for worst in on_ranks(_thawed, 2, cls, names, in_place):
         assert worst < 1e-12
 
@@ -551,7 +546,7 @@ def _frozen_on_one_rank(rank, ranks, cls):
 
 
 @pytest.mark.parametrize("cls", [Contrast, Branching, OwnForward])
-def test_parameters_that_are_frozen_on_one_rank(cls):
+def test_parameters_that_are_frozen_on_one_rank(on_ranks, cls):
     for text in on_ranks(_frozen_on_one_rank, 2, cls):
         assert text.startswith("RankError: ") and "2 parameters frozen" in text
 
@@ -583,7 +578,7 @@ def _steps_in_backward(rank, ranks, kind):
 
 
 @pytest.mark.parametrize("kind", ["emitted", "in place"])
-def test_an_optimiser_may_step_in_backward(kind):
+def test_an_optimiser_may_step_in_backward(on_ranks, kind):
     """Hooks that wait for an accumulated gradient see the average over ranks."""
     for worst, with_gradients, calls in on_ranks(_steps_in_backward, 2, kind):
         assert worst < 1e-12 and with_gradients and calls > 6
@@ -608,5 +603,5 @@ def _frozen_and_thawed(rank, ranks):
     return worst
 
 
-def test_parameters_may_be_frozen_and_thawed_between_steps():
+def test_parameters_may_be_frozen_and_thawed_between_steps(on_ranks):
     assert max(on_ranks(_frozen_and_thawed, 2)) < 1e-12

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 import descompiler as des
-from descompiler.passes import FORMS
 from examples.models import DeepFM
-from tests.pool import RankPool, here
-from tests.random_models import CONSUMERS, fixed
+from tests.harness.plans import EVERY
+from tests.harness.pool import here
+from tests.harness.random_models import CONSUMERS, fixed
 
-PLANS = [None, *({"*": form.name} for form in FORMS if form.name != "fsdp")]  # no table here is used whole
 ALWAYS = {
     "attention with heads",
     "batch norm, then narrow",
@@ -42,21 +41,15 @@ def forced(rank, ranks, text):
     """On every rank: verify the model of a text with each form on all tables."""
     space = {"__name__": "model"}
     exec(compile(text, "<model>", "exec"), space)
-    return des.verify(space["Model"](), space["inputs"](), ranks=ranks, plans=PLANS, launch=here)
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with RankPool(2) as ranks:
-        yield ranks
+    return des.verify(space["Model"](), space["inputs"](), ranks=ranks, plans=EVERY, launch=here)
 
 
 @pytest.mark.parametrize(
     "consumer", [pytest.param(c, marks=() if c in ALWAYS else pytest.mark.slow) for c in sorted(CONSUMERS)]
 )
-def test_every_form(consumer, pool):
-    report = pool(forced, fixed(consumer).text)[0]
-    assert report.cases == len(PLANS)
+def test_every_form(on_ranks, consumer):
+    report = on_ranks(forced, 2, fixed(consumer).text)[0]
+    assert report.cases == len(EVERY)
     assert max(report.worst.values()) <= 1e-10
 
 
@@ -82,9 +75,9 @@ def inputs():
 """
 
 
-def test_masked_sums(pool):
-    report = pool(forced, MASKED)[0]
-    assert report.cases == len(PLANS)
+def test_masked_sums(on_ranks):
+    report = on_ranks(forced, 2, MASKED)[0]
+    assert report.cases == len(EVERY)
 
 
 PAIR = """
@@ -125,10 +118,10 @@ ONCE_WRONG = {
 
 
 @pytest.mark.parametrize("name", ONCE_WRONG)
-def test_what_was_wrong_once(name, pool):
+def test_what_was_wrong_once(on_ranks, name):
     module, result = ONCE_WRONG[name]
-    report = pool(forced, PAIR.format(module=module, result=result))[0]
-    assert report.cases == len(PLANS)
+    report = on_ranks(forced, 2, PAIR.format(module=module, result=result))[0]
+    assert report.cases == len(EVERY)
     assert max(report.worst.values()) <= 1e-10
 
 
@@ -142,8 +135,8 @@ def compile_s(rank, ranks, fields):
 
 
 @pytest.mark.slow
-def test_a_hundred_tables_compile_in_half_a_minute(pool):
-    for tables, seconds in pool(compile_s, 50):
+def test_a_hundred_tables_compile_in_half_a_minute(on_ranks):
+    for tables, seconds in on_ranks(compile_s, 2, 50):
         assert tables == 100
         assert seconds < 30
 
@@ -177,7 +170,7 @@ def evaluated(rank, ranks, form, training_first):
 
 @pytest.mark.parametrize("training_first", [True, False])
 @pytest.mark.parametrize("form", ["field", "column"])
-def test_batch_norm_evaluates_with_the_statistics_of_the_global_batch(pool, form, training_first):
-    for worst, inside in pool(evaluated, form, training_first):
+def test_batch_norm_evaluates_with_the_statistics_of_the_global_batch(on_ranks, form, training_first):
+    for worst, inside in on_ranks(evaluated, 2, form, training_first):
         assert inside
         assert worst < 1e-10

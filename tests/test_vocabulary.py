@@ -7,7 +7,6 @@ from descompiler import vocabulary as vocab
 from descompiler.layout import Layout, Vocabulary
 from descompiler.runtime import Runtime
 from descompiler.traffic import Traffic
-from descompiler.verify import on_ranks
 from descompiler.vocabulary import vocabulary, vocabulary_on_ranks
 
 SIZE, DIM, LENGTH = 23, 3, 2
@@ -109,7 +108,7 @@ def _cases(rank, ranks):
     ]
 
 
-def test_two_ranks_equal_one():
+def test_two_ranks_equal_one(on_ranks):
     results = on_ranks(_cases, 2)
     assert all(a + b > 0 for a, b in zip(*results, strict=True))
 
@@ -119,7 +118,7 @@ def _three(rank, ranks):
     return [_case(rank, ranks, kinds, [2, 3, 0], ranges, 0, None) for kinds in REQUESTS.values()]
 
 
-def test_a_rank_that_owns_nothing():
+def test_a_rank_that_owns_nothing(on_ranks):
     on_ranks(_three, 3)
 
 

@@ -8,9 +8,8 @@ import importlib.util
 
 import pytest
 
-from tests.pool import RankPool
-from tests.sweep import FILE, PLANS, RANKS, examine, markdown, verified_in
-from tests.zoo import LEFT_OUT, LIBRARIES, ZOO, library_classes
+from tests.harness.sweep import FILE, PLANS, RANKS, examine, markdown, verified_in
+from tests.harness.zoo import LEFT_OUT, LIBRARIES, ZOO, library_classes
 
 missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
 pytestmark = [
@@ -29,23 +28,17 @@ ALWAYS = (
 )
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with RankPool(RANKS) as ranks:
-        yield ranks
-
-
 def cases():
     for name in ZOO:
         yield pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", list(cases()))
-def test_two_ranks(name, pool):
+def test_two_ranks(on_ranks, name):
     listed = name in verified_in(FILE.read_text())
     if not listed and name not in ALWAYS:
         pytest.skip("docs/zoo.md says why it is not verified")
-    found = pool(examine, name, timeout_s=240)[0]
+    found = on_ranks(examine, RANKS, name, timeout_s=240)[0]
     assert found.status == "verified", found.reason
     assert found.cases == (len(PLANS) if found.tables else 1)
     assert found.worst <= 1e-10

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests import zoo_recbole
+from tests.harness import zoo_recbole
 
 FIELD_ROWS = (7, 13, 29, 11)
 DENSE = 3
