@@ -318,10 +318,20 @@ def mutates(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+CASTS = frozenset({aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.to.other})
+"""Operators that return their operand in another dtype or place, or itself if it is so already."""
+
+
 def is_view(node: fx.Node) -> bool:
     """Whether what an operator returns shares memory with an operand."""
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+    if schema is None or not any(r.alias_info is not None for r in schema.returns):
+        return False
+    if node.target not in CASTS:
+        return True
+    new, old = value(node).dtype, value(node.args[0]).dtype
+    # one of floating point to another is a copy too, except in float64, where capture compares graph and model
+    return new == old or (new.is_floating_point and old.is_floating_point)
 
 
 def is_pure(node: fx.Node) -> bool:

@@ -13,7 +13,18 @@ import sympy
 import torch
 from torch import fx
 
-from descompiler.program import DROPOUTS, Program, aten, is_tensor, mutates, propagate, shape_of, signature, value
+from descompiler.program import (
+    CASTS,
+    DROPOUTS,
+    Program,
+    aten,
+    is_tensor,
+    mutates,
+    propagate,
+    shape_of,
+    signature,
+    value,
+)
 
 COPIES = {
     aten.clone.default,
@@ -80,6 +91,6 @@ def is_noop(node: fx.Node) -> bool:
             return False
         everything = args["end"] is None or args["end"] == torch.iinfo(torch.int64).max
         return (same and everything) or (isinstance(args["end"], fx.Node) and _same_sizes(node, source))
-    if target in (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.to.other):
+    if target in CASTS:
         return same and value(node).device == value(source).device
     return target in SAME_SHAPE and bool(same)

@@ -10,6 +10,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from descompiler.program import Program, aten, eliminate_dead_code, is_tensor, shape_of, signature, value
@@ -56,7 +57,8 @@ class SimplifyIndexing:
         if dim == 0 or source is None or source.kind == "parameter" or source.name not in program.constants:
             return
         values = program.constants[source.name]
-        if values.dim() == 1 and not values.is_floating_point() and bool((values >= 0).all()) and values.numel():
+        positions = values.dtype in (torch.int32, torch.int64)  # of a mask, there are as many as are true
+        if positions and values.dim() == 1 and values.numel() and bool((values >= 0).all()):
             self._replace(program, node, aten.index_select.default, (x, dim, index))
 
     def _replace(self, program: Program, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:

@@ -1,22 +1,31 @@
 """What each rule does, as text: the graph with placements, then each rank's program.
 
+Behind each node are its placement, the key of its row pattern if ranks hold disjoint rows, and the rule that placed it
+(lookups are placed by the form of their table). Of the second rank only what differs from the first is printed.
+
 ``pytest --update-golden`` writes the files anew; read the difference before committing it.
 """
 
+import difflib
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from descompiler.aggregate import Weights, minimum_cut, place
+from descompiler.aggregate import Candidates, Weights, minimum_cut, place
 from descompiler.capture import capture
-from descompiler.emit import emit
+from descompiler.emit import Emitted, emit
 from descompiler.objective import assign, parameter_pieces
 from descompiler.operators import find_operators
 from descompiler.passes import NORMALISE, RULES
+from descompiler.pieces import Run
+from descompiler.placement import Disjoint
 from descompiler.probe import blueprint
-from descompiler.program import canonical, canonical_graph
+from descompiler.program import Program, canonical, canonical_graph
 
 RANKS = 2
 
@@ -262,6 +271,7 @@ CASES = [
     (FactorizationMachine, "field"),
     (FactorizationMachine, "row"),
     (View, "field"),
+    (View, "row"),
     (View, "column"),
     (Interaction, "column"),
     (OnOwner, "field"),
@@ -303,16 +313,73 @@ def text_of(model: nn.Module, form: str) -> str:
     candidates = place(program, operators, splits, RULES, RANKS)
     cut = minimum_cut(program, candidates, Weights(RANKS, 8))
     pieces = parameter_pieces(program, splits, candidates, cut, RANKS)
-    marks = {n: f"{p.placement}{'' if n in cut.inside else ', not inside'}" for n, p in candidates.placed.items()}
+    marks = {n: _mark(program, candidates, n, n in cut.inside) for n in candidates.placed}
     marks |= {n: f"declined: {reason}" for n, reason in candidates.declined.items()}
-    text = "before\n" + canonical(program, marks)
-    for rank in range(RANKS):
-        emitted = emit(program, operators, splits, pieces, candidates, cut, rank, RANKS)
-        sources = dict(
-            zip([n.name for n in emitted.module.graph.nodes if n.op == "placeholder"][1:], emitted.sources, strict=True)
-        )
-        text += f"\nafter, rank {rank}\n" + canonical_graph(emitted.module.graph, sources)
+    first, *others = (
+        _emitted_text(emit(program, operators, splits, pieces, candidates, cut, rank, RANKS)) for rank in range(RANKS)
+    )
+    text = f"before\n{canonical(program, marks)}\nafter, rank 0\n{first}"
+    for rank, other in enumerate(others, 1):
+        text += f"\nafter, rank {rank}\n{_difference(first, other)}"
     return text
+
+
+def _mark(program: Program, candidates: Candidates, node: fx.Node, inside: bool) -> str:
+    """Where a node is, and who says so: the rule, or the form of the table that it looks up."""
+    placement = candidates.placed[node].placement
+    text = str(placement)
+    if isinstance(placement, Disjoint):
+        text += f" of {_key(placement.key, _names(program))}"
+    if node in candidates.rules:
+        text += f", by {candidates.rules[node].name}"
+    return text if inside else f"{text}, not inside"
+
+
+def _names(program: Program) -> dict[str, str]:
+    """Names of nodes in canonical text, by those in the graph."""
+    calls = (n for n in program.graph.nodes if n.op == "call_function")
+    names = {n.name: f"%{i}" for i, n in enumerate(calls)}
+    return names | {name: f"{s.kind}:{s.name}" for name, s in program.sources.items()}
+
+
+def _key(key: Any, names: Mapping[str, str]) -> str:
+    """The pattern of rows of a `Disjoint` value: what made it, and of what."""
+    if isinstance(key, Disjoint):  # one of several values that are concatenated
+        return _key(key.key, names)
+    if isinstance(key, Run):
+        return ",".join(f"{key.size}@{key.owner + i}" for i in range(key.count))
+    if not isinstance(key, tuple):
+        return str(key)
+    parts = [_key(x, names) for x in key]
+    if not key or not isinstance(key[0], str):
+        return f"[{','.join(parts)}]"
+    # a lookup's has the ids, and who owns which rows; others have what made them
+    head = names[key[0]] if len(key) == 2 else key[0]
+    return f"{head}({','.join(parts[1:])})"
+
+
+def _emitted_text(emitted: Emitted) -> str:
+    """A rank's program."""
+    graph = emitted.module.graph
+    names = [n.name for n in graph.nodes if n.op == "placeholder"][1:]
+    return canonical_graph(graph, dict(zip(names, emitted.sources, strict=True)))
+
+
+def _difference(first: str, other: str) -> str:
+    """The lines that one program has and the other has not, in order: ``-`` the first one's, ``+`` the other's.
+
+    Nodes of the other that the first has too have the first one's numbers, the rest a dash.
+    """
+    mine, theirs = first.splitlines(), other.splitlines()
+    called = [[re.sub(r"^%\d+.* = |\(.*", "", line) for line in lines] for lines in (mine, theirs)]
+    names = {
+        theirs[block.b + i].split(" ")[0].split("[")[0]: mine[block.a + i].split(" ")[0].split("[")[0]
+        for block in difflib.SequenceMatcher(None, *called, autojunk=False).get_matching_blocks()
+        for i in range(block.size)
+    }
+    renamed = re.sub(r"%\d+", lambda name: names.get(name[0], f"{name[0]}'"), other)
+    lines = difflib.ndiff(mine, renamed.splitlines())
+    return "".join(f"{line}\n" for line in lines if line[0] in "+-") or "as rank 0\n"
 
 
 @pytest.mark.parametrize(("model", "form"), CASES, ids=[f"{m.__name__}-{f}" for m, f in CASES])

@@ -10,4 +10,5 @@
   of one call, `family` the calls and placements, `parts` cuts numbers as placements say and puts them together,
   `rules` runs and judges, `keys` lets keys of disjoint values grow, `missing` looks for placements that would be right
   and that no rule offers, and writes docs/rules.md. `lookups` does for forms what `rules` does for rules.
+- `graph_text` reads programs from their text, for the examples of normalise passes.
 """
