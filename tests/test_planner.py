@@ -222,8 +222,11 @@ def test_a_limit_of_memory_is_kept():
     with torch.device("meta"):
         model = MODELS["fm"]("fields", vocab_sizes=[3000] * 4, dim=16)
     found = Captured.of(model, (torch.randn(4, 3), torch.zeros(4, 4, dtype=torch.int64)))
-    free = found.plan(ranks=4, batch=4096)
-    assert set(free.forms.values()) != {"replicate"} or free.price_bytes
+    free = found.plan(ranks=4, batch=100_000)
+    assert set(free.forms.values()) == {"replicate"}
+    less = free.memory(0).total - 1
+    split = found.plan(ranks=4, batch=100_000, memory_bytes=less)
+    assert max(split.memory(r).total for r in range(4)) <= less and split.price_bytes > free.price_bytes
     whole = found.plan(ranks=4, batch=1, pins={"*": "replicate"}).memory(0).total
     limited = found.plan(ranks=4, batch=1, memory_bytes=whole // 2)
     assert max(limited.memory(r).total for r in range(4)) <= whole // 2
@@ -234,6 +237,21 @@ def test_a_limit_of_memory_is_kept():
         found.plan(ranks=4, batch=1, memory_bytes=whole // 2, pins={"*": "replicate"})
     with pytest.raises(des.PlanError, match="its memory is not known"):
         found.plan(ranks=4, optimizer="lion")
+
+
+@pytest.mark.parametrize("form", ["row", "pull", "hot"])
+def test_ranks_hold_equally_many_rows_where_memory_is_short(form):
+    """Rows of which a few are asked for: three of four ranks own those, unless the fourth can't hold all others."""
+    model = MODELS["fm"]("fields", vocab_sizes=[40_000], dim=16)
+    popular = torch.arange(40).unsqueeze(1)
+    found = Captured.of(model, (torch.zeros(40, 3), popular))
+    asked = {"ranks": 4, "batch": 40, "pins": {"*": form}, "samples": [(torch.zeros(40, 3), popular)] * 3}
+    free = found.plan(**asked)
+    most = [max(free.memory(r).total for r in range(4)), sum(free.memory(r).total for r in range(4)) // 3]
+    assert most[1] < most[0]
+    limited = found.plan(**asked, memory_bytes=most[1])
+    assert max(limited.memory(r).total for r in range(4)) <= most[1]
+    assert limited.price_bytes >= free.price_bytes
 
 
 def test_whole_tables_are_balanced():
