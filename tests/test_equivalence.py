@@ -97,12 +97,11 @@ def _other_weights(rank, ranks, function, model, *arguments):
     return function(rank, ranks, model, *arguments)
 
 
-@pytest.mark.parametrize("form", ["row", "replicate"])
-def test_a_wrong_model_is_found(form):
+def test_a_wrong_model_is_found():
     """The proof can fail: a rank whose weights differ from the original's is reported."""
 
     def launch(function, ranks, *arguments, timeout_s):
         return on_ranks(_other_weights, ranks, function, *arguments, timeout_s=timeout_s)
 
     with pytest.raises(des.EquivalenceError, match=r"initial '.*' is not the original's, bit for bit"):
-        des.verify(MODELS["fm"]("fields"), make_inputs("fm", "fields", 8), plans=[{"*": form}], launch=launch)
+        des.verify(MODELS["fm"]("fields"), make_inputs("fm", "fields", 8), plans=[{"*": "row"}], launch=launch)
