@@ -28,7 +28,7 @@ class Random(nn.Module):
         self.steps = steps
         self.first = nn.Linear(3 * dims, hidden)
         self.mixed = nn.Linear(3 * dims + 2, hidden)
-        self.linear = nn.Linear(dims, 2)
+        self.linear, self.one = nn.Linear(dims, 2), nn.Linear(6 * dims, 1)
         self.norm = nn.BatchNorm1d(3 * dims)
         self.norm_of_one = nn.BatchNorm1d(dims, track_running_stats=False)
 
@@ -48,12 +48,15 @@ class Random(nn.Module):
                 out.append(self.linear(e).sum((1, 2)))
             elif step == "norm":
                 out.append((self.norm(e.flatten(1)) ** 2).sum(1) + self.norm_of_one(e[:, 0]).tanh().sum(1))
+            elif step == "wide":  # what a layer inside is made of has to be inside, though it also leaves
+                twice = torch.cat([e.flatten(1)] * 2, 1)
+                out.append(self.one(twice).squeeze(1) + twice.sort(1).values[:, 0])
             elif step == "mask":  # what is no number can't leave
                 out.append((e > 0.1).to(e.dtype).sum((1, 2)))
         return torch.stack(out, 1)
 
 
-STEPS = ["sum", "fm", "deep", "mixed", "each", "norm", "mask"]
+STEPS = ["sum", "fm", "deep", "mixed", "each", "norm", "wide", "mask"]
 
 
 def lay_out(program, operators, splits, candidates, inside, ranks):
@@ -98,9 +101,10 @@ def test_costs_are_what_the_layout_of_every_legal_set_sends(step, draws):
     program, _ = capture(blueprint(Random(3, steps, 4)), (torch.randint(7, (5, 3)), torch.randn(5, 2)))
     program = run_passes(program, NORMALISE)
     operators = find_operators(program)
-    # columns let every step be inside; the others differ in who has what
-    for forms in (["column"] * 3, [draws.choice(["field", "row", "column"]) for _ in range(2)] + ["replicate"]):
-        ranks, rows, work = draws.randint(2, 8), draws.randint(1, 300), draws.random() < 0.5
+    # columns let every step be inside, and few rows make weights dear; the others differ in who has what
+    mixed = [draws.choice(["field", "row", "column"]) for _ in range(2)]
+    for forms, rows in ((["column"] * 3, draws.choice([1, 2])), ([*mixed, "replicate"], draws.randint(1, 300))):
+        ranks, work = draws.randint(2, 8), draws.random() < 0.5
         print(f"{steps}, {forms}, {ranks=}, {rows=}, {work=}")
         compare_with_layouts(program, operators, forms, Weights(ranks, rows, flops_per_byte=40 if work else inf))
 
