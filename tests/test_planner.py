@@ -29,7 +29,7 @@ NAMES = [f.name for f in FORMS if f.name != "hot"]
 
 
 class Mixture(nn.Module):
-    """Tables of several sizes, and consumers chosen by the test; the first two may read the same ids."""
+    """Tables of several sizes, and consumers chosen by the test; they may all read the same ids."""
 
     def __init__(self, sizes, dim, hidden, consumers, sparse, same_ids):
         super().__init__()
@@ -39,9 +39,7 @@ class Mixture(nn.Module):
         self.consumers, self.same_ids = consumers, same_ids
 
     def forward(self, x):
-        ids = list(x.unbind(1))
-        if self.same_ids:
-            ids[1] = ids[0]
+        ids = [x[:, 0]] * len(self.tables) if self.same_ids else x.unbind(1)
         e = torch.stack([t(i) for t, i in zip(self.tables, ids, strict=True)], 1)
         out = []
         for consumer in self.consumers:
@@ -120,16 +118,17 @@ def test_small_models_get_the_best_of_all_choices(number, draws):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dim", "hidden", "consumers", "sparse", "ranks", "rows"),
+    ("sizes", "dim", "hidden", "consumers", "sparse", "same_ids", "ranks", "rows"),
     [
-        ([100_000, 100_000], 16, 2, ["norm"], False, 8, 4096),  # of a rank's share of what leaves
-        ([100_000, 100_000], 16, 2, ["deep", "fm"], True, 2, 4096),  # of what leaves
-        ([1000, 100_000, 1000], 1, 400, ["deep"], False, 2, 50),  # of weights that are cut
+        ([100_000, 100_000], 16, 2, ["norm"], False, False, 8, 4096),  # of a rank's share of what leaves
+        ([100_000, 100_000], 16, 2, ["deep", "fm"], True, False, 2, 4096),  # of what leaves
+        ([1000, 100_000, 1000], 1, 400, ["deep"], False, False, 2, 50),  # of weights that are cut
+        ([100_000] * 3, 16, 2, ["fm"], False, True, 2, 4096),  # of ids
     ],
 )
-def test_the_bound_where_it_is_close(sizes, dim, hidden, consumers, sparse, ranks, rows):
+def test_the_bound_where_it_is_close(sizes, dim, hidden, consumers, sparse, same_ids, ranks, rows):
     """Half as much again of any of its terms would be above the best plan."""
-    compare_with_all_choices(captured(sizes, dim, hidden, consumers, sparse), ranks, rows)
+    compare_with_all_choices(captured(sizes, dim, hidden, consumers, sparse, same_ids), ranks, rows)
 
 
 def test_a_bound_above_the_price_is_an_error_and_never_a_proof(monkeypatch):
