@@ -123,7 +123,7 @@ def test_small_models_get_the_best_of_all_choices(number, draws):
     ("sizes", "dim", "hidden", "consumers", "sparse", "same_ids", "ranks", "rows"),
     [
         ([100_000, 100_000], 16, 2, ["norm"], False, False, 8, 4096),  # of a rank's share of what leaves
-        ([100_000, 100_000], 16, 2, ["sorted"], False, False, 2, 50),  # of what leaves
+        ([100_000, 100_000], 16, 2, ["deep", "fm"], True, True, 2, 4096),  # of what leaves
         ([1000, 100_000, 1000], 1, 400, ["deep"], False, False, 2, 50),  # of weights that are cut
         ([100_000] * 3, 16, 2, ["fm"], False, True, 2, 4096),  # of ids
     ],
