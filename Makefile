@@ -33,7 +33,7 @@ export PYTHONPATH := $(CURDIR)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check mutants rules zoo gpu-check report paper-table bench-links clean
+.PHONY: help demo test test-all check exits soak mutants rules zoo gpu-check report paper-table bench-links bench-memory clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' \
@@ -76,6 +76,15 @@ zoo: $(INSTALLED_DEV)  ## verify every model of public libraries on 2 ranks, wri
 
 bench-links: $(INSTALLED)  ## predicted against measured bytes and seconds on shaped links (root; ARGS="--verbose")
 	PYTHONPATH=$(CURDIR) $(RUN) benchmarks/links.py $(ARGS)
+
+exits: $(INSTALLED)  ## exit statuses of many runs of scripts and commands under torchrun (ARGS="--runs 50 --busy")
+	PYTHONPATH=$(CURDIR) $(RUN) benchmarks/exits.py $(ARGS)
+
+soak: $(INSTALLED)  ## 20,000 training steps in every form and situation: memory, objects, descriptors (ARGS="--only pull")
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(RUN) benchmarks/soak.py $(ARGS)
+
+bench-memory: $(INSTALLED)  ## peak memory of compiling 4 GiB of tables on 2 ranks, saving and loading (ARGS="--gib 1")
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(RUN) benchmarks/memory.py $(ARGS)
 
 gpu-check: $(INSTALLED_DEV)  ## run the tests that need a GPU (PY=python3: without .venv)
 	$(RUN) -m pytest tests/test_gpu.py -rs $(ARGS)

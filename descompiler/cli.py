@@ -582,6 +582,9 @@ def verify(
     spec: Spec,
     ranks: Annotated[int, typer.Option(min=1)] = 2,
     steps: Annotated[int, typer.Option(min=1)] = 3,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="cut tables to so many rows, ids modulo: for models that don't fit here")
+    ] = None,
 ) -> None:
     """Prove on local processes that the compiled model trains as the original.
 
@@ -590,10 +593,11 @@ def verify(
     \b
         descompiler verify fm --ranks 3
         descompiler verify train.py:small_model --steps 5
+        descompiler verify train.py:model --rows 1000
     """
     model, inputs = load(spec, train=True)
     with working(f"training {spec} on {ranks} local ranks and on one"):
-        report = des.verify(model, inputs, ranks=ranks, steps=steps)
+        report = des.verify(model, inputs, ranks=ranks, steps=steps, rows=rows)
     typer.echo(str(report))
 
 

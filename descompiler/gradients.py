@@ -31,7 +31,8 @@ BUCKET_BYTES = 25 << 20
 class Caught:
     """The gradients that the backward under way has brought for some parameters, in place of accumulating them.
 
-    Users' hooks on the parameters come first, and may change a gradient.
+    Users' hooks on the parameters come first, and may change a gradient; those that wait for an accumulated gradient
+    are called once the average is accumulated.
 
     Attributes
     ----------
@@ -45,6 +46,8 @@ class Caught:
         self.parameters, self._arrived = list(parameters), arrived
         self.local: dict[int, Tensor] = {}
         self._nodes: list[Any] = [None] * len(self.parameters)
+        self._handles: list[Any] = [None] * len(self.parameters)
+        self._waiting: dict[int, dict[int, Any]] = {}  # users' hooks, by position, that the node is not to call
 
     def hook(self) -> None:
         """Watch the nodes that accumulate gradients.
@@ -59,17 +62,29 @@ class Caught:
             caught, (gradient,) = me(), gradients
             if caught is None or gradient is None:
                 return None
+            if live := caught.parameters[position]._post_accumulate_grad_hooks:
+                caught._waiting[position] = dict(live)
+                live.clear()
             caught._arrived(position, gradient.to_dense() if gradient.is_sparse else gradient)
             return (None,)
 
         for i, p in enumerate(self.parameters):
             if p.requires_grad and (node := get_gradient_edge(p).node) is not self._nodes[i]:
                 self._nodes[i] = node
-                node.register_prehook(lambda gradients, i=i: hold(i, gradients))
+                self._handles[i] = node.register_prehook(lambda gradients, i=i: hold(i, gradients))
+
+    def close(self) -> None:
+        """Catch no more: another object will, on the same nodes perhaps."""
+        self.take()
+        for handle in filter(None, self._handles):
+            handle.remove()
 
     def take(self) -> dict[int, Tensor]:
-        """What was caught, which is forgotten here."""
+        """What was caught, which is forgotten here; hooks are on their parameters again."""
         taken, self.local = self.local, {}
+        for position, hooks in self._waiting.items():
+            self.parameters[position]._post_accumulate_grad_hooks.update(hooks)
+        self._waiting = {}
         return taken
 
     def flat(self, positions: Sequence[int], local: Mapping[int, Tensor], ranks: int) -> Tensor:
@@ -84,13 +99,15 @@ class Caught:
 
 
 def add_gradient(p: Tensor, gradient: Tensor) -> None:
-    """Accumulate a gradient that autograd does not bring."""
+    """Accumulate a gradient that autograd does not bring, and call the hooks that wait for it."""
     if p.grad is None:
         p.grad = gradient.clone()
     elif p.grad.is_sparse or gradient.is_sparse:
         p.grad = sum_of(p.grad, gradient)
     else:
         p.grad.add_(gradient)
+    for hook in list((p._post_accumulate_grad_hooks or {}).values()):
+        hook(p)
 
 
 def sum_of(a: Tensor, b: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from descompiler.errors import DescompilerError, InputError, UnsupportedError, w
 from descompiler.gradients import Caught, add_gradient, sum_of
 from descompiler.guard import Guard, raised_at
 from descompiler.pieces import Pieces, locate
+from descompiler.room import give_back
 from descompiler.runtime import Runtime
 from descompiler.substitute import Piece, plain
 
@@ -86,6 +87,8 @@ class Keeper:
         """A forward begins."""
         self.failed = False
         self.runtime.forwards += 1
+        if self.runtime.ranks > 1:
+            give_back(self.runtime.forwards)
         if torch._C._current_graph_task_id() == NO_BACKWARD:  # what a backward that was broken off has left
             self._forget()
         self.caught.hook()

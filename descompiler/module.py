@@ -310,6 +310,8 @@ class DistributedModule(nn.Module):
             return None
         key = tuple((n, id(p), p.dtype, p.device) for n, p in replicas.items())
         if self._reducer is None or self._reducer_key != key:
+            if self._reducer is not None:
+                self._reducer.caught.close()
             self._reducer, self._reducer_key = Reducer(self._runtime, self._reducer_group(), replicas), key
         return self._reducer
 

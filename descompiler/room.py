@@ -1,15 +1,21 @@
-"""Memory that is free, asked before much of it is allocated: what is too large is told, and by how much."""
+"""Memory that is free, asked before much of it is allocated, and memory that is given back."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import resource
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from descompiler.errors import PlanError
 from descompiler.ranks import Ranks
+
+RECORDED_COLLECTIVES = 2000
+"""How many collectives torch.distributed remembers by default, for who looks for a hang (``TORCH_FR_BUFFER_SIZE``)."""
 
 MARGIN_BYTES = 64 << 20
 """Less than this is not asked for: small models need no account."""
@@ -94,3 +100,21 @@ def _lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except OSError:  # another system
         return []
+
+
+def give_back(forwards: int) -> None:
+    """Return unused pages of the C heap to the system, at the 2nd, 4th, 8th ... of the first forwards of a module.
+
+    torch.distributed keeps a record of each of the latest `RECORDED_COLLECTIVES`: small blocks of memory that stay,
+    among the large ones that every step frees. Until there are so many, each may leave a hole where a large block was,
+    and the heap grows by another one; hundreds of megabytes that nobody uses, for tables of a megabyte. Later a record
+    takes the place of an older one.
+    """
+    if 1 < forwards <= 2 * RECORDED_COLLECTIVES and forwards & (forwards - 1) == 0 and (trim := _trim()) is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    """glibc's ``malloc_trim``; other allocators give back by themselves."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)

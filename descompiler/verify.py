@@ -25,12 +25,14 @@ from descompiler.builder import Builder
 from descompiler.compiler import distribute
 from descompiler.double import InDouble, double_meant, widen_attributes
 from descompiler.draws import ONE_DRAW
-from descompiler.errors import EquivalenceError
+from descompiler.errors import EquivalenceError, InputError, warn
 from descompiler.held import copied
 from descompiler.inputs import flatten, map_tensors, normalise_inputs, split_statics, take_rows
 from descompiler.module import DistributedModule
 from descompiler.probe import CALL, blueprint, call_of, method_of
+from descompiler.room import free_bytes
 from descompiler.rows import Rows
+from descompiler.smaller import smaller
 from descompiler.sparse import equal
 from descompiler.state import full_state_dict
 
@@ -103,6 +105,7 @@ def verify(
     timeout_s: float = 120.0,
     device: str = "cpu",
     method: str = CALL,
+    rows: int | None = None,
     launch: Callable[..., list[Any]] | None = None,
 ) -> Report:
     """Prove on ``ranks`` local gloo processes that the compiled model trains as the original.
@@ -128,6 +131,9 @@ def verify(
         Where both models are; the ranks share it if it is a GPU.
     method : str
         What is compiled, as `compile`'s: by default a call of the model, or a method such as "calculate_loss".
+    rows : int, optional
+        Cut tables to so many rows, and look ids up modulo their number (`descompiler.smaller`): the proof of a model
+        that is too large for this machine, which may be on the meta device.
     launch : callable, optional
         Calls a function on every rank, as `on_ranks`, which is the default and starts processes for it.
 
@@ -139,7 +145,12 @@ def verify(
     ------
     EquivalenceError
         With the worst parameter named.
+    InputError
+        Before anything is allocated, if this machine's memory does not suffice: what is missing.
     """
+    if rows is not None:
+        model = smaller(model, rows)
+    check_memory(model, ranks, optimizers)
     model = copy.deepcopy(model, copied(model)).double()
     widen_attributes(model)
     for module in model.modules():
@@ -162,6 +173,42 @@ def verify(
         for what, error in other.worst.items():
             report.see(what, error)
     return report
+
+
+def needed_bytes(model: nn.Module, ranks: int, optimizers: Sequence[str]) -> int:
+    """Bytes that `verify` takes for a model's parameters, in float64, of all processes together.
+
+    The caller has a copy; a rank the original, its gradients and optimiser state, the same of its pieces, and the
+    whole of these once, to compare.
+    """
+    elements = sum(p.numel() for p in model.parameters())
+    state = max((STATE_OF.get(name, 0) for name in optimizers), default=0)
+    return 8 * elements * (1 + ranks * (4 + state) + 2 + state)
+
+
+STATE_OF = {"sgd": 1, "adagrad": 1, "adam": 2, "sparse_adam": 2}
+"""Tensors of a parameter's size that an optimiser of `OPTIMIZERS` keeps."""
+
+TOLD_SHARE = 0.25
+"""Share of the free memory from which on `verify` says what it needs."""
+
+
+def check_memory(model: nn.Module, ranks: int, optimizers: Sequence[str]) -> None:
+    """Say what a proof needs of memory where it is much, and refuse what there is not."""
+    if on_meta := [n for n, p in model.named_parameters() if p.is_meta]:
+        raise InputError(
+            f"{', '.join(map(repr, on_meta[:5]))} are on the meta device, and the original needs values to be compared "
+            "with: verify(..., rows=1000) draws them, for tables of so many rows"
+        )
+    needed, free = needed_bytes(model, ranks, optimizers), free_bytes(torch.device("cpu"))
+    text = f"verify needs about {needed:,} B for the model on {ranks} ranks, and {free:,} B are free"
+    if needed > free:
+        raise InputError(
+            f"{text}: {needed - free:,} B are missing. verify(..., rows=1000) cuts tables to so many rows, and takes "
+            "ids modulo their number"
+        )
+    if needed > TOLD_SHARE * free:
+        warn(f"{text}; verify(..., rows=1000) proves the same of smaller tables")
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from descompiler.form import Choice
 from descompiler.passes import FORMS
-from descompiler.pieces import ALL, Pieces, Range, locate
+from descompiler.pieces import ALL, Pieces, locate
 from tests.harness.lookups import Looked, Table, fetched, patterns
 from tests.harness.parts import RANKS
 
@@ -98,8 +98,7 @@ def random_pieces(draw, shapes, rows=False):
     cuts = sorted(draw(st.lists(st.integers(0, size), max_size=5))) if shape else []
     ends = [0, *cuts, size]
     owners = draw(st.lists(st.sampled_from([ALL, *range(ranks)]), min_size=len(ends) - 1, max_size=len(ends) - 1))
-    ranges = (Range(a, b, o) for a, b, o in zip(ends, ends[1:], owners, strict=False))
-    return Pieces(shape, dim, tuple(ranges), ranks)
+    return Pieces.of(shape, dim, [(b - a, o) for a, b, o in zip(ends, ends[1:], owners, strict=False)], ranks)
 
 
 @settings(max_examples=300, deadline=None)

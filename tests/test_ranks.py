@@ -1,6 +1,7 @@
 """What happens on several real ranks besides a good step: bad input, disagreement, initial weights, checkpoints."""
 
 import copy
+import gc
 import pickle
 import re
 import warnings
@@ -553,3 +554,59 @@ def _frozen_on_one_rank(rank, ranks, cls):
 def test_parameters_that_are_frozen_on_one_rank(cls):
     for text in on_ranks(_frozen_on_one_rank, 2, cls):
         assert text.startswith("RankError: ") and "2 parameters frozen" in text
+
+
+def _steps_in_backward(rank, ranks, kind):
+    """Largest difference of weights from one process, where optimisers step as gradients are accumulated."""
+    model, options = make(), {"in_place": True} if kind == "in place" else {}
+    reference = copy.deepcopy(model)
+    module = des.compile(model, inputs_of(), plan={"*": "row"}, loss="sum", **options)
+    calls = []
+    for m in (module, reference):
+        for p in m.parameters():
+            optimizer = torch.optim.SGD([p], 0.01, momentum=0.9)
+
+            def step(p, optimizer=optimizer):
+                calls.append(p.grad is not None)
+                optimizer.step()
+                optimizer.zero_grad()
+
+            p.register_post_accumulate_grad_hook(step)
+    mine = slice(0, 3) if rank == 0 else slice(3, 8)
+    for _ in range(3):
+        module(*inputs_of(mine)).square().sum().backward()
+        # the convention: gradients are averages over ranks of what a sum over rows is, times their number
+        reference(*inputs_of()).square().sum().backward()
+    whole = des.full_state_dict(module)
+    worst = max(float((whole[n] - x).abs().max()) for n, x in reference.state_dict().items())
+    return worst, all(calls), len(calls)
+
+
+@pytest.mark.parametrize("kind", ["emitted", "in place"])
+def test_an_optimiser_may_step_in_backward(kind):
+    """Hooks that wait for an accumulated gradient see the average over ranks."""
+    for worst, with_gradients, calls in on_ranks(_steps_in_backward, 2, kind):
+        assert worst < 1e-12 and with_gradients and calls > 6
+
+
+def _frozen_and_thawed(rank, ranks):
+    """Largest difference of weights from one process, where parameters are frozen and thawed between steps."""
+    model = make()
+    reference, module = copy.deepcopy(model), des.compile(model, inputs_of(), plan={"*": "row"}, loss="sum")
+    mine, worst = slice(0, 3) if rank == 0 else slice(3, 8), 0.0
+    gc.disable()  # what watched the parameters before has to let go at once
+    optimizers = [torch.optim.SGD(m.parameters(), 0.01) for m in (module, reference)]
+    for trained in (True, False, True):
+        for m, inputs in ((module, inputs_of(mine)), (reference, inputs_of())):
+            dict(m.named_parameters())["deep.0.bias"].requires_grad_(trained)
+            m(*inputs).square().sum().backward()
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+        whole = des.full_state_dict(module)
+        worst = max(worst, *(float((whole[n] - x).abs().max()) for n, x in reference.state_dict().items()))
+    return worst
+
+
+def test_parameters_may_be_frozen_and_thawed_between_steps():
+    assert max(on_ranks(_frozen_and_thawed, 2)) < 1e-12

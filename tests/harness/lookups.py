@@ -18,6 +18,7 @@ from descompiler.local_operators import bag
 from descompiler.operators import Lookup, Operator
 from descompiler.placement import Disjoint, Region
 from descompiler.program import aten
+from descompiler.spans import at
 from tests.harness.calls import KNOWN, PARAMETER, Call, Operand, Site, site_of
 from tests.harness.parts import BATCH, RANKS, Held, by_rank, join, own_rows, support
 
@@ -100,7 +101,7 @@ class Looked:
 
     def _ids(self, ids: Tensor, rank: int) -> Tensor | None:
         """What a rank gets of the ids of the global batch."""
-        columns = self.form.columns(self.split, self.table.operator, self.table.lookup, rank)
+        columns = at(self.form.columns(self.split, self.table.operator, self.table.lookup), rank, ())
         return ids if columns is None else ids[:, list(columns)] if columns else None
 
     def _own(self, rank: int, weight: Tensor, ids: Tensor) -> Tensor:
