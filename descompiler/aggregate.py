@@ -2,8 +2,8 @@
 
 Given the splits of the tables, every node that a rule can place is either inside the substituted region (on the global
 batch) or outside (own rows). Let I be the set inside. With B(v) the bytes, over all ranks and both directions, that v
-takes to leave the region, S(v) the bytes of gradient all-reduce that v saves by co-locating its weights, and W(v) the
-extra work of v inside, in bytes of equal time (`Weights.work_bytes`):
+takes to leave the region, S(v) the bytes that v saves inside (the all-reduce of gradients of co-located weights, the
+statistics of batch norms), and W(v) the extra work of v inside, in bytes of equal time (`work_bytes`):
 
     minimise   sum of B(v) for v in I with a user outside        (`exit_bytes`; a tensor is sent once)
              + sum of S(v) for v not in I                        (`saved_bytes`)
@@ -17,7 +17,6 @@ S(v), unlimited for lookups; v_in -> sink has capacity W(v). v is inside if v_in
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -245,15 +244,25 @@ def exit_bytes(node: fx.Node, placement: Region, w: Weights) -> int:
     return (2 if w.backward else 1) * sent * (w.ranks - 1) * w.rows * w.itemsize
 
 
-def saved_bytes(program: Program, answer: Placed, w: Weights) -> int:
-    """Bytes over all ranks of the all-reduce that co-located weights do not need."""
+def saved_bytes(program: Program, node: fx.Node, answer: Placed, w: Weights) -> int:
+    """Bytes over all ranks that a node does not need inside: all-reduces of co-located weights, batch norms' sums."""
     saved = 0
     for name, pieces in answer.pieces.items():
         if program.parameters[name].requires_grad:
             size = pieces.shape[pieces.dim] if pieces.shape else 1
             own = prod(pieces.shape) // max(size, 1) * (size - pieces.shared_size())
             saved += 2 * (w.ranks - 1) * own * w.itemsize
-    return saved if w.backward else 0
+    return (saved if w.backward else 0) + _saved_by_norm(node, w)
+
+
+def _saved_by_norm(node: fx.Node, w: Weights) -> int:
+    """Of a batch norm: means, variances and counts of all ranks, and sums back, less running statistics that move."""
+    if node.target is not aten.batch_norm.default or not node.args[5]:
+        return 0
+    channels = tail(node)[0]
+    outside = w.ranks * (2 * channels + 1) + (4 * channels if w.backward else 0)
+    inside = 0 if node.args[3] is None else 2 * channels
+    return (w.ranks - 1) * (outside - inside) * w.itemsize
 
 
 def product_flops(node: fx.Node, rows: int) -> int:
@@ -291,29 +300,6 @@ def work_bytes(node: fx.Node, placement: Region, at: Mapping[fx.Node, Placement]
     return max(0, round(w.ranks * extra_flops(flops, w.ranks, share, local) / w.flops_per_byte))
 
 
-def evaluate(program: Program, candidates: Candidates, inside: frozenset[fx.Node], w: Weights) -> int:
-    """The objective, term by term, for a given set; the cut has to agree with it."""
-    placements = candidates.placements()
-    cost = 0
-    for node, answer in candidates.placed.items():
-        if node in inside:
-            if any(u not in inside for u in node.users):
-                cost += exit_bytes(node, answer.placement, w)
-            cost += work_bytes(node, answer.placement, placements, w)
-        else:
-            cost += saved_bytes(program, answer, w)
-    return cost
-
-
-def is_legal(candidates: Candidates, inside: frozenset[fx.Node], colocated: Mapping[str, Pieces] | None = None) -> bool:
-    """Whether a set holds all lookups, all placed operands of its nodes, and all users of what can't leave."""
-    if any(n not in inside for n in _forced(candidates, colocated)):
-        return False
-    if any(u not in inside for n in candidates.confined & inside for u in n.users):
-        return False
-    return all(p in inside for n in inside for p in n.all_input_nodes if p in candidates.placed)
-
-
 def _forced(candidates: Candidates, colocated: Mapping[str, Pieces] | None) -> set[fx.Node]:
     cut = {n for n, p in candidates.placed.items() if p.pieces and colocated is not None}
     return candidates.lookups | cut
@@ -331,7 +317,7 @@ def minimum_cut(
     for v, answer in candidates.placed.items():
         if v in forced:
             network.add("source", (v, "in"))
-        elif saved := saved_bytes(program, answer, w):
+        elif saved := saved_bytes(program, v, answer, w):
             network.add("source", (v, "in"), saved)
         if work := work_bytes(v, answer.placement, placements, w):
             network.add((v, "in"), "sink", work)
@@ -352,17 +338,3 @@ def at_lookups(candidates: Candidates) -> Cut:
     """Aggregation at the tables themselves: what looks them up is all that is inside."""
     exits = tuple(v for v in candidates.placed if v in candidates.lookups and v.users)
     return Cut(frozenset(candidates.lookups), 0, exits)
-
-
-def brute_force(program: Program, candidates: Candidates, w: Weights) -> int:
-    """The cheapest objective over all legal sets, one by one: for tests of small graphs."""
-    free = [n for n in candidates.placed if n not in candidates.lookups]
-    best: int | None = None
-    for size in range(len(free) + 1):
-        for chosen in itertools.combinations(free, size):
-            inside = candidates.lookups | frozenset(chosen)
-            if is_legal(candidates, frozenset(inside)):
-                cost = evaluate(program, candidates, frozenset(inside), w)
-                best = cost if best is None or cost < best else best
-    assert best is not None
-    return best

@@ -147,9 +147,10 @@ class Form(Protocol):
         ...
 
     def choose(
-        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, max_rows: int | None = None
+        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, by_memory: bool = False
     ) -> Choice:
-        """What is best for one rank's batches of ``batch_rows`` rows; a rank owns at most ``max_rows`` rows."""
+        """What is best for one rank's batches of ``batch_rows`` rows; with ``by_memory``, what the ranks hold is
+        balanced, not what they are asked for."""
         ...
 
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
@@ -259,18 +260,18 @@ class ByRows:
     """What forms have in common of which each rank owns consecutive rows."""
 
     def choose(
-        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, max_rows: int | None = None
+        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, by_memory: bool = False
     ) -> Choice:
-        if operator.name not in statistics.measured and max_rows is None:
+        if by_memory or operator.name not in statistics.measured:
             return Choice()
-        return Choice(sizes=tuple(statistics.balanced_rows(operator.name, ranks, batch_rows, max_rows)))
+        return Choice(sizes=tuple(statistics.balanced_rows(operator.name, ranks, batch_rows)))
 
 
 class Plain:
     """What most forms have in common: nothing to choose, any row may be looked up, no tensors beside the table."""
 
     def choose(
-        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, max_rows: int | None = None
+        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, by_memory: bool = False
     ) -> Choice:
         return Choice()
 

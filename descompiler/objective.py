@@ -2,7 +2,8 @@
 
 A choice determines a plan:
 
-    owners        of whole tables, by longest processing time first (`assign`)
+    owners        of whole tables, by longest processing time first (`assign`); of rows, by what is asked for. Where
+                  that does not fit into memory, by what is held
     placements    of every operator that a rule keeps in the region (`descompiler.aggregate.place`)
     aggregation   the minimum cut, or the lookups themselves where the busiest rank then sends less (`Objective.trial`)
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from math import prod
 
 from descompiler.aggregate import Candidates, Cut, Weights, at_lookups, minimum_cut, place
@@ -118,9 +119,9 @@ class Objective:
     def statistics(self) -> Statistics:
         return self.terms.statistics or Statistics.assumed(self.operators)
 
-    def _choice(self, o: Operator, form: str) -> Choice:
-        """Boundaries of rows, and hot rows, by statistics."""
-        return form_named(form).choose(o, self.w.ranks, self.statistics, self.w.rows)
+    def _choice(self, o: Operator, form: str, by_memory: bool = False) -> Choice:
+        """Boundaries of rows, and hot rows, by statistics; with ``by_memory``, ranks hold equally many rows."""
+        return form_named(form).choose(o, self.w.ranks, self.statistics, self.w.rows, by_memory)
 
     @cached_property
     def unique(self) -> dict[str, float]:
@@ -131,9 +132,8 @@ class Objective:
         """Assign, place, cut and price one choice."""
         found: list[Trial] = []
         for by_memory in (False, True):
-            splits = assign(
-                self.operators, forms, self.w.ranks, by_memory=by_memory, split=self.split, choice=self.choice
-            )
+            choice = partial(self.choice, by_memory=by_memory)
+            splits = assign(self.operators, forms, self.w.ranks, by_memory=by_memory, split=self.split, choice=choice)
             candidates = place(self.program, self.operators, splits, self.rules, self.w.ranks)
             cuts = {"cut": minimum_cut(self.program, candidates, self.w)}
             if cuts["cut"].exits != (other := at_lookups(candidates)).exits:

@@ -331,7 +331,7 @@ def is_view(node: fx.Node) -> bool:
         return True
     new, old = value(node).dtype, value(node.args[0]).dtype
     # one of floating point to another is a copy too, except in float64, where capture compares graph and model
-    return new == old or (new.is_floating_point and old.is_floating_point)
+    return bool(new == old or (new.is_floating_point and old.is_floating_point))
 
 
 def is_pure(node: fx.Node) -> bool:

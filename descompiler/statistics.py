@@ -217,30 +217,14 @@ class Statistics:
         return self._kept[key][0]
 
     def balanced_rows(
-        self,
-        table: str,
-        ranks: int,
-        batch_rows: int,
-        max_rows: int | None = None,
-        without: Sequence[tuple[int, int]] = (),
+        self, table: str, ranks: int, batch_rows: int, without: Sequence[tuple[int, int]] = ()
     ) -> list[int]:
         """Sizes of consecutive ranges of rows such that no rank is asked for much more than another.
 
-        Ranges end where the expected number of unique ids is cut into equal parts, and have no more than ``max_rows``
-        rows. Of a table that was not measured they are equally large. Rows in the ranges ``without`` weigh nothing.
-
-        Raises
-        ------
-        InputError
-            If ``ranks * max_rows`` rows are fewer than the table's.
+        Ranges end where the expected number of unique ids is cut into equal parts. Of a table that was not measured
+        they are equally large. Rows in the ranges ``without`` weigh nothing.
         """
         rows, _ = self.tables[table]
-        limit = rows if max_rows is None else max_rows
-        if ranks * limit < rows:
-            raise InputError(
-                f"table {table!r} has {rows:,} rows: {ranks} ranks of at most {limit:,} can't hold it; "
-                f"{-(-rows // ranks):,} rows a rank would do"
-            )
         if table not in self.measured:
             return even_sizes(rows, ranks)
         ids, present, other = self.presence(table, batch_rows)
@@ -257,8 +241,7 @@ class Statistics:
         weight = np.append(weight, weight[-1] + (rows - position[-2]) * max(other, 1e-12))
         ends = np.interp(np.arange(1, ranks) * weight[-1] / ranks, weight, position).round().astype(int)
         sizes, start = [], 0
-        for left, end in zip(range(ranks - 1, 0, -1), ends.tolist(), strict=True):
-            end = min(max(end, start, rows - left * limit), start + limit)  # the others have to hold the rest
+        for end in ends.tolist():
             sizes.append(end - start)
             start = end
         return [*sizes, rows - start]

@@ -39,9 +39,9 @@ class Hot(OwnRows):
         return whole_rows(operator) or not_fetched(operator)
 
     def choose(
-        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, max_rows: int | None = None
+        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, by_memory: bool = False
     ) -> Choice:
-        """Hot rows by cost, the cold ones balanced; no rank holds more than ``max_rows`` cold ones."""
+        """Hot rows by cost, the cold ones balanced."""
         if operator.name not in statistics.measured:
             return Choice()
         ids, present, _ = statistics.presence(operator.name, batch_rows)
@@ -52,8 +52,9 @@ class Hot(OwnRows):
         if len(hot) > MOST_RANGES:  # the most frequent rows, of which there are at least as many as ranges
             least = np.partition(present[chosen], -MOST_RANGES)[-MOST_RANGES]
             hot = ranges_of(ids[present > least])
-        sizes = statistics.balanced_rows(operator.name, ranks, batch_rows, max_rows, without=hot)
-        return Choice(sizes=tuple(sizes), hot=hot)
+        if by_memory:
+            return Choice(hot=hot)
+        return Choice(sizes=tuple(statistics.balanced_rows(operator.name, ranks, batch_rows, without=hot)), hot=hot)
 
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
         hot = ((0, -(-operator.rows // 16)),) if choice.hot is None else choice.hot

@@ -1,6 +1,8 @@
 """Settings and options for all tests."""
 
 import os
+import random
+import secrets
 
 import pytest
 
@@ -14,6 +16,7 @@ os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden and tests/normalise anew")
+    parser.addoption("--seed", type=int, default=secrets.randbelow(1 << 32), help="of tests that draw their examples")
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +27,11 @@ def on_ranks():
     """
     with RankPools() as pools:
         yield pools
+
+
+@pytest.fixture
+def draws(request: pytest.FixtureRequest) -> random.Random:
+    """Random numbers that are others in each run; a test that fails shows the seed, which draws the same again."""
+    seed = request.config.getoption("--seed")
+    print(f"drawn with --seed={seed}")
+    return random.Random(f"{seed} {request.node.name}")

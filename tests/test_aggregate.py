@@ -1,19 +1,22 @@
 """The minimum cut is the cheapest legal choice of aggregation points."""
 
+from math import inf
+
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
-from descompiler.aggregate import Weights, brute_force, evaluate, is_legal, minimum_cut, place
+from descompiler.aggregate import Cut, Weights, exit_bytes, minimum_cut, place, saved_bytes, work_bytes
 from descompiler.capture import capture
-from descompiler.objective import assign
+from descompiler.communication import layout_of
+from descompiler.objective import assign, parameter_pieces
 from descompiler.operators import find_operators
 from descompiler.passes import NORMALISE, RULES
 from descompiler.probe import blueprint
 from descompiler.program import canonical_graph, run_passes
+from descompiler.scope import trained_parameters
 from examples.models import MODELS
+from tests.harness.sent import gradients_reduced, headers, ids_in, legal_sets, norms, values_out
 
 
 class Random(nn.Module):
@@ -24,9 +27,12 @@ class Random(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(7, dims) for _ in range(3))
         self.steps = steps
         self.first = nn.Linear(3 * dims, hidden)
-        self.linear = nn.Linear(dims, 2)
+        self.mixed = nn.Linear(3 * dims + 2, hidden)
+        self.linear, self.one = nn.Linear(dims, 2), nn.Linear(6 * dims, 1)
+        self.norm = nn.BatchNorm1d(3 * dims)
+        self.norm_of_one = nn.BatchNorm1d(dims, track_running_stats=False)
 
-    def forward(self, x):
+    def forward(self, x, dense):
         e = torch.stack([t(x[:, i]) for i, t in enumerate(self.tables)], 1)
         out = []
         for step in self.steps:
@@ -36,30 +42,71 @@ class Random(nn.Module):
                 out.append((e.sum(1) ** 2 - (e**2).sum(1)).sum(1))
             elif step == "deep":
                 out.append(torch.relu(self.first(e.flatten(1))).sum(1))
+            elif step == "mixed":  # each rank has a slice of the weight, for the dense features
+                out.append(self.mixed(torch.cat([e.flatten(1), dense], 1)).sum(1))
             elif step == "each":
                 out.append(self.linear(e).sum((1, 2)))
+            elif step == "norm":
+                out.append((self.norm(e.flatten(1)) ** 2).sum(1) + self.norm_of_one(e[:, 0]).tanh().sum(1))
+            elif step == "wide":  # what a layer inside is made of has to be inside, though it also leaves
+                twice = torch.cat([e.flatten(1)] * 2, 1)
+                out.append(self.one(twice).squeeze(1) + twice.sort(1).values[:, 0])
+            elif step == "mask":  # what is no number can't leave
+                out.append((e > 0.1).to(e.dtype).sum((1, 2)))
         return torch.stack(out, 1)
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    dims=st.integers(1, 5),
-    steps=st.lists(st.sampled_from(["sum", "fm", "deep", "each"]), min_size=1, max_size=2, unique=True),
-    hidden=st.integers(1, 40),
-    ranks=st.integers(2, 8),
-    rows=st.integers(1, 300),
-    form=st.sampled_from(["field", "row", "column"]),
-)
-def test_minimum_cut_is_brute_force(dims, steps, hidden, ranks, rows, form):
-    program, _ = capture(blueprint(Random(dims, steps, hidden)), torch.randint(7, (5, 3)))
+STEPS = ["sum", "fm", "deep", "mixed", "each", "norm", "wide", "mask"]
+
+
+def lay_out(program, operators, splits, candidates, inside, ranks):
+    """The layout of a set of inside nodes, and how the weights are divided then."""
+    exits = tuple(n for n in candidates.placed if n in inside and any(u not in inside for u in n.users))
+    cut = Cut(inside, 0, exits)
+    pieces = parameter_pieces(program, splits, candidates, cut, ranks)
+    return layout_of(program, operators, splits, pieces, candidates, cut, ranks), pieces
+
+
+def compare_with_layouts(program, operators, forms, w):
+    """The objective of each legal set, and the cut's, which is the least of all, with what layouts send."""
+    ranks, rows = w.ranks, w.rows
+    splits = assign(operators, {o.name: f for o, f in zip(operators, forms, strict=True)}, ranks)
+    candidates = place(program, operators, splits, RULES, ranks)
+    placements, trained = candidates.placements(), trained_parameters(program)
+    largest, most = lay_out(program, operators, splits, candidates, frozenset(candidates.placed), ranks)
+    always = gradients_reduced(most, trained, w.itemsize) + norms(largest, w.itemsize)  # what no set saves
+    costs = {}
+    for inside in legal_sets(candidates):
+        layout, pieces = lay_out(program, operators, splits, candidates, inside, ranks)
+        reduced = gradients_reduced(pieces, trained, w.itemsize) + norms(layout, w.itemsize)
+        out = values_out(layout, rows, w.itemsize)
+        exits = (n for n in inside if any(u not in inside for u in n.users))
+        assert sum(exit_bytes(n, placements[n], w) for n in exits) == out
+        saved = sum(saved_bytes(program, n, x, w) for n, x in candidates.placed.items() if n not in inside)
+        assert saved == reduced - always
+        extra = sum(work_bytes(n, placements[n], placements, w) for n in inside)
+        assert not extra or w.flops_per_byte < inf
+        costs[inside] = out + reduced - always + extra
+        sent = [layout.predict(r, [rows] * ranks, w.itemsize).bytes_by_collective for r in range(ranks)]
+        assert sum(sum(s.values()) for s in sent) == headers(layout) + ids_in(layout, rows) + out + reduced
+    cut = minimum_cut(program, candidates, w)
+    assert cut.cost == costs[cut.inside] == min(costs.values())
+    assert set(cut.exits) == {n for n in cut.inside if any(u not in cut.inside for u in n.users)}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_costs_are_what_the_layout_of_every_legal_set_sends(step, draws):
+    """The objective of each set, and the cut's, which is the least of all; each counted from the layout's shapes."""
+    steps = [step, *draws.sample(STEPS, draws.choice([0, 0, 1]))]
+    program, _ = capture(blueprint(Random(3, steps, 4)), (torch.randint(7, (5, 3)), torch.randn(5, 2)))
     program = run_passes(program, NORMALISE)
     operators = find_operators(program)
-    splits = assign(operators, {o.name: form for o in operators}, ranks)
-    candidates = place(program, operators, splits, RULES, ranks)
-    w = Weights(ranks, rows)
-    cut = minimum_cut(program, candidates, w)
-    assert is_legal(candidates, cut.inside)
-    assert cut.cost == evaluate(program, candidates, cut.inside, w) == brute_force(program, candidates, w)
+    # columns let every step be inside, and few rows make weights dear; the others differ in who has what
+    mixed = [draws.choice(["field", "row", "column"]) for _ in range(2)]
+    for forms, rows in ((["column"] * 3, draws.choice([1, 2])), ([*mixed, "replicate"], draws.randint(1, 300))):
+        ranks, work = draws.randint(2, 8), draws.random() < 0.5
+        print(f"{steps}, {forms}, {ranks=}, {rows=}, {work=}")
+        compare_with_layouts(program, operators, forms, Weights(ranks, rows, flops_per_byte=40 if work else inf))
 
 
 @pytest.mark.parametrize("ranks, at", [(2, {"aten.linear"}), (64, {"aten.stack"})])

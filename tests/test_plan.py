@@ -38,6 +38,10 @@ def test_a_file_that_is_no_plan(tmp_path):
         (tmp_path / "plan.json").write_text(text)
         with pytest.raises(des.PlanError, match=r"no plan file|version"):
             des.Plan.load(tmp_path / "plan.json")
+    data = json.loads(des.plan(make(), INPUTS, ranks=2, batch=64).to_json())
+    (tmp_path / "plan.json").write_text(json.dumps({**data, "version": data["version"] + 1}))
+    with pytest.raises(des.PlanError, match=r"has version \d+, this is version \d+: plan again"):
+        des.Plan.load(tmp_path / "plan.json")
     with pytest.raises(des.PlanError, match="no plan in"):
         des.Plan.load(tmp_path / "none.json")
 

@@ -89,10 +89,6 @@ def test_boundaries_are_balanced_on_what_was_measured():
             (counts.sum(0) / counts.sum()).tolist(), abs=0.03
         )  # ten batches say so much
     assert shares[0] < 0.28 < 0.4 < shares[1]
-    limited = statistics.balanced_rows("item.weight", 4, BATCH, max_rows=400)
-    assert sum(limited) == 1000 and max(limited) == 400
-    with pytest.raises(des.InputError, match="250 rows a rank would do"):
-        statistics.balanced_rows("item.weight", 4, BATCH, max_rows=249)
 
 
 def test_hot_rows_are_those_that_cost_less_replicated():
