@@ -329,7 +329,8 @@ def is_view(node: fx.Node) -> bool:
         return False
     if node.target not in CASTS:
         return True
-    new, old = value(node).dtype, value(node.args[0]).dtype
+    new: torch.dtype = value(node).dtype
+    old: torch.dtype = value(node.args[0]).dtype
     # one of floating point to another is a copy too, except in float64, where capture compares graph and model
     return bool(new == old or (new.is_floating_point and old.is_floating_point))
 
