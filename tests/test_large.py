@@ -17,6 +17,7 @@ from descompiler.errors import CaptureError
 from descompiler.folded import FOLDED_ROWS, Folded, has_own_values
 from descompiler.local_operators import bag, lookup
 from descompiler.probe import blueprint, materialise
+from descompiler.state import BLOCK_ROWS
 from tests.harness.pool import RankPool
 
 HUGE = 10**10
@@ -184,6 +185,37 @@ def test_state_dicts_stream_to_and_from_rank_0(pool, plan):
     for same, back, text in pool(_streams, plan):
         assert same and back
         assert "missing ['top.bias']" in text
+
+
+def _drawn(rank, ranks, form):
+    """A table of several blocks, drawn on the meta device's behalf, and a linear layer of as many outputs."""
+
+    class Output(Large):
+        def __init__(self):
+            super().__init__(2 * BLOCK_ROWS + 10, 2)
+            self.out = nn.Linear(2, BLOCK_ROWS + 10)
+
+        def forward(self, ids):
+            return super().forward(ids) + self.out(self.table(ids[:, 0])).sum(1, keepdim=True)
+
+    with torch.device("meta"):
+        model = Output()
+    module = des.compile(model, (torch.randint(50, (8, 3)),), plan={"table*": form, "bag*": form}, seed=7)
+    return des.full_state_dict(module)
+
+
+@pytest.mark.parametrize("form", ["row", "column"])
+def test_blocks_of_rows_are_drawn_apart_and_padding_is_zero(on_ranks, form):
+    (first, *_), (alone,) = on_ranks(_drawn, 2, form), on_ranks(_drawn, 1, "replicate")
+    for name, whole in first.items():
+        assert torch.equal(whole, alone[name]), name
+        if len(whole) > BLOCK_ROWS:
+            assert not torch.equal(whole[:5], whole[BLOCK_ROWS : BLOCK_ROWS + 5]), name
+    assert not first["table.weight"][3].any() and first["bag.weight"][3].all()
+    bound = 1 / 2**0.5
+    assert first["out.weight"].abs().max() <= bound and first["out.weight"].abs().mean() == pytest.approx(
+        bound / 2, 0.05
+    )
 
 
 def _without_room(rank, ranks, in_place):
