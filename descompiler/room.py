@@ -21,7 +21,7 @@ MARGIN_BYTES = 64 << 20
 """Less than this is not asked for: small models need no account."""
 
 
-def check_room(ranks: Ranks, needed_bytes: int, device: torch.device, what: str) -> None:
+def check_room(ranks: Ranks, needed_bytes: int, device: torch.device, what: str, instead: str) -> None:
     """Raise on every rank unless the ranks of each machine find the memory that they need. Collective.
 
     Parameters
@@ -30,6 +30,8 @@ def check_room(ranks: Ranks, needed_bytes: int, device: torch.device, what: str)
         By this rank, on ``device``.
     what : str
         It is for.
+    instead : str
+        What to do where there is too little.
 
     Raises
     ------
@@ -42,20 +44,18 @@ def check_room(ranks: Ranks, needed_bytes: int, device: torch.device, what: str)
     for r, (where, needed, free, limit) in enumerate(ranks.of_every(told)):
         by_place.setdefault(where, []).append((r, needed, free))
         if limit is not None and needed > max(limit, MARGIN_BYTES):
-            raise PlanError(_missing(what, needed, limit, f"in rank {r}, whose process is limited (ulimit -v)"))
+            raise PlanError(
+                _missing(what, needed, limit, f"in rank {r}, whose process is limited (ulimit -v)", instead)
+            )
     for where, there in by_place.items():
         needed, free = sum(n for _, n, _ in there), min(f for _, _, f in there)
         if needed > max(free, MARGIN_BYTES):
             each = ", ".join(f"rank {r} {n:,} B" for r, n, _ in there[:8]) + ", ..." * (len(there) > 8)
-            raise PlanError(_missing(what, needed, free, f"on {where} ({each})"))
+            raise PlanError(_missing(what, needed, free, f"on {where} ({each})", instead))
 
 
-def _missing(what: str, needed: int, free: int, where: str) -> str:
-    return (
-        f"{what} need {needed:,} B {where}, and {free:,} B are free: {needed - free:,} B are missing. Run more ranks "
-        "on more machines, create the model on the meta device, or compile it with in_place=True, which frees the "
-        "original's parameters as they are cut"
-    )
+def _missing(what: str, needed: int, free: int, where: str, instead: str) -> str:
+    return f"{what} need {needed:,} B {where}, and {free:,} B are free: {needed - free:,} B are missing. {instead}"
 
 
 def free_bytes(device: torch.device) -> int:

@@ -50,7 +50,12 @@ def initial_values(
     """
     values = {}
     meta = ranks.of_first([n for n, p in model.named_parameters() if p.is_meta])
-    check_room(ranks, _room(model, pieces, ranks.rank, device, in_place=in_place), device, "pieces of parameters")
+    instead = (
+        "Run more ranks on more machines, create the model on the meta device, or compile it with in_place=True, which "
+        "frees the original's parameters as they are cut"
+    )
+    room = _room(model, pieces, ranks.rank, device, in_place=in_place)
+    check_room(ranks, room, device, "pieces of parameters", instead)
     if meta:
         seed = ranks.of_first(torch.initial_seed() if seed is None else seed)
         values = ranks.everywhere(lambda: reset_pieces(template, pieces, seed, ranks.rank, device, meta))
@@ -318,7 +323,8 @@ def full_state_dict(module: nn.Module, *, rank0_only: bool = False) -> dict[str,
     place = torch.device("cpu") if rank0_only else None
     room = sum(prod(shapes[n]) * x.element_size() for n, x in held.items()) if takes else 0
     device = place or next((x.device for x in held.values()), torch.device("cpu"))
-    check_room(ranks, room, device, "the whole state_dict")
+    instead = "Let rank 0 alone have it (rank0_only=True), or run that rank where there is more memory"
+    check_room(ranks, room, device, "the values of the whole state_dict", instead)
     result: dict[str, Tensor] = {}
     for name, x in held.items():
         local, pieces = x.detach(), cut[name]
