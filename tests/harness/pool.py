@@ -8,6 +8,7 @@ take down the rest.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import random
@@ -32,6 +33,12 @@ from descompiler.verify import local_context
 
 GRACE_S = 10.0
 """How long the other ranks may still answer once one has failed."""
+
+
+MOST_THREADS = 40
+"""Threads from which on a rank looks for garbage. Modules are in cycles with their groups, and the collector waits the
+longer, the more there is; each group has three threads, one of which wakes a hundred times a second: with four hundred
+groups nothing else gets to run."""
 
 
 class RankPoolError(EquivalenceError):
@@ -130,6 +137,7 @@ def _serve(rank: int, ranks: int, folder: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     draws = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    gc.freeze()  # what was imported stays: a collection then costs little
     for call in count():
         try:
             message = pipe.recv_bytes()
@@ -143,6 +151,13 @@ def _serve(rank: int, ranks: int, folder: str, pipe: Any) -> None:
             pipe.send_bytes(pickle.dumps(("error", f"rank {rank}: {traceback.format_exc()}")))
             return  # and the connections to this process end, which whoever waits for it notices
         pipe.send_bytes(answer)
+        if _threads() > MOST_THREADS:
+            gc.collect()
+
+
+def _threads() -> int:
+    """Threads of this process, those of gloo too, which Python knows nothing of."""
+    return len(os.listdir("/proc/self/task"))
 
 
 @contextmanager
