@@ -10,6 +10,7 @@ PY ?=
 RANKS ?= 2
 DATA ?=
 MODEL ?= deepfm
+WORKERS ?= 2
 ARGS ?=
 
 # One place spells the torch version; see constraints.txt for why it is installed alone and first.
@@ -43,11 +44,12 @@ demo: $(INSTALLED)  ## train a CTR model on RANKS local ranks (RANKS=2, DATA=, A
 	OMP_NUM_THREADS=1 $(TORCHRUN) --standalone --nproc-per-node $(RANKS) \
 		examples/train_ctr.py $(if $(DATA),--data $(DATA)) $(ARGS)
 
-test: $(INSTALLED_DEV)  ## run the tests that are not marked slow
-	$(RUN) -m pytest $(ARGS)
+# Two at a time, whole files to one worker: tests of a file share captures and ranks. A test has 2 to 4 ranks itself.
+test: $(INSTALLED_DEV)  ## run the tests that are not marked slow (WORKERS=2)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-all: $(INSTALLED_DEV)  ## run every test
-	$(RUN) -m pytest -m "" $(ARGS)
+	$(RUN) -m pytest -m "" -n $(WORKERS) --dist loadfile $(ARGS)
 
 # Doctests run on descompiler alone: its links reach passes/ and cost_models/ under their import names, once.
 # pytest's exit status 5 says that there was no doctest, which is not a failure.

@@ -14,8 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
@@ -82,28 +86,43 @@ def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants.run", description=__doc__)
     parser.add_argument("names", nargs="*", help="parts of patches' names; all by default")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time, each in a work tree of its own")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="seconds per mutant, after which it is killed")
     options = parser.parse_args(arguments)
     chosen = [m for m in mutants() if not options.names or any(part in m.file.name for part in options.names)]
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree"
-        if (made := _git(ROOT, "worktree", "add", "--detach", str(tree), "HEAD")).returncode:
-            sys.exit(made.stderr.decode())
-        try:
-            every = tuple(dict.fromkeys(t for m in chosen for t in m.tests))
-            result, said = run_tests(tree, every, options.timeout * max(len(every), 1))
-            if result != LIVED:
-                sys.exit(f"{said}\nThe tests fail without any mutation.")
-            results = [_report(m, tree, options.timeout) for m in chosen]
-        finally:
-            _git(ROOT, "worktree", "remove", "--force", str(tree))
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as trees:
+        free: SimpleQueue[Path] = SimpleQueue()
+        for job in range(options.jobs):
+            free.put(trees.enter_context(_work_tree(Path(folder) / f"tree{job}")))
+        every = tuple(dict.fromkeys(t for m in chosen for t in m.tests))
+        tree = free.get()
+        result, said = run_tests(tree, every, options.timeout * max(len(every), 1))
+        free.put(tree)
+        if result != LIVED:
+            sys.exit(f"{said}\nThe tests fail without any mutation.")
+        with ThreadPoolExecutor(options.jobs) as jobs:
+            results = list(jobs.map(lambda m: _report(m, free, options.timeout), chosen))
     print(", ".join(f"{results.count(kind)} {kind}" for kind in (KILLED, LIVED, BROKEN)))
     return int(results.count(KILLED) < len(results))
 
 
-def _report(mutant: Mutant, tree: Path, timeout_s: float) -> str:
-    start = time.monotonic()
-    result = judge(mutant, tree, timeout_s)
+@contextmanager
+def _work_tree(tree: Path) -> Iterator[Path]:
+    """What is committed, in a folder of its own."""
+    if (made := _git(ROOT, "worktree", "add", "--detach", str(tree), "HEAD")).returncode:
+        sys.exit(made.stderr.decode())
+    try:
+        yield tree
+    finally:
+        _git(ROOT, "worktree", "remove", "--force", str(tree))
+
+
+def _report(mutant: Mutant, free: SimpleQueue[Path], timeout_s: float) -> str:
+    tree, start = free.get(), time.monotonic()
+    try:
+        result = judge(mutant, tree, timeout_s)
+    finally:
+        free.put(tree)
     print(f"{result:7} {time.monotonic() - start:5.0f} s  {mutant.file.stem}: {mutant.what}", flush=True)
     return result
 
