@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import descompiler as des
-from descompiler.verify import on_ranks
+from descompiler.check.processes import on_ranks
 from examples.models import SequentialRecommender, zipf_ids
 
 

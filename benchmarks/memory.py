@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import descompiler as des
-from descompiler.verify import on_ranks
+from descompiler.check.processes import on_ranks
 
 KINDS = ("meta", "first", "in place", "copy")
 ALLOWANCE_BYTES = 300 * 10**6

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import descompiler as des
-from descompiler.verify import on_ranks
+from descompiler.check.processes import on_ranks
 from examples.models import LightGCN, zipf_ids
 
 WAYS = ("column", "fsdp", "replicate")

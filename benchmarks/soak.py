@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import descompiler as des
-from descompiler.verify import on_ranks
+from descompiler.check.processes import on_ranks
 
 ITEMS = 5000
 LIMIT_KIB = 8.0

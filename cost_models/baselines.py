@@ -34,6 +34,7 @@ import sympy
 
 from descompiler.cost_models.cost import Cost, fused
 from descompiler.cost_models.symbols import UG, L, N, P, U, V, b, c, g, i, k, l, p, s
+from descompiler.registry import Registry
 
 ALL_REDUCE = 2 * (N - 1) / N * V * k * s
 """A table's dense gradient, all-reduced: sent bytes."""
@@ -159,18 +160,21 @@ DATA_PARALLEL = Baseline(
     "torchrec/distributed/sharding/dp_sharding.py: the table is replicated, DistributedDataParallel reduces it",
 )
 
-BASELINES: tuple[Baseline, ...] = (
-    DDP_DENSE,
-    DDP_SPARSE,
-    SERVER,
-    SERVER_UNIQUE,
-    MESH,
-    MESH_ROWS,
-    TABLE_WISE,
-    COLUMN_WISE,
-    ROW_WISE,
-    TABLE_ROW_WISE,
-    DATA_PARALLEL,
+BASELINES: Registry[Baseline] = Registry(
+    "baseline",
+    (
+        DDP_DENSE,
+        DDP_SPARSE,
+        SERVER,
+        SERVER_UNIQUE,
+        MESH,
+        MESH_ROWS,
+        TABLE_WISE,
+        COLUMN_WISE,
+        ROW_WISE,
+        TABLE_ROW_WISE,
+        DATA_PARALLEL,
+    ),
 )
 LENGTH_BYTES = 4
 """TorchRec's KeyedJaggedTensor has int32 lengths."""
@@ -260,7 +264,7 @@ def price(
     backend : {"nccl", "gloo"}
         Whose algorithms send: gloo's reduce-scatter moves twice a ring's bytes.
     seconds_of : callable, optional
-        ``(collective, sent bytes, calls) -> seconds``: `descompiler.cluster.Cluster.seconds_of`.
+        ``(collective, sent bytes, calls) -> seconds``: `descompiler.planning.cluster.Cluster.seconds_of`.
 
     >>> dense, *_ = price([TableUse(1000, 4, 1)], 10, ranks=2, rows=8)
     >>> dense.sent_bytes

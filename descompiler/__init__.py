@@ -1,9 +1,10 @@
 """descompiler: compile an ordinary PyTorch recommender model into an equivalent distributed module."""
 
-from descompiler.audit import Audit, audit
-from descompiler.calibrate import calibrate
 from descompiler.captured import plan
-from descompiler.cluster import Cluster
+from descompiler.check.audit import Audit, audit
+from descompiler.check.calibrate import calibrate
+from descompiler.check.compare import Report
+from descompiler.check.verify import verify
 from descompiler.compiler import compile
 from descompiler.errors import (
     CaptureError,
@@ -14,12 +15,12 @@ from descompiler.errors import (
     RankError,
     UnsupportedError,
 )
-from descompiler.inputs import register_input
-from descompiler.module import DistributedModule, module_of
-from descompiler.plan import Plan
-from descompiler.state import full_state_dict, load_full_state_dict
-from descompiler.traffic import Traffic
-from descompiler.verify import Report, verify
+from descompiler.layout.traffic import Traffic
+from descompiler.model.inputs import register_input
+from descompiler.module.distributed import DistributedModule, module_of
+from descompiler.module.state import full_state_dict, load_full_state_dict
+from descompiler.planning.cluster import Cluster
+from descompiler.planning.plan import Plan
 
 __version__ = "0.1.0"
 

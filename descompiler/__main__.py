@@ -1,5 +1,5 @@
 """``python -m descompiler``: the command line."""
 
-from descompiler.cli import main
+from descompiler.cli.app import main
 
 main()

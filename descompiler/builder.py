@@ -9,29 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from descompiler.aggregate import Candidates, Cut, Weights, at_lookups, minimum_cut, place
-from descompiler.attributes import Place
-from descompiler.capture import capture
-from descompiler.checks import asks_for
-from descompiler.emit import Emitted, emit
+from descompiler.capture.checks import asks_for
+from descompiler.capture.ladder import capture
+from descompiler.emit.emit import Emitted, emit
 from descompiler.errors import CaptureError, PlanError
-from descompiler.form import Split, split_as
-from descompiler.held import copied
-from descompiler.inputs import Signature, flatten, normalise_inputs, split_statics, unflatten_with
-from descompiler.operators import Operator, find_operators
-from descompiler.outputs import bias_pieces
-from descompiler.passes import NORMALISE, RULES
-from descompiler.plan import Plan
-from descompiler.probe import CALL, method_of
-from descompiler.program import Program
-from descompiler.statistics import Statistics, measure
+from descompiler.graph.program import Program
+from descompiler.layout.statistics import Statistics
+from descompiler.model.attributes import Place, copied
+from descompiler.model.inputs import Signature, flatten, normalise_inputs, split_statics, unflatten_with
+from descompiler.model.probe import CALL, method_of
+from descompiler.planning.plan import Plan
+from descompiler.planning.products import bias_pieces
+from descompiler.plugins import Kit
+from descompiler.region.cut import Candidates, Cut, Weights, at_lookups, minimum_cut
+from descompiler.region.place import place
+from descompiler.region.rule import Rule
+from descompiler.tables.form import Split, find_tables, split_as
+from descompiler.tables.measure import measure
+from descompiler.tables.tables import Operator
 
 
 class Builder:
     """Programs of one model, by the training flags of its modules."""
 
-    def __init__(self, template: nn.Module, example_inputs: Any, method: str = CALL):
+    def __init__(self, template: nn.Module, example_inputs: Any, method: str = CALL, kit: Kit | None = None):
         self.template, self.example_inputs, self.method = template, example_inputs, method
+        self.kit = Kit.of() if kit is None else kit
         leaves, _ = split_statics(flatten(normalise_inputs(example_inputs, method_of(template, method)))[0])
         self.rows = max((x.shape[0] for x in leaves if x.dim()), default=1)
         self.device = leaves[0].device if leaves else torch.device("cpu")
@@ -51,7 +54,7 @@ class Builder:
             with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_detect_anomaly(False):
                 try:
                     self._captured[key] = capture(
-                        self.template, self.example_inputs, training=flags, passes=NORMALISE, method=self.method
+                        self.template, self.example_inputs, training=flags, passes=self.kit.passes, method=self.method
                     )
                 except CaptureError as error:
                     self._failed[key] = error
@@ -99,7 +102,7 @@ class Builder:
             for (path, name), x in changes:
                 setattr(template.get_submodule(path), name, x)
             tensors = [x.to(d) for x, d in zip(tensors, wanted, strict=True)]
-            self._others[key] = Builder(template, unflatten_with(tensors, spec, statics), self.method)
+            self._others[key] = Builder(template, unflatten_with(tensors, spec, statics), self.method, self.kit)
         return self._others[key]
 
     def measure(
@@ -112,8 +115,8 @@ class Builder:
 
     def emit(self, plan: Plan, training: dict[str, bool], rank: int) -> Emitted:
         program, _ = self.capture(training)
-        operators = find_operators(program)
-        candidates, cut = region_of(program, operators, plan)
+        operators = find_tables(program, self.kit.forms)
+        candidates, cut = region_of(program, operators, plan, self.kit.rules)
         splits = splits_of(operators, plan)
         return emit(program, operators, splits, plan.pieces, candidates, cut, rank, plan.ranks)
 
@@ -123,15 +126,17 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def region_of(program: Program, operators: list[Operator], plan: Plan) -> tuple[Candidates, Cut]:
+def region_of(program: Program, operators: list[Operator], plan: Plan, rules: Sequence[Rule]) -> tuple[Candidates, Cut]:
     """What the rules can place, and what the plan keeps inside the region, in a graph of the planned model."""
-    w = Weights(plan.ranks, plan.rows, plan.itemsize).on(plan.cluster)
+    w = Weights(plan.ranks, plan.rows, plan.itemsize).worth(
+        plan.cluster.flops_per_byte if plan.cluster is not None else None
+    )
     splits = splits_of(operators, plan)
     biases = bias_pieces(program, operators, splits)
     used = {program.parameter(n) for n in program.graph.nodes if n.users}
     cut_weights = {n: p for n, p in plan.pieces.items() if n not in plan.splits and not p.is_replicated and n in used}
     colocated = {n: p for n, p in cut_weights.items() if biases.get(n) != p}
-    candidates = place(program, operators, splits, RULES, plan.ranks, colocated)
+    candidates = place(program, operators, splits, rules, plan.ranks, colocated)
     cut = at_lookups(candidates) if plan.aggregate == "lookups" else minimum_cut(program, candidates, w, colocated)
     inside = {n for node in cut.inside for n in candidates.placed[node].pieces}
     if lost := set(colocated) - inside:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from descompiler.aggregate import Candidates, Cut, Weights
 from descompiler.builder import Builder, region_of
-from descompiler.cluster import Cluster
+from descompiler.eager.planning import plan_partial
+from descompiler.eager.survey import survey
 from descompiler.errors import CaptureError
-from descompiler.given_plan import setting_of, warn_of_terms
-from descompiler.inputs import Signature
-from descompiler.objective import Terms
-from descompiler.operators import Operator, find_operators
-from descompiler.partial import plan_partial, survey
-from descompiler.passes import RULES
-from descompiler.pins import Forbidden
-from descompiler.plan import Plan
-from descompiler.planner import choose
-from descompiler.probe import CALL, blueprint
-from descompiler.program import Program
-from descompiler.statistics import Statistics
+from descompiler.graph.program import Program
+from descompiler.layout.statistics import Statistics
+from descompiler.model.inputs import Signature
+from descompiler.model.probe import CALL, blueprint
+from descompiler.planning.cluster import Cluster
+from descompiler.planning.given import setting_of, warn_of_terms
+from descompiler.planning.objective import Terms
+from descompiler.planning.pins import Forbidden
+from descompiler.planning.plan import Plan
+from descompiler.planning.planner import choose
+from descompiler.plugins import Kit
+from descompiler.region.cut import Candidates, Cut, Weights
+from descompiler.region.rule import Rule
+from descompiler.tables.form import Form, find_tables
+from descompiler.tables.tables import Operator
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,14 @@ class Captured:
     operators: list[Operator]
 
     @classmethod
-    def of(cls, model: nn.Module, example_inputs: Any, method: str = CALL) -> Captured:
+    def of(cls, model: nn.Module, example_inputs: Any, method: str = CALL, kit: Kit | None = None) -> Captured:
         """Capture a model in its training flags."""
-        return cls.by(Builder(blueprint(model), example_inputs, method))
+        return cls.by(Builder(blueprint(model), example_inputs, method, kit))
 
     @classmethod
     def by(cls, build: Builder) -> Captured:
         program, signature = build.capture(None)
-        return cls(build, program, signature, find_operators(program))
+        return cls(build, program, signature, find_tables(program, build.kit.forms))
 
     @property
     def rows(self) -> int:
@@ -70,12 +73,12 @@ class Captured:
         samples: Iterable[Any] | None = None,
         **terms: Any,
     ) -> Plan:
-        """As `descompiler.plan`, without the capture; ``terms`` are those of `descompiler.objective.Terms`."""
+        """As `descompiler.plan`, without the capture; ``terms`` are those of `descompiler.planning.objective.Terms`."""
         ranks, batch, pins = setting_of(ranks, batch, pins, plan, terms.get("cluster"))
         if samples is not None:
             terms["statistics"] = self.measure(samples)
         w = self.weights(ranks, batch or self.rows)
-        return choose(self.program, self.operators, RULES, w, pins, terms=Terms(**terms))
+        return choose(self.program, self.operators, self.build.kit.rules, w, pins, terms=Terms(**terms))
 
     def weights(self, ranks: int, rows: int) -> Weights:
         """What the cut weighs with; an element is the tables', or the model's without any."""
@@ -88,7 +91,7 @@ class Captured:
 
     def region(self, plan: Plan) -> tuple[Candidates, Cut]:
         """What the rules can place, and what the plan keeps inside the region."""
-        return region_of(self.program, self.operators, plan)
+        return region_of(self.program, self.operators, plan, self.build.kit.rules)
 
 
 def plan(
@@ -105,6 +108,8 @@ def plan(
     optimizer: str = "adagrad",
     samples: Iterable[Any] | None = None,
     method: str = CALL,
+    rules: Sequence[Rule] = (),
+    forms: Sequence[Form] = (),
 ) -> Plan:
     """Plan for any number of ranks, without a process group and without weights.
 
@@ -118,7 +123,7 @@ def plan(
         As `compile`'s ``plan``.
     plan : Plan or path, optional
         Follow it: price it for this model, with forms that were edited in its file.
-    cluster, forbid, memory_bytes, optimizer, samples, method
+    cluster, forbid, memory_bytes, optimizer, samples, method, rules, forms
         As `compile`'s.
 
     Raises
@@ -126,12 +131,13 @@ def plan(
     PlanError
         If nothing satisfies the constraints: which rank lacks how much memory, and what would fit.
     """
+    kit = Kit.of(rules, forms)
     terms: dict[str, Any] = {"forbid": forbid or {}, "cluster": cluster}
     terms |= {"memory_bytes": memory_bytes, "optimizer": optimizer}
     try:
-        captured = Captured.of(model, example_inputs, method)
+        captured = Captured.of(model, example_inputs, method, kit)
     except CaptureError:  # in part, as `compile` does
-        build = Builder(blueprint(model), example_inputs, method)
+        build = Builder(blueprint(model), example_inputs, method, kit)
         seen = survey(build.template, example_inputs, method)
         warn_of_terms(Terms(**terms), samples)
         ranks, batch, pins = setting_of(ranks, batch, pins, plan, cluster)

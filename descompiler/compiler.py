@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,20 +10,24 @@ from torch import nn
 
 from descompiler.builder import Builder
 from descompiler.captured import Captured
-from descompiler.cluster import Cluster
-from descompiler.coverage import coverage_of
 from descompiler.errors import CaptureError, InputError, PlanError
-from descompiler.given_plan import Given, agree, follow_or_choose, warn_of_terms
-from descompiler.held import unregistered
+from descompiler.graph.program import Failure
 from descompiler.in_part import distribute_in_part, in_other_flags
-from descompiler.module import DeferredModule, DistributedModule, install
-from descompiler.objective import Terms
-from descompiler.pins import Forbidden
-from descompiler.plan import NO_OPERATORS
-from descompiler.probe import CALL, blueprint
-from descompiler.program import Failure
-from descompiler.ranks import Ranks
-from descompiler.state import initial_values
+from descompiler.model.attributes import unregistered
+from descompiler.model.probe import CALL, blueprint
+from descompiler.module.deferred import DeferredModule
+from descompiler.module.distributed import DistributedModule, install
+from descompiler.module.initial import initial_values
+from descompiler.planning.cluster import Cluster
+from descompiler.planning.coverage import coverage_of
+from descompiler.planning.given import Given, agree, follow_or_choose, warn_of_terms
+from descompiler.planning.objective import Terms
+from descompiler.planning.pins import Forbidden
+from descompiler.planning.plan import NO_OPERATORS
+from descompiler.plugins import Kit
+from descompiler.region.rule import Rule
+from descompiler.runtime.ranks import Ranks
+from descompiler.tables.form import Form
 
 LOSSES = ("rank_mean", "row_mean", "sum")
 
@@ -44,6 +48,8 @@ def compile(
     samples: Iterable[Any] | None = None,
     method: str = CALL,
     in_place: bool = False,
+    rules: Sequence[Rule] = (),
+    forms: Sequence[Form] = (),
 ) -> Any:
     """Compile a model into this rank's part of an equivalent distributed module.
 
@@ -92,6 +98,11 @@ def compile(
         Return the user's own object: of its class, with its other methods, with this rank's pieces in its parameters
         and ``method`` (by default "forward") replaced by the compiled one. `module_of` gives its `DistributedModule`.
 
+    rules : sequence of Rule, optional
+        Placement rules beside those that are built in or installed, asked after them; see `descompiler.region.rule`.
+    forms : sequence of Form, optional
+        Forms that tables may take beside those; see `descompiler.tables.form`.
+
     Returns
     -------
     DistributedModule, or the model itself if ``in_place``
@@ -104,7 +115,7 @@ def compile(
     def compile_for(inputs: Any) -> DistributedModule:
         return distribute(
             model,
-            lambda: Builder(blueprint(model), inputs, method),
+            lambda: Builder(blueprint(model), inputs, method, Kit.of(rules, forms)),
             plan=plan,
             process_group=process_group,
             loss=loss,
@@ -157,7 +168,7 @@ def distribute(
         terms = replace(terms, statistics=ranks.of_first(measured))
     # propose splits, price them, choose with a cut
     program, operators, w = captured.program, captured.operators, captured.weights(ranks.count, rows)
-    chosen = ranks.everywhere(lambda: follow_or_choose(program, operators, w, plan, terms))
+    chosen = ranks.everywhere(lambda: follow_or_choose(program, operators, build.kit.rules, w, plan, terms))
     agree(chosen, ranks)
     coverage = coverage_of(program, operators, chosen)
     for text in (None if operators else NO_OPERATORS, coverage.warning()):

@@ -1,10 +1,14 @@
 """What descompiler refuses, by name, and what it warns of.
 
 Every error says which operator, table or argument it is about, where in the user's code if that is known, and what
-to do next. Errors that one rank meets are raised on every rank (`descompiler.runtime.Runtime.raise_everywhere`).
+to do next. Errors that one rank meets are raised on every rank
+(`descompiler.runtime.runtime.Runtime.raise_everywhere`).
 """
 
+from __future__ import annotations
+
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,7 @@ class DescompilerError(Exception):
 class CaptureError(DescompilerError):
     """The model could not be captured as a graph, or the captured graph does not reproduce the model.
 
-    ``failures`` holds the rungs of the ladder that were tried (`descompiler.program.Failure`).
+    ``failures`` holds the rungs of the ladder that were tried (`descompiler.graph.program.Failure`).
     """
 
     def __init__(self, text: str, failures: tuple[Any, ...] = ()):
@@ -57,3 +61,14 @@ def warn(text: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(LIBRARIES):
         level, frame = level + 1, frame.f_back
     warnings.warn(f"descompiler: {text}", stacklevel=level)
+
+
+def raised_at(error: BaseException) -> str | None:
+    """The user's file and line that an error was raised in; None if it was raised in a library's."""
+    return innermost(traceback.extract_tb(error.__traceback__))
+
+
+def innermost(frames: traceback.StackSummary) -> str | None:
+    """The file and line of the innermost frame that is the user's; None if none is."""
+    places = [f"{f.filename}:{f.lineno}" for f in frames if not f.filename.startswith(LIBRARIES)]
+    return places[-1] if places else None

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from descompiler.builder import Builder
-from descompiler.coverage import Coverage
-from descompiler.given_plan import Given, agree, follow_or_choose_in_part
-from descompiler.held import copied
-from descompiler.inputs import normalise_inputs, take_rows
-from descompiler.module import PartialModule
-from descompiler.partial import Survey, coverage_partial, survey
-from descompiler.plan import Plan
-from descompiler.probe import call_of, method_of
-from descompiler.program import Failure
-from descompiler.ranks import Ranks
-from descompiler.runtime import Runtime
-from descompiler.state import initial_values
+from descompiler.eager.planning import coverage_partial, follow_or_choose_in_part
+from descompiler.eager.survey import Survey, survey
+from descompiler.graph.program import Failure
+from descompiler.model.attributes import copied
+from descompiler.model.inputs import normalise_inputs, take_rows
+from descompiler.model.probe import call_of, method_of
+from descompiler.module.initial import initial_values
+from descompiler.module.partial import PartialModule
+from descompiler.planning.coverage import Coverage
+from descompiler.planning.given import Given, agree
+from descompiler.planning.plan import Plan
+from descompiler.runtime.ranks import Ranks
+from descompiler.runtime.runtime import Runtime
 
 
 def distribute_in_part(

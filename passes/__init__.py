@@ -1,40 +1,47 @@
-"""Passes over programs, one a file; the order is this tuple."""
+"""Passes over programs, one idea a file: what a graph is rewritten to, and how its operators and tables are divided.
 
-from descompiler.form import Form
-from descompiler.passes.decompose_losses import DecomposeLosses
-from descompiler.passes.explicit_shapes import ExplicitShapes
-from descompiler.passes.fold_constants import FoldConstants
-from descompiler.passes.form_column import Column
-from descompiler.passes.form_field import Field
-from descompiler.passes.form_fsdp import FullySharded
-from descompiler.passes.form_gather import Gather
-from descompiler.passes.form_hot import Hot
-from descompiler.passes.form_pull import Pull
-from descompiler.passes.form_replicate import Replicate
-from descompiler.passes.form_row import Row
-from descompiler.passes.functionalise import Functionalise
-from descompiler.passes.lookups_first import LookupsFirst
-from descompiler.passes.merge_duplicates import MergeDuplicates
-from descompiler.passes.recognise_bags import RecogniseBags
-from descompiler.passes.recognise_lookups import RecogniseLookups
-from descompiler.passes.recognise_masked_sums import RecogniseMaskedSums
-from descompiler.passes.recognise_outputs import RecogniseOutputs
-from descompiler.passes.remove_noops import RemoveNoops
-from descompiler.passes.rule_batch_norm import BatchNorm
-from descompiler.passes.rule_concatenate import Concatenate
-from descompiler.passes.rule_contract import Contract
-from descompiler.passes.rule_elementwise import Binary, Pointwise, Unary
-from descompiler.passes.rule_expand import Expand
-from descompiler.passes.rule_independent import Independent
-from descompiler.passes.rule_index import IndexSelect
-from descompiler.passes.rule_linear import Linear
-from descompiler.passes.rule_owner import OnOwner
-from descompiler.passes.rule_reduce import Reduce
-from descompiler.passes.rule_view import Narrow, Permute, Reshape
-from descompiler.passes.simplify_indexing import SimplifyIndexing
-from descompiler.passes.split_sums import SplitSums
-from descompiler.program import Pass
-from descompiler.rule import Rule
+`NORMALISE` is the order of the normalise passes, `RULES` the order in which placement rules are asked, `FORMS` the ways
+to divide a table. Start with ``rules/linear.py`` and ``forms/row.py``.
+
+May import: runtime (its names, which emitted programs call) and below.
+"""
+
+from descompiler.graph.rewrite import Pass
+from descompiler.passes.forms.column import Column
+from descompiler.passes.forms.field import Field
+from descompiler.passes.forms.fsdp import FullySharded
+from descompiler.passes.forms.gather import Gather
+from descompiler.passes.forms.hot import Hot
+from descompiler.passes.forms.pull import Pull
+from descompiler.passes.forms.replicate import Replicate
+from descompiler.passes.forms.row import Row
+from descompiler.passes.normalise.decompose_losses import DecomposeLosses
+from descompiler.passes.normalise.explicit_shapes import ExplicitShapes
+from descompiler.passes.normalise.fold_constants import FoldConstants
+from descompiler.passes.normalise.functionalise import Functionalise
+from descompiler.passes.normalise.lookups_first import LookupsFirst
+from descompiler.passes.normalise.merge_duplicates import MergeDuplicates
+from descompiler.passes.normalise.recognise_bags import RecogniseBags
+from descompiler.passes.normalise.recognise_lookups import RecogniseLookups
+from descompiler.passes.normalise.recognise_masked_sums import RecogniseMaskedSums
+from descompiler.passes.normalise.recognise_outputs import RecogniseOutputs
+from descompiler.passes.normalise.remove_noops import RemoveNoops
+from descompiler.passes.normalise.simplify_indexing import SimplifyIndexing
+from descompiler.passes.normalise.split_sums import SplitSums
+from descompiler.passes.rules.batch_norm import BatchNorm
+from descompiler.passes.rules.concatenate import Concatenate
+from descompiler.passes.rules.contract import Contract
+from descompiler.passes.rules.elementwise import Binary, Pointwise, Unary
+from descompiler.passes.rules.expand import Expand
+from descompiler.passes.rules.independent import Independent
+from descompiler.passes.rules.index import IndexSelect
+from descompiler.passes.rules.linear import Linear
+from descompiler.passes.rules.owner import OnOwner
+from descompiler.passes.rules.reduce import Reduce
+from descompiler.passes.rules.view import Narrow, Permute, Reshape
+from descompiler.region.rule import Rule
+from descompiler.registry import Registry
+from descompiler.tables.form import FORMS
 
 NORMALISE: tuple[Pass, ...] = (
     Functionalise(),
@@ -54,24 +61,27 @@ NORMALISE: tuple[Pass, ...] = (
 )
 """From a captured program to its normal form."""
 
-RULES: tuple[Rule, ...] = (
-    OnOwner(),
-    Pointwise(),
-    Unary(),
-    Binary(),
-    Reduce(),
-    Reshape(),
-    Permute(),
-    Narrow(),
-    Concatenate(),
-    Linear(),
-    Contract(),
-    Independent(),
-    BatchNorm(),
-    IndexSelect(),
-    Expand(),
+RULES: Registry[Rule] = Registry(
+    "rule",
+    (
+        OnOwner(),
+        Pointwise(),
+        Unary(),
+        Binary(),
+        Reduce(),
+        Reshape(),
+        Permute(),
+        Narrow(),
+        Concatenate(),
+        Linear(),
+        Contract(),
+        Independent(),
+        BatchNorm(),
+        IndexSelect(),
+        Expand(),
+    ),
 )
 """How operators stay in the substituted region; the first rule that can place an operator does."""
 
-FORMS: tuple[Form, ...] = (Replicate(), Gather(), Field(), Row(), Column(), Pull(), Hot(), FullySharded())
-"""How a weights-rich operator can be divided; where two cost the same, the first is taken."""
+for _form in (Replicate(), Gather(), Field(), Row(), Column(), Pull(), Hot(), FullySharded()):
+    FORMS.add(_form)

@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def on_ranks():
-    """As `descompiler.verify.on_ranks`, on processes that stay for all tests: starting some takes seconds.
+    """As `descompiler.check.processes.on_ranks`, on processes that stay for all tests: starting some takes seconds.
 
     For ``des.verify(..., launch=on_ranks)`` too. Tests of how processes start, end and time out take fresh ones.
     """

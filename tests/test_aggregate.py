@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from descompiler.aggregate import Cut, Weights, exit_bytes, minimum_cut, place, saved_bytes, work_bytes
-from descompiler.capture import capture
-from descompiler.communication import layout_of
-from descompiler.objective import assign, parameter_pieces
-from descompiler.operators import find_operators
+from descompiler.capture.ladder import capture
+from descompiler.classify.scope import trained_parameters
+from descompiler.graph.rewrite import run_passes
+from descompiler.graph.text import canonical_graph
+from descompiler.model.probe import blueprint
 from descompiler.passes import NORMALISE, RULES
-from descompiler.probe import blueprint
-from descompiler.program import canonical_graph, run_passes
-from descompiler.scope import trained_parameters
+from descompiler.planning.exchanges import layout_of
+from descompiler.planning.objective import assign, parameter_pieces
+from descompiler.region.cut import Cut, Weights, exit_bytes, minimum_cut, saved_bytes, work_bytes
+from descompiler.region.place import place
+from descompiler.tables.form import find_tables
 from examples.models import MODELS
 from tests.harness.sent import gradients_reduced, headers, ids_in, legal_sets, norms, values_out
 
@@ -100,7 +102,7 @@ def test_costs_are_what_the_layout_of_every_legal_set_sends(step, draws):
     steps = [step, *draws.sample(STEPS, draws.choice([0, 0, 1]))]
     program, _ = capture(blueprint(Random(3, steps, 4)), (torch.randint(7, (5, 3)), torch.randn(5, 2)))
     program = run_passes(program, NORMALISE)
-    operators = find_operators(program)
+    operators = find_tables(program)
     # columns let every step be inside, and few rows make weights dear; the others differ in who has what
     mixed = [draws.choice(["field", "row", "column"]) for _ in range(2)]
     for forms, rows in ((["column"] * 3, draws.choice([1, 2])), ([*mixed, "replicate"], draws.randint(1, 300))):

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import descompiler as des
-from descompiler.calibrate import fit
-from descompiler.cluster import COLLECTIVES
+from descompiler.check.calibrate import fit
 from descompiler.examples import MODELS, make_inputs
 from descompiler.passes import FORMS
+from descompiler.planning.cluster import COLLECTIVES
 from tests.harness.models import IDS, Branch
 
 

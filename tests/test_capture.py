@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 import descompiler as des
-from descompiler import capture as ladder
-from descompiler import traffic as wire
-from descompiler.capture import capture
-from descompiler.leaf import Leaf
-from descompiler.leaves import trace_leaves
+from descompiler.capture import ladder
+from descompiler.capture.ladder import capture
+from descompiler.capture.leaves import trace_leaves
+from descompiler.classify.scope import scope_of
+from descompiler.graph.leaf import Leaf
+from descompiler.graph.nodes import user_line
+from descompiler.layout import traffic as wire
+from descompiler.model.probe import blueprint, materialise
 from descompiler.passes import NORMALISE
-from descompiler.probe import blueprint, materialise
-from descompiler.program import user_line
-from descompiler.scope import scope_of
 from tests.harness.failures import Raises, raised
 from tests.harness.models import Model, Recurrent
 

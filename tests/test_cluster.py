@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import descompiler as des
-from descompiler.cluster import BUILTIN, COLLECTIVES, Link
 from descompiler.cost_models import collectives
 from descompiler.cost_models.symbols import N, S, alpha, beta, g, start
-from descompiler.traffic import Traffic
+from descompiler.layout.traffic import Traffic
+from descompiler.planning.cluster import CLUSTERS, COLLECTIVES, Link
 
 SLOW = Link(alpha_s=1e-3, bytes_per_s=1e6, start_s=5e-3)
 FAST = Link(alpha_s=1e-5, bytes_per_s=1e9, start_s=0.0)
@@ -52,7 +52,7 @@ def test_a_step_takes_as_long_as_its_busiest_rank():
     assert two.seconds([first, second]) == pytest.approx(6e-3 + 3.0 + 2 * 7e-3)
 
 
-@pytest.mark.parametrize("name", BUILTIN)
+@pytest.mark.parametrize("name", CLUSTERS.names)
 def test_built_in_clusters_have_sources_and_go_through_json(name, tmp_path):
     built = des.Cluster.builtin(name, ranks=16, ranks_per_node=8)
     assert all(x.source for of in built.links.values() for x in of.values())
@@ -86,7 +86,7 @@ def test_bad_links_files_names_and_collectives():
         Link(0.0, 0.0)
     with pytest.raises(des.PlanError, match="no cluster file"):
         des.Cluster.from_json(json.dumps({"name": "x"}))
-    with pytest.raises(des.PlanError, match="no built-in cluster 'token-ring'; there are ethernet-10g"):
+    with pytest.raises(des.PlanError, match="no cluster 'token-ring'; the clusters are ethernet-10g"):
         des.Cluster.builtin("token-ring")
     traffic = Traffic()
     traffic.add("gossip (weights)", 1)

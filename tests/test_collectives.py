@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import descompiler as des
-from descompiler import collectives
+from descompiler.runtime import collectives
 from examples.models import MODELS, make_inputs
 
 

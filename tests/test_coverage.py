@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import descompiler as des
-from descompiler.coverage import WEIGHTS_RICH_ELEMENTS, Coverage, Covered
+from descompiler.planning.coverage import Coverage, Covered
+from descompiler.tables.tables import WEIGHTS_RICH_ELEMENTS
 
 ROWS = WEIGHTS_RICH_ELEMENTS // 4
 IDS = torch.randint(ROWS, (8, 2), generator=torch.Generator().manual_seed(0))

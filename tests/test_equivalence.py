@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import descompiler as des
-from descompiler.verify import on_ranks as fresh_ranks
+from descompiler.check.processes import on_ranks as fresh_ranks
 from examples.models import LAYOUTS, MODELS, make_inputs
 from tests.harness.plans import EVERY, FETCHED, SPLITS
 

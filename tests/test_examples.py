@@ -407,3 +407,15 @@ def test_train_ctr_on_real_rows():
     assert "fm on 2 ranks" in out
     assert "predicted == actual: yes" in out
     assert ": equivalent" in out
+
+
+# --- rules and forms of one's own
+
+
+@pytest.mark.parametrize("script", ["custom_rule.py", "custom_form.py"])
+def test_scripts_of_plug_ins_run(script):
+    command = [sys.executable, ROOT / "examples" / script]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert not done.returncode, done.stderr
+    assert "largest relative errors" in done.stdout.splitlines()[-1]

@@ -6,10 +6,10 @@ import torch.distributed as dist
 from torch import nn
 
 import descompiler as des
-from descompiler.fetch import pull
-from descompiler.fetch_layout import Fetch, FetchTable
-from descompiler.pieces import Pieces
-from descompiler.runtime import Runtime
+from descompiler.layout.fetches import Fetch, FetchTable
+from descompiler.layout.pieces import Pieces
+from descompiler.runtime.fetch import pull
+from descompiler.runtime.runtime import Runtime
 
 
 class Everything(nn.Module):

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from descompiler.form import Choice
+from descompiler.layout.pieces import ALL, Pieces, locate
 from descompiler.passes import FORMS
-from descompiler.pieces import ALL, Pieces, locate
+from descompiler.tables.form import Choice
 from tests.harness.lookups import Looked, Table, fetched, patterns
 from tests.harness.parts import RANKS
 

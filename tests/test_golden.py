@@ -16,16 +16,18 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from descompiler.aggregate import Candidates, Weights, minimum_cut, place
-from descompiler.capture import capture
-from descompiler.emit import Emitted, emit
-from descompiler.objective import assign, parameter_pieces
-from descompiler.operators import find_operators
+from descompiler.capture.ladder import capture
+from descompiler.emit.emit import Emitted, emit
+from descompiler.graph.program import Program
+from descompiler.graph.text import canonical, canonical_graph
+from descompiler.layout.pieces import Run
+from descompiler.layout.placement import Disjoint
+from descompiler.model.probe import blueprint
 from descompiler.passes import NORMALISE, RULES
-from descompiler.pieces import Run
-from descompiler.placement import Disjoint
-from descompiler.probe import blueprint
-from descompiler.program import Program, canonical, canonical_graph
+from descompiler.planning.objective import assign, parameter_pieces
+from descompiler.region.cut import Candidates, Weights, minimum_cut
+from descompiler.region.place import place
+from descompiler.tables.form import find_tables
 
 RANKS = 2
 
@@ -308,7 +310,7 @@ def text_of(model: nn.Module, form: str) -> str:
     """The program with placements, and the program of every rank, for one form of all tables."""
     inputs = getattr(model, "inputs", lambda: (torch.tensor([[0, 1], [2, 3], [4, 4]]), torch.ones(3, 3)))()
     program, _ = capture(blueprint(model), inputs, passes=NORMALISE)
-    operators = find_operators(program)
+    operators = find_tables(program)
     splits = assign(operators, {o.name: form for o in operators}, RANKS)
     candidates = place(program, operators, splits, RULES, RANKS)
     cut = minimum_cut(program, candidates, Weights(RANKS, 8))

@@ -1,14 +1,14 @@
 """`make gpu-check`: what the other tests prove on the CPU, with tensors of a GPU. Skipped where there is none.
 
 On one rank there are no collectives. Two gloo ranks may share one GPU, which NCCL does not allow; their tensors go
-through the host (`descompiler.collectives`).
+through the host (`descompiler.runtime.collectives`).
 """
 
 import pytest
 import torch
 
 import descompiler as des
-from descompiler.verify import on_ranks
+from descompiler.check.processes import on_ranks
 from examples.models import MODELS, make_inputs
 from tests.harness.plans import EVERY, SPLITS
 

@@ -3,9 +3,9 @@
 import pytest
 
 import descompiler as des
-from descompiler.capture import capture
+from descompiler.capture.ladder import capture
+from descompiler.model.probe import blueprint
 from descompiler.passes import NORMALISE
-from descompiler.probe import blueprint
 from tests.harness.idioms import IDIOMS, IDS, LoopOverRows
 from tests.harness.pool import here
 

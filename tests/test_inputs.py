@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import descompiler as des
-from descompiler.inputs import flatten, normalise_inputs, take_rows
+from descompiler.model.inputs import flatten, normalise_inputs, take_rows
 
 GENERATOR = torch.Generator().manual_seed(3)
 USER = torch.randint(7, (9,), generator=GENERATOR)

@@ -1,6 +1,5 @@
 """Models larger than a machine: captured, planned, compiled, saved and proven in little memory, or refused in time."""
 
-import sys
 import warnings
 
 import pytest
@@ -10,14 +9,15 @@ from torch import nn
 
 import descompiler as des
 from benchmarks import memory
-from descompiler import room
+from descompiler.capture.checks import check_reproduces
 from descompiler.captured import Captured
-from descompiler.checks import check_reproduces
+from descompiler.check import verify
 from descompiler.errors import CaptureError
-from descompiler.folded import FOLDED_ROWS, Folded, has_own_values
-from descompiler.local_operators import bag, lookup
-from descompiler.probe import blueprint, materialise
-from descompiler.state import BLOCK_ROWS
+from descompiler.model.folded import FOLDED_ROWS, Folded, has_own_values
+from descompiler.model.probe import blueprint, materialise
+from descompiler.module.initial import BLOCK_ROWS
+from descompiler.ops.local import bag, lookup
+from descompiler.runtime import room
 from tests.harness.pool import RankPool
 
 HUGE = 10**10
@@ -244,14 +244,13 @@ def test_a_large_model_is_proven_with_smaller_tables():
 
 
 def test_a_proof_that_does_not_fit_says_what_it_needs(monkeypatch):
-    module = sys.modules["descompiler.verify"]  # the package has a function of that name
-    monkeypatch.setattr(module, "free_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(verify, "free_bytes", lambda device: 1 << 20)
     ids = torch.randint(10_000, (6, 3))
     with pytest.raises(des.InputError, match=r"verify needs about .* are missing\. verify\(\.\.\., rows=1000\)"):
         des.verify(Large(10_000), (ids,))
     with pytest.raises(des.InputError, match=r"'table\.weight', 'bag\.weight', .* are on the meta device.*rows=1000"):
         des.verify(on_meta(10_000), (ids,))
-    monkeypatch.setattr(module, "free_bytes", lambda device: 40 << 20)
+    monkeypatch.setattr(verify, "free_bytes", lambda device: 40 << 20)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         des.verify(Large(10_000), (ids,), steps=1)

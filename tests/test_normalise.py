@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from descompiler.errors import DescompilerError
+from descompiler.graph.rewrite import run_passes
 from descompiler.passes import NORMALISE
-from descompiler.program import run_passes
 from tests.harness.graph_text import GraphText, run
 
 FOLDER = Path(__file__).parent / "normalise"

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import descompiler as des
-from descompiler.capture import capture
+from descompiler.capture.ladder import capture
+from descompiler.check.compare import train_and_compare
+from descompiler.model.probe import blueprint
 from descompiler.passes import NORMALISE
-from descompiler.probe import blueprint
-from descompiler.verify import _work
 from examples.models import SequentialRecommender
 
 ITEMS, DIM, LENGTH, ROWS = 37, 4, 5, 6
@@ -143,7 +143,9 @@ def _every_head(rank, ranks):
     for name in HEADS:
         torch.manual_seed(0)
         plans = [{"*": "row"}, {"*": "pull"}, {"*": "replicate"}]
-        reports[name] = _work(rank, ranks, Model(name).double(), (make_inputs(), {}), 3, plans, ["adagrad"], "cpu")
+        reports[name] = train_and_compare(
+            rank, ranks, Model(name).double(), (make_inputs(), {}), 3, plans, ["adagrad"], "cpu"
+        )
     return reports
 
 

@@ -79,7 +79,9 @@ def test_wheel_holds_every_module_of_the_three_folders(wheel: Path) -> None:
     expected = {f"{there}/{name}" for here, there in FOLDERS.items() for name in python_files(ROOT / here)}
     found = {f"descompiler/{name}" for name in python_files(wheel / "descompiler")}
     assert found == expected
-    assert (wheel / "descompiler" / "py.typed").is_file() and (wheel / "descompiler" / "report.css").is_file()
+    assert (wheel / "descompiler" / "py.typed").is_file() and (
+        wheel / "descompiler" / "report" / "report.css"
+    ).is_file()
 
 
 def test_wheel_has_no_other_top_level_package(wheel: Path) -> None:
@@ -91,7 +93,7 @@ def test_wheel_has_licence_and_command(wheel: Path) -> None:
     (info,) = wheel.glob("*.dist-info")
     assert (info / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     assert "License-Expression: Apache-2.0\n" in (info / "METADATA").read_text()
-    assert "descompiler = descompiler.cli:main" in (info / "entry_points.txt").read_text()
+    assert "descompiler = descompiler.cli.app:main" in (info / "entry_points.txt").read_text()
 
 
 def test_sdist_holds_the_mapped_folders_and_the_licence(sdist: Path) -> None:

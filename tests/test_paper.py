@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from descompiler import examples, paper
+from descompiler import examples
 from descompiler.captured import Captured
 from descompiler.cost_models.baselines import MESH, MESH_ROWS, SERVER, SERVER_UNIQUE
-from descompiler.statistics import zipf_unique
+from descompiler.layout.statistics import zipf_unique
+from descompiler.report import paper
 
 FIELDS, IDS, ROWS, DIM, HIDDEN = 20, 5, 30_000, 16, 40
 N, B = 8, 256

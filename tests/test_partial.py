@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import descompiler as des
-from descompiler.partial import survey
-from descompiler.probe import blueprint
+from descompiler.eager.survey import survey
+from descompiler.model.probe import blueprint
 from tests.harness.failures import Raises, raised
 from tests.harness.models import IDS, Branch, ThroughLists
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from descompiler.pieces import ALL, Pieces, Range, even_sizes
+from descompiler.layout.pieces import ALL, Pieces, Range, even_sizes
 
 RANKS = 4
 RANGES = st.lists(st.tuples(st.integers(0, 3), st.integers(ALL, RANKS - 1)), min_size=1, max_size=8)

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import descompiler as des
-from descompiler.aggregate import Weights
 from descompiler.captured import Captured
-from descompiler.fetch_layout import Counts
-from descompiler.flow import Network
-from descompiler.objective import Terms
+from descompiler.layout.fetches import Counts
 from descompiler.passes import FORMS, RULES
-from descompiler.pins import allowed_forms
-from descompiler.search import Search
+from descompiler.planning.objective import Terms
+from descompiler.planning.pins import allowed_forms
+from descompiler.planning.search import Search
+from descompiler.region.cut import Weights
+from descompiler.region.flow import Network
 from examples.models import MODELS
 
 NAMES = [f.name for f in FORMS if f.name != "hot"]

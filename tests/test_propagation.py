@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 import descompiler as des
-from descompiler.capture import capture
+from descompiler.capture.ladder import capture
 from descompiler.captured import Captured
-from descompiler.computed import find_groups
-from descompiler.double import widen_attributes
-from descompiler.held import copied
-from descompiler.operators import find_operators
+from descompiler.check.compare import train_and_compare
+from descompiler.model.attributes import copied
+from descompiler.model.float64 import widen_attributes
+from descompiler.model.probe import blueprint
+from descompiler.model.sparse import equal, parts_of, with_parts
 from descompiler.passes import NORMALISE
-from descompiler.probe import blueprint
-from descompiler.sparse import equal, parts_of, with_parts
-from descompiler.verify import _work
+from descompiler.tables.computed import find_groups
+from descompiler.tables.form import find_tables
 from tests.harness.propagation import ITEMS, NGCF, STEPS, Cosine, LightGCN, Loss, Weighted, inputs
 
 HELD = [f"{layout} {how}" for layout in ("coo", "csr", "dense") for how in ("buffer", "attribute")]
@@ -36,7 +36,7 @@ def test_matrices_are_captured_as_the_model_holds_them(held):
 
 @pytest.mark.parametrize("step", [s for s in STEPS if s != "sparse.mm"])
 def test_every_way_to_pass_messages_is_by_columns(step):
-    for operator in find_operators(program_of(LightGCN(step))):
+    for operator in find_tables(program_of(LightGCN(step))):
         assert operator.forms == ("replicate", "column", "fsdp")
         assert "computed of all its rows" in operator.refusals["row"]
 
@@ -45,7 +45,7 @@ def test_rows_are_looked_up_before_what_needs_all_columns():
     program = program_of(Cosine())
     notes = [n for n in program.journal if n.startswith("lookups_first")]
     assert len(notes) == 4 and all("div" in n for n in notes)
-    assert all("column" in o.forms and not o.other_uses for o in find_operators(program))
+    assert all("column" in o.forms and not o.other_uses for o in find_tables(program))
 
 
 def test_dense_layers_mix_columns():
@@ -61,7 +61,7 @@ class Scores(LightGCN):
 
 
 def test_another_use_of_the_computed_table_is_named():
-    for operator in find_operators(program_of(Scores())):
+    for operator in find_tables(program_of(Scores())):
         assert operator.forms == ("replicate", "fsdp")
         assert "also used by aten.matmul" in operator.refusals["column"]
 
@@ -84,7 +84,7 @@ def _verify(rank, ranks, names):
         make, batch = MODELS[name]
         model, plans = make().double(), [{"*": "column"}, {"*": "replicate"}]
         widen_attributes(model)
-        cases.append(_work(rank, ranks, model, (batch, {}), 3, plans, ["adagrad"], "cpu").cases)
+        cases.append(train_and_compare(rank, ranks, model, (batch, {}), 3, plans, ["adagrad"], "cpu").cases)
     return cases
 
 
@@ -152,7 +152,7 @@ def _verify_whole(rank, ranks):
     cases = []
     for model, batch in ((Loss(NGCF()), inputs(loss=True)), (Scores("index_add"), inputs()), (Twice(), inputs())):
         plans = [{"*": "fsdp"}, {"*user*": "fsdp"}]
-        cases.append(_work(rank, ranks, model.double(), (batch, {}), 3, plans, ["adagrad"], "cpu").cases)
+        cases.append(train_and_compare(rank, ranks, model.double(), (batch, {}), 3, plans, ["adagrad"], "cpu").cases)
     return cases
 
 

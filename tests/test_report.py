@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from descompiler import charts, graphs, report, sheets
-from descompiler import traffic as wire
 from descompiler.captured import Captured
-from descompiler.cluster import Cluster
+from descompiler.layout import traffic as wire
+from descompiler.planning.cluster import Cluster
+from descompiler.report import charts, drawing, graphs, sheets
+from descompiler.report import page as report
 from examples.models import MODELS, make_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +59,7 @@ def test_boxes_do_not_overlap_and_edges_go_down(seed):
     for a, b in itertools.combinations(range(25), 2):
         if rng.random() < 0.08:
             d.connect(str(a), str(b))
-    places, paths = graphs._layout(d)
+    places, paths = drawing._layout(d)
     for p, q in itertools.combinations(places.values(), 2):
         apart_x = abs(p.x - q.x) >= (p.width + q.width) / 2 - 1e-6
         apart_y = p.y + p.height <= q.y or q.y + q.height <= p.y
@@ -127,7 +128,7 @@ def _contrast(a, b):
 
 
 def test_colours_can_be_read_in_every_theme():
-    style = (ROOT / "descompiler" / "report.css").read_text()
+    style = (ROOT / "descompiler" / "report" / "report.css").read_text()
     themes = re.findall(r":root \{(.*?)\}", style, flags=re.S)
     assert len(themes) == 3  # light, dark, print
     for theme in themes:

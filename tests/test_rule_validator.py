@@ -7,7 +7,7 @@ uses it so. docs/rules.md says what a rule owes, and lists what none offers.
 import pytest
 
 from descompiler.passes import RULES
-from descompiler.rule import Placed
+from descompiler.region.rule import Placed
 from tests.harness import missing
 from tests.harness.calls import site_of
 from tests.harness.family import FAMILIES, family, placed_values

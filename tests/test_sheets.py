@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from descompiler import sheets
 from descompiler.captured import Captured
+from descompiler.report import sheets
 from examples.models import MODELS, make_inputs
 
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from benchmarks.exits import run
-from descompiler.shutdown import GLOO_THREADS, wait_for_rest
+from descompiler.runtime.shutdown import GLOO_THREADS, wait_for_rest
 
 PR_SET_NAME = 15
 

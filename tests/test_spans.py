@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from descompiler.spans import alike, at, spans_of, summed, union
+from descompiler.layout.spans import alike, at, spans_of, summed, union
 
 RANKS = 9
 BY_RANK = st.dictionaries(st.integers(0, RANKS - 1), st.integers(1, 2))

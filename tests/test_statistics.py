@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 import descompiler as des
-from descompiler.capture import capture
+from descompiler.capture.ladder import capture
 from descompiler.cost_models.forms import HOT
 from descompiler.cost_models.symbols import UH, H, N, U, i, k, s
-from descompiler.form import form_named
-from descompiler.operators import find_operators
+from descompiler.layout.pieces import ALL, Pieces
+from descompiler.layout.statistics import Statistics, zipf_unique
+from descompiler.model.probe import blueprint
 from descompiler.passes import NORMALISE
-from descompiler.pieces import ALL, Pieces
-from descompiler.probe import blueprint
-from descompiler.statistics import Statistics, measure, zipf_unique
+from descompiler.tables.form import find_tables, form_named
+from descompiler.tables.measure import measure
 
 BATCH = 1024
 
@@ -45,7 +45,7 @@ def measured(rows: int, exponent: float, batches: int = 10) -> Statistics:
     model = Model(rows)
     program, _ = capture(blueprint(model), (torch.zeros(3, 2, dtype=torch.long),), passes=NORMALISE)
     samples = [[zipf_ids(rows, exponent, (BATCH, 2), seed)] for seed in range(batches)]
-    return measure(program, find_operators(program), samples)
+    return measure(program, find_tables(program), samples)
 
 
 @pytest.mark.parametrize(("rows", "exponent"), [(30_000, 1.05), (30_000, 0.8), (1000, 1.2), (30_000, 1.4)])
@@ -94,7 +94,7 @@ def test_boundaries_are_balanced_on_what_was_measured():
 def test_hot_rows_are_those_that_cost_less_replicated():
     statistics = measured(1000, 1.2)
     program, _ = capture(blueprint(Model(1000)), (torch.zeros(3, 2, dtype=torch.long),), passes=NORMALISE)
-    table = next(o for o in find_operators(program) if o.name == "item.weight")
+    table = next(o for o in find_tables(program) if o.name == "item.weight")
     choice = form_named("hot").choose(table, 4, statistics, BATCH)
     split = form_named("hot").split(table, 4, choice)
     ids, present, other = statistics.presence("item.weight", BATCH)
@@ -125,7 +125,7 @@ def test_zipf_in_groups_is_zipf():
 
 def test_samples_that_are_wrong():
     program, _ = capture(blueprint(Model(10)), (torch.zeros(3, 2, dtype=torch.long),), passes=NORMALISE)
-    operators = find_operators(program)
+    operators = find_tables(program)
     with pytest.raises(des.InputError, match="no batch"):
         measure(program, operators, [])
     with pytest.raises(des.InputError, match=r"sample 0: .*id 10 in row 1"):

@@ -1,13 +1,13 @@
 """The proof itself: `verify` finds what is wrong, however little and on any rank; its optimisers are gentle."""
 
-import sys
-
 import pytest
 import torch
 
 import descompiler as des
-from descompiler.runtime import Runtime
-from descompiler.verify import OPTIMIZERS, TOLERANCE_FLOAT64, on_ranks
+from descompiler.check import compare
+from descompiler.check.compare import OPTIMIZERS, TOLERANCE_FLOAT64
+from descompiler.check.processes import on_ranks
+from descompiler.runtime.runtime import Runtime
 from examples.models import MODELS, make_inputs
 
 SMALL = 10 * TOLERANCE_FLOAT64
@@ -59,7 +59,7 @@ FAULTS = {
 
 def faulty(rank, ranks, fault, function, *arguments):
     """What `verify` runs on a rank, with a fault in the module that the last rank compiles."""
-    space = vars(sys.modules["descompiler.verify"])  # the package's `verify` is the function
+    space = vars(compare)
     distribute = space["distribute"]
 
     def broken(*args, **kwargs):

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from descompiler import vocabulary as vocab
-from descompiler.layout import Layout, Vocabulary
-from descompiler.runtime import Runtime
-from descompiler.traffic import Traffic
-from descompiler.vocabulary import vocabulary, vocabulary_on_ranks
+from descompiler.layout.exchanges import Vocabulary
+from descompiler.layout.layout import Layout
+from descompiler.layout.traffic import Traffic
+from descompiler.ops.vocabulary import kinds_of, vocabulary
+from descompiler.runtime import vocabulary as vocab
+from descompiler.runtime.runtime import Runtime
+from descompiler.runtime.vocabulary import vocabulary_on_ranks
 
 SIZE, DIM, LENGTH = 23, 3, 2
 REQUESTS = {
@@ -67,7 +69,7 @@ def _case(rank, ranks, kinds, counts, ranges, first, kept):
     begin = sum(counts[:rank])
     rows = slice(begin, begin + counts[rank])
     own = x[rows].clone().requires_grad_()
-    widths = vocab.kinds_of(requests, lambda i: i.shape[-1])
+    widths = kinds_of(requests, lambda i: i.shape[-1])
     spec = Vocabulary("v", tuple(ranges), DIM, LENGTH, widths)
     import torch.distributed as dist
 

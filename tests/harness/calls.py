@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
-from descompiler.placement import Region
-from descompiler.program import Program, Source, aten, target_name
-from descompiler.rule import Givens, Situation
+from descompiler.graph.nodes import Source, aten, target_name
+from descompiler.graph.program import Program
+from descompiler.layout.placement import Region
+from descompiler.region.rule import Givens, Situation
 from tests.harness.parts import BATCH, RANKS
 
 VALUE, PARAMETER, SHARED, BUFFER, KNOWN, KNOWN_TO_ONE, OWN = (

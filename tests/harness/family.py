@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from descompiler.placement import LOCAL, Disjoint, Owned, Partial, Region, Segment, Shard
-from descompiler.program import aten
+from descompiler.graph.nodes import aten
+from descompiler.layout.placement import LOCAL, Disjoint, Owned, Partial, Region, Segment, Shard
 from tests.harness.calls import BUFFER, KNOWN, KNOWN_TO_ONE, OWN, PARAMETER, SHARED, Call, Operand, value
 
 X, Y, Z = value("x", 2, 3), value("y", 2, 3), value("z", 2, 3)

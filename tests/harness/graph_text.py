@@ -1,6 +1,6 @@
 """Programs from their canonical text, so that a test of a pass can say which graph it is about.
 
-The text is what `descompiler.program.canonical` prints, and a little more about what the graph is given:
+The text is what `descompiler.graph.text.canonical` prints, and a little more about what the graph is given:
 
     input:x[b,4]                             floating point, with a gradient
     input:ids[b,2] < 6                       integers, from 0
@@ -24,9 +24,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from descompiler.local_operators import bag
-from descompiler.program import PURE_PYTHON, Program, Source, canonical, interpret, value
-from descompiler.vocabulary import vocabulary
+from descompiler.graph.nodes import PURE_PYTHON, Source, value
+from descompiler.graph.program import Program
+from descompiler.graph.rewrite import interpret
+from descompiler.graph.text import canonical
+from descompiler.ops.local import bag
+from descompiler.ops.vocabulary import vocabulary
 
 FUNCTIONS = {f.__name__: f for f in (*PURE_PYTHON, bag, vocabulary)}
 """What a graph may call besides ATen's operators."""

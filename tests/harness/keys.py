@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descompiler.placement import Disjoint
-from descompiler.program import aten
-from descompiler.rule import Placed
+from descompiler.graph.nodes import aten
+from descompiler.layout.placement import Disjoint
+from descompiler.region.rule import Placed
 from tests.harness.calls import BUFFER, Call, Operand, site_of, value
 from tests.harness.parts import BATCH, Held, cut, support
 from tests.harness.rules import Emitted, answer

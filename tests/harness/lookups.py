@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from descompiler.fetch import take
-from descompiler.fetch_layout import Fetch, FetchTable
-from descompiler.fetching import Fetching, prepare
-from descompiler.form import Choice, Form, LookupPart, Split
-from descompiler.local_operators import bag
-from descompiler.operators import Lookup, Operator
-from descompiler.placement import Disjoint, Region
-from descompiler.program import aten
-from descompiler.spans import at
+from descompiler.graph.nodes import aten
+from descompiler.layout.fetches import Fetch, FetchTable
+from descompiler.layout.placement import Disjoint, Region
+from descompiler.layout.spans import at
+from descompiler.ops.local import bag
+from descompiler.runtime.fetch import take
+from descompiler.runtime.fetching import Fetching, prepare
+from descompiler.tables.form import Choice, Form, LookupPart, Split
+from descompiler.tables.tables import Lookup, Operator
 from tests.harness.calls import KNOWN, PARAMETER, Call, Operand, Site, site_of
 from tests.harness.parts import BATCH, RANKS, Held, by_rank, join, own_rows, support
 

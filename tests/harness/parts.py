@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from descompiler.placement import LOCAL, Disjoint, Owned, Region, Shard, has_local, ranks_of
+from descompiler.layout.placement import LOCAL, Disjoint, Owned, Region, Shard, has_local, ranks_of
 
 RANKS = 3
 ROWS = (5, 0, 4)

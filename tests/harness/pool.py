@@ -1,9 +1,9 @@
 """Local gloo processes that stay: many calls in turn on one set of ranks.
 
-`descompiler.verify.on_ranks` starts processes for one call; here importing torch, its tracers and tests is paid once.
-Each call has a process group of its own, and finds the process as it was when it started: see `_isolated`. A call that
-fails on any rank, or does not answer in time, ends the processes, and the next call starts new ones: one model can't
-take down the rest.
+`descompiler.check.processes.on_ranks` starts processes for one call; here importing torch, its tracers and tests is
+paid once. Each call has a process group of its own, and finds the process as it was when it started: see `_isolated`. A
+call that fails on any rank, or does not answer in time, ends the processes, and the next call starts new ones: one
+model can't take down the rest.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from descompiler.check.processes import local_context
 from descompiler.errors import EquivalenceError
-from descompiler.verify import local_context
 
 GRACE_S = 10.0
 """How long the other ranks may still answer once one has failed."""
@@ -42,11 +42,11 @@ groups nothing else gets to run."""
 
 
 class RankPoolError(EquivalenceError):
-    """What each rank that failed said, or the ranks that did not answer; as `descompiler.verify.on_ranks` raises it."""
+    """What each rank that failed said, or the ranks that did not answer; as `on_ranks` of descompiler raises it."""
 
 
 class RankPools:
-    """A pool for each number of ranks that is asked for, called as `descompiler.verify.on_ranks`; a context."""
+    """A pool for each number of ranks that is asked for, called as `on_ranks` of descompiler; a context."""
 
     def __init__(self) -> None:
         self._pools: dict[int, RankPool] = {}

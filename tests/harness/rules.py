@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from descompiler.aggregate import ask
+from descompiler.graph.nodes import shape_of
+from descompiler.layout.pieces import Pieces
+from descompiler.layout.placement import LOCAL, Disjoint, Placement, Region, Shard
 from descompiler.passes import RULES
-from descompiler.pieces import Pieces
-from descompiler.placement import LOCAL, Disjoint, Placement, Region, Shard
-from descompiler.program import shape_of
-from descompiler.rule import Declined, Part, Placed, Rule
-from descompiler.runtime import Runtime
+from descompiler.region.place import ask
+from descompiler.region.rule import Declined, Part, Placed, Rule
+from descompiler.runtime.runtime import Runtime
 from tests.harness.calls import BUFFER, KNOWN_TO_ONE, OWN, PARAMETER, SHARED, Operand, Site
 from tests.harness.parts import BATCH, RANKS, ROWS, Held, cut, join, own_rows, support
 

@@ -11,10 +11,10 @@ from math import prod
 import torch
 from torch import fx
 
-from descompiler.aggregate import Candidates
-from descompiler.layout import Layout
-from descompiler.pieces import Pieces
-from descompiler.traffic import HEADER_BYTES
+from descompiler.layout.layout import Layout
+from descompiler.layout.pieces import Pieces
+from descompiler.layout.traffic import HEADER_BYTES
+from descompiler.region.cut import Candidates
 
 
 def legal_sets(candidates: Candidates) -> Iterator[frozenset[fx.Node]]:

@@ -21,17 +21,17 @@ import torch
 from torch import nn
 
 import descompiler as des
-from descompiler.aggregate import place
 from descompiler.builder import Builder
+from descompiler.check.compare import DIVERGED, DRAWS_DIFFER, ORIGINAL_FAILS
 from descompiler.errors import CaptureError, DescompilerError, EquivalenceError
-from descompiler.objective import assign
-from descompiler.operators import find_operators
+from descompiler.graph.nodes import target_name
+from descompiler.model.probe import blueprint
 from descompiler.passes import FORMS as ALL_FORMS
 from descompiler.passes import RULES
-from descompiler.plan import Plan
-from descompiler.probe import blueprint
-from descompiler.program import target_name
-from descompiler.verify import DIVERGED, DRAWS_DIFFER, ORIGINAL_FAILS
+from descompiler.planning.objective import assign
+from descompiler.planning.plan import Plan
+from descompiler.region.place import place
+from descompiler.tables.form import find_tables
 from tests.harness.pool import RankPool, RankPoolError, here
 from tests.harness.zoo import ZOO
 
@@ -137,7 +137,7 @@ def _price(found: Finding, model: nn.Module, inputs: Any, small: Plan) -> None:
         found.rung = "in part"
         return
     found.rung = program.rung
-    operators = find_operators(program)
+    operators = find_tables(program)
     for form in FORMS:
         forms = {o.name: form if form in o.forms else "replicate" for o in operators}
         candidates = place(program, operators, assign(operators, forms, RANKS), RULES, RANKS)

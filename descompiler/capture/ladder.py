@@ -1,0 +1,189 @@
+"""Capture: from a user's module to a `Program`, accepted only after it reproduces the module.
+
+The model is copied without its weights (`blueprint`), so that tables of any size can be captured anywhere. The tracers
+of `RUNGS` are tried in turn. A graph is accepted if it gives the module's outputs and gradients in
+float64, on the example batch and on a batch of another size with other values and other weights. Last, every node is
+told from own rows or mixing rows (`descompiler.classify.classify`), since each rank is given its own rows only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from descompiler.capture.checks import CannotRunError, check_reproduces, in_float64, probe_values
+from descompiler.capture.leaves import trace_leaves, trace_whole
+from descompiler.capture.tracers import trace_dynamo, trace_export
+from descompiler.classify.classify import JUDGED, classify
+from descompiler.classify.scope import LOCAL, scope_of
+from descompiler.errors import CaptureError, DescompilerError, InputError, UnsupportedError
+from descompiler.graph.leaf import Leaf, LeafError
+from descompiler.graph.program import Failure, Program
+from descompiler.graph.rewrite import Pass, run_passes
+from descompiler.model.attributes import Place, left_behind, reads_of
+from descompiler.model.float64 import InDouble
+from descompiler.model.inputs import Signature, flatten, normalise_inputs, split_statics
+from descompiler.model.probe import (
+    CALL,
+    Flat,
+    at_least_two_rows,
+    double_all,
+    materialise,
+    method_of,
+    move_parameters,
+    other_batch,
+    run_eager,
+)
+
+RUNGS: tuple[tuple[str, Callable[[Flat, list[Tensor], nn.Module], Program]], ...] = (
+    ("export", trace_export),
+    ("dynamo", trace_dynamo),
+    ("fx", trace_leaves),
+    ("leaf", trace_whole),
+)
+"""The ladder, in the order in which it is climbed."""
+
+
+def _try_probe(make: Callable[[], Flat], tensors: list[Tensor]) -> tuple[Flat, frozenset[Place]]:
+    """A probe that runs, and the plain attributes that it reads.
+
+    A model that makes float32 tensors in forward may not run, unless it makes float64 ones there.
+    """
+    probe = make()
+    try:
+        with reads_of(probe.model) as reads:
+            run_eager(probe, tensors)
+    except Exception:
+        probe = _in_double(make())  # forward may have kept a float32 tensor
+        with reads_of(probe.model) as reads:
+            run_eager(probe, tensors)
+    return probe, frozenset(reads)
+
+
+def _in_double(probe: Flat) -> Flat:
+    probe.arithmetic = InDouble
+    return probe
+
+
+def _check(program: Program, probe: Flat, batches: Sequence[list[Tensor]]) -> tuple[str, ...]:
+    """Raise unless the program reproduces the model; the parameters that only it gives a gradient, of zeros."""
+    idle: set[str] = set()
+    for batch in batches:
+        idle |= check_reproduces(program, probe, batch)
+        move_parameters(probe)
+    return tuple(sorted(idle))
+
+
+def _check_leaves(program: Program) -> None:
+    """A leaf that writes to buffers runs once, for the global batch, or not at all.
+
+    Batch norm in a leaf would make it mix rows, at the price of gathering them; partial capture exchanges statistics.
+    """
+    for n in program.graph.nodes:
+        if isinstance(n.target, Leaf) and n.target.call.writes and scope_of(n).kind == LOCAL:
+            what = "trains a batch norm" if n.target.call.trains_norm else "writes to its buffers"
+            raise LeafError(f"{n.target.name!r} {what}, and its rows are independent otherwise")
+
+
+NOT_CAPTURED = (
+    "no tracer captured the model whole: a graph needs ids that are computed by operators of torch alone, and shapes "
+    "that depend on the batch's size, not on values"
+)
+
+
+def capture(
+    template: nn.Module,
+    example_inputs: Any,
+    *,
+    training: dict[str, bool] | None = None,
+    passes: tuple[Pass, ...] = (),
+    method: str = CALL,
+) -> tuple[Program, Signature]:
+    """Capture a module (a `blueprint`) as a program.
+
+    Parameters
+    ----------
+    template : torch.nn.Module
+        From `blueprint`.
+    example_inputs : tuple or dict
+        Inputs of one forward; at least one row.
+    training : dict of str to bool, optional
+        The ``training`` flag of each module by name; the template's own if not given.
+    passes : tuple of Pass, optional
+        Applied to the graph before it has to reproduce the module.
+    method : str
+        What is called; by default the module itself.
+
+    Returns
+    -------
+    Program, Signature
+
+    Raises
+    ------
+    CaptureError
+        If no tracer makes a graph that reproduces the module; the text says why of each.
+    UnsupportedError
+        For an output that is no tensor, or an operator whose distributed form would not be the original.
+    InputError
+        If the example inputs can't be run.
+    """
+    leaves, spec = flatten(normalise_inputs(example_inputs, method_of(template, method)))
+    tensors, statics = split_statics(leaves)
+    tensors = at_least_two_rows(tensors)
+    device = tensors[0].device
+
+    def flat(double: bool) -> Flat:
+        model = materialise(template, device, double=double)
+        for name, module in model.named_modules():
+            module.training = module.training if training is None else training[name]
+        result = Flat(model, spec, statics, method)
+        result.training = model.training
+        return result
+
+    try:
+        probe, reads = _try_probe(lambda: flat(double=True), double_all(tensors))
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the model can't run example_inputs ({type(error).__name__}: {error}); pass what its forward takes"
+        ) from error
+    left = tuple(left_behind(probe.model))
+    assert probe.out_spec is not None  # from the eager run: export undoes what forward writes to its module
+    signature = Signature(spec, probe.out_spec, statics, probe.out_statics)
+    batches = [double_all(batch) for batch in (tensors, other_batch(tensors))]
+    failures: list[Failure] = []
+    for rung, trace in RUNGS:
+        try:
+            # of a copy each: a trace that fails may leave it broken
+            program = checked = run_passes(trace(flat(double=False), tensors, template), passes)
+            used = probe
+            try:
+                idle = _check(checked, used, batches)
+            except CannotRunError:
+                checked = in_float64(program)  # it makes or holds float32 tensors
+                idle = _check(checked, used, batches)
+            except CaptureError:
+                # a tracer leaves out casts that do nothing in float32, and bakes dtypes that forward asks for
+                checked, used = in_float64(program), _in_double(flat(double=True))
+                idle = _check(checked, used, batches)
+        except DescompilerError as error:
+            failures.append(Failure(rung, str(error)))
+            continue
+        try:
+            with used.arithmetic():
+                classify(checked, partial(probe_values, checked, used), batches[0])
+            _check_leaves(checked)
+        except LeafError as error:
+            failures.append(Failure(rung, str(error)))
+            continue
+        metas = {n.name: n.meta for n in checked.graph.nodes}
+        for n in program.graph.nodes:
+            n.meta.update({k: x for k, x in metas[n.name].items() if k in JUDGED})
+        program = replace(program, rung=rung, failures=tuple(failures), idle=idle, left_behind=left, reads=reads)
+        return program, signature
+    raise CaptureError("\n".join([NOT_CAPTURED, *(f"  {f}" for f in failures)]), tuple(failures))

@@ -1,0 +1,7 @@
+"""Proofs and measurements of a compiled model.
+
+`verify` is the proof, `compare` what one rank compares, `processes` local ranks to do it on; `audit` holds predicted
+bytes and times against measured ones, `calibrate` measures a cluster. Start with `verify.verify`.
+
+May import: `descompiler.compiler` and below.
+"""

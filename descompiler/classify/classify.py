@@ -1,0 +1,456 @@
+"""Classification: which values each rank can compute from its own rows, and which mix the rows of the batch.
+
+Every node gets its `Scope`. Structure decides first: what depends on the batch and has no batch dimension, or has it
+twice, is global; so is an operator along the batch dimension. Then numbers: the graph runs on a whole batch and on its
+parts, where every node is given what the distributed program would give it, and what does not reproduce is global.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import ChainMap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from descompiler.classify.operator_kinds import ALONG, DRAWN_BY_ROW, DROPPING, HEAVY, LOOKUPS, SUMS
+from descompiler.classify.scope import CONSTANT, GLOBAL, LOCAL, OWN, SIZE, SIZED, WHOLE, Scope, polynomial
+from descompiler.classify.spare_row import OnSpareRow, runs_without_rows
+from descompiler.graph.leaf import Leaf
+from descompiler.graph.nodes import aten, is_random, is_tensor, signature, value
+from descompiler.graph.program import Program
+from descompiler.layout.rows import Rows
+from descompiler.model.folded import has_own_values
+from descompiler.model.reach import leaves_of
+from descompiler.ops.local import bag
+
+TOLERANCE_FLOAT64 = 1e-9
+"""Relative error allowed between a whole batch's value and its parts', in float64."""
+
+
+CHECK_ROWS = 7
+
+
+SPLITS = ((3, 4), (5, 2))
+"""The numbers are compared on a batch of 7 rows in two different uneven divisions."""
+
+
+JUDGED = ("scope", "spare_row")
+"""What a node's meta has of it: a `Scope`, and an `OnSpareRow` where it can't run on no rows."""
+
+
+def classify(program: Program, values_of: Callable[[list[Tensor]], dict[str, Any]], tensors: Sequence[Tensor]) -> None:
+    """Give every node of a program its `Scope`, as ``node.meta["scope"]``.
+
+    Parameters
+    ----------
+    values_of : callable
+        The value of each placeholder, by name, for given inputs; parameters are random, in float64.
+    tensors : sequence of Tensor
+        Example inputs, dim 0 the batch.
+    """
+    try:
+        _Classifier(program, values_of(_check_batch(tensors, move=True))).run()
+    except (RuntimeError, IndexError, ValueError):  # the model does not run on such features
+        _Classifier(program, values_of(_check_batch(tensors, move=False))).run()
+
+
+def _check_batch(tensors: Sequence[Tensor], *, move: bool) -> list[Tensor]:
+    """Rows drawn from the example's, each input on its own; ``move``: features that are no integers differ."""
+    rows, generator = tensors[0].shape[0], torch.Generator().manual_seed(23)
+    result = []
+    for t in tensors:
+        if rows >= CHECK_ROWS:
+            index = torch.randperm(rows, generator=generator)[:CHECK_ROWS]
+        else:
+            index = torch.randint(rows, (CHECK_ROWS,), generator=generator)
+        t = t.detach()[index.to(t.device)]
+        if move and t.is_floating_point() and not torch.equal(t, t.round()):
+            t = t * (1 - 0.1 * torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t))
+        result.append(t)
+    return result
+
+
+class _Classifier:
+    def __init__(self, program: Program, values: dict[str, Any]):
+        self.program, self.values = program, values
+        self.whole: dict[fx.Node, Any] = {}
+        # by division and part of it
+        self.parts = [[dict[fx.Node, Any]() for _ in s] for s in SPLITS]
+        self.sized = [[dict[fx.Node, Any]() for _ in s] for s in SPLITS]
+        self.scopes: dict[fx.Node, Scope] = {}
+        self.anchors: dict[fx.Node, Tensor] = {}  # zeros that stand for parameters where gradients are concerned
+        self.generator = torch.Generator().manual_seed(29)
+        # sizes of inputs; a size with any other symbol depends on the values of data
+        self.known = {s for n in program.graph.nodes if n.op == "placeholder" for s in _symbols(value(n))}
+
+    def run(self) -> None:
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(31)
+            for node in self.program.graph.nodes:
+                if node.op == "placeholder":
+                    self._placeholder(node)
+                elif node.op == "call_function":
+                    self._judge(node)
+            received = self._gradients()
+        for node, scope in self.scopes.items():
+            node.meta["scope"] = Scope(**{**vars(scope), "grad": node in received})
+
+    def _candidates(self, fake: Any) -> list[Rows]:
+        """The ways in which a batch can lie in the one dimension of a fake tensor that depends on the batch size."""
+        if not isinstance(fake, Tensor) or not _symbols(fake) <= self.known:
+            return []
+        dims = [d for d, size in enumerate(fake.shape) if self.program.batch in _symbols_of(size)]
+        if len(dims) != 1:
+            return []
+        multiple = fake.shape[dims[0]].node.expr / self.program.batch  # type: ignore[attr-defined]
+        if not multiple.is_Integer or multiple < 1:
+            return []
+        m = int(multiple)
+        return [Rows(dims[0], m // inner, inner) for inner in range(m, 0, -1) if m % inner == 0]
+
+    # ---- values
+
+    def _placeholder(self, node: fx.Node) -> None:
+        source, x = self.program.sources[node.name], self.values[node.name]
+        if source.kind == "input":
+            self.whole[node] = x
+            self._set_local(node, Rows(), ())
+            return
+        if source.kind == "parameter" and (trained := self.program.parameters[source.name].requires_grad):
+            x = x.detach().requires_grad_(trained)
+            self.anchors[node] = torch.zeros((), dtype=torch.float64, device=x.device, requires_grad=True)
+        elif source.kind == "parameter":
+            x = x.detach()
+        self.whole[node] = x
+        self._set_same(node, Scope(CONSTANT))
+
+    def _set_same(self, node: fx.Node, scope: Scope) -> None:
+        """The parts see the whole's value."""
+        self.scopes[node] = scope
+        for part in itertools.chain(*self.parts):
+            part[node] = _detach(self.whole[node])
+
+    def _set_local(self, node: fx.Node, rows: Any, uses: tuple[str, ...], *, drawn: bool = False) -> None:
+        """The parts see their rows of the whole's value; ``rows`` is a list if the value is one."""
+        self.scopes[node] = Scope(LOCAL, rows[0] if isinstance(rows, list) else rows, uses, drawn=drawn)
+        self._slice_parts(node, rows)
+
+    def _slice_parts(self, node: fx.Node, rows: Any) -> None:
+        whole = _detach(self.whole[node])
+        for sizes, parts in zip(SPLITS, self.parts, strict=True):
+            for first, size, part in zip((0, sizes[0]), sizes, parts, strict=True):
+                if isinstance(rows, list):
+                    part[node] = tuple(r.narrow(x, first, size) for r, x in zip(rows, whole, strict=True))
+                else:
+                    part[node] = rows.narrow(whole, first, size)
+
+    def _call(self, node: fx.Node, find: Callable[[fx.Node], Any]) -> Any:
+        args, kwargs = fx.map_arg((list(node.args), dict(node.kwargs)), find)
+        target: Any = node.target
+        if isinstance(target, Leaf):
+            return target.judged(*args)  # type: ignore[arg-type]
+        if target in DROPPING:
+            for i, a in enumerate(target._schema.arguments):
+                if a.name in ("p", "dropout", "dropout_p") and (a.name in kwargs or i >= len(args)):
+                    kwargs = {**kwargs, a.name: 0.0}
+                elif a.name in ("p", "dropout", "dropout_p"):
+                    args = [*args[:i], 0.0, *args[i + 1 :]]
+        return target(*args, **kwargs)
+
+    def _global(self, node: fx.Node, *, reduced: bool = False, drawn: bool = False) -> None:
+        operands = node.all_input_nodes
+        sized = not drawn and all(self.scopes[a].kind in (CONSTANT, SIZE) or self.scopes[a].sized for a in operands)
+        rows = next((c for c in self._candidates(value(node)) if c.multiple == 1), None)
+        use = OWN if reduced else WHOLE
+        uses = tuple(OWN if self.scopes[a].kind == CONSTANT and reduced else use for a in operands)
+        if rows is None:
+            self._set_same(node, Scope(GLOBAL))
+        else:
+            self._slice_parts(node, rows)
+        self.scopes[node] = Scope(GLOBAL, rows, uses, sized=sized, reduced=reduced, drawn=drawn)
+        if sized:
+            for parts, alone in zip(self.parts, self.sized, strict=True):
+                for part, values in zip(parts, alone, strict=True):
+                    values[node] = self._call(node, ChainMap(values, part).__getitem__)
+
+    # ---- judgement
+
+    def _judge(self, node: fx.Node) -> None:
+        kinds = {a: self.scopes[a].kind for a in node.all_input_nodes}
+        random = is_random(node)
+        number = isinstance(value(node), torch.SymInt | torch.SymFloat | torch.SymBool)
+        if number and not random and self._size(node, kinds):
+            return
+        if node.target in LOOKUPS and self._lookup(node, kinds):
+            return
+        self.whole[node] = self._whole_value(node)
+        drops = random and _only_drops(node) and any(k != CONSTANT for k in kinds.values())
+        if random and not drops:
+            self._random(node, kinds)
+        elif all(k == CONSTANT for k in kinds.values()):
+            self._set_same(node, Scope(CONSTANT, uses=(OWN,) * len(kinds)))
+        elif node.target is operator.getitem and not is_tensor(node.args[0]) and kinds[node.args[0]] == GLOBAL:  # type: ignore[index]
+            self._global(node)
+        elif node.target is aten.batch_norm.default and node.args[5] and self._batch_norm(node, kinds):
+            pass
+        elif LOCAL in kinds.values() and self._is_sum(node):
+            self._global(node, reduced=True)
+        elif self._may_be_local(node, kinds) and (found := self._reproducing(node, kinds)):
+            rows, uses, parts = found
+            if not self._run_without_rows(node, dict(zip(kinds, uses, strict=True)), rows):
+                self._global(node, drawn=drops)
+                return
+            self.scopes[node] = Scope(LOCAL, rows[0], uses, drawn=drops)
+            for division, results in zip(self.parts, parts, strict=True):
+                for part, result in zip(division, results, strict=True):
+                    part[node] = result
+        else:
+            self._global(node, drawn=drops)
+
+    def _lookup(self, node: fx.Node, kinds: dict[fx.Node, str]) -> bool:
+        """Rows of a table, by ids of own rows: replaced by random ones, so that they differ where the ids repeat."""
+        weight, ids = node.args[:2]
+        name = self.program.parameter(weight)
+        if name is None or kinds[ids] != LOCAL:  # type: ignore[index]
+            return False
+        like = self._call(node, lambda a: _detach(self.whole[a]))
+        drawn = torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
+        self.whole[node] = self._reaching(drawn, [weight])  # type: ignore[list-item]
+        rows = self.scopes[ids].rows  # type: ignore[index]
+        assert rows is not None
+        pooled = like.dim() == self.whole[ids].dim() and node.target is bag  # type: ignore[index]
+        self._set_local(node, Rows() if pooled else rows, (OWN, OWN))
+        return True
+
+    def _whole_value(self, node: fx.Node) -> Any:
+        if node.target is aten.batch_norm.default and node.args[5]:
+            x, *affine = (a for a in node.args[:3] if a is not None)
+            return self._reaching(self.whole[x].clone(), affine)  # type: ignore[index,arg-type]
+        result = self._call(node, lambda a: self.whole[a])
+        if isinstance(node.target, Leaf):  # all that it takes gets a gradient, zeros perhaps: other rows may use more
+            return [self._reaching(x, node.all_input_nodes) if x.requires_grad else x for x in result]
+        return result
+
+    def _reaching(self, x: Tensor, sources: Sequence[fx.Node]) -> Tensor:
+        """``x``, whose gradient also comes to sources, in this analysis."""
+        for a in sources:
+            s = self.whole[a]
+            if isinstance(s, Tensor) and s.requires_grad:
+                # a slice of a parameter would have a gradient of the parameter's size
+                s = self.anchors[a] if a in self.anchors else s.reshape(-1 if not s.dim() else s.shape)[:0].sum()
+                x = x + s.to(x)
+        return x
+
+    def _size(self, node: fx.Node, kinds: dict[fx.Node, str]) -> bool:
+        """A number made from the batch size: the parts see it for their rows."""
+        expr = value(node).node.expr
+        if not expr.free_symbols <= self.known:
+            return False
+        if node.target is aten.sym_size.int and not polynomial(expr, self.program.batch):
+            return False
+        if node.target is not aten.sym_size.int and not all(k in (CONSTANT, SIZE) for k in kinds.values()):
+            return False
+        self.whole[node] = self._call(node, lambda a: self.whole[a])
+        self.scopes[node] = Scope(SIZE)
+        for sizes, parts in zip(SPLITS, self.parts, strict=True):
+            for size, part in zip(sizes, parts, strict=True):
+                if node.target is aten.sym_size.int:
+                    depends = self.program.batch in expr.free_symbols
+                    part[node] = int(expr.subs(self.program.batch, size)) if depends else self.whole[node]
+                else:
+                    part[node] = self._call(node, part.__getitem__)
+        return True
+
+    def _random(self, node: fx.Node, kinds: dict[fx.Node, str]) -> None:
+        operands = [self.scopes[a] for a in node.all_input_nodes]
+        by_row = node.target in DRAWN_BY_ROW and all(s.kind != GLOBAL for s in operands)
+        rows = [s.rows for s in operands if s.kind == LOCAL]
+        several = isinstance(value(node), tuple | list)
+        layouts = [self._candidates(x) for x in (value(node) if several else [value(node)])]
+        if by_row and all(layouts):
+            found = [next((r for r in rows if r in candidates), candidates[0]) for candidates in layouts]
+            self._set_local(node, found if several else found[0], (OWN,) * len(operands), drawn=True)
+            return
+        self._global(node, drawn=True)
+
+    def _batch_norm(self, node: fx.Node, kinds: dict[fx.Node, str]) -> bool:
+        """Statistics over the global batch from the ranks' own: `Runtime.batch_norm`."""
+        x, *rest = node.all_input_nodes
+        rows = self.scopes[x].rows
+        if kinds[x] != LOCAL or rows is None or rows.dim != 0 or any(kinds[a] != CONSTANT for a in rest):
+            return False
+        self._set_local(node, rows, (OWN,) * len(kinds))
+        return True
+
+    def _is_sum(self, node: fx.Node) -> bool:
+        if node.target not in SUMS:
+            return False
+        rows = self.scopes[node.args[0]].rows  # type: ignore[index]
+        dims = signature(node).get("dim")
+        count = value(node.args[0]).dim()
+        return rows is not None and (not dims or rows.dim in [d % count for d in dims])
+
+    def _may_be_local(self, node: fx.Node, kinds: dict[fx.Node, str]) -> bool:
+        """What structure says: whether own rows may suffice."""
+        if node.target not in HEAVY and LOCAL not in kinds.values():
+            return False
+        if LOCAL not in kinds.values() and not any(
+            self.scopes[a].rows is not None and not self.scopes[a].sized for a in kinds
+        ):
+            return False
+        results = value(node) if isinstance(value(node), tuple | list) else [value(node)]
+        if not all(self._candidates(x) for x in results):
+            return False
+        if node.target in LOOKUPS and kinds[node.args[0]] != CONSTANT:  # type: ignore[index]
+            return False
+        if node.target in ALONG:
+            args = signature(node)
+            dims = args.get("dims", args.get("dim"))
+            if dims is None or dims == []:
+                return False  # flattened
+            operand = next(a for a in node.all_input_nodes)
+            rows, count = self.scopes[operand].rows, value(operand).dim()
+            if rows is not None and rows.dim in [d % count for d in (dims if isinstance(dims, list) else [dims])]:
+                return False
+        return not (node.target is aten.index.Tensor and self._indexes_rows(node))
+
+    def _indexes_rows(self, node: fx.Node) -> bool:
+        """Whether data of the batch choose rows of the batch."""
+        x, indices = node.args
+        rows = self.scopes[x].rows  # type: ignore[index]
+        index = indices[rows.dim] if rows is not None and rows.dim < len(indices) else None  # type: ignore[index,arg-type]
+        return isinstance(index, fx.Node) and not self.scopes[index].sized
+
+    def _reproducing(self, node: fx.Node, kinds: dict[fx.Node, str]) -> Any:
+        """(rows, versions of the operands, values of the parts) for which the parts are the whole; None if none."""
+        choices: list[tuple[str, ...]] = []
+        for a, kind in kinds.items():
+            if kind == SIZE:
+                choices.append((OWN, WHOLE))
+            elif self.scopes[a].sized and self.scopes[a].rows is not None:
+                choices.append((OWN, SIZED))
+            else:
+                choices.append((OWN,))
+        whole = self.whole[node]
+        wanted = list(whole) if isinstance(whole, tuple | list) else [whole]
+        fakes = list(value(node)) if isinstance(whole, tuple | list) else [value(node)]
+        for uses in itertools.islice(itertools.product(*choices), 32):
+            versions = dict(zip(kinds, uses, strict=True))
+            parts = []
+            try:
+                with torch.no_grad():
+                    for division in range(len(SPLITS)):
+                        parts.append([self._part(node, division, k, versions) for k in range(len(SPLITS[division]))])
+            except (RuntimeError, IndexError, ValueError):
+                continue  # it does not run on these versions
+            layouts = []
+            for i, x in enumerate(wanted):
+                candidates = self._candidates(fakes[i])
+                results = [[_element(p, i, whole) for p in division] for division in parts]
+                layouts.append(next((c for c in candidates if all(_assembles(c, r, x) for r in results)), None))
+            if all(c is not None for c in layouts):
+                return layouts, uses, parts
+        return None
+
+    def _run_without_rows(self, node: fx.Node, versions: dict[fx.Node, str], results: Sequence[Rows]) -> bool:
+        """Let a local operator run on ranks without rows: as it is, or on a spare one, which the node then has."""
+        if isinstance(node.target, Leaf) or node.target is operator.getitem or SIZED in versions.values():
+            return True
+
+        def taken(a: fx.Node) -> Any:
+            """Of no rows, and what one row would be; None if that is the same."""
+            scope, x = self.scopes[a], _detach(self.whole[a])
+            if versions[a] == OWN and isinstance(x, int):
+                size, batch = value(a).node.expr, self.program.batch
+                return tuple(int(size.subs(batch, n)) if batch in size.free_symbols else x for n in (0, 1))
+            if scope.rows is None or versions[a] == WHOLE:
+                return x, None
+            return scope.rows.narrow(x, 0, 0), (scope.rows, scope.rows.narrow(x, 0, 1))
+
+        leaves, spec = pytree.tree_flatten((list(node.args), dict(node.kwargs)))
+        found = [taken(a) if isinstance(a, fx.Node) else (a, None) for a in leaves]
+        args, kwargs = pytree.tree_unflatten([x for x, _ in found], spec)
+        wholes = self.whole[node] if isinstance(self.whole[node], tuple | list) else [self.whole[node]]
+        shapes = [tuple(r.narrow(x, 0, 0).shape) for r, x in zip(results, wholes, strict=True)]
+        if runs_without_rows(node.target, args, kwargs, shapes):  # type: ignore[arg-type]
+            return True
+        spare = OnSpareRow(node.target, [row for _, row in found], results)  # type: ignore[arg-type]
+        node.meta["spare_row"] = spare
+        return runs_without_rows(spare, args, kwargs, shapes)
+
+    def _part(self, node: fx.Node, division: int, part: int, versions: dict[fx.Node, str]) -> Any:
+        def find(a: fx.Node) -> Any:
+            if versions[a] == WHOLE:
+                return _detach(self.whole[a])
+            return (self.sized if versions[a] == SIZED else self.parts)[division][part][a]
+
+        return self._call(node, find)
+
+    def _gradients(self) -> set[fx.Node]:
+        """The nodes that get a gradient from the outputs."""
+        output = next(n for n in self.program.graph.nodes if n.op == "output")
+        ends = [self.whole[o] for o in output.args[0]]
+        ends = [x for x in ends if isinstance(x, Tensor) and x.requires_grad]
+        trained = [(n, x) for n, x in self.whole.items() if isinstance(x, Tensor) and x.requires_grad]
+        if not ends or not trained:
+            return set()
+        # a gradient of the size of a large table is not asked for
+        small = [(n, x) for n, x in trained if n not in self.anchors or has_own_values(x)] + list(self.anchors.items())
+        total = sum((x.double().sum() for x in ends[1:]), ends[0].double().sum())
+        found = torch.autograd.grad(total, [x for _, x in small], allow_unused=True)
+        received = {n for (n, _), g in zip(small, found, strict=True) if g is not None}
+        leaves = {id(x) for x in leaves_of(ends)}
+        received |= {n for n, x in trained if n in self.anchors and {id(x), id(getattr(x, "rows", x))} & leaves}
+        several = [n for n, x in self.whole.items() if isinstance(x, tuple | list)]  # their elements are nodes too
+        return received | {n for n in several if any(u in received for u in n.users)}
+
+
+def _symbols_of(size: Any) -> set[sympy.Symbol]:
+    return set() if isinstance(size, int) else set(size.node.expr.free_symbols)
+
+
+def _symbols(x: Any) -> set[sympy.Symbol]:
+    return set().union(*map(_symbols_of, x.shape)) if isinstance(x, Tensor) else set()
+
+
+def _only_drops(node: fx.Node) -> bool:
+    return node.target in DROPPING or isinstance(node.target, Leaf)
+
+
+def _detach(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.detach()
+    return type(x)(_detach(y) for y in x) if isinstance(x, tuple | list) else x
+
+
+def _element(x: Any, i: int, whole: Any) -> Any:
+    return x[i] if isinstance(whole, tuple | list) else x
+
+
+def _assembles(rows: Rows, parts: Sequence[Any], whole: Tensor) -> bool:
+    """Whether parts are the rows of the whole, in order."""
+    if not all(isinstance(p, Tensor) and p.dim() == whole.dim() for p in parts):
+        return False
+    multiple = rows.outer * rows.inner
+    if any(p.shape[rows.dim] % multiple for p in parts) or whole.shape[rows.dim] % multiple:
+        return False
+    leading = [rows.lead(p) for p in parts]
+    if len({x.shape[1:] for x in leading}) > 1:
+        return False
+    both, expected = torch.cat(leading), rows.lead(whole.detach())
+    if both.shape != expected.shape or both.dtype != expected.dtype:
+        return False
+    if not both.is_floating_point():
+        return bool(torch.equal(both, expected))
+    if not torch.equal(both.isfinite(), expected.isfinite()):
+        return False
+    both, expected = both.nan_to_num(), expected.nan_to_num()
+    if not both.numel():
+        return True
+    return bool((both - expected).abs().max() <= TOLERANCE_FLOAT64 * max(float(expected.abs().max()), 1e-30))

@@ -1,0 +1,299 @@
+"""Batch coupling: how values that mix the rows of the batch stay exact, and what crosses between ranks for it.
+
+Global values (`descompiler.classify.scope`) form one computation that every rank repeats, with equal values *and equal
+gradients*, so that only its borders cross the wire:
+
+    gather   local -> global    forward: every rank's rows to all; backward: own rows of the gradient, nothing is sent
+    reduce   a sum over the batch: forward: an all-reduce of the ranks' terms; backward: nothing is sent
+    slice    global -> local    forward: own rows, nothing is sent; backward: every rank's rows of the gradient to all
+    spread   global -> local, no batch dimension: backward: an all-reduce of the gradient
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from descompiler.classify.operator_kinds import HEAVY, LOOKUPS, SHAPE_ONLY
+from descompiler.classify.scope import (
+    CONSTANT,
+    GLOBAL,
+    LOCAL,
+    OWN,
+    SIZE,
+    SIZED,
+    WHOLE,
+    polynomial,
+    scope_of,
+    size_terms,
+)
+from descompiler.errors import UnsupportedError
+from descompiler.graph.leaf import Leaf
+from descompiler.graph.nodes import aten, is_tensor, mutates, size_of, target_name, user_line, value, where
+from descompiler.graph.program import Program
+from descompiler.graph.rewrite import descendants
+from descompiler.layout.exchanges import Exchange
+from descompiler.model.random_state import EACH_ITS_OWN, ONE_DRAW
+from descompiler.ops.vocabulary import vocabulary
+
+Demand = tuple[fx.Node, str]
+"""A node, and the version of it that is needed."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Values that are gathered, or reduced, in one collective."""
+
+    kind: str  # "gather" or "reduce"
+    members: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Which versions of which nodes a program computes, and what crosses for it.
+
+    Attributes
+    ----------
+    demands : mapping of (node, version) to tuple of (node, version)
+        What is needed, in the order of the graph, and what it is made from.
+    stages : tuple of Stage
+    slices, spreads : frozenset of node
+        Global values that local nodes, or the user, take.
+    exchanges : tuple of Exchange
+    free : frozenset of node
+        Local nodes whose value for the global batch is computed from their operands' and not gathered.
+    """
+
+    demands: dict[Demand, tuple[Demand, ...]]
+    stages: tuple[Stage, ...]
+    slices: frozenset[fx.Node]
+    spreads: frozenset[fx.Node]
+    exchanges: tuple[Exchange, ...]
+    free: frozenset[fx.Node]
+
+    @property
+    def backward(self) -> bool:
+        """Whether gradients cross the borders of the global computation."""
+        return any(e.kind in ("slice", "spread") for e in self.exchanges)
+
+    def before(self, stage: Stage) -> list[Demand]:
+        """All that the members of a stage are made from, in the order of the graph."""
+        members = {(n, WHOLE) for n in stage.members}
+        needed: set[Demand] = set()
+        for demand in reversed(self.demands):  # a value is made from values before it
+            if demand in members or demand in needed:
+                needed.update(self.demands[demand])
+        return [d for d in self.demands if d in needed and d[0].op == "call_function"]
+
+
+def couple(program: Program, inside: frozenset[fx.Node]) -> Coupling:
+    """What has to be computed and exchanged, given the nodes in the substituted region."""
+    return _Coupler(program, inside).run()
+
+
+class _Coupler:
+    def __init__(self, program: Program, inside: frozenset[fx.Node]):
+        self.program, self.inside = program, inside
+        self.free: set[fx.Node] = set()
+        self.after = inside | descendants(program.graph, inside)
+        candidates = []
+        for n in program.graph.nodes:
+            scope = scope_of(n)
+            once = n in inside or scope.drawn or n.target in LOOKUPS | {vocabulary} or isinstance(n.target, Leaf)
+            once |= n.target is aten.batch_norm.default
+            if n.op == "call_function" and scope.kind == LOCAL and not once:
+                candidates.append(n)
+        for n in candidates:
+            # a list of values is not gathered, but made again
+            if not is_tensor(n) or all(self._everywhere(a) for a in n.all_input_nodes):
+                self.free.add(n)
+        light = [n for n in candidates if n.target not in HEAVY]
+        while True:
+            gathered = {n for n, version in self._demands() if version == WHOLE and self._exchanges(n)}
+            made = {n for n in light if n in gathered and all(self._known(a, gathered) for a in n.all_input_nodes)}
+            if not made:
+                break
+            self.free |= made
+
+    def _everywhere(self, a: fx.Node) -> bool:
+        return scope_of(a).kind in (CONSTANT, SIZE, GLOBAL) or a in self.free
+
+    def _known(self, a: fx.Node, gathered: set[fx.Node]) -> bool:
+        return self._everywhere(a) or (a in gathered and not scope_of(a).reduced)
+
+    def run(self) -> Coupling:
+        demands = self._demands()
+        depths: dict[Demand, int] = {}
+        for (n, version), needs in demands.items():
+            exchanged = version == WHOLE and self._exchanges(n)
+            depths[n, version] = int(exchanged) + max((depths[d] for d in needs), default=0)
+        groups: dict[Any, list[fx.Node]] = {}
+        slices: list[fx.Node] = []
+        spreads: list[fx.Node] = []
+        for n, version in demands:
+            scope = scope_of(n)
+            dtype = str(value(n).dtype) if is_tensor(n) else ""
+            if version == WHOLE and self._exchanges(n):
+                kind = "reduce" if scope.reduced else "gather"
+                groups.setdefault((n in self.after, depths[n, version], kind, dtype), []).append(n)
+            elif version == OWN and scope.kind == GLOBAL and is_tensor(n):
+                (spreads if scope.rows is None else slices).append(n)
+        stages = [Stage(key[2], tuple(members)) for key, members in sorted(groups.items(), key=lambda g: g[0])]
+        exchanges = [self._exchange(s.kind, n, int(i == 0)) for s in stages for i, n in enumerate(s.members)]
+        exchanges += [self._exchange("slice", n) for n in slices if self._sends_back(n, demands)]
+        exchanges += [self._exchange("spread", n) for n in spreads if self._sends_back(n, demands)]
+        return Coupling(
+            demands,
+            tuple(stages),
+            frozenset(slices),
+            frozenset(spreads),
+            tuple(exchanges),
+            frozenset(self.free),
+        )
+
+    def _exchanges(self, n: fx.Node) -> bool:
+        """Whether the value for the global batch is gathered, or reduced, from the ranks'."""
+        scope = scope_of(n)
+        return scope.reduced or (scope.kind == LOCAL and n not in self.free)
+
+    def _demands(self) -> dict[Demand, tuple[Demand, ...]]:
+        """The versions that are needed, in the order of the graph, each after those that it is made from."""
+        wanted: dict[fx.Node, set[str]] = {}
+        needs: dict[Demand, tuple[Demand, ...]] = {}
+        for n in reversed(self.program.graph.nodes):
+            versions = wanted.setdefault(n, set())
+            if n.op == "output":
+                starts = [(o, OWN) for o in n.args[0]]
+            elif n in self.inside:
+                starts = [(a, OWN) for a in n.all_input_nodes]
+            else:
+                starts = []
+                if n.op == "call_function" and _writes(n):
+                    versions.add(WHOLE if scope_of(n).kind == GLOBAL else OWN)
+            for a, v in starts:
+                wanted.setdefault(a, set()).add(self._plain(a, v))
+            for version in (OWN, WHOLE, SIZED, OWN, WHOLE):  # a version may need another one of the same node
+                if version in versions and (n, version) not in needs:
+                    needs[n, version] = tuple((a, self._plain(a, v)) for a, v in self._needs(n, version))
+                    for a, v in needs[n, version]:
+                        wanted.setdefault(a, set()).add(v)
+        order = {n: i for i, n in enumerate(self.program.graph.nodes)}
+
+        def position(d: Demand) -> tuple[int, bool]:
+            own_last = scope_of(d[0]).kind == GLOBAL
+            return order[d[0]], (d[1] == OWN) == own_last
+
+        return {d: needs[d] for d in sorted(needs, key=position)}
+
+    def _plain(self, n: fx.Node, version: str) -> str:
+        """Constants have one version."""
+        return OWN if scope_of(n).kind == CONSTANT else version
+
+    def _needs(self, n: fx.Node, version: str) -> Iterable[Demand]:
+        """What a version of a node is made from."""
+        scope, operands = scope_of(n), n.all_input_nodes
+        if version == OWN and (n.op == "placeholder" or n in self.inside):
+            return []
+        if scope.kind == CONSTANT:
+            return [(a, OWN) for a in operands]
+        if scope.kind == SIZE:
+            return self._size_needs(n, version)
+        if version == SIZED:
+            return [(a, SIZED if scope_of(a).sized else OWN) for a in operands]
+        if scope.kind == GLOBAL and version == OWN:
+            return [(n, WHOLE)]
+        if scope.kind == LOCAL and version == WHOLE:
+            return [(a, WHOLE) for a in operands] if n in self.free else [(n, OWN)]
+        return list(zip(operands, scope.uses, strict=True))
+
+    def _size_needs(self, n: fx.Node, version: str) -> list[Demand]:
+        if n.target is not aten.sym_size.int:
+            return [(a, version) for a in n.all_input_nodes]
+        if size_terms(self.program, n) is not None:
+            return []
+        x = n.all_input_nodes[0]
+        return [(x, WHOLE if scope_of(x).kind == GLOBAL else OWN)]
+
+    def _sends_back(self, n: fx.Node, demands: Mapping[Demand, Any]) -> bool:
+        """Whether a gradient comes to a global value from local nodes or from the user."""
+        if not scope_of(n).grad:
+            return False
+        for u in n.users:
+            if u.op == "output":
+                return True
+            scope = scope_of(u)
+            if u in self.inside:
+                return True
+            shape_only = u.target in SHAPE_ONLY and u.args[1] is n and u.args[0] is not n
+            if (u, OWN) in demands and scope.kind == LOCAL and scope.grad and not shape_only:
+                return True
+        return False
+
+    def _exchange(self, kind: str, n: fx.Node, calls: int = 1) -> Exchange:
+        scope, fake = scope_of(n), value(n)
+        itemsize = None if fake.is_floating_point() and fake.dtype == self._float() else fake.dtype.itemsize
+        if kind in ("gather", "slice"):
+            assert scope.rows is not None
+            shape = [size_of(s) for s in fake.shape]
+            del shape[scope.rows.dim]
+            if not all(isinstance(s, int) for s in shape):
+                raise UnsupportedError(f"{where(n)}: rows of a size that depends on data are used across the batch")
+            terms: tuple[tuple[int, ...], ...] = ((scope.rows.outer * scope.rows.inner * torch.Size(shape).numel(),),)
+        else:
+            found = [polynomial(size_of(s), self.program.batch) for s in fake.shape]
+            if None in found:
+                raise UnsupportedError(f"{where(n)}: a gradient of a size that depends on data crosses between ranks")
+            terms = tuple(f for f in found if f is not None)
+        return Exchange(kind, n.name, terms, itemsize, calls)
+
+    def _float(self) -> torch.dtype:
+        return next((p.dtype for p in self.program.parameters.values() if p.is_floating_point()), torch.float32)
+
+
+def _writes(n: fx.Node) -> bool:
+    return mutates(n) or (n.target is aten.batch_norm.default and bool(n.args[5]))
+
+
+EXCHANGED = {
+    "gather": "every rank's rows go to all",
+    "reduce": "a sum over the batch is one over ranks' terms",
+    "slice": "the gradient of every rank's rows goes to all",
+    "spread": "the gradient is a sum over ranks",
+    "total": "a sum over a whole table is one over the owners' terms",
+    "total back": "the gradient is a mean over ranks",
+}
+
+
+def notes_of(program: Program, exchanges: Sequence[Exchange]) -> list[str]:
+    """For people: what mixes the rows of the batch and crosses, and what is drawn at random."""
+    nodes = {n.name: n for n in program.graph.nodes}
+    notes = []
+    for e in exchanges:
+        n = nodes[e.name]
+        size = "x".join(_polynomial_text(t) for t in e.terms) or "1"
+        what = f"{size} elements" + (" a row" if e.kind in ("gather", "slice") else "")
+        name = f"input {n.name}" if n.op == "placeholder" else target_name(n)
+        notes.append(f"{e.kind} {name}, {what}: {EXCHANGED[e.kind]}  {user_line(n)}".rstrip())
+    for n in program.graph.nodes:
+        if n.op == "call_function" and scope_of(n).drawn:
+            each = ONE_DRAW if scope_of(n).kind == GLOBAL else EACH_ITS_OWN
+            notes.append(f"random {target_name(n)}: {each}  {user_line(n)}".rstrip())
+    return notes
+
+
+def _polynomial_text(coefficients: Sequence[int]) -> str:
+    """A polynomial in the rows B of the global batch.
+
+    >>> _polynomial_text((1, 2))
+    '1+2B'
+    """
+    terms = [
+        f"{c if c != 1 or not i else ''}{'B' * (i > 0)}{'^' + str(i) if i > 1 else ''}"
+        for i, c in enumerate(coefficients)
+        if c
+    ]
+    return "+".join(terms) or "0"

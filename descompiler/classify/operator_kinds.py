@@ -1,0 +1,95 @@
+"""Kinds of ATen operators, by what they do to the rows of a batch."""
+
+from __future__ import annotations
+
+from descompiler.graph.nodes import aten
+from descompiler.ops.local import bag
+from descompiler.ops.vocabulary import vocabulary
+
+LOOKUPS = frozenset({aten.embedding.default, bag})
+
+
+HEAVY = LOOKUPS | {
+    aten.linear.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.gru.input,
+    aten.lstm.input,
+    aten.scaled_dot_product_attention.default,
+    vocabulary,
+}
+"""Operators worth computing for own rows only, also where every rank has the global batch's operands."""
+
+
+SUMS = frozenset({aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim})
+
+
+ALONG = frozenset(
+    {
+        aten.softmax.int,
+        aten.log_softmax.int,
+        aten._softmax.default,
+        aten._log_softmax.default,
+        aten.cumsum.default,
+        aten.cumprod.default,
+        aten.logcumsumexp.default,
+        aten.cummax.default,
+        aten.cummin.default,
+        aten.sort.default,
+        aten.sort.stable,
+        aten.argsort.default,
+        aten.argsort.stable,
+        aten.topk.default,
+        aten.flip.default,
+        aten.roll.default,
+        aten.index_select.default,
+        aten.gather.default,
+        aten.scatter.src,
+        aten.scatter.value,
+        aten.scatter_add.default,
+        aten.scatter_reduce.two,
+        aten.index_add.default,
+        aten.index_copy.default,
+        aten.renorm.default,
+    }
+)
+"""Operators that work along dimensions, which they name in ``dim`` or ``dims``: along the batch they mix rows."""
+
+
+DROPPING = frozenset(
+    {
+        aten.dropout.default,
+        aten.feature_dropout.default,
+        aten.alpha_dropout.default,
+        aten.feature_alpha_dropout.default,
+        aten.gru.input,
+        aten.lstm.input,
+        aten.scaled_dot_product_attention.default,
+    }
+)
+"""Random operators that only drop: judged as if they dropped nothing, by the numbers."""
+
+
+DRAWN_BY_ROW = frozenset(
+    {
+        aten.bernoulli.default,
+        aten.bernoulli.p,
+        aten.rand_like.default,
+        aten.randn_like.default,
+        aten.randint_like.default,
+        aten.randint_like.low_dtype,
+        aten.rrelu.default,
+        aten.multinomial.default,
+        aten.rand.default,
+        aten.randn.default,
+        aten.randint.default,
+        aten.randint.low,
+    }
+)
+"""Random operators that draw independently for each row of their operand, or of their shape."""
+
+
+SHAPE_ONLY = frozenset({aten.expand_as.default, aten.view_as.default, aten.reshape_as.default, aten.type_as.default})
+"""Operators that take the shape or dtype of their second argument, and send it no gradient."""

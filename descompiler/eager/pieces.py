@@ -1,0 +1,263 @@
+"""Substituted parameters: what happens when Python code uses a parameter of which this rank holds a piece.
+
+A `Piece` is an ordinary parameter (this rank's part, for optimisers) whose uses are intercepted:
+
+    lookup      F.embedding, F.embedding_bag, W[ids], index_select     each unique row is fetched once from its owner
+    reduction   W.sum(), W.mean(), norms, also of f(W) elementwise     local terms, then every rank's
+    the rest    W @ x, cat([W, V]), ...                                the whole parameter is gathered, with a note
+
+so each means what it means in the original model. What crosses for that is the business of `descompiler.eager.keeper`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from descompiler.errors import UnsupportedError
+from descompiler.layout.pieces import Pieces
+from descompiler.ops.functions import ELEMENTWISE, LOOKUPS, NORMS, PRODUCTS, SUMS, function_name
+from descompiler.runtime.runtime import Runtime
+
+
+class Exchanges(Protocol):
+    """What uses of pieces ask of the other ranks: `descompiler.eager.keeper.Keeper`."""
+
+    runtime: Runtime
+    pieces: list[Piece]
+
+    def fetch(self, piece: Piece, ids: Tensor, sparse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Unique rows of a table, where each id's is among them, and their ids."""
+
+    def whole(self, piece: Piece, what: str) -> Tensor:
+        """The original parameter."""
+
+    def spread(self, x: Tensor, what: str) -> Tensor:
+        """A number of every rank."""
+
+    def agree(self, what: str, kind: str = "other") -> list[int]:
+        """Come to a common call."""
+
+
+def plain(x: Tensor) -> Tensor:
+    """The same tensor, for code whose results are ordinary tensors."""
+    return _local(Tensor.as_subclass, (x, Tensor), {})
+
+
+class Tracked(Tensor):
+    """An elementwise function of pieces, for reductions; it is cut as they are."""
+
+    pieces: Pieces
+    original: str
+    keeper: Exchanges
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _intercept(func, args, kwargs or {})
+
+
+class Piece(nn.Parameter):
+    """This rank's part of a parameter; see the module's text."""
+
+    pieces: Pieces
+    original: str
+    keeper: Exchanges
+    position: int  # among the keeper's pieces
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _intercept(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        result = nn.Parameter(plain(self).detach().clone(), self.requires_grad)
+        return memo.setdefault(id(self), result)  # a copy is a plain tensor: it belongs to no module
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(plain(self).detach(), self.requires_grad).__reduce_ex__(protocol)
+
+
+def substitute(p: nn.Parameter, name: str, pieces: Pieces, keeper: Exchanges) -> Piece:
+    """Make a parameter that holds this rank's part a `Piece`, in place: optimisers keep their reference."""
+    p.__class__ = Piece
+    p.pieces, p.original, p.keeper = pieces, name, keeper  # type: ignore[attr-defined]
+    p.position = len(keeper.pieces)  # type: ignore[attr-defined]
+    keeper.pieces.append(p)  # type: ignore[arg-type]
+    return p  # type: ignore[return-value]
+
+
+def _intercept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if func in LOOKUPS:
+        result = _lookup(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
+        return _on_whole(func, args, kwargs)
+    if func in PRODUCTS:
+        return _on_whole(func, args, kwargs)
+    if not torch.is_grad_enabled():  # optimisers, initialisers, copies: this rank's part
+        return _local(func, args, kwargs)
+    first = args[0] if args else None
+    if func in SUMS or func in NORMS:
+        result = _reduce(func, first, args[1:], kwargs)
+        if result is not NotImplemented:
+            return result
+        return _on_whole(func, args, kwargs)
+    if func in ELEMENTWISE and (kind := _common(args, kwargs)) is not None:
+        result = _local(func, args, kwargs)
+        if isinstance(result, Tensor) and result.shape == kind.shape:
+            tracked = result.as_subclass(Tracked)
+            tracked.pieces, tracked.original, tracked.keeper = kind.pieces, kind.original, kind.keeper
+            return tracked
+    result = _local(func, args, kwargs)
+    tensors = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
+    if not any(x.grad_fn is not None for x in tensors):
+        return result  # sizes, dtypes, detached values: this rank's part
+    return _on_whole(func, args, kwargs)
+
+
+def _local(func: Any, args: Any, kwargs: Any) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    torch.utils._pytree.tree_map_only(Tensor, found.append, (args, kwargs))
+    return found
+
+
+def _common(args: Any, kwargs: Any) -> Any:
+    """The piece that all tensors among the arguments are cut as; None if they are not (numbers may join)."""
+    cut = [x for x in _tensors(args, kwargs) if x.numel() != 1 or isinstance(x, Piece | Tracked)]
+    if all(isinstance(x, Piece | Tracked) and x.pieces == cut[0].pieces and x.shape == cut[0].shape for x in cut):  # type: ignore[attr-defined]
+        return cut[0]
+    return None
+
+
+def _own_and_shared(x: Any) -> tuple[Tensor, Tensor]:
+    """The part that this rank alone holds, and the part that every rank holds."""
+    held, own = plain(x), x.pieces.own_size(x.keeper.runtime.rank)
+    return held.narrow(x.pieces.dim, 0, own), held.narrow(x.pieces.dim, own, held.shape[x.pieces.dim] - own)
+
+
+def _reduce(func: Any, x: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A sum, mean or norm over all elements; NotImplemented for one over a dimension."""
+    if not isinstance(x, Piece | Tracked):
+        return NotImplemented
+    what = f"{function_name(func)} of {x.original!r}"
+    own, shared = _own_and_shared(x)
+    if func in SUMS:
+        if rest or kwargs:
+            return NotImplemented
+        total = x.keeper.spread(own.sum(), what).sum() + shared.sum()
+        return total / torch.Size(x.pieces.shape).numel() if SUMS[func] == "mean" else total
+    order = kwargs.get("p", kwargs.get("ord", rest[0] if rest else 2))
+    order = 2 if order in (None, "fro") else order
+    if len(rest) > 1 or set(kwargs) - {"p", "ord"} or not isinstance(order, int | float) or order <= 0:
+        return NotImplemented
+    if func is torch.linalg.norm and order != 2:
+        return NotImplemented  # a matrix norm
+    norms = [torch.linalg.vector_norm(part, order) if part.numel() else part.sum() for part in (own, shared)]
+    return torch.linalg.vector_norm(torch.cat([x.keeper.spread(norms[0], what), norms[1].reshape(1)]), order)
+
+
+def _on_whole(func: Any, args: Any, kwargs: Any) -> Any:
+    def gathered(x: Any) -> Any:
+        if isinstance(x, Piece):
+            return x.keeper.whole(x, function_name(func))
+        if isinstance(x, Tracked):
+            raise UnsupportedError(
+                f"{function_name(func)} takes an elementwise function of {x.original!r}, of which each rank holds a "
+                "part; only sums, means and norms over all its elements are computed from parts. Pin it: "
+                f"plan={{{x.original!r}: 'replicate'}}"
+            )
+        return x
+
+    return func(*torch.utils._pytree.tree_map(gathered, args), **torch.utils._pytree.tree_map(gathered, kwargs))
+
+
+def _lookup(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A lookup through fetched rows; NotImplemented if the call is none (a slice, ids that are no piece's)."""
+    names: tuple[str, ...]
+    if func is F.embedding:
+        names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    elif func is F.embedding_bag:
+        names = (
+            "input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse",
+            "per_sample_weights", "include_last_offset", "padding_idx",
+        )  # fmt: skip
+    elif func is torch.embedding:
+        names = ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse")
+    else:
+        return _index(func, args, kwargs)
+    call = dict(zip(names, args, strict=False)) | kwargs
+    weight, ids = call["weight"], call["input"]
+    if not isinstance(weight, Piece) or isinstance(ids, Piece | Tracked) or weight.pieces.dim != 0:
+        return NotImplemented
+    for option in ("max_norm", "scale_grad_by_freq"):
+        if call.get(option):
+            raise UnsupportedError(
+                f"table {weight.original!r} is looked up with {option}: it depends on what one rank sees; leave it out"
+            )
+    rows, inverse, unique = weight.keeper.fetch(weight, ids, bool(call.get("sparse")))
+    padding = call.get("padding_idx")
+    if (padding is not None and padding != -1) or (padding == -1 and func is not torch.embedding):
+        padding = padding + weight.pieces.shape[0] if padding < 0 else padding
+        place = (unique == padding).nonzero()
+        padding = int(place) if len(place) else None
+    elif func is torch.embedding:
+        padding = -1
+    if func is torch.embedding:
+        return torch.embedding(rows, inverse, -1 if padding is None else padding)
+    call |= {"weight": rows, "input": inverse, "padding_idx": padding, "sparse": False}
+    return func(**call)
+
+
+def _index(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if func is Tensor.__getitem__:
+        weight, ids = args
+    else:
+        weight, dim, ids = (dict(zip(("input", "dim", "index"), args, strict=False)) | kwargs).values()
+        if dim != 0:
+            return NotImplemented
+    if isinstance(ids, int):
+        ids = torch.tensor(ids)
+    integers = isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype not in (torch.bool, torch.uint8)
+    if not isinstance(weight, Piece) or not integers or weight.pieces.dim != 0:
+        return NotImplemented
+    if func is Tensor.__getitem__:
+        ids = torch.where(ids < 0, ids + weight.pieces.shape[0], ids)
+    rows, inverse, _ = weight.keeper.fetch(weight, ids, False)
+    return rows[inverse]
+
+
+class SynchroniseNorms(TorchFunctionMode):
+    """Batch norm in training takes its statistics over the global batch."""
+
+    def __init__(self, keeper: Exchanges, *, spare: bool = False):
+        super().__init__()
+        self.keeper = keeper
+        self.spare = spare  # the rows are none of the batch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.batch_norm:
+            return func(*args, **(kwargs or {}))
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        call: dict[str, Any] = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
+        call |= dict(zip(names, args, strict=False)) | (kwargs or {})
+        if not call["training"]:
+            return func(*args, **(kwargs or {}))
+        keeper = self.keeper
+        keeper.agree("batch norm", "norm")
+        x = call["input"][:0] if self.spare else call["input"]
+        arguments = (call[n] for n in ("weight", "bias", "running_mean", "running_var", "momentum", "eps"))
+        out = keeper.runtime.batch_norm(x, *arguments)
+        if out.requires_grad:
+            out.register_hook(self._before_backward)
+        return call["input"] + out.sum() if self.spare else out  # a sum over no rows: 0
+
+    def _before_backward(self, gradient: Tensor) -> None:
+        self.keeper.agree("backward of batch norm")

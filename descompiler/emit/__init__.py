@@ -1,0 +1,7 @@
+"""This rank's program, from the graph, the splits and the chosen region.
+
+`emit` has the order; `region` emits values on the global batch, `outside` those of own rows, in the versions that
+coupling asks for; `emission` is what the two share. Start with `emit.emit`.
+
+May import: planning and below.
+"""

@@ -1,0 +1,157 @@
+"""Emission: this rank's program, from the graph, the splits and the chosen region.
+
+ids, begin (checks, header)  ->  enter_start  ->  enter_wait  ->  region, on the global batch  ->  exit_start
+->  local operators that need nothing of the region  ->  exit_wait  ->  the rest, and the outputs
+
+This file has the order; `descompiler.emit.region` and `descompiler.emit.outside` emit the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from descompiler.classify.scope import scope_of, trained_parameters
+from descompiler.emit.emission import Emission
+from descompiler.emit.outside import Outside
+from descompiler.emit.region import Region
+from descompiler.graph.nodes import Source, aten
+from descompiler.graph.program import Program
+from descompiler.graph.rewrite import ancestors, descendants, eliminate_dead_code
+from descompiler.layout.id_checks import Check
+from descompiler.layout.layout import Layout
+from descompiler.layout.pieces import Pieces
+from descompiler.layout.rows import Rows
+from descompiler.model.attributes import Place
+from descompiler.planning.exchanges import early_checks
+from descompiler.region.cut import Candidates, Cut
+from descompiler.runtime.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait
+from descompiler.runtime.leaf import LeafOnRanks
+from descompiler.tables.form import Split, form_named
+from descompiler.tables.tables import Lookup, Operator
+
+FETCHING = frozenset({begin_fetch, fetch_start, fetch_rows, fetch_wait, fetch_late})
+
+
+@dataclass
+class Emitted:
+    """One rank's program.
+
+    Attributes
+    ----------
+    module : torch.fx.GraphModule
+        ``module(runtime, *values)``, values in the order of ``sources``; returns the flat outputs.
+    outputs : tuple of Rows or None
+        Where a rank's own rows are in each output; None: the output is the global batch's, equal on all ranks.
+    untrained : frozenset of str
+        Parameters that require gradients and get none.
+    reads : frozenset of (str, str)
+        See `Program`.
+    """
+
+    module: fx.GraphModule
+    sources: list[Source]
+    constants: dict[str, torch.Tensor]
+    layout: Layout
+    checks: tuple[Check, ...]
+    outputs: tuple[Rows | None, ...]
+    untrained: frozenset[str]
+    reads: frozenset[Place]
+
+
+def emit(
+    program: Program,
+    operators: Sequence[Operator],
+    splits: Mapping[str, Split],
+    pieces: Mapping[str, Pieces],
+    candidates: Candidates,
+    cut: Cut,
+    rank: int,
+    ranks: int,
+) -> Emitted:
+    """Emit one rank's program (see the module's text)."""
+    e = Emission(program, operators, splits, pieces, candidates, cut, rank, ranks)
+    region = Region(e)
+    outside = region.outside
+    checks = _begin(e, outside)
+    if e.layout.wholes:
+        outside.gather_tables()
+    if e.inside:
+        region.enter_start()
+    if e.layout.early:
+        outside.fetch_rows(0)
+    if e.inside:
+        region.enter_wait()
+        region.emit()
+        region.exit_start()
+    dependent = descendants(program.graph, e.inside)
+    for n in program.graph.nodes:
+        if n.op == "call_function" and n not in dependent and n not in e.inside:
+            outside.emit(n)
+    if e.exits:
+        region.exit_wait()
+    for n in program.graph.nodes:
+        if n in e.inside:
+            region.local(n)
+            if n in e.exits:
+                outside.own(n)
+        elif n.op == "call_function":
+            outside.emit(n)
+        elif n.op == "output":
+            outputs: Sequence[fx.Node] = n.args[0]
+    e.graph.output(outside.outputs(outputs))
+    eliminate_dead_code(e.graph, keep=_is_collective)
+    _reach_fetches(e, [scope_of(o).grad for o in outputs])
+    e.graph.lint()
+    rows = tuple(scope_of(o).rows for o in outputs)
+    module = fx.GraphModule(torch.nn.Module(), e.graph)
+    wanted = frozenset(n for n, p in program.parameters.items() if p.requires_grad)
+    untrained = wanted - trained_parameters(program)
+    return Emitted(module, e.sources, e.constants, e.layout, checks, rows, untrained, program.reads)
+
+
+def _begin(e: Emission, outside: Outside) -> tuple[Check, ...]:
+    """The header: the rows of all ranks, and checks of what is known by then."""
+    lookups, targets = early_checks(e.program, e.operators, e.inside, e.layout.wholes, e.layout.fetches)
+    checked = [*(x.ids for _, x in lookups), *(n for n, _ in targets)]
+    needed = ancestors(checked)
+    for n in e.program.graph.nodes:
+        if n in needed and n.op == "call_function":
+            outside.own(n)
+    first = next(n for n in e.program.graph.nodes if (s := e.program.source(n)) and s.kind == "input")
+    e.rows_local = e.call(aten.sym_size.int, e.own[first], 0)
+    ids = [e.own[n] for n in checked]
+    if e.layout.early:
+        outside.begin_fetch(ids)
+    else:
+        e.rows = e.on_runtime("begin", e.rows_local, ids)
+    return (*(_check(e.splits[o.name], o, x) for o, x in lookups), *(c for _, c in targets))
+
+
+def _check(split: Split, o: Operator, x: Lookup) -> Check:
+    found = form_named(split.form).check(split, o)
+    if x.computed is None:
+        return found
+    assert o.group is not None
+    return replace(found, table=f"computed of {', '.join(o.group.tables)}", rows=x.computed)
+
+
+def _is_collective(n: fx.Node) -> bool:
+    """Every rank makes it, and the plan counts it, also where nobody reads what it brings."""
+    return isinstance(n.target, LeafOnRanks) or n.target in FETCHING
+
+
+def _reach_fetches(e: Emission, trained: Sequence[bool]) -> None:
+    """Let backward come to fetches whose rows nobody reads: owners get gradients of zero, as in the original."""
+    unread = [n for n in e.graph.nodes if n.target is fetch_wait and not n.users]
+    if not unread or not any(trained):
+        return
+    output = next(n for n in e.graph.nodes if n.op == "output")
+    results = list(output.args[0])
+    i = list(trained).index(True)
+    with e.graph.inserting_before(output):
+        results[i] = e.on_runtime("reach", results[i], unread)
+    output.args = (results,)

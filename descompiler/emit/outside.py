@@ -1,0 +1,287 @@
+"""Emission outside the region: values in the versions that `descompiler.classify.coupling` says are needed.
+
+    own     of the rank's own rows
+    whole   of the global batch, where rows mix: computed on every rank, gathered, or reduced from the ranks' terms
+    sized   made from the number of own rows alone
+
+Lookups here take rows that are at hand, or fetch them; products with divided tables exchange by themselves.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from descompiler.classify.coupling import Stage, couple
+from descompiler.classify.scope import CONSTANT, GLOBAL, LOCAL, OWN, SIZE, SIZED, WHOLE, scope_of, size_terms
+from descompiler.emit.emission import Emission
+from descompiler.graph.leaf import Leaf
+from descompiler.graph.nodes import aten, is_tensor, signature, value
+from descompiler.layout.rows import Rows
+from descompiler.ops.local import scale_grad
+from descompiler.planning.products import outputs_in_order
+from descompiler.runtime.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait, take
+from descompiler.runtime.leaf import LeafOnRanks
+from descompiler.tables.totals import divided, emit_total, find_totals
+
+
+class Outside:
+    """Emits what is outside the region.
+
+    Parameters
+    ----------
+    arrived : callable
+        A value that left the region, for own rows.
+    piece : callable
+        This rank's piece of what is computed of a table: see `descompiler.emit.region.Region.piece`.
+    """
+
+    def __init__(
+        self,
+        emission: Emission,
+        arrived: Callable[[fx.Node], Any],
+        piece: Callable[[fx.Node, str, Mapping[fx.Node, int]], fx.Node],
+    ):
+        self.e, self.graph = emission, emission.graph
+        self._arrived, self._piece = arrived, piece
+        program, ranks = emission.program, emission.ranks
+        self.coupling = couple(program, emission.inside)
+        self._demands: dict[fx.Node, list[str]] = {}
+        for n, version in self.coupling.demands:
+            self._demands.setdefault(n, []).append(version)
+        self._stage_of = {n: s for s in self.coupling.stages for n in s.members}
+        self._totals = {t.node: t for t in divided(find_totals(program), emission.splits)} if ranks > 1 else {}
+        self._products = outputs_in_order(program, emission.operators, emission.splits)
+        self._whole: dict[fx.Node, Any] = {}  # original node -> emitted node holding the global batch
+        self._sized: dict[fx.Node, Any] = {}  # original node -> emitted node made from the number of own rows
+        # of a fetched lookup: the number of its fetch, and its own in there
+        self._fetched = {name: (f, i) for f, x in enumerate(emission.layout.fetches) for i, name in enumerate(x.names)}
+        self._fetches: dict[int, fx.Node] = {}  # what is under way, by number of the fetch
+        self._fetched_rows: dict[int, tuple[fx.Node, fx.Node]] = {}  # the fetch, and its rows
+
+    # ---- versions
+
+    def emit(self, n: fx.Node) -> None:
+        """Every version of a node that is needed."""
+        self._emit_versions(n, self._demands.get(n, []))
+
+    def _emit_versions(self, n: fx.Node, versions: Sequence[str]) -> None:
+        for version in versions if self.e.ranks > 1 else versions and [OWN]:
+            self._makers[version](n)
+
+    @property
+    def _makers(self) -> dict[str, Callable[[fx.Node], Any]]:
+        return {OWN: self.own, WHOLE: self.whole, SIZED: self.sized}
+
+    def version(self, n: fx.Node, operand: fx.Node) -> Any:
+        """An operand in the version that a node takes."""
+        uses = scope_of(n).uses if self.e.ranks > 1 else ()
+        version = uses[n.all_input_nodes.index(operand)] if uses else OWN
+        return self._makers[version](operand)
+
+    def own(self, n: fx.Node) -> Any:
+        """The value for the rank's own rows."""
+        if n not in self.e.own:
+            self.e.own[n] = self._emit_own(n)
+        return self.e.own[n]
+
+    def _emit_own(self, n: fx.Node) -> Any:
+        e, scope = self.e, scope_of(n)
+        if n in e.inside:
+            return self._arrived(n)
+        if n.name in self._fetched:
+            return self._emit_fetched(n)
+        if n in e.lookups and (scope.kind != GLOBAL or e.ranks == 1):
+            return e.lookup(n, self.version(n, e.lookups[n][1].ids), self.own(n.args[0]))  # type: ignore[arg-type]
+        if n in self._products:
+            return self._emit_product(n)
+        if e.ranks == 1:
+            return self._copy(n, self.own)
+        if n in self._totals:
+            t = self._totals[n]
+            return emit_total(self.graph, e.runtime, t, e.own[t.weight], e.pieces[t.table], e.rank)
+        if scope.kind == SIZE:
+            return self._size(n, OWN)
+        if scope.kind == GLOBAL:
+            return self._from_global(n, self.whole(n))
+        if n.target is aten.batch_norm.default and n.args[5] and scope.kind == LOCAL:
+            x_, w, b, mean, var, _, momentum, eps = n.args[:8]
+            args = [self.own(a) if isinstance(a, fx.Node) else a for a in (x_, w, b, mean, var)]
+            return e.on_runtime("batch_norm", *args, momentum, eps)
+        copied = self._copy(n, lambda a: self.version(n, a))
+        if scope.kind == LOCAL and "spare_row" in n.meta:
+            copied.target = n.meta["spare_row"]
+        return copied
+
+    def whole(self, n: fx.Node) -> Any:
+        """The value for the global batch, as every rank computes it."""
+        if n not in self._whole:
+            if n in self._stage_of:
+                self._emit_stage(self._stage_of[n])
+            else:
+                self._whole[n] = self._emit_whole(n)
+        return self._whole[n]
+
+    def _emit_whole(self, n: fx.Node) -> Any:
+        e, scope = self.e, scope_of(n)
+        if scope.kind == CONSTANT:
+            own, name = self.own(n), e.program.parameter(n)
+            trained = scope.grad if name is None else e.program.parameters[name].requires_grad
+            # every rank has all of its gradient, and the reducer averages over ranks
+            return e.call(scale_grad, own, 1 / e.ranks) if trained else own
+        if scope.kind == SIZE:
+            return self._size(n, WHOLE)
+        if scope.drawn and not isinstance(n.target, Leaf):
+            args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), self.whole)
+            return e.on_runtime("draw", n.target, *args, **kwargs)
+        if n in e.lookups:
+            weight = self.whole(n.args[0])  # type: ignore[arg-type]
+            return e.lookup(n, self.whole(e.lookups[n][1].ids), weight)
+        return self._copy(n, self.whole, scope.drawn)
+
+    def sized(self, n: fx.Node) -> Any:
+        """A value made from the batch size, for the number of own rows."""
+        if n not in self._sized:
+            find = lambda a: self.sized(a) if scope_of(a).sized else self.own(a)  # noqa: E731
+            self._sized[n] = self._copy(n, find)
+        return self._sized[n]
+
+    def _copy(self, n: fx.Node, find: Callable[[fx.Node], Any], drawn: bool = False) -> fx.Node:
+        """A node outside the region as it is, with other operands."""
+        if not isinstance(n.target, Leaf):
+            return self.graph.node_copy(n, find)
+        args = (self.e.runtime, *fx.map_arg(n.args, find))
+        target = LeafOnRanks(n.target, drawn=drawn, own_rows=scope_of(n).kind == LOCAL)
+        new = self.graph.create_node(n.op, target, args, {}, n.name)
+        new.meta = dict(n.meta)
+        return new
+
+    # ---- between versions
+
+    def _emit_stage(self, stage: Stage) -> None:
+        """One collective for all values of a stage."""
+        for n, version in self.coupling.before(stage):
+            self._emit_versions(n, [version])
+        if stage.kind == "gather":
+            rows = [scope_of(n).rows or Rows() for n in stage.members]
+            layouts = [[r.dim, r.outer, r.inner] for r in rows]
+            wholes = self.e.on_runtime("gather_rows", [self.own(n) for n in stage.members], layouts)
+            self._whole.update({n: self.e.item(wholes, i) for i, n in enumerate(stage.members)})
+            return
+        terms = []
+        for n in stage.members:
+            args, dtype = signature(n), {"dtype": value(n).dtype} if signature(n)["dtype"] is not None else {}
+            x, dims = self.own(n.all_input_nodes[0]), args.get("dim") or list(range(value(n.args[0]).dim()))
+            terms.append(self.e.call(aten.sum.dim_IntList, x, dims, args.get("keepdim", False), **dtype))
+        totals = self.e.on_runtime("sum_terms", terms)
+        for i, n in enumerate(stage.members):
+            self._whole[n] = self.e.item(totals, i)
+            if n.target in (aten.mean.default, aten.mean.dim):
+                self._whole[n] = self.e.call(aten.div.Tensor, self._whole[n], self._count(n))
+
+    def _count(self, n: fx.Node) -> Any:
+        """Elements of the global batch that a mean is over."""
+        x = n.all_input_nodes[0]
+        rows, dims, count = scope_of(x).rows, signature(n).get("dim"), value(x).dim()
+        assert rows is not None
+        over = [d % count for d in dims] if dims else range(count)
+        result: Any = self.e.call(operator.mul, self.e.rows, rows.multiple)
+        for d in over:
+            if d == rows.dim:
+                continue
+            size = value(x).shape[d]
+            factor = size if isinstance(size, int) else self.e.call(aten.sym_size.int, self.own(x), d)
+            result = self.e.call(operator.mul, result, factor)
+        return result
+
+    def _from_global(self, n: fx.Node, whole: Any) -> Any:
+        """What local nodes and the user take of a value that every rank has."""
+        if n in self.coupling.slices:
+            rows = scope_of(n).rows or Rows()
+            if not scope_of(n).grad and is_tensor(n) and value(n).is_floating_point():
+                whole = self.e.call(aten.detach.default, whole)
+            return self.e.on_runtime("slice_rows", whole, rows.dim, rows.outer, rows.inner)
+        return self.e.on_runtime("spread", whole) if n in self.coupling.spreads and scope_of(n).grad else whole
+
+    def _size(self, n: fx.Node, version: str) -> Any:
+        """A number made from the batch size."""
+        find = self.own if version == OWN else self.whole
+        if n.target is not aten.sym_size.int:
+            return self.graph.node_copy(n, find)
+        x, terms = n.all_input_nodes[0], size_terms(self.e.program, n)
+        if terms is None:
+            find = self.whole if scope_of(x).kind == GLOBAL else self.own
+            return self.graph.node_copy(n, find)
+        if version == OWN and (x in self.e.own or scope_of(x).kind == LOCAL):
+            return self.graph.node_copy(n, self.own)
+        result: Any = terms[-1]
+        rows = self.e.rows if version == WHOLE else self.e.on_runtime("own_rows")
+        for c in reversed(terms[:-1]):  # Horner
+            result = self.e.call(operator.mul, rows, result) if result != 1 else rows
+            result = self.e.call(operator.add, result, c) if c else result
+        return result
+
+    # ---- outputs, tables that are gathered or fetched
+
+    def outputs(self, outputs: Sequence[fx.Node]) -> list[Any]:
+        result = [self.own(o) for o in outputs]
+        joined = [i for i, o in enumerate(outputs) if scope_of(o).grad]
+        several = len(joined) > 1 and (self.coupling.backward or self.e.layout.wholes)
+        if self.e.ranks > 1 and (several or self.e.layout.leaves_backward):
+            together = self.e.on_runtime("together", [result[i] for i in joined])
+            for position, i in enumerate(joined):
+                result[i] = self.e.item(together, position)
+        # what is equal on all ranks counts once: averaging over ranks is right for every kind of loss
+        return [
+            self.e.on_runtime("output", x) if scope_of(o).rows is not None else x
+            for o, x in zip(outputs, result, strict=True)
+        ]
+
+    def _emit_product(self, n: fx.Node) -> fx.Node:
+        number = list(self._products).index(n)
+        o, x = self._products[n]
+        bias = x.bias
+        weight = self._piece(n.args[1], o.name, x.rows) if x.rows else self.own(n.args[1])  # type: ignore[arg-type]
+        if bias is not None:
+            name = self.e.program.parameter(bias)
+            bias = self.own(bias)
+            if name is None or self.e.pieces[name].is_replicated:
+                # each owner adds its part; the reducer divides by the number of ranks what the product has divided
+                start, size, _ = self.e.layout.vocabularies[number].parts.get(self.e.rank, (0, 0, 0))
+                bias = self.e.call(aten.narrow.default, bias, 0, start, size)
+                bias = self.e.call(scale_grad, bias, self.e.ranks)
+        ids = [self.version(n, r[1]) for r in x.requests if r[0] == "select"]
+        return self.e.on_runtime("vocabulary", number, self.version(n, x.x), weight, bias, ids)
+
+    def gather_tables(self) -> None:
+        nodes = [self.e.weights[t.name] for t in self.e.layout.wholes]
+        gathered = self.e.on_runtime("gather_tables", *(self.e.own[n] for n in nodes))
+        self.e.own.update({n: self.e.item(gathered, i) for i, n in enumerate(nodes)})
+
+    def _fetch_ids(self, number: int) -> list[fx.Node]:
+        by_name = {n.name: x.ids for n, (_, x) in self.e.lookups.items()}
+        return [self.own(by_name[name]) for name in self.e.layout.fetches[number].names]
+
+    def begin_fetch(self, ids: list[fx.Node]) -> None:
+        begun = self.e.call(begin_fetch, self.e.runtime, self.e.rows_local, ids, self._fetch_ids(0))
+        self.e.rows = self.e.item(begun, 0)
+        self._fetches[0] = self.e.call(fetch_start, self.e.runtime, self.e.item(begun, 1))
+
+    def fetch_rows(self, number: int) -> None:
+        weights = [self.e.own[self.e.weights[t.name]] for t in self.e.layout.fetches[number].tables]
+        self._fetches[number] = self.e.call(fetch_rows, self.e.runtime, self._fetches[number], *weights)
+
+    def _emit_fetched(self, n: fx.Node) -> fx.Node:
+        number, index = self._fetched[n.name]
+        if number not in self._fetched_rows:
+            if number not in self._fetches:
+                begun = self.e.call(fetch_late, self.e.runtime, number, self._fetch_ids(number))
+                self._fetches[number] = self.e.call(fetch_start, self.e.runtime, begun)
+                self.fetch_rows(number)
+            under_way = self._fetches[number]
+            fetching = self.e.item(under_way, 0)
+            self._fetched_rows[number] = fetching, self.e.call(fetch_wait, self.e.runtime, under_way)
+        return self.e.call(take, *self._fetched_rows[number], index, self.e.lookups[n][1].mode)

@@ -1,0 +1,185 @@
+"""Nodes of a program's graph: what one is, what its value is, and whose memory it shares."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from descompiler.errors import LIBRARIES
+from descompiler.graph.leaf import Leaf
+
+aten = torch.ops.aten
+
+
+DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
+
+
+FLAGS = ("train", "training")
+"""Arguments of batch norms and recurrent layers that say in which mode they run."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a placeholder's value comes from: ``kind`` is parameter, buffer, constant or input."""
+
+    kind: str
+    name: str
+
+
+def value(node: Any) -> Any:
+    """The fake value of a node: a FakeTensor, a SymInt, or a tuple of them."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else None
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(value(node), Tensor)
+
+
+def size_of(size: int | torch.SymInt) -> int | sympy.Expr:
+    """An int if it is one, though a tracer divided it by the batch size to find it; else a sympy expression."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.expr) if size.node.expr.is_number else size.node.expr
+
+
+def shape_of(node: fx.Node) -> list[int | sympy.Expr]:
+    """Shape with ints where static and sympy expressions where the batch size enters."""
+    return [size_of(s) for s in value(node).shape]
+
+
+def tail(node: fx.Node) -> tuple[int, ...]:
+    """Static shape after the batch dimension."""
+    return tuple(int(s) for s in value(node).shape[1:])
+
+
+def elements_per_row(node: fx.Node) -> int:
+    """Elements of a tensor per row of the batch, wherever the batch lies in it."""
+    shape = shape_of(node)
+    static = prod(s for s in shape if isinstance(s, int))
+    sizes = [s for s in shape if not isinstance(s, int)]
+    if len(sizes) == 1 and sizes[0].is_Symbol:  # nearly all, and substituting is slow
+        return static
+    one, two = (prod(int(s.subs(dict.fromkeys(s.free_symbols, n))) for s in sizes) * static for n in (1, 2))
+    return two - one
+
+
+def signature(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an ATen call by the names of its schema, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    found: dict[str, Any] = {}
+    for i, a in enumerate(schema.arguments):
+        if a.name in node.kwargs:
+            found[a.name] = node.kwargs[a.name]
+        elif i < len(node.args):
+            found[a.name] = node.args[i]
+        elif a.has_default_value():
+            found[a.name] = a.default_value
+    return found
+
+
+UNTAGGED_POINTWISE = frozenset(
+    {
+        aten.to.dtype,
+        aten._to_copy.default,
+        aten.detach.default,
+        aten.contiguous.default,
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.log_sigmoid.default,
+        aten.hardswish.default,
+    }
+)
+"""Elementwise operators that torch does not tag so."""
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each element of the result is made of the operands' at its place, by no chance."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not is_tensor(node) or is_random(node):
+        return False
+    return torch.Tag.pointwise in target.tags or target in UNTAGGED_POINTWISE
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the operator draws random numbers (dropout of nothing does not)."""
+    target = node.target
+    if isinstance(target, Leaf):
+        return target.call.drops
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    args = signature(node)
+    rate = args.get("p", args.get("dropout_p", args.get("dropout", 1.0)))
+    return bool(args.get("train", True)) and rate != 0
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether an operator writes to an operand."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+CASTS = frozenset({aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.to.other})
+"""Operators that return their operand in another dtype or place, or itself if it is so already."""
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether what an operator returns shares memory with an operand."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not any(r.alias_info is not None for r in schema.returns):
+        return False
+    if node.target not in CASTS:
+        return True
+    new: torch.dtype = value(node).dtype
+    old: torch.dtype = value(node.args[0]).dtype
+    # one of floating point to another is a copy too, except in float64, where capture compares graph and model
+    return bool(new == old or (new.is_floating_point and old.is_floating_point))
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether a call is known to change nothing: no buffer, no running statistics, no state of a user's forward."""
+    return not (mutates(node) or node.target is aten.batch_norm.default or isinstance(node.target, Leaf))
+
+
+def user_line(node: fx.Node) -> str:
+    """``file:line`` of the user's code that made this node; empty if unknown."""
+    lines = [x.strip() for x in (node.meta.get("stack_trace") or "").splitlines() if x.strip().startswith("File")]
+    for line in reversed(lines):
+        path = line.split('"')[1]
+        if not path.startswith(LIBRARIES):
+            return f"{path}:{line.split('line ')[1].split(',')[0]}"
+    return ""
+
+
+def where(node: fx.Node) -> str:
+    """The node for an error text: operator and user's line."""
+    line = user_line(node)
+    return f"{target_name(node)}" + (f" at {line}" if line else "")
+
+
+def target_name(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return getattr(target, "__name__", str(target))
+
+
+PURE_PYTHON = {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.getitem}
+
+
+def storage_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """The node whose storage each node's value may share."""
+    roots: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        roots[node] = node
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            continue
+        if is_view(node) or (node.target is operator.getitem and not is_tensor(source)):
+            roots[node] = roots[source]
+    return roots

@@ -1,0 +1,202 @@
+"""Layouts of fetches: the tables of which unique rows are fetched together, and who asks whom for how many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from descompiler.layout.id_checks import Check
+from descompiler.layout.keys import KeySpace
+from descompiler.layout.pieces import ALL, Pieces
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Unique ids of one table in a step, as one rank sees them: counted, or expected; or as every rank does, ``[N]``.
+
+    Attributes
+    ----------
+    asked : float or ndarray
+        Of this rank's, those that other ranks own.
+    served : float or ndarray
+        Of the other ranks', those that this one owns.
+    shared : float or ndarray
+        Of this rank's, those that every rank holds.
+    """
+
+    asked: float | np.ndarray = 0
+    served: float | np.ndarray = 0
+    shared: float | np.ndarray = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.asked + other.asked, self.served + other.served, self.shared + other.shared)
+
+
+@dataclass(frozen=True)
+class FetchTable:
+    """A table whose unique rows are fetched.
+
+    Attributes
+    ----------
+    ids : int
+        Per row of the batch, over all lookups of the fetch.
+    gathered : bool
+        Whether gradients of shared rows are gathered by unique row, not all-reduced.
+    """
+
+    name: str
+    pieces: Pieces
+    ids: int
+    padding_idx: int = -1
+    sparse: bool = False
+    trained: bool = True
+    gathered: bool = False
+    dtype: str = "torch.float32"
+
+    @property
+    def rows(self) -> int:
+        return self.pieces.shape[0]
+
+    @property
+    def dim(self) -> int:
+        return self.pieces.shape[1]
+
+    @property
+    def kind(self) -> tuple[bool, bool, bool, str, int]:
+        """Tables of one kind are a class, whose rows are one tensor."""
+        return (not self.trained, self.gathered, self.sparse, self.dtype, self.dim)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Rows that each rank owns; rows that all hold at the end."""
+        return self.pieces.sizes
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Lookups whose unique rows are fetched together (`descompiler.runtime.fetch`).
+
+    Attributes
+    ----------
+    tables : tuple of FetchTable
+        In order of their kind.
+    lookups : tuple of int
+        The table of each.
+    names : tuple of str
+        The node of each lookup.
+    checks : tuple of Check
+        What each lookup's ids have to be.
+    """
+
+    tables: tuple[FetchTable, ...]
+    lookups: tuple[int, ...]
+    names: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
+
+    @staticmethod
+    def of_table(table: FetchTable, line: str = "") -> Fetch:
+        """One lookup in one table, for `descompiler.runtime.fetch.pull`."""
+        return Fetch((table,), (0,), (table.name,), (Check(table.name, table.rows, None, line),))
+
+    @cached_property
+    def space(self) -> KeySpace:
+        return KeySpace.of([t.pieces for t in self.tables])
+
+    @cached_property
+    def _placed(self) -> dict[torch.device, tuple[KeySpace, Tensor]]:
+        return {}
+
+    def on(self, device: torch.device) -> tuple[KeySpace, Tensor]:
+        """The key space and the class of each table, on a device."""
+        if device not in self._placed:
+            self._placed[device] = self.space.to(device), torch.tensor(self.class_of, device=device)
+        return self._placed[device]
+
+    @cached_property
+    def classes(self) -> list[range]:
+        """The tables of each class."""
+        result, start = [], 0
+        for stop in range(1, len(self.tables) + 1):
+            if stop == len(self.tables) or self.tables[stop].kind != self.tables[start].kind:
+                result.append(range(start, stop))
+                start = stop
+        return result
+
+    @cached_property
+    def class_of(self) -> list[int]:
+        """The class of each table."""
+        return [c for c, members in enumerate(self.classes) for _ in members]
+
+    @cached_property
+    def dims(self) -> list[int]:
+        """Of each class."""
+        return [self.tables[m.start].dim for m in self.classes]
+
+    @cached_property
+    def trained(self) -> list[bool]:
+        """Of each class."""
+        return [self.tables[m.start].trained for m in self.classes]
+
+    @cached_property
+    def divided(self) -> bool:
+        """Whether any rows have one owner, so that rows cross."""
+        return any(t.sizes[:ALL].any() for t in self.tables)
+
+    @cached_property
+    def gathered_classes(self) -> list[int]:
+        """Classes of which gradients of shared rows are gathered."""
+        return [
+            c
+            for c, members in enumerate(self.classes)
+            if self.trained[c]
+            and self.tables[members.start].gathered
+            and any(self.tables[t].sizes[ALL] for t in members)
+        ]
+
+    @cached_property
+    def reduced_tables(self) -> list[int]:
+        """Tables of which gradients of shared rows are all-reduced."""
+        return [t for t, x in enumerate(self.tables) if x.trained and not x.gathered and x.sizes[ALL]]
+
+    @cached_property
+    def reduced_elements(self) -> int:
+        """Elements of that all-reduce; one more for each row of a table with sparse gradients: who looked it up."""
+        return sum(int(x.sizes[ALL]) * (x.dim + x.sparse) for x in map(self.tables.__getitem__, self.reduced_tables))
+
+    def demand(self, unique: Mapping[str, Counts]) -> np.ndarray:
+        """Sums over tables, ``[5]`` or of every rank ``[N, 5]``: ids that are asked for, elements that are served,
+        elements that come back as gradients, ids and elements of gradients that are gathered."""
+        result: Any = [0.0] * 5
+        for t in self.tables:
+            x = unique.get(t.name, Counts())
+            gathered = x.shared * (t.trained and t.gathered)
+            terms = (x.asked, x.served * t.dim, x.asked * t.dim * t.trained, gathered, gathered * t.dim)
+            result = [a + b for a, b in zip(result, terms, strict=True)]
+        return np.stack(np.broadcast_arrays(*result), -1)
+
+    @cached_property
+    def id_bytes(self) -> int:
+        """Of a key: 4 if no rank's are more than that numbers."""
+        return 4 if np.sum([t.sizes for t in self.tables], axis=0).max() < 1 << 31 else 8
+
+    @cached_property
+    def padding_places(self) -> list[tuple[int, int]]:
+        """Rank (`ALL`) and key there of each table's padding row; (-2, 0) for none."""
+        keys = [int(self.space.offsets[t]) + max(x.padding_idx, 0) for t, x in enumerate(self.tables)]
+        owners, places = (x.tolist() for x in self.space.locate(torch.tensor(keys)))
+        return [(o, k) if x.padding_idx >= 0 else (-2, 0) for x, o, k in zip(self.tables, owners, places, strict=True)]
+
+    def padding_in_piece(self, table: int, rank: int) -> int:
+        """The row of a rank's piece of a table that is its padding row; -1 if it has none."""
+        owner, key = self.padding_places[table]
+        if owner == rank:
+            return key - int(self.space.own[rank][table])
+        if owner == ALL:
+            return key - int(self.space.shared[table]) + int(self.tables[table].sizes[rank])
+        return -1

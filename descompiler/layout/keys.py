@@ -1,0 +1,84 @@
+"""Keys: the rows of several tables as one range of integers, and where each row is.
+
+A table's rows are owned by ranges (`descompiler.layout.pieces.Pieces`, divided along dim 0). Three numberings of rows
+occur:
+
+    key          rows of all tables, one after the other; what ids become, so that one sort finds the unique ones
+    key of r     the rows that rank r owns alone, table after table: what r is asked for
+    shared key   the rows that every rank holds, table after table
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from descompiler.layout.pieces import Pieces
+
+
+@dataclass(frozen=True)
+class KeySpace:
+    """Where the rows of ``T`` tables are, of which ``R`` ranges are owned.
+
+    Attributes
+    ----------
+    offsets : Tensor
+        ``[T + 1]``; first key of each table, then the number of keys.
+    starts, owners, bases : Tensor
+        ``[R]``; a range's first key, its rank (`ALL`: shared), and its first row's key there.
+    own : Tensor
+        ``[N, T + 1]``; first key of each table in the keys of each rank.
+    shared : Tensor
+        ``[T + 1]``; first shared key of each table.
+    """
+
+    offsets: Tensor
+    starts: Tensor
+    owners: Tensor
+    bases: Tensor
+    own: Tensor
+    shared: Tensor
+
+    @staticmethod
+    def of(tables: Sequence[Pieces]) -> KeySpace:
+        """The key space of tables in this order.
+
+        >>> space = KeySpace.of([Pieces.by_sizes((5, 2), 0, [3, 2], 2), Pieces.by_sizes((4, 2), 0, [2, 2], 2)])
+        >>> owner, key = space.locate(torch.tensor([0, 4, 5, 8]))
+        >>> owner.tolist(), key.tolist()
+        ([0, 1, 0, 1], [0, 1, 3, 3])
+        """
+        ranks = tables[0].ranks
+        size = [0] * (ranks + 1)  # rows so far of each rank; of ALL, which is -1, at the end
+        offset, offsets, firsts = 0, [0], [list(size)]
+        starts, owners, bases = [], [], []
+        for p in tables:
+            for r in p.ranges():
+                if r.size:
+                    starts.append(offset + r.start)
+                    owners.append(r.owner)
+                    bases.append(size[r.owner])
+                    size[r.owner] += r.size
+            offset += p.shape[0]
+            offsets.append(offset)
+            firsts.append(list(size))
+        first = torch.tensor(firsts).T.contiguous()
+        return KeySpace(
+            torch.tensor(offsets),
+            torch.tensor(starts, dtype=torch.int64),
+            torch.tensor(owners, dtype=torch.int64),
+            torch.tensor(bases, dtype=torch.int64),
+            first[:-1],
+            first[-1],
+        )
+
+    def locate(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Rank (`ALL` for shared rows) of each key, and its key there, or its shared key."""
+        index = torch.searchsorted(self.starts, keys, right=True) - 1
+        return self.owners[index], self.bases[index] + keys - self.starts[index]
+
+    def to(self, device: torch.device) -> KeySpace:
+        return KeySpace(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))

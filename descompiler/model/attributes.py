@@ -1,0 +1,213 @@
+"""What modules keep as plain attributes: numbers, flags, tensors that are no parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from descompiler.errors import UnsupportedError
+from descompiler.model.inputs import adapt
+
+COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
+def held_values(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Plain attributes of all modules, known classes inside as pytree nodes: module, name, value."""
+    for module in model.modules():
+        for name, x in list(vars(module).items()):
+            if name not in ("_parameters", "_buffers", "_modules"):
+                yield module, name, pytree.tree_map(adapt, x)
+
+
+def unregistered(model: nn.Module) -> list[str]:
+    """Tensors that are trained by nobody who asks for ``parameters()``: those of lists, and other plain attributes.
+
+    >>> module = nn.Linear(1, 1)
+    >>> module.gates, module.all = [nn.Parameter(torch.zeros(1))], [module.weight]
+    >>> unregistered(module)
+    ['gates']
+    """
+    registered = {id(p) for p in model.parameters()}
+    prefixes = {id(m): f"{n}." if n else "" for n, m in model.named_modules()}
+    return [
+        f"{prefixes[id(module)]}{name}"
+        for module, name, nested in held_values(model)
+        if any(
+            isinstance(x, Tensor) and x.requires_grad and x.is_leaf and id(x) not in registered
+            for x in pytree.tree_leaves(nested)
+        )
+    ]
+
+
+def left_behind(model: nn.Module) -> list[str]:
+    """Plain attributes in which forward left values with a history, as a loss to be added later is.
+
+    >>> module = nn.Linear(1, 1)
+    >>> module.auxiliary = module.weight.sum()
+    >>> left_behind(module)
+    ['auxiliary']
+    """
+    prefixes = {id(m): f"{n}." if n else "" for n, m in model.named_modules()}
+    return [
+        f"{prefixes[id(module)]}{name}"
+        for module, name, nested in held_values(model)
+        if any(isinstance(x, Tensor) and not x.is_leaf for x in pytree.tree_leaves(nested))
+        # weight_norm and spectral_norm compute ``weight`` from parameters of such names in front of each forward
+        and not any(p.startswith(f"{name}_") for p in module._parameters)
+    ]
+
+
+def held_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Tensors that are plain attributes themselves: module, name, tensor."""
+    for module in model.modules():
+        for name, x in vars(module).items():
+            if isinstance(x, Tensor) and not isinstance(x, nn.Parameter):
+                yield module, name, x
+
+
+def copied(model: nn.Module) -> dict[int, Tensor]:
+    """A memo for `copy.deepcopy`: copies of what it can't copy by itself.
+
+    These are compressed matrices, and values that a forward computed and left behind (attention weights to look at, a
+    weight under ``weight_norm``); their copies have no history.
+
+    >>> import copy
+    >>> module = nn.Linear(1, 1)
+    >>> module.seen = [module.weight * 2]
+    >>> copy.deepcopy(module, copied(module)).seen[0].requires_grad
+    False
+    """
+    held = [x for _, _, nested in held_values(model) for x in pytree.tree_leaves(nested) if isinstance(x, Tensor)]
+    return {id(x): x.detach().clone() for x in (*model.buffers(), *held) if x.layout in COMPRESSED or not x.is_leaf}
+
+
+BARE = frozenset(vars(nn.Module()))
+
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+Place = tuple[str, str]
+"""The path of a module in its model, and the name of an attribute."""
+
+
+def plain_attributes(model: nn.Module) -> dict[Place, Any]:
+    """Attributes of all modules that are a number, a flag, text or None.
+
+    >>> plain_attributes(nn.Sequential(nn.Dropout(0.5)))
+    {('0', 'p'): 0.5, ('0', 'inplace'): False}
+    """
+    return {
+        (path, name): x
+        for path, module in model.named_modules()
+        for name, x in vars(module).items()
+        if name not in BARE and isinstance(x, PLAIN)
+    }
+
+
+@contextmanager
+def reads_of(model: nn.Module) -> Iterator[set[Place]]:
+    """A set that gets the plain attributes which are read while the context lasts.
+
+    Modules are of a subclass of their class meanwhile; where that can't be made, all of a module's attributes count.
+
+    >>> import torch
+    >>> layer = nn.Dropout(0.5)
+    >>> with reads_of(layer) as reads:
+    ...     _ = layer(torch.ones(2))
+    >>> sorted(reads)
+    [('', 'inplace'), ('', 'p')]
+    """
+    reads: set[Place] = set()
+    watched: dict[str, set[str]] = {}
+    for path, name in plain_attributes(model):
+        watched.setdefault(path, set()).add(name)
+    classes: list[tuple[nn.Module, type]] = []
+    try:
+        for path, names in watched.items():
+            module = model.get_submodule(path)
+            before = type(module)
+            try:
+                module.__class__ = _watching(before, path, names, reads)
+            except TypeError:  # its class can't be derived from, or objects of it not changed
+                reads |= {(path, n) for n in names}
+            else:
+                classes.append((module, before))
+        yield reads
+    finally:
+        for module, before in classes:
+            module.__class__ = before
+
+
+def _watching(cls: Any, path: str, names: set[str], reads: set[Place]) -> Any:
+    def read(self: Any, name: str) -> Any:
+        if name in names:
+            reads.add((path, name))
+        return cls.__getattribute__(self, name)
+
+    return type(cls)(cls.__name__, (cls,), {"__getattribute__": read, "__module__": cls.__module__})
+
+
+class Watch:
+    """Plain attributes of a model that may change, and with them what a graph of it should be.
+
+    >>> layer = nn.Dropout(0.5)
+    >>> watch = Watch(layer)
+    >>> watch.add({("", "p")})
+    True
+    >>> watch.changes()
+    ()
+    >>> layer.p = 0.25
+    >>> watch.changes()
+    ((('', 'p'), 0.25),)
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.before = model, plain_attributes(model)
+        self.places: set[Place] = set()
+        self._held: list[tuple[dict[str, Any], Place]] = []
+
+    def add(self, places: Collection[Place]) -> bool:
+        """Watch these too; whether any is new."""
+        new = sorted((set(places) & self.before.keys()) - self.places)
+        self.places.update(new)
+        self._held += [(vars(self.model.get_submodule(path)), (path, name)) for path, name in new]
+        return bool(new)
+
+    def changes(self) -> tuple[tuple[Place, Any], ...]:
+        """What has another value now.
+
+        Raises
+        ------
+        UnsupportedError
+            If an attribute is no number, flag or text any more.
+        """
+        found = []
+        for held, at in self._held:
+            x = held.get(at[1])
+            if not isinstance(x, PLAIN):
+                raise UnsupportedError(
+                    f"{dotted(at)} was {self.before[at]!r} when the model was compiled, and is a {type(x).__name__} "
+                    "now: compile the model again"
+                )
+            if x is not self.before[at] and x != self.before[at]:
+                found.append((at, x))
+        return tuple(found)
+
+    def told(self, changes: Sequence[tuple[Place, Any]]) -> str:
+        """Changes, in words."""
+        return ", ".join(f"{dotted(at)} is {x!r} now, and was {self.before[at]!r}" for at, x in changes)
+
+
+def dotted(at: Place) -> str:
+    """The name of an attribute in its model.
+
+    >>> dotted(("tower.0", "p")), dotted(("", "alpha"))
+    ('tower.0.p', 'alpha')
+    """
+    return ".".join(filter(None, at))

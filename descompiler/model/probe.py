@@ -1,0 +1,163 @@
+"""Probes: copies of a model, without weights (`blueprint`) or with random ones, and batches to run them on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from descompiler.errors import CaptureError, InputError, UnsupportedError
+from descompiler.model.attributes import copied, held_values
+from descompiler.model.float64 import InDouble, is_double_meant, widen, widen_attributes
+from descompiler.model.folded import Folded, probe_parameters
+from descompiler.model.inputs import flatten, split_statics, unflatten_with
+
+
+def blueprint(model: nn.Module) -> nn.Module:
+    """A copy of the module whose parameters are on the meta device; buffers keep their values.
+
+    Raises
+    ------
+    UnsupportedError
+        If the values of buffers or attributes are not known because they are on the meta device, batch statistics
+        aside.
+    """
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    result = copy.deepcopy(model, memo | copied(model))
+    lost = []
+    for prefix, module in result.named_modules():
+        buffers = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
+        if buffers and isinstance(module, nn.modules.batchnorm._NormBase):
+            for name, b in buffers.items():
+                module._buffers[name] = torch.empty_like(b, device="cpu")
+            module.reset_running_stats()
+        else:
+            lost += [f"{prefix}.{name}".lstrip(".") for name in buffers]
+    registered = {id(p) for p in result.parameters()}
+    prefixes = {id(m): f"{n}." if n else "" for n, m in result.named_modules()}
+    lost += [
+        f"{prefixes[id(module)]}{name}"
+        for module, name, nested in held_values(result)
+        if any(isinstance(x, Tensor) and x.is_meta and id(x) not in registered for x in pytree.tree_leaves(nested))
+    ]
+    if lost:
+        raise UnsupportedError(
+            f"{', '.join(map(repr, lost))} of the model {'are' if len(lost) > 1 else 'is'} on the meta device, where "
+            "there are no values: create such tensors with device='cpu'; it is only the parameters that may be on meta"
+        )
+    return result
+
+
+def materialise(template: nn.Module, device: torch.device, *, double: bool) -> nn.Module:
+    """A blueprint with random parameters, to trace and to probe."""
+    generator = torch.Generator().manual_seed(20190904)
+    memo: dict[int, Any] = probe_parameters(template.parameters(), device, generator, double=double)
+    if not double:  # tracers want ordinary tensors, and look at no values
+        memo = {i: p.unfolded() if isinstance(p, Folded) else p for i, p in memo.items()}
+    result = copy.deepcopy(template, memo | copied(template))
+    for module in result.modules():
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = (widen(b) if double else b).to(device)
+    if double:
+        widen_attributes(result)
+    return result
+
+
+CALL = "__call__"
+"""The method that stands for calling the module: its forward, and its hooks."""
+
+
+def method_of(model: nn.Module, method: str) -> Callable[..., Any]:
+    """The method of a model that is compiled; forward itself, without hooks, for `CALL`.
+
+    Raises
+    ------
+    InputError
+        If the model has none of that name.
+    """
+    found = getattr(model, "forward" if method == CALL else method, None)
+    if not callable(found):
+        raise InputError(f"{type(model).__name__} has no method {method!r} to compile")
+    return found
+
+
+def call_of(model: nn.Module, method: str) -> Callable[..., Any]:
+    """What calls a model's method; with its hooks for `CALL`."""
+    return model if method == CALL else method_of(model, method)
+
+
+class Flat(nn.Module):
+    """Calls the user's module from a flat list of tensors and flattens what it returns."""
+
+    def __init__(self, model: nn.Module, spec: pytree.TreeSpec, statics: Sequence[Any], method: str = CALL):
+        super().__init__()
+        self.model, self.spec, self.statics, self.method = model, spec, statics, method
+        self.out_spec: pytree.TreeSpec | None = None
+        self.out_statics: tuple[Any, ...] = ()
+        self.means_double = is_double_meant()
+        self.arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext  # or InDouble, for a probe in float64
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Flat:
+        result = Flat(copy.deepcopy(self.model, memo | copied(self.model)), self.spec, self.statics, self.method)
+        result.training, result.means_double = self.training, self.means_double
+        result.arithmetic = self.arithmetic
+        return result
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        args, kwargs = unflatten_with(tensors, self.spec, self.statics)
+        leaves, self.out_spec = flatten(self._call(args, kwargs))
+        out, self.out_statics = split_statics(leaves)
+        return out
+
+    def _call(self, args: Any, kwargs: Any) -> Any:
+        call = self.model if self.method == CALL else getattr(self.model, self.method)
+        if not self.means_double:  # Dynamo reads this code: as few contexts as can be
+            return call(*args, **kwargs)
+        with InDouble():
+            return call(*args, **kwargs)
+
+
+def at_least_two_rows(tensors: list[Tensor]) -> list[Tensor]:
+    if not tensors:
+        raise InputError("example_inputs holds no tensor")
+    sizes = [t.shape[0] if t.dim() else 0 for t in tensors]
+    if not all(sizes):
+        raise InputError(f"dim 0 of every example input is the batch, at least 1; the sizes there are {sizes}")
+    if len(set(sizes)) != 1:
+        raise CaptureError(f"dim 0 of the example inputs is not one batch: its sizes are {sizes}")
+    return [torch.cat([t, t]) for t in tensors] if sizes[0] == 1 else list(tensors)
+
+
+def double_all(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [t.detach().double() if t.is_floating_point() else t.detach() for t in tensors]
+
+
+def other_batch(tensors: list[Tensor]) -> list[Tensor]:
+    """Another size and other values: rows drawn from the example's, each input on its own."""
+    rows = tensors[0].shape[0]
+    generator = torch.Generator().manual_seed(7)
+    size = 2 * rows + 1 if rows < 64 else rows // 2 + 1
+    return [t[torch.randint(rows, (size,), generator=generator).to(t.device)] for t in tensors]
+
+
+def move_parameters(probe: Flat) -> None:
+    """Give every parameter other values: an expression of parameters that was baked as a constant shows."""
+    with torch.no_grad():
+        for p in probe.model.parameters():
+            size = p.untyped_storage().nbytes() // p.element_size() if p.numel() else 0
+            p.detach().as_strided((size,), (1,), 0).mul_(0.875)  # the storage: a large table is an overlapping view
+
+
+def run_eager(probe: Flat, tensors: list[Tensor]) -> list[Tensor]:
+    torch.manual_seed(11)
+    with probe.arithmetic():
+        return probe(*tensors)

@@ -1,0 +1,69 @@
+"""Random numbers for the whole batch: those of one process that seeds its generators in front of each forward.
+
+A draw that concerns all rows (`randperm`, negatives that rows share) has to be one draw. Every rank makes it, from a
+seed that rank 0 tells once: torch's, NumPy's and Python's generators are seeded for each forward, further draws of the
+same forward follow, and the generators are put back, so that ranks' own numbers don't move.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+ONE_DRAW = "one draw, equal on all ranks"
+
+
+EACH_ITS_OWN = "each rank draws for its own rows"
+"""What notes of a plan say of a random operator."""
+
+
+@contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """torch's, NumPy's and Python's generators are afterwards as they were before."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Generators seeded, and put back; yields what tells whether any of them has been drawn from."""
+    with generators_kept(device):
+        seed_generators(seed)
+        before = taken(device)
+        yield lambda: not _same(before, taken(device))
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch's, Python's and NumPy's global generators; a model's own generators are its own."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+
+
+def taken(device: torch.device) -> tuple[Any, ...]:
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), on_device, random.getstate(), np.random.get_state()
+
+
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    on_device = a[1] is b[1] is None or torch.equal(a[1], b[1])
+    by_numpy = all(np.array_equal(x, y) for x, y in zip(a[3], b[3], strict=True))
+    return torch.equal(a[0], b[0]) and on_device and a[2] == b[2] and by_numpy
+
+
+def put_back(states: tuple[Any, ...], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state(states[1], device)
+    random.setstate(states[2])
+    np.random.set_state(states[3])

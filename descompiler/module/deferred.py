@@ -1,0 +1,42 @@
+"""A module that its first forward compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from descompiler.errors import InputError
+from descompiler.module.distributed import DistributedModule
+
+
+class DeferredModule(DistributedModule):
+    """A module that its first forward compiles; it then is a `DistributedModule`."""
+
+    def __init__(self, model: nn.Module, compile_for: Callable[[Any], DistributedModule]):
+        nn.Module.__init__(self)
+        self.training, self._compile_for = model.training, compile_for
+        object.__setattr__(self, "_model", model)  # not a submodule
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        compiled = self._compile_for((args, kwargs))
+        self.__dict__.clear()
+        self.__dict__.update(compiled.__dict__)
+        self.__class__ = type(compiled)  # type: ignore[assignment]
+        return self(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> DeferredModule:
+        """As ``torch.nn.Module.train``, for the model that is to be compiled."""
+        vars(self)["_model"].train(mode)
+        return super().train(mode)
+
+    def _not_yet(self, *args: Any, **kwargs: Any) -> Any:
+        raise InputError(
+            "the module is compiled by its first forward, and has no parameters or plan before that: pass "
+            "example_inputs to des.compile, or call the module once first"
+        )
+
+    named_parameters = named_buffers = state_dict = load_state_dict = _apply = _not_yet
+    traffic = print_readable = pieces = coverage = __deepcopy__ = __reduce_ex__ = _not_yet
+    plan = property(_not_yet)

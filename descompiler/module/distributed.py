@@ -1,0 +1,434 @@
+"""The distributed module: the original's names and calls, this rank's pieces and program."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from descompiler.eager.keeper import Finish, Keeper
+from descompiler.eager.pieces import plain, substitute
+from descompiler.emit.emit import Emitted
+from descompiler.errors import CaptureError, InputError, UnsupportedError, warn
+from descompiler.layout.fetches import Counts
+from descompiler.layout.pieces import Pieces
+from descompiler.layout.rows import Rows
+from descompiler.layout.traffic import Traffic
+from descompiler.model.attributes import Place, Watch
+from descompiler.model.inputs import Signature
+from descompiler.planning.coverage import Coverage
+from descompiler.planning.plan import Plan
+from descompiler.runtime.gradients import Reducer
+from descompiler.runtime.runtime import Runtime
+
+
+class UsersForward(Protocol):
+    """What runs the user's own forward with another module's parameters (`descompiler.module.partial`)."""
+
+    @property
+    def output_rows(self) -> tuple[Rows | None, ...]: ...
+
+    def follow(self, owner: DistributedModule, args: Any, kwargs: Any) -> Any: ...
+
+
+class DistributedModule(nn.Module):
+    """This rank's part of a model; called, trained and moved as the original.
+
+    Parameters keep the original names; each is this rank's piece (0 rows or columns where it owns nothing).
+
+    Attributes
+    ----------
+    plan : Plan
+        What was chosen, and why.
+    """
+
+    plan: Plan
+    predicts_traffic = True
+    """Whether `Plan.traffic` is exact, not an estimate."""
+
+    def __init__(
+        self,
+        template: nn.Module,
+        plan: Plan,
+        signature: Signature | None,
+        runtime: Runtime,
+        program_for: Callable[..., Emitted] | None,
+        values: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        coverage: Coverage,
+        host: nn.Module | None = None,
+        *,
+        in_place: bool = True,
+        forward_for: Callable[..., UsersForward] | None = None,
+    ):
+        super().__init__()
+        object.__setattr__(self, "plan", plan)
+        self._forward_for = forward_for
+        self._forwards: dict[tuple[bool, ...], UsersForward] = {}  # by training flags
+        vars(self)["_host"] = host  # no submodule: its parts are this module's own
+        self._coverage, self._keeper = coverage, Keeper(runtime)
+        self._signature, self._runtime, self._program_for = signature, runtime, program_for
+        self._programs: dict[Any, Emitted] = {}  # by training flags, dtypes, and parameters that were frozen
+        self._frozen = frozenset(n for n, p in template.named_parameters() if not p.requires_grad)
+        self._given: tuple[torch.dtype, ...] | None = None  # of the latest forward's inputs
+        self._constants: dict[str, Tensor] = {}
+        self._reducer: Reducer | None = None
+        self._reducer_key: Any = None
+        self._flags = [name for name, _ in template.named_modules()]
+        if host is None:
+            self._mirror(template, values, buffers)
+        else:
+            self._adopt(host, values, buffers)
+        runtime.wire_dtype = next((p.dtype for p in self.parameters()), torch.float32)
+        self._in_place = in_place and host is not None
+        self._attributes = Watch(host) if self._in_place and host is not None else None
+        for name, p in self.named_parameters():
+            if not plan.pieces[name].is_replicated:
+                substitute(p, name, plan.pieces[name], self._keeper)
+        if self._in_place:
+            self._watch()
+
+    def _watch(self) -> None:
+        """Average the gradients of replicated parameters at the end of backward, whatever code used them."""
+        left_out = self.plan.sparse if self.predicts_traffic else set()  # an emitted program sums sparse ones itself
+        self._keeper.watch(
+            [p for n, p in self.named_parameters() if self.plan.pieces[n].is_replicated and n not in left_out]
+        )
+
+    def _mirror(self, template: nn.Module, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        """Bare modules with the original's names."""
+        made: dict[int, nn.Parameter] = {}
+        scopes: dict[str, nn.Module] = {"": self}
+        for name, source in template.named_modules():
+            scope = scopes.setdefault(name, nn.Module())
+            scope.training = source.training
+            if name:
+                parent, _, leaf = name.rpartition(".")
+                scopes[parent].add_module(leaf, scope)
+            for leaf, p in source._parameters.items():
+                if p is None:
+                    scope.register_parameter(leaf, None)
+                    continue
+                full = f"{name}.{leaf}".lstrip(".")
+                if id(p) not in made:
+                    made[id(p)] = nn.Parameter(values[full], requires_grad=p.requires_grad)
+                scope.register_parameter(leaf, made[id(p)])
+            for leaf, b in source._buffers.items():
+                full = f"{name}.{leaf}".lstrip(".")
+                persistent = leaf not in source._non_persistent_buffers_set
+                scope.register_buffer(leaf, None if b is None else buffers[full], persistent=persistent)
+
+    def _adopt(self, host: nn.Module, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        """The modules and parameters of a host become this module's; they stay the same objects."""
+        recurrent = [m for m in host.modules() if isinstance(m, nn.RNNBase)]
+        for m in recurrent:
+            m._flat_weight_refs = []  # a tensor that has weak references can't be swapped
+        for name, p in host.named_parameters():
+            if p.is_meta:
+                torch.utils.swap_tensors(p, nn.Parameter(values[name], requires_grad=p.requires_grad))
+            else:
+                p.data = values[name]
+        for m in recurrent:
+            m._init_flat_weights()
+        for name, module in host.named_modules():
+            for leaf, b in module._buffers.items():
+                if b is not None:
+                    module._buffers[leaf] = buffers[f"{name}.{leaf}".lstrip(".")]
+        for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[kind] = host.__dict__[kind]
+        self.training = host.training
+
+    # ---- calls
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's forward on this rank's rows: outputs for them."""
+        runtime = self._runtime
+        runtime.traffic, runtime.unique, runtime.started, runtime.failures = Traffic(), {}, False, []
+        self._keeper.begin()
+        self._same_flags()
+        flags, grad = self._training_flags(), torch.is_grad_enabled()
+        runtime.mode_name = f"{'training' if self.training else 'evaluation'}, {self._gradients_mode()}"
+        try:
+            assert self._signature is not None
+            tensors = self._signature.flatten(args, kwargs)
+            self._given = tuple(x.dtype for x in tensors)
+            try:
+                emitted = self._program()
+            except CaptureError as error:
+                users = self._users_forward(error)
+                runtime.started = True  # the users' forward tells the other ranks what fails in it
+                return users.follow(self, args, kwargs)
+            changes = self._changes()  # of what the program is known to read by now
+            runtime.mode = 2 * zlib.crc32(bytes((*flags, *self._trained())) + repr(changes).encode()) + grad
+            if changes and self._attributes is not None:
+                runtime.mode_name += f", {self._attributes.told(changes)}"
+            runtime.layout, runtime.checks = emitted.layout, emitted.checks
+            reference = next(self.parameters())
+            runtime.device = reference.device
+            if reference.dtype != runtime.wire_dtype:  # it was cast: other bytes cross
+                runtime.wire_dtype = reference.dtype
+                object.__setattr__(self, "plan", replace(self.plan, itemsize=reference.dtype.itemsize))
+            reduced = grad and runtime.ranks > 1 and emitted.layout.dense_elements and not self._in_place
+            if reduced and (reducer := self._reducer_now()) is not None:
+                reducer.begin()
+            outputs = self._run(tensors)
+        except Exception as error:
+            if runtime.started:
+                raise
+            # the other ranks wait for this one's header: tell them, then everyone raises
+            text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+            runtime.header(0, text)
+            raise
+        return self._signature.unflatten(self._finishing(outputs) if self._in_place else outputs)
+
+    def _users_forward(self, error: CaptureError) -> UsersForward:
+        """What runs the user's own forward, where the graph for these training flags was not captured.
+
+        Raises
+        ------
+        CaptureError
+            If gradients are on: those of the pieces are the other graph's business.
+        """
+        if torch.is_grad_enabled():
+            raise CaptureError(
+                f"the model was captured in other training flags (or dtypes) only, not in these ({error}). Its own "
+                "forward can run in these with gradients off: call it within torch.no_grad()",
+                error.failures,
+            ) from error
+        key = self._training_flags()
+        if key not in self._forwards:
+            assert self._forward_for is not None
+            warn(
+                "the model was not captured as a graph in these training flags; its own forward runs, and fetches or "
+                f"gathers what it uses of split parameters. {error}"
+            )
+            values = {n: plain(p).detach() for n, p in self.named_parameters()}
+            self._forwards[key] = self._forward_for(
+                dict(zip(self._flags, key, strict=True)), values, dict(self.named_buffers(remove_duplicate=False))
+            )
+        return self._forwards[key]
+
+    def _finishing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs, so that every rank's backward ends with the keeper's exchange."""
+        outputs = list(outputs)
+        if torch.is_grad_enabled() and self._runtime.ranks > 1:
+            # on every rank, also where an empty batch or a branch left an output without a gradient
+            floating = [i for i, x in enumerate(outputs) if x.is_floating_point()]
+            anchor = torch.zeros((), device=self._runtime.device, requires_grad=True)
+            for i, x in zip(floating, Finish.apply(self._keeper, anchor, *(outputs[i] for i in floating)), strict=True):
+                outputs[i] = x
+        return outputs
+
+    def _run(self, tensors: Any) -> list[Tensor]:
+        emitted = self._program()
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        buffers = dict(self.named_buffers(remove_duplicate=False))
+        queue = iter(tensors)
+        values = []
+        for s in emitted.sources:
+            if s.kind == "input":
+                values.append(next(queue))
+            elif s.kind == "constant":
+                values.append(self._constant(emitted, s.name))
+            else:
+                values.append((parameters if s.kind == "parameter" else buffers)[s.name])
+        with torch._C.DisableTorchFunctionSubclass():  # the program knows that it holds pieces
+            return emitted.module(self._runtime, *values)
+
+    def _constant(self, emitted: Emitted, name: str) -> Tensor:
+        device = self._runtime.device
+        kept = self._constants.get(name)
+        if kept is None or kept.device != device:
+            kept = self._constants[name] = emitted.constants[name].to(device)
+        return kept
+
+    def _same_flags(self) -> None:
+        """This module and its host are one module under two names; users switch one of them to evaluation."""
+        host = vars(self)["_host"]
+        if self._in_place:
+            self.training = host.training
+        elif host is not None:
+            host.training = self.training
+
+    def _trained(self) -> list[bool]:
+        """By parameter, whether this forward's backward gives it a gradient: the same on every rank."""
+        return [torch.is_grad_enabled() and p.requires_grad for p in self.parameters()]
+
+    def _gradients_mode(self) -> str:
+        if not torch.is_grad_enabled():
+            return "gradients off"
+        return f"gradients on, {self._trained().count(False)} parameters frozen"
+
+    def _training_flags(self) -> tuple[bool, ...]:
+        modules = dict(self.named_modules(remove_duplicate=False))
+        return tuple(modules[name].training for name in self._flags)
+
+    def _program(self) -> Emitted:
+        emitted = self._program_now()
+        if self._attributes is not None and self._attributes.add(emitted.reads):
+            emitted = self._program_now()  # it is the first, or the first in these training flags
+        return emitted
+
+    def _changes(self) -> tuple[tuple[Place, Any], ...]:
+        """What users changed of the plain attributes that forward reads, in a model that was compiled in place."""
+        return () if self._attributes is None else self._attributes.changes()
+
+    def _program_now(self) -> Emitted:
+        flags, changes = self._training_flags(), self._changes()
+        held = {n: x.dtype for n, x in (*self.named_parameters(), *self.named_buffers())}
+        thawed = tuple(n for n, p in self.named_parameters() if p.requires_grad and n in self._frozen)
+        key = flags, tuple(held.values()), thawed, changes, self._given
+        if key not in self._programs:
+            assert self._program_for is not None
+            training = dict(zip(self._flags, flags, strict=True))
+            if changes and self._attributes is not None:
+                warn(
+                    f"{self._attributes.told(changes)}: the model is captured anew, as it will be for every other "
+                    "value. A buffer may change without that"
+                )
+            self._programs[key] = self._program_for(training, held, thawed, changes, self._given)
+        return self._programs[key]
+
+    def _replicas(self) -> dict[str, nn.Parameter]:
+        """The parameters whose gradients the reducer averages: whole on every rank, trained, and used."""
+        pieces, splits, program = self.plan.pieces, self.plan.splits, self._program()
+        used = {s.name for s in program.sources if s.kind == "parameter"} - program.untrained
+        gathered = {n for n, s in splits.items() if s.gathered}
+        return {
+            n: p
+            for n, p in self.named_parameters()
+            if p.requires_grad and n in used and n not in gathered and pieces[n].is_replicated
+        }
+
+    def _reducer_now(self) -> Reducer | None:
+        """The reducer of replicated parameters' gradients, made anew when parameters changed under it."""
+        replicas = self._replicas()
+        if not replicas:  # users freeze them
+            return None
+        key = tuple((n, id(p), p.dtype, p.device) for n, p in replicas.items())
+        if self._reducer is None or self._reducer_key != key:
+            if self._reducer is not None:
+                self._reducer.caught.close()
+            self._reducer, self._reducer_key = Reducer(self._runtime, self._reducer_group(), replicas), key
+        return self._reducer
+
+    def _reducer_group(self) -> Any:
+        # its own group: the reducer's all-reduces run in any order with respect to the exchange
+        if not hasattr(self, "_reducer_process_group"):
+            group = dist.new_group(dist.get_process_group_ranks(self._runtime.group), use_local_synchronization=True)
+            object.__setattr__(self, "_reducer_process_group", group)
+        return self._reducer_process_group
+
+    # ---- copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DistributedModule:
+        """A copy on the same ranks, with values of its own: an average of weights, a target network."""
+        if self._in_place:
+            raise UnsupportedError(
+                "a model that was compiled in place can't be copied: copy it before it is compiled, compile the copy, "
+                "and load des.full_state_dict(model) into it"
+            )
+        result = self._copied(memo)
+        pairs = zip(self.parameters(), result.parameters(), strict=True)
+        memo.update({id(self): result, **{id(p): q for p, q in pairs}})
+        return result
+
+    def _copied(self, memo: dict[int, Any]) -> DistributedModule:
+        values = {n: plain(p).detach().clone() for n, p in self.named_parameters()}
+        buffers = {n: b.clone() for n, b in self.named_buffers(remove_duplicate=False)}
+        result = DistributedModule(
+            self,
+            self.plan,
+            self._signature,
+            self._runtime.anew(),
+            self._program_for,
+            values,
+            buffers,
+            self._coverage,
+            forward_for=self._forward_for,
+        )
+        result._frozen = self._frozen
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedError(
+            "a compiled module belongs to its process group and can't be pickled: save des.full_state_dict(module) and "
+            "module.plan, compile again, and load them with des.load_full_state_dict and plan="
+        )
+
+    # ---- reports
+
+    def traffic(self) -> Traffic:
+        """Bytes and calls of each collective on this rank since the latest forward began."""
+        return self._runtime.traffic
+
+    def unique(self) -> dict[str, Counts]:
+        """Unique ids of the latest forward, by table that is fetched by unique rows."""
+        return self._runtime.unique
+
+    def coverage(self) -> Coverage:
+        """What became of every weights-rich parameter, captured by which tracer, and why not better.
+
+        A parameter is weights-rich if it has `WEIGHTS_RICH_ELEMENTS` elements or is looked up by ids.
+        """
+        return self._coverage
+
+    @property
+    def output_rows(self) -> tuple[Rows | None, ...]:
+        """Where a rank's own rows are in each output tensor; None: it is the global batch's, equal on all ranks."""
+        try:
+            return self._program().outputs
+        except CaptureError:
+            if (users := self._forwards.get(self._training_flags())) is None:
+                raise
+            return users.output_rows
+
+    def next_draws(self) -> AbstractContextManager[None]:
+        """Context in which one process draws what the next forward will draw for the whole batch. Collective."""
+        return self._draws(self._runtime.forwards + 1)
+
+    def latest_draws(self) -> AbstractContextManager[None]:
+        """Context in which one process draws what the latest forward drew for the whole batch."""
+        return self._draws(self._runtime.forwards)
+
+    def _draws(self, forward: int) -> AbstractContextManager[None]:
+        return self._runtime.draws.of_forward(forward, next(self.parameters(), torch.zeros(())).device)
+
+    def print_readable(self) -> str:
+        """Print (and return) this rank's program for the current mode."""
+        text = self._program().module.print_readable(print_output=False)
+        print(text)
+        return text
+
+    def pieces(self, name: str) -> Pieces:
+        """Which part of an original parameter this rank holds."""
+        return self.plan.pieces[name]
+
+
+def install(model: nn.Module, module: DistributedModule, method: str) -> nn.Module:
+    """Let ``model.method`` call the compiled module, whose host the model is."""
+    vars(model)[method] = module.forward
+    vars(model)["_descompiler"] = module  # no submodule
+    return model
+
+
+def module_of(model: nn.Module) -> DistributedModule:
+    """The `DistributedModule` of a model that was compiled in place: its plan, traffic, coverage.
+
+    Raises
+    ------
+    InputError
+        If the model was not compiled.
+    """
+    found = model if isinstance(model, DistributedModule) else vars(model).get("_descompiler")
+    if found is None:
+        raise InputError(
+            f"this {type(model).__name__} was not compiled in place: des.compile(model, in_place=True, ...)"
+        )
+    return found

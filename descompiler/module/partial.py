@@ -1,0 +1,222 @@
+"""The distributed module of a model captured in part: the user's own forward runs on this rank's rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from descompiler.eager.pieces import SynchroniseNorms, plain
+from descompiler.eager.survey import MEAN, ROWS, SAME, SUM
+from descompiler.emit.emit import Emitted
+from descompiler.errors import InputError
+from descompiler.layout.rows import Rows
+from descompiler.layout.traffic import Traffic
+from descompiler.model.attributes import copied
+from descompiler.model.float64 import InDouble, is_double_meant
+from descompiler.model.inputs import flatten, split_statics, unflatten_with
+from descompiler.module.distributed import DistributedModule
+from descompiler.ops.local import scale_grad
+from descompiler.planning.coverage import Coverage
+from descompiler.planning.plan import Plan
+from descompiler.runtime.guard import Guard
+from descompiler.runtime.runtime import Runtime
+
+
+class PartialModule(DistributedModule):
+    """A model whose own Python forward runs on this rank's rows; see `descompiler.eager.survey`."""
+
+    predicts_traffic = False
+
+    def __init__(
+        self,
+        template: nn.Module,
+        plan: Plan,
+        runtime: Runtime,
+        values: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        coverage: Coverage,
+        host: nn.Module,
+        call: Callable[..., Any],
+        outputs: Sequence[str],
+        spare: tuple[tuple[Any, ...], dict[str, Any]],
+        *,
+        in_place: bool = False,
+        coupled: bool = False,
+    ):
+        super().__init__(template, plan, None, runtime, None, values, buffers, coverage, host, in_place=in_place)
+        self._coupled = coupled
+        self._outputs, self._means_double = tuple(outputs), is_double_meant()
+        self._spare = spare  # rows of inputs
+        vars(self)["_call"] = call  # perhaps the host itself, which is no submodule
+        if not self._in_place:
+            self._watch()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's forward on this rank's rows: outputs for them."""
+        runtime, keeper = self._runtime, self._keeper
+        runtime.traffic = Traffic()
+        keeper.begin()
+        self._same_flags()
+        reference = next(self.parameters(), torch.zeros(()))
+        runtime.device, runtime.wire_dtype = reference.device, reference.dtype
+        flags = "".join(str(int(f)) for f in self._training_flags())
+        trained = "".join(str(int(f)) for f in self._trained())
+        mode = f"training flags {flags}, trained parameters {trained}, {self._gradients_mode()}"
+        try:
+            if self._coupled and runtime.ranks > 1:
+                return self._run_global_batch(args, kwargs, mode)
+            guard = self._guard()
+            out, spare = self._run_host(*self._cut(guard, args, kwargs))
+            leaves, spec = flatten(out)
+            tensors, statics = split_statics(leaves)
+            self._check_outputs(tensors)
+            tensors = tensors if guard is None else guard.leave(tensors)
+            rows = 0 if spare else _rows_of(tensors, self._outputs, (args, kwargs))
+            if spare:
+                drop = {ROWS: lambda x: x[:0], MEAN: lambda x: x * 0, SUM: lambda x: x * 0, SAME: lambda x: x}
+                tensors = [drop[kind](x) for x, kind in zip(tensors, self._outputs, strict=True)]
+            keeper.agree(f"the end of forward, {mode}", "end", rows=rows)
+        except Exception as error:
+            if not keeper.failed:  # the other ranks wait at their next agreement: tell them, then everyone raises
+                runtime.header(0, str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}")
+            raise
+        tensors = [self._output(x, kind) for x, kind in zip(tensors, self._outputs, strict=True)]
+        return unflatten_with(self._finishing(tensors), spec, statics)
+
+    def _copied(self, memo: dict[int, Any]) -> PartialModule:
+        host, call = vars(self)["_host"], vars(self)["_call"]
+        other = copy.deepcopy(host, memo | copied(host))
+        result = PartialModule(
+            other,
+            self.plan,
+            self._runtime.anew(),
+            {n: p.data for n, p in other.named_parameters()},
+            dict(other.named_buffers(remove_duplicate=False)),
+            self._coverage,
+            other,
+            other if call is host else getattr(other, call.__name__),
+            self._outputs,
+            self._spare,
+            coupled=self._coupled,
+        )
+        result._means_double = self._means_double
+        return result
+
+    def follow(self, owner: DistributedModule, args: Any, kwargs: Any) -> Any:
+        """A forward with the parameters and buffers that another module has now, which counts its traffic."""
+        for name, p in self.named_parameters():
+            p.data = plain(owner.get_parameter(name)).detach()
+        for name, b in owner.named_buffers(remove_duplicate=False):
+            path, _, leaf = name.rpartition(".")
+            self.get_submodule(path)._buffers[leaf] = b
+        result = self(*args, **kwargs)
+        owner._runtime.traffic = self._runtime.traffic
+        return result
+
+    def _check_outputs(self, tensors: Sequence[Tensor]) -> None:
+        if len(tensors) != len(self._outputs):
+            raise InputError(f"forward returned {len(tensors)} tensors, and {len(self._outputs)} on example_inputs")
+
+    def _run_global_batch(self, args: Any, kwargs: Any, mode: str) -> Any:
+        """The user's forward on the batch of all ranks, because its rows depend on each other.
+
+        It is one computation that every rank repeats: random numbers are the same, and so are the gradients, which are
+        a share of the ranks' each, so that their sum over ranks, divided as every parameter's, is the original's.
+        """
+        runtime, keeper = self._runtime, self._keeper
+        leaves, spec = flatten((args, kwargs))
+        tensors, statics = split_statics(leaves)
+        sizes = {x.shape[0] if x.dim() else None for x in tensors}
+        problem = None if len(sizes) == 1 and None not in sizes else f"the inputs' sizes of dim 0 are {sizes}, not one"
+        rows = tensors[0].shape[0] if problem is None else 0
+        keeper.agree(f"the start of forward, {mode}", rows=rows, problem=problem)
+        guard = self._guard()
+        args, kwargs = self._cut(guard, *unflatten_with(self._gathered(tensors), spec, statics))
+        arithmetic = InDouble if self._means_double else nullcontext
+        with arithmetic():
+            out = runtime.draw(vars(self)["_call"], *args, **kwargs)
+        leaves, spec = flatten(out)
+        tensors, statics = split_statics(leaves)
+        self._check_outputs(tensors)
+        tensors = tensors if guard is None else guard.leave(tensors)
+        keeper.agree("the end of forward", "end", rows=rows)
+        outputs = []
+        for x, kind in zip(tensors, self._outputs, strict=True):
+            if x.requires_grad:
+                x = scale_grad(x, 1 / runtime.ranks)
+            outputs.append(runtime.output(runtime.slice_rows(x, 0, 1, 1)) if kind == ROWS else runtime.spread(x))
+        return unflatten_with(self._finishing(outputs), spec, statics)
+
+    def _guard(self) -> Guard | None:
+        return self._keeper.guard() if self._runtime.ranks > 1 and torch.is_grad_enabled() else None
+
+    def _cut(self, guard: Guard | None, args: Any, kwargs: Any) -> Any:
+        """Arguments whose gradients, if they get any, come from the guard."""
+        leaves, spec = flatten((args, kwargs))
+        tensors, statics = split_statics(leaves)
+        if guard is None or not any(x.requires_grad for x in tensors):
+            return args, kwargs
+        return unflatten_with(guard.enter(tensors), spec, statics)
+
+    def _gathered(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """All ranks' rows of each tensor; one collective for each dtype."""
+        result = list(tensors)
+        for dtype in dict.fromkeys(x.dtype for x in tensors):
+            chosen = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+            # gradients of inputs are, as those of own rows, a rank's and not a share of it
+            mine = [scale_grad(x, self._runtime.ranks) if x.requires_grad else x for x in (tensors[i] for i in chosen)]
+            wholes = self._runtime.gather_rows(mine, [(0, 1, 1)] * len(chosen))
+            result = [wholes[chosen.index(i)] if i in chosen else x for i, x in enumerate(result)]
+        return result
+
+    def _output(self, x: Tensor, kind: str) -> Tensor:
+        """An output, so that its gradient follows the convention; a scalar of the batch is that of the global one."""
+        runtime = self._runtime
+        if kind == ROWS:
+            return runtime.output(x)
+        if runtime.ranks == 1:
+            return x
+        share = {MEAN: runtime.rows[runtime.rank] / max(sum(runtime.rows), 1), SUM: 1.0, SAME: 1 / runtime.ranks}
+        # the mean over no rows is nan; backward still has to go through it
+        return self._keeper.total(x * share[kind] if share[kind] else x.nan_to_num() * 0, "a scalar output")
+
+    def _run_host(self, args: Any, kwargs: Any) -> tuple[Any, bool]:
+        """The user's forward; where it can't run without rows, on spare rows, whose results are dropped (then True).
+
+        All that spare rows reach has gradient zero.
+        """
+        call = vars(self)["_call"]
+        arithmetic = InDouble if self._means_double else nullcontext
+        try:
+            with arithmetic(), SynchroniseNorms(self._keeper):
+                return call(*args, **kwargs), False
+        except Exception:
+            empty = any(x.dim() and not x.shape[0] for x in split_statics(flatten((args, kwargs))[0])[0])
+            if not empty or self._keeper.failed or self._runtime.ranks == 1:
+                raise
+        leaves, spec = flatten(self._spare)
+        tensors, statics = split_statics(leaves)
+        given = split_statics(flatten((args, kwargs))[0])[0]
+        spare = unflatten_with([x.to(y.dtype) for x, y in zip(tensors, given, strict=True)], spec, statics)
+        with arithmetic(), SynchroniseNorms(self._keeper, spare=True):
+            return call(*spare[0], **spare[1]), True
+
+    @property
+    def output_rows(self) -> tuple[Rows | None, ...]:
+        """Where a rank's own rows are in each output tensor; None: it is the global batch's, equal on all ranks."""
+        return tuple(Rows() if kind == ROWS else None for kind in self._outputs)
+
+    def _program(self) -> Emitted:
+        raise InputError("the model was captured in part: its own forward runs, and there is no program to print")
+
+
+def _rows_of(tensors: Sequence[Tensor], kinds: Sequence[str], inputs: Any) -> int:
+    for x, kind in zip(tensors, kinds, strict=True):
+        if kind == ROWS:
+            return x.shape[0]
+    return next((x.shape[0] for x in split_statics(flatten(inputs)[0])[0] if x.dim()), 0)

@@ -1,0 +1,125 @@
+"""Weights: from rank 0 or from `reset_parameters` to pieces, and back to the original's state_dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from descompiler.errors import InputError
+from descompiler.layout.pieces import Pieces
+from descompiler.module.distributed import DistributedModule, module_of
+from descompiler.runtime.blocks import BLOCK_ELEMENTS, broadcast, collect, gather, scatter
+from descompiler.runtime.ranks import Ranks
+from descompiler.runtime.room import check_room
+
+
+def full_state_dict(module: nn.Module, *, rank0_only: bool = False) -> dict[str, Tensor]:
+    """The original model's ``state_dict``, bit for bit.
+
+    Collective: every rank calls it.
+
+    Parameters
+    ----------
+    rank0_only : bool
+        Rank 0 gets it, in the memory of the CPU, and the others an empty one: no other rank holds more than its share,
+        and no rank more than a block of `BLOCK_ELEMENTS` beside. By default every rank has the whole on its device.
+
+    Raises
+    ------
+    PlanError
+        On every rank, before anything is allocated, if the memory of a machine does not suffice.
+    """
+    module = module_of(module)
+    runtime = module._runtime
+    ranks = Ranks(runtime.group, runtime.rank, runtime.ranks)
+    held = module.state_dict()
+    cut = {name: module.plan.pieces.get(_canonical(module, name)) for name in held}
+    takes = not rank0_only or ranks.rank == 0
+    shapes = {n: tuple(x.shape) if (p := cut[n]) is None else p.shape for n, x in held.items()}
+    place = torch.device("cpu") if rank0_only else None
+    room = sum(prod(shapes[n]) * x.element_size() for n, x in held.items()) if takes else 0
+    device = place or next((x.device for x in held.values()), torch.device("cpu"))
+    instead = "Let rank 0 alone have it (rank0_only=True), or run that rank where there is more memory"
+    check_room(ranks, room, device, "the values of the whole state_dict", instead)
+    result: dict[str, Tensor] = {}
+    for name, x in held.items():
+        local, pieces = x.detach(), cut[name]
+        if pieces is None or pieces.is_replicated or ranks.count == 1:
+            if takes:
+                result[name] = local.clone() if place is None else local.to(place, copy=True)
+            continue
+        full = torch.empty(pieces.shape, dtype=local.dtype, device=place or local.device) if takes else None
+        if rank0_only:
+            collect(local, pieces, ranks, full)
+        else:
+            assert full is not None
+            gather(local, pieces, ranks, full)
+        if full is not None:
+            result[name] = full
+    return result
+
+
+def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank0_only: bool = False) -> None:
+    """Load the original model's ``state_dict``; each rank takes its pieces.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+        On every rank; it is not collective then.
+    rank0_only : bool
+        Only rank 0's ``state`` is read, and streamed to the others, which may pass an empty one. Collective.
+
+    Raises
+    ------
+    InputError
+        If names or shapes differ; nothing is loaded then. On every rank, if ``rank0_only``.
+    """
+    module = module_of(module)
+    runtime = module._runtime
+    ranks = Ranks(runtime.group, runtime.rank, runtime.ranks) if rank0_only else Ranks(None, runtime.rank, 1)
+    mine = module.state_dict()
+    ranks.everywhere(lambda: _check_state(module, mine, state) if not rank0_only or ranks.rank == 0 else None)
+    with torch.no_grad():
+        for name, local in mine.items():
+            pieces, value = module.plan.pieces.get(_canonical(module, name)), state.get(name)
+            if ranks.count == 1:
+                assert value is not None
+                _take(local, value, pieces, runtime.rank)
+            elif pieces is None or pieces.is_replicated:
+                whole = local.detach().clone() if value is None or ranks.rank else value.to(local, copy=True)
+                local.copy_(broadcast(whole, ranks.group))
+            else:
+                local.copy_(scatter(local if value is None else value, local, pieces, ranks, local.device))
+
+
+def _take(local: Tensor, value: Tensor, pieces: Pieces | None, rank: int) -> None:
+    """Copy a rank's piece of a value to where it is held."""
+    if pieces is None:
+        local.copy_(value)
+        return
+    for there, here in pieces.blocks(rank, BLOCK_ELEMENTS):
+        local[here] = value[there].to(local)
+
+
+def _check_state(module: DistributedModule, mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    missing, unexpected = sorted(set(mine) - set(state)), sorted(set(state) - set(mine))
+    if missing or unexpected:
+        raise InputError(f"state_dict does not fit: missing {missing}, unexpected {unexpected}")
+    for name, value in state.items():
+        pieces = module.plan.pieces.get(_canonical(module, name))
+        shape = tuple(mine[name].shape) if pieces is None else pieces.shape
+        if tuple(value.shape) != shape:
+            raise InputError(f"{name!r} has shape {tuple(value.shape)}; the model's is {shape}")
+
+
+def _canonical(module: DistributedModule, name: str) -> str:
+    """The name under which a tied parameter is in the plan."""
+    if name in module.plan.pieces:
+        return name
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    if name not in parameters:
+        return name
+    return next(n for n, p in module.named_parameters() if p is parameters[name])

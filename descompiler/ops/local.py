@@ -1,0 +1,100 @@
+"""Operators of emitted programs that send nothing: lookups in this rank's rows, pooling, scaled gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def bag(
+    weight: Tensor,
+    ids: Tensor,
+    mode: str,
+    padding_idx: int | None = None,
+    sparse: bool = False,
+    scale_grad_by_freq: bool = False,
+) -> Tensor:
+    """``nn.EmbeddingBag`` on 2-D ids ``[b, L]``: ``[b, dim]``."""
+    if not ids.shape[0]:
+        return lookup(weight, ids, -1, sparse).sum(1)
+    return F.embedding_bag(
+        ids, weight, mode=mode, padding_idx=padding_idx, sparse=sparse, scale_grad_by_freq=scale_grad_by_freq
+    )
+
+
+def lookup(weight: Tensor, ids: Tensor, padding_idx: int = -1, sparse: bool = False) -> Tensor:
+    """``weight[ids]`` with the gradients of ``nn.Embedding``; ``padding_idx`` -1 is none."""
+    return torch.ops.aten.embedding.default(weight, ids, padding_idx, False, sparse)
+
+
+def lookup_rows(weight: Tensor, ids: Tensor, start: int, padding_idx: int = -1, sparse: bool = False) -> Tensor:
+    """Rows that this rank owns, zeros for the others' ids.
+
+    Only owned rows are selected: a masked lookup of some other row would leave entries in sparse gradients, and
+    optimisers such as SparseAdam move every row that has one.
+    """
+    position = ids - start
+    owned = torch.nonzero(((position >= 0) & (position < weight.shape[0])).reshape(-1)).squeeze(1)
+    rows = lookup(weight, position.reshape(-1)[owned], padding_idx, sparse)
+    out = weight.new_zeros((ids.numel(), weight.shape[1])).to(rows.dtype).index_copy(0, owned, rows)
+    return out.reshape(*ids.shape, weight.shape[1])
+
+
+def bag_rows(
+    weight: Tensor,
+    ids: Tensor,
+    start: int,
+    mode: str,
+    padding_idx: int | None,
+    local_padding: int,
+    sparse: bool,
+) -> Tensor:
+    """This rank's term of a bag over all rows; the mean divides by the whole bag's count."""
+    return pool(lookup_rows(weight, ids, start, local_padding, sparse), ids, mode, padding_idx)
+
+
+def pool(rows: Tensor, ids: Tensor, mode: str, padding_idx: int | None) -> Tensor:
+    """Sum or mean of ``rows`` ``[b, L, dim]`` over dim 1, leaving out padding; the mean of nothing is 0."""
+    if padding_idx is not None:
+        rows = rows * (ids != padding_idx).unsqueeze(-1)
+    total = rows.sum(1)
+    if mode == "mean":
+        count = torch.full_like(ids[:, :1], ids.shape[1]) if padding_idx is None else (ids != padding_idx).sum(1, True)
+        total = total / count.clamp(min=1)
+    return total
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.factor, None
+
+
+def scale_grad(x: Tensor, factor: float) -> Tensor:
+    """``x``; its gradient is multiplied by ``factor``."""
+    return x if factor == 1 else _ScaleGradient.apply(x, factor)
+
+
+def join_local(dim: int, segments: Sequence[Sequence[int]], region: Tensor | None, local: Tensor) -> Tensor:
+    """Interleave the exchanged segments of a value with those computed from own rows (owner -1)."""
+    if region is None:
+        return local
+    sizes = [size for size, owner in segments if owner != -1]
+    exchanged = iter(torch.split(region, sizes, dim))
+    own = iter(torch.split(local, [size for size, owner in segments if owner == -1], dim))
+    return torch.cat([next(own if owner == -1 else exchanged) for _, owner in segments], dim)
+
+
+def sqrt_or_zero(x: Tensor) -> Tensor:
+    """The square root; its gradient at 0 is 0, as a norm's."""
+    positive = x > 0
+    return torch.where(positive, torch.sqrt(torch.where(positive, x, torch.ones_like(x))), torch.zeros_like(x))

@@ -1,0 +1,250 @@
+"""What no plan can be below: a relaxation of the joint choice of forms and aggregation points, solved exactly.
+
+Let T be the tables. A plan gives table t a form f(t), which keeps its lookups outside the substituted region, at a cost
+a(t, f) that nothing else changes (its gradients are reduced, its rows fetched), or puts them inside; and it chooses the
+set I of nodes inside (`descompiler.region.cut`). The bytes that all ranks send are at least
+
+    sum over t outside  a(t, f(t))
+  + sum over t inside   e(t, f(t))            its ids; ids that n tables could share are counted as an n-th for each
+  + sum over v in I with a user outside, over the parts p of v that come from tables inside    2 (N-1) b s |p|
+  + sum over weights and parts p   2 (N-1) s |weight of p|     unless the weight is cut: its node and p are inside
+  + the all-reduce of the weights that no rule can cut
+
+A value's parts are what single tables contribute, as long as the rules keep them apart (`Shard`); once they are summed,
+the value is one part, of full width, whatever the number of ranks that hold terms of it. The relaxation forgets three
+things: that several ranks may hold terms of one part, that a node's parts leave the region together, and that a node
+which mixes several parts needs them all inside. Each only lowers the cost, and what is left is a minimum cut over the
+parts, tables being nodes of it (`Relaxation.cut`).
+
+The busiest rank sends at least the mean over ranks. It also sends at least one rank's share of what leaves the region:
+where a sum over tables of p elements a row leaves, a rank that has a term of it sends (N-1) b s ceil(p / c), c being
+the most column shards of a table. So the bound (`Relaxation.solve`) is the least, over the widths q of such sums, of
+
+    max(the minimum cut in which no wider sum leaves,  (N-1) b s ceil(q / c) + the all-reduce of what no rule can cut)
+
+and, for q = 0, of the cut in which none does.
+
+Which operators a rule can place is asked twice: with every table on a rank of its own, where placements show the parts,
+and with all tables on one rank, where every rule that needs its operands together says yes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from torch import fx
+
+from descompiler.graph.nodes import tail
+from descompiler.graph.program import Program
+from descompiler.layout.pieces import ALL, Pieces
+from descompiler.layout.placement import LOCAL, Owned, Shard
+from descompiler.region.cut import Candidates, Weights
+from descompiler.region.flow import Network
+from descompiler.region.place import place
+from descompiler.region.rule import Rule
+from descompiler.tables.form import Split
+from descompiler.tables.tables import Operator
+
+MIXED = ""
+"""The part of a value to which several tables contribute."""
+
+
+@dataclass(frozen=True)
+class FormCost:
+    """What a form costs a table by itself: bytes that all ranks send.
+
+    Attributes
+    ----------
+    inside : bool
+        Whether its lookups are in the region: then these are the ids', and what leaves the region comes on top.
+    """
+
+    inside: bool
+    sent_bytes: float
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The relaxation's optimum.
+
+    Attributes
+    ----------
+    sent_bytes : float
+        By the busiest rank in a step.
+    inside : frozenset of str
+        The tables that it puts in the region.
+    """
+
+    sent_bytes: float
+    inside: frozenset[str]
+
+
+@dataclass
+class Relaxation:
+    """The relaxed problem of one program; `solve` it for any choice of forms that are still possible.
+
+    Attributes
+    ----------
+    costs : mapping
+        By table and form.
+    fixed_bytes : float
+        That all ranks send whatever is chosen, all dense weights' all-reduce included.
+    """
+
+    program: Program
+    operators: Sequence[Operator]
+    rules: Sequence[Rule]
+    w: Weights
+    costs: Mapping[str, Mapping[str, FormCost]]
+    fixed_bytes: float
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {o.name: i for i, o in enumerate(self.operators)}
+
+    def _place(self, owner: Callable[[int], int], ranks: int) -> Candidates:
+        splits = {}
+        for i, o in enumerate(self.operators):
+            able = any(c.inside for c in self.costs[o.name].values())
+            pieces = Pieces.whole(o.shape, owner(i), ranks) if able else Pieces.replicate(o.shape, ranks)
+            splits[o.name] = Split("field" if able else "replicate", pieces)
+        return place(self.program, self.operators, splits, self.rules, ranks)
+
+    @cached_property
+    def _apart(self) -> Candidates:
+        return self._place(lambda i: i, max(len(self.operators), 2))
+
+    @cached_property
+    def _together(self) -> Candidates:
+        return self._place(lambda i: 0, max(len(self.operators), 2))
+
+    @cached_property
+    def parts(self) -> dict[fx.Node, dict[str, int]]:
+        """Elements per row of each part of every node that a rule may place."""
+        names = [o.name for o in self.operators]
+        result: dict[fx.Node, dict[str, int]] = {}
+        for node in self.program.graph.nodes:
+            if node not in self._together.placed:
+                continue
+            answer = self._apart.placed.get(node)
+            seen = [n for p in node.all_input_nodes for n in result.get(p, {}).values()]
+            # what can't leave by itself leaves as what is made of it, which may be narrower
+            elements = min(seen) if node in self._together.confined else prod(tail(node))
+            if answer is None:  # only where its operands are together: as narrow as any of their parts, at least
+                result[node] = {MIXED: min([elements, *seen])}
+            elif isinstance(answer.placement, Owned):
+                result[node] = {names[answer.placement.rank]: elements}
+            elif isinstance(answer.placement, Shard):
+                size = sum(answer.placement.widths.values())
+                widths = {names[r]: n for r, n in answer.placement.widths.items() if r != LOCAL}
+                result[node] = {name: elements // size * n for name, n in widths.items()}
+            else:
+                result[node] = {MIXED: elements}
+        return result
+
+    @cached_property
+    def _saved(self) -> list[tuple[int, fx.Node, str | None]]:
+        """Bytes saved by cutting a weight for one part of its node's operand: (bytes, node, table or None for any)."""
+        result: list[tuple[int, fx.Node, str | None]] = []
+        names = [o.name for o in self.operators]
+        for node, together in self._together.placed.items():
+            answer = self._apart.placed.get(node)
+            for name, pieces in together.pieces.items():
+                if not self.program.parameters[name].requires_grad:
+                    continue
+                cut = answer.pieces.get(name) if answer is not None else None
+                if cut is None:
+                    own = int(pieces.sizes[:ALL].sum())
+                    result.append((self._all_reduce(pieces, own), node, None))
+                else:
+                    result += [(self._all_reduce(cut, cut.own_size(r)), node, names[r]) for r in cut.owners]
+        return result
+
+    def _all_reduce(self, pieces: Pieces, size: int) -> int:
+        """Bytes that all ranks send to reduce ``size`` of the divided dimension."""
+        whole = pieces.shape[pieces.dim] if pieces.shape else 1
+        return 2 * (self.w.ranks - 1) * self.w.itemsize * (prod(pieces.shape) // max(whole, 1) * size)
+
+    def solve(self, forms: Mapping[str, Sequence[str]]) -> Bound:
+        """The least that the busiest rank sends, in any plan with these forms."""
+        w, shards = self.w, 1
+        if any("column" in f for f in forms.values()):
+            shards = min(w.ranks, max(o.dim for o in self.operators))
+        uncut = (self.fixed_bytes - sum(b for b, _, _ in self._saved)) / w.ranks
+        best: Bound | None = None
+        for widest in [0, *sorted({p[MIXED] for p in self.parts.values() if MIXED in p})]:
+            share = (w.ranks - 1) * w.rows * w.itemsize * -(-widest // shards) + (uncut if widest else 0)
+            if best is not None and share >= best.sent_bytes:
+                break  # and so are all wider ones
+            cut = self.cut(forms, widest)
+            bound = Bound(max(cut.sent_bytes, share), cut.inside)
+            if best is None or bound.sent_bytes < best.sent_bytes:
+                best = bound
+        assert best is not None
+        return best
+
+    def cut(self, forms: Mapping[str, Sequence[str]], widest: int | None = None) -> Bound:
+        """The least mean over ranks, of plans in which no sum of more than ``widest`` elements leaves the region."""
+        graph, w = Network("source", "sink"), self.w
+        fixed = self.fixed_bytes - sum(b for b, _, _ in self._saved)
+        each = 2 * (w.ranks - 1) * w.rows * w.itemsize
+        for o in self.operators:
+            costs = [self.costs[o.name][f] for f in forms[o.name]]
+            out = [c.sent_bytes for c in costs if not c.inside]
+            into = [c.sent_bytes for c in costs if c.inside]
+            table = ("table", o.name)
+            graph.add(table, "sink", _whole(into))
+            if not into:
+                fixed += min(out)
+            else:
+                graph.add("source", table, _whole(out))
+            for x in o.lookups:
+                if x.node in self.parts:
+                    graph.add(table, ("in", x.node, o.name))
+                    graph.add(("in", x.node, o.name), table)
+        for v, parts in self.parts.items():
+            for part, elements in parts.items():
+                wide = part == MIXED and widest is not None and elements > widest
+                graph.add(("in", v, part), ("out", v, part), None if wide else each * elements)
+                for u in v.users:
+                    if u not in self.parts:
+                        graph.add(("out", v, part), "sink")
+                    elif (below := self._below(part, u)) is not None:
+                        graph.add(("out", v, part), ("in", u, below))
+            self._close(graph, v)
+        for number, (saved, node, of) in enumerate(self._saved):
+            graph.add("source", ("saved", number), saved)
+            parts = self.parts[node]
+            for part in parts if of is None else (p for p in (of, MIXED) if p in parts):
+                graph.add(("saved", number), ("in", node, part))
+            if of is not None:
+                graph.add(("saved", number), ("table", of))
+        found = graph.minimum_cut()
+        if found is None:  # a table that must be inside can only leave as a wider sum
+            return Bound(float("inf"), frozenset())
+        cost, side = found
+        inside = frozenset(o.name for o in self.operators if ("table", o.name) in side)
+        return Bound((fixed + cost) / w.ranks, inside)
+
+    def _below(self, part: str, user: fx.Node) -> str | None:
+        """The part of a user that a part goes into; None if the user takes another part of the value."""
+        parts = self.parts[user]
+        return part if part in parts else MIXED if MIXED in parts else None
+
+    def _close(self, graph: Network, v: fx.Node) -> None:
+        """A part that comes from one part alone is inside only if that is."""
+        above: dict[str | None, list[tuple[fx.Node, str]]] = {}
+        for a in v.all_input_nodes:
+            for q in self.parts.get(a, ()):
+                above.setdefault(self._below(q, v), []).append((a, q))
+        for part in self.parts[v]:
+            if len(sources := above.get(part, [])) == 1:
+                graph.add(("in", v, part), ("in", *sources[0]))
+
+
+def _whole(costs: Sequence[float]) -> int | None:
+    """The least, cut off to whole bytes so that flows are exact; None, unlimited, if there is none."""
+    return int(min(costs)) if costs else None

@@ -1,0 +1,91 @@
+"""Dataclasses to JSON and back, by their type hints, without loss.
+
+What a plan holds is made of frozen dataclasses, tuples, mappings with string keys, numbers and text; a field that one
+of them gains is written and read without a word here.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+
+def encode(x: Any) -> Any:
+    """What ``json.dumps`` takes.
+
+    >>> from descompiler.layout.pieces import Pieces
+    >>> encode(Pieces.whole((3, 2), 1, 2))
+    {'shape': [3, 2], 'dim': 0, 'runs': [[3, 1, 1]], 'ranks': 2}
+    """
+    if is_dataclass(x) and not isinstance(x, type):
+        values = [encode(getattr(x, f.name)) for f in fields(x)]
+        return values if _compact(type(x)) else dict(zip((f.name for f in fields(x)), values, strict=True))
+    if isinstance(x, Mapping):
+        return {str(k): encode(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [encode(v) for v in x]
+    if isinstance(x, torch.dtype):
+        return str(x).removeprefix("torch.")
+    if x is None or isinstance(x, str | int | float):
+        return x
+    raise TypeError(f"{type(x).__name__} has no JSON form here")
+
+
+def decode(kind: Any, data: Any) -> Any:
+    """The object of type ``kind`` that `encode` made ``data`` from.
+
+    >>> from descompiler.layout.pieces import Pieces
+    >>> p = Pieces.by_sizes((5, 2), 0, [3, 2], 2)
+    >>> decode(Pieces, encode(p)) == p
+    True
+
+    Raises
+    ------
+    TypeError, ValueError, KeyError
+        If the data is not of that type.
+    """
+    if is_dataclass(kind) and isinstance(kind, type):
+        names = [f.name for f in fields(kind)]
+        if _compact(kind):
+            data = dict(zip(names, data, strict=True))
+        hints = _hints(kind)
+        return kind(**{name: decode(hints[name], data[name]) for name in names if name in data})
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if data is None:
+            return None
+        (only,) = [a for a in arguments if a is not type(None)]
+        return decode(only, data)
+    if origin is tuple:
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            if arguments[0] is int:  # a layout for a thousand ranks holds millions
+                return tuple(data)
+            return tuple(decode(arguments[0], x) for x in data)
+        return tuple(decode(a, x) for a, x in zip(arguments, data, strict=True))
+    if origin is list or origin is Sequence:
+        return [decode(arguments[0], x) for x in data]
+    if origin in (dict, Mapping):
+        return {decode(arguments[0], k): decode(arguments[1], v) for k, v in data.items()}
+    if kind is torch.dtype:
+        return getattr(torch, data)
+    if kind in (int, float, str, bool):
+        return kind(data)
+    if kind is Any:
+        return data
+    raise TypeError(f"{kind} can't be read from JSON")
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+@cache
+def _compact(kind: type) -> bool:
+    """Whether objects are written as lists: those of nothing but a few numbers, of which there are many."""
+    return len(fields(kind)) <= 3 and all(h in (int, float) for h in _hints(kind).values())

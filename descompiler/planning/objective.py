@@ -1,0 +1,233 @@
+"""The objective: what a choice of forms costs, counted by placing, cutting and laying out its programs.
+
+A choice determines a plan:
+
+    owners        of whole tables, by longest processing time first (`assign`); of rows, by what is asked for. Where
+                  that does not fit into memory, by what is held
+    placements    of every operator that a rule keeps in the region (`descompiler.region.place.place`)
+    aggregation   the minimum cut, or the lookups themselves where the busiest rank then sends less (`Objective.trial`)
+
+Its price is the bytes that the busiest rank sends in a step or, given a cluster, the seconds of the step's collectives.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
+from math import prod
+
+from descompiler.graph.nodes import tail
+from descompiler.graph.program import Program
+from descompiler.layout.layout import Layout
+from descompiler.layout.pieces import Pieces
+from descompiler.layout.spans import Spans
+from descompiler.layout.statistics import Statistics
+from descompiler.planning.cluster import Cluster
+from descompiler.planning.exchanges import layout_of
+from descompiler.planning.memory import Memory, memory_of
+from descompiler.planning.pins import Forbidden
+from descompiler.planning.products import bias_pieces
+from descompiler.region.cut import Candidates, Cut, Weights, at_lookups, minimum_cut
+from descompiler.region.place import place
+from descompiler.region.rule import Rule
+from descompiler.tables.form import Choice, Split, form_named, split_as
+from descompiler.tables.tables import Operator
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a plan has to satisfy, besides pins.
+
+    Attributes
+    ----------
+    forbid : mapping
+        Forms that tables must not take.
+    cluster : Cluster, optional
+        Then seconds are minimised, not bytes; its memory is the limit if there is no other.
+    memory_bytes : int, optional
+        Limit of each rank.
+    optimizer : str
+        Whose state counts in memory: a key of `descompiler.cost_models.memory.STATE`.
+    effort : int
+        Multiplies the choices that are tried: 1 is for compiling, more for a model that will run for weeks.
+    statistics : Statistics, optional
+        Of the ids; assumed if not given.
+    """
+
+    forbid: Forbidden = field(default_factory=dict)
+    cluster: Cluster | None = None
+    memory_bytes: int | None = None
+    optimizer: str = "adagrad"
+    effort: int = 1
+    statistics: Statistics | None = None
+
+    @property
+    def limit_bytes(self) -> int | None:
+        if self.memory_bytes is not None or self.cluster is None:
+            return self.memory_bytes
+        return self.cluster.memory_bytes
+
+
+@dataclass
+class Trial:
+    """One choice of forms, with all that follows from it."""
+
+    splits: dict[str, Split]
+    candidates: Candidates
+    cut: Cut
+    pieces: dict[str, Pieces]
+    layout: Layout
+    aggregate: str
+    score: Score
+    memory: Spans[Memory]
+
+
+@dataclass(frozen=True, order=True)
+class Score:
+    """What trials are compared by, in this order."""
+
+    missing_bytes: int  # of the rank that is farthest above the limit of memory
+    price: float  # in units of the objective
+    price_bytes: int
+    calls: int  # of collectives
+
+
+class Objective:
+    """Prices choices of forms for one program.
+
+    Attributes
+    ----------
+    statistics : Statistics
+        Of the ids; assumed if none are given.
+    unique : dict of str to float
+        Expected unique ids of a rank's batch, by table.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        operators: Sequence[Operator],
+        rules: Sequence[Rule],
+        w: Weights,
+        terms: Terms,
+    ):
+        self.program, self.operators, self.rules, self.w, self.terms = program, operators, rules, w, terms
+        self.split = cache(split_as)
+        self.choice = cache(self._choice)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        return self.terms.statistics or Statistics.assumed(self.operators)
+
+    def _choice(self, o: Operator, form: str, by_memory: bool = False) -> Choice:
+        """Boundaries of rows, and hot rows, by statistics; with ``by_memory``, ranks hold equally many rows."""
+        return form_named(form).choose(o, self.w.ranks, self.statistics, self.w.rows, by_memory)
+
+    @cached_property
+    def unique(self) -> dict[str, float]:
+        """Expected unique ids of a rank's batch, by table."""
+        return {o.name: self.statistics.unique(o.name, self.w.rows) for o in self.operators}
+
+    def trial(self, forms: Mapping[str, str]) -> Trial:
+        """Assign, place, cut and price one choice."""
+        found: list[Trial] = []
+        for by_memory in (False, True):
+            choice = partial(self.choice, by_memory=by_memory)
+            splits = assign(self.operators, forms, self.w.ranks, by_memory=by_memory, split=self.split, choice=choice)
+            candidates = place(self.program, self.operators, splits, self.rules, self.w.ranks)
+            cuts = {"cut": minimum_cut(self.program, candidates, self.w)}
+            if cuts["cut"].exits != (other := at_lookups(candidates)).exits:
+                cuts["lookups"] = other
+            found += [self._price(splits, candidates, cut, aggregate) for aggregate, cut in cuts.items()]
+            best = min(found, key=lambda t: t.score)
+            if not best.score.missing_bytes:
+                break
+        return best
+
+    def _price(self, splits: dict[str, Split], candidates: Candidates, cut: Cut, aggregate: str) -> Trial:
+        w, limit = self.w, self.terms.limit_bytes
+        pieces = parameter_pieces(self.program, splits, candidates, cut, w.ranks)
+        pieces.update(bias_pieces(self.program, self.operators, splits))
+        layout = layout_of(self.program, self.operators, splits, pieces, candidates, cut, w.ranks)
+        every = layout.predict_kinds(w.rows, w.itemsize, self.statistics)
+        memory: Spans[Memory] = ()
+        missing = 0
+        if limit is not None:
+            memory = self.memory(pieces, candidates, cut, layout)
+            missing = max(0, max(m.total for _, _, m in memory) - limit)
+        price_bytes = max(t.total for t in every)
+        cluster = self.terms.cluster
+        price = float(price_bytes) if cluster is None else cluster.seconds(every)
+        score = Score(missing, price, price_bytes, max(t.calls for t in every))
+        return Trial(splits, candidates, cut, pieces, layout, aggregate, score, memory)
+
+    def memory(self, pieces: Mapping[str, Pieces], candidates: Candidates, cut: Cut, layout: Layout) -> Spans[Memory]:
+        wholes = {t.name for t in layout.wholes}
+        placements = candidates.placements()
+        operators, w, optimizer = self.operators, self.w, self.terms.optimizer
+        return memory_of(self.program, operators, pieces, placements, cut, w, optimizer, self.unique, wholes)
+
+
+def parameter_pieces(
+    program: Program, splits: Mapping[str, Split], candidates: Candidates, cut: Cut, ranks: int
+) -> dict[str, Pieces]:
+    """Pieces of every parameter: tables by their splits, weights inside by co-location, the others replicated."""
+    result = {n: Pieces.replicate(tuple(p.shape), ranks) for n, p in program.parameters.items()}
+    result.update({n: s.pieces for n, s in splits.items()})
+    for node in cut.inside:
+        result.update(candidates.placed[node].pieces)
+    return result
+
+
+def assign(
+    operators: Sequence[Operator],
+    forms: Mapping[str, str],
+    ranks: int,
+    *,
+    by_memory: bool = False,
+    split: Callable[[Operator, str, int, Choice | None], Split] = split_as,
+    choice: Callable[[Operator, str], Choice] = lambda operator, form: Choice(),
+) -> dict[str, Split]:
+    """Splits in given forms; whole tables go to ranks by longest processing time first (Graham, 1969).
+
+    Tables that read the same ids share a rank. The load is what they send, elements a row, then bytes held; the other
+    way round with ``by_memory``.
+    """
+    groups: dict[str, list[Operator]] = {}
+    splits: dict[str, Split] = {}
+    for o in operators:
+        if forms[o.name] != "field":
+            splits[o.name] = split(o, forms[o.name], ranks, choice(o, forms[o.name]))
+        else:
+            groups.setdefault(o.lookups[0].ids.name, []).append(o)
+
+    def load(group: Sequence[Operator]) -> tuple[int, int]:
+        sent = sum(prod(tail(x.node)) for o in group for x in o.lookups)
+        size = sum(o.size_bytes for o in group)
+        return (size, sent) if by_memory else (sent, size)
+
+    least = [(0, 0, r) for r in range(ranks)]
+    for group in sorted(groups.values(), key=load, reverse=True):
+        if all(o.starts is not None and o.starts == group[0].starts for o in group):
+            owners = tuple(_field_owners(group[0], ranks))
+            splits.update({o.name: split(o, "field", ranks, Choice(field_owners=owners)) for o in group})
+            continue
+        first, second, owner = least[0]
+        more = load(group)
+        heapq.heapreplace(least, (first + more[0], second + more[1], owner))
+        splits.update({o.name: split(o, "field", ranks, Choice(owner=owner)) for o in group})
+    return splits
+
+
+def _field_owners(o: Operator, ranks: int) -> list[int]:
+    assert o.starts is not None
+    sizes = [b - a for a, b in zip(o.starts, (*o.starts[1:], o.rows), strict=True)]
+    count, rows = [0] * ranks, [0] * ranks
+    owners = [0] * len(sizes)
+    for f in sorted(range(len(sizes)), key=lambda f: -sizes[f]):
+        owners[f] = min(range(ranks), key=lambda r: (count[r], rows[r], r))
+        count[owners[f]] += 1
+        rows[owners[f]] += sizes[f]
+    return owners

@@ -1,0 +1,109 @@
+"""Pins and forbidden forms: which forms each table may take."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+from descompiler.errors import PlanError
+from descompiler.graph.nodes import user_line
+from descompiler.tables.computed import Group, groups_of
+from descompiler.tables.form import FORMS
+from descompiler.tables.tables import Operator
+
+Forbidden = Mapping[str, str | Sequence[str]]
+"""Table names or patterns to forms."""
+
+
+ALIASES = {"rows": "row", "columns": "column", "table": "field", "tables": "field", "fields": "field"}
+"""Names that people use for forms."""
+
+
+def allowed_forms(
+    operators: Sequence[Operator],
+    pins: Mapping[str, str] | None = None,
+    forbid: Forbidden | None = None,
+) -> dict[str, tuple[str, ...]]:
+    """The forms that each table may take: those it can, less the forbidden; the pinned one, if it is pinned.
+
+    A name must be able to take its pinned form; a pattern (with ``*``, ``?`` or ``[``) pins where it is possible. Later
+    pins go before earlier ones.
+
+    Raises
+    ------
+    PlanError
+        For a name that is no table, a form that does not exist, or a table that is left without one.
+    """
+    result = {o.name: o.forms for o in operators}
+    for pattern, forms in (forbid or {}).items():
+        about = f"forbid[{pattern!r}]"
+        for name in [forms] if isinstance(forms, str) else forms:
+            form = form_name(name, about)
+            for o in tables_named(operators, pattern, about):
+                result[o.name] = tuple(f for f in result[o.name] if f != form)
+    for pattern, name in (pins or {}).items():
+        about = f"plan for {pattern!r}"
+        form = form_name(name, about)
+        for o in tables_named(operators, pattern, about):
+            if form not in o.refusals:
+                result[o.name] = (form,)
+            elif not set(pattern) & set("*?["):
+                raise PlanError(f"table {o.name!r} can't take the form {form}: {o.refusals[form]}")
+    _tie(result, groups_of(operators))
+    for o in operators:
+        if not result[o.name]:
+            why = "; ".join(f"{f}: {reason}" for f, reason in o.refusals.items())
+            raise PlanError(
+                f"table {o.name!r} is left without a form: all that it can take ({', '.join(o.forms)}) are "
+                f"forbidden" + (f", and it can't take {why}" if why else "") + "; forbid less"
+            )
+    return result
+
+
+def _tie(allowed: dict[str, tuple[str, ...]], groups: Sequence[Group]) -> None:
+    """Tables that a computed table is made of are divided by columns together, or not."""
+    for g in groups:
+        pinned = [n for n in g.tables if allowed[n] == ("column",)]
+        unable = [n for n in g.tables if "column" not in allowed[n]]
+        if pinned and unable:
+            raise PlanError(
+                f"tables {', '.join(g.tables)} are computed together ({user_line(g.nodes[0])}), so {pinned[0]!r} can "
+                f"be divided by columns only if {unable[0]!r} is: pin both"
+            )
+        for n in g.tables:
+            if pinned:
+                allowed[n] = ("column",)
+            elif unable:
+                allowed[n] = tuple(f for f in allowed[n] if f != "column")
+
+
+def form_name(name: str, about: str) -> str:
+    """The form that a user's name means; `PlanError` if none."""
+    form = ALIASES.get(name, name)
+    if form not in FORMS.names:
+        aliases = ", ".join(f"{a!r} for {f!r}" for a, f in ALIASES.items())
+        raise PlanError(f"{about}: no form {name!r}; the forms are {', '.join(FORMS.names)} (also {aliases})")
+    return form
+
+
+def tables_named(operators: Sequence[Operator], pattern: str, about: str) -> list[Operator]:
+    """Tables whose parameter is named so, or whose module is, or whose name ends so; or that match a pattern.
+
+    >>> from types import SimpleNamespace as Named
+    >>> tables = [Named(name="user.id.weight"), Named(name="item.id.weight")]
+    >>> [t.name for t in tables_named(tables, "user.id", "pins")]
+    ['user.id.weight']
+    >>> [t.name for t in tables_named(tables, "*", "pins")]
+    ['user.id.weight', 'item.id.weight']
+    """
+    names = names_matching([o.name for o in operators], pattern, about)
+    return [o for o in operators if o.name in names]
+
+
+def names_matching(names: Sequence[str], pattern: str, about: str) -> list[str]:
+    """As `tables_named`, of names."""
+    for wanted in (pattern, f"{pattern}.weight", f"*.{pattern}", f"*.{pattern}.weight"):
+        if found := [n for n in names if fnmatch.fnmatchcase(n, wanted)]:
+            return found
+    some = ", ".join(sorted(names)[:20])
+    raise PlanError(f"{about} names {pattern!r}, which is no table of the model; tables: {some}")

@@ -1,0 +1,193 @@
+"""Planning: which form each table takes, and where its results are aggregated; the cheapest becomes the plan.
+
+Given are a program with tables T, the forms F(t) that each may take (`descompiler.planning.pins`), N ranks, a batch,
+and a limit M of memory.
+
+    minimise      max over ranks r of bytes(r)     or, given a cluster, seconds of the collectives
+    subject to    weights + gradients + optimiser state + activations of every rank <= M
+
+over f in the product of the F(t). Tables share aggregation points, so the price is no sum over tables:
+`descompiler.planning.objective` counts it for one f, `descompiler.planning.search` looks for the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from math import prod
+
+from torch import fx
+
+from descompiler.classify.coupling import notes_of
+from descompiler.errors import PlanError
+from descompiler.graph.nodes import tail, target_name, user_line
+from descompiler.graph.program import Program
+from descompiler.graph.text import fingerprint
+from descompiler.layout.spans import summed
+from descompiler.planning.memory import check_optimizer
+from descompiler.planning.objective import Terms, Trial
+from descompiler.planning.pins import allowed_forms
+from descompiler.planning.plan import Crossing, Plan, Table
+from descompiler.planning.products import outputs_in_order
+from descompiler.planning.search import Search
+from descompiler.region.cut import Weights
+from descompiler.region.rule import Rule
+from descompiler.tables.computed import groups_of, whole_notes
+from descompiler.tables.computed import notes_of as computed_notes
+from descompiler.tables.tables import Operator
+
+
+def choose(
+    program: Program,
+    operators: Sequence[Operator],
+    rules: Sequence[Rule],
+    w: Weights,
+    pins: Mapping[str, str] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+    *,
+    terms: Terms | None = None,
+) -> Plan:
+    """The cheapest plan that the search finds (see the module's text).
+
+    Raises
+    ------
+    PlanError
+        If pins or forbidden forms are wrong, or no plan fits into memory.
+    """
+    terms = terms or Terms()
+    w = w.worth(terms.cluster.flops_per_byte if terms.cluster is not None else None)
+    check_optimizer(terms.optimizer)
+    if terms.cluster is not None and terms.cluster.ranks != w.ranks:
+        raise PlanError(
+            f"cluster {terms.cluster.name!r} has {terms.cluster.ranks} ranks, the plan is for {w.ranks}: "
+            f"cluster.with_ranks({w.ranks})"
+        )
+    allowed = allowed_forms(operators, pins, terms.forbid)
+    if w.ranks == 1:
+        allowed = {o.name: ("replicate",) for o in operators}
+    measured = terms.statistics.measured if terms.statistics is not None else {}
+    for name, forms_of in allowed.items():  # nothing says which rows are hot
+        if name not in measured and len(forms_of) > 1:
+            allowed[name] = tuple(f for f in forms_of if f != "hot")
+    search = Search(program, operators, rules, w, allowed, terms, progress)
+    forms, bound = search.run()
+    best = search.objective.trial(forms)
+    if best.score.missing_bytes:
+        raise PlanError(_does_not_fit(search, forms, best, pins))
+    prices, missing = _alternatives(search, forms, best.score.price_bytes)
+    return Plan(
+        ranks=w.ranks,
+        rows=w.rows,
+        itemsize=w.itemsize,
+        tables=[_table(o) for o in operators],
+        splits=best.splits,
+        pieces=best.pieces,
+        layout=best.layout,
+        crossings=_crossings(program, operators, best),
+        price_bytes=best.score.price_bytes,
+        prices=prices,
+        fingerprint=fingerprint(program),
+        aggregate=best.aggregate,
+        objective="bytes" if terms.cluster is None else "seconds",
+        price=best.score.price,
+        bound=bound,
+        exact=search.exact,
+        trials=search.trials,
+        cluster=terms.cluster,
+        statistics=search.objective.statistics.source,
+        unique=search.objective.unique,
+        optimizer=terms.optimizer,
+        limit_bytes=terms.limit_bytes,
+        missing=missing,
+        memories=best.memory or search.objective.memory(best.pieces, best.candidates, best.cut, best.layout),
+        notes=notes_of(program, best.layout.exchanges)
+        + computed_notes(groups_of(operators), forms)
+        + whole_notes(operators, best.splits),
+        replan=lambda changed: choose(program, operators, rules, w, changed, terms=terms),
+    )
+
+
+def _alternatives(
+    search: Search, forms: Mapping[str, str], price_bytes: int
+) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
+    """Bytes of the busiest rank, and bytes of memory that are missing, if the tables of a class took another form."""
+    prices = {o.name: {forms[o.name]: price_bytes} for o in search.operators}
+    missing: dict[str, dict[str, int]] = {}
+    for members in search.classes:
+        for form in search.allowed[members[0].name]:
+            changed = {o.name: form for o in members}
+            if all(forms[n] == form for n in changed):
+                continue
+            score = search.score(search.tied(forms, changed))
+            for n in changed:
+                prices[n].setdefault(form, score.price_bytes)
+                if score.missing_bytes:
+                    missing.setdefault(n, {})[form] = score.missing_bytes
+    return prices, missing
+
+
+def _does_not_fit(search: Search, forms: Mapping[str, str], best: Trial, pins: Mapping[str, str] | None) -> str:
+    """Which ranks lack how much, and what would fit."""
+    limit, w = search.terms.limit_bytes, search.w
+    assert limit is not None
+    over = [(range(first, stop), m) for first, stop, m in best.memory if m.total > limit]
+    count = sum(len(ranks) for ranks, _ in over)
+    lines = [f"no plan fits {limit:,} B a rank; the closest is short on {count} of {w.ranks} ranks:"]
+    each = ((r, m) for ranks, m in over for r in ranks)
+    lines += [f"rank {r} is short of {m.total - limit:,} B: it needs {m}" for r, m in islice(each, 8)]
+    if count > 8:
+        lines.append(f"and {count - 8} more")
+    if pins or search.terms.forbid:
+        free = Search(search.program, search.operators, search.rules, w, allowed_forms(search.operators), search.terms)
+        found, _ = free.run()
+        if not free.score(found).missing_bytes:
+            changed = sorted({f"{n}: {found[n]}" for n in found if found[n] != forms[n]})
+            return "\n".join([*lines, f"without the pins and forbidden forms it fits, with {', '.join(changed[:8])}"])
+    for factor in (2, 4, 8, 16, 32, 64):
+        more = Weights(w.ranks * factor, w.rows, w.itemsize, w.flops_per_byte, w.backward)
+        terms = Terms(search.terms.forbid, None, limit, search.terms.optimizer)
+        wider = Search(search.program, search.operators, search.rules, more, search.allowed, terms)
+        if not min(wider.score(x) for x in wider.starts(frozenset())).missing_bytes:
+            return "\n".join([*lines, f"{more.ranks} ranks would fit, with {w.rows:,} rows each"])
+    most = max((m for _, _, m in best.memory), key=lambda m: m.total)
+    largest = max(("weights", "gradients", "state", "activations"), key=lambda x: getattr(most, f"{x}_bytes"))
+    advice = {
+        "activations": "a smaller batch would help",
+        "state": "an optimiser with less state would help: rowwise_adagrad, sgd",
+    }.get(largest, "sparse gradients (sparse=True) or smaller tables would help")
+    return "\n".join([*lines, f"not even {w.ranks * 64} ranks would; most of it is {largest}: {advice}"])
+
+
+def _table(o: Operator) -> Table:
+    uses = sorted({target_name(u) for x in o.lookups for u in x.node.users})
+    vectors = sum(1 if x.mode else prod(tail(x.ids)) for x in o.lookups)
+    outputs = tuple(str(x) for x in o.outputs)
+    size = o.dtype.itemsize
+    whole = bool(o.outputs or o.other_uses or o.group is not None)
+    refused = dict(o.refusals)
+    return Table(o.name, o.rows, o.dim, size, o.ids, vectors, o.sparse, tuple(uses), refused, o.line, outputs, whole)
+
+
+def _crossings(program: Program, operators: Sequence[Operator], best: Trial) -> list[Crossing]:
+    """What crosses, with the tables that it comes from or goes to."""
+    sources: dict[fx.Node, set[str]] = {x.node: {o.name} for o in operators for x in o.lookups}
+    nodes = {n.name: n for n in program.graph.nodes}
+    for n in program.graph.nodes:
+        if n in best.cut.inside and n not in sources:
+            sources[n] = set().union(*(sources.get(p, set()) for p in n.all_input_nodes))
+    readers: dict[str, set[str]] = {}
+    for o in operators:
+        for x in o.lookups:
+            if x.node in best.cut.inside:
+                readers.setdefault(x.ids.name, set()).add(o.name)
+    result = []
+    for e in best.layout.entries:
+        reads = tuple(sorted(readers[e.name]))
+        result.append(Crossing("ids", e.name, "Shard(0)", summed(e.widths), reads, user_line(nodes[e.name])))
+    for node, left in zip(best.cut.exits, best.layout.exits, strict=True):
+        placement, reads = str(best.candidates.placed[node].placement), tuple(sorted(sources[node]))
+        result.append(Crossing("values", target_name(node), placement, summed(left.widths), reads, user_line(node)))
+    products = outputs_in_order(program, operators, best.splits)
+    for (node, (o, output)), v in zip(products.items(), best.layout.vocabularies, strict=True):
+        result.append(Crossing("product", str(output), "Shard(0)", v.elements, (o.name,), user_line(node), v.ids))
+    return result

@@ -1,0 +1,111 @@
+"""Products with divided tables in a program: what they exchange, where their biases are, what a rank emits.
+
+They take each rank's own rows and return results for them, so they stay outside the substituted region, in any place
+of the graph; what is exchanged in between is `descompiler.runtime.vocabulary`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import sympy
+from torch import fx
+
+from descompiler.graph.nodes import aten, shape_of, user_line
+from descompiler.graph.program import Program
+from descompiler.layout.exchanges import Vocabulary
+from descompiler.layout.id_checks import Check
+from descompiler.layout.pieces import Pieces
+from descompiler.ops.vocabulary import kinds_of
+from descompiler.tables.form import Split
+from descompiler.tables.tables import Operator, Output
+
+
+def outputs_in_order(
+    program: Program, operators: Sequence[Operator], splits: Mapping[str, Split]
+) -> dict[fx.Node, tuple[Operator, Output]]:
+    """The products with divided tables, in the order of the graph."""
+    every = {x.node: (o, x) for o in operators for x in o.outputs if not splits[o.name].at_hand}
+    return {n: every[n] for n in program.graph.nodes if n in every}
+
+
+def layouts_of(program: Program, operators: Sequence[Operator], splits: Mapping[str, Split]) -> tuple[Vocabulary, ...]:
+    """What each product with a divided table exchanges."""
+    found = outputs_in_order(program, operators, splits)
+    if not found:
+        return ()
+    trained = _trained(program)
+    result = []
+    for node, (o, x) in found.items():
+        backward_x = x.x in trained
+        result.append(
+            Vocabulary(
+                name=node.name,
+                ranges=tuple(_ranges(splits[o.name].pieces, x)),
+                dim=int(shape_of(x.x)[-1]),
+                per_row=_per_row(program, x.x),
+                requests=kinds_of(x.requests, lambda ids: int(shape_of(ids)[-1])),
+                id_bytes=4 if o.rows < 1 << 31 else 8,
+                backward=backward_x or o.trained or x.bias in trained,
+                backward_x=backward_x,
+            )
+        )
+    return tuple(result)
+
+
+def _ranges(pieces: Pieces, x: Output) -> list[tuple[int, int, int, int]]:
+    """(owner, start in the vocabulary, size, offset in the owner's piece) of the parts of a product's vocabulary."""
+    held = [r for r in pieces.ranges() if r.size]
+    assert pieces.dim == 0 and len(pieces.owners) == len(held) and not pieces.shared_size()
+    result = []
+    for r in held:
+        start, stop = max(r.start, x.first), min(r.stop, x.first + x.size)
+        if stop > start:
+            result.append((r.owner, start - x.first, stop - start, start - r.start))
+    return result
+
+
+def _per_row(program: Program, x: fx.Node) -> int:
+    return int(sympy.sympify(prod(shape_of(x)[:-1], start=sympy.Integer(1))) / program.batch)
+
+
+def _trained(program: Program) -> set[fx.Node]:
+    """Nodes that gradients flow into: computed from a trained parameter, and not detached."""
+    result: set[fx.Node] = set()
+    for n in program.graph.nodes:
+        name = program.parameter(n)
+        if name is not None:
+            if program.parameters[name].requires_grad:
+                result.add(n)
+        elif n.target not in (aten.detach.default, aten.detach_.default) and any(
+            a in result for a in n.all_input_nodes
+        ):
+            result.add(n)
+    return result
+
+
+def bias_pieces(program: Program, operators: Sequence[Operator], splits: Mapping[str, Split]) -> dict[str, Pieces]:
+    """Biases that only products with one divided table add, cut like its rows: they need no all-reduce."""
+    result: dict[str, Pieces] = {}
+    every = outputs_in_order(program, operators, splits)
+    for o, x in every.values():
+        name = program.parameter(x.bias)
+        if name is None or x.bias is None:
+            continue
+        whole = all(u in every and every[u][0] is o and every[u][1].size == o.rows for u in x.bias.users)
+        if whole:
+            p = splits[o.name].pieces
+            result[name] = Pieces((o.rows,), 0, p.runs, p.ranks)
+    return result
+
+
+def checks_of(operators: Sequence[Operator]) -> list[tuple[fx.Node, Check]]:
+    """The ids whose logits are asked for, and what they have to be."""
+    return [
+        (r[1], Check(o.name, x.size, None, user_line(x.node), r[2]))
+        for o in operators
+        for x in o.outputs
+        for r in x.requests
+        if r[0] == "select"
+    ]

@@ -1,0 +1,265 @@
+"""One table type, and its renderings: a terminal, JSON, Markdown, LaTeX and HTML.
+
+A cell is a plain value; its column says what it means (`UNITS`), and each rendering how that is written. JSON keeps SI
+values, the others are for people. None is a cell that does not apply, "" one like that above.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import rich.table
+import sympy
+from rich.console import Console
+from rich.text import Text
+from sympy.printing.mathml import mathml
+
+from descompiler.report.units import format_bytes, format_count, format_seconds
+
+UNITS = ("text", "count", "bytes", "seconds", "percent", "ratio", "formula")
+"""What a column holds; "bytes" and "seconds" are in SI, "percent" counts hundredths, "formula" is sympy's."""
+
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: what its head says, and one of `UNITS`."""
+
+    title: str
+    unit: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise ValueError(f"column {self.title!r}: no unit {self.unit!r}; the units are {', '.join(UNITS)}")
+
+    @property
+    def is_number(self) -> bool:
+        return self.unit not in ("text", "formula")
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table for people and programs.
+
+    Attributes
+    ----------
+    rows : tuple of tuple
+        As long as `columns`.
+    notes : tuple of str
+        Sentences below the table: what the numbers mean.
+    strong : frozenset of int
+        Rows to emphasise: what was chosen.
+
+    Examples
+    --------
+    >>> sheet = Sheet("bytes", (Column("strategy"), Column("sent", "bytes")), (("pull", 24_685_069), ("whole", None)))
+    >>> print(to_markdown(sheet))
+    **bytes**
+    <BLANKLINE>
+    | strategy | sent |
+    |:--|--:|
+    | pull | 24.7 MB |
+    | whole | – |
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    notes: tuple[str, ...] = ()
+    strong: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"sheet {self.title!r}: {len(self.columns)} columns, and a row {row}")
+
+    def without_empty(self, title: str) -> Sheet:
+        """The sheet without a column, if that holds nothing in any row."""
+        at = [c.title for c in self.columns].index(title)
+        if any(row[at] not in (None, "") for row in self.rows):
+            return self
+        rows = tuple((*row[:at], *row[at + 1 :]) for row in self.rows)
+        return replace(self, columns=(*self.columns[:at], *self.columns[at + 1 :]), rows=rows)
+
+
+def text_of(value: Any, unit: str) -> str:
+    """A cell for people.
+
+    >>> text_of(99.7712, "percent"), text_of(None, "bytes"), text_of(1e6, "count")
+    ('99.77 %', '–', '1.00M')
+    """
+    if value is None:
+        return NONE
+    if value == "":
+        return ""
+    if unit == "bytes":
+        return format_bytes(float(value))
+    if unit == "seconds":
+        return format_seconds(float(value))
+    if unit == "count":
+        return format_count(float(value))
+    if unit == "ratio":
+        return f"{float(value):.2f}" if value < 10 else f"{float(value):,.1f}"
+    if unit == "percent":
+        return f"{float(value):.2f} %"
+    return str(value)
+
+
+def to_rich(sheet: Sheet) -> rich.table.Table:
+    """For a terminal."""
+    table = rich.table.Table(title=sheet.title, title_justify="left", box=rich.box.SIMPLE_HEAD, title_style="bold")
+    for c in sheet.columns:
+        table.add_column(
+            c.title, justify="right" if c.is_number else "left", no_wrap=c.is_number, overflow="fold", vertical="top"
+        )
+    for number, row in enumerate(sheet.rows):
+        cells = (Text(text_of(x, c.unit)) for x, c in zip(row, sheet.columns, strict=True))
+        table.add_row(*cells, style="bold green" if number in sheet.strong else None)
+    return table
+
+
+def print_rich(sheets: Sequence[Sheet], console: Console) -> None:
+    """Print tables and their notes; a pipe gets whole lines, however long."""
+    for sheet in sheets:
+        console.print(to_rich(sheet))
+        for note in sheet.notes:
+            console.print(Text(f" {note}", style="dim"))
+        console.print()
+
+
+def to_json(sheets: Sequence[Sheet], **more: Any) -> str:
+    """JSON: ``{"sheets": [{"title", "columns": [{"title", "unit"}], "rows": [{title: value}], "notes"}], ...}``."""
+    data = [
+        {
+            "title": s.title,
+            "columns": [{"title": c.title, "unit": c.unit} for c in s.columns],
+            "rows": [{c.title: _plain(x, c.unit) for x, c in zip(row, s.columns, strict=True)} for row in s.rows],
+            "chosen": sorted(s.strong),
+            "notes": list(s.notes),
+        }
+        for s in sheets
+    ]
+    return json.dumps({**more, "sheets": data}, indent=1, ensure_ascii=False)
+
+
+def _plain(value: Any, unit: str) -> Any:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if unit in ("formula", "text"):
+        return str(value)
+    number = float(value)
+    return int(number) if number.is_integer() else number
+
+
+def to_markdown(sheet: Sheet) -> str:
+    """A GitHub-flavoured Markdown table; emphasised rows are bold."""
+
+    def cell(value: Any, column: Column, strong: bool) -> str:
+        if column.unit == "formula" and value not in (None, ""):
+            text = f"`{value}`"
+        else:
+            text = text_of(value, column.unit)
+        text = text.replace("|", "\\|").replace("\n", " ")
+        return f"**{text}**" if strong and text and not text.startswith("`") else text
+
+    lines = [f"**{sheet.title}**", ""]
+    lines.append("| " + " | ".join(c.title.replace("|", "\\|") for c in sheet.columns) + " |")
+    lines.append("|" + "|".join("--:" if c.is_number else ":--" for c in sheet.columns) + "|")
+    for number, row in enumerate(sheet.rows):
+        cells = (cell(x, c, number in sheet.strong) for x, c in zip(row, sheet.columns, strict=True))
+        lines.append("| " + " | ".join(cells) + " |")
+    for note in sheet.notes:
+        lines += ["", note]
+    return "\n".join(lines)
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "–": "--",
+    "µ": r"\textmu{}",
+    "×": r"$\times$",
+    "α": r"$\alpha$",
+    "β": r"$\beta$",
+    "·": r"$\cdot$",
+    "≤": r"$\le$",
+    "≥": r"$\ge$",
+    "→": r"$\to$",
+}
+
+
+def latex_text(text: str) -> str:
+    r"""Text with LaTeX's special characters escaped.
+
+    >>> latex_text("50 % of A_1 & B")
+    '50 \\% of A\\_1 \\& B'
+    """
+    return "".join(_LATEX.get(c, c) for c in text)
+
+
+def to_latex(sheet: Sheet) -> str:
+    """A LaTeX ``table`` environment for the ``booktabs`` package."""
+
+    def cell(value: Any, column: Column, strong: bool) -> str:
+        if column.unit == "formula" and value not in (None, ""):
+            return f"${sympy.latex(value)}$"
+        text = latex_text(text_of(value, column.unit))
+        return rf"\textbf{{{text}}}" if strong else text
+
+    lines = [
+        r"\begin{table}",
+        rf"\caption{{{latex_text(sheet.title)}}}",
+        rf"\begin{{tabular}}{{{''.join('r' if c.is_number else 'l' for c in sheet.columns)}}}",
+        r"\toprule",
+        " & ".join(latex_text(c.title) for c in sheet.columns) + r" \\",
+        r"\midrule",
+    ]
+    for number, row in enumerate(sheet.rows):
+        cells = (cell(x, c, number in sheet.strong) for x, c in zip(row, sheet.columns, strict=True))
+        lines.append(" & ".join(cells) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    lines += [rf"\par\footnotesize {latex_text(note)}" for note in sheet.notes]
+    return "\n".join([*lines, r"\end{table}"])
+
+
+def to_html(sheet: Sheet) -> str:
+    """A ``figure`` with a ``table``; formulas are MathML."""
+
+    def cell(value: Any, column: Column) -> str:
+        if column.unit == "formula" and value not in (None, ""):
+            return f"<td class='formula'>{to_mathml(value)}</td>"
+        text = html.escape(text_of(value, column.unit))
+        return f"<td class='number'>{text}</td>" if column.is_number else f"<td>{_breakable(text)}</td>"
+
+    head = "".join(
+        f"<th scope='col'{' class=number' if c.is_number else ''}>{html.escape(c.title)}</th>" for c in sheet.columns
+    )
+    lines = ["<figure class='sheet'>", f"<figcaption>{html.escape(sheet.title)}</figcaption>"]
+    lines += ["<div class='scroll'><table>", f"<thead><tr>{head}</tr></thead>", "<tbody>"]
+    for number, row in enumerate(sheet.rows):
+        cells = "".join(cell(x, c) for x, c in zip(row, sheet.columns, strict=True))
+        lines.append(f"<tr{' class=chosen' if number in sheet.strong else ''}>{cells}</tr>")
+    lines += ["</tbody></table></div>"]
+    lines += [f"<p class='note'>{html.escape(n)}</p>" for n in sheet.notes]
+    return "\n".join([*lines, "</figure>"])
+
+
+def to_mathml(expression: Any) -> str:
+    """Presentation MathML of a sympy expression, which browsers show without any library."""
+    if isinstance(expression, str):
+        return f"<code>{html.escape(expression)}</code>"
+    return f"<math displaystyle='true'>{mathml(expression, printer='presentation')}</math>"
+
+
+def _breakable(text: str) -> str:
+    """Escaped text that may break after the dots and slashes of long names."""
+    return re.sub(r"([./_])(?=\w)", r"\1<wbr>", text)

@@ -1,0 +1,68 @@
+"""Weights between rank 0 and the ranks that hold pieces, in blocks, so that none needs room for all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from descompiler.layout.pieces import Pieces
+from descompiler.model.sparse import parts_of, with_parts
+from descompiler.runtime.collectives import receive, send
+from descompiler.runtime.ranks import Ranks
+
+
+def broadcast(x: Tensor, group: Any) -> Tensor:
+    """Rank 0's tensor on every rank. Collective; ``x`` has its shape and layout, perhaps with more or fewer values."""
+    sizes = [[list(p.shape) for p in parts_of(x)]]
+    if x.layout is not torch.strided:
+        dist.broadcast_object_list(sizes, group_src=0, group=group)
+    mine = dist.get_rank(group) == 0
+    parts = [
+        p.contiguous() if mine or list(p.shape) == size else p.new_empty(size)
+        for p, size in zip(parts_of(x), sizes[0], strict=True)
+    ]
+    for p in parts:
+        dist.broadcast(p, group_src=0, group=group)
+    return with_parts(x, parts)
+
+
+BLOCK_ELEMENTS = 1 << 22
+"""Elements that are sent at a time: 16 MiB in float32."""
+
+
+def scatter(whole: Tensor, like: Tensor, pieces: Pieces, ranks: Ranks, device: torch.device) -> Tensor:
+    """This rank's piece of what rank 0 has whole. Collective."""
+    mine = torch.empty(pieces.piece_shape(ranks.rank), dtype=like.dtype, device=device)
+    for r in range(ranks.count):
+        for there, here in pieces.blocks(r, BLOCK_ELEMENTS):
+            if ranks.rank == 0 == r:
+                mine[here] = whole[there]
+            elif ranks.rank == 0:
+                send(whole[there], r, ranks.group)
+            elif ranks.rank == r:
+                mine[here] = receive(torch.empty_like(mine[here]), 0, ranks.group)
+    return mine
+
+
+def collect(mine: Tensor, pieces: Pieces, ranks: Ranks, full: Tensor | None) -> None:
+    """Put all ranks' pieces into rank 0's ``full``: the inverse of `scatter`. Collective."""
+    for r in range(ranks.count):
+        for there, here in pieces.blocks(r, BLOCK_ELEMENTS):
+            if full is not None and r == 0:
+                full[there] = mine[here]
+            elif full is not None:
+                full[there] = receive(torch.empty_like(full[there], device=mine.device), r, ranks.group).to(full.device)
+            elif ranks.rank == r:
+                send(mine[here], 0, ranks.group)
+
+
+def gather(mine: Tensor, pieces: Pieces, ranks: Ranks, full: Tensor) -> None:
+    """Put all ranks' pieces into every rank's ``full``. Collective."""
+    for r in range(ranks.count):
+        for there, here in pieces.blocks(r, BLOCK_ELEMENTS):
+            part = mine[here].contiguous() if r == ranks.rank else torch.empty_like(full[there]).contiguous()
+            dist.broadcast(part, group_src=r, group=ranks.group)
+            full[there] = part

@@ -1,0 +1,308 @@
+"""Fetching: lookups on a rank's own rows of tables that it holds in part, each unique row once.
+
+    ids of all lookups -> unique keys -> [owners] -> rows -> lookups -> ... -> gradient of each unique row -> [owners]
+
+A rank deduplicates its ids over all tables at once, asks each row's owner for it once (one all-to-all of ids, one of
+rows for all tables together), looks the rows up as if they were a small table, and so has one summed gradient for each
+row, which it sends back once. Rows that every rank holds are read where they are; their gradients are gathered, each
+unique row once, or all-reduced. Three forms are made of this: pull (no shared rows), gather (all rows shared) and hot
+(both). The results are ordinary `Local` values, so anything may follow them.
+
+Shapes: U unique keys; a class is the tables that are alike in `FetchTable.kind`: dim, dtype, and whether trained. Rows
+of a class are one tensor ``[U_c, dim]``: shared ones first, then those of each owner, in order.
+
+Collectives of a step: counts travel with the header, or in a small exchange of their own where ids are computed from
+other lookups (`fetch_late`). Forward: ids (shared ones too, if their gradients will be gathered), rows. Backward: rows'
+gradients; those of shared rows, or an all-reduce of them. A rank with nothing to ask for takes part in each, in the
+same order.
+
+Gradients are averages over ranks: what ranks send is summed, and divided by their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from descompiler.errors import InputError
+from descompiler.layout import traffic as wire
+from descompiler.layout.fetches import Counts, Fetch
+from descompiler.ops.local import bag, lookup
+from descompiler.runtime.fetching import Fetching, collected, dealt, prepare
+from descompiler.runtime.runtime import Runtime
+from descompiler.runtime.shared_rows import (
+    gathered_gradients,
+    reduced_gradients,
+    start_gathering,
+    start_reducing,
+    to_all,
+)
+
+
+def begin_fetch(runtime: Runtime, rows: int, ids: Sequence[Tensor], fetch_ids: Sequence[Tensor]) -> list[Any]:
+    """`Runtime.begin` for programs that fetch: the header carries the counts. Returns the global rows, and a fetch."""
+    problem = runtime.problem(ids)
+    fetch = runtime.layout.fetches[0]
+    fetching = None if problem else prepare(fetch, fetch_ids, runtime.ranks)
+    counts = fetching.asked_counts(runtime.ranks) if fetching else None
+    received = runtime.header(rows, problem, counts, fetching.gathered_count if fetching else 0)
+    assert fetching is not None
+    fetching.served_counts, fetching.gathered_counts = received
+    return [sum(runtime.rows), fetching]
+
+
+def fetch_late(runtime: Runtime, number: int, ids: Sequence[Tensor]) -> Fetching:
+    """Begin the ``number``-th fetch of a program, whose ids are known only now. Collective; see `_begin_late`."""
+    return _begin_late(runtime, runtime.layout.fetches[number], ids)
+
+
+def _begin_late(runtime: Runtime, fetch: Fetch, ids: Sequence[Tensor]) -> Fetching:
+    """Begin a fetch whose ids are known only now: checks them, and exchanges counts. Collective.
+
+    Raises
+    ------
+    InputError
+        On every rank, if the ids of any rank are wrong.
+    """
+    problem = next(filter(None, (c.problem(x) for c, x in zip(fetch.checks, ids, strict=True))), None)
+    ranks, device = runtime.ranks, runtime.header_device()
+    fetching = None if problem else prepare(fetch, ids, ranks)
+    asked = fetching.asked_counts(ranks) if fetching else [0] * ranks
+    gathered = fetching.gathered_count if fetching else 0
+    send = torch.tensor([[int(problem is not None), n, gathered] for n in asked], device=device)
+    sizes = [send.shape[1]] * ranks
+    received = runtime.exchange(send.reshape(-1), sizes, sizes, wire.FETCH_COUNTS).wait().reshape(send.shape)
+    status, served, gathering = received.cpu().T.tolist()
+    if any(status):
+        runtime.raise_everywhere(problem, InputError)
+    assert fetching is not None
+    fetching.served_counts, fetching.gathered_counts = served, gathering
+    return fetching
+
+
+def fetch_start(runtime: Runtime, fetching: Fetching) -> Fetching:
+    """Ask the owners for rows, and tell the other ranks which shared rows will get a gradient."""
+    dtype = torch.int32 if fetching.fetch.id_bytes == 4 else torch.int64
+    if fetching.fetch.gathered_classes and torch.is_grad_enabled():
+        keys = torch.cat([fetching.shared_keys[c] for c in fetching.fetch.gathered_classes]).to(dtype)
+        fetching.telling = to_all(runtime, keys, fetching.gathered_counts, wire.GATHER_IDS)
+    if fetching.fetch.divided:
+        asked = fetching.asked_counts(runtime.ranks)
+        fetching.asking = runtime.exchange(fetching.keys.to(dtype), asked, fetching.served_counts, wire.FETCH_IDS)
+    return fetching
+
+
+def fetch_rows(runtime: Runtime, fetching: Fetching, *weights: Tensor) -> list[Any]:
+    """Answer what was asked, from this rank's pieces of the tables of the fetch; the answers are under way."""
+    return [fetching, *_FetchRows.apply(runtime, fetching, *weights)]
+
+
+def fetch_wait(runtime: Runtime, started: list[Any]) -> list[Tensor]:
+    """The rows ``[U_c, dim]`` of each class."""
+    fetching, buffer, *shared = started
+    return list(_FetchWait.apply(runtime, fetching, buffer, *shared))
+
+
+def take(fetching: Fetching, rows: list[Tensor], index: int, mode: str | None = None) -> Tensor:
+    """The result of the ``index``-th lookup of a fetch: ``[*ids, dim]``, or pooled over dim 1."""
+    table = fetching.fetch.lookups[index]
+    values, padding = rows[fetching.fetch.class_of[table]], fetching.padding[table]
+    if mode is None:
+        return lookup(values, fetching.positions[index], padding)
+    return bag(values, fetching.positions[index], mode, padding if padding >= 0 else None)
+
+
+def pull(runtime: Runtime, fetch: Fetch, weight: Tensor, ids: Tensor, mode: str | None = None) -> Tensor:
+    """One lookup in a divided table, by itself: `fetch` has one table and one lookup (`Fetch.of_table`).
+
+    Collective: every rank calls it, in the same order, also for no ids at all; and every rank runs its backward.
+
+    Parameters
+    ----------
+    weight : Tensor
+        This rank's piece.
+    ids : Tensor
+        Of own rows; any shape, ``[b, L]`` for a bag.
+
+    Raises
+    ------
+    InputError
+        On every rank, if the ids of any rank are wrong.
+    """
+    if runtime.ranks == 1:
+        padding = fetch.tables[0].padding_idx
+        if mode is None:
+            return lookup(weight, ids, padding, fetch.tables[0].sparse)
+        return bag(weight, ids, mode, padding if padding >= 0 else None, fetch.tables[0].sparse)
+    fetching = fetch_start(runtime, _begin_late(runtime, fetch, [ids]))
+    return take(fetching, fetch_wait(runtime, fetch_rows(runtime, fetching, weight)), 0, mode)
+
+
+def _by_table(keys: Tensor, bounds: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+    """Keys of a class's tables, taken apart: the rows within each table, and the order that they then have (None: as
+    they were). ``bounds`` are the tables' first keys, and the end."""
+    if len(bounds) == 2:
+        return None, [keys - bounds[0]]
+    table = torch.searchsorted(bounds, keys, right=True) - 1
+    # a table without rows here shares its first key with the next: the search finds the last of them, which has rows
+    order = torch.argsort(table, stable=True)
+    sizes = torch.bincount(table, minlength=len(bounds) - 1).tolist()
+    return order, list(torch.split((keys - bounds[table])[order], sizes))
+
+
+def _read(weights: Sequence[Tensor], keys: Tensor, bounds: Tensor, moves: Sequence[int]) -> Tensor:
+    """Rows of a class's tables, in the order of their keys; ``moves`` are the first rows that they have in pieces."""
+    order, rows = _by_table(keys, bounds)
+    found = torch.cat([w.index_select(0, r + m) for w, r, m in zip(weights, rows, moves, strict=True)])
+    return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
+
+
+def _wire_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    dtype = tensors[0].dtype
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+class _FetchRows(torch.autograd.Function):
+    """Pieces of tables -> the rows that were asked of this rank, under way to who asked; and the shared rows, by class.
+
+    Backward: what the others send back is this rank's pieces' gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, runtime: Runtime, fetching: Fetching, *weights: Tensor) -> tuple[Tensor, ...]:
+        fetch, space, rank = fetching.fetch, fetching.space, runtime.rank
+        own = space.own[rank]
+        received = fetching.keys if fetching.asking is None else fetching.asking.wait().long()  # no keys if not divided
+        sender = torch.repeat_interleave(torch.tensor(fetching.served_counts, device=received.device))
+        table = torch.searchsorted(own, received, right=True) - 1
+        _, of_table = fetch.on(received.device)
+        cls = of_table[table]
+        size, classes = len(fetch.tables), len(fetch.classes)
+        by_table = torch.bincount(sender * size + table, minlength=runtime.ranks * size).reshape(-1, size)
+        served = by_table.new_zeros((runtime.ranks, classes)).index_add_(1, of_table, by_table)
+        fetching.served = served.tolist()
+        fetching.served_keys = [received[cls == c] for c in range(classes)]
+        _record(runtime, fetching, by_table)
+        owned, shared = [], []
+        for c, members in enumerate(fetch.classes):
+            mine = [weights[t] for t in members]
+            bounds = slice(members.start, members.stop + 1)
+            owned.append(_read(mine, fetching.served_keys[c], own[bounds], [0] * len(members)))
+            sizes = [int(fetch.tables[t].sizes[rank]) for t in members]  # shared rows follow the own ones
+            shared.append(_read(mine, fetching.shared_keys[c], space.shared[bounds], sizes))
+        ctx.runtime, ctx.fetching = runtime, fetching
+        ctx.weights = [w.detach() for w in weights]
+        if fetch.divided:
+            buffer, sent = dealt(owned, fetching.served, _wire_dtype(weights))
+            sizes = [sum(n * d for n, d in zip(row, fetch.dims, strict=True)) for row in fetching.asked]
+            fetching.answering = runtime.exchange(buffer, sent, sizes, wire.FETCH_ROWS)
+            return fetching.answering.out.detach(), *shared  # ctx must not hold what has ctx in its history
+        return shared[0].new_empty(0), *shared
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        runtime, fetching = ctx.runtime, ctx.fetching
+        fetch, space, rank = fetching.fetch, fetching.space, runtime.rank
+        owned, shared, reduced = _arrived(fetching), gathered_gradients(runtime, fetching), reduced_gradients(fetching)
+        result: list[Tensor | None] = [None] * len(fetch.tables)
+        for c, members in enumerate(fetch.classes):
+            if not fetch.trained[c]:
+                continue
+            bounds = slice(members.start, members.stop + 1)
+            deposits = []  # rows of each table, what is added to them, and whether they are shared rows
+            if fetch.divided:
+                deposits.append((*_deposited(fetching.served_keys[c], owned[c], space.own[rank][bounds]), False))
+            if c in shared:
+                deposits.append((*_deposited(*shared[c], space.shared[bounds]), True))
+            for i, t in enumerate(members):
+                first = int(fetch.tables[t].sizes[rank])
+                parts = [(rows[i] + first if late else rows[i], values[i]) for rows, values, late in deposits]
+                if t in reduced:
+                    parts.append((reduced[t][0] + first, reduced[t][1]))
+                padding = fetch.padding_in_piece(t, rank) if fetch.tables[t].sparse else -1
+                result[t] = _gradient(ctx.weights[t], fetch.tables[t].sparse, padding, parts, runtime.ranks)
+        return None, None, *result
+
+
+def _deposited(keys: Tensor, values: Tensor, bounds: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Rows of each table of a class, and what is added to them."""
+    order, rows = _by_table(keys, bounds)
+    ordered = values if order is None else values[order]
+    return rows, list(torch.split(ordered, [len(r) for r in rows]))
+
+
+def _gradient(like: Tensor, sparse: bool, padding: int, parts: Sequence[tuple[Tensor, Tensor]], ranks: int) -> Tensor:
+    """The gradient of a piece from rows and what ranks add to them; a sparse one has the rows that were looked up."""
+    rows = torch.cat([r for r, _ in parts])
+    values = torch.cat([v for _, v in parts]).to(like.dtype) / ranks
+    if not sparse:
+        return torch.zeros_like(like).index_add_(0, rows, values)
+    if padding >= 0:  # an entry would move it: SparseAdam updates every row that has one
+        keep = rows != padding
+        rows, values = rows[keep], values[keep]
+    return torch.sparse_coo_tensor(rows.unsqueeze(0), values, like.shape, check_invariants=False).coalesce()
+
+
+class _FetchWait(torch.autograd.Function):
+    """Rows under way, and shared rows -> the rows of each class. Backward: their gradients are under way."""
+
+    @staticmethod
+    def forward(ctx: Any, runtime: Runtime, fetching: Fetching, buffer: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
+        fetch = fetching.fetch
+        result = []
+        if fetching.answering is not None:
+            arrived = fetching.answering.wait()
+            for own, parts in zip(shared, collected(arrived, fetching.asked, fetch.dims), strict=True):
+                result.append(torch.cat([own, *(p.to(own.dtype) for p in parts)]))
+        else:
+            result = [x.view_as(x) for x in shared]
+        ctx.runtime, ctx.fetching, ctx.dtype = runtime, fetching, buffer.dtype
+        ctx.like = [x.new_zeros(()) for x in (buffer, *shared)], [x.shape for x in (buffer, *shared)]
+        ctx.mark_non_differentiable(*(x for x, t in zip(result, fetch.trained, strict=True) if not t))
+        return tuple(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        runtime, fetching, dtype = ctx.runtime, ctx.fetching, ctx.dtype
+        fetch = fetching.fetch
+        own = [g[: len(k)] for g, k in zip(grads, fetching.shared_keys, strict=True)]
+        if fetch.divided:
+            asked, served = (_trained(fetch, x) for x in (fetching.asked, fetching.served))
+            others = [g[len(k) :] for g, k in zip(grads, fetching.shared_keys, strict=True)]
+            others = [g if t else g[:0] for g, t in zip(others, fetch.trained, strict=True)]
+            buffer, sent = dealt(others, asked, dtype)
+            sizes = [sum(n * d for n, d in zip(row, fetch.dims, strict=True)) for row in served]
+            fetching.returning = runtime.exchange(buffer, sent, sizes, wire.FETCH_BACK)
+        if fetch.gathered_classes:
+            fetching.gathering = start_gathering(runtime, fetching, own, dtype)
+        if fetch.reduced_tables:
+            fetching.reducing = start_reducing(runtime, fetching, own, dtype)
+        # what the pieces get is in the exchanges: the gradients of the buffers themselves are only for the order
+        return None, None, *(z.expand(shape) for z, shape in zip(*ctx.like, strict=True))
+
+
+def _trained(fetch: Fetch, counts: list[list[int]]) -> list[list[int]]:
+    return [[n if t else 0 for n, t in zip(row, fetch.trained, strict=True)] for row in counts]
+
+
+def _arrived(fetching: Fetching) -> list[Tensor]:
+    """Gradients of the rows that this rank owns, by class, in the order of `Fetching.served_keys`."""
+    if fetching.returning is None:
+        return []
+    buffer = fetching.returning.wait()
+    served = _trained(fetching.fetch, fetching.served)
+    return [torch.cat(parts) for parts in collected(buffer, served, fetching.fetch.dims)]
+
+
+def _record(runtime: Runtime, fetching: Fetching, served: Tensor) -> None:
+    """Keep the step's unique ids, by table; ``served`` ``[N, T]``."""
+    rank = runtime.rank
+    others = (served.sum(0) - served[rank]).tolist()
+    for table, row, answered in zip(fetching.fetch.tables, fetching.by_table, others, strict=True):
+        counts = Counts(sum(row[:-1]) - row[rank], answered, row[-1])
+        runtime.unique[table.name] = runtime.unique.get(table.name, Counts()) + counts

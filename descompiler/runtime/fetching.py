@@ -1,0 +1,137 @@
+"""A fetch under way: which unique rows a rank asks of which owner, and where they go in its lookups.
+
+A class is the tables that are alike in `FetchTable.kind`: dim, dtype, and whether trained. Rows of a class are one
+tensor: shared ones first, then those of each owner, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.distributed import Work
+
+from descompiler.layout.fetches import Fetch
+from descompiler.layout.keys import KeySpace
+from descompiler.runtime.collectives import Pending
+
+
+@dataclass
+class Fetching:
+    """What `prepare` found, what the other ranks ask, and what is still in flight.
+
+    Attributes
+    ----------
+    positions : list of Tensor
+        For each lookup, the place of each of its ids in the rows of its class.
+    padding : list of int
+        For each table, the place of its padding row; -1 where the batch has none.
+    asked, served : list of list of int
+        ``[rank][class]``: rows that this rank asks of a rank; that a rank asks of this one.
+    """
+
+    fetch: Fetch
+    space: KeySpace
+    positions: list[Tensor]
+    padding: list[int]
+    keys: Tensor  # asked of other ranks, in order of rank, class, key
+    asked: list[list[int]]
+    shared_keys: list[Tensor]  # by class
+    by_table: list[list[int]]  # [table][owner, shared last]: unique keys
+    served_counts: list[int] = field(default_factory=list)
+    gathered_counts: list[int] = field(default_factory=list)
+    served: list[list[int]] = field(default_factory=list)
+    served_keys: list[Tensor] = field(default_factory=list)  # by class, in order of rank, key
+    asking: Pending | None = None  # keys
+    answering: Pending | None = None  # rows
+    returning: Pending | None = None  # gradients of rows
+    telling: Pending | None = None  # shared keys of the other ranks
+    gathering: Gathering | None = None
+    reducing: tuple[Work, Tensor] | None = None  # gradients of shared rows
+
+    def asked_counts(self, ranks: int) -> list[int]:
+        return [sum(self.asked[r]) for r in range(ranks)]
+
+    @property
+    def gathered_count(self) -> int:
+        """Shared rows of which this rank will send a gradient to every other rank."""
+        return sum(len(self.shared_keys[c]) for c in self.fetch.gathered_classes)
+
+
+@dataclass
+class Gathering:
+    """Gradients of shared rows under way: those of the other ranks, and this rank's own."""
+
+    values: Pending
+    counts: list[list[int]]  # [rank][class]; none of this rank
+    keys: list[tuple[Tensor, ...]]  # [rank][class]; this rank's too
+    own: list[Tensor]  # by class
+
+
+def prepare(fetch: Fetch, ids: Sequence[Tensor], ranks: int) -> Fetching:
+    """Deduplicate the ids of all lookups of a fetch, and find where each row is."""
+    device = ids[0].device
+    space, of_table = fetch.on(device)
+    tables, classes = len(fetch.tables), len(fetch.classes)
+    parts = [x.reshape(-1).long() + space.offsets[t] for x, t in zip(ids, fetch.lookups, strict=True)]
+    unique, inverse = torch.unique(torch.cat(parts), return_inverse=True)
+    owner, key = space.locate(unique)
+    owner = torch.where(owner < 0, ranks, owner)
+    table = torch.searchsorted(space.offsets, unique, right=True) - 1
+    by_table = torch.bincount(table * (ranks + 1) + owner, minlength=tables * (ranks + 1)).reshape(tables, -1)
+    by_class = by_table.new_zeros((classes, ranks + 1)).index_add_(0, of_table, by_table)
+    # shared rows first, then the owners' in order
+    turn = of_table[table] * (ranks + 1) + torch.where(owner == ranks, 0, owner + 1)
+    order = torch.argsort(turn, stable=True)
+    ends = by_class.sum(1).cumsum(0)
+    place = torch.empty_like(order)
+    firsts = ends - by_class.sum(1)
+    place[order] = torch.arange(len(order), device=device) - firsts[of_table[table[order]]]
+    positions = torch.split(place[inverse], [len(p) for p in parts])
+    counts = by_class.tolist()
+    sizes = [n for row in counts for n in (row[-1], *row[:-1])]
+    chunks = torch.split(key[order], sizes)
+    keys = [chunks[c * (ranks + 1) + 1 + r] for r in range(ranks) for c in range(classes)]
+    return Fetching(
+        fetch,
+        space,
+        [p.reshape(x.shape) for p, x in zip(positions, ids, strict=True)],
+        _padding(fetch, space, unique, place),
+        torch.cat(keys),
+        [[counts[c][r] for c in range(classes)] for r in range(ranks)],
+        [chunks[c * (ranks + 1)] for c in range(classes)],
+        by_table.tolist(),
+    )
+
+
+def _padding(fetch: Fetch, space: KeySpace, unique: Tensor, place: Tensor) -> list[int]:
+    """The place of each table's padding row among the rows of its class; -1 where it isn't asked for."""
+    result = [-1] * len(fetch.tables)
+    padded = [t for t, x in enumerate(fetch.tables) if x.padding_idx >= 0]
+    if padded and len(unique):
+        rows = torch.tensor([fetch.tables[t].padding_idx for t in padded], device=unique.device)
+        keys = space.offsets[torch.tensor(padded, device=unique.device)] + rows
+        index = torch.searchsorted(unique, keys).clamp(max=len(unique) - 1)
+        for t, at in zip(padded, torch.where(unique[index] == keys, place[index], -1).tolist(), strict=True):
+            result[t] = at
+    return result
+
+
+def dealt(values: Sequence[Tensor], counts: Sequence[Sequence[int]], dtype: torch.dtype) -> tuple[Tensor, list[int]]:
+    """Rows of each class, in order of rank, as one flat buffer in order of rank and class; and its sizes by rank."""
+    parts = [torch.split(v.to(dtype), [row[c] for row in counts]) for c, v in enumerate(values)]
+    chunks = [p[r].reshape(-1) for r in range(len(counts)) for p in parts]
+    sizes = [sum(p[r].numel() for p in parts) for r in range(len(counts))]
+    return torch.cat(chunks), sizes
+
+
+def collected(buffer: Tensor, counts: Sequence[Sequence[int]], dims: Sequence[int]) -> list[list[Tensor]]:
+    """The inverse of `dealt`: by class, the rows ``[n, dim]`` of each rank."""
+    parts = iter(torch.split(buffer, [n * d for row in counts for n, d in zip(row, dims, strict=True)]))
+    result: list[list[Tensor]] = [[] for _ in dims]
+    for row in counts:
+        for c, (n, d) in enumerate(zip(row, dims, strict=True)):
+            result[c].append(next(parts).reshape(n, d))
+    return result

@@ -1,0 +1,205 @@
+"""Values that every rank has, in autograd: gathered, summed over ranks, cut to own rows; tables that are used whole.
+
+What is computed from gathered and summed values has equal gradients on every rank, so only the borders of that
+computation send anything in backward: see `descompiler.classify.coupling`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from descompiler.layout import traffic as wire
+from descompiler.layout.exchanges import Whole
+from descompiler.layout.rows import Rows
+from descompiler.runtime.communicator import Communicator
+
+
+class Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, runtime: Communicator, layouts: list[Rows], *values: Tensor) -> tuple[Tensor, ...]:
+        rows = list(runtime.rows)
+        ctx.layouts, ctx.first, ctx.mine = layouts, sum(rows[: runtime.rank]), rows[runtime.rank]
+        leading = [r.lead(x) for r, x in zip(layouts, values, strict=True)]
+        wholes = _gather_rows(runtime, rows, leading, wire.COUPLING["gather"])
+        result = tuple(r.restore(x) for r, x in zip(layouts, wholes, strict=True))
+        ctx.mark_non_differentiable(*(x for x in result if not x.is_floating_point()))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, None, *(r.narrow(g, ctx.first, ctx.mine) for r, g in zip(ctx.layouts, grads, strict=True))
+
+
+class Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, runtime: Communicator, *terms: Tensor) -> tuple[Tensor, ...]:
+        flat = torch.cat([x.reshape(-1) for x in terms])
+        runtime.all_reduce(wire.COUPLING["reduce"], flat)
+        parts = torch.split(flat, [x.numel() for x in terms])
+        result = tuple(p.reshape(x.shape) for p, x in zip(parts, terms, strict=True))
+        ctx.mark_non_differentiable(*(x for x in result if not x.is_floating_point()))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, *grads
+
+
+class Slice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, runtime: Communicator, rows: Rows, x: Tensor) -> Tensor:
+        ctx.runtime, ctx.layout, ctx.rows = runtime, rows, list(runtime.rows)
+        return rows.narrow(x, sum(ctx.rows[: runtime.rank]), ctx.rows[runtime.rank]).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        own = ctx.layout.lead(grads[0])
+        (whole,) = _gather_rows(ctx.runtime, ctx.rows, [own], wire.COUPLING["slice"])
+        return None, None, ctx.layout.restore(whole)
+
+
+class Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, runtime: Communicator, x: Tensor) -> Tensor:
+        ctx.runtime = runtime
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        ctx.runtime.all_reduce(wire.COUPLING["spread"], grad)
+        return None, grad
+
+
+def _gather_rows(runtime: Communicator, rows: Sequence[int], values: Sequence[Tensor], name: str) -> list[Tensor]:
+    """The global batch of values ``[rows, ...]`` of one dtype, in one collective."""
+    flat = torch.cat([x.reshape(-1) for x in values]) if len(values) > 1 else values[0].reshape(-1).contiguous()
+    width = sum(x.shape[1:].numel() for x in values)
+    every = runtime.gather_uneven(name, flat, [b * width for b in rows])
+    parts = torch.split(every, [b * x.shape[1:].numel() for b in rows for x in values])
+    return [
+        torch.cat([p.reshape(b, *x.shape[1:]) for b, p in zip(rows, parts[i :: len(values)], strict=True)])
+        for i, x in enumerate(values)
+    ]
+
+
+class Total(torch.autograd.Function):
+    """Backward: the ranks' gradients are averaged, as those of every parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, runtime: Communicator, own: Tensor, shared: Tensor | None) -> Tensor:
+        ctx.runtime, ctx.shared = runtime, shared is not None
+        result = own.clone()
+        runtime.all_reduce(wire.COUPLING["total"], result)
+        return result if shared is None else result + shared
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad = grads[0].clone()
+        ctx.runtime.all_reduce(wire.COUPLING["total back"], grad)
+        grad /= ctx.runtime.ranks
+        return None, grad, grad if ctx.shared else None
+
+
+class Together(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, runtime: Communicator, failures: list[tuple[str, Exception]] | None, *outputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.runtime, ctx.failures = runtime, failures
+        return tuple(x.view_as(x) for x in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.failures is not None:
+            ctx.runtime.agree_after_backward(ctx.failures)
+        return None, None, *grads
+
+
+class GatherTables(torch.autograd.Function):
+    """Whole tables, in one collective; gradients of pieces are averages over ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, runtime: Communicator, wholes: Sequence[Whole], sizes: Sequence[int], *pieces: Tensor
+    ) -> tuple[Tensor, ...]:
+        ranks, dtype = runtime.ranks, runtime.wire_dtype
+        ctx.runtime, ctx.wholes, ctx.sizes, ctx.dtypes = runtime, wholes, sizes, [p.dtype for p in pieces]
+        flat = torch.cat([p.reshape(-1).to(dtype) for p in pieces])
+        every = runtime.gather_uneven(wire.WHOLE, flat, sizes)
+        parts = torch.split(every, [t.pieces.numel(r) for r in range(ranks) for t in wholes])
+        result = []
+        for i, (t, p) in enumerate(zip(wholes, pieces, strict=True)):
+            shapes = [t.pieces.piece_shape(r) for r in range(ranks)]
+            mine = [x.reshape(s) for x, s in zip(parts[i :: len(wholes)], shapes, strict=True)]
+            result.append(t.pieces.join(mine).to(p.dtype))
+        return tuple(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        runtime, wholes, sizes = ctx.runtime, ctx.wholes, ctx.sizes
+        ranks, mine = runtime.ranks, sizes[runtime.rank]
+        chunks = [t.pieces.cut(g, r).reshape(-1) for r in range(ranks) for t, g in zip(wholes, grads, strict=True)]
+        send = torch.cat([c.to(runtime.wire_dtype) for c in chunks])
+        received = runtime.exchange(send, sizes, [mine] * ranks, wire.WHOLE_BACK).wait()
+        total = received.reshape(ranks, mine).sum(0) / ranks
+        parts = total.split([t.pieces.numel(runtime.rank) for t in wholes])
+        shapes = [t.pieces.piece_shape(runtime.rank) for t in wholes]
+        every = zip(parts, shapes, ctx.dtypes, ctx.needs_input_grad[3:], strict=True)
+        return None, None, None, *(p.reshape(s).to(d) if wanted else None for p, s, d, wanted in every)
+
+
+class SyncBatchNorm(torch.autograd.Function):
+    """Statistics by the pairwise formula of Chan et al. (1979) over the ranks' (count, mean, M2)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        runtime: Communicator,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        dims = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        channels = x.shape[1]
+        count = x.numel() // max(channels, 1)
+        mean = x.mean(dims) if count else x.new_zeros(channels)
+        m2 = ((x - mean.reshape(shape)) ** 2).sum(dims)
+        mine = torch.cat([x.new_tensor([count]), mean, m2])
+        every = runtime.gather(wire.NORM_FORWARD, mine)
+        counts, means, m2s = every.reshape(runtime.ranks, -1).split([1, channels, channels], 1)
+        total = counts.sum()
+        mean = (counts * means).sum(0) / total
+        m2 = m2s.sum(0) + (counts * (means - mean) ** 2).sum(0)
+        scale = torch.rsqrt(m2 / total + eps)
+        if running_mean is not None and running_var is not None:
+            running_mean.mul_(1 - momentum).add_(momentum * mean)
+            running_var.mul_(1 - momentum).add_(momentum * m2 / (total - 1))
+        normal = (x - mean.reshape(shape)) * scale.reshape(shape)
+        ctx.runtime, ctx.dims, ctx.shape = runtime, dims, shape
+        ctx.save_for_backward(normal, scale, weight, total)
+        out = normal if weight is None else normal * weight.reshape(shape)
+        return out if bias is None else out + bias.reshape(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,), runtime, shape = grads, ctx.runtime, ctx.shape
+        normal, scale, weight, total = ctx.saved_tensors
+        grad_bias, grad_weight = grad.sum(ctx.dims), (grad * normal).sum(ctx.dims)
+        inner = torch.cat([grad_bias, grad_weight])
+        runtime.all_reduce(wire.NORM_BACKWARD, inner)
+        sum_grad, sum_product = inner.split(grad_bias.numel())
+        grad_x = grad - (sum_grad.reshape(shape) + normal * sum_product.reshape(shape)) / total
+        grad_x = grad_x * scale.reshape(shape)
+        if weight is None:
+            return None, grad_x, None, None, None, None, None, None
+        return None, grad_x * weight.reshape(shape), grad_weight, grad_bias, None, None, None, None

@@ -1,0 +1,248 @@
+"""The runtime: what an emitted program calls that crosses between ranks, and the exchange behind it.
+
+A program's forward makes at most four collectives: a header (row counts, agreement, errors), the ids into the region,
+the region's values out of it; its backward sends the gradients of those values back. Everything that crosses in one
+direction at one stage shares one all-to-all. Starts and waits are separate calls, so that work which does not depend on
+an exchange runs beside it, in backward too: `torch.autograd` runs the newest ready node first, and the local operators
+are newer than the start of the exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from descompiler.layout import traffic as wire
+from descompiler.layout.fetches import Counts
+from descompiler.layout.id_checks import Check
+from descompiler.layout.layout import Layout
+from descompiler.layout.rows import Rows
+from descompiler.ops.local import scale_grad
+from descompiler.runtime.border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, put_together
+from descompiler.runtime.communicator import Communicator
+from descompiler.runtime.draws import Draws
+from descompiler.runtime.global_values import (
+    Gather,
+    GatherTables,
+    Reduce,
+    Slice,
+    Spread,
+    SyncBatchNorm,
+    Together,
+    Total,
+)
+from descompiler.runtime.vocabulary import vocabulary_on_ranks
+
+
+@dataclass
+class Runtime(Communicator):
+    """What emitted operators know at run time. One per compiled module; programs set their layout before they run."""
+
+    loss: str
+    _: KW_ONLY
+    unique: dict[str, Counts] = field(default_factory=dict)
+    layout: Layout = field(default_factory=lambda: Layout(1))
+    checks: tuple[Check, ...] = ()
+    forwards: int = 0
+    failures: list[tuple[str, Exception]] = field(default_factory=list)  # of backwards of the latest forward's leaves
+
+    def __post_init__(self) -> None:
+        self.draws = Draws(self.group, self.ranks)
+
+    def anew(self) -> Runtime:
+        """Of another module on the same ranks."""
+        return Runtime(self.group, self.rank, self.ranks, self.loss)
+
+    def begin(self, rows: int, ids: Sequence[Tensor]) -> int:
+        """Check ids, exchange row counts, agree with the other ranks; returns the rows of the global batch."""
+        self.header(rows, self.problem(ids))
+        return sum(self.rows)
+
+    def problem(self, ids: Sequence[Tensor]) -> str | None:
+        """Why ids are wrong, or None."""
+        return next(filter(None, (c.problem(i) for c, i in zip(self.checks, ids, strict=True))), None)
+
+    # ---- tables that are used whole
+
+    def gather_tables(self, *pieces: Tensor) -> list[Tensor]:
+        """The tables of ``layout.wholes`` from all ranks' pieces; backward sends each owner its rows' gradients."""
+        return list(GatherTables.apply(self, self.layout.wholes, self.layout.whole_elements, *pieces))
+
+    # ---- ids into the region
+
+    def enter_start(self, ids: Sequence[Tensor]) -> Handle:
+        """Send each rank the ids that its tables need; ``ids`` follow ``layout.entries``."""
+        entries, mine = self.layout.entries, self.rows[self.rank]
+        dtype = torch.int32 if self.layout.id_bytes == 4 else torch.int64
+        chunks, sent = [], []
+        for r in range(self.ranks):
+            size = 0
+            for e, x in zip(entries, ids, strict=True):
+                if e.width(r):
+                    columns = e.columns_on(r)
+                    part = x if columns is None else x[:, list(columns)]
+                    chunks.append(part.to(dtype).reshape(-1))
+                    size += mine * e.width(r)
+            sent.append(size)
+        width = sum(e.width(self.rank) for e in entries)
+        send = torch.cat(chunks) if chunks else torch.empty(0, dtype=dtype, device=self.device)
+        return Handle(self.exchange(send, sent, [b * width for b in self.rows], wire.ENTER))
+
+    def enter_wait(self, handle: Handle) -> list[Tensor | None]:
+        """Ids of the global batch ``[rows, ...]`` for this rank's tables, by entry; None where it needs none."""
+        assert handle.forward is not None
+        arrived = handle.forward.wait()
+        entries = self.layout.entries
+        widths = [e.width(self.rank) for e in entries]
+        parts = torch.split(arrived, [b * w for b in self.rows for w in widths])
+        result: list[Tensor | None] = []
+        for i, e in enumerate(entries):
+            if not widths[i]:
+                result.append(None)
+                continue
+            tail = e.tail_on(self.rank)
+            pieces = [p.reshape(b, *tail) for b, p in zip(self.rows, parts[i :: len(entries)], strict=True)]
+            result.append(torch.cat(pieces).long())
+        return result
+
+    # ---- values out of the region, their gradients back
+
+    def exit_start(self, anchor: Tensor, values: Sequence[Tensor | None]) -> list[Any]:
+        """Send each rank its rows of every value; ``values`` follow ``layout.exits`` (None: this rank has no part)."""
+        handle = Handle()
+        present = [v for v in values if v is not None]
+        return [handle, ExitStart.apply(self, self.layout.exits, handle, anchor, *present)]
+
+    def exit_wait(self, started: list[Any]) -> list[Tensor]:
+        """The values for this rank's own rows: summed, or put together (LOCAL segments left out)."""
+        handle, buffer = started
+        buffer = ExitWait.apply(self, handle, list(self.rows), buffer)
+        mine, exits = self.rows[self.rank], self.layout.exits
+        senders = [(i, r) for r in range(self.ranks) for i, e in enumerate(exits) if e.width(r)]
+        parts = torch.split(buffer, [mine * exits[i].width(r) for i, r in senders])
+        by_exit: list[dict[int, Tensor]] = [{} for _ in exits]
+        for (i, r), p in zip(senders, parts, strict=True):
+            by_exit[i][r] = p.reshape(mine, *exits[i].tail_on(r))
+        return [put_together(e, by_exit[i]) for i, e in enumerate(exits)]
+
+    # ---- weights that several ranks hold in part
+
+    def reduce_shared(self, anchor: Tensor, *slices: Tensor) -> list[Tensor]:
+        """The slices, and a token; in backward the slices' gradients are averaged over ranks, after the exchange."""
+        return list(ReduceShared.apply(self, anchor, *slices))
+
+    def anchor(self, *weights: Tensor) -> Tensor:
+        """A scalar that requires a gradient, so that backward runs on ranks that own nothing.
+
+        ``weights`` are replicated weights that only other ranks use: they get zero gradients here, for the reducer.
+        """
+        return Anchor.apply(torch.zeros((), dtype=self.wire_dtype, device=self.device, requires_grad=True), *weights)
+
+    def vocabulary(
+        self, number: int, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """What is asked of a product with a table whose rows are divided: ``layout.vocabularies[number]``."""
+        return vocabulary_on_ranks(self, self.layout.vocabularies[number], x, weight, bias, ids)
+
+    def batch_norm(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        """Batch norm in training over the global batch; x ``[b, C, ...]``."""
+        if self.ranks == 1:
+            return torch.batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps, True)
+        return SyncBatchNorm.apply(self, x, weight, bias, running_mean, running_var, momentum, eps)
+
+    def norm_inside(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        mine: list[int],
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        """Batch norm in training of some channels ``mine``, of which this rank has the global batch."""
+        if running_mean is None or running_var is None:
+            return torch.batch_norm(x, weight, bias, None, None, True, momentum, eps, True)
+        kept = [running_mean[mine], running_var[mine]]
+        result = torch.batch_norm(x, weight, bias, kept[0], kept[1], True, momentum, eps, True)
+        running_mean[mine], running_var[mine] = kept
+        return result
+
+    def share_statistics(
+        self, buffers: Sequence[Sequence[Tensor]], channels: Sequence[Sequence[Sequence[int]]]
+    ) -> None:
+        """Send each running statistic from the rank that has moved it to all; ``channels`` of each norm, by rank."""
+        n = self.ranks
+        own = torch.cat([b[c[self.rank]] for pair, c in zip(buffers, channels, strict=True) for b in pair])
+        sizes = [2 * sum(len(c[r]) for c in channels) for r in range(n)]
+        every = self.exchange(own.repeat(n), [own.numel()] * n, sizes, wire.NORM_INSIDE).wait()
+        places = [(b, c[r]) for r in range(n) for pair, c in zip(buffers, channels, strict=True) for b in pair]
+        for (b, mine), values in zip(places, torch.split(every, [len(m) for _, m in places]), strict=True):
+            b[mine] = values
+
+    # ---- values that mix the rows of the batch: every rank computes them, from the global batch
+
+    def gather_rows(self, values: Sequence[Tensor], layouts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The global batch of each value, on every rank; ``layouts`` are the fields of each value's `Rows`.
+
+        What is computed from the results has the same gradients on every rank, so backward sends nothing.
+        """
+        return list(Gather.apply(self, [Rows(*x) for x in layouts], *values))
+
+    def sum_terms(self, terms: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over ranks of each term, on every rank. Backward sends nothing, as in `gather_rows`."""
+        return list(Reduce.apply(self, *terms))
+
+    def slice_rows(self, x: Tensor, dim: int, outer: int, inner: int) -> Tensor:
+        """Own rows of a value that every rank has; backward gathers the gradients of all ranks' rows."""
+        return Slice.apply(self, Rows(dim, outer, inner), x)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """A value that every rank has, for its own rows; backward sums the gradients of all ranks."""
+        return Spread.apply(self, x)
+
+    def draw(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A random draw that is the same on every rank: the next of this forward's."""
+        with self.draws.next_of_forward(self.forwards, self.device):
+            return function(*args, **kwargs)
+
+    def total(self, own: Tensor, shared: Tensor | None = None) -> Tensor:
+        """A number made from a whole table: terms of this rank's own piece, and of rows that all ranks hold."""
+        return Total.apply(self, own, shared)
+
+    def own_rows(self) -> int:
+        """Rows of this rank, once the header has told."""
+        return self.rows[self.rank]
+
+    def together(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs; in backward all of them get a gradient, so that every rank runs the same collectives.
+
+        That it begins is known here, on every rank: if it goes through opaque leaves, ranks agree when it ends.
+        """
+        return list(Together.apply(self, self.failures if self.layout.leaves_backward else None, *outputs))
+
+    def reach(self, x: Tensor, fetched: Sequence[Sequence[Tensor]]) -> Tensor:
+        """``x``, from which backward also comes to rows that nobody reads, with gradients of zero."""
+        return x + sum(r[:0].sum().to(x) for rows in fetched for r in rows)
+
+    def output(self, x: Tensor) -> Tensor:
+        """Scale the gradient that the user's loss sends in to the convention of averaging over ranks."""
+        if self.ranks == 1 or not x.requires_grad or self.loss == "rank_mean":
+            return x
+        if self.loss == "sum":
+            return scale_grad(x, self.ranks)
+        return scale_grad(x, self.ranks * self.rows[self.rank] / max(sum(self.rows), 1))

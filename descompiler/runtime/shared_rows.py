@@ -1,0 +1,101 @@
+"""Gradients of rows that every rank holds: gathered, each unique row once, or all-reduced."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import Work
+
+from descompiler.layout import traffic as wire
+from descompiler.layout.pieces import ALL
+from descompiler.runtime.collectives import Pending
+from descompiler.runtime.communicator import Communicator
+from descompiler.runtime.fetching import Fetching, Gathering, collected
+
+
+def to_all(runtime: Communicator, mine: Tensor, counts: Sequence[int], name: str) -> Pending:
+    """What every other rank sends, ``counts`` elements, in order of rank; ``mine`` goes to them.
+
+    An all-to-all: gloo has no all-gather of uneven sizes, and padding would cost bytes.
+    """
+    sent = [0 if r == runtime.rank else len(mine) for r in range(runtime.ranks)]
+    sizes = [0 if r == runtime.rank else n for r, n in enumerate(counts)]
+    return runtime.exchange(mine.repeat(runtime.ranks - 1), sent, sizes, name)
+
+
+def start_gathering(runtime: Communicator, fetching: Fetching, own: list[Tensor], dtype: torch.dtype) -> Gathering:
+    """Send every rank the gradients of the shared rows that this one looked up."""
+    fetch, rank = fetching.fetch, runtime.rank
+    assert fetching.telling is not None
+    received = fetching.telling.wait().long()
+    sizes = [0 if r == rank else n for r, n in enumerate(fetching.gathered_counts)]
+    firsts = fetching.space.shared[torch.tensor([m.start for m in fetch.classes], device=received.device)]
+    counts, keys = [], []
+    for part in torch.split(received, sizes):  # in order of class
+        ends = [*torch.searchsorted(part, firsts).tolist(), len(part)]
+        counts.append([b - a for a, b in itertools.pairwise(ends)])
+        keys.append(torch.split(part, counts[-1]))
+    keys[rank] = tuple(fetching.shared_keys)
+    values = torch.cat([own[c].to(dtype).reshape(-1) for c in fetch.gathered_classes])
+    elements = [sum(n * d for n, d in zip(row, fetch.dims, strict=True)) for row in counts]
+    return Gathering(to_all(runtime, values, elements, wire.GATHER_BACK), counts, keys, own)
+
+
+def gathered_gradients(runtime: Communicator, fetching: Fetching) -> dict[int, tuple[Tensor, Tensor]]:
+    """By class, the shared keys of all ranks and their gradients.
+
+    In order of rank everywhere, so that replicas stay equal bit for bit: sums run in the same order.
+    """
+    g = fetching.gathering
+    if g is None:
+        return {}
+    buffer = g.values.wait()
+    parts = collected(buffer, g.counts, fetching.fetch.dims)
+    result = {}
+    for c in fetching.fetch.gathered_classes:
+        parts[c][runtime.rank] = g.own[c].to(buffer.dtype)
+        result[c] = torch.cat([k[c] for k in g.keys]), torch.cat(parts[c])
+    return result
+
+
+def start_reducing(
+    runtime: Communicator, fetching: Fetching, own: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Work, Tensor]:
+    """Sum dense gradients of shared rows over ranks; a table with sparse gradients adds who looked a row up."""
+    fetch, shared = fetching.fetch, fetching.space.shared
+    parts = []
+    for c, members in enumerate(fetch.classes):
+        if any(t in fetch.reduced_tables for t in members):
+            keys, values = fetching.shared_keys[c] - shared[members.start], own[c].to(dtype)
+            if fetch.tables[members.start].sparse:
+                values = torch.cat([values, values.new_ones((len(values), 1))], 1)
+            rows = sum(int(fetch.tables[t].sizes[ALL]) for t in members)
+            parts.append(values.new_zeros((rows, values.shape[1])).index_add_(0, keys, values).reshape(-1))
+    flat = torch.cat(parts)
+    size = wire.all_reduce_bytes(flat.numel() * flat.element_size(), runtime.ranks)
+    work = runtime.collective(wire.SHARED_ROWS, size, lambda: dist.all_reduce(flat, group=runtime.group, async_op=True))
+    return work, flat
+
+
+def reduced_gradients(fetching: Fetching) -> dict[int, tuple[Tensor, Tensor]]:
+    """By table, shared rows and their gradients, summed over ranks."""
+    if fetching.reducing is None:
+        return {}
+    work, flat = fetching.reducing
+    work.wait()
+    fetch = fetching.fetch
+    sizes = [int(fetch.tables[t].sizes[ALL]) for t in fetch.reduced_tables]
+    widths = [fetch.tables[t].dim + fetch.tables[t].sparse for t in fetch.reduced_tables]
+    parts = torch.split(flat, [n * w for n, w in zip(sizes, widths, strict=True)])
+    result = {}
+    for t, n, w, part in zip(fetch.reduced_tables, sizes, widths, parts, strict=True):
+        values, rows = part.reshape(n, w), torch.arange(n, device=flat.device)
+        if fetch.tables[t].sparse:
+            rows = rows[values[:, -1] > 0]
+            values = values[rows, :-1]
+        result[t] = rows, values
+    return result

@@ -1,0 +1,342 @@
+"""What a form is: one way to divide a weights-rich operator among ranks.
+
+A form answers, for an operator (a table and its lookups): can it be divided so, and why not (`Form.refuses`)? What does
+each rank hold (`Form.split`)? Where is a lookup's result (`Form.placement`): in the substituted region, for the global
+batch, or outside of it, for each rank's own rows? What does this rank's program do for a lookup (`Form.emit`)? What
+does it send (`Form.costs`)? Each form is one frozen dataclass in ``passes/forms``; `descompiler.passes.FORMS` lists
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Protocol
+
+import sympy
+from torch import Tensor, fx
+
+from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
+from descompiler.errors import PlanError
+from descompiler.graph.nodes import where
+from descompiler.graph.program import Program, rowwise
+from descompiler.layout.exchanges import Columns
+from descompiler.layout.id_checks import Check
+from descompiler.layout.pieces import ALL, Pieces
+from descompiler.layout.placement import Region
+from descompiler.layout.spans import Spans, alike
+from descompiler.layout.statistics import Statistics
+from descompiler.ops.local import bag, lookup
+from descompiler.registry import Registry
+from descompiler.tables.tables import Lookup, Operator, find_operators
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a planner may decide about a split besides its form.
+
+    Attributes
+    ----------
+    owner : int
+        Form "field": the rank of a whole table.
+    field_owners : tuple of int, optional
+        Form "field" of an offsets table: the rank of each field.
+    sizes : tuple of int, optional
+        Forms "row", "pull" and "hot": consecutive rows of each rank; even by default.
+    hot : tuple of (int, int), optional
+        Form "hot": ranges ``[start, stop)`` of rows that every rank holds.
+    """
+
+    owner: int = 0
+    field_owners: tuple[int, ...] | None = None
+    sizes: tuple[int, ...] | None = None
+    hot: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one operator is divided: the name of its form, and which rank holds what.
+
+    Attributes
+    ----------
+    gathered : bool
+        Whether ranks exchange the gradients of rows that all of them hold row by row, those that were looked up; else
+        they are all-reduced.
+    whole : bool
+        Whether ranks gather the table before they use it, so that everything is as if it were replicated.
+
+    >>> print(Split("column", Pieces.by_sizes((10, 4), 1, [2, 2], 2)))
+    column: E[10,4] -> cat_1(E[10,2]@0, E[10,2]@1)
+    """
+
+    form: str
+    pieces: Pieces
+    gathered: bool = False
+    whole: bool = False
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether every rank has all rows when the table is used."""
+        return self.whole or self.pieces.is_replicated
+
+    def __str__(self) -> str:
+        p = self.pieces
+        if p.is_replicated:
+            return f"{self.form}: E{list(p.shape)} on all {p.ranks} ranks".replace(", ", ",")
+        shapes = []
+        for r in islice(p.ranges(), 8):
+            shape = list(p.shape)
+            shape[p.dim] = r.size
+            shapes.append(f"E{shape}@{'all' if r.owner == ALL else r.owner}".replace(", ", ","))
+        more = ", ..." if sum(r.count for r in p.runs) > 8 else ""
+        whole = f"E{list(p.shape)}".replace(", ", ",")
+        return f"{self.form}: {whole} -> cat_{p.dim}({', '.join(shapes)}{more})"
+
+    def placement(self, operator: Operator, lookup: Lookup) -> Region | None:
+        """Placement of a lookup's result; None where the lookup stays outside the region."""
+        return form_named(self.form).placement(self, operator, lookup)
+
+    def columns(self, operator: Operator, lookup: Lookup) -> Spans[Columns]:
+        """Columns (dim 1) of the ids that ranks need; None: all of them."""
+        return form_named(self.form).columns(self, operator, lookup)
+
+
+@dataclass(frozen=True)
+class LookupPart:
+    """What a form sees when it emits a lookup on one rank.
+
+    Attributes
+    ----------
+    graph : torch.fx.Graph
+        This rank's program, to add nodes to.
+    runtime : torch.fx.Node
+        The `descompiler.runtime.runtime.Runtime` that the program is called with.
+    weight : torch.fx.Node
+        This rank's piece of the table.
+    ids : torch.fx.Node
+        Of the global batch, reduced to `Form.columns`, if the lookup is placed in the region; else of own rows.
+    constants : mapping of str to torch.fx.Node
+        By the names of `Form.constants`.
+    """
+
+    graph: fx.Graph
+    runtime: fx.Node
+    rank: int
+    ranks: int
+    operator: Operator
+    lookup: Lookup
+    split: Split
+    weight: fx.Node
+    ids: fx.Node
+    constants: Mapping[str, fx.Node]
+
+    def call(self, target: Any, *args: Any) -> fx.Node:
+        return self.graph.call_function(target, args)
+
+    def runtime_call(self, method: str, *args: Any) -> fx.Node:
+        return self.graph.call_method(method, (self.runtime, *args))
+
+
+class Form(Protocol):
+    """One way to divide a weights-rich operator. A frozen dataclass whose fields are its options."""
+
+    @property
+    def name(self) -> str: ...
+
+    def refuses(self, program: Program, operator: Operator) -> str | None:
+        """Why the operator can't be divided so; None if it can."""
+        ...
+
+    def choose(
+        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, by_memory: bool = False
+    ) -> Choice:
+        """What is best for one rank's batches of ``batch_rows`` rows; with ``by_memory``, what the ranks hold is
+        balanced, not what they are asked for."""
+        ...
+
+    def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
+        """What each rank holds."""
+        ...
+
+    def placement(self, split: Split, operator: Operator, lookup: Lookup) -> Region | None:
+        """Where a lookup's result is; None where it stays outside the region, for own rows."""
+        ...
+
+    def columns(self, split: Split, operator: Operator, lookup: Lookup) -> Spans[Columns]:
+        """Columns (dim 1) of the ids that ranks need, if the lookup is in the region; None: all of them."""
+        ...
+
+    def fetches(self, split: Split) -> bool:
+        """Whether lookups outside the region go through `descompiler.runtime.fetch`; `emit` is for one rank then."""
+        ...
+
+    def check(self, split: Split, operator: Operator) -> Check:
+        """What ids have to be."""
+        ...
+
+    def constants(self, split: Split, rank: int) -> Mapping[str, Tensor]:
+        """Tensors that a rank's program needs for this table."""
+        ...
+
+    def emit(self, part: LookupPart) -> fx.Node:
+        """This rank's part of a lookup."""
+        ...
+
+    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
+        """Bytes that a rank sends in a step, the mean over ranks, as formulas of `descompiler.cost_models`, by what
+        is sent; ``sparse``: whether the table has sparse gradients."""
+        ...
+
+
+FORMS: Registry[Form] = Registry("form")
+"""All forms; ``passes/`` adds the built-in ones. Where two cost the same, the first is taken."""
+
+
+def form_named(name: str) -> Form:
+    """The form with a name.
+
+    Raises
+    ------
+    PlanError
+        If there is none.
+    """
+    return FORMS.named(name)
+
+
+def split_as(operator: Operator, form: str, ranks: int, choice: Choice | None = None) -> Split:
+    """The split of an operator in a form.
+
+    Raises
+    ------
+    PlanError
+        If there is no such form, or the operator can't take it.
+    """
+    found = form_named(form)
+    if form in operator.refusals:
+        raise PlanError(f"table {operator.name!r} can't be split by {form}: {operator.refusals[form]}")
+    return found.split(operator, ranks, Choice() if choice is None else choice)
+
+
+def not_in_region(program: Program, operator: Operator, *, by_columns: bool = False) -> str | None:
+    """Why no lookup of an operator can be in the substituted region; None if all can.
+
+    ``by_columns``: ranks have columns of the table, and of what is computed of it column by column.
+    """
+    if reason := (_used_otherwise(operator) if by_columns and operator.group is not None else not_fetched(operator)):
+        return reason
+    if any(not rowwise(program, x.ids) or not rowwise(program, x.node) for x in operator.lookups):
+        return "its ids are not one row per row of the batch"
+    if operator.coupled_ids:
+        return "its ids are computed from the whole batch"
+    if operator.computed_ids:
+        return "its ids are computed from another lookup"
+    return None
+
+
+def whole_rows(operator: Operator) -> str | None:
+    """Why an operator's rows can't be cut, or dealt out in several ranges; None if they can."""
+    if operator.outputs:
+        return f"products with it ({where(operator.outputs[0].node)}) need one range of whole rows on each rank"
+    return None
+
+
+def _used_otherwise(operator: Operator) -> str | None:
+    """Why an operator's lookups are not all that is done with it; None if they are."""
+    if operator.other_uses:
+        return f"the table is also used by {where(operator.other_uses[0])}"
+    return "every rank looks it up for the whole batch" if operator.coupled else None
+
+
+def not_fetched(operator: Operator) -> str | None:
+    """Why the lookups of an operator can't go through `descompiler.runtime.fetch`; None if they can."""
+    if reason := _used_otherwise(operator):
+        return reason
+    if operator.group is not None:
+        return f"what is looked up is computed of all its rows ({where(operator.group.nodes[0])})"
+    return None if operator.uniform else "its lookups differ in padding_idx or sparse"
+
+
+class ByRows:
+    """What forms have in common of which each rank owns consecutive rows."""
+
+    def choose(
+        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, by_memory: bool = False
+    ) -> Choice:
+        if by_memory or operator.name not in statistics.measured:
+            return Choice()
+        return Choice(sizes=tuple(statistics.balanced_rows(operator.name, ranks, batch_rows)))
+
+
+class Plain:
+    """What most forms have in common: nothing to choose, any row may be looked up, no tensors beside the table."""
+
+    def choose(
+        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, by_memory: bool = False
+    ) -> Choice:
+        return Choice()
+
+    def check(self, split: Split, operator: Operator) -> Check:
+        return Check(operator.name, operator.rows, None, operator.line)
+
+    def constants(self, split: Split, rank: int) -> Mapping[str, Tensor]:
+        return {}
+
+
+class InRegion(Plain):
+    """What forms have in common whose lookups are in the region: owners get all ids of the global batch."""
+
+    def columns(self, split: Split, operator: Operator, lookup: Lookup) -> Spans[Columns]:
+        return alike(split.pieces.owners, None)
+
+    def fetches(self, split: Split) -> bool:
+        return False
+
+    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
+        return {"ids in": IDS_IN, "values out and back": VALUES_OUT_AND_BACK}
+
+
+class OwnRows(Plain):
+    """What forms have in common whose lookups stay outside the region, on each rank's own rows."""
+
+    def placement(self, split: Split, operator: Operator, lookup: Lookup) -> Region | None:
+        return None
+
+    def columns(self, split: Split, operator: Operator, lookup: Lookup) -> Spans[Columns]:
+        return ()
+
+    def fetches(self, split: Split) -> bool:
+        return True
+
+    def emit(self, part: LookupPart) -> fx.Node:
+        x = part.lookup
+        if x.sparse and part.ranks > 1:  # other uses have dense gradients, and so has the sum, which is all-reduced
+            if x.mode is None:
+                return part.call(lookup, part.weight, part.ids, x.padding_idx)
+            return part.call(bag, part.weight, part.ids, x.mode, x.padding_idx if x.padding_idx >= 0 else None)
+        operands = {x.node.args[0]: part.weight, x.ids: part.ids}
+        return part.graph.node_copy(x.node, lambda n: operands[n])
+
+
+def by_rows(operator: Operator, ranks: int, choice: Choice) -> Pieces:
+    """Contiguous ranges of rows to ranks."""
+    if choice.sizes is None:
+        return Pieces.even(operator.shape, 0, ranks)
+    return Pieces.by_sizes(operator.shape, 0, choice.sizes, ranks)
+
+
+def find_tables(program: Program, forms: Iterable[Form] = FORMS) -> list[Operator]:
+    """All tables of a program, each with those of ``forms`` that it can take, and why it can't take the others.
+
+    Raises
+    ------
+    UnsupportedError
+        As `find_operators`.
+    """
+    result = []
+    for operator in find_operators(program):
+        answers = {f.name: f.refuses(program, operator) for f in forms}
+        refused = {name: reason for name, reason in answers.items() if reason is not None}
+        possible = tuple(name for name in answers if name not in refused)
+        result.append(replace(operator, forms=possible, refusals=refused))
+    return result

@@ -1,0 +1,1 @@
+"""Forms: how a table is divided among ranks, one a file; see `descompiler.tables.form`."""

@@ -1,0 +1,34 @@
+"""pull: ``E[R,D]  -->  cat_0(E[R_r,D]@r)``, lookups on own rows
+
+Contiguous ranges of rows to ranks, as in form row, but each rank looks up its own rows of the batch: it asks each
+owner for its unique ids once, and returns each row's summed gradient once (a synchronous parameter server that
+deduplicates). The result is local, so any operator may follow, also one that no rule keeps in a region, and ids may be
+computed from other lookups. Products with the table are computed by the owners of its rows
+(`descompiler.planning.products`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+
+from descompiler.cost_models.forms import PULL
+from descompiler.graph.program import Program
+from descompiler.tables.form import ByRows, Choice, OwnRows, Split, by_rows, not_fetched
+from descompiler.tables.tables import Operator
+
+
+@dataclass(frozen=True)
+class Pull(ByRows, OwnRows):
+    name: str = "pull"
+
+    def refuses(self, program: Program, operator: Operator) -> str | None:
+        return not_fetched(operator)
+
+    def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
+        return Split(self.name, by_rows(operator, ranks, choice))
+
+    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
+        return {"unique ids out, rows back, gradients out": PULL}

@@ -1,0 +1,184 @@
+"""view: ``flatten(gather_1([B, F_r, k]), 1)  -->  gather_1([B, F_r * k])``
+
+Reshapes, transpositions and slices keep a division as long as each rank's elements stay runs of one dimension. It pays
+because it is what stands between embeddings and the first `Linear`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar
+
+from torch import fx
+
+from descompiler.graph.nodes import aten, shape_of, signature, tail
+from descompiler.layout.placement import LOCAL, Disjoint, Partial, Region, Segment, Shard, shard
+from descompiler.region.rule import Declined, Part, Placed, Situation
+
+RESHAPES = frozenset(
+    {
+        aten.reshape.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.flatten.using_ints,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.unflatten.int,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """Operators that keep the order of the elements and the batch dimension."""
+
+    name: str = "reshape"
+    targets: ClassVar[frozenset[Any]] = RESHAPES
+
+    def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
+        x, before, after = at.at(node.args[0]), tail(node.args[0]), tail(node)  # type: ignore[arg-type]
+        if isinstance(x, Partial):
+            return Placed(x)
+        if isinstance(x, Disjoint):
+            if before[: x.lead - 1] == after[: x.lead - 1]:
+                return Placed(x)
+            return Placed(Disjoint(x.ranks, ("reshape", x.key, x.lead, before, after), 1 + len(after)))
+        assert isinstance(x, Shard)
+        result = reshape_shard(x, before, after)
+        return Placed(result) if result is not None else Declined("the reshape cuts through ranks' segments")
+
+    def emit(self, node: fx.Node, part: Part) -> fx.Node:
+        assert isinstance(node.args[0], fx.Node)
+        shape = part.tail(part.at(node), tail(node))
+        return part.call(aten.reshape.default, part.operand(node.args[0]), [part.rows, *shape])
+
+
+def reshape_shard(x: Shard, before: tuple[int, ...], after: tuple[int, ...]) -> Region | None:
+    """Where the segments of a sharded dimension are after a reshape of the dimensions behind the batch.
+
+    >>> x = Shard(1, (Segment(1, 0), Segment(2, 1)))
+    >>> str(reshape_shard(x, (3, 4), (12,)))
+    'Shard(1: 4@0,8@1)'
+    >>> str(reshape_shard(Shard(2, x.segments), (2, 3), (6,)))
+    'Shard(1: 1@0,2@1,1@0,2@1)'
+    """
+    outer, size, inner = prod(before[: x.dim - 1]), before[x.dim - 1], prod(before[x.dim :])
+    for e, extent in enumerate(after):
+        lead = prod(after[:e])
+        if outer % lead or (extent == 1 and size != 1):
+            continue
+        repeat = outer // lead
+        if extent % (repeat * size) == 0 and inner % (extent // (repeat * size)) == 0:
+            scale = extent // (repeat * size)
+            return shard(e + 1, [Segment(s.size * scale, s.owner) for _ in range(repeat) for s in x.segments])
+        if repeat == 1 and size % extent == 0:
+            step = size // extent
+            if all(s.size % step == 0 for s in x.segments):
+                return shard(e + 1, [Segment(s.size // step, s.owner) for s in x.segments])
+    return None
+
+
+@dataclass(frozen=True)
+class Permute:
+    """``transpose`` and ``permute`` that leave the batch in front."""
+
+    name: str = "permute"
+    targets: ClassVar[frozenset[Any]] = frozenset({aten.transpose.int, aten.permute.default})
+
+    def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
+        x, order = at.at(node.args[0]), _order(node)
+        if order[0] != 0:
+            return Declined("moves the batch dimension")
+        if isinstance(x, Shard):
+            return Placed(Shard(order.index(x.dim), x.segments))
+        if isinstance(x, Disjoint):
+            return Placed(Disjoint(x.ranks, ("permute", x.key, tuple(order), x.lead), len(order)))
+        assert isinstance(x, Partial)
+        return Placed(x)
+
+    def emit(self, node: fx.Node, part: Part) -> fx.Node:
+        assert isinstance(node.args[0], fx.Node)
+        return part.call(aten.permute.default, part.operand(node.args[0]), _order(node))
+
+
+def _order(node: fx.Node) -> list[int]:
+    rank, args = len(shape_of(node)), signature(node)
+    if node.target is aten.permute.default:
+        return [d % rank for d in args["dims"]]
+    order = list(range(rank))
+    a, b = args["dim0"] % rank, args["dim1"] % rank
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """``select`` and ``slice`` of a dimension other than the batch."""
+
+    name: str = "narrow"
+    targets: ClassVar[frozenset[Any]] = frozenset({aten.select.int, aten.slice.Tensor})
+
+    def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
+        x, (dim, start, stop, step) = at.at(node.args[0]), _interval(node)
+        if dim == 0:
+            return Declined("selects rows of the batch")
+        drops = node.target is aten.select.int
+        if isinstance(x, Partial):
+            return Placed(x)
+        if isinstance(x, Disjoint):
+            if dim >= x.lead:
+                return Placed(x)
+            return Placed(Disjoint(x.ranks, ("narrow", x.key, dim, start, stop, step), x.lead - drops))
+        assert isinstance(x, Shard)
+        if dim != x.dim:
+            return Placed(Shard(x.dim - (drops and dim < x.dim), x.segments))
+        if step != 1:
+            return Declined("a slice with steps through ranks' segments")
+        kept = _overlaps(x, start, stop)
+        if all(s.owner == LOCAL for s in kept):
+            return Declined("selects what every rank has for its own rows")
+        if drops and len(kept) != 1:
+            return Declined("selects nothing")
+        return Placed(shard(dim, kept))
+
+    def emit(self, node: fx.Node, part: Part) -> fx.Node:
+        assert isinstance(node.args[0], fx.Node)
+        x, (dim, start, stop, step) = part.at(node.args[0]), _interval(node)
+        operand = part.operand(node.args[0])
+        if isinstance(x, Shard) and x.dim == dim:
+            # what lies before the interval on this part is where the part's share of the interval begins
+            before = sum(s.size for s in _overlaps(x, 0, start) if s.owner == part.owner)
+            size = sum(s.size for s in _overlaps(x, start, stop) if s.owner == part.owner)
+            start, stop = before, before + size
+        if node.target is aten.select.int:
+            return part.call(aten.select.int, operand, dim, start)
+        return part.call(aten.slice.Tensor, operand, dim, start, stop, step)
+
+
+def _interval(node: fx.Node) -> tuple[int, int, int, int]:
+    """(dim, start, stop, step) with non-negative numbers."""
+    args = signature(node)
+    shape = shape_of(node.args[0])  # type: ignore[arg-type]
+    dim = args["dim"] % len(shape)
+    if dim == 0:
+        return 0, 0, 0, 1
+    size = int(shape[dim])
+    if node.target is aten.select.int:
+        index = args["index"] % size
+        return dim, index, index + 1, 1
+    start, stop, _ = slice(args["start"], args["end"], 1).indices(size)
+    return dim, start, max(start, stop), args["step"]
+
+
+def _overlaps(x: Shard, start: int, stop: int) -> list[Segment]:
+    """The parts of the segments that lie in an interval of the sharded dimension."""
+    kept, position = [], 0
+    for s in x.segments:
+        size = min(stop, position + s.size) - max(start, position)
+        if size > 0:
+            kept.append(Segment(size, s.owner))
+        position += s.size
+    return kept
