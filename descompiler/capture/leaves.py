@@ -11,22 +11,31 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from descompiler.capture.leaf_runs import (
+    WHOLE,
+    NotALeafError,
+    DrawSeen,
+    Seen,
+    batch_dim,
+    flat_of,
+    parts_held,
+    sizes_of,
+    tables_of,
+)
 from descompiler.capture.tape import NoRecipeError, Step, Tape, same
 from descompiler.capture.tracers import export_program, first_line, traceable_len
-from descompiler.errors import CaptureError, InputError
-from descompiler.graph.leaf import Call, Leaf, Lookups, Quiet, Result, Size
+from descompiler.errors import CaptureError
+from descompiler.graph.leaf import Call, Leaf, Lookups, Quiet, Result
 from descompiler.graph.nodes import mutates, storage_roots
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import eliminate_dead_code
-from descompiler.model.inputs import flatten, split_statics, unflatten_with
+from descompiler.model.inputs import unflatten_with
 from descompiler.model.probe import Flat, other_batch
 
 ATTEMPTS = 8
@@ -35,10 +44,6 @@ ATTEMPTS = 8
 
 EXAMPLE_ROWS = 4
 """Rows of the example that a leaf is also run on alone, to see what depends on values."""
-
-
-WHOLE = ""
-"""The name of the leaf that is all of forward."""
 
 
 _LIBRARY = torch.library.Library("descompiler", "FRAGMENT")
@@ -66,37 +71,8 @@ def _leaf(key: int, token: Tensor, tensors: list[Tensor], rows: list[Tensor], st
     return [token.new_empty([s.of(batch) for s in r.shape], dtype=r.dtype) for r in call.results]
 
 
-@dataclass
-class _Seen:
-    """One call of a leaf in an eager run."""
-
-    inputs: list[Tensor]
-    statics: tuple[Any, ...]
-    spec: Any
-    outputs: list[Tensor]
-    out_statics: tuple[Any, ...]
-    out_spec: Any
-    lookups: list[tuple[str, Tensor, Step | None]]  # the table, the rows that it returned, and how they are computed
-    otherwise: set[str]  # parameters that are used in other ways too
-    drops: bool
-    trains_norm: bool
-    writes: bool
-
-
-class _NotALeaf(CaptureError):
-    """A module can't be a leaf; the module around it may, unless this is ``final``."""
-
-    def __init__(self, name: str, why: str, *, final: bool = False):
-        super().__init__(f"{_title(name)} can't be an opaque leaf: {why}")
-        self.name, self.final = name, final
-
-
 class _Done(BaseException):
     """The last lookup of a leaf has been traced; no Exception, which forward might catch."""
-
-
-def _title(name: str) -> str:
-    return f"module {name.removeprefix('model.')!r}" if name not in (WHOLE, "model") else "forward"
 
 
 def trace_leaves(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Program:
@@ -115,12 +91,11 @@ def trace_leaves(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Pr
         try:
             return _Trace(work, leaves, tensors, template).run()
         except CaptureError as error:
-            refused = next((e for e in _chain(error) if isinstance(e, _NotALeaf)), None)
+            refused = next((e for e in _chain(error) if isinstance(e, NotALeafError)), None)
             reasons.append(str(refused or error))
             name = refused.name if refused is not None else _innermost(error, names)
-            if inside := [
-                leaf for leaf in leaves if _within(name, leaf)
-            ]:  # it can't be a leaf, or not be traced around
+            # a leaf that can't be one, or not be traced around
+            if inside := [leaf for leaf in leaves if _within(name, leaf)]:
                 name = inside[0].rpartition(".")[0]
         if name in (WHOLE, "model") or (refused is not None and refused.final):
             break
@@ -139,7 +114,7 @@ def trace_whole(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Pro
     try:
         return _Trace(copy.deepcopy(traced), [WHOLE], tensors, template).run()
     except CaptureError as error:
-        refused = next((e for e in _chain(error) if isinstance(e, _NotALeaf)), None)
+        refused = next((e for e in _chain(error) if isinstance(e, NotALeafError)), None)
         if refused is None or refused is error:
             raise
         raise CaptureError(str(refused)) from error
@@ -213,11 +188,11 @@ class _Trace:
         rows = self.tensors[0].shape[0]
         batches = [self.tensors, other_batch(self.tensors)]
         alone = [[t[i : i + 1] for t in self.tensors] for i in range(min(rows, EXAMPLE_ROWS))]
-        seen: list[tuple[int, dict[str, list[_Seen]]]] = []
+        seen: list[tuple[int, dict[str, list[Seen]]]] = []
         for i, batch in enumerate([*batches, *alone]):
             try:
                 seen.append((len(batch[0]), self._run(batch)))
-            except _NotALeaf:
+            except NotALeafError:
                 raise
             except Exception as error:  # whatever forward raises
                 if i < len(batches):
@@ -225,18 +200,18 @@ class _Trace:
         for name in self.names:
             counts = {len(calls[name]) for _, calls in seen}
             if counts == {0}:
-                raise _NotALeaf(name, "it is not called")
+                raise NotALeafError(name, "it is not called")
             if len(counts) > 1:
-                raise _NotALeaf(name, "how often it is called depends on values")
+                raise NotALeafError(name, "how often it is called depends on values")
             self.leaves[name] = [self._make(name, [(n, c[name][k]) for n, c in seen]) for k in range(counts.pop())]
 
-    def _run(self, batch: list[Tensor]) -> dict[str, list[_Seen]]:
-        seen: dict[str, list[_Seen]] = {n: [] for n in self.names}
+    def _run(self, batch: list[Tensor]) -> dict[str, list[Seen]]:
+        seen: dict[str, list[Seen]] = {n: [] for n in self.names}
         with self._patched(lambda name: partial(self._record, name, seen[name])), torch.no_grad():
             self.work(*[t.clone() for t in batch])
         return seen
 
-    def _record(self, name: str, seen: list[_Seen], *args: Any, **kwargs: Any) -> Any:
+    def _record(self, name: str, seen: list[Seen], *args: Any, **kwargs: Any) -> Any:
         lookups: list[tuple[str, Tensor, Step | None]] = []
 
         def answer(table: str, func: Any, args: Any, kwargs: Any) -> Tensor:
@@ -248,44 +223,44 @@ class _Trace:
             return lookups[-1][1]
 
         module = self.modules[name]
-        tensors, statics, spec = _flat(name, (args, kwargs))
-        known: dict[int, int | str] = {id(x): n for n, x in _held(module).items()}
+        tensors, statics, spec = flat_of(name, (args, kwargs))
+        known: dict[int, int | str] = {id(x): n for n, x in parts_held(module).items()}
         tape = Tape(known | {id(x): i for i, x in enumerate(tensors)})
         before = [x.clone() for x in tensors]
         buffers = [b.clone() for b in module.buffers()]
-        with _Random() as random, Quiet() as quiet, Lookups(_tables(module), answer) as seeing, tape:
+        with DrawSeen() as random, Quiet() as quiet, Lookups(tables_of(module), answer) as seeing, tape:
             out = self.forwards[name](*args, **kwargs)
         if random.drawn:
-            raise _NotALeaf(name, f"it draws random numbers ({random.drawn})")
+            raise NotALeafError(name, f"it draws random numbers ({random.drawn})")
         if not all(map(torch.equal, tensors, before)):
-            raise _NotALeaf(name, "it writes to its arguments in place")
-        outputs, out_statics, out_spec = _flat(name, out)
+            raise NotALeafError(name, "it writes to its arguments in place")
+        outputs, out_statics, out_spec = flat_of(name, out)
         writes = quiet.trains_norm or not all(map(torch.equal, module.buffers(), buffers))
         given, returned = (before, statics, spec), (outputs, out_statics, out_spec)
-        seen.append(_Seen(*given, *returned, lookups, seeing.otherwise, quiet.drops, quiet.trains_norm, writes))
+        seen.append(Seen(*given, *returned, lookups, seeing.otherwise, quiet.drops, quiet.trains_norm, writes))
         return out
 
-    def _make(self, name: str, found: list[tuple[int, _Seen]]) -> Leaf:
+    def _make(self, name: str, found: list[tuple[int, Seen]]) -> Leaf:
         """The leaf of one call, as it is for any batch."""
         first = found[0][1]
         for _, other in found[1:]:
             if (other.statics, other.spec) != (first.statics, first.spec):
-                raise _NotALeaf(name, "it is called with numbers or a nesting that depend on values")
+                raise NotALeafError(name, "it is called with numbers or a nesting that depend on values")
             if (other.out_statics, other.out_spec) != (first.out_statics, first.out_spec):
-                raise _NotALeaf(name, "it returns numbers or a nesting that depend on values")
+                raise NotALeafError(name, "it returns numbers or a nesting that depend on values")
             if [t for t, *_ in other.lookups] != [t for t, *_ in first.lookups]:
-                raise _NotALeaf(name, "which lookups it makes depends on values", final=name == WHOLE)
+                raise NotALeafError(name, "which lookups it makes depends on values", final=name == WHOLE)
         if not first.outputs:
-            raise _NotALeaf(name, "it returns no tensor")
-        rows = tuple(_batch_dim([(n, x.inputs[i]) for n, x in found]) for i in range(len(first.inputs)))
+            raise NotALeafError(name, "it returns no tensor")
+        rows = tuple(batch_dim([(n, x.inputs[i]) for n, x in found]) for i in range(len(first.inputs)))
         if all(d is None for d in rows):
-            raise _NotALeaf(name, "no dimension of its arguments is the batch")
+            raise NotALeafError(name, "no dimension of its arguments is the batch")
         results = tuple(
-            Result(_sizes(name, [(n, x.outputs[i]) for n, x in found]), first.outputs[i].dtype)
+            Result(sizes_of(name, [(n, x.outputs[i]) for n, x in found]), first.outputs[i].dtype)
             for i in range(len(first.outputs))
         )
         looked_up = range(len(first.lookups))
-        lookup_rows = tuple(_batch_dim([(n, x.lookups[i][1]) for n, x in found]) for i in looked_up)
+        lookup_rows = tuple(batch_dim([(n, x.lookups[i][1]) for n, x in found]) for i in looked_up)
         alone = next((x for n, x in found if n == 1), None)  # one that forward runs on
         example = [x if d is None else x.narrow(d, 0, 1) for x, d in zip((alone or first).inputs, rows, strict=True)]
         example_rows = [x if alone else x[:1] for _, x, _ in (alone or first).lookups]
@@ -296,13 +271,13 @@ class _Trace:
         )  # fmt: skip
         module = self.modules[name]
         only_looked_up = set(call.lookups) - set().union(*(x.otherwise for _, x in found))
-        held = _held(module)
+        held = parts_held(module)
         state = {n: x for n, x in held.items() if n not in only_looked_up}
         leaf = Leaf(name.removeprefix("model.") or "forward", module, call, list(state), double=self.work.means_double)
         try:
             leaf.check_empty(list(state.values()))
         except CaptureError as error:
-            raise _NotALeaf(name, str(error)) from error
+            raise NotALeafError(name, str(error)) from error
         every = [[r for *_, r in x.lookups] for _, x in found]
         self.recipes[leaf] = [rs[0] if all(same(rs[0], r) for r in rs) else None for rs in zip(*every, strict=True)]
         return leaf
@@ -312,12 +287,12 @@ class _Trace:
     def _enter(self, name: str, leaves: Iterator[Leaf], *args: Any, **kwargs: Any) -> Any:
         leaf = next(leaves)
         call, module = leaf.call, self.modules[name]
-        tensors, statics, spec = _flat(name, (args, kwargs))
+        tensors, statics, spec = flat_of(name, (args, kwargs))
         if (statics, spec) != (call.statics, call.spec):
-            raise _NotALeaf(name, "it is called with numbers or a nesting that depend on the batch")
+            raise NotALeafError(name, "it is called with numbers or a nesting that depend on the batch")
         token = torch.ops.descompiler.enter(tensors)
         rows = self._look_up(name, leaf, tensors, args, kwargs)
-        held = _held(module)
+        held = parts_held(module)
         _CALLS.append(call)
         self.traced.append(leaf)
         state = [held[n] for n in leaf.state]
@@ -337,21 +312,21 @@ class _Trace:
             return rows[-1]
 
         try:
-            with _untracked_calls(), Lookups(_tables(self.modules[name]), answer):
+            with _untracked_calls(), Lookups(tables_of(self.modules[name]), answer):
                 self.forwards[name](*args, **kwargs)
         except _Done:
             return rows
         except Exception as error:  # whatever tracing raises
             given: dict[int | str, Tensor] = dict(enumerate(tensors))
-            given.update(_held(self.modules[name]))
+            given.update(parts_held(self.modules[name]))
             for table, recipe in zip(leaf.call.lookups[len(rows) :], self.recipes[leaf][len(rows) :], strict=True):
                 if recipe is None:
                     table = table.removeprefix("model.")
                     why = f"the ids of its lookup in {table!r} can't be traced: {first_line(error)}"
-                    raise _NotALeaf(name, why, final=True) from error
+                    raise NotALeafError(name, why, final=True) from error
                 rows.append(recipe.run(given))
             return rows
-        raise _NotALeaf(name, "which lookups it makes depends on values", final=True)
+        raise NotALeafError(name, "which lookups it makes depends on values", final=True)
 
     def _finish(self, graph: fx.Graph) -> None:
         """Put the leaves where the trace has markers, without what only traced their ids."""
@@ -363,52 +338,6 @@ class _Trace:
             node.target, node.args = self.traced[key], tuple(arguments)
             graph.erase_node(token)
         eliminate_dead_code(graph)
-
-
-def _flat(name: str, tree: Any) -> tuple[list[Tensor], tuple[Any, ...], Any]:
-    try:
-        leaves, spec = flatten(tree)
-    except InputError as error:
-        raise _NotALeaf(name, str(error).splitlines()[0]) from error
-    return *split_statics(leaves), spec
-
-
-def _held(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_parameters()) | dict(module.named_buffers())
-
-
-def _tables(module: nn.Module) -> dict[int, str]:
-    return {id(p): n for n, p in module.named_parameters()}
-
-
-def _batch_dim(found: Sequence[tuple[int, Tensor]]) -> int | None:
-    """The first dimension that has the size of the batch in every run."""
-    dims = range(min(x.dim() for _, x in found))
-    return next((d for d in dims if all(x.shape[d] == rows for rows, x in found)), None)
-
-
-def _sizes(name: str, found: Sequence[tuple[int, Tensor]]) -> tuple[Size, ...]:
-    """The shape of a result as a function of the rows."""
-    (n, a), (m, b) = ((rows, x.shape) for rows, x in found[:2])
-    sizes = []
-    for before, after in zip(a, b, strict=False):
-        per_row = (after - before) // (m - n)
-        sizes.append(Size(per_row, before - per_row * n))
-    for rows, x in found:
-        if tuple(s.of(rows) for s in sizes) != tuple(x.shape) or any(s.per_row < 0 for s in sizes):
-            raise _NotALeaf(name, "the shapes of its results depend on values")
-    return tuple(sizes)
-
-
-class _Random(TorchDispatchMode):
-    """Notes an operator that draws random numbers."""
-
-    drawn = ""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.drawn = str(func)
-        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
