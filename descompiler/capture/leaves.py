@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 
 from descompiler.capture.leaf_runs import (
     WHOLE,
-    NotALeafError,
     DrawSeen,
+    NotALeafError,
     Seen,
     batch_dim,
     flat_of,
