@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,11 +115,12 @@ class Builder:
         return measure(program, operators, batches)
 
     def emit(self, plan: Plan, training: dict[str, bool], rank: int) -> Emitted:
-        program, _ = self.capture(training)
+        program, signature = self.capture(training)
         operators = find_tables(program, self.kit.forms)
         candidates, cut = region_of(program, operators, plan, self.kit.rules)
         splits = splits_of(operators, plan)
-        return emit(program, operators, splits, plan.pieces, candidates, cut, rank, plan.ranks)
+        emitted = emit(program, operators, splits, plan.pieces, candidates, cut, rank, plan.ranks)
+        return replace(emitted, signature=signature)
 
 
 def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

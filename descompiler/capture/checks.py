@@ -98,6 +98,7 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> se
             f"the model itself can't run on {len(tensors[0])} rows: {type(error).__name__}: {error}"
         ) from error
     eager_gradients, eager_reach = _gradients(eager, list(params.values())), _reached(eager, large)
+    left = {n: b.clone() for n, b in probe.model.named_buffers()}
     for n, b in probe.model.named_buffers():
         b.copy_(state[n])
     torch.manual_seed(11)
@@ -118,6 +119,10 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> se
             raise CaptureError(
                 f"the captured graph does not reproduce output {i} of the model on {len(tensors[0])} rows"
             )
+    written = {s.name: values[name] for name, s in program.sources.items() if s.kind == "buffer" and name in values}
+    for name, buffer in left.items():
+        if relative_error(buffer, written.get(name, state[name])) > TOLERANCE_FLOAT64:
+            raise CaptureError(f"the captured graph does not leave buffer {name!r} as the model does")
     sizes = [float(g.to_dense().nan_to_num().abs().max()) for g in eager_gradients if g is not None and g.numel()]
     rounding = ROUNDING_FLOAT64 * max(sizes, default=0.0)
     for name, before, after in zip(params, eager_gradients, graph_gradients, strict=True):
@@ -130,10 +135,19 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> se
 
 
 def _gradients(outputs: list[Tensor], params: list[Tensor]) -> list[Tensor | None]:
-    terms = [(o * torch.linspace(-1, 1, o.numel()).to(o).reshape(o.shape)).sum() for o in outputs if o.requires_grad]
+    terms = [(o * weights_like(o)).sum() for o in outputs if o.requires_grad]
     if not terms or not params:
         return [None] * len(params)
     return list(torch.autograd.grad(sum(terms[1:], terms[0]), params, allow_unused=True))
+
+
+def weights_like(x: Tensor) -> Tensor:
+    """Weights of a tensor's elements for a sum whose gradient is checked: the same for each size, at random.
+
+    Their mean is not zero: what a backward makes of the mean of a gradient would not be seen.
+    """
+    generator = torch.Generator().manual_seed(x.numel())
+    return (0.5 + torch.randn(x.shape, generator=generator, dtype=torch.float64)).to(x)
 
 
 def _reached(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> set[str]:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from descompiler.capture.checks import CannotRunError, check_reproduces, in_float64, probe_values
 from descompiler.capture.leaves import trace_leaves, trace_whole
@@ -89,6 +90,37 @@ def _check_leaves(program: Program) -> None:
             raise LeafError(f"{n.target.name!r} {what}, and its rows are independent otherwise")
 
 
+def _refuse_numbers(signature: Signature, probe: Flat, batch: list[Tensor]) -> None:
+    """Refuse outputs that are no tensors and depend on the batch: a graph, and a rank's own forward, have others.
+
+    Raises
+    ------
+    UnsupportedError
+        With the place of the output.
+    """
+    move_parameters(probe)
+    try:
+        run_eager(probe, batch)
+    except Exception:  # whatever forward raises on another batch: the rungs meet it again, and say so
+        return
+    if probe.out_spec != signature.outputs:
+        one, two = signature.outputs.num_leaves, len(probe.out_statics)
+        raise UnsupportedError(
+            f"forward returns {one} values for one batch and {two} for another, or nests them otherwise: return the "
+            "same names, as many tensors, for every batch"
+        )
+    places = pytree.tree_flatten_with_path(
+        pytree.tree_unflatten(list(range(len(signature.output_statics))), signature.outputs)
+    )[0]
+    for (path, _), first, second in zip(places, signature.output_statics, probe.out_statics, strict=True):
+        if repr(first) != repr(second):
+            raise UnsupportedError(
+                f"forward returns a number that depends on the batch: output{pytree.keystr(path)} is {first!r} for one "
+                f"and {second!r} for another, and of a rank's rows it would be another still. Return the tensor "
+                "(loss.detach() in place of loss.item()), and take the number of what the compiled module returns"
+            )
+
+
 NOT_CAPTURED = (
     "no tracer captured the model whole: a graph needs ids that are computed by operators of torch alone, and shapes "
     "that depend on the batch's size, not on values"
@@ -156,6 +188,7 @@ def capture(
     assert probe.out_spec is not None  # from the eager run: export undoes what forward writes to its module
     signature = Signature(spec, probe.out_spec, statics, probe.out_statics)
     batches = [double_all(batch) for batch in (tensors, other_batch(tensors))]
+    _refuse_numbers(signature, probe, batches[1])
     failures: list[Failure] = []
     for rung, trace in RUNGS:
         try:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from descompiler.classify.backward import TOLERANCE_FLOAT64, backward_mixes
 from descompiler.classify.operator_kinds import ALONG, DRAWN_BY_ROW, DROPPING, HEAVY, LOOKUPS, SUMS
 from descompiler.classify.scope import CONSTANT, GLOBAL, LOCAL, OWN, SIZE, SIZED, WHOLE, Scope, polynomial
 from descompiler.classify.spare_row import OnSpareRow, runs_without_rows
@@ -28,10 +29,6 @@ from descompiler.layout.rows import Rows
 from descompiler.model.folded import has_own_values
 from descompiler.model.reach import leaves_of
 from descompiler.ops.local import bag
-
-TOLERANCE_FLOAT64 = 1e-9
-"""Relative error allowed between a whole batch's value and its parts', in float64."""
-
 
 CHECK_ROWS = 7
 
@@ -203,7 +200,8 @@ class _Classifier:
             self._global(node, reduced=True)
         elif self._may_be_local(node, kinds) and (found := self._reproducing(node, kinds)):
             rows, uses, parts = found
-            if not self._run_without_rows(node, dict(zip(kinds, uses, strict=True)), rows):
+            versions = dict(zip(kinds, uses, strict=True))
+            if not self._run_without_rows(node, versions, rows) or self._backward_mixes(node, versions, rows):
                 self._global(node, drawn=drops)
                 return
             self.scopes[node] = Scope(LOCAL, rows[0], uses, drawn=drops)
@@ -385,12 +383,24 @@ class _Classifier:
         return runs_without_rows(spare, args, kwargs, shapes)
 
     def _part(self, node: fx.Node, division: int, part: int, versions: dict[fx.Node, str]) -> Any:
-        def find(a: fx.Node) -> Any:
-            if versions[a] == WHOLE:
-                return _detach(self.whole[a])
-            return (self.sized if versions[a] == SIZED else self.parts)[division][part][a]
+        return self._call(node, lambda a: self._operand(a, division, part, versions[a]))
 
-        return self._call(node, find)
+    def _operand(self, a: fx.Node, division: int, part: int, version: str) -> Any:
+        if version == WHOLE:
+            return _detach(self.whole[a])
+        return (self.sized if version == SIZED else self.parts)[division][part][a]
+
+    def _backward_mixes(self, node: fx.Node, versions: dict[fx.Node, str], rows: Sequence[Rows]) -> bool:
+        """Whether a leaf, whose backward may be the user's own, makes other gradients of parts than of the whole."""
+        if not isinstance(node.target, Leaf) or is_random(node):
+            return False
+        wholes = {a: self.whole[a] for a in versions}
+        parts = [
+            [{a: self._operand(a, d, k, kind) for a, kind in versions.items()} for k in range(len(SPLITS[d]))]
+            for d in range(len(SPLITS))
+        ]
+        layouts = {a: self.scopes[a].rows for a, kind in versions.items() if kind == OWN}
+        return backward_mixes(lambda given: self._call(node, given.__getitem__), wholes, parts, layouts, rows)
 
     def _gradients(self) -> set[fx.Node]:
         """The nodes that get a gradient from the outputs."""

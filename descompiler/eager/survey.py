@@ -131,6 +131,7 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
     device = tensors[0].device if tensors else torch.device("cpu")
     model = materialise(template, device, double=True)
     state = {n: b.clone() for n, b in model.named_buffers()}
+    kept: list[str] = []  # buffers that forward leaves otherwise than it found them, batch norms' aside
 
     def run(inputs: Any, *, skip_norms: bool) -> tuple[list[Tensor], _Recorder]:
         for n, b in model.named_buffers():
@@ -139,7 +140,8 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
         with seeded(11, device) as has_drawn, InDouble() if double_meant else nullcontext(), recorder:
             out = call_of(model, method)(*inputs[0], **inputs[1])
             recorder.random = has_drawn()
-        return split_statics(flatten(out)[0])[0], recorder
+        left = dict(model.named_buffers())
+        return [*split_statics(flatten(out)[0])[0], *(left[n].clone() for n in kept)], recorder
 
     double_meant = is_double_meant()
     try:
@@ -156,6 +158,7 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
         ) from error
     sizes = {t.shape[0] if t.dim() else None for t in tensors}
     whole, without_dropout = run(double, skip_norms=True)
+    kept += [n for n, b in model.named_buffers() if not torch.equal(b, state[n])]
     random = without_dropout.random
     if (len(sizes) != 1 or None in sizes) and not knows_rows(double):
         rows = next((o.shape[0] for o in whole if o.dim()), 0)
@@ -169,9 +172,15 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
     rows = tensors[0].shape[0] if len(sizes) == 1 else next((o.shape[0] for o in whole if o.dim()), 0)
     if not rows:
         raise UnsupportedError("the inputs differ in dim 0 and forward returns a scalar: its rows are not known")
-    kinds = _kinds(double, rows, lambda x: run(x, skip_norms=True)[0], lambda: _renew(model))
-    if COUPLED in kinds:
+    every = _kinds(double, rows, lambda x: run(x, skip_norms=True)[0], lambda: _renew(model))
+    kinds = every[: len(whole)]
+    apart = [n for n, kind in zip(kept, every[len(whole) :], strict=True) if kind != SAME]
+    if apart:
+        coupled = f"what forward leaves in buffer {apart[0]!r} depends on how a batch is divided"
+    elif COUPLED in kinds:
         coupled = f"output {kinds.index(COUPLED)} of forward depends on how a batch is divided"
+    elif _gradients_mix(double, rows, lambda x: run(x, skip_norms=True)[0][: len(whole)], kinds, model):
+        coupled = "the gradient of a row depends on how a batch is divided"
     elif random:  # of a few rows the numbers are those of many: one draw for all, which ranks have to share
         coupled = "forward draws random numbers for the whole batch"
     else:
@@ -184,7 +193,7 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
         )
     originals, _ = split_statics(flatten((args, kwargs))[0])
     row_bytes = sum(x[0].numel() * x.element_size() for x in originals)
-    outputs = _of_the_whole(double, rows, kinds, lambda x: run(x, skip_norms=True)[0])
+    outputs = _of_the_whole(double, rows, kinds, lambda x: run(x, skip_norms=True)[0][: len(whole)])
     return Survey(recorder.uses, outputs, rows, "", coupled, row_bytes, random)
 
 
@@ -226,6 +235,41 @@ def _kinds(inputs: Any, rows: int, run: Any, renew: Any) -> tuple[str, ...]:
             for kinds, w, t, *p in zip(possible, whole, turned, *parts, strict=True):
                 kinds &= _kinds_of(w, t, p, sizes)
     return tuple(next((k for k in (ROWS, SAME, MEAN, SUM) if k in kinds), COUPLED) for kinds in possible)
+
+
+def _gradients_mix(inputs: Any, rows: int, run: Any, kinds: Sequence[str], model: nn.Module) -> bool:
+    """Whether parameters' gradients of a batch are not the sum of those of its parts, though outputs are its rows'.
+
+    A backward that is the user's own, or a hook on a tensor, may combine rows where forward does not. Outputs are
+    weighted at random, and the mean of the weights is not zero.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad and has_own_values(p)]
+
+    def gradients(index: Tensor, weights: Sequence[Tensor], share: float) -> list[Tensor]:
+        terms = []
+        for x, kind, w in zip(run(take_rows(inputs, index)), kinds, weights, strict=True):
+            if not x.requires_grad:
+                continue
+            scale = {ROWS: w.reshape(-1, *[1] * (x.dim() - 1)), MEAN: share, SUM: 1.0, SAME: share}[kind]
+            terms.append((x.double() * scale).sum())
+        if not terms or not trained:
+            return []
+        found = torch.autograd.grad(sum(terms[1:], terms[0]), trained, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(trained, found, strict=True)]
+
+    for seed in range(DRAWS):
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.randint(rows, (DRAWN_ROWS,), generator=generator)
+        weights = [0.5 + torch.randn(DRAWN_ROWS, generator=generator, dtype=torch.float64) for _ in kinds]
+        whole = gradients(index, weights, 1.0)
+        largest = max((float(g.abs().max()) for g in whole if g.numel()), default=0.0)
+        for sizes in DIVISIONS:
+            cut = zip(index.split(sizes), *(w.split(sizes) for w in weights), strict=True)
+            parts = [gradients(part, ws, len(part) / DRAWN_ROWS) for part, *ws in cut]
+            for g, *terms in zip(whole, *parts, strict=True):
+                if g.numel() and float((g - sum(terms[1:], terms[0])).abs().max()) > TOLERANCE_FLOAT64 * largest:
+                    return True
+    return False
 
 
 DRAWS, DRAWN_ROWS, DIVISIONS = 4, 7, ((3, 4), (5, 2))

@@ -26,6 +26,7 @@ from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.rows import Rows
 from descompiler.model.attributes import Place
+from descompiler.model.inputs import Signature
 from descompiler.planning.exchanges import early_checks
 from descompiler.region.cut import Candidates, Cut
 from descompiler.runtime.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait
@@ -50,6 +51,8 @@ class Emitted:
         Parameters that require gradients and get none.
     reads : frozenset of (str, str)
         See `Program`.
+    signature : Signature or None
+        How forward is called, and what it returns, in the training flags of the program.
     """
 
     module: fx.GraphModule
@@ -60,6 +63,7 @@ class Emitted:
     outputs: tuple[Rows | None, ...]
     untrained: frozenset[str]
     reads: frozenset[Place]
+    signature: Signature | None = None
 
 
 def emit(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -95,6 +95,33 @@ def call_of(model: nn.Module, method: str) -> Callable[..., Any]:
     return model if method == CALL else method_of(model, method)
 
 
+@contextmanager
+def assignments_written(model: nn.Module) -> Iterator[None]:
+    """Buffers that forward assigns anew (``self.mean = 0.9 * self.mean + ...``) are written to when it ends.
+
+    So a tracer sees what it would not: another tensor under the name.
+
+    Raises
+    ------
+    UnsupportedError
+        If one gets another shape or dtype: ranks' buffers, and checkpoints, have those of the model.
+    """
+    before = [(m, n, b) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+    yield
+    for module, name, buffer in before:
+        now = module._buffers.get(name)
+        if now is buffer or now is None:
+            continue
+        if (now.shape, now.dtype) != (buffer.shape, buffer.dtype):
+            raise UnsupportedError(
+                f"forward gives buffer {name!r} of {type(module).__name__} another shape or dtype "
+                f"({list(now.shape)}, {now.dtype}; it was {list(buffer.shape)}, {buffer.dtype}): ranks would hold "
+                "different state. Keep its shape, or return the value from forward"
+            )
+        buffer.copy_(now.detach())
+        module._buffers[name] = buffer
+
+
 class Flat(nn.Module):
     """Calls the user's module from a flat list of tensors and flattens what it returns."""
 
@@ -114,7 +141,12 @@ class Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = unflatten_with(tensors, self.spec, self.statics)
-        leaves, self.out_spec = flatten(self._call(args, kwargs))
+        if torch.compiler.is_dynamo_compiling():  # it replays assignments itself, and reads no more than it has to
+            returned = self._call(args, kwargs)
+        else:
+            with assignments_written(self.model):
+                returned = self._call(args, kwargs)
+        leaves, self.out_spec = flatten(returned)
         out, self.out_statics = split_statics(leaves)
         return out
 

@@ -104,9 +104,10 @@ class DistributedModule(nn.Module):
     def _mirror(self, template: nn.Module, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """Bare modules with the original's names."""
         made: dict[int, nn.Parameter] = {}
-        scopes: dict[str, nn.Module] = {"": self}
-        for name, source in template.named_modules():
-            scope = scopes.setdefault(name, nn.Module())
+        mirrored: dict[int, nn.Module] = {id(template): self}  # a module of two names stays one
+        scopes: dict[str, nn.Module] = {}
+        for name, source in template.named_modules(remove_duplicate=False):
+            scope = scopes[name] = mirrored.setdefault(id(source), nn.Module())
             scope.training = source.training
             if name:
                 parent, _, leaf = name.rpartition(".")
@@ -185,7 +186,8 @@ class DistributedModule(nn.Module):
             text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             runtime.header(0, text)
             raise
-        return self._signature.unflatten(self._finishing(outputs) if self._in_place else outputs)
+        assert emitted.signature is not None
+        return emitted.signature.unflatten(self._finishing(outputs) if self._in_place else outputs)
 
     def _users_forward(self, error: CaptureError) -> UsersForward:
         """What runs the user's own forward, where the graph for these training flags was not captured.

@@ -36,10 +36,13 @@ class RecogniseBags:
             weights = args["per_sample_weights"]
             if weights is not None:
                 continue
+            padding = args.get("padding_idx")
+            if padding is not None and padding < 0:  # from the end, as torch's bags count; a lookup's -1 is none
+                padding += int(shape_of(args["weight"])[0])
             with program.graph.inserting_before(outputs[0]):
                 new = program.graph.call_function(
                     bag,
-                    (args["weight"], ids, MODES[args["mode"]], args.get("padding_idx"), args["sparse"]),
+                    (args["weight"], ids, MODES[args["mode"]], padding, args["sparse"]),
                     {"scale_grad_by_freq": args["scale_grad_by_freq"]} if args["scale_grad_by_freq"] else {},
                 )
             new.meta = dict(outputs[0].meta)

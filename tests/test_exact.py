@@ -1,0 +1,192 @@
+"""What a user would not notice: state that forward keeps, numbers that it returns, names, gradients of another kind."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import descompiler as des
+
+IDS = torch.randint(0, 50, (6, 3), generator=torch.Generator().manual_seed(5))
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(50, 6), nn.Linear(18, 1)
+
+    def features(self, ids: Tensor) -> Tensor:
+        return self.table(ids).flatten(1)
+
+
+class AssignedMean(Table):
+    """A buffer that forward assigns, of the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(18))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.features(ids)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            self.steps = self.steps + 1
+        return self.head(x - self.mean)
+
+
+class Inner(nn.Module):
+    """The same in a module within, read again after it was assigned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = AssignedMean(), nn.Linear(1, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.inner(ids)) + self.inner.mean.sum()
+
+
+class AssignedInPart(AssignedMean):
+    """In Python that no tracer goes through."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(torch.from_numpy(np.sort(ids.numpy(), axis=1)))
+
+
+class PaddedFromTheEnd(Table):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = F.embedding_bag(ids, self.table.weight, mode="mean", padding_idx=-4)
+        return self.head(x.repeat(1, 3))
+
+
+class OtherInEvaluation(Table):
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        x = self.features(ids)
+        more = {"norm": x.pow(2).mean()} if self.training else {"first": x[:, 0], "last": x[:, -1]}
+        return {"score": self.head(x), **more}
+
+
+class TwoNames(nn.Module):
+    """A module of two names, and one within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Embedding(50, 6), nn.Linear(6, 1))
+        self.second = self.first
+        self.third = nn.Sequential(self.first[0], nn.Linear(6, 1))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return (self.first(ids) + self.second(ids).sin() + self.third(ids)).sum(1)
+
+
+class MixingBackward(torch.autograd.Function):
+    """Its forward is of each row, its backward takes the mean gradient of all."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g - g.mean(0)
+
+
+class Mixing(Table):
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(MixingBackward.apply(self.features(ids)))
+
+
+@pytest.mark.parametrize("model", [AssignedMean, Inner, AssignedInPart, PaddedFromTheEnd, OtherInEvaluation, TwoNames])
+def test_it_trains_as_the_original(model, on_ranks):
+    des.verify(model(), (IDS,), plans=[None, {"*": "row"}, {"*": "replicate"}], launch=on_ranks)
+
+
+def _evaluated(rank, ranks, model):
+    module = des.compile(model, (IDS,))
+    module.eval()
+    with torch.no_grad():
+        return module(IDS[rank * 3 : rank * 3 + 3])
+
+
+def test_evaluation_returns_what_it_returns(on_ranks):
+    model = OtherInEvaluation().eval()
+    expected = model(IDS)
+    for rank, got in enumerate(on_ranks(_evaluated, 2, model.train())):
+        assert list(got) == list(expected)
+        for name, x in got.items():
+            torch.testing.assert_close(x, expected[name][rank * 3 : rank * 3 + 3])
+
+
+def _state(rank, ranks, model):
+    module = des.compile(model, (IDS,), plan={"*": "row"})
+    return des.full_state_dict(module)
+
+
+def test_the_whole_state_has_every_name(on_ranks):
+    model = TwoNames()
+    for state in on_ranks(_state, 2, model):
+        assert list(state) == list(model.state_dict())
+        TwoNames().load_state_dict(state)
+        assert all(torch.equal(x, state[n]) for n, x in model.state_dict().items())
+
+
+class Logged(Table):
+    def forward(self, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
+        x = self.head(self.features(ids)).mean()
+        return x, {"loss": x.item()}
+
+
+class Counted(Table):
+    def forward(self, ids: Tensor) -> tuple[Tensor, int]:
+        return self.head(self.features(ids)), int((ids > 25).sum())
+
+
+class Nested(Table):
+    def forward(self, ids: Tensor) -> list[Tensor]:
+        return [self.head(self.features(ids))] * (1 + int(ids.shape[0] > 8))
+
+
+class Growing(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.features(ids)
+        self.seen = torch.cat([self.seen, self.seen])
+        return self.head(x) + self.seen.sum()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Logged, r"a number that depends on the batch: output\[1\]\['loss'\] is .* Return the tensor"),
+        (Counted, r"a number that depends on the batch: output\[1\] is \d+ for one"),
+        (Nested, "forward returns 1 values for one batch and 2 for another"),
+        (Growing, "gives buffer 'seen' of Growing another shape"),
+    ],
+)
+def test_what_would_differ_is_refused(model, message):
+    with pytest.raises(des.DescompilerError, match=message):
+        des.compile(model(), (IDS,))
+
+
+class MixingInPart(Mixing):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(torch.from_numpy(np.sort(ids.numpy(), axis=1)))
+
+
+class Hooked(Table):
+    """A hook on a tensor of forward does the same."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.features(ids)
+        if x.requires_grad:
+            x.register_hook(lambda g: g - g.mean(0))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("model", [Mixing, MixingInPart, Hooked])
+def test_a_backward_that_mixes_rows_is_that_of_the_global_batch(model, on_ranks):
+    des.verify(model(), (IDS,), plans=[None, {"*": "row"}], launch=on_ranks)
