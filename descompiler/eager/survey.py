@@ -26,6 +26,7 @@ from descompiler.model.folded import has_own_values
 from descompiler.model.inputs import flatten, knows_rows, map_tensors, normalise_inputs, split_statics, take_rows
 from descompiler.model.probe import CALL, call_of, materialise, method_of
 from descompiler.model.random_state import seeded
+from descompiler.model.sparse import equal
 from descompiler.ops.functions import DROPOUTS, LOOKUPS, function_name
 
 ROWS, MEAN, SUM, SAME, COUPLED = "rows", "mean", "sum", "same", "coupled"
@@ -158,7 +159,7 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
         ) from error
     sizes = {t.shape[0] if t.dim() else None for t in tensors}
     whole, without_dropout = run(double, skip_norms=True)
-    kept += [n for n, b in model.named_buffers() if not torch.equal(b, state[n])]
+    kept += [n for n, b in model.named_buffers() if not equal(b, state[n])]
     random = without_dropout.random
     if (len(sizes) != 1 or None in sizes) and not knows_rows(double):
         rows = next((o.shape[0] for o in whole if o.dim()), 0)
