@@ -25,14 +25,6 @@ FSDP = ALL_REDUCE
 ALL_TO_ALL = IDS_IN + VALUES_OUT_AND_BACK.subs(w, L * k)
 PARTIAL = IDS_IN + VALUES_OUT_AND_BACK.subs(w, N * w)  # each of N ranks sends a term
 
-FORMS = {
-    "replicate": REPLICATE,
-    "gather": GATHER,
-    "pull": PULL,
-    "all-to-all": ALL_TO_ALL,
-    "partial": PARTIAL,
-}
-
 
 def hot_threshold(dim: int, itemsize: int, id_bytes: int, sparse: bool = False) -> float:
     """The probability that a batch has a row, above which replicating the row sends less than pulling it.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from descompiler.passes import FORMS
+
 TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "descompiler"
 
@@ -36,6 +38,12 @@ ORDER = (
     ("__main__",),
 )
 """Folders, and modules of the top, from the ground up: each imports from itself and from those before it."""
+
+NAME_FORMS = ("descompiler.passes.forms", "descompiler.tables.aliases", "descompiler.examples")
+"""What may name a form."""
+
+EXCHANGES = {"gather"}
+"""Kinds of exchanges that are called as a form is."""
 
 RANKS = {"torch.distributed", "descompiler.runtime"}
 """What nobody below the run time meets."""
@@ -158,3 +166,22 @@ def test_what_tests_share_is_in_the_harness() -> None:
 def test_a_test_that_imports_a_test_is_found(source: str) -> None:
     assert imported_tests(source)
     assert not imported_tests(source.replace("test_a", "harness"))
+
+
+def literals(source: str) -> set[str]:
+    """Strings of a module that are no docstrings."""
+    tree = ast.parse(source)
+    texts = {id(x.value) for x in ast.walk(tree) if isinstance(x, ast.Expr)}
+    strings = (x for x in ast.walk(tree) if isinstance(x, ast.Constant) and isinstance(x.value, str))
+    return {x.value for x in strings if id(x) not in texts}
+
+
+def test_generic_code_names_no_form():
+    """It asks a form what it has to know, so that one from outside is as good as those that are built in."""
+    named = {
+        module: found
+        for module, source in package_sources().items()
+        if not module.startswith(NAME_FORMS) and (found := literals(source) & {*FORMS.names} - EXCHANGES)
+    }
+    assert not named
+    assert literals('"""row"""\nx = "row"') == {"row"}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 import descompiler as des
 from descompiler.passes import FORMS
@@ -22,6 +23,18 @@ class InPart(Recommender):
 
     def calculate_loss(self, batch):
         return super().calculate_loss({**batch, "ids": torch.tensor(batch["ids"].tolist())})
+
+
+class EveryForm(nn.Module):
+    """A table for each form; the last is also used whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(30 + n, 4, sparse=n == 1) for n in range(8))
+
+    def forward(self, ids):
+        found = torch.cat([table(ids[:, n]) for n, table in enumerate(self.tables)], 1)
+        return found.sum(1) + self.tables[7].weight.logsumexp(0).sum()
 
 
 def test_a_plan_survives_a_file(tmp_path):

@@ -7,6 +7,7 @@ computed of whole tables column by column (graph propagation) a rank computes it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
@@ -22,6 +23,7 @@ from descompiler.tables.tables import Lookup, Operator
 @dataclass(frozen=True)
 class Column(InRegion):
     name: str = "column"
+    by_columns: ClassVar[bool] = True
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         return not_in_region(program, operator, by_columns=True) or whole_rows(operator)

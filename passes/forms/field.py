@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -27,6 +28,7 @@ from descompiler.tables.tables import Lookup, Operator
 @dataclass(frozen=True)
 class Field(InRegion):
     name: str = "field"
+    has_owners: ClassVar[bool] = True
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         return not_in_region(program, operator) or whole_rows(operator)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import sympy
 
@@ -22,6 +23,7 @@ from descompiler.tables.tables import Operator
 @dataclass(frozen=True)
 class Gather(OwnRows):
     name: str = "gather"
+    curve: ClassVar[sympy.Expr] = GATHER
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         if operator.outputs:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import sympy
@@ -32,6 +33,7 @@ MOST_RANGES = 4096
 @dataclass(frozen=True)
 class Hot(OwnRows):
     name: str = "hot"
+    needs_statistics: ClassVar[bool] = True
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         if not operator.trained:
@@ -77,6 +79,15 @@ class Hot(OwnRows):
 
     def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
         return {"cold rows pulled, hot rows' gradients all-reduced": HOT}
+
+    def least_bytes(
+        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, itemsize: int
+    ) -> float | None:
+        """Every row the cheaper way."""
+        _, present, other = statistics.presence(operator.name, batch_rows)
+        fetched, reduced = 4 + 2 * operator.dim * itemsize, 2 * operator.dim * itemsize
+        some = float(np.minimum(present * fetched, reduced).sum())
+        return (ranks - 1) * (some + (operator.rows - len(present)) * min(other * fetched, reduced))
 
 
 def ranges_of(rows: np.ndarray) -> tuple[tuple[int, int], ...]:

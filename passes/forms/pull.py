@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import sympy
 
@@ -23,6 +24,8 @@ from descompiler.tables.tables import Operator
 @dataclass(frozen=True)
 class Pull(ByRows, OwnRows):
     name: str = "pull"
+    in_part: ClassVar[str] = "pull"
+    curve: ClassVar[sympy.Expr] = PULL
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         return not_fetched(operator)

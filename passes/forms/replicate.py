@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import sympy
 
@@ -21,6 +22,9 @@ from descompiler.tables.tables import Operator
 @dataclass(frozen=True)
 class Replicate(OwnRows):
     name: str = "replicate"
+    fallback: ClassVar[bool] = True
+    in_part: ClassVar[str] = "replicate"
+    curve: ClassVar[sympy.Expr] = REPLICATE
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         return None

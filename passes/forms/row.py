@@ -8,6 +8,7 @@ by the owners of its rows (`descompiler.planning.products`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
@@ -22,6 +23,7 @@ from descompiler.tables.tables import Lookup, Operator
 @dataclass(frozen=True)
 class Row(ByRows, InRegion):
     name: str = "row"
+    in_part: ClassVar[str] = "pull"
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         if reason := not_in_region(program, operator):
