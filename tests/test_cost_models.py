@@ -13,7 +13,7 @@ from descompiler.cost_models import collectives
 from descompiler.cost_models.baselines import BASELINES, TableUse, price
 from descompiler.cost_models.cost import Cost, fused
 from descompiler.cost_models.crossovers import crossovers
-from descompiler.cost_models.forms import ALL_TO_ALL, PARTIAL, PULL, REPLICATE
+from descompiler.cost_models.forms import ALL_TO_ALL, PARTIAL, REPLICATE, UNIQUE_ROWS
 from descompiler.cost_models.memory import STATE, table_bytes
 from descompiler.cost_models.operators import extra_flops, linear_flops, pooling_flops
 from descompiler.cost_models.symbols import UG, L, N, S, U, V, alpha, b, beta, c, g, gamma, i, k, l, p, s, w
@@ -125,7 +125,7 @@ BYTES = {
 def test_bytes_scale_as_units(name):
     """In other units of a byte, elements, ids and lengths change alike, and so do the bytes."""
     formula = BYTES[name]
-    if name in ("data parallel, sparse gradients", "gather"):
+    if name in ("data parallel, sparse gradients", "sparse_all_gather"):
         formula = formula.subs(sympy.Integer(8), i)  # its indices are int64 always
     scaled = formula.subs({s: 3 * s, i: 3 * i, l: 3 * l}, simultaneous=True)
     assert sympy.simplify(scaled - 3 * formula) == 0
@@ -154,7 +154,7 @@ def test_scaling_laws(name):
         "data parallel, sparse gradients",
         "mesh, the batch's rows gathered",
         "TorchRec row-wise",
-        "gather",
+        "sparse_all_gather",
         "partial",
     }
     assert (limit == sympy.oo) == (name in unbounded)
@@ -200,13 +200,13 @@ def test_crossovers_in_closed_form():
     (x,) = crossovers(("all-to-all", ALL_TO_ALL), ("partial sums", PARTIAL), N, NUMBERS)
     assert sympy.simplify(x.threshold - L * k / w) == 0 and (x.first, x.second) == ("all-to-all", "partial sums")
     assert x.start == 25 and "from 25 ranks" in str(x)
-    (y,) = crossovers(("replicate", REPLICATE), ("pull", PULL), V, {U: 4000, k: 16, s: 4, i: 4, N: 8})
-    assert y.first == "pull" and y.value == pytest.approx(4000 * 132 / 128)
-    assert crossovers(("pull", PULL), ("pull", PULL), N, NUMBERS) == []
+    (y,) = crossovers(("replicate", REPLICATE), ("unique_rows", UNIQUE_ROWS), V, {U: 4000, k: 16, s: 4, i: 4, N: 8})
+    assert y.first == "unique_rows" and y.value == pytest.approx(4000 * 132 / 128)
+    assert crossovers(("unique_rows", UNIQUE_ROWS), ("unique_rows", UNIQUE_ROWS), N, NUMBERS) == []
     with pytest.raises(ValueError, match="solve for"):
-        crossovers(("pull", PULL), ("replicate", REPLICATE), V, {V: 3})
+        crossovers(("unique_rows", UNIQUE_ROWS), ("replicate", REPLICATE), V, {V: 3})
     with pytest.raises(ValueError, match="numbers of N, U, i, k"):
-        crossovers(("pull", PULL), ("replicate", REPLICATE), V, {s: 4})
+        crossovers(("unique_rows", UNIQUE_ROWS), ("replicate", REPLICATE), V, {s: 4})
 
 
 @pytest.mark.parametrize("pair", list(itertools.combinations(CURVES, 2)))

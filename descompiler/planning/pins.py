@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from descompiler.errors import PlanError
 from descompiler.graph.nodes import user_line
-from descompiler.tables.aliases import ALIASES
+from descompiler.tables.aliases import current_name
 from descompiler.tables.computed import Group, groups_of
-from descompiler.tables.form import FORMS, form_named
+from descompiler.tables.form import form_named
 from descompiler.tables.tables import Operator
 
 Forbidden = Mapping[str, str | Sequence[str]]
@@ -76,11 +76,10 @@ def _tie(allowed: dict[str, tuple[str, ...]], groups: Sequence[Group]) -> None:
 
 def form_name(name: str, about: str) -> str:
     """The form that a user's name means; `PlanError` if none."""
-    form = ALIASES.get(name, name)
-    if form not in FORMS.names:
-        aliases = ", ".join(f"{a!r} for {f!r}" for a, f in ALIASES.items())
-        raise PlanError(f"{about}: no form {name!r}; the forms are {', '.join(FORMS.names)} (also {aliases})")
-    return form
+    try:
+        return form_named(current_name(name)).name
+    except PlanError as error:
+        raise PlanError(f"{about}: {error}") from None
 
 
 def tables_named(operators: Sequence[Operator], pattern: str, about: str) -> list[Operator]:

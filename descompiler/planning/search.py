@@ -257,10 +257,10 @@ class Search:
                     best = choice
                 return True
             children = []
-            for form in self.allowed[free[depth]]:
+            for position, form in enumerate(self.allowed[free[depth]]):
                 nodes += 1
                 child = {**partial, free[depth]: (form,)}
-                children.append((self.in_units(self.relaxation.solve(child).sent_bytes), form, child))
+                children.append((self.in_units(self.relaxation.solve(child).sent_bytes), position, child))
             for below, _, child in sorted(children, key=lambda x: x[:2]):
                 if below >= self.score(best).price:
                     continue

@@ -419,7 +419,7 @@ def choice(plan: Plan) -> str:
 def summary_of(plan: Plan) -> str:
     """The forms of a plan's tables in a few words.
 
-    ``24 column, 28 replicate``
+    ``24 column_wise, 28 replicate``
     """
     forms = Counter(s.form for s in plan.splits.values())
     return ", ".join(f"{n} {form}" for form, n in sorted(forms.items(), key=lambda x: -x[1]))

@@ -29,6 +29,7 @@ from descompiler.layout.spans import Spans, alike
 from descompiler.layout.statistics import Statistics
 from descompiler.ops.local import bag, lookup
 from descompiler.registry import Registry
+from descompiler.tables.aliases import ALIASES
 from descompiler.tables.tables import Lookup, Operator, find_operators
 
 
@@ -66,8 +67,8 @@ class Split:
     whole : bool
         Whether ranks gather the table before they use it, so that everything is as if it were replicated.
 
-    >>> print(Split("column", Pieces.by_sizes((10, 4), 1, [2, 2], 2)))
-    column: E[10,4] -> cat_1(E[10,2]@0, E[10,2]@1)
+    >>> print(Split("column_wise", Pieces.by_sizes((10, 4), 1, [2, 2], 2)))
+    column_wise: E[10,4] -> cat_1(E[10,2]@0, E[10,2]@1)
     """
 
     form: str
@@ -232,7 +233,7 @@ class Form(Protocol):
         ...
 
 
-FORMS: Registry[Form] = Registry("form")
+FORMS: Registry[Form] = Registry("form", reserved=ALIASES)
 """All forms; ``passes/`` adds the built-in ones. Where two cost the same, the first is taken."""
 
 
@@ -242,9 +243,14 @@ def form_named(name: str) -> Form:
     Raises
     ------
     PlanError
-        If there is none.
+        If there is none: a plan from a file may have one that this process was not given.
     """
-    return FORMS.named(name)
+    try:
+        return FORMS.named(name)
+    except PlanError as error:
+        raise PlanError(
+            f"{error}; one from outside has to be installed, or given: des.plan(..., forms=[...])"
+        ) from None
 
 
 def fallback() -> Form:

@@ -1,4 +1,4 @@
-"""row: ``E[R,D]  -->  cat_0(E[R_r,D]@r)``
+"""row_wise: ``E[R,D]  -->  cat_0(E[R_r,D]@r)``
 
 Contiguous ranges of rows to ranks. Each rank looks up all ids of the global batch, zeros for those that it doesn't own,
 so a result is non-zero on one rank (`Disjoint`), a bag a sum of terms (`Partial`). Products with the table are computed
@@ -21,9 +21,9 @@ from descompiler.tables.tables import Lookup, Operator
 
 
 @dataclass(frozen=True)
-class Row(ByRows, InRegion):
-    name: str = "row"
-    in_part: ClassVar[str] = "pull"
+class RowWise(ByRows, InRegion):
+    name: str = "row_wise"
+    in_part: ClassVar[str] = "unique_rows"
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         if reason := not_in_region(program, operator):

@@ -1,4 +1,4 @@
-"""column: ``E[R,D]  -->  cat_1(E[R,D_r]@r)``
+"""column_wise: ``E[R,D]  -->  cat_1(E[R,D_r]@r)``
 
 Contiguous ranges of columns to ranks: every rank looks up all ids, and has its columns of every result. Of what is
 computed of whole tables column by column (graph propagation) a rank computes its columns, and nothing crosses for it.
@@ -21,8 +21,8 @@ from descompiler.tables.tables import Lookup, Operator
 
 
 @dataclass(frozen=True)
-class Column(InRegion):
-    name: str = "column"
+class ColumnWise(InRegion):
+    name: str = "column_wise"
     by_columns: ClassVar[bool] = True
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
