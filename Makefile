@@ -82,7 +82,7 @@ bench-links: $(INSTALLED)  ## predicted against measured bytes and seconds on sh
 exits: $(INSTALLED)  ## exit statuses of many runs of scripts and commands under torchrun (ARGS="--runs 50 --busy")
 	PYTHONPATH=$(CURDIR) $(RUN) benchmarks/exits.py $(ARGS)
 
-soak: $(INSTALLED)  ## 20,000 training steps in every form and situation: memory, objects, descriptors (ARGS="--only pull")
+soak: $(INSTALLED)  ## 20,000 training steps in every form and situation: memory, objects, descriptors (ARGS="--only unique_rows")
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(RUN) benchmarks/soak.py $(ARGS)
 
 bench-memory: $(INSTALLED)  ## peak memory of compiling 4 GiB of tables on 2 ranks, saving and loading (ARGS="--gib 1")

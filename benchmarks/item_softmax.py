@@ -33,7 +33,7 @@ class Scores(SequentialRecommender):
 
 WAYS: dict[str, tuple[type[nn.Module], Any]] = {
     "owners": (SequentialRecommender, None),
-    "logits": (Scores, {"items.weight": "pull"}),
+    "logits": (Scores, {"items.weight": "unique_rows"}),
     "data parallel": (SequentialRecommender, {"items.weight": "replicate"}),
 }
 

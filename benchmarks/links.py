@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", default=list(MBIT), choices=list(MBIT))
     parser.add_argument("--rows", type=int, default=4096, help="of each rank's batch")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--plan", default=None, help='forms to pin for every table, such as "row"')
+    parser.add_argument("--plan", default=None, help='forms to pin for every table, such as "row_wise"')
     parser.add_argument(
         "--realtime", action="store_true", help="measure collectives at real-time priority: see `realtime`"
     )

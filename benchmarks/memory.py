@@ -59,9 +59,9 @@ def measure(rank: int, ranks: int, kind: str, rows: int, dim: int) -> dict[str, 
     with torch.device("cpu" if real else "meta"):
         model = Model(rows, dim)
     ids = torch.randint(rows, (64, 4))
-    des.compile(Model(100, dim), (ids % 100,), plan={"tables*": "row"})  # imports, threads
+    des.compile(Model(100, dim), (ids % 100,), plan={"tables*": "row_wise"})  # imports, threads
     in_place = kind == "in place"
-    module, peak, seconds = peak_of(lambda: des.compile(model, (ids,), plan={"tables*": "row"}, in_place=in_place))
+    module, peak, seconds = peak_of(lambda: des.compile(model, (ids,), plan={"tables*": "row_wise"}, in_place=in_place))
     found = {"compile": (peak, seconds)}
     if kind == "meta":
         state, *found["full_state_dict(rank0_only=True)"] = peak_of(

@@ -22,7 +22,7 @@ import descompiler as des
 from descompiler.check.processes import on_ranks
 from examples.models import LightGCN, zipf_ids
 
-WAYS = ("column", "fsdp", "replicate")
+WAYS = ("column_wise", "fsdp", "replicate")
 
 
 def graph_of(users: int, items: int, edges: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Long runs: memory, Python objects and file descriptors of training, by what is trained and how.
 
     python benchmarks/soak.py --steps 20000
-    python benchmarks/soak.py --steps 2000 --only pull partial --rows 2048 --dim 64
+    python benchmarks/soak.py --steps 2000 --only unique_rows partial --rows 2048 --dim 64
 
 Two gloo ranks train a small model in each of `SCENARIOS`. Printed are the KiB that a rank's resident set grew a step
 from step 500 on, beside what its C allocator has in use (which fragments of the heap are no part of), and how many
@@ -190,31 +190,31 @@ class Scenario:
     step: Callable[[Any, Tensor], None] = once
 
 
-FORMS = ("row", "column", "field", "pull", "hot", "gather", "fsdp", "replicate")
+FORMS = ("row_wise", "column_wise", "table_wise", "unique_rows", "hot_rows", "sparse_all_gather", "fsdp", "replicate")
 
 SCENARIOS: dict[str, Scenario] = {
     "auto": Scenario(Towers),
     **{f: Scenario(Towers, {"plan": {"*": f}}) for f in FORMS},
-    "sparse gather": Scenario(lambda d: Towers(d, sparse=True), {"plan": {"*": "gather"}}),
-    "batch norm": Scenario(lambda d: Towers(d, norm=True), {"plan": {"*": "row"}}),
-    "shared columns": Scenario(Wide, {"plan": {"*": "column"}, "loss": "row_mean"}),
-    "in-batch": Scenario(InBatch, {"plan": {"*": "row"}}),
-    "over the batch": Scenario(Centred, {"plan": {"*": "row"}}),
-    "used whole": Scenario(Softmax, {"plan": {"item*": "fsdp", "user*": "pull"}}),
-    "vocabulary": Scenario(Softmax, {"plan": {"item*": "row", "user*": "pull"}}),
-    "computed": Scenario(Normalised, {"plan": {"*": "row"}}),
-    "partial": Scenario(Partial, {"plan": {"*": "row"}}),
-    "regularised": Scenario(Partial, {"plan": {"*": "row"}}, regularised),
-    "partial mean": Scenario(PartialMean, {"plan": {"*": "row"}}),
-    "leaf": Scenario(Opaque, {"plan": {"*": "pull"}}),
-    "in place": Scenario(Towers, {"plan": {"*": "row"}, "in_place": True}),
-    "accumulation": Scenario(Towers, {"plan": {"*": "pull"}}, accumulated),
-    "two forwards": Scenario(Towers, {"plan": {"*": "hot"}}, two_forwards),
-    "backward twice": Scenario(Towers, {"plan": {"*": "pull"}}, twice_backward),
-    "dropped graphs": Scenario(Towers, {"plan": {"*": "pull"}}, dropped),
-    "evaluation": Scenario(Towers, {"plan": {"*": "row"}}, evaluated),
-    "errors in forward": Scenario(Towers, {"plan": {"*": "row"}}, failing_forward),
-    "errors in backward": Scenario(Towers, {"plan": {"*": "pull"}}, failing_backward),
+    "sparse gather": Scenario(lambda d: Towers(d, sparse=True), {"plan": {"*": "sparse_all_gather"}}),
+    "batch norm": Scenario(lambda d: Towers(d, norm=True), {"plan": {"*": "row_wise"}}),
+    "shared columns": Scenario(Wide, {"plan": {"*": "column_wise"}, "loss": "row_mean"}),
+    "in-batch": Scenario(InBatch, {"plan": {"*": "row_wise"}}),
+    "over the batch": Scenario(Centred, {"plan": {"*": "row_wise"}}),
+    "used whole": Scenario(Softmax, {"plan": {"item*": "fsdp", "user*": "unique_rows"}}),
+    "vocabulary": Scenario(Softmax, {"plan": {"item*": "row_wise", "user*": "unique_rows"}}),
+    "computed": Scenario(Normalised, {"plan": {"*": "row_wise"}}),
+    "partial": Scenario(Partial, {"plan": {"*": "row_wise"}}),
+    "regularised": Scenario(Partial, {"plan": {"*": "row_wise"}}, regularised),
+    "partial mean": Scenario(PartialMean, {"plan": {"*": "row_wise"}}),
+    "leaf": Scenario(Opaque, {"plan": {"*": "unique_rows"}}),
+    "in place": Scenario(Towers, {"plan": {"*": "row_wise"}, "in_place": True}),
+    "accumulation": Scenario(Towers, {"plan": {"*": "unique_rows"}}, accumulated),
+    "two forwards": Scenario(Towers, {"plan": {"*": "hot_rows"}}, two_forwards),
+    "backward twice": Scenario(Towers, {"plan": {"*": "unique_rows"}}, twice_backward),
+    "dropped graphs": Scenario(Towers, {"plan": {"*": "unique_rows"}}, dropped),
+    "evaluation": Scenario(Towers, {"plan": {"*": "row_wise"}}, evaluated),
+    "errors in forward": Scenario(Towers, {"plan": {"*": "row_wise"}}, failing_forward),
+    "errors in backward": Scenario(Towers, {"plan": {"*": "unique_rows"}}, failing_backward),
 }
 
 

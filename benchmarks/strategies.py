@@ -36,7 +36,7 @@ def table_of(name: str) -> list[str]:
     lines.append("|---|" + "--:|" * len(RANKS))
     for strategy, sent in rows.items():
         lines.append(f"| {strategy} | " + " | ".join(f"{x / 1e6:,.2f}" for x in sent) + " |")
-    for form in ("replicate", "gather", "field", "row", "column", "pull"):
+    for form in ("replicate", "sparse_all_gather", "table_wise", "row_wise", "column_wise", "unique_rows"):
         sent = [captured.plan(ranks=n, batch=BATCH, pins={"*": form}).price_bytes for n in RANKS]
         lines.append(f"| all tables {form}, busiest rank | " + " | ".join(f"{x / 1e6:,.2f}" for x in sent) + " |")
     chosen = [p.price_bytes for p in plans]

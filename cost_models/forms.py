@@ -1,12 +1,12 @@
 """What the forms of a weights-rich operator send, per rank and step, the mean over ranks: the shapes of their curves.
 
     replicate, dense gradients          2 (N-1)/N V k s                           `REPLICATE`
-    replicate, unique rows' gradients   (N-1) U (k s + i)                         `GATHER`
-    pull unique rows                    (N-1)/N U (i + 2 k s)                     `PULL`
-    hot rows replicated, others pulled  (N-1)/N ((U - u) (i + 2 k s) + 2 H k s)   `HOT`: u of H hot rows in a batch
+    replicate, unique rows' gradients   (N-1) U (k s + i)                         `SPARSE_ALL_GATHER`
+    pull unique rows                    (N-1)/N U (i + 2 k s)                     `UNIQUE_ROWS`
+    hot rows replicated, others pulled  (N-1)/N ((U - u) (i + 2 k s) + 2 H k s)   `HOT_ROWS`: u of H hot rows in a batch
     fully sharded, gathered whole       2 (N-1)/N V k s                           `FSDP`: forward and backward together
     split, values by all-to-all         (N-1)/N b L (i + 2 k s)                   `ALL_TO_ALL`
-    field or column split, a partial    (N-1)/N b L i + 2 (N-1) b w s             `PARTIAL`: w elements a row, per rank
+    table- or column-wise, a partial    (N-1)/N b L i + 2 (N-1) b w s             `PARTIAL`: w elements a row, per rank
 
 A row that a rank's batch has with probability q is hot if 2 k s < q (i + 2 k s): `hot_threshold`.
 
@@ -18,27 +18,19 @@ from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
 from descompiler.cost_models.symbols import UH, H, L, N, U, i, k, s, w
 
 REPLICATE = ALL_REDUCE
-GATHER = (N - 1) * U * (k * s + i)
-PULL = (N - 1) / N * U * (i + 2 * k * s)
-HOT = (N - 1) / N * ((U - UH) * (i + 2 * k * s) + 2 * H * k * s)
+SPARSE_ALL_GATHER = (N - 1) * U * (k * s + i)
+UNIQUE_ROWS = (N - 1) / N * U * (i + 2 * k * s)
+HOT_ROWS = (N - 1) / N * ((U - UH) * (i + 2 * k * s) + 2 * H * k * s)
 FSDP = ALL_REDUCE
 ALL_TO_ALL = IDS_IN + VALUES_OUT_AND_BACK.subs(w, L * k)
 PARTIAL = IDS_IN + VALUES_OUT_AND_BACK.subs(w, N * w)  # each of N ranks sends a term
-
-FORMS = {
-    "replicate": REPLICATE,
-    "gather": GATHER,
-    "pull": PULL,
-    "all-to-all": ALL_TO_ALL,
-    "partial": PARTIAL,
-}
 
 
 def hot_threshold(dim: int, itemsize: int, id_bytes: int, sparse: bool = False) -> float:
     """The probability that a batch has a row, above which replicating the row sends less than pulling it.
 
-    Where `HOT` with the row among the hot ones, H + 1 and u + q for H and u, equals `HOT` without. With sparse
-    gradients, one more element a row is all-reduced: whether it was looked up.
+    Where `HOT_ROWS` with the row among the hot ones, H + 1 and u + q for H and u, equals `HOT_ROWS` without. With
+    sparse gradients, one more element a row is all-reduced: whether it was looked up.
 
     >>> hot_threshold(1, 4, 4), round(hot_threshold(16, 4, 4), 3), hot_threshold(1, 4, 4, sparse=True)
     (0.6666666666666666, 0.97, 1.3333333333333333)

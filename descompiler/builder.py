@@ -25,7 +25,7 @@ from descompiler.plugins import Kit
 from descompiler.region.cut import Candidates, Cut, Weights, at_lookups, minimum_cut
 from descompiler.region.place import place
 from descompiler.region.rule import Rule
-from descompiler.tables.form import Split, find_tables, split_as
+from descompiler.tables.form import Split, fallback, find_tables, split_as
 from descompiler.tables.measure import measure
 from descompiler.tables.tables import Operator
 
@@ -151,7 +151,7 @@ def splits_of(operators: list[Operator], plan: Plan) -> dict[str, Split]:
     result = dict(plan.splits)
     for o in operators:
         if o.name not in result:  # only here a table: its weight is what the plan made of it
-            result[o.name] = split_as(o, "replicate", plan.ranks)
+            result[o.name] = split_as(o, fallback().name, plan.ranks)
             if not plan.pieces[o.name].is_replicated:
                 raise PlanError(f"weight {o.name!r} was cut for another graph (training flags differ); plan again")
         elif reason := o.refusals.get(result[o.name].form):

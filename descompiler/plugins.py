@@ -100,6 +100,9 @@ def installed() -> tuple[str, ...]:
     return tuple(found)
 
 
+FORMS.discover = installed  # plan files name forms before anything is compiled
+
+
 def add_to_passes(item: Any, origin: str) -> None:
     """Add a rule, a form or a normalise pass.
 

@@ -6,7 +6,7 @@ Forms, rules, normalise passes, baselines and clusters are kept in one each. Mod
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, overload
 
 from descompiler.errors import PlanError
@@ -32,6 +32,13 @@ class Registry(Sequence[T]):
         What one is called in messages: "form".
     items : iterable
         Built-in ones.
+    reserved : mapping of str to str
+        Names that none may have, as they mean another.
+
+    Attributes
+    ----------
+    discover : callable, optional
+        Adds what is installed; called when a name is asked for that is not there.
 
     Examples
     --------
@@ -44,9 +51,10 @@ class Registry(Sequence[T]):
     ('b', 'their-package')
     """
 
-    def __init__(self, kind: str, items: Iterable[T] = ()):
-        self.kind = kind
+    def __init__(self, kind: str, items: Iterable[T] = (), reserved: Mapping[str, str] | None = None):
+        self.kind, self.reserved = kind, reserved or {}
         self._items: dict[str, tuple[T, str]] = {}
+        self.discover: Callable[[], object] | None = None
         for item in items:
             self.add(item)
 
@@ -56,8 +64,13 @@ class Registry(Sequence[T]):
         Raises
         ------
         PlanError
-            If another has its name: both are named, and where they come from.
+            If another has its name, or had it: both are named, and where they come from.
         """
+        if item.name in self.reserved:
+            raise PlanError(
+                f"{type(item).__name__} of {origin} is named {item.name!r}, which means the {self.kind} "
+                f"{self.reserved[item.name]!r}; rename it"
+            )
         there, whose = self._items.setdefault(item.name, (item, origin))
         if there is not item and there != item:
             raise PlanError(
@@ -73,6 +86,8 @@ class Registry(Sequence[T]):
         PlanError
             If there is none.
         """
+        if name not in self._items and self.discover is not None:
+            self.discover()
         if name not in self._items:
             raise PlanError(f"no {self.kind} {name!r}; the {self.kind}s are {', '.join(self._items)}")
         return self._items[name][0]

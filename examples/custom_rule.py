@@ -65,9 +65,9 @@ class Palindrome(nn.Module):
 def main() -> None:
     inputs = (torch.randint(20_000, (64, 30), generator=torch.Generator().manual_seed(0)),)
     for name, rules in (("without the rule", ()), ("with it", (Flip(),))):
-        plan = des.plan(Palindrome(), inputs, ranks=4, batch=1024, pins={"items": "column"}, rules=rules)
+        plan = des.plan(Palindrome(), inputs, ranks=4, batch=1024, pins={"items": "column_wise"}, rules=rules)
         print(f"{name}: rank 0 sends {plan.traffic(0).total:,} B a step")
-    print(des.verify(Palindrome(), inputs, plans=[{"items": "row"}, {"items": "column"}], rules=[Flip()]))
+    print(des.verify(Palindrome(), inputs, plans=[{"items": "row_wise"}, {"items": "column_wise"}], rules=[Flip()]))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 """Passes over programs, one idea a file: what a graph is rewritten to, and how its operators and tables are divided.
 
 `NORMALISE` is the order of the normalise passes, `RULES` the order in which placement rules are asked, `FORMS` the ways
-to divide a table. Start with ``rules/linear.py`` and ``forms/row.py``.
+to divide a table. Start with ``rules/linear.py`` and ``forms/row_wise.py``.
 
 May import: runtime (its names, which emitted programs call) and below.
 """
 
 from descompiler.graph.rewrite import Pass
-from descompiler.passes.forms.column import Column
-from descompiler.passes.forms.field import Field
+from descompiler.passes.forms.column_wise import ColumnWise
 from descompiler.passes.forms.fsdp import FullySharded
-from descompiler.passes.forms.gather import Gather
-from descompiler.passes.forms.hot import Hot
-from descompiler.passes.forms.pull import Pull
+from descompiler.passes.forms.hot_rows import HotRows
 from descompiler.passes.forms.replicate import Replicate
-from descompiler.passes.forms.row import Row
+from descompiler.passes.forms.row_wise import RowWise
+from descompiler.passes.forms.sparse_all_gather import SparseAllGather
+from descompiler.passes.forms.table_wise import TableWise
+from descompiler.passes.forms.unique_rows import UniqueRows
 from descompiler.passes.normalise.decompose_losses import DecomposeLosses
 from descompiler.passes.normalise.explicit_shapes import ExplicitShapes
 from descompiler.passes.normalise.fold_constants import FoldConstants
@@ -83,5 +83,14 @@ RULES: Registry[Rule] = Registry(
 )
 """How operators stay in the substituted region; the first rule that can place an operator does."""
 
-for _form in (Replicate(), Gather(), Field(), Row(), Column(), Pull(), Hot(), FullySharded()):
+for _form in (
+    Replicate(),
+    SparseAllGather(),
+    TableWise(),
+    RowWise(),
+    ColumnWise(),
+    UniqueRows(),
+    HotRows(),
+    FullySharded(),
+):
     FORMS.add(_form)

@@ -104,8 +104,8 @@ def test_costs_are_what_the_layout_of_every_legal_set_sends(step, draws):
     program = run_passes(program, NORMALISE)
     operators = find_tables(program)
     # columns let every step be inside, and few rows make weights dear; the others differ in who has what
-    mixed = [draws.choice(["field", "row", "column"]) for _ in range(2)]
-    for forms, rows in ((["column"] * 3, draws.choice([1, 2])), ([*mixed, "replicate"], draws.randint(1, 300))):
+    mixed = [draws.choice(["table_wise", "row_wise", "column_wise"]) for _ in range(2)]
+    for forms, rows in ((["column_wise"] * 3, draws.choice([1, 2])), ([*mixed, "replicate"], draws.randint(1, 300))):
         ranks, work = draws.randint(2, 8), draws.random() < 0.5
         print(f"{steps}, {forms}, {ranks=}, {rows=}, {work=}")
         compare_with_layouts(program, operators, forms, Weights(ranks, rows, flops_per_byte=40 if work else inf))
@@ -118,7 +118,7 @@ def test_deepfm_changes_its_form_with_the_ranks(ranks, at):
 
     model = MODELS["deepfm"]("fields", vocab_sizes=[100_000] * 26, dim=16, hidden=(64, 32))
     inputs = (torch.randn(4, 3), torch.randint(100, (4, 26)))
-    plan = des.plan(model, inputs, ranks=ranks, batch=1024, pins={"*": "field"})
+    plan = des.plan(model, inputs, ranks=ranks, batch=1024, pins={"*": "table_wise"})
     assert at <= {e.split()[0] for e in plan.exits}
 
 
@@ -133,7 +133,7 @@ def test_the_explanation_names_every_table_its_price_and_its_runner_up():
         assert str(plan.splits[t.name]) in block and "runner-up" in block
     assert "unique ids" in text and not plan.crossings  # 1,024 draws of 100,000 ids are few different ones
     inputs = (torch.randn(4, 3), torch.randint(100, (4, 3)))
-    plan = des.plan(model, inputs, ranks=4, batch=1024, pins={"*": "field"})
+    plan = des.plan(model, inputs, ranks=4, batch=1024, pins={"*": "table_wise"})
     assert f"= {plan.bytes_of(plan.crossings[0].formula, L=plan.crossings[0].width):,} B" in plan.explain()
 
 

@@ -34,7 +34,7 @@ def _calibrate(rank, ranks, folder):
     cluster = des.calibrate(sizes_bytes=(64, 4096, 65536), repeats=3, path=f"{folder}/cluster.json", memory_bytes=10**9)
     model = MODELS["deepfm"]("fields", batch_norm=True).double()
     inputs = tuple(x.double() if x.is_floating_point() else x for x in make_inputs("deepfm", "fields", 8))
-    module = des.compile(model, inputs, plan={"*": "row"})
+    module = des.compile(model, inputs, plan={"*": "row_wise"})
     weights = {n: p.detach().clone() for n, p in module.named_parameters()}
     batches = [tuple(x[: 8 - step - rank] for x in inputs) for step in range(4)]
     audit = des.audit(module, batches, cluster=cluster, warm_up=1)
@@ -107,7 +107,7 @@ def test_every_form_runs_under_the_clock_and_sends_what_is_predicted(on_ranks):
 
 
 def _in_part(rank, ranks):
-    module = des.compile(Branch(), (IDS,), plan={"*": "row"})
+    module = des.compile(Branch(), (IDS,), plan={"*": "row_wise"})
     return des.audit(module, [(IDS,)] * 2, cluster=des.Cluster.builtin("ethernet-10g", ranks=ranks), warm_up=1)
 
 

@@ -247,7 +247,7 @@ def test_a_graph_that_does_not_reproduce_the_model_is_not_accepted(monkeypatch):
 
 
 def test_two_ranks_by_dynamo(on_ranks):
-    des.verify(Recurrent(), (IDS,), plans=[{"*": "row"}], launch=on_ranks)
+    des.verify(Recurrent(), (IDS,), plans=[{"*": "row_wise"}], launch=on_ranks)
 
 
 SLOW = [pytest.param(cls, marks=pytest.mark.slow) for cls in (Whole, Longest, Late)]
@@ -256,7 +256,9 @@ SLOW = [pytest.param(cls, marks=pytest.mark.slow) for cls in (Whole, Longest, La
 @pytest.mark.parametrize("cls", [Sequence, Inside, *SLOW])
 def test_leaves_on_two_ranks(on_ranks, cls):
     """Tables in front of a leaf take any form, with exactly predicted traffic, also where a rank has no rows."""
-    des.verify(cls(), (IDS,), plans=[None, {"table.weight": "row"}, {"table.weight": "pull"}], launch=on_ranks)
+    des.verify(
+        cls(), (IDS,), plans=[None, {"table.weight": "row_wise"}, {"table.weight": "unique_rows"}], launch=on_ranks
+    )
 
 
 def test_a_leaf_that_mixes_rows_is_computed_for_the_global_batch(on_ranks):
@@ -394,7 +396,10 @@ def _failing_leaves(rank, ranks):
         if cls not in modules:
             torch.manual_seed(2)
             model = cls().double()
-            modules[cls] = des.compile(copy.deepcopy(model), (IDS,), plan={"table.weight": "pull"}, loss="sum"), model
+            modules[cls] = (
+                des.compile(copy.deepcopy(model), (IDS,), plan={"table.weight": "unique_rows"}, loss="sum"),
+                model,
+            )
         module, reference = modules[cls]
         mine = (IDS[:2] if rank == 0 else IDS[2:]).clone()
         if bad[rank] == "no rows":
@@ -469,7 +474,7 @@ def _failing_backwards(rank, ranks):
         if key not in modules:
             torch.manual_seed(2)
             model = cls().double()
-            options = {"plan": {"table.weight": "pull"}, "loss": "sum", "in_place": usage == "in place"}
+            options = {"plan": {"table.weight": "unique_rows"}, "loss": "sum", "in_place": usage == "in place"}
             modules[key] = des.compile(copy.deepcopy(model), (IDS,), **options), model
         module, reference = modules[key]
         mine = (IDS[:2] if rank == 0 else IDS[2:]).clone()
@@ -627,7 +632,7 @@ class Labels(Model):
 def test_writes_to_parts_of_values_and_float32_beside_float64(on_ranks):
     program = captured(Labels())
     assert program.rung == "export" and not program.failures
-    des.verify(Labels(), (IDS,), plans=[None, {"*": "row"}], launch=on_ranks)
+    des.verify(Labels(), (IDS,), plans=[None, {"*": "row_wise"}], launch=on_ranks)
 
 
 class WithLoss(Plain):
@@ -638,7 +643,7 @@ class WithLoss(Plain):
 def test_verify_of_a_method(on_ranks):
     target = torch.rand(len(IDS), generator=torch.Generator().manual_seed(1))
     report = des.verify(
-        WithLoss(), {"ids": IDS, "target": target}, method="calculate_loss", plans=[{"*": "row"}], launch=on_ranks
+        WithLoss(), {"ids": IDS, "target": target}, method="calculate_loss", plans=[{"*": "row_wise"}], launch=on_ranks
     )
     assert report.worst["output"] < 1e-12
     with pytest.raises(des.InputError, match="no method 'loss'"):
@@ -727,6 +732,6 @@ def test_a_model_that_keeps_what_it_computed_compiles_after_it_has_run(on_ranks)
     model = Looks()
     model(IDS).sum().backward()
     assert not model.first.is_leaf and not model.normed.weight.is_leaf
-    assert des.verify(model, (IDS,), plans=[None, {"*": "row"}], launch=on_ranks).cases == 2
+    assert des.verify(model, (IDS,), plans=[None, {"*": "row_wise"}], launch=on_ranks).cases == 2
     with pytest.warns(UserWarning, match=r"leaves values with gradients on the model, in (seen, first|first, seen);"):
         assert des.compile(model, (IDS,)).coverage().rung == "export"

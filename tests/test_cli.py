@@ -122,16 +122,16 @@ def test_sweep_over_ranks_and_batch_with_a_cluster(file):
 
 @pytest.mark.parametrize(("option", "start"), [("--markdown", "**operators"), ("--latex", "\\begin{table}")])
 def test_other_formats(file, option, start):
-    out = run("cost", f"{file}:tiny", "--pin", "tables.*=row", option).stdout
+    out = run("cost", f"{file}:tiny", "--pin", "tables.*=row_wise", option).stdout
     assert out.startswith(start)
     assert "tables.*.weight" in out.replace("\\", "")
 
 
 def test_pins_are_followed_and_impossible_ones_are_one_line(file):
-    data = json.loads(run("cost", f"{file}:tiny", "--pin", "tables.0.weight=row", "--json").stdout)
+    data = json.loads(run("cost", f"{file}:tiny", "--pin", "tables.0.weight=row_wise", "--json").stdout)
     forms = [r["form"] for n, r in enumerate(data["sheets"][0]["rows"]) if n in data["sheets"][0]["chosen"]]
-    assert "row" in forms
-    result = run("cost", f"{file}:tiny", "--pin", "tables.9.weight=row", status=1)
+    assert "row_wise" in forms
+    result = run("cost", f"{file}:tiny", "--pin", "tables.9.weight=row_wise", status=1)
     assert result.stderr.startswith("error: ") and "tables.9.weight" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
@@ -141,7 +141,7 @@ def test_pins_are_followed_and_impossible_ones_are_one_line(file):
 
 def test_explain_one_operator(file):
     out = run("explain", f"{file}:tiny", "tables.2.weight", "--ranks", "4").stdout
-    for form in ("replicate", "field", "row", "column"):
+    for form in ("replicate", "table_wise", "row_wise", "column_wise"):
         assert form in out
     assert "tables.2.weight" in run("explain", f"{file}:tiny").stdout
     assert "tables.0.weight" in run("explain", f"{file}:tiny", "nothing", status=1).stderr
@@ -166,9 +166,9 @@ def test_plan_write_show_diff(file, tmp_path):
         "--ranks",
         "4",
         "--forbid",
-        "*=column",
+        "*=column_wise",
         "--pin",
-        "*.1.weight=row",
+        "*.1.weight=row_wise",
         "-o",
         second,
     )
@@ -177,7 +177,7 @@ def test_plan_write_show_diff(file, tmp_path):
     for a, b in zip(shown["sheets"][1:], priced["sheets"][1:], strict=True):
         assert a == b
     out = run("plan", "diff", first, second).stdout
-    assert "tables.1.weight" in out and "row" in out
+    assert "tables.1.weight" in out and "row_wise" in out
     assert "equal" in run("plan", "diff", first, first).stdout
     assert "no plan in" in run("plan", "show", str(tmp_path / "c.json"), status=1).stderr
 
@@ -274,7 +274,7 @@ def test_memory_limits_are_followed_or_say_what_is_missing(file):
         (("cost", "lr", "--latency", "20us"), "--latency needs --bandwidth"),
         (("cost", "lr", "--cluster", "mine.json"), "ethernet-25g"),
         (("cost", "lr", "--cluster", "ethernet-25g", "--bandwidth", "1Gbit"), "not both"),
-        (("cost", "lr", "--pin", "row"), "TABLE=FORM"),
+        (("cost", "lr", "--pin", "row_wise"), "TABLE=FORM"),
         (("nothing",), "No such command"),
     ],
 )

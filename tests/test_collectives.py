@@ -36,7 +36,7 @@ def _train(rank, ranks):
     torch.manual_seed(0)
     model, inputs = MODELS["deepfm"]("fields", batch_norm=True).double(), make_inputs("deepfm", "fields", 6)
     inputs = (inputs[0].double(), inputs[1])
-    module = des.compile(model, inputs, plan={"*": "row"}, loss="row_mean")
+    module = des.compile(model, inputs, plan={"*": "row_wise"}, loss="row_mean")
     mine = slice(0, 4) if rank == 0 else slice(4, 6)
     module(*(x[mine] for x in inputs)).mean().backward()
     model(*inputs).mean().backward()

@@ -13,11 +13,12 @@ from descompiler.cost_models import collectives
 from descompiler.cost_models.baselines import BASELINES, TableUse, price
 from descompiler.cost_models.cost import Cost, fused
 from descompiler.cost_models.crossovers import crossovers
-from descompiler.cost_models.forms import ALL_TO_ALL, FORMS, PARTIAL, PULL, REPLICATE
+from descompiler.cost_models.forms import ALL_TO_ALL, PARTIAL, REPLICATE, UNIQUE_ROWS
 from descompiler.cost_models.memory import STATE, table_bytes
 from descompiler.cost_models.operators import extra_flops, linear_flops, pooling_flops
 from descompiler.cost_models.symbols import UG, L, N, S, U, V, alpha, b, beta, c, g, gamma, i, k, l, p, s, w
 from descompiler.cost_models.symbols import P as dense
+from descompiler.passes import FORMS
 
 FIELDS = [TableUse(38_462, 16, 1)] * 26  # a million rows in 26 fields, one id each
 
@@ -113,9 +114,10 @@ def test_costs_compose():
 
 
 SMALL = {N: 8, g: 4, b: 64, L: 3, V: 5000, U: 150, UG: 600, k: 16, s: 4, i: 8, l: 4, p: 1, c: 2, w: 17, dense: 100}
+CURVES = {f.name: f.curve for f in FORMS if f.curve is not None} | {"all-to-all": ALL_TO_ALL, "partial": PARTIAL}
 BYTES = {
     **{x.name: x.table.sent_bytes() + x.dense.sent_bytes() for x in BASELINES},
-    **FORMS,
+    **CURVES,
 }
 
 
@@ -123,7 +125,7 @@ BYTES = {
 def test_bytes_scale_as_units(name):
     """In other units of a byte, elements, ids and lengths change alike, and so do the bytes."""
     formula = BYTES[name]
-    if name in ("data parallel, sparse gradients", "gather"):
+    if name in ("data parallel, sparse gradients", "sparse_all_gather"):
         formula = formula.subs(sympy.Integer(8), i)  # its indices are int64 always
     scaled = formula.subs({s: 3 * s, i: 3 * i, l: 3 * l}, simultaneous=True)
     assert sympy.simplify(scaled - 3 * formula) == 0
@@ -152,7 +154,7 @@ def test_scaling_laws(name):
         "data parallel, sparse gradients",
         "mesh, the batch's rows gathered",
         "TorchRec row-wise",
-        "gather",
+        "sparse_all_gather",
         "partial",
     }
     assert (limit == sympy.oo) == (name in unbounded)
@@ -198,26 +200,26 @@ def test_crossovers_in_closed_form():
     (x,) = crossovers(("all-to-all", ALL_TO_ALL), ("partial sums", PARTIAL), N, NUMBERS)
     assert sympy.simplify(x.threshold - L * k / w) == 0 and (x.first, x.second) == ("all-to-all", "partial sums")
     assert x.start == 25 and "from 25 ranks" in str(x)
-    (y,) = crossovers(("replicate", REPLICATE), ("pull", PULL), V, {U: 4000, k: 16, s: 4, i: 4, N: 8})
-    assert y.first == "pull" and y.value == pytest.approx(4000 * 132 / 128)
-    assert crossovers(("pull", PULL), ("pull", PULL), N, NUMBERS) == []
+    (y,) = crossovers(("replicate", REPLICATE), ("unique_rows", UNIQUE_ROWS), V, {U: 4000, k: 16, s: 4, i: 4, N: 8})
+    assert y.first == "unique_rows" and y.value == pytest.approx(4000 * 132 / 128)
+    assert crossovers(("unique_rows", UNIQUE_ROWS), ("unique_rows", UNIQUE_ROWS), N, NUMBERS) == []
     with pytest.raises(ValueError, match="solve for"):
-        crossovers(("pull", PULL), ("replicate", REPLICATE), V, {V: 3})
+        crossovers(("unique_rows", UNIQUE_ROWS), ("replicate", REPLICATE), V, {V: 3})
     with pytest.raises(ValueError, match="numbers of N, U, i, k"):
-        crossovers(("pull", PULL), ("replicate", REPLICATE), V, {s: 4})
+        crossovers(("unique_rows", UNIQUE_ROWS), ("replicate", REPLICATE), V, {s: 4})
 
 
-@pytest.mark.parametrize("pair", list(itertools.combinations(FORMS, 2)))
+@pytest.mark.parametrize("pair", list(itertools.combinations(CURVES, 2)))
 @pytest.mark.parametrize("symbol", [N, V, U])
 def test_crossovers_are_where_the_cheaper_one_changes(pair, symbol):
     """Each threshold against the two costs beside it, and none is missed between 2 and a million."""
     values = {**NUMBERS, V: 100_000, N: 8}
     del values[symbol]
-    first, second = (FORMS[n] for n in pair)
+    first, second = (CURVES[n] for n in pair)
     found = crossovers((pair[0], first), (pair[1], second), symbol, values)
     for x in found:
         for beside, cheaper in ((x.value * 1.01, x.first), (x.value * 0.99, x.second)):
-            costs = {n: float(FORMS[n].subs(values).subs(symbol, beside)) for n in pair}
+            costs = {n: float(CURVES[n].subs(values).subs(symbol, beside)) for n in pair}
             assert min(costs, key=costs.get) == cheaper
     ladder = [2 * 1.5**step for step in range(33)]
     signs = [float((first - second).subs(values).subs(symbol, x)) < 0 for x in ladder]

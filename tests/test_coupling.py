@@ -9,7 +9,7 @@ from torch import nn
 
 import descompiler as des
 
-FORMS = ("replicate", "gather", "field", "row", "column", "pull")
+FORMS = ("replicate", "sparse_all_gather", "table_wise", "row_wise", "column_wise", "unique_rows")
 
 
 class TwoTower(nn.Module):
@@ -181,7 +181,11 @@ def double():
 def test_two_ranks(on_ranks, model):
     torch.manual_seed(0)
     report = des.verify(
-        model(), inputs(), ranks=2, plans=[None, {"user*": "row", "item*": "field"}, {"*": "pull"}], launch=on_ranks
+        model(),
+        inputs(),
+        ranks=2,
+        plans=[None, {"user*": "row_wise", "item*": "table_wise"}, {"*": "unique_rows"}],
+        launch=on_ranks,
     )
     assert report.cases == 3
 
@@ -197,7 +201,7 @@ def test_every_split(on_ranks, model, ranks):
 @pytest.mark.parametrize("model", [InBatchSoftmax, SeveralOutputs])
 def test_four_ranks(on_ranks, model):
     torch.manual_seed(0)
-    des.verify(model(), inputs(), ranks=4, plans=[{"*": "row"}], launch=on_ranks)
+    des.verify(model(), inputs(), ranks=4, plans=[{"*": "row_wise"}], launch=on_ranks)
 
 
 def plan_of(model, ranks=2):
@@ -226,8 +230,10 @@ def test_what_crosses(model, kinds):
 
 def test_tables_with_regularisers_can_be_divided():
     plan = plan_of(Regularised())
-    assert all({"row", "field", "column", "pull"} <= set(plan.prices[t.name]) for t in plan.tables)
-    pinned = des.plan(Regularised(), inputs(), ranks=2, batch=16, pins={"*": "row"})
+    assert all(
+        {"row_wise", "table_wise", "column_wise", "unique_rows"} <= set(plan.prices[t.name]) for t in plan.tables
+    )
+    pinned = des.plan(Regularised(), inputs(), ranks=2, batch=16, pins={"*": "row_wise"})
     assert [e.kind for e in pinned.layout.exchanges].count("total") == 4
     assert "a sum over a whole table is one over the owners' terms" in pinned.explain()
 
@@ -238,7 +244,7 @@ def test_a_table_that_is_also_used_whole_otherwise_stays_whole():
             return (u * v) @ (self.item.weight**2).sum(0)
 
     (table,) = (t for t in plan_of(Whole()).tables if t.name == "item.weight")
-    assert "also used by aten.pow" in table.refusals["row"]
+    assert "also used by aten.pow" in table.refusals["row_wise"]
 
 
 def test_the_explanation_names_what_mixes_and_what_is_drawn():
@@ -285,7 +291,7 @@ def test_verify_says_that_it_can_not_compare_what_each_rank_draws():
 
 
 def test_verify_gives_the_original_what_is_drawn_for_the_whole_batch(on_ranks):
-    assert des.verify(Shuffled(), inputs(), ranks=3, plans=[None, {"*": "row"}], launch=on_ranks).cases == 2
+    assert des.verify(Shuffled(), inputs(), ranks=3, plans=[None, {"*": "row_wise"}], launch=on_ranks).cases == 2
 
 
 class Shuffled(TwoTower):
@@ -324,7 +330,7 @@ def _modes(rank, ranks, loss):
     torch.manual_seed(0)
     model = SeveralOutputs().double()
     reference = copy.deepcopy(model)
-    module = des.compile(model, double(), plan={"*": "row"}, loss=loss)
+    module = des.compile(model, double(), plan={"*": "row_wise"}, loss=loss)
     counts = [2, 6]
     first = sum(counts[:rank])
 
@@ -353,7 +359,7 @@ def _other_outputs(rank, ranks):
     torch.manual_seed(0)
     model = SeveralOutputs().double()
     reference = copy.deepcopy(model)
-    module = des.compile(model, double(), plan={"*": "row"})
+    module = des.compile(model, double(), plan={"*": "row_wise"})
     out = module(*(x[4 * rank : 4 * rank + 4] for x in double()))
     (out["loss"] if rank else out["score"].sum()).backward()  # each rank's loss uses another output
     whole = reference(*double())

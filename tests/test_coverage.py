@@ -73,7 +73,7 @@ def _covered(rank, ranks):
             if name not in entries:
                 continue
             entry, pieces = entries[name], module.pieces(name)
-            whole = entry.form in ("replicate", "gather", "unused")
+            whole = entry.form in ("replicate", "sparse_all_gather", "unused")
             if whole != pieces.is_replicated or tuple(dict(module.named_parameters())[name].shape) != (
                 tuple(p.shape) if whole else pieces.piece_shape(rank)
             ):
@@ -95,7 +95,7 @@ def test_nothing_is_left_out(on_ranks):
         assert forms["forgotten.weight"] == "unused" and forms["dense.weight"] == "replicate"
         assert forms["large.weight"] not in ("replicate", "unused"), "it is cheaper to send rows than the table"
         forms = found["Branching"][3]
-        assert forms["large.weight"] == "pull" and forms["forgotten.weight"] == "replicate"
+        assert forms["large.weight"] == "unique_rows" and forms["forgotten.weight"] == "replicate"
         assert "not by export:" in found["Branching"][4] and "Tensor.__getitem__" in found["Branching"][4]
 
 
@@ -107,7 +107,7 @@ def test_the_warning_names_what_is_left_whole():
             Covered("a", 10, "replicate", "export", "used by a product"),
             Covered("b", 2000, "replicate", "export", "used by a norm"),
             Covered("c", 10, "replicate", "export", "cheaper", choice=True),
-            Covered("d", 10, "row", "export", ""),
+            Covered("d", 10, "row_wise", "export", ""),
         ),
     )
     text = coverage.warning()

@@ -100,4 +100,4 @@ def test_a_wrong_model_is_found():
         return fresh_ranks(_other_weights, ranks, function, *arguments, timeout_s=timeout_s)
 
     with pytest.raises(des.EquivalenceError, match=r"initial '.*' is not the original's, bit for bit"):
-        des.verify(MODELS["fm"]("fields"), make_inputs("fm", "fields", 8), plans=[{"*": "row"}], launch=launch)
+        des.verify(MODELS["fm"]("fields"), make_inputs("fm", "fields", 8), plans=[{"*": "row_wise"}], launch=launch)

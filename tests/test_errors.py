@@ -41,6 +41,6 @@ def test_inputs_that_do_not_fit():
 def test_unknown_tables_and_forms():
     model, inputs = MODELS["fm"]("fields"), make_inputs("fm", "fields", 8)
     with pytest.raises(des.PlanError, match="no table"):
-        des.plan(model, inputs, ranks=2, pins={"nothing": "row"})
+        des.plan(model, inputs, ranks=2, pins={"nothing": "row_wise"})
     with pytest.raises(des.PlanError, match="no form"):
         des.plan(model, inputs, ranks=2, pins={"*": "diagonal"})

@@ -1,4 +1,4 @@
-"""Forms that fetch unique rows: pull, gather, and whatever mixes them with a region."""
+"""Forms that fetch unique rows: unique_rows, sparse_all_gather, and whatever mixes them with a region."""
 
 import pytest
 import torch
@@ -40,14 +40,19 @@ def ids_of(rows: int) -> torch.Tensor:
     return torch.cat([ids[:, :2], ids[:, 2:] * torch.tensor([1, 1, 0])], 1)  # some padding in every history
 
 
-MIXED = {"item.weight": "pull", "user.weight": "row", "group.weight": "pull", "bag.weight": "gather"}
+MIXED = {
+    "item.weight": "unique_rows",
+    "user.weight": "row_wise",
+    "group.weight": "unique_rows",
+    "bag.weight": "sparse_all_gather",
+}
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
 def test_every_use_of_a_table(on_ranks, optimizer):
     torch.manual_seed(0)
     model = Everything(sparse=optimizer == "sparse_adam")
-    plans = [{"*": "pull"}, {"*": "gather"}, {"*": "hot"}, MIXED]
+    plans = [{"*": "unique_rows"}, {"*": "sparse_all_gather"}, {"*": "hot_rows"}, MIXED]
     des.verify(model, (ids_of(9),), ranks=3, plans=plans, optimizers=[optimizer], launch=on_ranks)
 
 
@@ -72,7 +77,7 @@ def _counted(rank, ranks):
         def forward(self, x):
             return self.table(x).sum((1, 2))
 
-    module = des.compile(Model().double(), (torch.zeros(2, 4, dtype=torch.long),), plan={"*": "pull"})
+    module = des.compile(Model().double(), (torch.zeros(2, 4, dtype=torch.long),), plan={"*": "unique_rows"})
     ids = [[0, 5, 6, 5], [5, 1, 1, 5]][rank]
     module(torch.tensor([ids])).sum().backward()
     counts = module.unique()["table.weight"]
@@ -90,7 +95,7 @@ def _bad_late_ids(rank, ranks):
         def forward(self, x):
             return self.second(9 * (self.first(x)[:, 0] > 8).long()).sum(1)  # row 3 begins with 9
 
-    module = des.compile(Model().double(), (torch.zeros(2, dtype=torch.long),), plan={"*": "pull"})
+    module = des.compile(Model().double(), (torch.zeros(2, dtype=torch.long),), plan={"*": "unique_rows"})
     texts = []
     for last in (2, 3):
         try:
@@ -189,8 +194,8 @@ class Different(nn.Module):
 def test_lookups_that_differ_are_not_fetched_together(on_ranks):
     model, inputs = Different(), (torch.arange(9).repeat(2),)
     (table,) = des.plan(model, inputs, ranks=2).tables
-    assert {"pull", "gather", "hot", "row"} <= set(table.refusals)
-    assert table.refusals["pull"] == "its lookups differ in padding_idx or sparse"
+    assert {"unique_rows", "sparse_all_gather", "hot_rows", "row_wise"} <= set(table.refusals)
+    assert table.refusals["unique_rows"] == "its lookups differ in padding_idx or sparse"
     des.verify(model, inputs, ranks=2, launch=on_ranks)
 
 
@@ -208,9 +213,11 @@ class Selects(nn.Module):
 
 def test_rows_that_nobody_reads(on_ranks):
     """Their gradients are zero, not missing: weight decay moves the table, as in the original."""
-    module = des.compile(Selects(), (ids_of(6),), plan={"unread.weight": "pull"})
+    module = des.compile(Selects(), (ids_of(6),), plan={"unread.weight": "unique_rows"})
     module(ids_of(6)).sum().backward()
     assert module.unread.weight.grad is not None and not module.unread.weight.grad.any()
-    for read in ("field", "row", "pull"):
-        plans = [{"read.weight": read, "unread.weight": form} for form in ("pull", "gather", "hot")]
+    for read in ("table_wise", "row_wise", "unique_rows"):
+        plans = [
+            {"read.weight": read, "unread.weight": form} for form in ("unique_rows", "sparse_all_gather", "hot_rows")
+        ]
         des.verify(Selects(), (ids_of(9),), ranks=2, plans=plans, launch=on_ranks)

@@ -18,10 +18,10 @@ from tests.harness.lookups import Looked, Table, fetched, patterns
 from tests.harness.parts import RANKS
 
 CHOICES = {
-    "field": (Choice(owner=1), Choice(field_owners=(2, 0, 2)), Choice(field_owners=(1, 1, 1))),
-    "row": (Choice(), Choice(sizes=(5, 0, 4)), Choice(sizes=(0, 9, 0)), Choice(sizes=(1, 7, 1))),
-    "pull": (Choice(), Choice(sizes=(5, 0, 4)), Choice(sizes=(0, 9, 0))),
-    "hot": (Choice(), Choice(hot=((1, 3), (6, 7))), Choice(hot=((0, 9),)), Choice(hot=(), sizes=(0, 2, 7))),
+    "table_wise": (Choice(owner=1), Choice(field_owners=(2, 0, 2)), Choice(field_owners=(1, 1, 1))),
+    "row_wise": (Choice(), Choice(sizes=(5, 0, 4)), Choice(sizes=(0, 9, 0)), Choice(sizes=(1, 7, 1))),
+    "unique_rows": (Choice(), Choice(sizes=(5, 0, 4)), Choice(sizes=(0, 9, 0))),
+    "hot_rows": (Choice(), Choice(hot=((1, 3), (6, 7))), Choice(hot=((0, 9),)), Choice(hot=(), sizes=(0, 2, 7))),
 }
 """Of tables of 9 rows, beside what a form takes by itself."""
 
@@ -42,7 +42,7 @@ def tables():
 def test_every_lookup_and_its_gradient(form):
     found, tried = [], 0
     for table in tables():
-        if form.name == "row" and table.mode == "max":  # refused
+        if form.name == "row_wise" and table.mode == "max":  # refused
             continue
         for choice in CHOICES.get(form.name, (Choice(),)):
             looked = Looked(table, form, choice)
@@ -54,7 +54,7 @@ def test_every_lookup_and_its_gradient(form):
 
 def test_lookups_with_one_key_have_one_pattern():
     """Tables of the same ids: of other widths, padding and modes; divided alike, and not."""
-    row = next(f for f in FORMS if f.name == "row")
+    row = next(f for f in FORMS if f.name == "row_wise")
     looked = {
         f"{table}, {sizes}": Looked(table, row, Choice(sizes=sizes))
         for table in (Table(9, 4), Table(9, 2), Table(9, 4, padding=4), Table(9, 4, (3,)), Table(9, 1, (3,)))
@@ -66,7 +66,7 @@ def test_lookups_with_one_key_have_one_pattern():
 
 def test_tables_that_are_fetched_together():
     """Rows of two tables are asked of their owners at once, and each table's padding is its own."""
-    pull, hot = (next(f for f in FORMS if f.name == name) for name in ("pull", "hot"))
+    pull, hot = (next(f for f in FORMS if f.name == name) for name in ("unique_rows", "hot_rows"))
     found = [Table(9, 4, (3,), "mean", 4), Table(7, 4, (), None, 0), Table(5, 4, (2,), None)]
     splits = [
         pull.split(found[0].operator, RANKS, Choice(sizes=(5, 0, 4))),

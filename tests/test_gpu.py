@@ -39,7 +39,7 @@ def _created_on_the_device(rank, ranks):
     with torch.device("meta"):
         model = MODELS["deepfm"]("fields")
     inputs = tuple(x.cuda() for x in make_inputs("deepfm", "fields", 8))
-    module = des.compile(model, inputs, plan={"*": "row"}, seed=5)
+    module = des.compile(model, inputs, plan={"*": "row_wise"}, seed=5)
     return {p.device.type for p in module.parameters()}, module(*inputs).device.type
 
 

@@ -26,7 +26,7 @@ def test_what_does_not_run_without_rows_is_known_in_the_program_itself():
 
 def _verify(rank, ranks):
     for name, cls in IDIOMS.items():
-        plan = None if name == "OneHot" else {"table*": "row"}  # a product, no table
+        plan = None if name == "OneHot" else {"table*": "row_wise"}  # a product, no table
         try:
             des.verify(cls(), (IDS,), ranks=ranks, steps=2, plans=[plan], launch=here)
         except Exception as error:

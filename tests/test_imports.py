@@ -1,11 +1,14 @@
 """Imports go one way, so that every module can be read, and loaded, with only those below it; tests import no tests."""
 
 import ast
+import re
 from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from descompiler.passes import FORMS
 
 TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "descompiler"
@@ -36,6 +39,9 @@ ORDER = (
     ("__main__",),
 )
 """Folders, and modules of the top, from the ground up: each imports from itself and from those before it."""
+
+NAME_FORMS = ("descompiler.passes.forms", "descompiler.tables.aliases", "descompiler.examples")
+"""What may name a form."""
 
 RANKS = {"torch.distributed", "descompiler.runtime"}
 """What nobody below the run time meets."""
@@ -158,3 +164,28 @@ def test_what_tests_share_is_in_the_harness() -> None:
 def test_a_test_that_imports_a_test_is_found(source: str) -> None:
     assert imported_tests(source)
     assert not imported_tests(source.replace("test_a", "harness"))
+
+
+def literals(source: str) -> set[str]:
+    """Strings of a module that are no docstrings."""
+    tree = ast.parse(source)
+    texts = {id(x.value) for x in ast.walk(tree) if isinstance(x, ast.Expr)}
+    strings = (x for x in ast.walk(tree) if isinstance(x, ast.Constant) and isinstance(x.value, str))
+    return {x.value for x in strings if id(x) not in texts}
+
+
+def named_in(texts: set[str]) -> set[str]:
+    """Forms whose names are words of these texts."""
+    return {name for name in FORMS.names for text in texts if re.search(rf"(?<![\w-]){name}(?![\w-])", text)}
+
+
+def test_generic_code_names_no_form():
+    """It asks a form what it has to know, so that one from outside is as good as those that are built in."""
+    named = {
+        module: found
+        for module, source in package_sources().items()
+        if not module.startswith(NAME_FORMS) and (found := named_in(literals(source)))
+    }
+    assert not named
+    source = '"""row_wise"""\nx = "fsdp"\ny = f"pin {x}=unique_rows"\nz = "TorchRec row-wise"'
+    assert named_in(literals(source)) == {"fsdp", "unique_rows"}

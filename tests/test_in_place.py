@@ -23,7 +23,7 @@ def _train(rank, ranks, cls, method, cuts):
     reference = copy.deepcopy(model)
     with warnings.catch_warnings(record=True):
         same = des.compile(
-            model, (batch_of(slice(0, 8)),), in_place=True, method=method, plan={"*": "row"}, loss="row_mean"
+            model, (batch_of(slice(0, 8)),), in_place=True, method=method, plan={"*": "row_wise"}, loss="row_mean"
         )
     assert same is model and type(model) is cls and model.penalised[0] is model.table.weight
     optimizers = [torch.optim.Adagrad(m.parameters(), lr=0.1, eps=1e-3) for m in (model, reference)]
@@ -108,7 +108,7 @@ def _fit(rank, ranks):
     if ranks > 1:
         example = torch.from_numpy(np.stack(list(x.values()), 1)).float()[:BATCH]
         with warnings.catch_warnings(record=True):
-            des.compile(model, (example,), in_place=True, loss="sum", plan={"*": "row"})
+            des.compile(model, (example,), in_place=True, loss="sum", plan={"*": "row_wise"})
     model.compile("adagrad", "binary_crossentropy", metrics=["binary_crossentropy", "auc"])
     mine = np.arange(ROWS).reshape(-1, ranks, BATCH // ranks)[:, rank].reshape(-1)
     history = model.fit(
@@ -149,7 +149,7 @@ def _annealed(rank, ranks):
     """Outputs' differences from the original while users change plain attributes, and what they are told."""
     model = Annealed().double()
     reference = copy.deepcopy(model)
-    des.compile(model, (IDS,), in_place=True, plan={"*": "row"})
+    des.compile(model, (IDS,), in_place=True, plan={"*": "row_wise"})
     mine, worst, told = IDS[:3] if rank else IDS[3:], 0.0, []
     model.alpha = 2.0 + rank
     with pytest.raises(des.RankError, match=r"alpha is 3\.0 now"):  # in the first forward too

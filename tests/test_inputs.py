@@ -191,13 +191,13 @@ def test_one_rank_computes_as_the_model(case):
 @pytest.mark.parametrize("case", ["custom class", "float matrix"])
 def test_two_ranks(on_ranks, case):
     cls, inputs = CASES[case]
-    assert des.verify(cls(), inputs, plans=[{"*": "row"}], launch=on_ranks).cases == 1
+    assert des.verify(cls(), inputs, plans=[{"*": "row_wise"}], launch=on_ranks).cases == 1
 
 
 def test_jagged_values_and_lengths_on_two_ranks(on_ranks):
     inputs = Jagged(LENGTH, torch.randint(11, (int(LENGTH.sum()),), generator=GENERATOR))
     assert des.compile(OneJagged(), inputs).coverage().rung == "partial"
-    assert des.verify(OneJagged(), inputs, plans=[{"*": "row"}], launch=on_ranks).cases == 1
+    assert des.verify(OneJagged(), inputs, plans=[{"*": "row_wise"}], launch=on_ranks).cases == 1
 
 
 def test_jagged_tensors_without_a_class():
@@ -249,7 +249,7 @@ def test_keyed_jagged_tensor(on_ranks, torchrec):
     module = des.compile(Keyed(), inputs)
     for _ in range(2):  # forward has torchrec keep offsets, which are no other input
         assert torch.allclose(module(*inputs), Keyed()(*inputs))
-    assert des.verify(Keyed(), inputs, plans=[None, {"*": "row"}], launch=on_ranks).cases == 2
+    assert des.verify(Keyed(), inputs, plans=[None, {"*": "row_wise"}], launch=on_ranks).cases == 2
 
 
 def test_rows_of_jagged_tensors(torchrec):

@@ -147,7 +147,7 @@ def test_a_plan_of_a_terabyte_needs_no_rows():
     ids = torch.randint(HUGE // 2, (6, 3))
     plan = des.plan(on_meta(HUGE // 2, 32), (ids,), ranks=64)
     assert sum(t.rows for t in plan.tables) == HUGE
-    assert set(plan.forms.values()) <= {"pull", "row", "field", "column"}
+    assert set(plan.forms.values()) <= {"unique_rows", "row_wise", "table_wise", "column_wise"}
 
 
 @pytest.mark.parametrize("kind", ["meta", "first", "in place"])
@@ -180,7 +180,7 @@ def _streams(rank, ranks, plan):
     return same, back, ""
 
 
-@pytest.mark.parametrize("plan", ["row", "column", "field", "replicate"])
+@pytest.mark.parametrize("plan", ["row_wise", "column_wise", "table_wise", "replicate"])
 def test_state_dicts_stream_to_and_from_rank_0(pool, plan):
     for same, back, text in pool(_streams, plan):
         assert same and back
@@ -204,7 +204,7 @@ def _drawn(rank, ranks, form):
     return des.full_state_dict(module)
 
 
-@pytest.mark.parametrize("form", ["row", "column"])
+@pytest.mark.parametrize("form", ["row_wise", "column_wise"])
 def test_blocks_of_rows_are_drawn_apart_and_padding_is_zero(on_ranks, form):
     (first, *_), (alone,) = on_ranks(_drawn, 2, form), on_ranks(_drawn, 1, "replicate")
     for name, whole in first.items():
@@ -239,7 +239,7 @@ def test_what_does_not_fit_is_told_before_it_is_allocated(pool):
 
 def test_a_large_model_is_proven_with_smaller_tables():
     ids = torch.tensor([[HUGE - 1, 5, 3], [1, 2, 3], [7, 7, HUGE // 2], [0, 1, 9]])
-    report = des.verify(on_meta(HUGE), (ids,), rows=50, plans=[{"*": "row"}, None], optimizers=["adagrad"])
+    report = des.verify(on_meta(HUGE), (ids,), rows=50, plans=[{"*": "row_wise"}, None], optimizers=["adagrad"])
     assert report.cases == 2
 
 

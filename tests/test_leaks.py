@@ -89,7 +89,7 @@ def _grows(rank, ranks, name, warm_up, steps):
     return (memory()[1] - before) / 1024 / steps
 
 
-@pytest.mark.parametrize("name", ["row", "pull", "hot", "replicate", "partial", "leaf", "vocabulary"])
+@pytest.mark.parametrize("name", ["row_wise", "unique_rows", "hot_rows", "replicate", "partial", "leaf", "vocabulary"])
 def test_memory_in_use_stays_as_it_is(pool, name):
     """A step of these leaves 128 KiB or more behind if any of what crosses is held."""
     assert max(pool(_grows, name, 20, 100)) < 20

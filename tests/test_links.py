@@ -21,7 +21,7 @@ def test_it_says_why_it_can_not_run(monkeypatch):
 def test_interface_counters_of_two_ranks():
     if reason := links.why_not():
         pytest.skip(reason)
-    task = {"model": "fm", "rows": 2048, "steps": 4, "plan": {"*": "field"}, "audit": 0}
+    task = {"model": "fm", "rows": 2048, "steps": 4, "plan": {"*": "table_wise"}, "audit": 0}
     with links.network(2, 1000) as names:
         answers = links.on_namespaces(names, task)
     assert not set(names) & set(subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout.split())

@@ -142,7 +142,7 @@ def _every_head(rank, ranks):
     reports = {}
     for name in HEADS:
         torch.manual_seed(0)
-        plans = [{"*": "row"}, {"*": "pull"}, {"*": "replicate"}]
+        plans = [{"*": "row_wise"}, {"*": "unique_rows"}, {"*": "replicate"}]
         reports[name] = train_and_compare(
             rank, ranks, Model(name).double(), (make_inputs(), {}), 3, plans, ["adagrad"], "cpu"
         )
@@ -160,14 +160,14 @@ def test_a_large_layer_that_is_gathered(on_ranks):
     des.verify(model, inputs, plans=[{"out.weight": "fsdp"}], launch=on_ranks)
     plan = des.plan(model, inputs, ranks=2, pins={"out.weight": "fsdp"})
     assert [w.backward for w in plan.layout.wholes] == [True]
-    forbid = {"out.weight": ["row", "pull"]}
+    forbid = {"out.weight": ["row_wise", "unique_rows"]}
     assert des.plan(model, inputs, ranks=2, forbid=forbid).forms["out.weight"] == "replicate"
 
 
 def _bad_target(rank, ranks):
     t, y = make_inputs()
     texts = []
-    for form in ("row", "replicate"):
+    for form in ("row_wise", "replicate"):
         torch.manual_seed(0)
         module = des.compile(Model("cross entropy").double(), (t, y), plan={"items.weight": form})
         wrong = y.clone()
@@ -190,7 +190,7 @@ def test_a_sequential_recommender_with_a_tied_item_table(on_ranks, encoder, rank
     torch.manual_seed(0)
     model = SequentialRecommender(40, 4, length=5, encoder=encoder)
     history, target = torch.randint(41, (9, 5)), torch.randint(1, 41, (9,))
-    plans = [None, {"items.weight": "row"}, {"items.weight": "pull"}]
+    plans = [None, {"items.weight": "row_wise"}, {"items.weight": "unique_rows"}]
     assert des.verify(
         model, (history, target), ranks=ranks, plans=plans, optimizers=["adam"], launch=on_ranks
     ).cases == len(plans)
@@ -201,7 +201,7 @@ def test_the_planner_leaves_the_logits_with_the_owners():
         model = SequentialRecommender(100_000, 16)
     inputs = (torch.randint(1, 1000, (4, 20)), torch.randint(1, 1000, (4,)))
     plan = des.plan(model, inputs, ranks=4, batch=256)
-    assert plan.splits["items.weight"].form == "pull" and plan.layout.vocabularies
+    assert plan.splits["items.weight"].form == "unique_rows" and plan.layout.vocabularies
     assert plan.price_bytes < plan.baselines()["data parallel, dense gradients"] / 20
     assert "log_sum_exp, select" in plan.explain()
 
@@ -232,6 +232,6 @@ def test_public_models_with_scores_of_all_items(on_ranks, name):
     history = torch.randint(1, 43, (8, 6))
     history[:4, 4:] = 0
     target = torch.randint(1, 43, (8,) if name == "stamp" else (8, 6))
-    plan = des.plan(WithLoss(name), (history, target), ranks=2, pins={"*": "pull"})
+    plan = des.plan(WithLoss(name), (history, target), ranks=2, pins={"*": "unique_rows"})
     assert [kind for v in plan.layout.vocabularies for kind, _ in v.requests] == ["log_sum_exp", "select"]
-    des.verify(WithLoss(name), (history, target), plans=[{"*": "pull"}, {"*": "row"}], launch=on_ranks)
+    des.verify(WithLoss(name), (history, target), plans=[{"*": "unique_rows"}, {"*": "row_wise"}], launch=on_ranks)

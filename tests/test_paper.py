@@ -20,7 +20,9 @@ HEADER = (N - 1) * 40
 @pytest.fixture(scope="module", params=["lr", "dnn"])
 def case(request):
     captured = Captured.of(*examples.industrial(request.param, **SETTING))
-    return request.param, paper.row_of(request.param, captured.plan(ranks=N, batch=B, pins={"*.tables.*": "field"}))
+    return request.param, paper.row_of(
+        request.param, captured.plan(ranks=N, batch=B, pins={"*.tables.*": "table_wise"})
+    )
 
 
 def test_by_hand(case):

@@ -18,7 +18,7 @@ from descompiler.model.probe import blueprint
 from tests.harness.failures import Raises, raised
 from tests.harness.models import IDS, Branch, ThroughLists
 
-PULL = {"*": "row"}
+PULL = {"*": "row_wise"}
 
 
 class Everything(ThroughLists):
@@ -373,14 +373,16 @@ def test_plans_are_made_saved_and_followed(tmp_path):
     model = Branch()
     plan = des.plan(model, (IDS,), ranks=1, pins=PULL)
     assert (
-        plan.forms == {"table.weight": "pull"}
+        plan.forms == {"table.weight": "unique_rows"}
         and plan.edit({"table": "replicate"}).forms["table.weight"] == "replicate"
     )
     plan.save(tmp_path / "plan.json")
     for followed in (plan, tmp_path / "plan.json", des.plan(model, (IDS,), plan=tmp_path / "plan.json")):
         module = des.compile(model, (IDS,), plan=followed)
         assert module.plan.forms == plan.forms and torch.equal(module(IDS), model(IDS))
-    text = (tmp_path / "plan.json").read_text().replace('"table.weight": "pull"', '"table.weight": "replicate"', 1)
+    text = (
+        (tmp_path / "plan.json").read_text().replace('"table.weight": "unique_rows"', '"table.weight": "replicate"', 1)
+    )
     (tmp_path / "edited.json").write_text(text)
     assert des.compile(model, (IDS,), plan=tmp_path / "edited.json").plan.forms["table.weight"] == "replicate"
     with pytest.raises(des.PlanError, match="for 2 ranks, and this is 1"):
@@ -401,7 +403,7 @@ def _follows(rank, ranks, path):
 def test_two_ranks_follow_a_plan(on_ranks, tmp_path):
     des.plan(Branch(), (IDS,), ranks=2, pins=PULL).save(tmp_path / "plan.json")
     found = on_ranks(_follows, 2, tmp_path / "plan.json")
-    assert [f for f, _ in found] == [{"table.weight": "pull"}] * 2 and sum(n for _, n in found) == 9
+    assert [f for f, _ in found] == [{"table.weight": "unique_rows"}] * 2 and sum(n for _, n in found) == 9
 
 
 class TrainingOnly(ThroughLists):
@@ -439,7 +441,7 @@ def _evaluated(rank, ranks, form):
     return module.coverage().rung, max(worst), said, module.output_rows, module.traffic().total, text
 
 
-@pytest.mark.parametrize("form", ["row", "column"])
+@pytest.mark.parametrize("form", ["row_wise", "column_wise"])
 def test_evaluation_that_is_not_captured_runs_the_users_forward(on_ranks, form):
     for rung, worst, said, rows, sent, text in on_ranks(_evaluated, 2, form):
         assert rung == "export" and worst < 1e-12 and said == 1 and len(rows) == 1 and sent > 0

@@ -1,12 +1,17 @@
 """Plans: files, edits, pins, fingerprints, and what is refused."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import descompiler as des
 from descompiler.passes import FORMS
+from descompiler.passes.forms.row_wise import RowWise
+from descompiler.tables import aliases
 from examples.models import MODELS, make_inputs
 from tests.harness.models import IDS, Recommender, Recurrent, batch_of
 
@@ -24,8 +29,22 @@ class InPart(Recommender):
         return super().calculate_loss({**batch, "ids": torch.tensor(batch["ids"].tolist())})
 
 
+class EveryForm(nn.Module):
+    """A table for each form; the last is also used whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(30 + n, 4, sparse=n == 1) for n in range(8))
+
+    def forward(self, ids):
+        found = torch.cat([table(ids[:, n]) for n, table in enumerate(self.tables)], 1)
+        return found.sum(1) + self.tables[7].weight.logsumexp(0).sum()
+
+
 def test_a_plan_survives_a_file(tmp_path):
-    plan = des.plan(make(), INPUTS, ranks=5, batch=64, pins={"*.2": "row", "*.5": "column", "*.0": "field"})
+    plan = des.plan(
+        make(), INPUTS, ranks=5, batch=64, pins={"*.2": "row_wise", "*.5": "column_wise", "*.0": "table_wise"}
+    )
     plan.save(tmp_path / "plan.json")
     again = des.Plan.load(tmp_path / "plan.json")
     assert again == plan and again.to_json() == plan.to_json()
@@ -49,7 +68,7 @@ def test_a_file_that_is_no_plan(tmp_path):
 def test_editing_prices_anew_and_leaves_the_other_tables():
     plan = des.plan(make(), INPUTS, ranks=4, batch=64)
     table = plan.tables[2].name
-    other = "row" if plan.forms[table] != "row" else "column"
+    other = "row_wise" if plan.forms[table] != "row_wise" else "column_wise"
     edited = plan.edit({table: other})
     assert edited.forms == {**plan.forms, table: other}
     assert edited.price_bytes == plan.price_bytes or "busiest rank" in plan.diff(edited)
@@ -66,7 +85,7 @@ def test_a_form_edited_in_the_file_is_compiled_and_priced(on_ranks, tmp_path):
     plan = des.plan(make(), INPUTS, ranks=2, batch=64)
     data = json.loads(plan.to_json())
     name = plan.tables[0].name
-    data["forms"][name] = "column" if plan.forms[name] != "column" else "row"
+    data["forms"][name] = "column_wise" if plan.forms[name] != "column_wise" else "row_wise"
     (tmp_path / "plan.json").write_text(json.dumps(data))
     for forms, as_predicted, rows in on_ranks(_compile_edited, 2, str(tmp_path / "plan.json")):
         assert forms == data["forms"] and as_predicted and rows == 64
@@ -75,8 +94,46 @@ def test_a_form_edited_in_the_file_is_compiled_and_priced(on_ranks, tmp_path):
 def test_names_of_forms_and_tables():
     plan = des.plan(make(), INPUTS, ranks=2, pins={"*": "rows", "embeddings.tables.0": "table", "tables.5": "columns"})
     first = {t.name: plan.forms[t.name] for t in plan.tables}
-    assert first["embeddings.tables.0.weight"] == "field" and first["embeddings.tables.5.weight"] == "column"
-    assert first["embeddings.tables.1.weight"] == "row"
+    assert first["embeddings.tables.0.weight"] == "table_wise" and first["embeddings.tables.5.weight"] == "column_wise"
+    assert first["embeddings.tables.1.weight"] == "row_wise"
+
+
+def test_names_that_forms_had_are_understood_with_a_note():
+    """Once for each name in a process."""
+    aliases._note.cache_clear()
+    with pytest.warns(UserWarning, match=r"the form 'pull' is named 'unique_rows' now") as notes:
+        for _ in range(2):
+            plan = des.plan(make(), INPUTS, ranks=2, pins={"*": "pull"}, forbid={"*": ["row"]})
+    assert set(plan.forms.values()) == {"unique_rows"} and len(notes) == 2
+    with pytest.raises(des.PlanError, match=r"is named 'row', which means the form 'row_wise'; rename it"):
+        FORMS.add(RowWise("row"), "theirs")
+
+
+def test_a_file_with_the_names_that_forms_had_is_the_same_plan():
+    """Written by a version in which forms were called field, row, column, pull, gather and hot."""
+    file = Path(__file__).parent / "plans" / "version_2.json"
+    aliases._note.cache_clear()
+    with pytest.warns(UserWarning, match="is named") as notes:
+        loaded = des.Plan.load(file)
+    assert len(notes) == 6 and not loaded.changes
+    names = ["hot_rows", "sparse_all_gather", "table_wise", "row_wise", "column_wise"]
+    names += ["unique_rows", "hot_rows", "fsdp"]
+    ids = torch.arange(48).reshape(6, 8) % 30
+    pins = {f"tables.{n}": form for n, form in enumerate(names) if n}
+    terms = {"ranks": 3, "batch": 32, "samples": [(ids,)], "memory_bytes": 19_700}
+    plan = des.plan(EveryForm(), (ids,), pins=pins, **terms)
+    assert [plan.forms[f"tables.{n}.weight"] for n in range(8)] == names
+
+    def data(x: des.Plan) -> dict:
+        """Without the user's lines, and without reasons, which say names of forms."""
+        found = json.loads(re.sub(r'[^\s"(]*\.py:\d+', "model.py:1", x.to_json()))
+        return {**found, "tables": [{**t, "refusals": sorted(t["refusals"])} for t in found["tables"]]}
+
+    assert data(loaded) == data(plan)
+    assert [loaded.traffic(r) for r in range(3)] == [plan.traffic(r) for r in range(3)]
+    assert set(loaded.explain().split()) >= {"hot_rows:", "unique_rows:", "sparse_all_gather:", "table_wise:"}
+    again = des.plan(EveryForm(), (ids,), plan=loaded, **{**terms, "ranks": None})
+    assert again.forms == loaded.forms and again.pieces == loaded.pieces
 
 
 def test_forbidden_forms():
@@ -86,7 +143,7 @@ def test_forbidden_forms():
         des.plan(make(), INPUTS, ranks=2, forbid={"embeddings.tables.0": [f.name for f in FORMS]})
 
 
-@pytest.mark.parametrize("pins", [{"nobody": "row"}, {"*": "diagonal"}])
+@pytest.mark.parametrize("pins", [{"nobody": "row_wise"}, {"*": "diagonal"}])
 def test_pins_that_name_nothing(pins):
     with pytest.raises(des.PlanError, match=r"no table of the model|no form 'diagonal'"):
         des.plan(make(), INPUTS, ranks=2, pins=pins)

@@ -25,7 +25,7 @@ from descompiler.region.cut import Weights
 from descompiler.region.flow import Network
 from examples.models import MODELS
 
-NAMES = [f.name for f in FORMS if f.name != "hot"]
+NAMES = [f.name for f in FORMS if f.name != "hot_rows"]
 
 
 class Mixture(nn.Module):
@@ -68,7 +68,7 @@ def captured(sizes, dim, hidden, consumers, sparse=False, same_ids=False):
 
 def search_of(found, ranks, rows, **terms):
     w = Weights(ranks, rows)
-    allowed = allowed_forms(found.operators, forbid={"*": "hot"})  # nothing says which rows are
+    allowed = allowed_forms(found.operators, forbid={"*": "hot_rows"})  # nothing says which rows are
     return Search(found.program, found.operators, RULES, w, allowed, Terms(**terms))
 
 
@@ -228,7 +228,7 @@ def test_memory_is_what_is_held():
         model = MODELS["deepfm"]("fields", vocab_sizes=[1000] * 4, dim=16, hidden=(8,))
     found = Captured.of(model, (torch.randn(4, 3), torch.zeros(4, 4, dtype=torch.int64)))
     dense = sum(p.numel() for n, p in model.named_parameters() if "tables" not in n)
-    for form, share in (("replicate", 1), ("row", 4)):
+    for form, share in (("replicate", 1), ("row_wise", 4)):
         m = found.plan(ranks=4, batch=8, pins={"*": form}, optimizer="adam").memory(0)
         rows = 4 * 1000 * 17 // share
         cut = sum(p.numel() for p in model.parameters()) - 4 * 1000 * 17 - dense
@@ -258,7 +258,7 @@ def test_a_limit_of_memory_is_kept():
         found.plan(ranks=4, optimizer="lion")
 
 
-@pytest.mark.parametrize("form", ["row", "pull", "hot"])
+@pytest.mark.parametrize("form", ["row_wise", "unique_rows", "hot_rows"])
 def test_ranks_hold_equally_many_rows_where_memory_is_short(form):
     """Rows of which a few are asked for: three of four ranks own those, unless the fourth can't hold all others."""
     model = MODELS["fm"]("fields", vocab_sizes=[40_000], dim=16)
@@ -285,7 +285,7 @@ def test_whole_tables_are_balanced():
         def forward(self, x):
             return torch.cat([torch.tanh(t(x[:, i])) * 2 for i, t in enumerate(self.tables)], 1)
 
-    plan = des.plan(Wide(), torch.zeros(4, 12, dtype=torch.int64), ranks=4, batch=64, pins={"*": "field"})
+    plan = des.plan(Wide(), torch.zeros(4, 12, dtype=torch.int64), ranks=4, batch=64, pins={"*": "table_wise"})
     loads = plan.layout.exit_widths
     assert sum(loads) == sum(dims) and max(loads) <= sum(dims) / 4 * 4 / 3
 
@@ -312,7 +312,7 @@ def test_samples_are_what_prices_depend_on():
     generator = torch.Generator().manual_seed(0)
     few, many = (torch.randint(n, (64, 3), generator=generator) for n in (2, 10_000))
     found = Captured.of(model, (dense, many))
-    plans = [found.plan(ranks=4, pins={"*": "pull"}, samples=[(dense, x)] * 3) for x in (few, many)]
+    plans = [found.plan(ranks=4, pins={"*": "unique_rows"}, samples=[(dense, x)] * 3) for x in (few, many)]
     assert plans[0].price_bytes < plans[1].price_bytes / 4
     assert all("assumed" not in p.statistics for p in plans)
     assert max(plans[0].unique.values()) <= 2.5 < min(plans[1].unique.values())
@@ -403,7 +403,7 @@ def test_an_encoder_moves_to_its_table_where_computing_is_cheap_beside_sending()
     for name, cluster in (("slow", slow), ("fast", fast)):
         plan = found.plan(batch=1024, cluster=cluster)
         sent[name] = max(plan.traffic(r).total for r in range(4))
-        assert plan.forms == {"items.weight": "pull" if name == "slow" else "field"}
+        assert plan.forms == {"items.weight": "unique_rows" if name == "slow" else "table_wise"}
         _, cut = found.region(plan)  # what ranks emit is what was priced
         assert [x.name for x in cut.exits] == [x.name for x in plan.layout.exits]
     assert plan.exits[0].startswith("aten.linear Owned")

@@ -1,5 +1,6 @@
 """Rules, forms, passes, baselines and clusters from outside: installed, or given to one call."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,14 +15,22 @@ from torch import nn
 
 import descompiler as des
 from descompiler import plugins
+from descompiler.captured import Captured
 from descompiler.cost_models.baselines import BASELINES
 from descompiler.graph.rewrite import Pass
 from descompiler.passes import FORMS, RULES
+from descompiler.passes.forms.column_wise import ColumnWise
+from descompiler.passes.forms.table_wise import TableWise
+from descompiler.planning.cluster import Cluster
 from descompiler.plugins import Kit
 from descompiler.registry import Registry
+from descompiler.report import page as report
+from descompiler.report import sheets
 from examples.custom_form import LastRank
 from examples.custom_rule import Flip, Palindrome
 from examples.models import MODELS, make_inputs
+from tests.harness.propagation import LightGCN
+from tests.harness.propagation import inputs as graph_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 HISTORY = (torch.randint(20_000, (6, 5), generator=torch.Generator().manual_seed(0)),)
@@ -103,7 +112,7 @@ def test_what_is_installed_is_used(site):
         from descompiler.planning.cluster import Cluster
         from their_custom_rule import Palindrome
 
-        plan = des.plan(Palindrome(), (torch.zeros(8, 5, dtype=torch.long),), ranks=2, pins={"items": "column"})
+        plan = des.plan(Palindrome(), (torch.zeros(8, 5, dtype=torch.long),), ranks=2, pins={"items": "column_wise"})
         print(plan.traffic(0).total, plan.priced()[-1].name)
         print(des.plan(Palindrome(), (torch.zeros(8, 5, dtype=torch.long),), ranks=2, pins={"*": "last_rank"}).forms)
         print(Cluster.builtin("their-lab", 8).ranks)
@@ -113,20 +122,91 @@ def test_what_is_installed_is_used(site):
     )
     assert not done.returncode, done.stderr
     first, forms, ranks, journal = done.stdout.splitlines()
-    without = des.plan(Palindrome(), (torch.zeros(8, 5, dtype=torch.long),), ranks=2, pins={"items": "column"})
+    without = des.plan(Palindrome(), (torch.zeros(8, 5, dtype=torch.long),), ranks=2, pins={"items": "column_wise"})
     assert int(first.split()[0]) < without.traffic(0).total / 2
     assert first.endswith("half precision gradients")
     assert (forms, ranks, journal) == ("{'items.weight': 'last_rank'}", "8", "their pass ran")
 
 
 def test_what_is_given_to_a_call_trains_as_the_original(on_ranks):
-    des.verify(Palindrome(), HISTORY, plans=[{"*": "column"}, {"*": "row"}], rules=[Flip()], launch=on_ranks)
+    des.verify(Palindrome(), HISTORY, plans=[{"*": "column_wise"}, {"*": "row_wise"}], rules=[Flip()], launch=on_ranks)
     des.verify(MODELS["fm"](), make_inputs("fm"), plans=[{"*": "last_rank"}], forms=[LastRank()], launch=on_ranks)
+
+
+def test_what_is_installed_is_known_to_plan_files(site, tmp_path):
+    plan = des.plan(MODELS["fm"](), make_inputs("fm"), ranks=2, pins={"*.1": "last_rank"}, forms=[LastRank()])
+    plan.save(tmp_path / "plan.json")
+    done = run(site, f"from descompiler.cli.app import app; app(['plan', 'show', {str(tmp_path / 'plan.json')!r}])")
+    assert not done.returncode, done.stderr
+    assert "last_rank" in done.stdout
+
+
+def test_a_form_from_outside_is_in_plans_files_and_words(tmp_path):
+    model, inputs = MODELS["fm"](), make_inputs("fm")
+    plan = des.plan(model, inputs, ranks=4, batch=64, pins={"embeddings.tables.1": "last_rank"}, forms=[LastRank()])
+    name = "embeddings.tables.1.weight"
+    assert plan.forms[name] == "last_rank" and plan.splits[name].pieces.owners == (3,)
+    plan.save(tmp_path / "plan.json")
+    again = des.Plan.load(tmp_path / "plan.json")
+    assert again == plan and again.to_json() == plan.to_json() and again.explain() == plan.explain()
+    assert f"{name}  [" in plan.explain("embeddings.tables.1") and "last_rank: E[" in plan.explain()
+    free = "embeddings.tables.0.weight"
+    assert "last_rank" in plan.prices[free] and "last_rank" in plan.explain(free)
+    forbidden = des.plan(model, inputs, ranks=4, batch=64, forbid={"*": "last_rank"})
+    assert "last_rank" not in {f for prices in forbidden.prices.values() for f in prices}
+    data = json.loads(forbidden.to_json())
+    data["forms"][free] = "last_rank"
+    (tmp_path / "edited.json").write_text(json.dumps(data))
+    edited = des.plan(model, inputs, plan=tmp_path / "edited.json")
+    assert edited.forms == {**forbidden.forms, free: "last_rank"} and f"{free}: " in forbidden.diff(edited)
+    FORMS._items.pop("last_rank")
+    with pytest.raises(des.PlanError, match=r"no form 'last_rank'.*from outside has to be installed, or given"):
+        des.plan(model, inputs, plan=tmp_path / "plan.json")
+
+
+def test_a_form_from_outside_is_in_tables_and_on_the_page():
+    torch.manual_seed(0)
+    captured = Captured.of(MODELS["fm"](), make_inputs("fm"), kit=Kit.of(forms=[LastRank()]))
+    plan = captured.plan(ranks=4, batch=64, pins={"embeddings.tables.1": "last_rank"})
+    rows = [row for row in sheets.candidates(plan).rows if row[4] == "last_rank"]
+    assert "chosen" in {row[7] for row in rows} and all(row[5] is not None for row in rows)
+    assert any("last_rank, " in row[1] for row in sheets.thresholds(plan).rows)
+    page = report.page(captured, plan, [plan], [plan], title="fm", cluster=Cluster.builtin("ethernet-25g", 4))
+    count = list(plan.forms.values()).count("last_rank")
+    assert "last_rank on 1 of 4 ranks" in page and f"{count} last_rank" in page
+
+
+@dataclass(frozen=True)
+class TheirColumns(ColumnWise):
+    name: str = "their_columns"
+
+
+@dataclass(frozen=True)
+class TheirTables(TableWise):
+    name: str = "their_tables"
+
+
+def test_what_is_true_of_a_built_in_form_may_be_true_of_others(on_ranks):
+    """Divided by columns together, in one form; given owners together."""
+    model, inputs, forms = LightGCN(), graph_inputs(), [TheirColumns(), TheirTables()]
+    both = {"user.weight": "their_columns", "item.weight": "their_columns"}
+    assert des.plan(model, inputs, ranks=2, pins={"user": "their_columns"}, forms=forms).forms == both
+    assert (
+        des.plan(model, inputs, ranks=2, forbid={"*": ["column_wise", "replicate", "fsdp"]}, forms=forms).forms == both
+    )
+    with pytest.raises(des.PlanError, match="pin both"):
+        des.plan(model, inputs, ranks=2, pins={"user": "their_columns", "item": "column_wise"}, forms=forms)
+    assert des.plan(model, inputs, ranks=2, forms=forms).exact
+    des.verify(model, inputs, plans=[{"*": "their_columns"}], forms=forms, launch=on_ranks)
+    pins = {"*": "table_wise", "*.1": "their_tables", "*.2": "their_tables"}
+    plan = des.plan(MODELS["lr"](), make_inputs("lr"), ranks=2, pins=pins, forms=forms)
+    alone = des.plan(MODELS["lr"](), make_inputs("lr"), ranks=2, pins={"*": "table_wise"})
+    assert {n: s.pieces for n, s in plan.splits.items()} == {n: s.pieces for n, s in alone.splits.items()}
 
 
 def test_a_rule_is_the_calls_alone():
     plans = [
-        des.plan(Palindrome(), HISTORY, ranks=2, batch=512, pins={"*": "column"}, rules=rules)
+        des.plan(Palindrome(), HISTORY, ranks=2, batch=512, pins={"*": "column_wise"}, rules=rules)
         for rules in ((), (Flip(),), ())
     ]
     sent = [p.traffic(0).total for p in plans]
@@ -145,7 +225,7 @@ class Other:
 
 @dataclass(frozen=True)
 class Row(LastRank):
-    name: str = "row"
+    name: str = "row_wise"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +233,7 @@ class Row(LastRank):
     [
         ({"rules": [Other()]}, "two rules are named 'linear': Linear of descompiler and Other of compile(rules=...)"),
         ({"rules": [Flip(), Other("flip")]}, "two rules are named 'flip': Flip of compile"),
-        ({"forms": [Row()]}, "two forms are named 'row': Row of descompiler and Row of compile(forms=...)"),
+        ({"forms": [Row()]}, "two forms are named 'row_wise': RowWise of descompiler and Row of compile(forms=...)"),
         ({"rules": [LastRank()]}, "is no rule: it has no targets, place"),
         ({"forms": [Flip()]}, "is no form: it has no refuses, split"),
     ],

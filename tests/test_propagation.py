@@ -37,15 +37,15 @@ def test_matrices_are_captured_as_the_model_holds_them(held):
 @pytest.mark.parametrize("step", [s for s in STEPS if s != "sparse.mm"])
 def test_every_way_to_pass_messages_is_by_columns(step):
     for operator in find_tables(program_of(LightGCN(step))):
-        assert operator.forms == ("replicate", "column", "fsdp")
-        assert "computed of all its rows" in operator.refusals["row"]
+        assert operator.forms == ("replicate", "column_wise", "fsdp")
+        assert "computed of all its rows" in operator.refusals["row_wise"]
 
 
 def test_rows_are_looked_up_before_what_needs_all_columns():
     program = program_of(Cosine())
     notes = [n for n in program.journal if n.startswith("lookups_first")]
     assert len(notes) == 4 and all("div" in n for n in notes)
-    assert all("column" in o.forms and not o.other_uses for o in find_tables(program))
+    assert all("column_wise" in o.forms and not o.other_uses for o in find_tables(program))
 
 
 def test_dense_layers_mix_columns():
@@ -63,7 +63,7 @@ class Scores(LightGCN):
 def test_another_use_of_the_computed_table_is_named():
     for operator in find_tables(program_of(Scores())):
         assert operator.forms == ("replicate", "fsdp")
-        assert "also used by aten.matmul" in operator.refusals["column"]
+        assert "also used by aten.matmul" in operator.refusals["column_wise"]
 
 
 MODELS = {
@@ -82,7 +82,7 @@ def _verify(rank, ranks, names):
     for name in names:
         torch.manual_seed(0)
         make, batch = MODELS[name]
-        model, plans = make().double(), [{"*": "column"}, {"*": "replicate"}]
+        model, plans = make().double(), [{"*": "column_wise"}, {"*": "replicate"}]
         widen_attributes(model)
         cases.append(train_and_compare(rank, ranks, model, (batch, {}), 3, plans, ["adagrad"], "cpu").cases)
     return cases
@@ -98,7 +98,7 @@ def test_the_planner_divides_by_columns_and_sends_no_table():
     model = Loss(LightGCN(users=300, items=200, dim=16))
     batch = inputs(rows=8, users=300, items=200, loss=True)
     plan = des.plan(model, batch, ranks=4, batch=32)
-    assert plan.forms == {"model.user.weight": "column", "model.item.weight": "column"}
+    assert plan.forms == {"model.user.weight": "column_wise", "model.item.weight": "column_wise"}
     assert plan.price_bytes < min(plan.baselines().values()) / 4  # every row has a gradient, whatever was looked up
     assert {c.width for c in plan.crossings if c.kind == "values"} == {4}  # regularisers too: a number a row and rank
     assert not any(note.startswith("gather") for note in plan.notes)
@@ -109,18 +109,18 @@ def test_the_planner_divides_by_columns_and_sends_no_table():
 
 def test_tables_that_are_computed_together_are_divided_together():
     model, batch = LightGCN(), inputs()
-    plan = des.plan(model, batch, ranks=2, pins={"user.weight": "column"})
-    assert set(plan.forms.values()) == {"column"}
-    plan = des.plan(model, batch, ranks=2, forbid={"item.weight": "column"})
+    plan = des.plan(model, batch, ranks=2, pins={"user.weight": "column_wise"})
+    assert set(plan.forms.values()) == {"column_wise"}
+    plan = des.plan(model, batch, ranks=2, forbid={"item.weight": "column_wise"})
     assert set(plan.forms.values()) == {"replicate"}
     with pytest.raises(des.PlanError, match="pin both"):
-        des.plan(model, batch, ranks=2, pins={"user.weight": "column", "item.weight": "replicate"})
+        des.plan(model, batch, ranks=2, pins={"user.weight": "column_wise", "item.weight": "replicate"})
 
 
 def _bad_ids(rank, ranks):
     torch.manual_seed(0)
     user, item = inputs()
-    module = des.compile(LightGCN().double(), (user, item), plan={"*": "column"})
+    module = des.compile(LightGCN().double(), (user, item), plan={"*": "column_wise"})
     wrong = item.clone()
     if rank == 1:
         wrong[3] = ITEMS

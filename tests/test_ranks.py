@@ -28,7 +28,7 @@ def inputs_of(rows: slice = slice(None)):
 
 
 def _bad_ids(rank, ranks):
-    module = des.compile(make(), inputs_of(), plan={"*": "row"})
+    module = des.compile(make(), inputs_of(), plan={"*": "row_wise"})
     dense, ids = inputs_of()
     wrong = ids.clone()
     if rank == 1:
@@ -60,7 +60,7 @@ def test_ids_that_are_no_integers(on_ranks):
 
 def _different(rank, ranks, what):
     model = MODELS["deepfm"]("fields", **({"dim": 5} if what == "model" and rank else {})).double()
-    plan = {"*": "row" if rank else "field"} if what == "plan" else None
+    plan = {"*": "row_wise" if rank else "table_wise"} if what == "plan" else None
     return raised(lambda: des.compile(model, inputs_of(), plan=plan))
 
 
@@ -101,7 +101,7 @@ def _checkpoint(rank, ranks, form):
     return same, list(back) == list(model.state_dict()), all(torch.equal(back[n], v) for n, v in other.items())
 
 
-@pytest.mark.parametrize("form", ["field", "row", "column"])
+@pytest.mark.parametrize("form", ["table_wise", "row_wise", "column_wise"])
 def test_state_dict_round_trip(on_ranks, form):
     assert on_ranks(_checkpoint, 3, form) == [(True, True, True)] * 3
 
@@ -116,7 +116,7 @@ def test_weights_of_a_meta_model_do_not_depend_on_ranks(on_ranks):
     with torch.device("meta"):
         model = MODELS["deepfm"]("fields")
     expected = des.full_state_dict(des.compile(model, INPUTS, seed=5))
-    for ranks, form in ((2, "row"), (3, "column")):
+    for ranks, form in ((2, "row_wise"), (3, "column_wise")):
         for state in on_ranks(_from_meta, ranks, form):
             assert all(torch.equal(state[n], v) for n, v in expected.items())
 
@@ -147,7 +147,7 @@ def _partly_from_meta(rank, ranks, cls, in_place):
     with torch.device("meta"):
         model = cls()
     model.out.bias = nn.Parameter(torch.arange(9.0) + 100 * rank)
-    module = des.compile(model, (IDS,), plan={"*": "row"}, seed=5, in_place=in_place)
+    module = des.compile(model, (IDS,), plan={"*": "row_wise"}, seed=5, in_place=in_place)
     state = des.full_state_dict(module)
     module(IDS).sum().backward()
     return state, des.module_of(module).coverage().rung
@@ -211,7 +211,7 @@ def _cast(rank, ranks, when, in_place):
     torch.manual_seed(1)
     inputs = IDS, torch.rand(8, generator=torch.Generator().manual_seed(2))
     model, alone = AsksForDtypes(), AsksForDtypes()
-    compiled = des.compile(model, inputs, plan={"*": "row"}, loss="sum", in_place=in_place)
+    compiled = des.compile(model, inputs, plan={"*": "row_wise"}, loss="sum", in_place=in_place)
     module, rows = des.module_of(compiled), slice(0, 3) if rank == 0 else slice(3, 8)
     if when == "after a step":
         compiled(*(x[rows] for x in inputs)).sum().backward()
@@ -252,7 +252,7 @@ def test_casts_that_do_nothing_are_captured_as_a_graph():
 
 def _losses(rank, ranks, loss):
     model, counts = make(), [2, 6]
-    module = des.compile(model, inputs_of(), plan={"*": "row"}, loss=loss)
+    module = des.compile(model, inputs_of(), plan={"*": "row_wise"}, loss=loss)
     first = sum(counts[:rank])
     module(*inputs_of(slice(first, first + counts[rank]))).square().mean().backward()
     parts = torch.split(model(*inputs_of()).square(), counts)
@@ -288,7 +288,7 @@ def test_tied_tables(on_ranks):
     des.verify(
         Tied(),
         (torch.randint(9, (8, 2)),),
-        plans=[{"*": f} for f in ("replicate", "field", "row", "column")],
+        plans=[{"*": f} for f in ("replicate", "table_wise", "row_wise", "column_wise")],
         launch=on_ranks,
     )
 
@@ -303,7 +303,7 @@ def _averaged(rank, ranks, cls):
     torch.manual_seed(1)
     model = cls().double()
     alone = copy.deepcopy(model)
-    module = des.compile(model, (IDS,), plan={"*": "row"}, loss="sum")
+    module = des.compile(model, (IDS,), plan={"*": "row_wise"}, loss="sum")
     rows = slice(0, 3) if rank == 0 else slice(3, 8)
     averages = [torch.optim.swa_utils.AveragedModel(m) for m in (module, alone)]
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (module, alone)]
@@ -360,7 +360,7 @@ def test_a_model_without_tables_is_data_parallel_and_says_so(on_ranks):
 
 def _deferred(rank, ranks):
     model = make()
-    module = des.compile(model, plan={"*": "row"}).eval()
+    module = des.compile(model, plan={"*": "row_wise"}).eval()
     before = [raised(lambda: list(module.parameters())), raised(lambda: module.plan), raised(module.state_dict)]
     rows = slice(0, 3) if rank else slice(3, 8)
     with torch.no_grad():
@@ -388,7 +388,7 @@ def test_example_inputs_that_one_rank_can_not_run(on_ranks):
 def _backward_orders(rank, ranks, order):
     model = make(batch_norm=True)
     reference = copy.deepcopy(model)
-    module = des.compile(model, inputs_of(), plan={"*": "row", "first_order*": "replicate"}, loss="sum")
+    module = des.compile(model, inputs_of(), plan={"*": "row_wise", "first_order*": "replicate"}, loss="sum")
     mine = slice(0, 3) if rank == 0 else slice(3, 8)
     for step in range(3):
         for m, rows in ((module, mine), (reference, slice(None))):
@@ -430,7 +430,7 @@ def _from_samples(rank, ranks):
     dense, ids = inputs_of()
     generator = torch.Generator().manual_seed(rank)  # ranks have other samples: rank 0's are everyone's
     samples = [(dense, ids[torch.randint(8, (8,), generator=generator)]) for _ in range(3)]
-    module = des.compile(model, inputs_of(), plan={"*": "pull"}, samples=samples, loss="sum")
+    module = des.compile(model, inputs_of(), plan={"*": "unique_rows"}, samples=samples, loss="sum")
     rows = slice(0, 3) if rank else slice(3, 8)
     module(*inputs_of(rows)).square().sum().backward()
     model(*inputs_of()).square().sum().backward()
@@ -451,7 +451,7 @@ def test_a_plan_from_samples(on_ranks):
 def _frozen_afterwards(rank, ranks):
     """Everything but the tables is frozen after compile, and thawed again."""
     model = make()
-    reference, module = copy.deepcopy(model), des.compile(model, inputs_of(), plan={"*": "row"}, loss="sum")
+    reference, module = copy.deepcopy(model), des.compile(model, inputs_of(), plan={"*": "row_wise"}, loss="sum")
     worst = 0.0
     for trained in (False, True):
         for m in (reference, module):
@@ -511,7 +511,7 @@ def _thawed(rank, ranks, cls, names, in_place):
     for name in names:
         model.get_submodule(name).requires_grad_(False)
     reference = copy.deepcopy(model)
-    module = des.compile(model, (ids,), plan={"*": "row"}, in_place=in_place, loss="sum")
+    module = des.compile(model, (ids,), plan={"*": "row_wise"}, in_place=in_place, loss="sum")
     worst = 0.0
     for step in range(4):
         if step == 2 and not in_place:
@@ -540,7 +540,7 @@ def test_parameters_that_are_frozen_at_compile_and_trained_later(on_ranks, cls, 
 
 def _frozen_on_one_rank(rank, ranks, cls):
     model, ids = cls().double(), torch.arange(8) % 5
-    module = des.compile(model, (ids,), plan={"*": "row"}, seed=1)
+    module = des.compile(model, (ids,), plan={"*": "row_wise"}, seed=1)
     module.get_submodule("layer" if rank else "chooser").requires_grad_(False)
     return raised(lambda: module(ids).sum().backward())
 
@@ -555,7 +555,7 @@ def _steps_in_backward(rank, ranks, kind):
     """Largest difference of weights from one process, where optimisers step as gradients are accumulated."""
     model, options = make(), {"in_place": True} if kind == "in place" else {}
     reference = copy.deepcopy(model)
-    module = des.compile(model, inputs_of(), plan={"*": "row"}, loss="sum", **options)
+    module = des.compile(model, inputs_of(), plan={"*": "row_wise"}, loss="sum", **options)
     calls = []
     for m in (module, reference):
         for p in m.parameters():
@@ -587,7 +587,7 @@ def test_an_optimiser_may_step_in_backward(on_ranks, kind):
 def _frozen_and_thawed(rank, ranks):
     """Largest difference of weights from one process, where parameters are frozen and thawed between steps."""
     model = make()
-    reference, module = copy.deepcopy(model), des.compile(model, inputs_of(), plan={"*": "row"}, loss="sum")
+    reference, module = copy.deepcopy(model), des.compile(model, inputs_of(), plan={"*": "row_wise"}, loss="sum")
     mine, worst = slice(0, 3) if rank == 0 else slice(3, 8), 0.0
     gc.disable()  # what watched the parameters before has to let go at once
     optimizers = [torch.optim.SGD(m.parameters(), 0.01) for m in (module, reference)]

@@ -32,7 +32,7 @@ def captured():
 @pytest.fixture(scope="module")
 def plan(captured):
     # forms that are computed in the region, which tables that fetch unique ids don't need
-    return captured.plan(ranks=4, batch=64, pins={"first_order.*": "column", "embeddings.*": "field"})
+    return captured.plan(ranks=4, batch=64, pins={"first_order.*": "column_wise", "embeddings.*": "table_wise"})
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +87,11 @@ def test_the_drawing_after_has_every_transfer_and_the_one_before_none(captured, 
 
 
 def test_tables_that_fetch_rows_say_what_they_send(captured):
-    plan = captured.plan(ranks=4, batch=64, pins={"*": "pull"})
+    plan = captured.plan(ranks=4, batch=64, pins={"*": "unique_rows"})
     _, cut = captured.region(plan)
     d = graphs.drawing(captured.program, captured.operators, plan, cut, after=True)
     fetching = [b for b in d.boxes.values() if b.kind == "fetch"]
-    assert {b.lines[2] for b in fetching} == {"pull on 4 of 4 ranks"}
+    assert {b.lines[2] for b in fetching} == {"unique_rows on 4 of 4 ranks"}
     assert all(b.lines[3].startswith("unique ids out, rows back, gradients out: ") for b in fetching)
 
 

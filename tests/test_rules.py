@@ -169,7 +169,7 @@ def evaluated(rank, ranks, form, training_first):
 
 
 @pytest.mark.parametrize("training_first", [True, False])
-@pytest.mark.parametrize("form", ["field", "column"])
+@pytest.mark.parametrize("form", ["table_wise", "column_wise"])
 def test_batch_norm_evaluates_with_the_statistics_of_the_global_batch(on_ranks, form, training_first):
     for worst, inside in on_ranks(evaluated, 2, form, training_first):
         assert inside

@@ -27,13 +27,13 @@ def test_closed_forms_agree_with_plans_on_both_sides(captured, batch):
         plan = captured.plan(ranks=ranks, batch=batch, pins={"*": name})
         return sum(plan.traffic(r).total for r in range(ranks)) / ranks
 
-    plan = captured.plan(ranks=4, batch=batch, pins={"*": "row"})
-    start = crossover(plan, "replicate beats row, partial sums")
+    plan = captured.plan(ranks=4, batch=batch, pins={"*": "row_wise"})
+    start = crossover(plan, "replicate beats row_wise, partial sums")
     # tables of 5,000 numbers, all-reduced, against ids of 4 bytes to each rank and sums that six tables share
     assert start == math.floor(2 * 5000 * 4 / (batch * (4 + 2 * 4 / 6))) + 1
     # headers are in the plans and not in the curves: a rank either way
-    assert sent("replicate", start + 1) < sent("row", start + 1)
-    assert sent("replicate", start - 2) > sent("row", start - 2)
+    assert sent("replicate", start + 1) < sent("row_wise", start + 1)
+    assert sent("replicate", start - 2) > sent("row_wise", start - 2)
 
 
 def test_patterns_of_names():

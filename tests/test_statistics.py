@@ -7,7 +7,7 @@ from torch import nn
 
 import descompiler as des
 from descompiler.capture.ladder import capture
-from descompiler.cost_models.forms import HOT
+from descompiler.cost_models.forms import HOT_ROWS
 from descompiler.cost_models.symbols import UH, H, N, U, i, k, s
 from descompiler.layout.pieces import ALL, Pieces
 from descompiler.layout.statistics import Statistics, zipf_unique
@@ -95,8 +95,8 @@ def test_hot_rows_are_those_that_cost_less_replicated():
     statistics = measured(1000, 1.2)
     program, _ = capture(blueprint(Model(1000)), (torch.zeros(3, 2, dtype=torch.long),), passes=NORMALISE)
     table = next(o for o in find_tables(program) if o.name == "item.weight")
-    choice = form_named("hot").choose(table, 4, statistics, BATCH)
-    split = form_named("hot").split(table, 4, choice)
+    choice = form_named("hot_rows").choose(table, 4, statistics, BATCH)
+    split = form_named("hot_rows").split(table, 4, choice)
     ids, present, other = statistics.presence("item.weight", BATCH)
     everything = dict(zip(ids.tolist(), present.tolist(), strict=True))
     values = {N: 4, k: 2, s: 4, i: 4, U: 100, UH: 50, H: 20}
@@ -104,11 +104,11 @@ def test_hot_rows_are_those_that_cost_less_replicated():
     assert 0 < len(hot) < 300
     for row in range(1000):
         q = everything.get(row, other)
-        pays = HOT.subs({**values, UH: 50 + q, H: 21}) < HOT.subs(values)
+        pays = HOT_ROWS.subs({**values, UH: 50 + q, H: 21}) < HOT_ROWS.subs(values)
         assert pays == (row in hot)
     shares = statistics.shares("item.weight", split.pieces, BATCH)
     assert max(shares[:4]) < 1.1 * min(shares[:4])
-    assert form_named("hot").choose(table, 4, Statistics.assumed([table]), BATCH).hot is None
+    assert form_named("hot_rows").choose(table, 4, Statistics.assumed([table]), BATCH).hot is None
 
 
 def test_shares_of_rows_that_all_hold():

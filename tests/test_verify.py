@@ -81,7 +81,7 @@ def test_a_fault_is_found(fault):
         return on_ranks(faulty, ranks, fault, function, *arguments, timeout_s=timeout_s)
 
     with pytest.raises(des.EquivalenceError, match=FAULTS[fault]):
-        des.verify(model, make_inputs("deepfm", "fields", 8), plans=[{"*": "row"}], launch=launch)
+        des.verify(model, make_inputs("deepfm", "fields", 8), plans=[{"*": "row_wise"}], launch=launch)
 
 
 class Steep(torch.nn.Module):
@@ -125,7 +125,7 @@ def verify_steep(fault):
 
     torch.manual_seed(0)
     ids = torch.randint(9, (8, 3))
-    return des.verify(Steep(), (ids,), plans=[{"*": "row"}], launch=launch)
+    return des.verify(Steep(), (ids,), plans=[{"*": "row_wise"}], launch=launch)
 
 
 def test_a_gradient_is_judged_at_the_weights_that_it_is_of():

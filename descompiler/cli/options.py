@@ -16,6 +16,7 @@ from descompiler import examples
 from descompiler.cost_models.memory import STATE
 from descompiler.planning.cluster import CLUSTERS, COLLECTIVES, Cluster, Link
 from descompiler.report import units
+from descompiler.tables.form import fallback
 
 T = TypeVar("T")
 
@@ -173,9 +174,9 @@ class PlanTerms:
         """As `Captured.plan` takes them."""
         forbid: dict[str, list[str]] = {}
         for text in self.forbid or ():
-            table, form = _table_and_form("--forbid", text, "*=replicate")
+            table, form = _table_and_form("--forbid", text, f"*={fallback().name}")
             forbid.setdefault(table, []).append(form)
-        pins = dict(_table_and_form("--pin", text, "user.*=row") for text in self.pin or ())
+        pins = dict(_table_and_form("--pin", text, f"user.*={fallback().name}") for text in self.pin or ())
         return {"pins": pins, "forbid": forbid, "memory_bytes": self.memory, "optimizer": self.optimizer}
 
 

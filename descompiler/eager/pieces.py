@@ -22,6 +22,7 @@ from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
 from descompiler.ops.functions import ELEMENTWISE, LOOKUPS, NORMS, PRODUCTS, SUMS, function_name
 from descompiler.runtime.runtime import Runtime
+from descompiler.tables.form import fallback
 
 
 class Exchanges(Protocol):
@@ -172,7 +173,7 @@ def _on_whole(func: Any, args: Any, kwargs: Any) -> Any:
             raise UnsupportedError(
                 f"{function_name(func)} takes an elementwise function of {x.original!r}, of which each rank holds a "
                 "part; only sums, means and norms over all its elements are computed from parts. Pin it: "
-                f"plan={{{x.original!r}: 'replicate'}}"
+                f"plan={{{x.original!r}: {fallback().name!r}}}"
             )
         return x
 

@@ -15,9 +15,9 @@ from descompiler.layout.pieces import Pieces
 from descompiler.model.random_state import ONE_DRAW
 from descompiler.planning.coverage import PARTIAL, Coverage, Covered
 from descompiler.planning.given import Given, check_ranks, loaded
-from descompiler.planning.pins import names_matching
+from descompiler.planning.pins import form_name, names_matching
 from descompiler.planning.plan import Plan, Table
-from descompiler.tables.form import Split
+from descompiler.tables.form import FORMS, Split, fallback, form_named
 from descompiler.tables.tables import WEIGHTS_RICH_ELEMENTS
 
 
@@ -42,6 +42,7 @@ def plan_partial(template: nn.Module, seen: Survey, ranks: int, rows: int, pins:
     """Divide by rows what is only looked up, if that sends fewer bytes (or is pinned); replicate the rest."""
     parameters = dict(template.named_parameters())
     fixed = _pinned(parameters, seen, pins)
+    kept, fetched = fallback().name, fetched_form()
     tables, splits, prices = [], {}, {}
     pieces = {n: Pieces.replicate(tuple(p.shape), ranks) for n, p in parameters.items()}
     for name, p in parameters.items():
@@ -53,16 +54,16 @@ def plan_partial(template: nn.Module, seen: Survey, ranks: int, rows: int, pins:
         unique = min(ids, p.shape[0])
         crossing = ranks - 1
         price = {
-            "replicate": 2 * crossing * size // ranks if p.requires_grad else 0,
-            "pull": crossing * unique * (8 + (2 if p.requires_grad else 1) * width * p.element_size()) // ranks,
+            kept: 2 * crossing * size // ranks if p.requires_grad else 0,
+            fetched: crossing * unique * (8 + (2 if p.requires_grad else 1) * width * p.element_size()) // ranks,
         }
         refusals = _refusals(use)
-        form = "replicate"
+        form = kept
         if not refusals:
-            cheaper = price["pull"] < price["replicate"] and p.numel() >= WEIGHTS_RICH_ELEMENTS
-            form = "pull" if cheaper or (use.sparse and ranks > 1) else "replicate"
+            cheaper = price[fetched] < price[kept] and p.numel() >= WEIGHTS_RICH_ELEMENTS
+            form = fetched if cheaper or (use.sparse and ranks > 1) else kept
         form = fixed.get(name, form)
-        if form == "pull":
+        if form == fetched:
             pieces[name] = Pieces.even(tuple(p.shape), 0, ranks)
         splits[name], prices[name] = Split(form, pieces[name]), {} if refusals else price
         per_row, vectors = -(-use.ids // max(seen.rows, 1)), -(-use.vectors // max(seen.rows, 1))
@@ -107,28 +108,32 @@ def _notes(seen: Survey, ranks: int, rows: int) -> list[str]:
     return [note, drawn] if seen.random else [note]
 
 
+def fetched_form() -> str:
+    """The form of tables whose rows are fetched when the user's forward looks them up."""
+    return next(f.name for f in FORMS if f.in_part == f.name and not f.fallback)
+
+
 def _refusals(use: Use) -> dict[str, str]:
-    return {"pull": f"the table is also used by {', '.join(sorted(use.others))}"} if use.others else {}
+    return {fetched_form(): f"the table is also used by {', '.join(sorted(use.others))}"} if use.others else {}
 
 
 def _pinned(parameters: Mapping[str, nn.Parameter], seen: Survey, pins: Mapping[str, str] | None) -> dict[str, str]:
-    """Forms that the user fixed; "row" is "pull" here, and what a pattern can't have, it does not get."""
+    """Forms that the user fixed, as `Form.in_part` says; what a pattern can't have, it does not get."""
+    kept, fetched = fallback().name, fetched_form()
     result = {}
     tables = [n for n in parameters if n in seen.uses and seen.uses[n].lookups]
     for pattern, form in (pins or {}).items():
         matches = names_matching(tables, pattern, "plan")
-        wanted = "pull" if form == "row" else form
+        wanted = form_named(form_name(form, f"plan for {pattern!r}")).in_part
         for name in matches:
-            why = (
-                None
-                if wanted in ("pull", "replicate")
-                else "the model is captured in part; there it is pull or replicate"
-            )
-            if wanted == "pull":
-                why = _refusals(seen.uses[name]).get("pull")
-            elif wanted == "replicate" and seen.uses[name].sparse and not seen.uses[name].others:
+            why = None
+            if wanted is None:
+                why = f"the model is captured in part; there it is {fetched} or {kept}"
+            elif wanted == fetched:
+                why = _refusals(seen.uses[name]).get(fetched)
+            elif seen.uses[name].sparse and not seen.uses[name].others:
                 why = "its gradients are sparse, and only those of fetched rows stay so"
-            if why is None:
+            if wanted is not None and why is None:
                 result[name] = wanted
             elif not set("*?[") & set(pattern):
                 raise PlanError(f"table {name!r} can't be split by {form}: {why}")
@@ -150,7 +155,7 @@ def coverage_partial(template: nn.Module, seen: Survey, plan: Plan, failures: tu
             entry = Covered(name, size, plan.splits[name].form, PARTIAL, f"a step sends: {price}", choice=True)
         else:
             entry = Covered(
-                name, size, "replicate", PARTIAL, f"used by {', '.join(sorted(use.others))}, not only by lookups"
+                name, size, fallback().name, PARTIAL, f"used by {', '.join(sorted(use.others))}, not only by lookups"
             )
         found.append(entry)
     return Coverage(PARTIAL, failures, tuple(found), "; ".join(plan.notes))

@@ -39,14 +39,16 @@ from torch import fx
 
 from descompiler.graph.nodes import tail
 from descompiler.graph.program import Program
+from descompiler.layout.exchanges import Columns
 from descompiler.layout.pieces import ALL, Pieces
-from descompiler.layout.placement import LOCAL, Owned, Shard
+from descompiler.layout.placement import LOCAL, Owned, Region, Shard
+from descompiler.layout.spans import Spans, alike
 from descompiler.region.cut import Candidates, Weights
 from descompiler.region.flow import Network
 from descompiler.region.place import place
 from descompiler.region.rule import Rule
 from descompiler.tables.form import Split
-from descompiler.tables.tables import Operator
+from descompiler.tables.tables import Lookup, Operator
 
 MIXED = ""
 """The part of a value to which several tables contribute."""
@@ -60,10 +62,24 @@ class FormCost:
     ----------
     inside : bool
         Whether its lookups are in the region: then these are the ids', and what leaves the region comes on top.
+    column_shards : int
+        Ranks that have columns of its results; 1 if they have whole ones.
     """
 
     inside: bool
     sent_bytes: float
+    column_shards: int = 1
+
+
+@dataclass(frozen=True)
+class Alone(Split):
+    """A split of the relaxation: a table of which one rank has all; or every rank has, and its lookups are outside."""
+
+    def placement(self, operator: Operator, lookup: Lookup) -> Region | None:
+        return None if self.pieces.is_replicated else Owned(self.pieces.owners[0])
+
+    def columns(self, operator: Operator, lookup: Lookup) -> Spans[Columns]:
+        return alike(self.pieces.owners, None)
 
 
 @dataclass(frozen=True)
@@ -110,7 +126,7 @@ class Relaxation:
         for i, o in enumerate(self.operators):
             able = any(c.inside for c in self.costs[o.name].values())
             pieces = Pieces.whole(o.shape, owner(i), ranks) if able else Pieces.replicate(o.shape, ranks)
-            splits[o.name] = Split("field" if able else "replicate", pieces)
+            splits[o.name] = Alone("", pieces)
         return place(self.program, self.operators, splits, self.rules, ranks)
 
     @cached_property
@@ -170,9 +186,8 @@ class Relaxation:
 
     def solve(self, forms: Mapping[str, Sequence[str]]) -> Bound:
         """The least that the busiest rank sends, in any plan with these forms."""
-        w, shards = self.w, 1
-        if any("column" in f for f in forms.values()):
-            shards = min(w.ranks, max(o.dim for o in self.operators))
+        w = self.w
+        shards = max((self.costs[n][f].column_shards for n, allowed in forms.items() for f in allowed), default=1)
         uncut = (self.fixed_bytes - sum(b for b, _, _ in self._saved)) / w.ranks
         best: Bound | None = None
         for widest in [0, *sorted({p[MIXED] for p in self.parts.values() if MIXED in p})]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from descompiler.graph.nodes import target_name
 from descompiler.graph.program import Failure, Program
 from descompiler.planning.plan import Plan
+from descompiler.tables.form import fallback
 from descompiler.tables.tables import WEIGHTS_RICH_ELEMENTS, Operator
 
 PARTIAL = "partial"
@@ -21,11 +22,11 @@ class Covered:
     Attributes
     ----------
     form : str
-        "replicate", "co-located", "unused", or a split form.
+        A form, "co-located" or "unused".
     why : str
         The reason that it is not split, or not split better; empty if there is nothing to say.
     choice : bool
-        Whether "replicate" was the cheapest of several possible forms, rather than the only one.
+        Whether the form was the cheapest of several possible ones, rather than the only one.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Coverage:
     @property
     def left_whole(self) -> list[Covered]:
         """Parameters that every rank holds whole because no split form is possible, largest first."""
-        found = [p for p in self.parameters if p.form == "replicate" and not p.choice]
+        found = [p for p in self.parameters if p.form == fallback().name and not p.choice]
         return sorted(found, key=lambda p: -p.size_bytes)
 
     def warning(self) -> str | None:
@@ -105,7 +106,7 @@ def coverage_of(program: Program, operators: Sequence[Operator], plan: Plan) -> 
             )
         else:
             uses = ", ".join(sorted(set(users[name])))
-            form, why, choice = "replicate", f"used by {uses}, not by a lookup", False
+            form, why, choice = fallback().name, f"used by {uses}, not by a lookup", False
         found.append(Covered(name, size, form, program.rung, why, choice))
     return Coverage(program.rung, program.failures, tuple(found), "; ".join(_notes(program)))
 
@@ -125,13 +126,14 @@ def _notes(program: Program) -> Iterator[str]:
 
 def _why(operator: Operator, plan: Plan) -> str:
     form = plan.splits[operator.name].form
+    whole = form == fallback().name
     reasons = [f"not {f}: {why}" for f, why in operator.refusals.items()]
     prices = plan.prices.get(operator.name, {})
-    if form == "replicate" and len(prices) > 1:
+    if whole and len(prices) > 1:
         others = ", ".join(f"{f} {price:,} B" for f, price in sorted(prices.items(), key=lambda x: x[1]) if f != form)
         reasons.insert(
             0, f"a step sends {prices.get(form, plan.price_bytes):,} B with it replicated, otherwise {others}"
         )
-    elif form == "replicate" and len(operator.forms) > 1:
+    elif whole and len(operator.forms) > 1:
         reasons.insert(0, "chosen by the plan")
     return "; ".join(dict.fromkeys(reasons))

@@ -190,7 +190,7 @@ def assign(
     split: Callable[[Operator, str, int, Choice | None], Split] = split_as,
     choice: Callable[[Operator, str], Choice] = lambda operator, form: Choice(),
 ) -> dict[str, Split]:
-    """Splits in given forms; whole tables go to ranks by longest processing time first (Graham, 1969).
+    """Splits in given forms; tables with owners go to ranks by longest processing time first (Graham, 1969).
 
     Tables that read the same ids share a rank. The load is what they send, elements a row, then bytes held; the other
     way round with ``by_memory``.
@@ -198,7 +198,7 @@ def assign(
     groups: dict[str, list[Operator]] = {}
     splits: dict[str, Split] = {}
     for o in operators:
-        if forms[o.name] != "field":
+        if not form_named(forms[o.name]).has_owners:
             splits[o.name] = split(o, forms[o.name], ranks, choice(o, forms[o.name]))
         else:
             groups.setdefault(o.lookups[0].ids.name, []).append(o)
@@ -212,12 +212,12 @@ def assign(
     for group in sorted(groups.values(), key=load, reverse=True):
         if all(o.starts is not None and o.starts == group[0].starts for o in group):
             owners = tuple(_field_owners(group[0], ranks))
-            splits.update({o.name: split(o, "field", ranks, Choice(field_owners=owners)) for o in group})
+            splits.update({o.name: split(o, forms[o.name], ranks, Choice(field_owners=owners)) for o in group})
             continue
         first, second, owner = least[0]
         more = load(group)
         heapq.heapreplace(least, (first + more[0], second + more[1], owner))
-        splits.update({o.name: split(o, "field", ranks, Choice(owner=owner)) for o in group})
+        splits.update({o.name: split(o, forms[o.name], ranks, Choice(owner=owner)) for o in group})
     return splits
 
 

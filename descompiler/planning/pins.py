@@ -7,16 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from descompiler.errors import PlanError
 from descompiler.graph.nodes import user_line
+from descompiler.tables.aliases import current_name
 from descompiler.tables.computed import Group, groups_of
-from descompiler.tables.form import FORMS
+from descompiler.tables.form import form_named
 from descompiler.tables.tables import Operator
 
 Forbidden = Mapping[str, str | Sequence[str]]
 """Table names or patterns to forms."""
-
-
-ALIASES = {"rows": "row", "columns": "column", "table": "field", "tables": "field", "fields": "field"}
-"""Names that people use for forms."""
 
 
 def allowed_forms(
@@ -61,29 +58,28 @@ def allowed_forms(
 
 
 def _tie(allowed: dict[str, tuple[str, ...]], groups: Sequence[Group]) -> None:
-    """Tables that a computed table is made of are divided by columns together, or not."""
+    """Tables that a computed table is made of are divided by columns together, in one form, or not."""
     for g in groups:
-        pinned = [n for n in g.tables if allowed[n] == ("column",)]
-        unable = [n for n in g.tables if "column" not in allowed[n]]
-        if pinned and unable:
+        divided = {n: [f for f in allowed[n] if form_named(f).by_columns] for n in g.tables}
+        shared = [f for f in divided[g.tables[0]] if all(f in x for x in divided.values())]
+        pinned = [n for n in g.tables if divided[n] and len(divided[n]) == len(allowed[n])]
+        if pinned and not shared:
+            apart = [n for n in g.tables if not set(divided[n]) & set(divided[pinned[0]])]
+            unable = (apart or [n for n in g.tables if n != pinned[0]])[0]
             raise PlanError(
                 f"tables {', '.join(g.tables)} are computed together ({user_line(g.nodes[0])}), so {pinned[0]!r} can "
-                f"be divided by columns only if {unable[0]!r} is: pin both"
+                f"be divided by columns only if {unable!r} is: pin both"
             )
         for n in g.tables:
-            if pinned:
-                allowed[n] = ("column",)
-            elif unable:
-                allowed[n] = tuple(f for f in allowed[n] if f != "column")
+            allowed[n] = tuple(f for f in allowed[n] if f in shared or not (pinned or f in divided[n]))
 
 
 def form_name(name: str, about: str) -> str:
     """The form that a user's name means; `PlanError` if none."""
-    form = ALIASES.get(name, name)
-    if form not in FORMS.names:
-        aliases = ", ".join(f"{a!r} for {f!r}" for a, f in ALIASES.items())
-        raise PlanError(f"{about}: no form {name!r}; the forms are {', '.join(FORMS.names)} (also {aliases})")
-    return form
+    try:
+        return form_named(current_name(name)).name
+    except PlanError as error:
+        raise PlanError(f"{about}: {error}") from None
 
 
 def tables_named(operators: Sequence[Operator], pattern: str, about: str) -> list[Operator]:

@@ -28,6 +28,7 @@ from descompiler.layout.traffic import Traffic
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.json import decode, encode
 from descompiler.planning.memory import Memory
+from descompiler.tables.aliases import current_name
 from descompiler.tables.form import Split, form_named
 
 NO_OPERATORS = "the model has no weights-rich operator (nn.Embedding, nn.EmbeddingBag): it runs as plain data parallel"
@@ -300,6 +301,7 @@ class Plan:
             data = json.loads(text)
             if data["version"] != VERSION:
                 raise PlanError(f"the plan file has version {data['version']}, this is version {VERSION}: plan again")
+            data = _in_current_names(data)
             plan = cls(**{name: decode(kind, data[name]) for name, kind in _FIELDS.items()})
             return replace(plan, changes={n: f for n, f in data["forms"].items() if plan.forms.get(n) != f})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -482,6 +484,21 @@ class Plan:
             for a, c in itertools.combinations(curves, 2):
                 lines += [str(x) for x in crossovers(a, c, symbol, rest)]
         return lines
+
+
+def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a plan file holds, with the names that forms have now (`descompiler.tables.aliases`)."""
+
+    def by_form(x: Mapping[str, Any]) -> dict[str, Any]:
+        return {current_name(form): value for form, value in x.items()}
+
+    return {
+        **data,
+        "forms": {table: current_name(form) for table, form in data["forms"].items()},
+        "splits": {table: {**split, "form": current_name(split["form"])} for table, split in data["splits"].items()},
+        "tables": [{**table, "refusals": by_form(table["refusals"])} for table in data["tables"]],
+        **{what: {table: by_form(x) for table, x in data[what].items()} for what in ("prices", "missing")},
+    }
 
 
 def _some(names: Sequence[str]) -> str:

@@ -34,6 +34,7 @@ from descompiler.region.cut import Weights
 from descompiler.region.rule import Rule
 from descompiler.tables.computed import groups_of, whole_notes
 from descompiler.tables.computed import notes_of as computed_notes
+from descompiler.tables.form import fallback, form_named
 from descompiler.tables.tables import Operator
 
 
@@ -64,11 +65,11 @@ def choose(
         )
     allowed = allowed_forms(operators, pins, terms.forbid)
     if w.ranks == 1:
-        allowed = {o.name: ("replicate",) for o in operators}
+        allowed = {o.name: (fallback().name,) for o in operators}
     measured = terms.statistics.measured if terms.statistics is not None else {}
-    for name, forms_of in allowed.items():  # nothing says which rows are hot
+    for name, forms_of in allowed.items():
         if name not in measured and len(forms_of) > 1:
-            allowed[name] = tuple(f for f in forms_of if f != "hot")
+            allowed[name] = tuple(f for f in forms_of if not form_named(f).needs_statistics) or forms_of
     search = Search(program, operators, rules, w, allowed, terms, progress)
     forms, bound = search.run()
     best = search.objective.trial(forms)
@@ -101,7 +102,7 @@ def choose(
         missing=missing,
         memories=best.memory or search.objective.memory(best.pieces, best.candidates, best.cut, best.layout),
         notes=notes_of(program, best.layout.exchanges)
-        + computed_notes(groups_of(operators), forms)
+        + computed_notes(groups_of(operators), {n for n, f in forms.items() if form_named(f).by_columns})
         + whole_notes(operators, best.splits),
         replan=lambda changed: choose(program, operators, rules, w, changed, terms=terms),
     )

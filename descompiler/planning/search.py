@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any
 
-import numpy as np
 import sympy
 from torch import fx
 
@@ -83,12 +82,19 @@ class Search:
         """The forms after a move, and what it takes with it: see `descompiler.planning.pins`."""
         result = {**forms, **move}
         for g in self.groups:
-            by_columns = [n for n in g.tables if result[n] == "column"]
-            if len(by_columns) in (0, len(g.tables)):
+            taken = dict.fromkeys(result[n] for n in g.tables)
+            divided = [f for f in taken if form_named(f).by_columns]
+            if len(taken) == 1 or not divided:
                 continue
-            to_columns = any(move.get(n) == "column" for n in g.tables)
-            for n in g.tables if to_columns else by_columns:
-                result[n] = "column" if to_columns else next(f for f in self.allowed[n] if f != "column")
+            others = {n: [f for f in self.allowed[n] if not form_named(f).by_columns] for n in g.tables}
+            moved = [f for f in divided if any(move.get(n) == f for n in g.tables)]
+            if not moved and not all(others.values()):
+                moved = divided  # they can't but be divided by columns
+            for n in g.tables:
+                if moved:
+                    result[n] = moved[0]
+                elif result[n] in divided:
+                    result[n] = others[n][0]
         return result
 
     def score(self, forms: Mapping[str, str]) -> Score:
@@ -122,13 +128,10 @@ class Search:
                 x = next(x for x in o.lookups if x.ids is ids)
                 width = summed(Entry(ids.name, tail(ids), split.columns(o, x)).widths)
                 sent += 4 * w.rows * (w.ranks - 1) * width / readers[ids]
-            return FormCost(True, sent)
-        if form == "hot":  # every row the cheaper way
-            _, present, other = self.objective.statistics.presence(o.name, w.rows)
-            fetched, reduced = 4 + 2 * o.dim * w.itemsize, 2 * o.dim * w.itemsize
-            some = float(np.minimum(present * fetched, reduced).sum())
-            least = some + (o.rows - len(present)) * min(other * fetched, reduced)
-            return FormCost(False, (w.ranks - 1) * least * (1 - ROUNDING))
+            return FormCost(True, sent, len(split.pieces.owners) if split.pieces.dim == 1 else 1)
+        least = form_named(form).least_bytes(o, w.ranks, self.objective.statistics, w.rows, w.itemsize)
+        if least is not None:
+            return FormCost(False, least * (1 - ROUNDING))
         values: dict[Any, float] = {N: w.ranks, b: w.rows, s: w.itemsize, i: 4, V: o.rows, k: o.dim, IDS: o.ids}
         values[U] = self.objective.unique[o.name]
         total = 0.0
@@ -254,10 +257,10 @@ class Search:
                     best = choice
                 return True
             children = []
-            for form in self.allowed[free[depth]]:
+            for position, form in enumerate(self.allowed[free[depth]]):
                 nodes += 1
                 child = {**partial, free[depth]: (form,)}
-                children.append((self.in_units(self.relaxation.solve(child).sent_bytes), form, child))
+                children.append((self.in_units(self.relaxation.solve(child).sent_bytes), position, child))
             for below, _, child in sorted(children, key=lambda x: x[:2]):
                 if below >= self.score(best).price:
                     continue

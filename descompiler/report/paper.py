@@ -102,7 +102,9 @@ def row_of(name: str, plan: Plan) -> Row:
             else:
                 values += share
     ring = 2 * (plan.ranks - 1) / plan.ranks * plan.itemsize
-    replicated = sum(t.rows * t.dim for t in plan.tables if plan.splits[t.name].form == "replicate" and not t.sparse)
+    splits = plan.splits
+    held_by_all = [t for t in plan.tables if splits[t.name].pieces.is_replicated and not splits[t.name].gathered]
+    replicated = sum(t.rows * t.dim for t in held_by_all)
     dense, values = dense - ring * replicated, values + ring * replicated
     own = ring * sum(prod(p.shape) for n, p in plan.pieces.items() if n not in plan.splits)
     every = {x.name: x.sent_bytes for x in plan.priced()}

@@ -59,13 +59,14 @@ class Sheet:
 
     Examples
     --------
-    >>> sheet = Sheet("bytes", (Column("strategy"), Column("sent", "bytes")), (("pull", 24_685_069), ("whole", None)))
+    >>> columns = (Column("strategy"), Column("sent", "bytes"))
+    >>> sheet = Sheet("bytes", columns, (("unique rows", 24_685_069), ("whole", None)))
     >>> print(to_markdown(sheet))
     **bytes**
     <BLANKLINE>
     | strategy | sent |
     |:--|--:|
-    | pull | 24.7 MB |
+    | unique rows | 24.7 MB |
     | whole | – |
     """
 

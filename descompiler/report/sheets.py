@@ -17,14 +17,13 @@ import sympy
 from descompiler.check.audit import Audit
 from descompiler.cost_models.crossovers import WORDS, crossovers
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
-from descompiler.cost_models.forms import GATHER, PULL, REPLICATE
 from descompiler.cost_models.symbols import L, N, U, V, b, i, k, p, s, w
 from descompiler.layout.statistics import Statistics
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.plan import Crossing, Plan, Table
 from descompiler.report.render import Column, Sheet
 from descompiler.report.units import format_bandwidth, format_bytes, format_count
-from descompiler.tables.form import form_named
+from descompiler.tables.form import FORMS, form_named
 
 MINE = "this plan"
 
@@ -131,41 +130,40 @@ def candidates(plan: Plan, only: str | None = None) -> Sheet:
     )
 
 
-FIELD_VALUES = "field, all-to-all"
-
-
-FIELD_SUMS = "field, partial sums"
-
-
 _VALUES = VALUES_OUT_AND_BACK.subs(w, p * k)
 
 
 _SUMS = VALUES_OUT_AND_BACK.subs(w, N * w)  # each of N ranks sends a term
 
 
-CURVES = {
-    "replicate": REPLICATE,
-    "gather": GATHER,
-    "pull": PULL,
-    FIELD_VALUES: IDS_IN + _VALUES,
-    FIELD_SUMS: IDS_IN + _SUMS,
-}
-"""What tables send in each form: one receiver of each id."""
+_VALUES_LEAVE, _SUMS_LEAVE = "all-to-all", "partial sums"
+
+
+def curves() -> dict[str, sympy.Expr]:
+    """What tables send in each form: one receiver of each id."""
+    found = {}
+    for form in FORMS:
+        if form.curve is not None:
+            found[form.name] = form.curve
+    for form in FORMS:
+        if form.has_owners:
+            found[f"{form.name}, {_VALUES_LEAVE}"] = IDS_IN + _VALUES
+            found[f"{form.name}, {_SUMS_LEAVE}"] = IDS_IN + _SUMS
+    return found
 
 
 def curve_of(plan: Plan, kind: Kind) -> tuple[str, sympy.Expr] | None:
     """What tables send in the form that was chosen; None for a form whose curve depends on frequencies of ids."""
-    if kind.form in CURVES:
-        return kind.form, CURVES[kind.form]
+    form = form_named(kind.form)
+    if form.curve is not None:
+        return kind.form, form.curve
     leave = _leaving(plan, kind)
     if not leave:
         return None
     sums = all(c.placement.startswith(("Partial", "Disjoint")) for c in leave)
-    if kind.form == "field":
-        return (FIELD_SUMS, CURVES[FIELD_SUMS]) if sums else (FIELD_VALUES, CURVES[FIELD_VALUES])
     several = len(plan.splits[kind.tables[0].name].pieces.owners) > 1  # then every rank needs all ids
-    ids = IDS_IN.subs(L, N * L) if several else IDS_IN
-    return f"{kind.form}, {'partial sums' if sums else 'all-to-all'}", ids + (_SUMS if sums else _VALUES)
+    ids = IDS_IN.subs(L, N * L) if several and not form.has_owners else IDS_IN
+    return f"{kind.form}, {_SUMS_LEAVE if sums else _VALUES_LEAVE}", ids + (_SUMS if sums else _VALUES)
 
 
 def _leaving(plan: Plan, kind: Kind) -> list[Crossing]:
@@ -186,8 +184,8 @@ def thresholds(plan: Plan, only: str | None = None) -> Sheet:
         if mine is None:
             continue
         numbers = _numbers(plan, kind)
-        for other in CURVES.items():
-            if other[0] == mine[0] or (other[0] == FIELD_SUMS and not numbers[w]):
+        for other in curves().items():
+            if other[0] == mine[0] or (w in other[1].free_symbols and not numbers[w]):
                 continue
             # a table's rows change its unique ids, which no closed form knows
             for symbol in (N,) if U in other[1].free_symbols | mine[1].free_symbols else (N, V):
@@ -421,7 +419,7 @@ def choice(plan: Plan) -> str:
 def summary_of(plan: Plan) -> str:
     """The forms of a plan's tables in a few words.
 
-    ``24 column, 28 replicate``
+    ``24 column_wise, 28 replicate``
     """
     forms = Counter(s.form for s in plan.splits.values())
     return ", ".join(f"{n} {form}" for form, n in sorted(forms.items(), key=lambda x: -x[1]))

@@ -174,12 +174,12 @@ def groups_of(operators: Iterable[Any]) -> list[Group]:
     return list({id(o.group): o.group for o in operators if o.group is not None}.values())
 
 
-def notes_of(groups: Sequence[Group], forms: Mapping[str, str]) -> list[str]:
-    """For people: what is computed of whole tables, and on which ranks."""
+def notes_of(groups: Sequence[Group], by_columns: Collection[str]) -> list[str]:
+    """For people: what is computed of whole tables, and on which ranks, given the tables divided by columns."""
     notes = []
     for g in groups:
-        by_columns = all(forms.get(name) == "column" for name in g.tables)
-        where = "each rank computes its columns, nothing crosses" if by_columns else "every rank computes all of it"
+        divided = all(name in by_columns for name in g.tables)
+        where = "each rank computes its columns, nothing crosses" if divided else "every rank computes all of it"
         notes.append(f"computed table {g}: {where}  {user_line(g.nodes[-1])}".rstrip())
     return notes
 

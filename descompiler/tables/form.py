@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import sympy
 from torch import Tensor, fx
@@ -29,6 +29,7 @@ from descompiler.layout.spans import Spans, alike
 from descompiler.layout.statistics import Statistics
 from descompiler.ops.local import bag, lookup
 from descompiler.registry import Registry
+from descompiler.tables.aliases import ALIASES
 from descompiler.tables.tables import Lookup, Operator, find_operators
 
 
@@ -39,13 +40,13 @@ class Choice:
     Attributes
     ----------
     owner : int
-        Form "field": the rank of a whole table.
+        Of a form with owners (`Form.has_owners`): the rank of a whole table.
     field_owners : tuple of int, optional
-        Form "field" of an offsets table: the rank of each field.
+        Of a form with owners, for an offsets table: the rank of each field.
     sizes : tuple of int, optional
-        Forms "row", "pull" and "hot": consecutive rows of each rank; even by default.
+        Of a form that divides rows: consecutive rows of each rank; even by default.
     hot : tuple of (int, int), optional
-        Form "hot": ranges ``[start, stop)`` of rows that every rank holds.
+        Of a form that tells frequent rows from others: ranges ``[start, stop)`` of rows that every rank holds.
     """
 
     owner: int = 0
@@ -66,8 +67,8 @@ class Split:
     whole : bool
         Whether ranks gather the table before they use it, so that everything is as if it were replicated.
 
-    >>> print(Split("column", Pieces.by_sizes((10, 4), 1, [2, 2], 2)))
-    column: E[10,4] -> cat_1(E[10,2]@0, E[10,2]@1)
+    >>> print(Split("column_wise", Pieces.by_sizes((10, 4), 1, [2, 2], 2)))
+    column_wise: E[10,4] -> cat_1(E[10,2]@0, E[10,2]@1)
     """
 
     form: str
@@ -139,10 +140,46 @@ class LookupPart:
 
 
 class Form(Protocol):
-    """One way to divide a weights-rich operator. A frozen dataclass whose fields are its options."""
+    """One way to divide a weights-rich operator. A frozen dataclass whose fields are its options.
+
+    What the planner asks of a form's nature, `Plain` answers with no: say what is different.
+    """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def fallback(self) -> bool:
+        """Whether any table can take it, every rank holding all: for one rank, and where nothing else is possible."""
+        ...
+
+    @property
+    def has_owners(self) -> bool:
+        """Whether whole tables, or fields of one, lie on ranks that the planner chooses for all tables together
+        (`Choice.owner`, `Choice.field_owners`)."""
+        ...
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether each rank has columns of a table, so that it can have those of what is computed of whole tables
+        (`descompiler.tables.computed`), if all of these take the form."""
+        ...
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether nothing but measured ids says how a table is best divided so: else it is only pinned."""
+        ...
+
+    @property
+    def in_part(self) -> str | None:
+        """The form that stands for this one where the user's own forward runs (`descompiler.eager`); None if none."""
+        ...
+
+    @property
+    def curve(self) -> sympy.Expr | None:
+        """What a rank sends for a dense table, in symbols of this table alone; None where other tables or the
+        frequencies of ids decide, or another form has the same."""
+        ...
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         """Why the operator can't be divided so; None if it can."""
@@ -188,8 +225,15 @@ class Form(Protocol):
         is sent; ``sparse``: whether the table has sparse gradients."""
         ...
 
+    def least_bytes(
+        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, itemsize: int
+    ) -> float | None:
+        """What no division in this form sends less than, all ranks together, for lookups outside the region; None
+        where `costs` say it."""
+        ...
 
-FORMS: Registry[Form] = Registry("form")
+
+FORMS: Registry[Form] = Registry("form", reserved=ALIASES)
 """All forms; ``passes/`` adds the built-in ones. Where two cost the same, the first is taken."""
 
 
@@ -199,9 +243,19 @@ def form_named(name: str) -> Form:
     Raises
     ------
     PlanError
-        If there is none.
+        If there is none: a plan from a file may have one that this process was not given.
     """
-    return FORMS.named(name)
+    try:
+        return FORMS.named(name)
+    except PlanError as error:
+        raise PlanError(
+            f"{error}; one from outside has to be installed, or given: des.plan(..., forms=[...])"
+        ) from None
+
+
+def fallback() -> Form:
+    """The form that every table can take."""
+    return next(f for f in FORMS if f.fallback)
 
 
 def split_as(operator: Operator, form: str, ranks: int, choice: Choice | None = None) -> Split:
@@ -271,6 +325,13 @@ class ByRows:
 class Plain:
     """What most forms have in common: nothing to choose, any row may be looked up, no tensors beside the table."""
 
+    fallback: ClassVar[bool] = False
+    has_owners: ClassVar[bool] = False
+    by_columns: ClassVar[bool] = False
+    needs_statistics: ClassVar[bool] = False
+    in_part: ClassVar[str | None] = None
+    curve: ClassVar[sympy.Expr | None] = None
+
     def choose(
         self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, by_memory: bool = False
     ) -> Choice:
@@ -281,6 +342,11 @@ class Plain:
 
     def constants(self, split: Split, rank: int) -> Mapping[str, Tensor]:
         return {}
+
+    def least_bytes(
+        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, itemsize: int
+    ) -> float | None:
+        return None
 
 
 class InRegion(Plain):

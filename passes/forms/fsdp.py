@@ -4,7 +4,7 @@ Contiguous ranges of rows to ranks, as FullyShardedDataParallel and ZeRO-3 (Rajb
 parameters: every rank gathers the table in forward, uses it as if it were replicated, and sends each owner its rows of
 the gradient in backward. That moves what an all-reduce of the gradient moves, and keeps an N-th of the weights, their
 gradients and the optimiser's state; the gathered table and its gradient are there during a step. It pays in memory
-alone, for tables that the model uses whole: those that are only looked up are better pulled.
+alone, for tables that the model uses whole: those that are only looked up are better fetched.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class FullySharded(OwnRows):
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         if not operator.outputs and not_fetched(operator) is None:
-            return "it is only looked up: its rows are enough (pull)"
+            return "it is only looked up: its rows are enough (unique_rows)"
         if any(x.sparse for x in operator.lookups):
             return "its gradients are sparse, and a gathered table's is dense"
         if operator.whole_in_region:

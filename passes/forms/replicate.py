@@ -1,17 +1,19 @@
 """replicate: ``E[R,D]  -->  E[R,D] on every rank``
 
 Lookups stay outside the region, on each rank's own rows. Dense gradients are all-reduced by the reducer; those of a
-table with ``sparse=True`` are gathered, as in form gather. It pays for small tables: nothing is sent in forward.
+table with ``sparse=True`` are gathered, as in form sparse_all_gather. It pays for small tables: nothing is sent in
+forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import sympy
 
-from descompiler.cost_models.forms import GATHER, REPLICATE
+from descompiler.cost_models.forms import REPLICATE, SPARSE_ALL_GATHER
 from descompiler.graph.program import Program
 from descompiler.layout.pieces import Pieces
 from descompiler.tables.form import Choice, OwnRows, Split, not_fetched
@@ -21,6 +23,9 @@ from descompiler.tables.tables import Operator
 @dataclass(frozen=True)
 class Replicate(OwnRows):
     name: str = "replicate"
+    fallback: ClassVar[bool] = True
+    in_part: ClassVar[str] = "replicate"
+    curve: ClassVar[sympy.Expr] = REPLICATE
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         return None
@@ -33,4 +38,4 @@ class Replicate(OwnRows):
         return split.gathered
 
     def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
-        return {"sparse gradients": GATHER} if sparse else {"dense gradients": REPLICATE}
+        return {"sparse gradients": SPARSE_ALL_GATHER} if sparse else {"dense gradients": REPLICATE}

@@ -1,4 +1,4 @@
-"""hot: ``E[R,D]  -->  E[hot rows,D] on every rank, cat_0(E[cold rows of r,D]@r)``
+"""hot_rows: ``E[R,D]  -->  E[hot rows,D] on every rank, cat_0(E[cold rows of r,D]@r)``
 
 Rows that nearly every rank's batch has are held by all ranks, and their gradients are all-reduced; the others are
 pulled. A row is hot where being replicated sends less than being pulled, `HOT_THRESHOLD` of the probability that a
@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import sympy
 
-from descompiler.cost_models.forms import HOT, hot_threshold
+from descompiler.cost_models.forms import HOT_ROWS, hot_threshold
 from descompiler.graph.program import Program
 from descompiler.layout.pieces import ALL, Pieces, even_sizes
 from descompiler.layout.statistics import Statistics
@@ -30,8 +31,9 @@ MOST_RANGES = 4096
 
 
 @dataclass(frozen=True)
-class Hot(OwnRows):
-    name: str = "hot"
+class HotRows(OwnRows):
+    name: str = "hot_rows"
+    needs_statistics: ClassVar[bool] = True
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         if not operator.trained:
@@ -76,7 +78,16 @@ class Hot(OwnRows):
         return split.gathered or not split.pieces.is_replicated
 
     def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
-        return {"cold rows pulled, hot rows' gradients all-reduced": HOT}
+        return {"cold rows pulled, hot rows' gradients all-reduced": HOT_ROWS}
+
+    def least_bytes(
+        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, itemsize: int
+    ) -> float | None:
+        """Every row the cheaper way."""
+        _, present, other = statistics.presence(operator.name, batch_rows)
+        fetched, reduced = 4 + 2 * operator.dim * itemsize, 2 * operator.dim * itemsize
+        some = float(np.minimum(present * fetched, reduced).sum())
+        return (ranks - 1) * (some + (operator.rows - len(present)) * min(other * fetched, reduced))
 
 
 def ranges_of(rows: np.ndarray) -> tuple[tuple[int, int], ...]:

@@ -1,4 +1,4 @@
-"""field: ``E[R,D]  -->  E[R,D]@r``, and ``E[fields' rows,D]  -->  cat_0(E[rows of f,D]@r_f)`` for an offsets table
+"""table_wise: ``E[R,D]  -->  E[R,D]@r``, and ``E[fields' rows,D]  -->  cat_0(E[rows of f,D]@r_f)`` for an offsets table
 
 Whole tables, or whole fields of one table whose ids are ``x + offsets``, have one owner each. A lookup's result is the
 owner's, so whatever mixes columns or fields of one owner can follow it there.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -25,8 +26,9 @@ from descompiler.tables.tables import Lookup, Operator
 
 
 @dataclass(frozen=True)
-class Field(InRegion):
-    name: str = "field"
+class TableWise(InRegion):
+    name: str = "table_wise"
+    has_owners: ClassVar[bool] = True
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         return not_in_region(program, operator) or whole_rows(operator)

@@ -1,4 +1,4 @@
-"""gather: ``E[R,D]  -->  E[R,D] on every rank; gradients: (unique ids, summed rows) gathered``
+"""sparse_all_gather: ``E[R,D]  -->  E[R,D] on every rank; gradients: (unique ids, summed rows) gathered``
 
 A replicated table of which only the rows of a step's batch change: each rank sends every other one the unique ids that
 it looked up and a summed gradient for each, instead of an all-reduce of the whole table's gradient. ``.grad`` is dense
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import sympy
 
-from descompiler.cost_models.forms import GATHER
+from descompiler.cost_models.forms import SPARSE_ALL_GATHER
 from descompiler.graph.program import Program
 from descompiler.layout.pieces import Pieces
 from descompiler.tables.form import Choice, OwnRows, Split, not_fetched
@@ -20,8 +21,9 @@ from descompiler.tables.tables import Operator
 
 
 @dataclass(frozen=True)
-class Gather(OwnRows):
-    name: str = "gather"
+class SparseAllGather(OwnRows):
+    name: str = "sparse_all_gather"
+    curve: ClassVar[sympy.Expr] = SPARSE_ALL_GATHER
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         if operator.outputs:
@@ -32,4 +34,4 @@ class Gather(OwnRows):
         return Split(self.name, Pieces.replicate(operator.shape, ranks), gathered=True)
 
     def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
-        return {"gradients of unique ids": GATHER}
+        return {"gradients of unique ids": SPARSE_ALL_GATHER}

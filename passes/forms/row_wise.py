@@ -1,4 +1,4 @@
-"""row: ``E[R,D]  -->  cat_0(E[R_r,D]@r)``
+"""row_wise: ``E[R,D]  -->  cat_0(E[R_r,D]@r)``
 
 Contiguous ranges of rows to ranks. Each rank looks up all ids of the global batch, zeros for those that it doesn't own,
 so a result is non-zero on one rank (`Disjoint`), a bag a sum of terms (`Partial`). Products with the table are computed
@@ -8,6 +8,7 @@ by the owners of its rows (`descompiler.planning.products`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
@@ -20,8 +21,9 @@ from descompiler.tables.tables import Lookup, Operator
 
 
 @dataclass(frozen=True)
-class Row(ByRows, InRegion):
-    name: str = "row"
+class RowWise(ByRows, InRegion):
+    name: str = "row_wise"
+    in_part: ClassVar[str] = "unique_rows"
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         if reason := not_in_region(program, operator):

@@ -1,4 +1,4 @@
-"""column: ``E[R,D]  -->  cat_1(E[R,D_r]@r)``
+"""column_wise: ``E[R,D]  -->  cat_1(E[R,D_r]@r)``
 
 Contiguous ranges of columns to ranks: every rank looks up all ids, and has its columns of every result. Of what is
 computed of whole tables column by column (graph propagation) a rank computes its columns, and nothing crosses for it.
@@ -7,6 +7,7 @@ computed of whole tables column by column (graph propagation) a rank computes it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
@@ -20,8 +21,9 @@ from descompiler.tables.tables import Lookup, Operator
 
 
 @dataclass(frozen=True)
-class Column(InRegion):
-    name: str = "column"
+class ColumnWise(InRegion):
+    name: str = "column_wise"
+    by_columns: ClassVar[bool] = True
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         return not_in_region(program, operator, by_columns=True) or whole_rows(operator)
