@@ -7,7 +7,6 @@ other, any other difference is an error that says where.
 
 from __future__ import annotations
 
-import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from descompiler.eager.pieces import Piece, plain
 from descompiler.errors import DescompilerError, InputError, UnsupportedError, raised_at, warn
 from descompiler.layout import traffic as wire
 from descompiler.layout.pieces import Pieces, locate
-from descompiler.runtime.collectives import all_to_all
+from descompiler.runtime.agreement import Call, Kind
 from descompiler.runtime.gradients import Caught, add_gradient, sum_of
 from descompiler.runtime.guard import Guard
 from descompiler.runtime.room import give_back
@@ -45,14 +44,11 @@ SCATTER = "all_to_all (gradients of whole parameters)"
 FLAGS = "all_reduce (which gradients there are)"
 
 
-KINDS = ("other", "end", "norm", "fetch", "whole")
-
-
-SERVED = ("fetch", "whole")
+SERVED = (Kind.FETCH, Kind.WHOLE)
 """Calls that a rank which does not make them can take part in, if it waits at one of `WAITING`."""
 
 
-WAITING = ("end", "norm", *SERVED)
+WAITING = (Kind.END, Kind.NORM, *SERVED)
 
 
 NO_BACKWARD = -1
@@ -84,7 +80,6 @@ class Keeper:
     pieces: list[Piece] = field(default_factory=list)
     records: deque[Record] = field(default_factory=deque)
     scheduled: bool = False
-    failed: bool = False
     failure: Exception | None = None  # of the user's code in the backward that is under way
     noted: set[tuple[str, str]] = field(default_factory=set)
 
@@ -102,7 +97,7 @@ class Keeper:
 
     def begin(self) -> None:
         """A forward begins."""
-        self.failed = False
+        self.runtime.failed = False
         self.runtime.forwards += 1
         if self.runtime.ranks > 1:
             give_back(self.runtime.forwards)
@@ -115,14 +110,14 @@ class Keeper:
     def agree(
         self,
         what: str,
-        kind: str = "other",
+        kind: Kind,
         piece: Piece | None = None,
         *,
         rows: int = 0,
         problem: str | None = None,
         tell: Sequence[int] | None = None,
     ) -> list[int]:
-        """Come to a common call: none has failed, and every rank calls the same operator, or serves those that do.
+        """Come to a common call: none has failed, and every rank makes the same, or serves those that do.
 
         A rank that has reached a batch norm or the end of forward, or wants another parameter's rows, takes part in the
         lookups of the others with no ids of its own; the lowest rank's call comes first. Any other difference raises on
@@ -130,31 +125,24 @@ class Keeper:
         ``tell[r]`` is a number for rank r; returns what each rank told this one.
         """
         runtime = self.runtime
-        position = 0 if piece is None else piece.position
-        code = KINDS.index(kind) if kind in SERVED else zlib.crc32(what.encode()) << 3 | KINDS.index(kind)
-        runtime.mode = mine = -1 - (position << 3 | code if kind in SERVED else code)
-        try:
-            while True:
-                runtime.mode, runtime.mode_name = mine, what
-                told, _ = runtime.header(rows, problem, tell, same_mode=False)
-                modes = runtime.modes
-                if len(set(modes)) == 1:
-                    return told
-                kinds = [KINDS[(-1 - m) & 7] if m < 0 else "another program" for m in modes]
-                calls = [m for m, k in zip(modes, kinds, strict=True) if k in SERVED]
-                if not calls or not all(k in WAITING for k in kinds):
-                    runtime.raise_different()
-                told = [n if m == calls[0] else 0 for n, m in zip(told, modes, strict=True)]
-                if calls[0] == mine:
-                    return told
-                self._serve(KINDS[(-1 - calls[0]) & 7], self.pieces[(-1 - calls[0]) >> 3], told)
-        except DescompilerError:
-            self.failed = True
-            raise
+        runtime.call = mine = Call.named(what, kind) if piece is None else Call(kind, piece.position, what)
+        while True:
+            told = runtime.header(rows, problem, tell, same_call=False)
+            calls = [m.call for m in told]
+            if len(set(calls)) == 1:
+                return [m.asked for m in told]
+            served = [c for c in calls if c.kind in SERVED]
+            if not served or not all(c.kind in WAITING for c in calls):
+                runtime.raise_different()
+            asked = [m.asked if m.call == served[0] else 0 for m in told]
+            if served[0] == mine:
+                return asked
+            self._serve(served[0], asked)
 
-    def _serve(self, kind: str, piece: Piece, asked: list[int]) -> None:
+    def _serve(self, call: Call, asked: list[int]) -> None:
         """Take part in other ranks' use of a piece."""
-        if kind == "whole":
+        piece = self.pieces[call.number]
+        if call.kind == Kind.WHOLE:
             self._gathered(piece)
         else:
             none = torch.zeros(0, dtype=torch.int64, device=piece.device)
@@ -185,19 +173,24 @@ class Keeper:
         if problem is not None:
             if not ids.numel():  # of a batch without rows: forward is run again on a spare row
                 raise InputError(problem)
-            self.agree(what, "fetch", piece, problem=problem)
+            self.agree(what, Kind.FETCH, piece, problem=problem)
         unique, inverse = torch.unique(ids.reshape(-1), return_inverse=True)
         owners, positions = locate(pieces, unique, self.runtime.rank)
         order = torch.argsort(owners, stable=True)
         sent = torch.bincount(owners, minlength=self.runtime.ranks).tolist()
-        asked = self.agree(what, "fetch", piece, tell=sent) if self.runtime.ranks > 1 else sent
+        asked = self.agree(what, Kind.FETCH, piece, tell=sent) if self.runtime.ranks > 1 else sent
         rows = self._fetched(piece, positions[order], sent, asked, sparse)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return rows, back[inverse].reshape(ids.shape), unique[order]
 
     def _fetched(self, piece: Piece, wanted: Tensor, sent: list[int], asked: list[int], sparse: bool) -> Tensor:
         record = Record(
-            piece, self.runtime.forwards, sent, asked, self.exchange(wanted, sent, asked, FETCH_IDS), sparse
+            piece,
+            self.runtime.forwards,
+            sent,
+            asked,
+            self.runtime.exchange_rows(wanted, sent, asked, FETCH_IDS),
+            sparse,
         )
         rows = _Fetch.apply(self, record, _anchor(piece))
         self._keep(record)
@@ -222,7 +215,7 @@ class Keeper:
                 f"{what} needs the whole of {piece.original!r}: its {size:,} bytes are gathered in every call, and "
                 "their gradients sent back"
             )
-        self.agree(f"{what} on {piece.original!r}", "whole", piece)
+        self.agree(f"{what} on {piece.original!r}", Kind.WHOLE, piece)
         return self._gathered(piece)
 
     def spread(self, x: Tensor, what: str) -> Tensor:
@@ -233,17 +226,6 @@ class Keeper:
     def total(self, x: Tensor, what: str) -> Tensor:
         """The sum of a scalar over ranks, as part of every rank's loss: its gradient here is that of averaging."""
         return _Total.apply(self, x, what)
-
-    def exchange(self, send: Tensor, sent: Sequence[int], received: Sequence[int], name: str) -> Tensor:
-        """All-to-all of rows: ``sent[r]`` rows of ``send`` to rank r, ``received[r]`` from it."""
-        if self.runtime.ranks == 1:
-            return send
-        width = send.shape[1:].numel()
-        size = (len(send) - sent[self.runtime.rank]) * width * send.element_size()
-        counts = ([n * width for n in sent], [n * width for n in received])
-        flat = send.contiguous().reshape(-1)
-        out = self.runtime.collective(name, size, lambda: all_to_all(flat, *counts, self.runtime.group).wait())
-        return out.reshape(sum(received), *send.shape[1:])
 
     def gather(self, piece: Tensor, pieces: Pieces) -> Tensor:
         """The full tensor of all ranks' pieces."""
@@ -273,7 +255,7 @@ class Keeper:
         """For the user's code in a forward: what its backward raises on this rank is told when backward ends."""
 
         def failed(error: Exception) -> None:
-            if self.failed:  # ranks have told each other already
+            if self.runtime.failed:  # ranks have told each other already
                 raise error
             self.failure = self.failure or error
 
@@ -293,7 +275,7 @@ class Keeper:
             place = raised_at(cause) or "an operator of torch"
             problem = f"backward of forward ({place}): {type(cause).__name__}: {cause}"
         try:
-            self.agree(f"the end of backward, {len(self.records)} uses of split parameters", problem=problem)
+            runtime.meet(f"the end of backward, {len(self.records)} uses of split parameters", problem=problem)
         except DescompilerError as error:
             self._forget()
             raise error from cause
@@ -332,7 +314,7 @@ class Keeper:
         gradient = record.gradient
         if gradient is None:
             gradient = piece.detach().new_zeros((sum(record.sent), *tail))
-        received = self.exchange(gradient, record.sent, record.asked, FETCH_GRADIENTS) / ranks
+        received = self.runtime.exchange_rows(gradient, record.sent, record.asked, FETCH_GRADIENTS) / ranks
         if record.sparse:
             return torch.sparse_coo_tensor(record.positions[None], received, piece.shape).coalesce()
         return torch.zeros(piece.shape, dtype=piece.dtype).index_add_(0, record.positions, received)
@@ -349,7 +331,7 @@ class Keeper:
         mine = parts[runtime.rank]
         sizes = [p.numel() for p in parts]
         flat = torch.cat([p.reshape(-1) for p in parts])
-        out = self.exchange(flat, sizes, [mine.numel()] * runtime.ranks, SCATTER)
+        out = runtime.exchange_rows(flat, sizes, [mine.numel()] * runtime.ranks, SCATTER)
         return out.reshape(runtime.ranks, *mine.shape).sum(0)
 
     def _average(self, held: Mapping[int, Tensor], present: Sequence[int]) -> None:
@@ -373,7 +355,7 @@ class _Fetch(torch.autograd.Function):
     def forward(ctx: Any, keeper: Keeper, record: Record, anchor: Tensor) -> Tensor:
         ctx.keeper, ctx.record = keeper, record
         own = plain(record.piece).detach()
-        return keeper.exchange(own[record.positions], record.asked, record.sent, FETCH_ROWS)
+        return keeper.runtime.exchange_rows(own[record.positions], record.asked, record.sent, FETCH_ROWS)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -403,7 +385,7 @@ def _hold(ctx: Any, gradient: Tensor) -> Any:
 def _scalars(keeper: Keeper, x: Tensor, what: str) -> Tensor:
     """A scalar of every rank, bit for bit, in the agreement itself."""
     bits = int(x.detach().double().cpu().reshape(1).view(torch.int64))
-    told = keeper.agree(what, tell=[bits] * keeper.runtime.ranks)
+    told = keeper.runtime.meet(what, tell=[bits] * keeper.runtime.ranks)
     return torch.tensor(told, dtype=torch.int64).view(torch.float64).to(x)
 
 

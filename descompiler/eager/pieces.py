@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
 from descompiler.ops.functions import ELEMENTWISE, LOOKUPS, NORMS, PRODUCTS, SUMS, function_name
+from descompiler.runtime.agreement import Kind
 from descompiler.runtime.runtime import Runtime
 
 
@@ -39,7 +40,7 @@ class Exchanges(Protocol):
     def spread(self, x: Tensor, what: str) -> Tensor:
         """A number of every rank."""
 
-    def agree(self, what: str, kind: str = "other") -> list[int]:
+    def agree(self, what: str, kind: Kind) -> list[int]:
         """Come to a common call."""
 
 
@@ -251,7 +252,7 @@ class SynchroniseNorms(TorchFunctionMode):
         if not call["training"]:
             return func(*args, **(kwargs or {}))
         keeper = self.keeper
-        keeper.agree("batch norm", "norm")
+        keeper.agree("batch norm", Kind.NORM)
         x = call["input"][:0] if self.spare else call["input"]
         arguments = (call[n] for n in ("weight", "bias", "running_mean", "running_var", "momentum", "eps"))
         out = keeper.runtime.batch_norm(x, *arguments)
@@ -260,4 +261,4 @@ class SynchroniseNorms(TorchFunctionMode):
         return call["input"] + out.sum() if self.spare else out  # a sum over no rows: 0
 
     def _before_backward(self, gradient: Tensor) -> None:
-        self.keeper.agree("backward of batch norm")
+        self.keeper.runtime.meet("backward of batch norm")

@@ -24,6 +24,7 @@ from descompiler.model.attributes import Place, Watch
 from descompiler.model.inputs import Signature
 from descompiler.planning.coverage import Coverage
 from descompiler.planning.plan import Plan
+from descompiler.runtime.agreement import Call, Kind
 from descompiler.runtime.gradients import Reducer
 from descompiler.runtime.runtime import Runtime
 
@@ -152,8 +153,7 @@ class DistributedModule(nn.Module):
         runtime.traffic, runtime.unique, runtime.started, runtime.failures = Traffic(), {}, False, []
         self._keeper.begin()
         self._same_flags()
-        flags, grad = self._training_flags(), torch.is_grad_enabled()
-        runtime.mode_name = f"{'training' if self.training else 'evaluation'}, {self._gradients_mode()}"
+        grad = torch.is_grad_enabled()
         try:
             assert self._signature is not None
             tensors = self._signature.flatten(args, kwargs)
@@ -165,9 +165,7 @@ class DistributedModule(nn.Module):
                 runtime.started = True  # the users' forward tells the other ranks what fails in it
                 return users.follow(self, args, kwargs)
             changes = self._changes()  # of what the program is known to read by now
-            runtime.mode = 2 * zlib.crc32(bytes((*flags, *self._trained())) + repr(changes).encode()) + grad
-            if changes and self._attributes is not None:
-                runtime.mode_name += f", {self._attributes.told(changes)}"
+            runtime.call = self._call_of(changes)
             runtime.layout, runtime.checks = emitted.layout, emitted.checks
             reference = next(self.parameters())
             runtime.device = reference.device
@@ -186,6 +184,14 @@ class DistributedModule(nn.Module):
             runtime.header(0, text)
             raise
         return self._signature.unflatten(self._finishing(outputs) if self._in_place else outputs)
+
+    def _call_of(self, changes: Sequence[tuple[Place, Any]]) -> Call:
+        """Which program this forward runs."""
+        number = zlib.crc32(bytes((*self._training_flags(), *self._trained())) + repr(changes).encode())
+        name = f"{'training' if self.training else 'evaluation'}, {self._gradients_mode()}"
+        if changes and self._attributes is not None:
+            name += f", {self._attributes.told(changes)}"
+        return Call(Kind.PROGRAM, 2 * number + torch.is_grad_enabled(), name)
 
     def _users_forward(self, error: CaptureError) -> UsersForward:
         """What runs the user's own forward, where the graph for these training flags was not captured.

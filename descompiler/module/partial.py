@@ -23,6 +23,7 @@ from descompiler.module.distributed import DistributedModule
 from descompiler.ops.local import scale_grad
 from descompiler.planning.coverage import Coverage
 from descompiler.planning.plan import Plan
+from descompiler.runtime.agreement import Kind
 from descompiler.runtime.guard import Guard
 from descompiler.runtime.runtime import Runtime
 
@@ -80,9 +81,9 @@ class PartialModule(DistributedModule):
             if spare:
                 drop = {ROWS: lambda x: x[:0], MEAN: lambda x: x * 0, SUM: lambda x: x * 0, SAME: lambda x: x}
                 tensors = [drop[kind](x) for x, kind in zip(tensors, self._outputs, strict=True)]
-            keeper.agree(f"the end of forward, {mode}", "end", rows=rows)
+            keeper.agree(f"the end of forward, {mode}", Kind.END, rows=rows)
         except Exception as error:
-            if not keeper.failed:  # the other ranks wait at their next agreement: tell them, then everyone raises
+            if not runtime.failed:  # the other ranks wait at their next agreement: tell them, then everyone raises
                 runtime.header(0, str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}")
             raise
         tensors = [self._output(x, kind) for x, kind in zip(tensors, self._outputs, strict=True)]
@@ -134,7 +135,7 @@ class PartialModule(DistributedModule):
         sizes = {x.shape[0] if x.dim() else None for x in tensors}
         problem = None if len(sizes) == 1 and None not in sizes else f"the inputs' sizes of dim 0 are {sizes}, not one"
         rows = tensors[0].shape[0] if problem is None else 0
-        keeper.agree(f"the start of forward, {mode}", rows=rows, problem=problem)
+        runtime.meet(f"the start of forward, {mode}", rows=rows, problem=problem)
         guard = self._guard()
         args, kwargs = self._cut(guard, *unflatten_with(self._gathered(tensors), spec, statics))
         arithmetic = InDouble if self._means_double else nullcontext
@@ -144,7 +145,7 @@ class PartialModule(DistributedModule):
         tensors, statics = split_statics(leaves)
         self._check_outputs(tensors)
         tensors = tensors if guard is None else guard.leave(tensors)
-        keeper.agree("the end of forward", "end", rows=rows)
+        keeper.agree("the end of forward", Kind.END, rows=rows)
         outputs = []
         for x, kind in zip(tensors, self._outputs, strict=True):
             if x.requires_grad:
@@ -197,7 +198,7 @@ class PartialModule(DistributedModule):
                 return call(*args, **kwargs), False
         except Exception:
             empty = any(x.dim() and not x.shape[0] for x in split_statics(flatten((args, kwargs))[0])[0])
-            if not empty or self._keeper.failed or self._runtime.ranks == 1:
+            if not empty or self._runtime.failed or self._runtime.ranks == 1:
                 raise
         leaves, spec = flatten(self._spare)
         tensors, statics = split_statics(leaves)

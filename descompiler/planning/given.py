@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from descompiler.errors import PlanError, RankError, warn
+from descompiler.errors import PlanError, warn
 from descompiler.graph.program import Program
 from descompiler.graph.text import fingerprint
 from descompiler.planning.cluster import Cluster
@@ -106,10 +106,5 @@ def warn_of_terms(terms: Terms, samples: Iterable[Any] | None) -> None:
 
 def agree(plan: Plan, ranks: Ranks) -> None:
     """Every rank raises if any rank has another model or plan."""
-    if ranks.count == 1:
-        return
-    every = ranks.of_every((plan.fingerprint, plan.digest(), str(dict(sorted(plan.forms.items())))))
-    for what, i, text in (("model", 0, 0), ("plan", 1, 2)):
-        if len({e[i] for e in every}) > 1:
-            lines = "\n".join(f"rank {r}: {e[i]} {e[text] if text != i else ''}".rstrip() for r, e in enumerate(every))
-            raise RankError(f"ranks compile different {what}s:\n{lines}")
+    ranks.same("model", plan.fingerprint)
+    ranks.same("plan", plan.digest(), str(dict(sorted(plan.forms.items()))))
