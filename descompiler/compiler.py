@@ -18,6 +18,7 @@ from descompiler.model.probe import CALL, blueprint
 from descompiler.module.deferred import DeferredModule
 from descompiler.module.distributed import DistributedModule, install
 from descompiler.module.initial import initial_values
+from descompiler.module.parts import Parts
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.coverage import coverage_of
 from descompiler.planning.given import Given, agree, follow_or_choose, warn_of_terms
@@ -177,17 +178,13 @@ def distribute(
     values, buffers = initial_values(
         model, build.template, chosen.pieces, seed, build.device, ranks, in_place=host is not None
     )
+    runtime, in_place = ranks.runtime(loss), host is not None
+    parts = Parts(build.template, chosen, runtime, values, buffers, coverage, host, in_place)
     return DistributedModule(
-        build.template,
-        chosen,
+        parts,
         captured.signature,
-        ranks.runtime(loss),
         lambda training, *now: build.of_now(training, *now).emit(chosen, training, ranks.rank),
-        values,
-        buffers,
-        coverage,
-        host,
-        forward_for=lambda *now: in_other_flags(build, chosen, coverage, ranks.runtime(loss), *now),
+        lambda *now: in_other_flags(build, chosen, coverage, ranks.runtime(loss), *now),
     )
 
 

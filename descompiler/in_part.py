@@ -18,6 +18,7 @@ from descompiler.model.inputs import normalise_inputs, take_rows
 from descompiler.model.probe import call_of, method_of
 from descompiler.module.initial import initial_values
 from descompiler.module.partial import PartialModule
+from descompiler.module.parts import Parts
 from descompiler.planning.coverage import Coverage
 from descompiler.planning.given import Given, agree
 from descompiler.planning.plan import Plan
@@ -86,20 +87,8 @@ def _module(
     inputs = normalise_inputs(build.example_inputs, method_of(template, build.method))
     # two rows: forwards that squeeze can't run on one
     spare = inputs if seen.unchecked else take_rows(inputs, torch.zeros(2, dtype=torch.int64, device=build.device))
-    return PartialModule(
-        template,
-        chosen,
-        runtime,
-        values,
-        buffers,
-        coverage,
-        runs,
-        call_of(runs, build.method),
-        seen.outputs,
-        spare,
-        in_place=host is not None,
-        coupled=bool(seen.coupled),
-    )
+    parts = Parts(template, chosen, runtime, values, buffers, coverage, runs, in_place=host is not None)
+    return PartialModule(parts, call_of(runs, build.method), seen.outputs, spare, coupled=bool(seen.coupled))
 
 
 def _copy_with(template: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:

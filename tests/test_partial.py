@@ -453,6 +453,16 @@ def test_compiled_by_the_first_forward():
     assert type(module).__name__ == "PartialModule" and module.coverage().rung == "partial"
 
 
+def test_hooks_of_a_module_that_its_first_forward_compiles():
+    """They are called once in a call, in the first too."""
+    module, seen = des.compile(Branch()), []
+    module.register_forward_pre_hook(lambda m, args: seen.append("before"))
+    module.register_forward_hook(lambda m, args, out: seen.append(type(m).__name__))
+    for _ in range(2):
+        module(IDS)
+    assert seen == ["before", "PartialModule"] * 2
+
+
 def _as_alone(rank, ranks, usage):
     """The largest difference of a gradient on this rank from the original's, in an unusual but legal use."""
     model = Everything().double()
