@@ -21,7 +21,7 @@ from descompiler.module.initial import initial_values
 from descompiler.module.parts import Parts
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.coverage import coverage_of
-from descompiler.planning.given import Given, agree, follow_or_choose, warn_of_terms
+from descompiler.planning.given import Given, agree, follow_or_choose
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
 from descompiler.planning.plan import NO_OPERATORS
@@ -161,9 +161,19 @@ def distribute(
     rows = ranks.of_first(batch or build.rows)  # ranks may have examples of different sizes
     everywhere = all(ranks.of_every(captured is not None))
     if captured is None or not everywhere:
-        if ranks.rank == 0:
-            warn_of_terms(terms, samples)
-        return distribute_in_part(model, build, failures, ranks, rows, plan=plan, loss=loss, seed=seed, host=host)
+        return distribute_in_part(
+            model,
+            build,
+            failures,
+            ranks,
+            rows,
+            plan=plan,
+            loss=loss,
+            seed=seed,
+            host=host,
+            terms=terms,
+            samples=samples,
+        )
     if samples is not None:
         measured = ranks.everywhere(lambda: captured.measure(samples) if ranks.rank == 0 else None)
         terms = replace(terms, statistics=ranks.of_first(measured))

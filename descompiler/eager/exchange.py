@@ -15,11 +15,9 @@ from descompiler.eager import functions
 from descompiler.eager.gradients import GradientSync, Use
 from descompiler.eager.parameters import ShardedParameter
 from descompiler.errors import InputError, warn
+from descompiler.layout import traffic as wire
 from descompiler.layout.pieces import locate
 from descompiler.runtime.agreement import Call, Kind
-
-FETCH_IDS = "all_to_all (ids of fetched rows)"
-
 
 SERVED = (Kind.FETCH, Kind.WHOLE)
 """Calls that a rank which does not make them can take part in, if it waits at one of `WAITING`."""
@@ -125,7 +123,7 @@ class PieceExchange:
     def _fetched(
         self, parameter: ShardedParameter, wanted: Tensor, sent: list[int], asked: list[int], sparse: bool
     ) -> Tensor:
-        positions = self.runtime.exchange_rows(wanted, sent, asked, FETCH_IDS)
+        positions = self.runtime.exchange_rows(wanted, sent, asked, wire.FETCH_IDS)
         use = Use(parameter, self.runtime.forwards, sent, asked, positions, sparse)
         rows = functions.fetched(self.gradients, use)
         self.gradients.keep(use)

@@ -23,12 +23,6 @@ from descompiler.runtime.guard import Guard
 from descompiler.runtime.room import give_back
 from descompiler.runtime.runtime import Runtime
 
-FETCH_GRADIENTS = "all_to_all (gradients of fetched rows)"
-
-
-SCATTER = "all_to_all (gradients of whole parameters)"
-
-
 FLAGS = "all_reduce (which gradients there are)"
 
 
@@ -185,7 +179,7 @@ class GradientSync:
         gradient = use.gradient
         if gradient is None:
             gradient = parameter.detach().new_zeros((sum(use.sent), *parameter.shape[1:]))
-        received = self.runtime.exchange_rows(gradient, use.sent, use.asked, FETCH_GRADIENTS) / ranks
+        received = self.runtime.exchange_rows(gradient, use.sent, use.asked, wire.FETCH_BACK) / ranks
         if use.sparse:
             return torch.sparse_coo_tensor(use.positions[None], received, parameter.shape).coalesce()
         return torch.zeros(parameter.shape, dtype=parameter.dtype).index_add_(0, use.positions, received)
@@ -202,7 +196,7 @@ class GradientSync:
         mine = parts[runtime.rank]
         sizes = [p.numel() for p in parts]
         flat = torch.cat([p.reshape(-1) for p in parts])
-        out = runtime.exchange_rows(flat, sizes, [mine.numel()] * runtime.ranks, SCATTER)
+        out = runtime.exchange_rows(flat, sizes, [mine.numel()] * runtime.ranks, wire.WHOLE_BACK)
         return out.reshape(runtime.ranks, *mine.shape).sum(0)
 
     def _average(self, held: Mapping[int, Tensor], present: Sequence[int]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from descompiler.errors import PlanError, warn
+from descompiler.errors import PlanError
 from descompiler.graph.program import Program
 from descompiler.graph.text import fingerprint
 from descompiler.planning.cluster import Cluster
@@ -95,13 +95,6 @@ def setting_of(
     if given is not None:
         batch, pins = batch or given.rows, {**given.forms, **given.changes, **(pins or {})}
     return ranks, batch, pins
-
-
-def warn_of_terms(terms: Terms, samples: Iterable[Any] | None) -> None:
-    """Name what a plan for a model that is captured in part can't consider."""
-    given = {"forbid": terms.forbid, "cluster": terms.cluster, "memory_bytes": terms.memory_bytes, "samples": samples}
-    if names := [n for n, x in given.items() if x]:
-        warn(f"the model is captured in part, where {', '.join(names)} can't be considered: pin forms by table")
 
 
 def agree(plan: Plan, ranks: Ranks) -> None:
