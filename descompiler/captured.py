@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from descompiler.builder import Builder, region_of
+from descompiler.eager.measure import measure_in_part
 from descompiler.eager.planning import plan_partial
 from descompiler.eager.survey import survey
 from descompiler.errors import CaptureError
@@ -18,7 +19,7 @@ from descompiler.layout.statistics import Statistics
 from descompiler.model.inputs import Signature
 from descompiler.model.probe import CALL, blueprint
 from descompiler.planning.cluster import Cluster
-from descompiler.planning.given import setting_of, warn_of_terms
+from descompiler.planning.given import setting_of
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
 from descompiler.planning.plan import Plan
@@ -139,7 +140,8 @@ def plan(
     except CaptureError:  # in part, as `compile` does
         build = Builder(blueprint(model), example_inputs, method, kit)
         seen = survey(build.template, example_inputs, method)
-        warn_of_terms(Terms(**terms), samples)
         ranks, batch, pins = setting_of(ranks, batch, pins, plan, cluster)
-        return plan_partial(build.template, seen, ranks, batch or build.rows, pins)
+        if samples is not None:
+            terms["statistics"] = measure_in_part(build.template, seen, samples, ranks, method)
+        return plan_partial(build.template, seen, ranks, batch or build.rows, pins, Terms(**terms))
     return captured.plan(ranks=ranks, batch=batch, pins=pins, plan=plan, samples=samples, **terms)

@@ -18,9 +18,10 @@ from descompiler.model.probe import CALL, blueprint
 from descompiler.module.deferred import DeferredModule
 from descompiler.module.distributed import DistributedModule, install
 from descompiler.module.initial import initial_values
+from descompiler.module.parts import Parts
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.coverage import coverage_of
-from descompiler.planning.given import Given, agree, follow_or_choose, warn_of_terms
+from descompiler.planning.given import Given, agree, follow_or_choose
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
 from descompiler.planning.plan import NO_OPERATORS
@@ -160,9 +161,19 @@ def distribute(
     rows = ranks.of_first(batch or build.rows)  # ranks may have examples of different sizes
     everywhere = all(ranks.of_every(captured is not None))
     if captured is None or not everywhere:
-        if ranks.rank == 0:
-            warn_of_terms(terms, samples)
-        return distribute_in_part(model, build, failures, ranks, rows, plan=plan, loss=loss, seed=seed, host=host)
+        return distribute_in_part(
+            model,
+            build,
+            failures,
+            ranks,
+            rows,
+            plan=plan,
+            loss=loss,
+            seed=seed,
+            host=host,
+            terms=terms,
+            samples=samples,
+        )
     if samples is not None:
         measured = ranks.everywhere(lambda: captured.measure(samples) if ranks.rank == 0 else None)
         terms = replace(terms, statistics=ranks.of_first(measured))
@@ -177,17 +188,13 @@ def distribute(
     values, buffers = initial_values(
         model, build.template, chosen.pieces, seed, build.device, ranks, in_place=host is not None
     )
+    runtime, in_place = ranks.runtime(loss), host is not None
+    parts = Parts(build.template, chosen, runtime, values, buffers, coverage, host, in_place)
     return DistributedModule(
-        build.template,
-        chosen,
+        parts,
         captured.signature,
-        ranks.runtime(loss),
         lambda training, *now: build.of_now(training, *now).emit(chosen, training, ranks.rank),
-        values,
-        buffers,
-        coverage,
-        host,
-        forward_for=lambda *now: in_other_flags(build, chosen, coverage, ranks.runtime(loss), *now),
+        lambda *now: in_other_flags(build, chosen, coverage, ranks.runtime(loss), *now),
     )
 
 

@@ -1,8 +1,7 @@
 """What descompiler refuses, by name, and what it warns of.
 
 Every error says which operator, table or argument it is about, where in the user's code if that is known, and what
-to do next. Errors that one rank meets are raised on every rank
-(`descompiler.runtime.runtime.Runtime.raise_everywhere`).
+to do next. Errors that one rank meets are raised on every rank (`descompiler.runtime.agreement`).
 """
 
 from __future__ import annotations

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from descompiler.builder import Builder
+from descompiler.eager.measure import measure_in_part
 from descompiler.eager.planning import coverage_partial, follow_or_choose_in_part
 from descompiler.eager.survey import Survey, survey
 from descompiler.graph.program import Failure
+from descompiler.layout.statistics import Statistics
 from descompiler.model.attributes import copied
 from descompiler.model.inputs import normalise_inputs, take_rows
 from descompiler.model.probe import call_of, method_of
 from descompiler.module.initial import initial_values
 from descompiler.module.partial import PartialModule
+from descompiler.module.parts import Parts
 from descompiler.planning.coverage import Coverage
 from descompiler.planning.given import Given, agree
+from descompiler.planning.objective import Terms
 from descompiler.planning.plan import Plan
 from descompiler.runtime.ranks import Ranks
 from descompiler.runtime.runtime import Runtime
@@ -36,12 +41,22 @@ def distribute_in_part(
     loss: str,
     seed: int | None,
     host: nn.Module | None,
+    terms: Terms,
+    samples: Iterable[Any] | None,
 ) -> PartialModule:
     """As `descompiler.compiler.distribute`, of a model that not every rank could capture."""
 
     # how often a table is used may depend on the values of a rank's own example: the first rank's counts
     seen = ranks.of_first(ranks.everywhere(lambda: survey(build.template, build.example_inputs, build.method)))
-    chosen = ranks.everywhere(lambda: follow_or_choose_in_part(build.template, seen, ranks.count, rows, plan))
+    if samples is not None:
+
+        def measured() -> Statistics | None:
+            if ranks.rank:  # the first rank's samples count
+                return None
+            return measure_in_part(build.template, seen, samples, ranks.count, build.method)
+
+        terms = replace(terms, statistics=ranks.of_first(ranks.everywhere(measured)))
+    chosen = ranks.everywhere(lambda: follow_or_choose_in_part(build.template, seen, ranks.count, rows, plan, terms))
     agree(chosen, ranks)
     coverage = coverage_partial(build.template, seen, chosen, failures)
     if text := coverage.warning():
@@ -86,20 +101,8 @@ def _module(
     inputs = normalise_inputs(build.example_inputs, method_of(template, build.method))
     # two rows: forwards that squeeze can't run on one
     spare = inputs if seen.unchecked else take_rows(inputs, torch.zeros(2, dtype=torch.int64, device=build.device))
-    return PartialModule(
-        template,
-        chosen,
-        runtime,
-        values,
-        buffers,
-        coverage,
-        runs,
-        call_of(runs, build.method),
-        seen.outputs,
-        spare,
-        in_place=host is not None,
-        coupled=bool(seen.coupled),
-    )
+    parts = Parts(template, chosen, runtime, values, buffers, coverage, runs, in_place=host is not None)
+    return PartialModule(parts, call_of(runs, build.method), seen.outputs, spare, coupled=bool(seen.coupled))
 
 
 def _copy_with(template: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:

@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import descompiler as des
+from descompiler.eager.measure import measure_in_part
+from descompiler.eager.planning import plan_partial
 from descompiler.eager.survey import survey
 from descompiler.model.probe import blueprint
+from descompiler.planning.objective import Terms
 from tests.harness.failures import Raises, raised
 from tests.harness.models import IDS, Branch, ThroughLists
 
@@ -279,6 +282,25 @@ def test_where_rows_depend_on_each_other_every_rank_runs_the_global_batch(on_ran
     )
 
 
+class ThroughTwo(ThroughLists):
+    def forward(self, ids):
+        return self.top(self.embed(ids).tanh() + self.embed(ids).sigmoid())
+
+
+class Transformed(ThroughLists):
+    """torch.func lets nobody watch what autograd keeps."""
+
+    def forward(self, ids):
+        return self.top(self.embed(ids) + torch.func.grad(lambda e: e.square().sum())(self.table(ids[:, 0])))
+
+
+@pytest.mark.parametrize(("cls", "least"), [(ThroughTwo, 2 * 4), (Transformed, 0)])
+def test_what_autograd_keeps_is_seen_where_it_can_be(cls, least):
+    """Of each row: what tanh and the sigmoid return, and what the layer takes."""
+    seen = survey(blueprint(cls()), (IDS,))
+    assert least <= seen.kept <= 3 * least and seen.uses["table.weight"].lookups and seen.outputs == ("rows",)
+
+
 class Chooses(Packed):
     """What is chosen depends on the whole batch, for some weights and rows: gradients don't tell."""
 
@@ -387,12 +409,104 @@ def test_plans_are_made_saved_and_followed(tmp_path):
     assert des.compile(model, (IDS,), plan=tmp_path / "edited.json").plan.forms["table.weight"] == "replicate"
     with pytest.raises(des.PlanError, match="for 2 ranks, and this is 1"):
         des.compile(model, (IDS,), plan=des.plan(model, (IDS,), ranks=2))
-    with pytest.raises(des.PlanError, match=r"'bag\.weight' can't be split by replicate: its gradients are sparse"):
+    with pytest.raises(des.PlanError, match=r"'bag\.weight' can't take the form replicate: its gradients are sparse"):
         des.plan(Everything(), (IDS,), ranks=2, pins={"bag.weight": "replicate"})
     with pytest.raises(des.PlanError, match="captured in part"):
         des.compile(model, (IDS,), plan=des.plan(TrainingOnly(), (IDS,), ranks=1))
-    with pytest.warns(UserWarning, match="memory_bytes can't be considered"):
-        des.plan(model, (IDS,), ranks=2, memory_bytes=1 << 20)
+
+
+class Large(ThroughLists):
+    """A table that is worth dividing, beside one that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.big = nn.Embedding(30_000, 4)
+
+    def forward(self, ids):
+        return self.top(self.embed(ids) + self.big(torch.tensor(ids.tolist()).reshape(ids.shape) * 3).sum(1))
+
+
+@pytest.fixture(scope="module")
+def large():
+    template = blueprint(Large())
+    seen = survey(template, (IDS,))
+    return lambda rows=8, ranks=2, pins=None, **terms: plan_partial(template, seen, ranks, rows, pins, Terms(**terms))
+
+
+def test_what_plans_of_other_models_consider_is_considered(large):
+    """Forms that are forbidden, a limit of memory, a cluster: by the planner of every other model."""
+    forms = {"table.weight": "replicate", "big.weight": "pull"}
+    pulled, whole = large(), large(forbid={"big": "pull"})
+    assert pulled.forms == forms and pulled.exact and whole.forms == forms | {"big.weight": "replicate"}
+    assert pulled.price_bytes < whole.price_bytes == pulled.prices["big.weight"]["replicate"]
+    # by hand: a weight, its gradient and adagrad's state, of 15,000 rows of 4 and of the small ones
+    small = 9 * 4 + 4 + 1  # the other layer is not used, but held
+    assert pulled.pieces["big.weight"].numel(0) == 60_000
+    memory = large(memory_bytes=1 << 30).memory(0)
+    assert memory.weights_bytes == 4 * (60_000 + small + 5) and memory.gradients_bytes == memory.weights_bytes
+    assert memory.activations_bytes >= 8 * (3 + 3) * 4 * 4  # what is looked up, at least
+    many = 1 << 22
+    assert large(many).forms["big.weight"] == "replicate"  # each rank needs nearly all of it
+    limit = large(many, memory_bytes=1 << 40).memory(0).total - 1
+    assert large(many, memory_bytes=limit).forms["big.weight"] == "pull"
+    with pytest.raises(des.PlanError, match="no plan fits 10 B a rank"):
+        large(memory_bytes=10)
+    cluster = des.Cluster.builtin("ethernet-10g", 2)
+    timed = large(cluster=cluster)
+    assert timed.objective == "seconds" and 0 < timed.bound <= timed.price
+    for terms, text in (
+        ({"forbid": {"big": ["pull", "replicate"]}}, "left without a form"),
+        ({"cluster": cluster.with_ranks(4)}, "has 4 ranks, the plan is for 2"),
+        ({"pins": {"big": "column"}}, "captured in part; there it is replicate or pull"),
+    ):
+        with pytest.raises(des.PlanError, match=text):
+            large(**terms)
+
+
+def test_global_batches_are_priced_as_such():
+    """Where rows are coupled every rank looks up the rows of all."""
+    table = nn.Embedding(9_000, 4)
+    plans = []
+    for cls in (Branch, Mixes):
+        model = cls()
+        model.table = table
+        template = blueprint(model)
+        plans.append(plan_partial(template, survey(template, (IDS,)), 4, 8, None, Terms()))
+    alone, coupled = (p.unique["table.weight"] for p in plans)
+    assert 20 < alone <= 24 and 3 * alone < coupled <= 4 * 24
+
+
+def _from_samples(rank, ranks):
+    """Samples of three ids, by which rows are divided: gradients, and the plan."""
+    model = Large().double()
+    reference = copy.deepcopy(model)
+    samples = [(torch.randint(3, (8, 3)),) for _ in range(4)] if rank == 0 else []
+    module = des.compile(model, (IDS,), loss="sum", samples=samples, memory_bytes=1 << 30, plan={"table": "row"})
+    share = slice(0, 3) if rank == 0 else slice(3, 8)
+    module(IDS[share]).square().sum().backward()
+    reference(IDS).square().sum().backward()
+    predicted, sent = module.plan.traffic(rank).bytes_by_collective, module.traffic().bytes_by_collective
+    assert predicted.keys() <= sent.keys(), "an estimate of the same collectives"
+    worst = 0.0
+    for (name, p), q in zip(module.named_parameters(), reference.parameters(), strict=True):
+        if q.grad is not None:
+            worst = max(worst, float((p.grad - module.pieces(name).cut(q.grad, rank)).abs().max()))
+    text = raised(lambda: des.compile(Large(), (IDS,), samples=[]))
+    return worst, module.plan.statistics, module.plan.unique, module.pieces("table.weight").sizes.tolist(), text
+
+
+def test_ids_of_samples_are_measured(on_ranks):
+    (worst, source, unique, sizes, text), other = on_ranks(_from_samples, 2)
+    assert max(worst, other[0]) < 1e-12 and other[2] == unique
+    assert source == "measured on 4 batches, 32 rows" and unique["big.weight"] == pytest.approx(3)
+    assert sizes[0] < sizes[1] < 9, "the first rank has the rows that are asked for"
+    assert all("samples has no batch" in t for t in (text, other[-1]))
+
+
+def test_samples_that_can_not_be_run():
+    with pytest.raises(des.InputError, match="can't run sample 1 "):
+        template = blueprint(Large())
+        measure_in_part(template, survey(template, (IDS,)), [(IDS,), (IDS + 9,)], 2)
 
 
 def _follows(rank, ranks, path):
@@ -453,6 +567,16 @@ def test_compiled_by_the_first_forward():
     module = des.compile(model)
     assert torch.equal(module(IDS), model(IDS))
     assert type(module).__name__ == "PartialModule" and module.coverage().rung == "partial"
+
+
+def test_hooks_of_a_module_that_its_first_forward_compiles():
+    """They are called once in a call, in the first too."""
+    module, seen = des.compile(Branch()), []
+    module.register_forward_pre_hook(lambda m, args: seen.append("before"))
+    module.register_forward_hook(lambda m, args, out: seen.append(type(m).__name__))
+    for _ in range(2):
+        module(IDS)
+    assert seen == ["before", "PartialModule"] * 2
 
 
 def _as_alone(rank, ranks, usage):

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 import descompiler as des
+from descompiler.layout.traffic import FETCH_COUNTS_BYTES, HEADER_BYTES
+from descompiler.runtime.agreement import Call, Header, Kind, Message
 from examples.models import MODELS, make_inputs
 from tests.harness.failures import raised
 from tests.harness.models import IDS
@@ -56,6 +58,17 @@ def _floats_for_ids(rank, ranks):
 def test_ids_that_are_no_integers(on_ranks):
     for text in on_ranks(_floats_for_ids, 2):
         assert "ids must be integers" in text and "rank 0" in text
+
+
+def test_what_ranks_tell_each_other_arrives_as_it_was():
+    """In as many bytes as plans count."""
+    for kind in Kind:
+        for number in (0, 2 * 0xFFFFFFFF + 1):
+            sent = Header(True, asked=-(1 << 63), gathered=3, rows=4, call=Call(kind, number, "for people"))
+            assert Header.decode(sent.encode()) == sent and 8 * len(sent.encode()) == HEADER_BYTES
+    counts = Message(False, asked=1, gathered=2)
+    assert Message.decode(counts.encode()) == counts and 8 * len(counts.encode()) == FETCH_COUNTS_BYTES
+    assert Call.named("batch norm", Kind.NORM) != Call.named("batch norm") != Call.named("the end")
 
 
 def _different(rank, ranks, what):

@@ -1,99 +1,102 @@
-"""Plans of models captured in part: which parameters are divided by rows and fetched."""
+"""Plans of models captured in part: the planner's, for their outline (`descompiler.eager.outline`)."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
-from descompiler.eager.survey import Survey, Use
+from descompiler.eager.outline import Outline, fetched_form, outline_of
+from descompiler.eager.survey import Survey
 from descompiler.errors import PlanError
 from descompiler.graph.program import Failure
-from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
 from descompiler.model.random_state import ONE_DRAW
 from descompiler.planning.coverage import PARTIAL, Coverage, Covered
 from descompiler.planning.given import Given, check_ranks, loaded
-from descompiler.planning.pins import form_name, names_matching
-from descompiler.planning.plan import Plan, Table
-from descompiler.tables.form import FORMS, Split, fallback, form_named
+from descompiler.planning.objective import Terms
+from descompiler.planning.pins import allowed_forms, form_name
+from descompiler.planning.plan import Plan
+from descompiler.planning.planner import choose
+from descompiler.region.cut import Weights
+from descompiler.tables.form import Split, fallback, form_named
 from descompiler.tables.tables import WEIGHTS_RICH_ELEMENTS
 
 
-def follow_or_choose_in_part(template: nn.Module, seen: Survey, ranks: int, rows: int, plan: Given) -> Plan:
+def follow_or_choose_in_part(
+    template: nn.Module, seen: Survey, ranks: int, rows: int, plan: Given, terms: Terms
+) -> Plan:
     """As `follow_or_choose`, for a model of which the user's forward runs."""
     plan = loaded(plan)
     if not isinstance(plan, Plan):
-        return plan_partial(template, seen, ranks, rows, plan)
+        return plan_partial(template, seen, ranks, rows, plan, terms)
     check_ranks(plan, ranks)
-    fingerprint = plan_partial(template, seen, ranks, rows, None).fingerprint
-    if plan.fingerprint != fingerprint:
+    if plan.fingerprint != (fingerprint := _fingerprint(template)):
         raise PlanError(
             f"the plan is for another model ({plan.fingerprint}), or for a graph of this one; it is captured in part "
             f"({fingerprint}): plan again with des.plan(model, inputs, ranks={plan.ranks})"
         )
     if plan.changes:
-        return plan_partial(template, seen, ranks, plan.rows, {**plan.forms, **plan.changes})
+        return plan_partial(template, seen, ranks, plan.rows, {**plan.forms, **plan.changes}, terms)
     return plan
 
 
-def plan_partial(template: nn.Module, seen: Survey, ranks: int, rows: int, pins: Mapping[str, str] | None) -> Plan:
-    """Divide by rows what is only looked up, if that sends fewer bytes (or is pinned); replicate the rest."""
-    parameters = dict(template.named_parameters())
-    fixed = _pinned(parameters, seen, pins)
-    kept, fetched = fallback().name, fetched_form()
-    tables, splits, prices = [], {}, {}
-    pieces = {n: Pieces.replicate(tuple(p.shape), ranks) for n, p in parameters.items()}
-    for name, p in parameters.items():
-        use = seen.uses.get(name)
-        if use is None or not use.lookups:
-            continue
-        size, width = p.numel() * p.element_size(), p.shape[1:].numel()
-        ids = -(-use.ids * rows * (ranks if seen.coupled else 1) // max(seen.rows, 1))
-        unique = min(ids, p.shape[0])
-        crossing = ranks - 1
-        price = {
-            kept: 2 * crossing * size // ranks if p.requires_grad else 0,
-            fetched: crossing * unique * (8 + (2 if p.requires_grad else 1) * width * p.element_size()) // ranks,
-        }
-        refusals = _refusals(use)
-        form = kept
-        if not refusals:
-            cheaper = price[fetched] < price[kept] and p.numel() >= WEIGHTS_RICH_ELEMENTS
-            form = fetched if cheaper or (use.sparse and ranks > 1) else kept
-        form = fixed.get(name, form)
-        if form == fetched:
-            pieces[name] = Pieces.even(tuple(p.shape), 0, ranks)
-        splits[name], prices[name] = Split(form, pieces[name]), {} if refusals else price
-        per_row, vectors = -(-use.ids // max(seen.rows, 1)), -(-use.vectors // max(seen.rows, 1))
-        uses = tuple(sorted(use.lookups | use.others))
-        tables.append(
-            Table(name, p.shape[0], width, p.element_size(), per_row, vectors, use.sparse, uses, refusals, "")
-        )
-    dense = sum(
-        p.numel() for n, p in parameters.items() if p.requires_grad and pieces[n].is_replicated and n in seen.uses
-    )
-    itemsize = max((p.element_size() for p in parameters.values()), default=4)
-    price_bytes = sum(prices[n].get(s.form, 0) for n, s in splits.items())
-    digest = hashlib.sha256(
-        f"partial {sorted((n, tuple(p.shape), str(p.dtype)) for n, p in parameters.items())}".encode()
-    )
-    return Plan(
-        ranks=ranks,
-        rows=rows,
-        itemsize=itemsize,
-        tables=tables,
+def plan_partial(
+    template: nn.Module, seen: Survey, ranks: int, rows: int, pins: Mapping[str, str] | None, terms: Terms
+) -> Plan:
+    """The best plan that satisfies the terms, as `choose` finds it.
+
+    Raises
+    ------
+    PlanError
+        As `choose`.
+    """
+    outline = outline_of(template, seen, ranks)
+    wanted = {pattern: _in_part(form, pattern) for pattern, form in (pins or {}).items()}
+    # small tables stay whole: each use of a divided one costs collectives of its own
+    allowed = allowed_forms(outline.operators, wanted, terms.forbid)
+    small = [o.name for o in outline.operators if o.rows * o.dim < WEIGHTS_RICH_ELEMENTS and len(allowed[o.name]) > 1]
+    w = Weights(ranks, rows, max((p.element_size() for p in template.parameters()), default=4))
+    wanted |= dict.fromkeys(small, fallback().name)
+    chosen = choose(outline.program, outline.operators, (), w, wanted, terms=terms)
+    if ranks == 1:  # nothing crosses, and the planner looks at no pin; what is pinned is done as on more ranks
+        fetched = fetched_form()
+        divided = [o for o in outline.operators if allowed[o.name] == (fetched,)]
+        cut = {o.name: Split(fetched, Pieces.even(o.shape, 0, 1)) for o in divided}
+        chosen = replace(chosen, splits=chosen.splits | cut)
+    return _of_the_model(template, seen, outline, chosen, terms)
+
+
+def _in_part(form: str, pattern: str) -> str:
+    """What a form that the user pins is here: where ranks hold the same, rows are fetched (`Form.in_part`)."""
+    name = form_name(form, f"plan for {pattern!r}")
+    return form_named(name).in_part or name
+
+
+def _of_the_model(template: nn.Module, seen: Survey, outline: Outline, chosen: Plan, terms: Terms) -> Plan:
+    """An outline's plan as one of the model: its parameters have their own shapes, rows cut as in the outline."""
+    ranks, rows = chosen.ranks, chosen.rows
+    pieces = {n: Pieces.replicate(tuple(p.shape), ranks) for n, p in template.named_parameters()}
+    for name, split in chosen.splits.items():
+        if not split.pieces.is_replicated:
+            pieces[name] = replace(split.pieces, shape=pieces[name].shape)
+    splits = {n: replace(split, pieces=pieces[n]) for n, split in chosen.splits.items()}
+    return replace(
+        chosen,
+        tables=outline.tables,
         splits=splits,
         pieces=pieces,
-        layout=Layout(ranks, dense_elements=dense),
-        crossings=[],
-        price_bytes=price_bytes,
-        prices=prices,
-        fingerprint=digest.hexdigest()[:16],
+        fingerprint=_fingerprint(template),
         notes=_notes(seen, ranks, rows),
-        replan=lambda changed: plan_partial(template, seen, ranks, rows, changed),
+        replan=lambda changed: plan_partial(template, seen, ranks, rows, changed, terms),
     )
+
+
+def _fingerprint(template: nn.Module) -> str:
+    parameters = sorted((n, tuple(p.shape), str(p.dtype)) for n, p in template.named_parameters())
+    return hashlib.sha256(f"partial {parameters}".encode()).hexdigest()[:16]
 
 
 def _notes(seen: Survey, ranks: int, rows: int) -> list[str]:
@@ -106,38 +109,6 @@ def _notes(seen: Survey, ranks: int, rows: int) -> list[str]:
     )
     drawn = f"random numbers: {ONE_DRAW}"
     return [note, drawn] if seen.random else [note]
-
-
-def fetched_form() -> str:
-    """The form of tables whose rows are fetched when the user's forward looks them up."""
-    return next(f.name for f in FORMS if f.in_part == f.name and not f.fallback)
-
-
-def _refusals(use: Use) -> dict[str, str]:
-    return {fetched_form(): f"the table is also used by {', '.join(sorted(use.others))}"} if use.others else {}
-
-
-def _pinned(parameters: Mapping[str, nn.Parameter], seen: Survey, pins: Mapping[str, str] | None) -> dict[str, str]:
-    """Forms that the user fixed, as `Form.in_part` says; what a pattern can't have, it does not get."""
-    kept, fetched = fallback().name, fetched_form()
-    result = {}
-    tables = [n for n in parameters if n in seen.uses and seen.uses[n].lookups]
-    for pattern, form in (pins or {}).items():
-        matches = names_matching(tables, pattern, "plan")
-        wanted = form_named(form_name(form, f"plan for {pattern!r}")).in_part
-        for name in matches:
-            why = None
-            if wanted is None:
-                why = f"the model is captured in part; there it is {fetched} or {kept}"
-            elif wanted == fetched:
-                why = _refusals(seen.uses[name]).get(fetched)
-            elif seen.uses[name].sparse and not seen.uses[name].others:
-                why = "its gradients are sparse, and only those of fetched rows stay so"
-            if wanted is not None and why is None:
-                result[name] = wanted
-            elif not set("*?[") & set(pattern):
-                raise PlanError(f"table {name!r} can't be split by {form}: {why}")
-    return result
 
 
 def coverage_partial(template: nn.Module, seen: Survey, plan: Plan, failures: tuple[Failure, ...]) -> Coverage:

@@ -9,40 +9,22 @@ do, every rank gathers the inputs of all and runs the global batch: exact, and n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from descompiler.capture.checks import TOLERANCE_FLOAT64, relative_error
-from descompiler.errors import InputError, UnsupportedError
-from descompiler.model.float64 import InDouble, is_double_meant
+from descompiler.eager.recorder import Runs, Use, in_float64
+from descompiler.errors import UnsupportedError
 from descompiler.model.folded import has_own_values
-from descompiler.model.inputs import flatten, knows_rows, map_tensors, normalise_inputs, split_statics, take_rows
-from descompiler.model.probe import CALL, call_of, materialise, method_of
-from descompiler.model.random_state import seeded
-from descompiler.model.sparse import equal
-from descompiler.ops.functions import DROPOUTS, LOOKUPS, function_name
+from descompiler.model.inputs import flatten, knows_rows, normalise_inputs, split_statics, take_rows
+from descompiler.model.probe import CALL, method_of
 
 ROWS, MEAN, SUM, SAME, COUPLED = "rows", "mean", "sum", "same", "coupled"
 """What an output is: rows of the batch; a scalar that is a mean over rows, a sum over rows, or free of the batch; or
 coupled: it combines rows in some other way."""
-
-
-@dataclass
-class Use:
-    """How one parameter is used."""
-
-    ids: int = 0  # looked up per batch
-    vectors: int = 0  # that lookups return
-    sparse: bool = False
-    lookups: set[str] = field(default_factory=set)
-    others: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -66,6 +48,8 @@ class Survey:
         Of one row of the inputs.
     random : bool
         Whether forward draws random numbers, dropout aside.
+    kept : int
+        Elements that autograd keeps for backward, of one row.
     """
 
     uses: dict[str, Use]
@@ -75,45 +59,7 @@ class Survey:
     coupled: str = ""
     input_bytes: int = 0
     random: bool = False
-
-
-class _Recorder(TorchFunctionMode):
-    """Notes uses of parameters, and random draws; batch norm in training and dropout pass their input on, if asked."""
-
-    def __init__(self, model: nn.Module, *, skip_norms: bool):
-        super().__init__()
-        self.names = {id(p): n for n, p in model.named_parameters()}
-        self.uses: dict[str, Use] = {}
-        self.skip_norms = skip_norms
-        self.random = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        leaves = pytree.tree_leaves((args, kwargs))
-        if self.skip_norms and func in DROPOUTS:
-            return args[0].clone()
-        if self.skip_norms and func is F.batch_norm and (args[5] if len(args) > 5 else kwargs.get("training")):
-            return args[0].clone()
-        result = func(*args, **kwargs)
-        for leaf in leaves:
-            name = self.names.get(id(leaf)) if isinstance(leaf, Tensor) else None
-            if name is None:
-                continue
-            ids = [x for x in leaves if isinstance(x, Tensor) and not x.is_floating_point() and x.dtype != torch.bool]
-            whole = isinstance(result, Tensor) and result.grad_fn is None and torch.is_grad_enabled()
-            if whole and leaf.requires_grad:
-                continue  # a size, a dtype, a detached value
-            if not isinstance(result, Tensor):
-                continue
-            use = self.uses.setdefault(name, Use())
-            if func in LOOKUPS and ids:
-                use.lookups.add(function_name(func))
-                use.ids += ids[0].numel()
-                use.vectors += result.numel() // max(leaf.shape[1:].numel(), 1)
-                use.sparse |= bool(kwargs.get("sparse", func is F.embedding and len(args) > 6 and args[6]))
-            else:
-                use.others.add(function_name(func))
-        return result
+    kept: int = 0
 
 
 def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Survey:
@@ -127,40 +73,18 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
         If it can't be told which rows of the inputs an output belongs to.
     """
     args, kwargs = normalise_inputs(example_inputs, method_of(template, method))
-    double = map_tensors(lambda x: x.double() if x.is_floating_point() else x, (args, kwargs))
+    double = in_float64((args, kwargs))
     tensors, _ = split_statics(flatten(double)[0])
-    device = tensors[0].device if tensors else torch.device("cpu")
-    model = materialise(template, device, double=True)
-    state = {n: b.clone() for n, b in model.named_buffers()}
-    kept: list[str] = []  # buffers that forward leaves otherwise than it found them, batch norms' aside
-
-    def run(inputs: Any, *, skip_norms: bool) -> tuple[list[Tensor], _Recorder]:
-        for n, b in model.named_buffers():
-            b.copy_(state[n])
-        recorder = _Recorder(model, skip_norms=skip_norms)
-        with seeded(11, device) as has_drawn, InDouble() if double_meant else nullcontext(), recorder:
-            out = call_of(model, method)(*inputs[0], **inputs[1])
-            recorder.random = has_drawn()
-        left = dict(model.named_buffers())
-        return [*split_statics(flatten(out)[0])[0], *(left[n].clone() for n in kept)], recorder
-
-    double_meant = is_double_meant()
-    try:
-        try:
-            _, recorder = run(double, skip_norms=False)
-        except RuntimeError:  # perhaps float32, which its forward makes (and may have kept), meets float64
-            double_meant, model = True, materialise(template, device, double=True)
-            _, recorder = run(double, skip_norms=False)
-    except UnsupportedError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"the model can't run example_inputs ({type(error).__name__}: {error}); pass what its forward takes"
-        ) from error
+    run = Runs(template, double, method)
     sizes = {t.shape[0] if t.dim() else None for t in tensors}
     whole, without_dropout = run(double, skip_norms=True)
-    kept += [n for n, b in model.named_buffers() if not equal(b, state[n])]
     random = without_dropout.random
+    kept = run.watch_buffers()
+
+    def found(outputs: tuple[str, ...], rows: int, **more: Any) -> Survey:
+        of_a_row = -(-run.first.kept // max(rows, 1))
+        return Survey(run.first.uses, outputs, rows, random=random, kept=of_a_row, **more)
+
     if (len(sizes) != 1 or None in sizes) and not knows_rows(double):
         rows = next((o.shape[0] for o in whole if o.dim()), 0)
         if any(not o.dim() or o.shape[0] not in sizes for o in whole):
@@ -169,23 +93,23 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
                 "its rows are not known. Return one row for each row of an input, or pass inputs of one size"
             )
         unchecked = "the inputs differ in dim 0" + ", and it draws random numbers, each rank its own" * random
-        return Survey(recorder.uses, (ROWS,) * len(whole), rows, unchecked, random=random)
+        return found((ROWS,) * len(whole), rows, unchecked=unchecked)
     rows = tensors[0].shape[0] if len(sizes) == 1 else next((o.shape[0] for o in whole if o.dim()), 0)
     if not rows:
         raise UnsupportedError("the inputs differ in dim 0 and forward returns a scalar: its rows are not known")
-    every = _kinds(double, rows, lambda x: run(x, skip_norms=True)[0], lambda: _renew(model))
+    every = _kinds(double, rows, lambda x: run(x, skip_norms=True)[0], lambda: _renew(run.model))
     kinds = every[: len(whole)]
     apart = [n for n, kind in zip(kept, every[len(whole) :], strict=True) if kind != SAME]
     if apart:
         coupled = f"what forward leaves in buffer {apart[0]!r} depends on how a batch is divided"
     elif COUPLED in kinds:
         coupled = f"output {kinds.index(COUPLED)} of forward depends on how a batch is divided"
-    elif _gradients_mix(double, rows, lambda x: run(x, skip_norms=True)[0][: len(whole)], kinds, model):
+    elif _gradients_mix(double, rows, lambda x: run(x, skip_norms=True)[0][: len(whole)], kinds, run.model):
         coupled = "the gradient of a row depends on how a batch is divided"
     elif random:  # of a few rows the numbers are those of many: one draw for all, which ranks have to share
         coupled = "forward draws random numbers for the whole batch"
     else:
-        return Survey(recorder.uses, kinds, rows)
+        return found(kinds, rows)
     if len(sizes) != 1 or None in sizes:
         raise UnsupportedError(
             f"{coupled}, no tracer captured the model as a graph, and the inputs differ in dim 0: ranks' batches "
@@ -195,7 +119,7 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
     originals, _ = split_statics(flatten((args, kwargs))[0])
     row_bytes = sum(x[0].numel() * x.element_size() for x in originals)
     outputs = _of_the_whole(double, rows, kinds, lambda x: run(x, skip_norms=True)[0][: len(whole)])
-    return Survey(recorder.uses, outputs, rows, "", coupled, row_bytes, random)
+    return found(outputs, rows, coupled=coupled, input_bytes=row_bytes)
 
 
 def _of_the_whole(inputs: Any, rows: int, kinds: Sequence[str], run: Any) -> tuple[str, ...]:

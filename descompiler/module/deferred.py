@@ -21,10 +21,11 @@ class DeferredModule(DistributedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         compiled = self._compile_for((args, kwargs))
+        hooks = {name: x for name, x in vars(self).items() if "_hook" in name}  # users', which this call runs
         self.__dict__.clear()
-        self.__dict__.update(compiled.__dict__)
+        self.__dict__.update(compiled.__dict__ | hooks)
         self.__class__ = type(compiled)  # type: ignore[assignment]
-        return self(*args, **kwargs)
+        return self.forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> DeferredModule:
         """As ``torch.nn.Module.train``, for the model that is to be compiled."""

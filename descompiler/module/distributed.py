@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from descompiler.eager.keeper import Finish, Keeper
-from descompiler.eager.pieces import plain, substitute
+from descompiler.eager.exchange import PieceExchange
+from descompiler.eager.functions import Finish
+from descompiler.eager.gradients import GradientSync
+from descompiler.eager.parameters import plain, substitute
 from descompiler.emit.emit import Emitted
 from descompiler.errors import CaptureError, InputError, UnsupportedError, warn
 from descompiler.layout.fetches import Counts
@@ -22,10 +24,11 @@ from descompiler.layout.rows import Rows
 from descompiler.layout.traffic import Traffic
 from descompiler.model.attributes import Place, Watch
 from descompiler.model.inputs import Signature
+from descompiler.module.parts import Parts
 from descompiler.planning.coverage import Coverage
 from descompiler.planning.plan import Plan
+from descompiler.runtime.agreement import Call, Kind
 from descompiler.runtime.gradients import Reducer
-from descompiler.runtime.runtime import Runtime
 
 
 class UsersForward(Protocol):
@@ -54,96 +57,42 @@ class DistributedModule(nn.Module):
 
     def __init__(
         self,
-        template: nn.Module,
-        plan: Plan,
-        signature: Signature | None,
-        runtime: Runtime,
-        program_for: Callable[..., Emitted] | None,
-        values: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        coverage: Coverage,
-        host: nn.Module | None = None,
-        *,
-        in_place: bool = True,
+        parts: Parts,
+        signature: Signature | None = None,
+        program_for: Callable[..., Emitted] | None = None,
         forward_for: Callable[..., UsersForward] | None = None,
     ):
         super().__init__()
+        runtime, host, plan = parts.runtime, parts.host, parts.plan
         object.__setattr__(self, "plan", plan)
-        self._forward_for = forward_for
-        self._forwards: dict[tuple[bool, ...], UsersForward] = {}  # by training flags
         vars(self)["_host"] = host  # no submodule: its parts are this module's own
-        self._coverage, self._keeper = coverage, Keeper(runtime)
-        self._signature, self._runtime, self._program_for = signature, runtime, program_for
+        self._runtime, self._coverage, self._in_place = runtime, parts.coverage, parts.in_place
+        self._signature, self._program_for, self._forward_for = signature, program_for, forward_for
         self._programs: dict[Any, Emitted] = {}  # by training flags, dtypes, and parameters that were frozen
-        self._frozen = frozenset(n for n, p in template.named_parameters() if not p.requires_grad)
+        self._forwards: dict[tuple[bool, ...], UsersForward] = {}  # by training flags
+        self._flags = [name for name, _ in parts.template.named_modules()]
+        self._frozen = frozenset(n for n, p in parts.template.named_parameters() if not p.requires_grad)
         self._given: tuple[torch.dtype, ...] | None = None  # of the latest forward's inputs
         self._constants: dict[str, Tensor] = {}
         self._reducer: Reducer | None = None
         self._reducer_key: Any = None
-        self._flags = [name for name, _ in template.named_modules()]
-        if host is None:
-            self._mirror(template, values, buffers)
-        else:
-            self._adopt(host, values, buffers)
+        parts.fill(self)
         runtime.wire_dtype = next((p.dtype for p in self.parameters()), torch.float32)
-        self._in_place = in_place and host is not None
         self._attributes = Watch(host) if self._in_place and host is not None else None
+        self._gradients = GradientSync(runtime)
+        self._exchange = PieceExchange(self._gradients)
         for name, p in self.named_parameters():
             if not plan.pieces[name].is_replicated:
-                substitute(p, name, plan.pieces[name], self._keeper)
+                substitute(p, name, plan.pieces[name], self._exchange)
         if self._in_place:
             self._watch()
 
     def _watch(self) -> None:
         """Average the gradients of replicated parameters at the end of backward, whatever code used them."""
         left_out = self.plan.sparse if self.predicts_traffic else set()  # an emitted program sums sparse ones itself
-        self._keeper.watch(
+        self._gradients.watch(
             [p for n, p in self.named_parameters() if self.plan.pieces[n].is_replicated and n not in left_out]
         )
-
-    def _mirror(self, template: nn.Module, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        """Bare modules with the original's names."""
-        made: dict[int, nn.Parameter] = {}
-        mirrored: dict[int, nn.Module] = {id(template): self}  # a module of two names stays one
-        scopes: dict[str, nn.Module] = {}
-        for name, source in template.named_modules(remove_duplicate=False):
-            scope = scopes[name] = mirrored.setdefault(id(source), nn.Module())
-            scope.training = source.training
-            if name:
-                parent, _, leaf = name.rpartition(".")
-                scopes[parent].add_module(leaf, scope)
-            for leaf, p in source._parameters.items():
-                if p is None:
-                    scope.register_parameter(leaf, None)
-                    continue
-                full = f"{name}.{leaf}".lstrip(".")
-                if id(p) not in made:
-                    made[id(p)] = nn.Parameter(values[full], requires_grad=p.requires_grad)
-                scope.register_parameter(leaf, made[id(p)])
-            for leaf, b in source._buffers.items():
-                full = f"{name}.{leaf}".lstrip(".")
-                persistent = leaf not in source._non_persistent_buffers_set
-                scope.register_buffer(leaf, None if b is None else buffers[full], persistent=persistent)
-
-    def _adopt(self, host: nn.Module, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        """The modules and parameters of a host become this module's; they stay the same objects."""
-        recurrent = [m for m in host.modules() if isinstance(m, nn.RNNBase)]
-        for m in recurrent:
-            m._flat_weight_refs = []  # a tensor that has weak references can't be swapped
-        for name, p in host.named_parameters():
-            if p.is_meta:
-                torch.utils.swap_tensors(p, nn.Parameter(values[name], requires_grad=p.requires_grad))
-            else:
-                p.data = values[name]
-        for m in recurrent:
-            m._init_flat_weights()
-        for name, module in host.named_modules():
-            for leaf, b in module._buffers.items():
-                if b is not None:
-                    module._buffers[leaf] = buffers[f"{name}.{leaf}".lstrip(".")]
-        for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[kind] = host.__dict__[kind]
-        self.training = host.training
 
     # ---- calls
 
@@ -151,10 +100,9 @@ class DistributedModule(nn.Module):
         """The original's forward on this rank's rows: outputs for them."""
         runtime = self._runtime
         runtime.traffic, runtime.unique, runtime.started, runtime.failures = Traffic(), {}, False, []
-        self._keeper.begin()
+        self._gradients.begin()
         self._same_flags()
-        flags, grad = self._training_flags(), torch.is_grad_enabled()
-        runtime.mode_name = f"{'training' if self.training else 'evaluation'}, {self._gradients_mode()}"
+        grad = torch.is_grad_enabled()
         try:
             assert self._signature is not None
             tensors = self._signature.flatten(args, kwargs)
@@ -166,9 +114,7 @@ class DistributedModule(nn.Module):
                 runtime.started = True  # the users' forward tells the other ranks what fails in it
                 return users.follow(self, args, kwargs)
             changes = self._changes()  # of what the program is known to read by now
-            runtime.mode = 2 * zlib.crc32(bytes((*flags, *self._trained())) + repr(changes).encode()) + grad
-            if changes and self._attributes is not None:
-                runtime.mode_name += f", {self._attributes.told(changes)}"
+            runtime.call = self._call_of(changes)
             runtime.layout, runtime.checks = emitted.layout, emitted.checks
             reference = next(self.parameters())
             runtime.device = reference.device
@@ -188,6 +134,14 @@ class DistributedModule(nn.Module):
             raise
         assert emitted.signature is not None
         return emitted.signature.unflatten(self._finishing(outputs) if self._in_place else outputs)
+
+    def _call_of(self, changes: Sequence[tuple[Place, Any]]) -> Call:
+        """Which program this forward runs."""
+        number = zlib.crc32(bytes((*self._training_flags(), *self._trained())) + repr(changes).encode())
+        name = f"{'training' if self.training else 'evaluation'}, {self._gradients_mode()}"
+        if changes and self._attributes is not None:
+            name += f", {self._attributes.told(changes)}"
+        return Call(Kind.PROGRAM, 2 * number + torch.is_grad_enabled(), name)
 
     def _users_forward(self, error: CaptureError) -> UsersForward:
         """What runs the user's own forward, where the graph for these training flags was not captured.
@@ -217,13 +171,14 @@ class DistributedModule(nn.Module):
         return self._forwards[key]
 
     def _finishing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs, so that every rank's backward ends with the keeper's exchange."""
+        """The outputs, so that every rank's backward ends with the exchange of gradients."""
         outputs = list(outputs)
         if torch.is_grad_enabled() and self._runtime.ranks > 1:
             # on every rank, also where an empty batch or a branch left an output without a gradient
             floating = [i for i, x in enumerate(outputs) if x.is_floating_point()]
             anchor = torch.zeros((), device=self._runtime.device, requires_grad=True)
-            for i, x in zip(floating, Finish.apply(self._keeper, anchor, *(outputs[i] for i in floating)), strict=True):
+            finished = Finish.apply(self._gradients, anchor, *(outputs[i] for i in floating))
+            for i, x in zip(floating, finished, strict=True):
                 outputs[i] = x
         return outputs
 
@@ -344,17 +299,8 @@ class DistributedModule(nn.Module):
     def _copied(self, memo: dict[int, Any]) -> DistributedModule:
         values = {n: plain(p).detach().clone() for n, p in self.named_parameters()}
         buffers = {n: b.clone() for n, b in self.named_buffers(remove_duplicate=False)}
-        result = DistributedModule(
-            self,
-            self.plan,
-            self._signature,
-            self._runtime.anew(),
-            self._program_for,
-            values,
-            buffers,
-            self._coverage,
-            forward_for=self._forward_for,
-        )
+        parts = Parts(self, self.plan, self._runtime.anew(), values, buffers, self._coverage)
+        result = DistributedModule(parts, self._signature, self._program_for, self._forward_for)
         result._frozen = self._frozen
         return result
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from descompiler.eager.pieces import SynchroniseNorms, plain
+from descompiler.eager.functions import total
+from descompiler.eager.parameters import SynchroniseNorms, plain
 from descompiler.eager.survey import MEAN, ROWS, SAME, SUM
 from descompiler.emit.emit import Emitted
 from descompiler.errors import InputError
@@ -20,11 +21,10 @@ from descompiler.model.attributes import copied
 from descompiler.model.float64 import InDouble, is_double_meant
 from descompiler.model.inputs import flatten, split_statics, unflatten_with
 from descompiler.module.distributed import DistributedModule
+from descompiler.module.parts import Parts
 from descompiler.ops.local import scale_grad
-from descompiler.planning.coverage import Coverage
-from descompiler.planning.plan import Plan
+from descompiler.runtime.agreement import Kind
 from descompiler.runtime.guard import Guard
-from descompiler.runtime.runtime import Runtime
 
 
 class PartialModule(DistributedModule):
@@ -34,21 +34,14 @@ class PartialModule(DistributedModule):
 
     def __init__(
         self,
-        template: nn.Module,
-        plan: Plan,
-        runtime: Runtime,
-        values: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        coverage: Coverage,
-        host: nn.Module,
+        parts: Parts,
         call: Callable[..., Any],
         outputs: Sequence[str],
         spare: tuple[tuple[Any, ...], dict[str, Any]],
         *,
-        in_place: bool = False,
         coupled: bool = False,
     ):
-        super().__init__(template, plan, None, runtime, None, values, buffers, coverage, host, in_place=in_place)
+        super().__init__(parts)
         self._coupled = coupled
         self._outputs, self._means_double = tuple(outputs), is_double_meant()
         self._spare = spare  # rows of inputs
@@ -58,9 +51,9 @@ class PartialModule(DistributedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward on this rank's rows: outputs for them."""
-        runtime, keeper = self._runtime, self._keeper
+        runtime = self._runtime
         runtime.traffic = Traffic()
-        keeper.begin()
+        self._gradients.begin()
         self._same_flags()
         reference = next(self.parameters(), torch.zeros(()))
         runtime.device, runtime.wire_dtype = reference.device, reference.dtype
@@ -80,9 +73,9 @@ class PartialModule(DistributedModule):
             if spare:
                 drop = {ROWS: lambda x: x[:0], MEAN: lambda x: x * 0, SUM: lambda x: x * 0, SAME: lambda x: x}
                 tensors = [drop[kind](x) for x, kind in zip(tensors, self._outputs, strict=True)]
-            keeper.agree(f"the end of forward, {mode}", "end", rows=rows)
+            self._exchange.agree(f"the end of forward, {mode}", Kind.END, rows=rows)
         except Exception as error:
-            if not keeper.failed:  # the other ranks wait at their next agreement: tell them, then everyone raises
+            if not runtime.failed:  # the other ranks wait at their next agreement: tell them, then everyone raises
                 runtime.header(0, str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}")
             raise
         tensors = [self._output(x, kind) for x, kind in zip(tensors, self._outputs, strict=True)]
@@ -91,19 +84,11 @@ class PartialModule(DistributedModule):
     def _copied(self, memo: dict[int, Any]) -> PartialModule:
         host, call = vars(self)["_host"], vars(self)["_call"]
         other = copy.deepcopy(host, memo | copied(host))
-        result = PartialModule(
-            other,
-            self.plan,
-            self._runtime.anew(),
-            {n: p.data for n, p in other.named_parameters()},
-            dict(other.named_buffers(remove_duplicate=False)),
-            self._coverage,
-            other,
-            other if call is host else getattr(other, call.__name__),
-            self._outputs,
-            self._spare,
-            coupled=self._coupled,
-        )
+        values = {n: p.data for n, p in other.named_parameters()}
+        buffers = dict(other.named_buffers(remove_duplicate=False))
+        parts = Parts(other, self.plan, self._runtime.anew(), values, buffers, self._coverage, other)
+        calls = other if call is host else getattr(other, call.__name__)
+        result = PartialModule(parts, calls, self._outputs, self._spare, coupled=self._coupled)
         result._means_double = self._means_double
         return result
 
@@ -128,13 +113,13 @@ class PartialModule(DistributedModule):
         It is one computation that every rank repeats: random numbers are the same, and so are the gradients, which are
         a share of the ranks' each, so that their sum over ranks, divided as every parameter's, is the original's.
         """
-        runtime, keeper = self._runtime, self._keeper
+        runtime = self._runtime
         leaves, spec = flatten((args, kwargs))
         tensors, statics = split_statics(leaves)
         sizes = {x.shape[0] if x.dim() else None for x in tensors}
         problem = None if len(sizes) == 1 and None not in sizes else f"the inputs' sizes of dim 0 are {sizes}, not one"
         rows = tensors[0].shape[0] if problem is None else 0
-        keeper.agree(f"the start of forward, {mode}", rows=rows, problem=problem)
+        runtime.meet(f"the start of forward, {mode}", rows=rows, problem=problem)
         guard = self._guard()
         args, kwargs = self._cut(guard, *unflatten_with(self._gathered(tensors), spec, statics))
         arithmetic = InDouble if self._means_double else nullcontext
@@ -144,7 +129,7 @@ class PartialModule(DistributedModule):
         tensors, statics = split_statics(leaves)
         self._check_outputs(tensors)
         tensors = tensors if guard is None else guard.leave(tensors)
-        keeper.agree("the end of forward", "end", rows=rows)
+        self._exchange.agree("the end of forward", Kind.END, rows=rows)
         outputs = []
         for x, kind in zip(tensors, self._outputs, strict=True):
             if x.requires_grad:
@@ -153,7 +138,7 @@ class PartialModule(DistributedModule):
         return unflatten_with(self._finishing(outputs), spec, statics)
 
     def _guard(self) -> Guard | None:
-        return self._keeper.guard() if self._runtime.ranks > 1 and torch.is_grad_enabled() else None
+        return self._gradients.guard() if self._runtime.ranks > 1 and torch.is_grad_enabled() else None
 
     def _cut(self, guard: Guard | None, args: Any, kwargs: Any) -> Any:
         """Arguments whose gradients, if they get any, come from the guard."""
@@ -183,7 +168,7 @@ class PartialModule(DistributedModule):
             return x
         share = {MEAN: runtime.rows[runtime.rank] / max(sum(runtime.rows), 1), SUM: 1.0, SAME: 1 / runtime.ranks}
         # the mean over no rows is nan; backward still has to go through it
-        return self._keeper.total(x * share[kind] if share[kind] else x.nan_to_num() * 0, "a scalar output")
+        return total(runtime, x * share[kind] if share[kind] else x.nan_to_num() * 0, "a scalar output")
 
     def _run_host(self, args: Any, kwargs: Any) -> tuple[Any, bool]:
         """The user's forward; where it can't run without rows, on spare rows, whose results are dropped (then True).
@@ -193,17 +178,17 @@ class PartialModule(DistributedModule):
         call = vars(self)["_call"]
         arithmetic = InDouble if self._means_double else nullcontext
         try:
-            with arithmetic(), SynchroniseNorms(self._keeper):
+            with arithmetic(), SynchroniseNorms(self._exchange):
                 return call(*args, **kwargs), False
         except Exception:
             empty = any(x.dim() and not x.shape[0] for x in split_statics(flatten((args, kwargs))[0])[0])
-            if not empty or self._keeper.failed or self._runtime.ranks == 1:
+            if not empty or self._runtime.failed or self._runtime.ranks == 1:
                 raise
         leaves, spec = flatten(self._spare)
         tensors, statics = split_statics(leaves)
         given = split_statics(flatten((args, kwargs))[0])[0]
         spare = unflatten_with([x.to(y.dtype) for x, y in zip(tensors, given, strict=True)], spec, statics)
-        with arithmetic(), SynchroniseNorms(self._keeper, spare=True):
+        with arithmetic(), SynchroniseNorms(self._exchange, spare=True):
             return call(*spare[0], **spare[1]), True
 
     @property

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from descompiler.errors import PlanError, RankError, warn
+from descompiler.errors import PlanError
 from descompiler.graph.program import Program
 from descompiler.graph.text import fingerprint
 from descompiler.planning.cluster import Cluster
@@ -97,19 +97,7 @@ def setting_of(
     return ranks, batch, pins
 
 
-def warn_of_terms(terms: Terms, samples: Iterable[Any] | None) -> None:
-    """Name what a plan for a model that is captured in part can't consider."""
-    given = {"forbid": terms.forbid, "cluster": terms.cluster, "memory_bytes": terms.memory_bytes, "samples": samples}
-    if names := [n for n, x in given.items() if x]:
-        warn(f"the model is captured in part, where {', '.join(names)} can't be considered: pin forms by table")
-
-
 def agree(plan: Plan, ranks: Ranks) -> None:
     """Every rank raises if any rank has another model or plan."""
-    if ranks.count == 1:
-        return
-    every = ranks.of_every((plan.fingerprint, plan.digest(), str(dict(sorted(plan.forms.items())))))
-    for what, i, text in (("model", 0, 0), ("plan", 1, 2)):
-        if len({e[i] for e in every}) > 1:
-            lines = "\n".join(f"rank {r}: {e[i]} {e[text] if text != i else ''}".rstrip() for r, e in enumerate(every))
-            raise RankError(f"ranks compile different {what}s:\n{lines}")
+    ranks.same("model", plan.fingerprint)
+    ranks.same("plan", plan.digest(), str(dict(sorted(plan.forms.items()))))

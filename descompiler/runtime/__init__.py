@@ -1,8 +1,9 @@
 """What runs on process groups: collectives, autograd functions that send, and what keeps ranks in step.
 
-`runtime.Runtime` is what an emitted program calls; `communicator` has the header of a step and counts what is sent;
-`border` is the region's border, `fetch` unique rows, `global_values` what every rank has whole, `vocabulary` products.
-`gradients` averages those of replicated parameters, `ranks` are those that compile together. Start with `runtime`.
+`runtime.Runtime` is what an emitted program calls; `communicator` counts what is sent, `agreement` has the header of a
+step; `border` is the region's border, `fetch` unique rows, `global_values` what every rank has whole, `vocabulary`
+products. `gradients` averages those of replicated parameters, `ranks` are those that compile together. Start with
+`runtime`.
 
 May import: tables and below.
 """

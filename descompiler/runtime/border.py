@@ -16,8 +16,8 @@ from torch import Tensor
 
 from descompiler.layout import traffic as wire
 from descompiler.layout.exchanges import Exit
+from descompiler.runtime.agreement import Agreement
 from descompiler.runtime.collectives import Pending
-from descompiler.runtime.communicator import Communicator
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Handle:
 class ExitStart(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, runtime: Communicator, exits: Sequence[Exit], handle: Handle, anchor: Tensor, *values: Tensor
+        ctx: Any, runtime: Agreement, exits: Sequence[Exit], handle: Handle, anchor: Tensor, *values: Tensor
     ) -> Tensor:
         ctx.runtime, ctx.handle, ctx.rows = runtime, handle, list(runtime.rows)
         ctx.shapes = [(v.shape[1:], v.dtype) for v in values]
@@ -63,7 +63,7 @@ class ExitStart(torch.autograd.Function):
 
 class ExitWait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, runtime: Communicator, handle: Handle, rows: list[int], buffer: Tensor) -> Tensor:
+    def forward(ctx: Any, runtime: Agreement, handle: Handle, rows: list[int], buffer: Tensor) -> Tensor:
         ctx.runtime, ctx.handle = runtime, handle
         assert handle.forward is not None
         handle.forward.wait()
@@ -108,7 +108,7 @@ class ReduceShared(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, runtime: Communicator, anchor: Tensor, *slices: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, runtime: Agreement, anchor: Tensor, *slices: Tensor) -> tuple[Tensor, ...]:
         ctx.runtime = runtime
         return tuple(x.view_as(x) for x in (anchor, *slices))
 

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descompiler.errors import InputError
 from descompiler.layout import traffic as wire
 from descompiler.layout.fetches import Counts, Fetch
 from descompiler.ops.local import bag, lookup
+from descompiler.runtime.agreement import Message
 from descompiler.runtime.fetching import Fetching, collected, dealt, prepare
 from descompiler.runtime.runtime import Runtime
 from descompiler.runtime.shared_rows import (
@@ -51,7 +51,7 @@ def begin_fetch(runtime: Runtime, rows: int, ids: Sequence[Tensor], fetch_ids: S
     counts = fetching.asked_counts(runtime.ranks) if fetching else None
     received = runtime.header(rows, problem, counts, fetching.gathered_count if fetching else 0)
     assert fetching is not None
-    fetching.served_counts, fetching.gathered_counts = received
+    fetching.hear(received)
     return [sum(runtime.rows), fetching]
 
 
@@ -69,18 +69,12 @@ def _begin_late(runtime: Runtime, fetch: Fetch, ids: Sequence[Tensor]) -> Fetchi
         On every rank, if the ids of any rank are wrong.
     """
     problem = next(filter(None, (c.problem(x) for c, x in zip(fetch.checks, ids, strict=True))), None)
-    ranks, device = runtime.ranks, runtime.header_device()
-    fetching = None if problem else prepare(fetch, ids, ranks)
-    asked = fetching.asked_counts(ranks) if fetching else [0] * ranks
+    fetching = None if problem else prepare(fetch, ids, runtime.ranks)
+    asked = fetching.asked_counts(runtime.ranks) if fetching else [0] * runtime.ranks
     gathered = fetching.gathered_count if fetching else 0
-    send = torch.tensor([[int(problem is not None), n, gathered] for n in asked], device=device)
-    sizes = [send.shape[1]] * ranks
-    received = runtime.exchange(send.reshape(-1), sizes, sizes, wire.FETCH_COUNTS).wait().reshape(send.shape)
-    status, served, gathering = received.cpu().T.tolist()
-    if any(status):
-        runtime.raise_everywhere(problem, InputError)
+    told = runtime.tell(wire.FETCH_COUNTS, [Message(problem is not None, n, gathered) for n in asked], problem)
     assert fetching is not None
-    fetching.served_counts, fetching.gathered_counts = served, gathering
+    fetching.hear(told)
     return fetching
 
 

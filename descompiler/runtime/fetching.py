@@ -15,6 +15,7 @@ from torch.distributed import Work
 
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.keys import KeySpace
+from descompiler.runtime.agreement import Message
 from descompiler.runtime.collectives import Pending
 
 
@@ -50,6 +51,10 @@ class Fetching:
     telling: Pending | None = None  # shared keys of the other ranks
     gathering: Gathering | None = None
     reducing: tuple[Work, Tensor] | None = None  # gradients of shared rows
+
+    def hear(self, told: Sequence[Message]) -> None:
+        """Take in what each rank will ask of this one, and send to it."""
+        self.served_counts, self.gathered_counts = [m.asked for m in told], [m.gathered for m in told]
 
     def asked_counts(self, ranks: int) -> list[int]:
         return [sum(self.asked[r]) for r in range(ranks)]

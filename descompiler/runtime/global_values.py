@@ -15,12 +15,12 @@ from torch import Tensor
 from descompiler.layout import traffic as wire
 from descompiler.layout.exchanges import Whole
 from descompiler.layout.rows import Rows
-from descompiler.runtime.communicator import Communicator
+from descompiler.runtime.agreement import Agreement
 
 
 class Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, runtime: Communicator, layouts: list[Rows], *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, runtime: Agreement, layouts: list[Rows], *values: Tensor) -> tuple[Tensor, ...]:
         rows = list(runtime.rows)
         ctx.layouts, ctx.first, ctx.mine = layouts, sum(rows[: runtime.rank]), rows[runtime.rank]
         leading = [r.lead(x) for r, x in zip(layouts, values, strict=True)]
@@ -36,7 +36,7 @@ class Gather(torch.autograd.Function):
 
 class Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, runtime: Communicator, *terms: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, runtime: Agreement, *terms: Tensor) -> tuple[Tensor, ...]:
         flat = torch.cat([x.reshape(-1) for x in terms])
         runtime.all_reduce(wire.COUPLING["reduce"], flat)
         parts = torch.split(flat, [x.numel() for x in terms])
@@ -51,7 +51,7 @@ class Reduce(torch.autograd.Function):
 
 class Slice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, runtime: Communicator, rows: Rows, x: Tensor) -> Tensor:
+    def forward(ctx: Any, runtime: Agreement, rows: Rows, x: Tensor) -> Tensor:
         ctx.runtime, ctx.layout, ctx.rows = runtime, rows, list(runtime.rows)
         return rows.narrow(x, sum(ctx.rows[: runtime.rank]), ctx.rows[runtime.rank]).clone()
 
@@ -64,7 +64,7 @@ class Slice(torch.autograd.Function):
 
 class Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, runtime: Communicator, x: Tensor) -> Tensor:
+    def forward(ctx: Any, runtime: Agreement, x: Tensor) -> Tensor:
         ctx.runtime = runtime
         return x.view_as(x)
 
@@ -75,7 +75,7 @@ class Spread(torch.autograd.Function):
         return None, grad
 
 
-def _gather_rows(runtime: Communicator, rows: Sequence[int], values: Sequence[Tensor], name: str) -> list[Tensor]:
+def _gather_rows(runtime: Agreement, rows: Sequence[int], values: Sequence[Tensor], name: str) -> list[Tensor]:
     """The global batch of values ``[rows, ...]`` of one dtype, in one collective."""
     flat = torch.cat([x.reshape(-1) for x in values]) if len(values) > 1 else values[0].reshape(-1).contiguous()
     width = sum(x.shape[1:].numel() for x in values)
@@ -91,7 +91,7 @@ class Total(torch.autograd.Function):
     """Backward: the ranks' gradients are averaged, as those of every parameter."""
 
     @staticmethod
-    def forward(ctx: Any, runtime: Communicator, own: Tensor, shared: Tensor | None) -> Tensor:
+    def forward(ctx: Any, runtime: Agreement, own: Tensor, shared: Tensor | None) -> Tensor:
         ctx.runtime, ctx.shared = runtime, shared is not None
         result = own.clone()
         runtime.all_reduce(wire.COUPLING["total"], result)
@@ -108,7 +108,7 @@ class Total(torch.autograd.Function):
 class Together(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, runtime: Communicator, failures: list[tuple[str, Exception]] | None, *outputs: Tensor
+        ctx: Any, runtime: Agreement, failures: list[tuple[str, Exception]] | None, *outputs: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.runtime, ctx.failures = runtime, failures
         return tuple(x.view_as(x) for x in outputs)
@@ -125,7 +125,7 @@ class GatherTables(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, runtime: Communicator, wholes: Sequence[Whole], sizes: Sequence[int], *pieces: Tensor
+        ctx: Any, runtime: Agreement, wholes: Sequence[Whole], sizes: Sequence[int], *pieces: Tensor
     ) -> tuple[Tensor, ...]:
         ranks, dtype = runtime.ranks, runtime.wire_dtype
         ctx.runtime, ctx.wholes, ctx.sizes, ctx.dtypes = runtime, wholes, sizes, [p.dtype for p in pieces]
@@ -159,7 +159,7 @@ class SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        runtime: Communicator,
+        runtime: Agreement,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,

@@ -1,7 +1,7 @@
 """Gradients of replicated parameters: caught before they are accumulated, and averaged over ranks.
 
 `Caught` holds them back; `Reducer` averages them while backward goes on. Where ranks first have to agree on which
-gradients there are, `descompiler.eager.keeper` averages what `Caught` holds.
+gradients there are, `descompiler.eager.gradients` averages what `Caught` holds.
 
 The reducer is this library's own. DistributedDataParallel's calls Python in gloo's threads, is made for one backward of
 each forward, and keeps its process group, with these threads, alive for as long as any of its objects is; see

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from descompiler.errors import RankError, warn
+from descompiler.runtime.agreement import say, settle
 from descompiler.runtime.runtime import Runtime
 from descompiler.runtime.shutdown import rest_at_exit
 
@@ -63,11 +64,14 @@ class Ranks:
 
     def of_every(self, value: T) -> list[T]:
         """What every rank says."""
-        if self.count == 1:
-            return [value]
-        every: list[Any] = [None] * self.count
-        dist.all_gather_object(every, value, group=self.group)
-        return every
+        return say(value, self.group, self.count)
+
+    def same(self, what: str, value: str, told: str = "") -> None:
+        """Raise on every rank unless all have the same value; ``told``: more of it, for people."""
+        every = self.of_every((value, f"{value} {told}".rstrip()))
+        if len({v for v, _ in every}) > 1:
+            lines = "\n".join(f"rank {r}: {text}" for r, (_, text) in enumerate(every))
+            raise RankError(f"ranks compile different {what}s:\n{lines}")
 
     def everywhere(self, step: Callable[[], T]) -> T:
         """What ``step()`` returns; if it raises on any rank, every rank raises, and none waits in a collective."""
@@ -77,11 +81,13 @@ class Ranks:
             result = step()
         except Exception as e:  # raised below, once the other ranks know
             error = e
-        texts = self.of_every(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        if any(texts):
-            raise RankError("\n".join(f"rank {r} could not compile: {t}" for r, t in enumerate(texts) if t))
+        try:
+            text = None if error is None else f"{type(error).__name__}: {error}"
+            settle(text, self.group, self.count, RankError, what=" could not compile")
+        except RankError:
+            if error is not None:
+                raise error from None
+            raise
         return cast(T, result)
 
     def warn(self, text: str) -> None:

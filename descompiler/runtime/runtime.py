@@ -22,8 +22,8 @@ from descompiler.layout.id_checks import Check
 from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows
 from descompiler.ops.local import scale_grad
+from descompiler.runtime.agreement import Agreement
 from descompiler.runtime.border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, put_together
-from descompiler.runtime.communicator import Communicator
 from descompiler.runtime.draws import Draws
 from descompiler.runtime.global_values import (
     Gather,
@@ -39,7 +39,7 @@ from descompiler.runtime.vocabulary import vocabulary_on_ranks
 
 
 @dataclass
-class Runtime(Communicator):
+class Runtime(Agreement):
     """What emitted operators know at run time. One per compiled module; programs set their layout before they run."""
 
     loss: str

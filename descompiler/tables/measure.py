@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,9 +60,28 @@ def measure(
                 raise InputError(f"sample {batches - 1}: {problem}")
             drawn = np.concatenate([x.reshape(-1).cpu().numpy() for x in parts]).astype(np.int64)
             gathered[o.name].append((size, drawn, int((drawn == o.padding_idx).sum())))
+    return statistics_of(operators, gathered, batches, rows, zipf)
+
+
+def statistics_of(
+    operators: Sequence[Operator],
+    gathered: Mapping[str, list[tuple[int, np.ndarray, int]]],
+    batches: int,
+    rows: int,
+    zipf: float = ZIPF,
+) -> Statistics:
+    """Statistics of ids that were seen.
+
+    Parameters
+    ----------
+    gathered : mapping of str to list of (int, ndarray, int)
+        By table, for each batch: its rows, the ids that it drew, and how many of them are padding.
+    batches, rows : int
+        How many there were.
+    """
     if not batches:
         raise InputError("samples has no batch: give at least one, or leave samples out to assume Zipf ids")
-    measured = {o.name: _measured(o.rows, gathered[o.name]) for o in tables if rows}
+    measured = {o.name: _measured(o.rows, gathered[o.name]) for o in operators if rows and o.name in gathered}
     source = f"measured on {batches} batches, {rows:,} rows"
     if left := [o.name for o in operators if o.name not in measured]:
         source += f"; assumed Zipf({zipf}) for {', '.join(left[:3])}{' and others' if len(left) > 3 else ''}"

@@ -1,12 +1,13 @@
-"""Substituted parameters: what happens when Python code uses a parameter of which this rank holds a piece.
+"""Sharded parameters: what happens when Python code uses a parameter of which this rank holds a part.
 
-A `Piece` is an ordinary parameter (this rank's part, for optimisers) whose uses are intercepted:
+A `ShardedParameter` is an ordinary parameter (this rank's part, for optimisers) whose uses are intercepted:
 
     lookup      F.embedding, F.embedding_bag, W[ids], index_select     each unique row is fetched once from its owner
     reduction   W.sum(), W.mean(), norms, also of f(W) elementwise     local terms, then every rank's
     the rest    W @ x, cat([W, V]), ...                                the whole parameter is gathered, with a note
 
-so each means what it means in the original model. What crosses for that is the business of `descompiler.eager.keeper`.
+so each means what it means in the original model. What crosses for that is the business of
+`descompiler.eager.exchange`.
 """
 
 from __future__ import annotations
@@ -21,26 +22,27 @@ from torch.overrides import TorchFunctionMode
 from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
 from descompiler.ops.functions import ELEMENTWISE, LOOKUPS, NORMS, PRODUCTS, SUMS, function_name
+from descompiler.runtime.agreement import Kind
 from descompiler.runtime.runtime import Runtime
 from descompiler.tables.form import fallback
 
 
-class Exchanges(Protocol):
-    """What uses of pieces ask of the other ranks: `descompiler.eager.keeper.Keeper`."""
+class Exchange(Protocol):
+    """What uses of parameters ask of the other ranks: `descompiler.eager.exchange.PieceExchange`."""
 
     runtime: Runtime
-    pieces: list[Piece]
+    parameters: list[ShardedParameter]
 
-    def fetch(self, piece: Piece, ids: Tensor, sparse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def fetch(self, parameter: ShardedParameter, ids: Tensor, sparse: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Unique rows of a table, where each id's is among them, and their ids."""
 
-    def whole(self, piece: Piece, what: str) -> Tensor:
+    def whole(self, parameter: ShardedParameter, what: str) -> Tensor:
         """The original parameter."""
 
-    def spread(self, x: Tensor, what: str) -> Tensor:
+    def scalars(self, x: Tensor, what: str) -> Tensor:
         """A number of every rank."""
 
-    def agree(self, what: str, kind: str = "other") -> list[int]:
+    def agree(self, what: str, kind: Kind) -> list[int]:
         """Come to a common call."""
 
 
@@ -54,20 +56,20 @@ class Tracked(Tensor):
 
     pieces: Pieces
     original: str
-    keeper: Exchanges
+    exchange: Exchange
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _intercept(func, args, kwargs or {})
 
 
-class Piece(nn.Parameter):
+class ShardedParameter(nn.Parameter):
     """This rank's part of a parameter; see the module's text."""
 
     pieces: Pieces
     original: str
-    keeper: Exchanges
-    position: int  # among the keeper's pieces
+    exchange: Exchange
+    position: int  # among the exchange's parameters
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -81,12 +83,16 @@ class Piece(nn.Parameter):
         return nn.Parameter(plain(self).detach(), self.requires_grad).__reduce_ex__(protocol)
 
 
-def substitute(p: nn.Parameter, name: str, pieces: Pieces, keeper: Exchanges) -> Piece:
-    """Make a parameter that holds this rank's part a `Piece`, in place: optimisers keep their reference."""
-    p.__class__ = Piece
-    p.pieces, p.original, p.keeper = pieces, name, keeper  # type: ignore[attr-defined]
-    p.position = len(keeper.pieces)  # type: ignore[attr-defined]
-    keeper.pieces.append(p)  # type: ignore[arg-type]
+SHARDED = (ShardedParameter, Tracked)
+"""What is cut, and knows how."""
+
+
+def substitute(p: nn.Parameter, name: str, pieces: Pieces, exchange: Exchange) -> ShardedParameter:
+    """Make a parameter that holds this rank's part a `ShardedParameter`, in place: optimisers keep their reference."""
+    p.__class__ = ShardedParameter
+    p.pieces, p.original, p.exchange = pieces, name, exchange  # type: ignore[attr-defined]
+    p.position = len(exchange.parameters)  # type: ignore[attr-defined]
+    exchange.parameters.append(p)  # type: ignore[arg-type]
     return p  # type: ignore[return-value]
 
 
@@ -110,7 +116,7 @@ def _intercept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         result = _local(func, args, kwargs)
         if isinstance(result, Tensor) and result.shape == kind.shape:
             tracked = result.as_subclass(Tracked)
-            tracked.pieces, tracked.original, tracked.keeper = kind.pieces, kind.original, kind.keeper
+            tracked.pieces, tracked.original, tracked.exchange = kind.pieces, kind.original, kind.exchange
             return tracked
     result = _local(func, args, kwargs)
     tensors = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
@@ -132,28 +138,28 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
 
 def _common(args: Any, kwargs: Any) -> Any:
     """The piece that all tensors among the arguments are cut as; None if they are not (numbers may join)."""
-    cut = [x for x in _tensors(args, kwargs) if x.numel() != 1 or isinstance(x, Piece | Tracked)]
-    if all(isinstance(x, Piece | Tracked) and x.pieces == cut[0].pieces and x.shape == cut[0].shape for x in cut):  # type: ignore[attr-defined]
+    cut: list[Any] = [x for x in _tensors(args, kwargs) if x.numel() != 1 or isinstance(x, SHARDED)]
+    if all(isinstance(x, SHARDED) and x.pieces == cut[0].pieces and x.shape == cut[0].shape for x in cut):
         return cut[0]
     return None
 
 
 def _own_and_shared(x: Any) -> tuple[Tensor, Tensor]:
     """The part that this rank alone holds, and the part that every rank holds."""
-    held, own = plain(x), x.pieces.own_size(x.keeper.runtime.rank)
+    held, own = plain(x), x.pieces.own_size(x.exchange.runtime.rank)
     return held.narrow(x.pieces.dim, 0, own), held.narrow(x.pieces.dim, own, held.shape[x.pieces.dim] - own)
 
 
 def _reduce(func: Any, x: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A sum, mean or norm over all elements; NotImplemented for one over a dimension."""
-    if not isinstance(x, Piece | Tracked):
+    if not isinstance(x, SHARDED):
         return NotImplemented
     what = f"{function_name(func)} of {x.original!r}"
     own, shared = _own_and_shared(x)
     if func in SUMS:
         if rest or kwargs:
             return NotImplemented
-        total = x.keeper.spread(own.sum(), what).sum() + shared.sum()
+        total = x.exchange.scalars(own.sum(), what).sum() + shared.sum()
         return total / torch.Size(x.pieces.shape).numel() if SUMS[func] == "mean" else total
     order = kwargs.get("p", kwargs.get("ord", rest[0] if rest else 2))
     order = 2 if order in (None, "fro") else order
@@ -162,13 +168,13 @@ def _reduce(func: Any, x: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if func is torch.linalg.norm and order != 2:
         return NotImplemented  # a matrix norm
     norms = [torch.linalg.vector_norm(part, order) if part.numel() else part.sum() for part in (own, shared)]
-    return torch.linalg.vector_norm(torch.cat([x.keeper.spread(norms[0], what), norms[1].reshape(1)]), order)
+    return torch.linalg.vector_norm(torch.cat([x.exchange.scalars(norms[0], what), norms[1].reshape(1)]), order)
 
 
 def _on_whole(func: Any, args: Any, kwargs: Any) -> Any:
     def gathered(x: Any) -> Any:
-        if isinstance(x, Piece):
-            return x.keeper.whole(x, function_name(func))
+        if isinstance(x, ShardedParameter):
+            return x.exchange.whole(x, function_name(func))
         if isinstance(x, Tracked):
             raise UnsupportedError(
                 f"{function_name(func)} takes an elementwise function of {x.original!r}, of which each rank holds a "
@@ -196,14 +202,14 @@ def _lookup(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _index(func, args, kwargs)
     call = dict(zip(names, args, strict=False)) | kwargs
     weight, ids = call["weight"], call["input"]
-    if not isinstance(weight, Piece) or isinstance(ids, Piece | Tracked) or weight.pieces.dim != 0:
+    if not isinstance(weight, ShardedParameter) or isinstance(ids, SHARDED) or weight.pieces.dim != 0:
         return NotImplemented
     for option in ("max_norm", "scale_grad_by_freq"):
         if call.get(option):
             raise UnsupportedError(
                 f"table {weight.original!r} is looked up with {option}: it depends on what one rank sees; leave it out"
             )
-    rows, inverse, unique = weight.keeper.fetch(weight, ids, bool(call.get("sparse")))
+    rows, inverse, unique = weight.exchange.fetch(weight, ids, bool(call.get("sparse")))
     padding = call.get("padding_idx")
     if (padding is not None and padding != -1) or (padding == -1 and func is not torch.embedding):
         padding = padding + weight.pieces.shape[0] if padding < 0 else padding
@@ -227,20 +233,20 @@ def _index(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if isinstance(ids, int):
         ids = torch.tensor(ids)
     integers = isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype not in (torch.bool, torch.uint8)
-    if not isinstance(weight, Piece) or not integers or weight.pieces.dim != 0:
+    if not isinstance(weight, ShardedParameter) or not integers or weight.pieces.dim != 0:
         return NotImplemented
     if func is Tensor.__getitem__:
         ids = torch.where(ids < 0, ids + weight.pieces.shape[0], ids)
-    rows, inverse, _ = weight.keeper.fetch(weight, ids, False)
+    rows, inverse, _ = weight.exchange.fetch(weight, ids, False)
     return rows[inverse]
 
 
 class SynchroniseNorms(TorchFunctionMode):
     """Batch norm in training takes its statistics over the global batch."""
 
-    def __init__(self, keeper: Exchanges, *, spare: bool = False):
+    def __init__(self, exchange: Exchange, *, spare: bool = False):
         super().__init__()
-        self.keeper = keeper
+        self.exchange = exchange
         self.spare = spare  # the rows are none of the batch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -251,14 +257,13 @@ class SynchroniseNorms(TorchFunctionMode):
         call |= dict(zip(names, args, strict=False)) | (kwargs or {})
         if not call["training"]:
             return func(*args, **(kwargs or {}))
-        keeper = self.keeper
-        keeper.agree("batch norm", "norm")
+        self.exchange.agree("batch norm", Kind.NORM)
         x = call["input"][:0] if self.spare else call["input"]
         arguments = (call[n] for n in ("weight", "bias", "running_mean", "running_var", "momentum", "eps"))
-        out = keeper.runtime.batch_norm(x, *arguments)
+        out = self.exchange.runtime.batch_norm(x, *arguments)
         if out.requires_grad:
             out.register_hook(self._before_backward)
         return call["input"] + out.sum() if self.spare else out  # a sum over no rows: 0
 
     def _before_backward(self, gradient: Tensor) -> None:
-        self.keeper.agree("backward of batch norm")
+        self.exchange.runtime.meet("backward of batch norm")

@@ -1,0 +1,152 @@
+"""The exchange behind a module's sharded parameters: rows of them, or all, when Python uses them.
+
+Every use begins with an agreement (`PieceExchange.agree`): ranks whose Python looks up more or less than the others'
+serve each other, any other difference is an error that says where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from descompiler.eager import functions
+from descompiler.eager.gradients import GradientSync, Use
+from descompiler.eager.parameters import ShardedParameter
+from descompiler.errors import InputError, warn
+from descompiler.layout import traffic as wire
+from descompiler.layout.pieces import locate
+from descompiler.runtime.agreement import Call, Kind
+
+SERVED = (Kind.FETCH, Kind.WHOLE)
+"""Calls that a rank which does not make them can take part in, if it waits at one of `WAITING`."""
+
+
+WAITING = (Kind.END, Kind.NORM, *SERVED)
+
+
+class PieceExchange:
+    """What uses of one module's sharded parameters ask of the other ranks.
+
+    Attributes
+    ----------
+    gradients : GradientSync
+        Gets each use, for its gradient.
+    parameters : list of ShardedParameter
+        In an order that is the same on every rank.
+    """
+
+    def __init__(self, gradients: GradientSync):
+        self.gradients, self.runtime = gradients, gradients.runtime
+        self.parameters: list[ShardedParameter] = []
+        self._noted: set[tuple[str, str]] = set()
+
+    # ---- agreement
+
+    def agree(
+        self,
+        what: str,
+        kind: Kind,
+        parameter: ShardedParameter | None = None,
+        *,
+        rows: int = 0,
+        problem: str | None = None,
+        tell: Sequence[int] | None = None,
+    ) -> list[int]:
+        """Come to a common call: none has failed, and every rank makes the same, or serves those that do.
+
+        A rank that has reached a batch norm or the end of forward, or wants another parameter's rows, takes part in the
+        lookups of the others with no ids of its own; the lowest rank's call comes first. Any other difference raises on
+        every rank.
+        ``tell[r]`` is a number for rank r; returns what each rank told this one.
+        """
+        runtime = self.runtime
+        runtime.call = mine = Call.named(what, kind) if parameter is None else Call(kind, parameter.position, what)
+        while True:
+            told = runtime.header(rows, problem, tell, same_call=False)
+            calls = [m.call for m in told]
+            if len(set(calls)) == 1:
+                return [m.asked for m in told]
+            served = [c for c in calls if c.kind in SERVED]
+            if not served or not all(c.kind in WAITING for c in calls):
+                runtime.raise_different()
+            asked = [m.asked if m.call == served[0] else 0 for m in told]
+            if served[0] == mine:
+                return asked
+            self._serve(served[0], asked)
+
+    def _serve(self, call: Call, asked: list[int]) -> None:
+        """Take part in other ranks' use of a parameter."""
+        parameter = self.parameters[call.number]
+        if call.kind == Kind.WHOLE:
+            self._gathered(parameter)
+        else:
+            none = torch.zeros(0, dtype=torch.int64, device=parameter.device)
+            self._fetched(parameter, none, [0] * self.runtime.ranks, asked, False)
+
+    # ---- uses
+
+    def fetch(self, parameter: ShardedParameter, ids: Tensor, sparse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Unique rows of the original parameter.
+
+        Returns
+        -------
+        rows : Tensor [U, ...]
+        inverse : Tensor
+            ``rows[inverse]`` are the rows at ``ids``.
+        unique : Tensor [U]
+            The ids of ``rows``.
+        """
+        pieces, name = parameter.pieces, parameter.original
+        total = pieces.shape[0]
+        problem = None
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            problem = f"table {name!r}: ids must be integers, and are {ids.dtype}"
+        elif ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= total):
+            bad = ids[(ids < 0) | (ids >= total)][0]
+            problem = f"table {name!r}: id {int(bad)} is not in 0 to {total - 1}; check the vocabulary size"
+        what = f"lookup in {name!r}"
+        if problem is not None:
+            if not ids.numel():  # of a batch without rows: forward is run again on a spare row
+                raise InputError(problem)
+            self.agree(what, Kind.FETCH, parameter, problem=problem)
+        unique, inverse = torch.unique(ids.reshape(-1), return_inverse=True)
+        owners, positions = locate(pieces, unique, self.runtime.rank)
+        order = torch.argsort(owners, stable=True)
+        sent = torch.bincount(owners, minlength=self.runtime.ranks).tolist()
+        asked = self.agree(what, Kind.FETCH, parameter, tell=sent) if self.runtime.ranks > 1 else sent
+        rows = self._fetched(parameter, positions[order], sent, asked, sparse)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return rows, back[inverse].reshape(ids.shape), unique[order]
+
+    def _fetched(
+        self, parameter: ShardedParameter, wanted: Tensor, sent: list[int], asked: list[int], sparse: bool
+    ) -> Tensor:
+        positions = self.runtime.exchange_rows(wanted, sent, asked, wire.FETCH_IDS)
+        use = Use(parameter, self.runtime.forwards, sent, asked, positions, sparse)
+        rows = functions.fetched(self.gradients, use)
+        self.gradients.keep(use)
+        return rows
+
+    def whole(self, parameter: ShardedParameter, what: str) -> Tensor:
+        """The original parameter, gathered from all ranks."""
+        size = torch.Size(parameter.pieces.shape).numel() * parameter.element_size()
+        if (parameter.original, what) not in self._noted:
+            self._noted.add((parameter.original, what))
+            warn(
+                f"{what} needs the whole of {parameter.original!r}: its {size:,} bytes are gathered in every call, and "
+                "their gradients sent back"
+            )
+        self.agree(f"{what} on {parameter.original!r}", Kind.WHOLE, parameter)
+        return self._gathered(parameter)
+
+    def _gathered(self, parameter: ShardedParameter) -> Tensor:
+        use = Use(parameter, self.runtime.forwards, [], [], None)
+        full = functions.gathered(self.gradients, use)
+        self.gradients.keep(use)
+        return full
+
+    def scalars(self, x: Tensor, what: str) -> Tensor:
+        """``[ranks]``: a scalar of every rank."""
+        return functions.scalars(self.runtime, x, what)

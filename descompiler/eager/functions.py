@@ -1,0 +1,120 @@
+"""Autograd functions of the eager rung: what crosses in forward, and what happens when backward comes back to it.
+
+A use of a sharded parameter is reached through an anchor, a scalar: were it the parameter itself, autograd would call
+its users' hooks without a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from descompiler.eager.gradients import GradientSync, Use
+from descompiler.eager.parameters import ShardedParameter, plain
+from descompiler.layout import traffic as wire
+from descompiler.runtime.runtime import Runtime
+
+
+def fetched(sync: GradientSync, use: Use) -> Tensor:
+    """The rows that this rank has asked for; it sends those that it was asked for."""
+    return _Fetched.apply(sync, use, _anchor(use.parameter))
+
+
+def gathered(sync: GradientSync, use: Use) -> Tensor:
+    """The whole parameter, of all ranks' parts."""
+    return _Gathered.apply(sync, use, _anchor(use.parameter))
+
+
+def scalars(runtime: Runtime, x: Tensor, what: str) -> Tensor:
+    """``[ranks]``: a scalar of every rank.
+
+    Each rank computes the same with them, so its own part's gradient is that of the original.
+    """
+    return _Scalars.apply(runtime, x, what)
+
+
+def total(runtime: Runtime, x: Tensor, what: str) -> Tensor:
+    """The sum of a scalar over ranks, as part of every rank's loss: its gradient here is that of averaging."""
+    return _Total.apply(runtime, x, what)
+
+
+def _anchor(parameter: ShardedParameter) -> Tensor:
+    return torch.zeros((), device=parameter.device, requires_grad=parameter.requires_grad)
+
+
+class _Fetched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sync: GradientSync, use: Use, anchor: Tensor) -> Tensor:
+        ctx.sync, ctx.use = sync, use
+        own = plain(use.parameter).detach()
+        return sync.runtime.exchange_rows(own[use.positions], use.asked, use.sent, wire.FETCH_ROWS)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.sync.hold(ctx.use, grads[0])
+        return None, None, None
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sync: GradientSync, use: Use, anchor: Tensor) -> Tensor:
+        ctx.sync, ctx.use = sync, use
+        own, pieces, runtime = plain(use.parameter).detach(), use.parameter.pieces, sync.runtime
+        if runtime.ranks == 1:
+            return own.clone()
+        most = max(pieces.numel(r) for r in range(runtime.ranks))
+        mine = own.new_zeros(most)
+        mine[: own.numel()] = own.reshape(-1)
+        every = runtime.gather(wire.WHOLE, mine)
+        parts = [every[r * most :][: pieces.numel(r)].reshape(pieces.piece_shape(r)) for r in range(runtime.ranks)]
+        return pieces.join(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.sync.hold(ctx.use, grads[0])
+        return None, None, None
+
+
+def _of_every_rank(runtime: Runtime, x: Tensor, what: str) -> Tensor:
+    """A scalar of every rank, bit for bit, in the agreement itself."""
+    bits = int(x.detach().double().cpu().reshape(1).view(torch.int64))
+    told = runtime.meet(what, tell=[bits] * runtime.ranks)
+    return torch.tensor(told, dtype=torch.int64).view(torch.float64).to(x)
+
+
+class _Scalars(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, runtime: Runtime, x: Tensor, what: str) -> Tensor:
+        ctx.rank, ctx.shape = runtime.rank, x.shape
+        return x.reshape(1).clone() if runtime.ranks == 1 else _of_every_rank(runtime, x, what)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, grads[0][ctx.rank].reshape(ctx.shape), None
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, runtime: Runtime, x: Tensor, what: str) -> Tensor:
+        ctx.ranks = runtime.ranks
+        return _of_every_rank(runtime, x, what).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, grads[0] * ctx.ranks, None  # averaged over ranks below
+
+
+class Finish(torch.autograd.Function):
+    """Identity on a forward's outputs; in backward it makes sure that the gradients' exchange takes place."""
+
+    @staticmethod
+    def forward(ctx: Any, sync: GradientSync, anchor: Tensor, *tensors: Tensor) -> Any:
+        ctx.sync = sync
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.sync.schedule()
+        return None, None, *grads

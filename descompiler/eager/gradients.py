@@ -1,0 +1,211 @@
+"""Gradients of a module whose parameters are sharded, exchanged at the end of backward, all at once.
+
+Only then it is known which uses have a gradient: ranks may use a value in their loss, or not. They agree that none of
+them has failed, tell which gradients there are, return those of sharded parameters to their owners, use by use, and
+average those of replicated parameters.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from descompiler.eager.parameters import ShardedParameter
+from descompiler.errors import DescompilerError, UnsupportedError, raised_at
+from descompiler.layout import traffic as wire
+from descompiler.runtime.gradients import Caught, add_gradient, sum_of
+from descompiler.runtime.guard import Guard
+from descompiler.runtime.room import give_back
+from descompiler.runtime.runtime import Runtime
+
+FLAGS = "all_reduce (which gradients there are)"
+
+
+NO_BACKWARD = -1
+"""What torch calls the backward that is under way where there is none."""
+
+
+KEPT_FORWARDS = 8
+"""Forwards whose backward may still come; older ones are forgotten."""
+
+
+@dataclass(eq=False)
+class Use:
+    """One use of a sharded parameter in a forward; its gradient is exchanged when backward ends."""
+
+    parameter: ShardedParameter
+    forward: int
+    sent: list[int]  # rows asked of each rank, in the order of the fetched rows
+    asked: list[int]  # rows that each rank asked for
+    positions: Tensor | None  # which rows of this rank's part they were; None: the whole parameter was gathered
+    sparse: bool = False
+    gradient: Tensor | None = None
+
+
+class GradientSync:
+    """Gradients of one module: of the uses of its sharded parameters, and of its replicated ones.
+
+    Attributes
+    ----------
+    uses : deque of Use
+        Of the latest forwards, in their order, which is the same on every rank.
+    caught : Caught
+        The gradients of replicated parameters that backward has brought.
+    """
+
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
+        self.uses: deque[Use] = deque()
+        self._scheduled = False
+        self._failure: Exception | None = None  # of the user's code in the backward that is under way
+        self.watch([])
+
+    def watch(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average these parameters' gradients over ranks when backward ends, while they require gradients."""
+        self.caught = Caught(parameters if self.runtime.ranks > 1 else [], self._arrived)
+        self.caught.hook()
+
+    # ---- forward
+
+    def begin(self) -> None:
+        """A forward begins."""
+        self.runtime.failed = False
+        self.runtime.forwards += 1
+        if self.runtime.ranks > 1:
+            give_back(self.runtime.forwards)
+        if torch._C._current_graph_task_id() == NO_BACKWARD:  # what a backward that was broken off has left
+            self._forget()
+        self.caught.hook()
+        while self.uses and self.uses[0].forward <= self.runtime.forwards - KEPT_FORWARDS:
+            self.uses.popleft()
+
+    def keep(self, use: Use) -> None:
+        """A use whose gradient may come."""
+        if torch.is_grad_enabled() and use.parameter.requires_grad:
+            self.uses.append(use)
+
+    def guard(self) -> Guard:
+        """For the user's code in a forward: what its backward raises on this rank is told when backward ends."""
+
+        def failed(error: Exception) -> None:
+            if self.runtime.failed:  # ranks have told each other already
+                raise error
+            self._failure = self._failure or error
+
+        return Guard(failed)
+
+    # ---- backward
+
+    def hold(self, use: Use, gradient: Tensor) -> None:
+        """Take a use's gradient, as backward brings it."""
+        if not any(u is use for u in self.uses):
+            raise UnsupportedError(f"backward through a forward that ended more than {KEPT_FORWARDS} forwards ago")
+        use.gradient = gradient
+        self.schedule()
+
+    def _arrived(self, position: int, gradient: Tensor) -> None:
+        before = self.caught.local.get(position)
+        self.caught.local[position] = gradient if before is None else before + gradient
+        self.schedule()
+
+    def schedule(self) -> None:
+        """Run `finish` when the backward that is under way ends."""
+        if not self._scheduled:
+            self._scheduled = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.finish)
+
+    def _forget(self) -> None:
+        """Forget what the latest backward held."""
+        self._scheduled, self._failure = False, None
+        self.caught.take()
+        for use in self.uses:
+            use.gradient = None
+
+    def finish(self) -> None:
+        """Exchange the gradients of this backward."""
+        self._scheduled = False
+        cause, problem = self._failure, None
+        if cause is not None:
+            place = raised_at(cause) or "an operator of torch"
+            problem = f"backward of forward ({place}): {type(cause).__name__}: {cause}"
+        try:
+            self.runtime.meet(f"the end of backward, {len(self.uses)} uses of split parameters", problem=problem)
+        except DescompilerError as error:
+            self._forget()
+            raise error from cause
+        held = self.caught.take()
+        some = self._known_to_any(
+            [u.gradient is not None for u in self.uses] + [i in held for i in range(len(self.caught.parameters))]
+        )
+        with torch.no_grad():
+            self._return(some[: len(self.uses)])
+            self._average(held, some[len(self.uses) :])
+
+    def _known_to_any(self, mine: Sequence[bool]) -> list[int]:
+        """Which gradients any rank has."""
+        runtime, flags = self.runtime, torch.tensor(mine, dtype=torch.uint8)
+        if runtime.ranks > 1 and len(flags):
+            flags = flags.to(runtime.header_device())
+            size = wire.all_reduce_bytes(len(flags), runtime.ranks)
+            largest = dist.ReduceOp.MAX
+            runtime.collective(FLAGS, size, lambda: dist.all_reduce(flags, op=largest, group=runtime.group))
+        return flags.tolist()
+
+    def _return(self, present: Sequence[int]) -> None:
+        """Return the gradients of sharded parameters to their owners."""
+        totals: dict[ShardedParameter, Tensor] = {}
+        for use, some in zip(self.uses, present, strict=True):
+            if some:
+                gradient = self._returned(use)
+                use.gradient = None  # its graph may be kept for another backward
+                before = totals.get(use.parameter)
+                totals[use.parameter] = gradient if before is None else sum_of(before, gradient)
+        for parameter, gradient in totals.items():
+            for hook in (parameter._backward_hooks or {}).values():  # users', which autograd would call
+                changed = hook(gradient)
+                gradient = gradient if changed is None else changed
+            add_gradient(parameter, gradient)
+
+    def _returned(self, use: Use) -> Tensor:
+        """Of this rank's part, from every rank's use of it; the convention's share of a sum over ranks."""
+        parameter, ranks = use.parameter, self.runtime.ranks
+        if use.positions is None:
+            return self._scattered(use) / ranks
+        gradient = use.gradient
+        if gradient is None:
+            gradient = parameter.detach().new_zeros((sum(use.sent), *parameter.shape[1:]))
+        received = self.runtime.exchange_rows(gradient, use.sent, use.asked, wire.FETCH_BACK) / ranks
+        if use.sparse:
+            return torch.sparse_coo_tensor(use.positions[None], received, parameter.shape).coalesce()
+        return torch.zeros(parameter.shape, dtype=parameter.dtype).index_add_(0, use.positions, received)
+
+    def _scattered(self, use: Use) -> Tensor:
+        """The sum over ranks of this rank's part of a whole parameter's gradient."""
+        parameter, pieces, runtime = use.parameter, use.parameter.pieces, self.runtime
+        full = use.gradient
+        if full is None:
+            full = torch.zeros(pieces.shape, dtype=parameter.dtype)
+        if runtime.ranks == 1:
+            return full
+        parts = [pieces.cut(full, r) for r in range(runtime.ranks)]
+        mine = parts[runtime.rank]
+        sizes = [p.numel() for p in parts]
+        flat = torch.cat([p.reshape(-1) for p in parts])
+        out = runtime.exchange_rows(flat, sizes, [mine.numel()] * runtime.ranks, wire.WHOLE_BACK)
+        return out.reshape(runtime.ranks, *mine.shape).sum(0)
+
+    def _average(self, held: Mapping[int, Tensor], present: Sequence[int]) -> None:
+        """Average the gradients of replicated parameters that any rank has."""
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for i, p in enumerate(self.caught.parameters):
+            if present[i]:
+                by_dtype.setdefault(p.dtype, []).append(i)
+        for positions in by_dtype.values():
+            flat = self.caught.flat(positions, held, self.runtime.ranks)
+            self.runtime.all_reduce(wire.DENSE_GRADIENTS, flat)
+            self.caught.accumulate(positions, flat)

@@ -1,0 +1,137 @@
+"""The outline of a model whose own forward runs, for the planner: a program of its lookups, and one opaque node.
+
+The opaque node stands for all that is not a lookup: it takes what is looked up, and the parameters that are used
+otherwise, and what autograd keeps for it is its result. So the planner prices lookups as those of any program, but for
+the forms: what Python does with a row is not known, so only those will do that give it rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from descompiler.classify.scope import CONSTANT, LOCAL, Scope
+from descompiler.eager.recorder import Use
+from descompiler.eager.survey import Survey
+from descompiler.graph.nodes import Source, aten
+from descompiler.graph.program import Program
+from descompiler.layout.rows import Rows
+from descompiler.planning.plan import Table
+from descompiler.tables.form import FORMS, fallback
+from descompiler.tables.tables import Lookup, Operator
+
+
+def users_forward(*values: Tensor) -> Tensor:
+    """The opaque node: what the user's forward makes of parameters and looked-up rows."""
+    raise NotImplementedError("an outline is planned, and not run")
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What the planner sees.
+
+    Attributes
+    ----------
+    program : Program
+        Tables have two dimensions here: rows, and all others.
+    operators : list of Operator
+    tables : list of Table
+        The same, for people: with ids of a rank's own rows.
+    """
+
+    program: Program
+    operators: list[Operator]
+    tables: list[Table]
+
+
+def outline_of(template: nn.Module, seen: Survey, ranks: int) -> Outline:
+    """The outline of a model, for a number of ranks: each looks up the global batch where its rows are coupled."""
+    graph, sources, parameters = fx.Graph(), dict[str, Source](), dict[str, Tensor]()
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    symbolic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    batch: Any = mode.from_tensor(torch.empty(7), symbolic_context=symbolic).shape[0]
+    batches = ranks if seen.coupled else 1
+
+    def placeholder(kind: str, name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:
+        node = graph.placeholder(f"p{len(sources)}")
+        sources[node.name] = Source(kind, name)
+        with mode:
+            node.meta["val"] = torch.empty(shape, dtype=dtype)
+        return node
+
+    def call(target: object, args: tuple[object, ...], elements: tuple[int, ...], dtype: torch.dtype) -> fx.Node:
+        node = graph.call_function(target, args)  # type: ignore[arg-type]
+        with mode:
+            node.meta.update(val=torch.empty((batch, *elements), dtype=dtype), scope=Scope(LOCAL, Rows(), grad=True))
+        return node
+
+    def per_row(count: int) -> int:
+        return -(-count * batches // max(seen.rows, 1))
+
+    weights, ids = {}, {}
+    looked_up = {n: p for n, p in template.named_parameters() if n in seen.uses and seen.uses[n].lookups}
+    for name, p in template.named_parameters():
+        shape = (p.shape[0], p.shape[1:].numel()) if name in looked_up else tuple(p.shape)
+        parameters[name] = torch.empty(shape, dtype=p.dtype, device="meta", requires_grad=p.requires_grad)
+        weights[name] = placeholder("parameter", name, shape, p.dtype)
+        weights[name].meta["scope"] = Scope(CONSTANT, grad=name in seen.uses)
+    for name in looked_up:
+        ids[name] = placeholder("input", f"ids of {name}", (batch, per_row(seen.uses[name].ids)), torch.int64)
+    operators, kept = [], per_row(seen.kept * max(seen.rows, 1))
+    for name, p in looked_up.items():
+        use, (rows, width) = seen.uses[name], parameters[name].shape
+        vectors, sparse = per_row(use.vectors), use.sparse and not use.others  # other uses have dense gradients
+        node = call(aten.embedding.default, (weights[name], ids[name]), (vectors, width), p.dtype)
+        kept = max(0, kept - vectors * width)  # what is looked up is among it
+        refusals = refused(use, ranks)
+        operators.append(
+            Operator(
+                name,
+                rows,
+                width,
+                p.dtype,
+                (Lookup(node, ids[name], sparse=sparse),),
+                padding_idx=-1,
+                sparse=sparse,
+                starts=None,
+                trained=p.requires_grad,
+                forms=tuple(f for f in FORMS.names if f not in refusals),
+                refusals=refusals,
+            )
+        )
+    others = [w for n, w in weights.items() if n in seen.uses and seen.uses[n].others]
+    inner = (*others, *(x.node for o in operators for x in o.lookups))
+    graph.output([call(users_forward, inner, (kept,), torch.get_default_dtype())])
+    program = Program(graph, sources, {}, parameters, template.training, batch.node.expr)
+    return Outline(program, operators, [_table(o, seen) for o in operators])
+
+
+def fetched_form() -> str:
+    """The form of tables whose rows are fetched when the user's forward looks them up."""
+    return next(f.name for f in FORMS if f.in_part == f.name and not f.fallback)
+
+
+def refused(use: Use, ranks: int) -> dict[str, str]:
+    """The forms that a table can't take, and why."""
+    kept, fetched = fallback().name, fetched_form()
+    result = dict.fromkeys(FORMS.names, f"the model is captured in part; there it is {kept} or {fetched}")
+    for form in (kept, fetched):
+        del result[form]
+    if use.others:
+        result[fetched] = f"the table is also used by {', '.join(sorted(use.others))}"
+    elif use.sparse and ranks > 1:
+        result[kept] = "its gradients are sparse, and only those of fetched rows stay so"
+    return result
+
+
+def _table(o: Operator, seen: Survey) -> Table:
+    use, rows = seen.uses[o.name], max(seen.rows, 1)
+    uses = tuple(sorted(use.lookups | use.others))
+    refusals = {f: why for f, why in o.refusals.items() if f in (fallback().name, fetched_form())}
+    ids, vectors = -(-use.ids // rows), -(-use.vectors // rows)
+    return Table(o.name, o.rows, o.dim, o.dtype.itemsize, ids, vectors, o.sparse, uses, refusals, "")

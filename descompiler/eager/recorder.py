@@ -1,0 +1,169 @@
+"""Runs of a model on random weights, in float64, that note how its own Python uses each parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from descompiler.errors import InputError, UnsupportedError
+from descompiler.model.float64 import InDouble, is_double_meant
+from descompiler.model.inputs import flatten, map_tensors, split_statics
+from descompiler.model.probe import call_of, materialise
+from descompiler.model.random_state import seeded
+from descompiler.model.sparse import equal
+from descompiler.ops.functions import DROPOUTS, LOOKUPS, function_name
+
+
+@dataclass
+class Use:
+    """How one parameter is used."""
+
+    ids: int = 0  # looked up per batch
+    vectors: int = 0  # that lookups return
+    sparse: bool = False
+    lookups: set[str] = field(default_factory=set)
+    others: set[str] = field(default_factory=set)
+
+
+class Recorder(TorchFunctionMode):
+    """Notes uses of parameters, and random draws; batch norm in training and dropout pass their input on, if asked.
+
+    Attributes
+    ----------
+    uses : dict of str to Use
+        By parameter.
+    ids : dict of str to list of Tensor
+        What each lookup of a parameter was given.
+    kept : int
+        Elements of floating point that autograd keeps for backward, parameters aside; counted in a model's first run.
+    random : bool
+        Whether anything was drawn.
+    """
+
+    def __init__(self, model: nn.Module, *, skip_norms: bool):
+        super().__init__()
+        self.names = {id(p): n for n, p in model.named_parameters()}
+        self.uses: dict[str, Use] = {}
+        self.ids: dict[str, list[Tensor]] = {}
+        self.skip_norms = skip_norms
+        self.kept = 0
+        self.random = False
+        self._counted = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Count what autograd keeps, each memory once."""
+        if x.layout is torch.strided and x.is_floating_point():
+            place = x.untyped_storage().data_ptr()
+            if place not in self._counted:
+                self._counted.add(place)
+                self.kept += x.numel()
+        return x
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        if self.skip_norms and func in DROPOUTS:
+            return args[0].clone()
+        if self.skip_norms and func is F.batch_norm and (args[5] if len(args) > 5 else kwargs.get("training")):
+            return args[0].clone()
+        result = func(*args, **kwargs)
+        for leaf in leaves:
+            name = self.names.get(id(leaf)) if isinstance(leaf, Tensor) else None
+            if name is None:
+                continue
+            ids = [x for x in leaves if isinstance(x, Tensor) and not x.is_floating_point() and x.dtype != torch.bool]
+            whole = isinstance(result, Tensor) and result.grad_fn is None and torch.is_grad_enabled()
+            if whole and leaf.requires_grad:
+                continue  # a size, a dtype, a detached value
+            if not isinstance(result, Tensor):
+                continue
+            use = self.uses.setdefault(name, Use())
+            if func in LOOKUPS and ids:
+                use.lookups.add(function_name(func))
+                use.ids += ids[0].numel()
+                use.vectors += result.numel() // max(leaf.shape[1:].numel(), 1)
+                use.sparse |= bool(kwargs.get("sparse", func is F.embedding and len(args) > 6 and args[6]))
+                self.ids.setdefault(name, []).append(ids[0].detach())
+            else:
+                use.others.add(function_name(func))
+        return result
+
+
+class Runs:
+    """Runs of a model, each from the same buffers and random numbers.
+
+    Parameters
+    ----------
+    inputs
+        Of the first run, as ``(args, kwargs)``: it tells whether float32 that forward makes is meant as float64.
+
+    Raises
+    ------
+    InputError
+        If the model can't run them.
+    """
+
+    def __init__(self, template: nn.Module, inputs: Any, method: str):
+        self.method = method
+        self._watched: list[str] = []
+        tensors, _ = split_statics(flatten(inputs)[0])
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self._double_meant = is_double_meant()
+        try:
+            try:
+                self.first = self._begin(template, inputs)
+            except RuntimeError:  # perhaps float32, which its forward makes (and may have kept), meets float64
+                self._double_meant = True
+                self.first = self._begin(template, inputs)
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the model can't run example_inputs ({type(error).__name__}: {error}); pass what its forward takes"
+            ) from error
+
+    def _begin(self, template: nn.Module, inputs: Any) -> Recorder:
+        self.model = materialise(template, self.device, double=True)
+        self._state: Mapping[str, Tensor] = {n: b.clone() for n, b in self.model.named_buffers()}
+        recorder = Recorder(self.model, skip_norms=False)
+        try:
+            with saved_tensors_hooks(recorder.keep, lambda x: x):
+                self._run(inputs, recorder)
+        except RuntimeError:  # transforms of torch.func let nobody watch what is kept
+            _, recorder = self(inputs)
+        return recorder
+
+    def __call__(self, inputs: Any, *, skip_norms: bool = False) -> tuple[list[Tensor], Recorder]:
+        """The outputs, behind them the buffers that are watched, and what was noted."""
+        recorder = Recorder(self.model, skip_norms=skip_norms)
+        outputs = self._run(inputs, recorder)
+        left = dict(self.model.named_buffers())
+        return [*outputs, *(left[n].clone() for n in self._watched)], recorder
+
+    def watch_buffers(self) -> list[str]:
+        """Watch the buffers that the latest run left otherwise than it found them; their names."""
+        self._watched = [n for n, b in self.model.named_buffers() if not equal(b, self._state[n])]
+        return self._watched
+
+    def _run(self, inputs: Any, recorder: Recorder) -> list[Tensor]:
+        for n, b in self.model.named_buffers():
+            b.copy_(self._state[n])
+        arithmetic: AbstractContextManager[Any] = InDouble() if self._double_meant else nullcontext()
+        with seeded(11, self.device) as has_drawn, arithmetic, recorder:
+            out = call_of(self.model, self.method)(*inputs[0], **inputs[1])
+            recorder.random = has_drawn()
+        return split_statics(flatten(out)[0])[0]
+
+
+def in_float64(inputs: Any) -> Any:
+    """Inputs, floats among them as float64."""
+    return map_tensors(lambda x: x.double() if x.is_floating_point() else x, inputs)

@@ -1,0 +1,265 @@
+"""Agreement: all ranks go on, or all of them raise, and none waits for another in a collective.
+
+Every rank tells the others how it stands, also one that has failed; all see the same, so all decide the same. In a step
+they tell numbers, and words follow only where all raise; when they compile, which nobody counts, words at once.
+
+    when                                    what is told                    raised unless
+    a step begins, or Python uses a piece   a `Header` to each rank         none failed, and all make the same `Call`
+    a fetch begins late                     a `Message` to each rank        none failed
+    a leaf was run, backward has ended      a byte                          none failed
+    ranks compile                           words (`say`)                   none failed (`settle`), all say the same
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from enum import IntEnum
+from typing import Any, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from descompiler.errors import InputError, RankError
+from descompiler.layout import traffic as wire
+from descompiler.runtime.communicator import Communicator
+
+T = TypeVar("T")
+
+
+def say(value: T, group: Any, ranks: int) -> list[T]:
+    """What every rank says. Collective."""
+    if ranks == 1:
+        return [value]
+    every: list[Any] = [None] * ranks
+    dist.all_gather_object(every, value, group=group)
+    return every
+
+
+def settle(problem: str | None, group: Any, ranks: int, kind: type[Exception], title: str = "", what: str = "") -> None:
+    """Raise on every rank what any of them has to say, if any has; ``what`` it could not do. Collective."""
+    texts = say(problem, group, ranks)
+    lines = [f"rank {r}{what}: {t}" for r, t in enumerate(texts) if t is not None]
+    if lines:
+        raise kind("\n".join([title, *lines] if title else lines))
+
+
+class Kind(IntEnum):
+    """What ranks come to in a step."""
+
+    PROGRAM = 0
+    POINT = 1
+    END = 2  # of the user's forward
+    NORM = 3
+    FETCH = 4
+    WHOLE = 5
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a rank is about to do.
+
+    Attributes
+    ----------
+    kind : Kind
+    number : int
+        Which one: calls of one kind and number are the same. At least 0, less than 2^60.
+    name : str
+        For people; it is not sent.
+    """
+
+    kind: Kind = Kind.PROGRAM
+    number: int = 0
+    name: str = field(default="", compare=False)
+
+    @staticmethod
+    def named(name: str, kind: Kind = Kind.POINT) -> Call:
+        """A call that is known by its name."""
+        return Call(kind, zlib.crc32(name.encode()), name)
+
+    def encode(self) -> int:
+        return self.number << 3 | self.kind
+
+    @staticmethod
+    def decode(word: int) -> Call:
+        return Call(Kind(word & 7), word >> 3)
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a rank tells another one before they exchange rows.
+
+    Attributes
+    ----------
+    failed : bool
+    asked : int
+        How many rows it will ask of the other; or another number for that one alone.
+    gathered : int
+        Of how many shared rows it will send a gradient to every rank.
+    """
+
+    failed: bool
+    asked: int = 0
+    gathered: int = 0
+
+    def encode(self) -> list[int]:
+        return [int(self.failed), self.asked, self.gathered]
+
+    @classmethod
+    def decode(cls, numbers: Sequence[int]) -> Self:
+        failed, asked, gathered = numbers
+        return cls(bool(failed), asked, gathered)
+
+
+@dataclass(frozen=True)
+class Header(Message):
+    """What a rank tells another one when a step begins.
+
+    Attributes
+    ----------
+    rows : int
+        Of its batch.
+    call : Call
+    """
+
+    rows: int = 0
+    call: Call = Call()
+
+    def encode(self) -> list[int]:
+        return [*super().encode(), self.rows, self.call.encode()]
+
+    @classmethod
+    def decode(cls, numbers: Sequence[int]) -> Self:
+        *first, rows, call = numbers
+        base = Message.decode(first)
+        return cls(base.failed, base.asked, base.gathered, rows, Call.decode(call))
+
+
+M = TypeVar("M", bound=Message)
+
+
+@dataclass
+class Agreement(Communicator):
+    """A communicator whose ranks agree.
+
+    Attributes
+    ----------
+    call : Call
+        What this rank does; ranks that do different things raise.
+    rows : list of int
+        Of all ranks, at the latest header.
+    started : bool
+        Whether the step's header was sent.
+    failed : bool
+        Whether all ranks have raised since the latest forward began.
+    """
+
+    _: KW_ONLY
+    call: Call = Call()
+    rows: list[int] = field(default_factory=list)
+    started: bool = False
+    failed: bool = False
+
+    def tell(self, name: str, mine: Sequence[M], problem: str | None) -> list[M]:
+        """Send ``mine[r]`` to rank r; returns what each told this one. Unless none has failed, all raise."""
+        kind = type(mine[0])
+        send = torch.tensor([m.encode() for m in mine], dtype=torch.int64, device=self.header_device())
+        sizes = [send.shape[1]] * self.ranks
+        table = self.exchange(send.reshape(-1), sizes, sizes, name).wait().reshape(send.shape)
+        told = [kind.decode(numbers) for numbers in table.tolist()]
+        if any(m.failed for m in told):
+            self.raise_everywhere(problem, InputError)
+        return told
+
+    def header(
+        self,
+        rows: int,
+        problem: str | None,
+        asked: Sequence[int] | None = None,
+        gathered: int = 0,
+        *,
+        same_call: bool = True,
+    ) -> list[Header]:
+        """Every rank calls this once a step, also when it has failed: then all ranks raise.
+
+        Parameters
+        ----------
+        asked, gathered
+            See `Message`; ``asked`` by rank.
+        same_call : bool
+            Whether ranks in different calls raise.
+
+        Returns
+        -------
+        list of Header
+            What each rank told this one.
+        """
+        self.started = True
+        if self.ranks == 1:
+            if problem is not None:
+                self.failed = True
+                raise InputError(problem)
+            told = [Header(False, rows=rows, call=self.call)]  # it asks nobody
+        else:
+            asked, failed = [0] * self.ranks if asked is None else asked, problem is not None
+            told = self.tell(wire.HEADER, [Header(failed, n, gathered, rows, self.call) for n in asked], problem)
+        self.rows = [m.rows for m in told]
+        if same_call and len({m.call for m in told}) > 1:
+            self.raise_different()
+        return told
+
+    def meet(
+        self, name: str, *, rows: int = 0, problem: str | None = None, tell: Sequence[int] | None = None
+    ) -> list[int]:
+        """Every rank comes to the same point, and none has failed; ``tell[r]`` is a number for rank r.
+
+        Returns
+        -------
+        list of int
+            What each rank told this one.
+        """
+        self.call = Call.named(name)
+        return [m.asked for m in self.header(rows, problem, tell)]
+
+    def agree(self, problem: str | None) -> None:
+        """Every rank calls this after code of the user's has run, also when that has failed: then all ranks raise.
+
+        Before the header of a step nothing is sent: it will tell.
+        """
+        if self.ranks > 1 and self.started:
+            self._agree(wire.LEAVES, problem)
+        elif problem is not None:
+            raise InputError(problem)
+
+    def _agree(self, name: str, problem: str | None) -> None:
+        mine = torch.tensor([problem is not None], dtype=torch.uint8, device=self.header_device())
+        if bool(self.gather(name, mine).any()):
+            self.raise_everywhere(problem, InputError)
+
+    def agree_after_backward(self, failures: list[tuple[str, Exception]]) -> None:
+        """At the end of the backward that is under way, ranks tell whether a leaf's failed: then all ranks raise.
+
+        The last of all that is done then: the reducer, and the exchange of gradients, have to end as in any backward.
+        """
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+
+        def tell() -> None:
+            problem, cause = failures[0] if failures else (None, None)
+            failures.clear()
+            try:
+                self._agree(wire.LEAVES_BACK, problem)
+            except InputError as error:
+                raise error from cause
+
+        failures.clear()  # of another backward through a graph that was kept
+        queue(lambda: queue(tell))
+
+    def raise_different(self) -> None:
+        """Raise on every rank, with the calls of all."""
+        self.raise_everywhere(f"runs in mode {self.call.name}", RankError, "ranks call forward in different modes")
+
+    def raise_everywhere(self, problem: str | None, kind: type[Exception], title: str = "") -> None:
+        """Raise on every rank what any of them has to say. Collective."""
+        self.failed = True
+        settle(problem, self.group, self.ranks, kind, title)
