@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+from descompiler.graph.arguments import LOOKUPS
 from descompiler.graph.nodes import aten
-from descompiler.ops.local import bag
 from descompiler.ops.vocabulary import vocabulary
-
-LOOKUPS = frozenset({aten.embedding.default, bag})
-
 
 HEAVY = LOOKUPS | {
     aten.linear.default,

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from descompiler.graph.nodes import aten, is_tensor, shape_of, signature, value
+from descompiler.graph.arguments import LookupCall
+from descompiler.graph.nodes import aten, is_tensor, shape_of, value
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import eliminate_dead_code, insert_call
 from descompiler.graph.slicing import PRODUCTS, follow
@@ -52,8 +53,9 @@ class _Move:
 
     def __init__(self, program: Program, lookup: fx.Node):
         self.program, self.lookup = program, lookup
-        self.leads = len(shape_of(lookup.args[1]))  # type: ignore[arg-type]
-        self.rows = shape_of(lookup.args[0])[0]  # type: ignore[arg-type]
+        call = LookupCall(lookup)
+        self.leads = len(shape_of(call.ids))
+        self.rows = shape_of(call.weight)[0]
         self.steps: dict[fx.Node, None] = {}
         self.leaves: dict[fx.Node, None] = {}
         self.made: dict[fx.Node, fx.Node] = {}
@@ -98,8 +100,7 @@ class _Move:
         return False
 
     def _padded(self) -> bool:
-        padding = signature(self.lookup)["padding_idx"]
-        return padding is not None and int(str(padding)) >= 0
+        return LookupCall(self.lookup).padding_idx >= 0
 
     def emit(self, n: fx.Node) -> fx.Node:
         """The value of a step, or of a leaf, at the ids."""
@@ -108,7 +109,9 @@ class _Move:
                 self.made[n] = insert_call(self.lookup, aten.embedding.default, n, *self.lookup.args[1:])
             else:
                 dims = {a: 0 for a in n.all_input_nodes if a in self.steps or a in self.leaves}
-                target, args, kwargs = self._arguments(n, dims)  # type: ignore[misc]
+                arguments = self._arguments(n, dims)
+                assert arguments is not None  # it is a step
+                target, args, kwargs = arguments
                 args, kwargs = fx.map_arg((args, kwargs), lambda a: self.emit(a) if a in dims else a)
                 self.made[n] = insert_call(self.lookup, target, *args, **kwargs)
         return self.made[n]

@@ -42,7 +42,7 @@ class RecogniseMaskedSums:
             mask, shape = user.args[0], [batch, 1, length]
         elif user.target is aten.mul.Tensor and len(user.users) == 1 and len(user.all_input_nodes) == 2:
             total = next(iter(user.users))
-            if total.target is not aten.sum.dim_IntList or list(total.args[1]) not in ([1], [-2]):  # type: ignore[arg-type]
+            if total.target is not aten.sum.dim_IntList or list(signature(total)["dim"] or ()) not in ([1], [-2]):
                 return
             mask, shape = next(n for n in user.all_input_nodes if n is not rows), [batch, length, 1]
             keep = bool(signature(total)["keepdim"])
