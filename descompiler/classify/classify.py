@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from descompiler.classify.operator_kinds import ALONG, DRAWN_BY_ROW, DROPPING, HEAVY, SUMS
+from descompiler.classify.operator_kinds import DRAWN_BY_ROW, DROPPING, HEAVY, SUMS
 from descompiler.classify.scope import CONSTANT, GLOBAL, LOCAL, OWN, SIZE, SIZED, WHOLE, Scope, polynomial
 from descompiler.classify.spare_row import OnSpareRow, runs_without_rows
 from descompiler.graph.arguments import LookupCall, operand, training_norm
 from descompiler.graph.leaf import Leaf
-from descompiler.graph.nodes import aten, is_random, is_tensor, signature, value
+from descompiler.graph.nodes import aten, is_random, is_tensor, value
 from descompiler.graph.program import Program
+from descompiler.graph.slicing import MIXES, along
 from descompiler.layout.rows import Rows
 from descompiler.model.folded import has_own_values
 from descompiler.model.reach import leaves_of
@@ -292,9 +293,7 @@ class _Classifier:
         if node.target not in SUMS:
             return False
         rows = self.scopes[operand(node)].rows
-        dims = signature(node).get("dim")
-        count = value(operand(node)).dim()
-        return rows is not None and (not dims or rows.dim in [d % count for d in dims])
+        return rows is not None and rows.dim in along(node)
 
     def _may_be_local(self, node: fx.Node, kinds: dict[fx.Node, str]) -> bool:
         """What structure says: whether own rows may suffice."""
@@ -309,14 +308,9 @@ class _Classifier:
             return False
         if (lookup := LookupCall.of(node)) is not None and kinds[lookup.weight] != CONSTANT:
             return False
-        if node.target in ALONG:
-            args = signature(node)
-            dims = args.get("dims", args.get("dim"))
-            if dims is None or dims == []:
-                return False  # flattened
-            x = next(a for a in node.all_input_nodes)
-            rows, count = self.scopes[x].rows, value(x).dim()
-            if rows is not None and rows.dim in [d % count for d in (dims if isinstance(dims, list) else [dims])]:
+        if node.target in MIXES:
+            rows = self.scopes[node.all_input_nodes[0]].rows
+            if rows is not None and rows.dim in along(node):
                 return False
         return not (node.target is aten.index.Tensor and self._indexes_rows(node))
 

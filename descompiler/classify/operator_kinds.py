@@ -23,38 +23,6 @@ HEAVY = LOOKUPS | {
 SUMS = frozenset({aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim})
 
 
-ALONG = frozenset(
-    {
-        aten.softmax.int,
-        aten.log_softmax.int,
-        aten._softmax.default,
-        aten._log_softmax.default,
-        aten.cumsum.default,
-        aten.cumprod.default,
-        aten.logcumsumexp.default,
-        aten.cummax.default,
-        aten.cummin.default,
-        aten.sort.default,
-        aten.sort.stable,
-        aten.argsort.default,
-        aten.argsort.stable,
-        aten.topk.default,
-        aten.flip.default,
-        aten.roll.default,
-        aten.index_select.default,
-        aten.gather.default,
-        aten.scatter.src,
-        aten.scatter.value,
-        aten.scatter_add.default,
-        aten.scatter_reduce.two,
-        aten.index_add.default,
-        aten.index_copy.default,
-        aten.renorm.default,
-    }
-)
-"""Operators that work along dimensions, which they name in ``dim`` or ``dims``: along the batch they mix rows."""
-
-
 DROPPING = frozenset(
     {
         aten.dropout.default,

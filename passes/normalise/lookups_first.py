@@ -16,10 +16,11 @@ import torch
 from torch import fx
 
 from descompiler.graph.arguments import LookupCall
+from descompiler.graph.contractions import CONTRACTIONS
 from descompiler.graph.nodes import aten, is_tensor, shape_of, value
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import eliminate_dead_code, insert_call
-from descompiler.graph.slicing import PRODUCTS, follow
+from descompiler.graph.slicing import follow
 
 MAX_ROWS_COMPUTED_ONCE = 1024
 """Products with a table of fewer rows than this are left in front of its lookups: they are computed once, not by id."""
@@ -86,7 +87,7 @@ class _Move:
         others = {a for n in self.steps for a in n.all_input_nodes if a not in self.steps and a not in self.leaves}
         if self._padded() and any(self.program.source(a) is None or self.program.parameter(a) for a in others):
             return False  # they get no gradient of the padding row now
-        multiplies = any(n.target in PRODUCTS or n.target is aten.linear.default for n in self.steps)
+        multiplies = any(n.target in CONTRACTIONS for n in self.steps)
         if multiplies and self.rows < MAX_ROWS_COMPUTED_ONCE:
             return False
         if all(self.program.parameter(n) is not None for n in self.leaves):
@@ -134,6 +135,8 @@ class _Move:
             return target, tuple(args), kwargs
         if not isinstance(target, torch._ops.OpOverload) or target in UNKNOWN:
             return None
+        if target is aten.linear.default and args[0] not in dims:
+            return None  # a weight's rows are not the result's first dimension, once there are more in front
         grows = target in (aten.unsqueeze.default, aten.stack.default)
         rank = len(shape_of(n)) if grows else len(shape_of(next(iter(dims))))
         for i, a in enumerate(target._schema.arguments):
@@ -164,6 +167,12 @@ UNKNOWN = frozenset(
         aten.index.Tensor,
         aten.embedding.default,
         aten.addmm.default,
+        aten.bmm.default,
+        aten.einsum.default,
+        aten.tensordot.default,
+        aten.repeat.default,
+        aten.prelu.default,
+        aten.conv1d.default,
         aten._sparse_mm.default,
         aten._sparse_addmm.default,
         aten.index_add.default,
