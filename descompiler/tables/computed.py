@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from descompiler.classify.scope import CONSTANT, scope_of
-from descompiler.graph.arguments import LOOKUPS, LookupCall
+from descompiler.graph.arguments import LookupCall
 from descompiler.graph.nodes import shape_of, target_name, user_line, value
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import ancestors
@@ -127,7 +127,8 @@ def _is_computed(program: Program, weight: fx.Node) -> bool:
 
 def _is_own_lookup(user: fx.Node, members: set[fx.Node]) -> bool:
     """Whether a node looks up rows of a member, and uses no member otherwise."""
-    return user.target in LOOKUPS and scope_of(user).kind != CONSTANT and user.args[1] not in members
+    call = LookupCall.of(user)
+    return call is not None and scope_of(user).kind != CONSTANT and call.ids not in members
 
 
 def _divided(program: Program, looked_up: Sequence[LookupCall]) -> dict[fx.Node, int]:

@@ -37,13 +37,14 @@ class LookupsFirst:
             if (source is not None and source.kind == "input") or any(a in varies for a in n.all_input_nodes):
                 varies.add(n)
         for node in list(program.graph.nodes):
-            if node.target is not aten.embedding.default or node.args[0].op != "call_function":
+            if node.target is not aten.embedding.default:
                 continue
-            if node.args[0] in varies or node.args[1] not in varies or not is_tensor(node.args[0]):
+            table, ids = LookupCall(node).weight, LookupCall(node).ids
+            if table.op != "call_function" or table in varies or ids not in varies or not is_tensor(table):
                 continue
             move = _Move(program, node)
             if move.pays():
-                node.replace_all_uses_with(move.emit(node.args[0]))
+                node.replace_all_uses_with(move.emit(table))
                 program.note(f"{self.name}: {node.name} before {', '.join(str(n.name) for n in move.steps)}")
         eliminate_dead_code(program.graph)
         return program
@@ -60,7 +61,7 @@ class _Move:
         self.steps: dict[fx.Node, None] = {}
         self.leaves: dict[fx.Node, None] = {}
         self.made: dict[fx.Node, fx.Node] = {}
-        self._visit(lookup.args[0])
+        self._visit(call.weight)
 
     def _visit(self, n: Any) -> None:
         if n in self.steps or n in self.leaves:
