@@ -19,16 +19,17 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from descompiler.classify.backward import TOLERANCE_FLOAT64, backward_mixes
-from descompiler.classify.operator_kinds import ALONG, DRAWN_BY_ROW, DROPPING, HEAVY, LOOKUPS, SUMS
+from descompiler.classify.operator_kinds import DRAWN_BY_ROW, DROPPING, HEAVY, SUMS
 from descompiler.classify.scope import CONSTANT, GLOBAL, LOCAL, OWN, SIZE, SIZED, WHOLE, Scope, polynomial
 from descompiler.classify.spare_row import OnSpareRow, runs_without_rows
+from descompiler.graph.arguments import LookupCall, operand, training_norm
 from descompiler.graph.leaf import Leaf
-from descompiler.graph.nodes import aten, is_random, is_tensor, signature, value
+from descompiler.graph.nodes import aten, is_random, is_tensor, value
 from descompiler.graph.program import Program
+from descompiler.graph.slicing import MIXES, along
 from descompiler.layout.rows import Rows
 from descompiler.model.folded import has_own_values
 from descompiler.model.reach import leaves_of
-from descompiler.ops.local import bag
 
 CHECK_ROWS = 7
 
@@ -105,7 +106,8 @@ class _Classifier:
         dims = [d for d, size in enumerate(fake.shape) if self.program.batch in _symbols_of(size)]
         if len(dims) != 1:
             return []
-        multiple = fake.shape[dims[0]].node.expr / self.program.batch  # type: ignore[attr-defined]
+        size: Any = fake.shape[dims[0]]
+        multiple = size.node.expr / self.program.batch
         if not multiple.is_Integer or multiple < 1:
             return []
         m = int(multiple)
@@ -148,10 +150,11 @@ class _Classifier:
                     part[node] = rows.narrow(whole, first, size)
 
     def _call(self, node: fx.Node, find: Callable[[fx.Node], Any]) -> Any:
+        args: Any
         args, kwargs = fx.map_arg((list(node.args), dict(node.kwargs)), find)
         target: Any = node.target
         if isinstance(target, Leaf):
-            return target.judged(*args)  # type: ignore[arg-type]
+            return target.judged(*args)
         if target in DROPPING:
             for i, a in enumerate(target._schema.arguments):
                 if a.name in ("p", "dropout", "dropout_p") and (a.name in kwargs or i >= len(args)):
@@ -184,7 +187,7 @@ class _Classifier:
         number = isinstance(value(node), torch.SymInt | torch.SymFloat | torch.SymBool)
         if number and not random and self._size(node, kinds):
             return
-        if node.target in LOOKUPS and self._lookup(node, kinds):
+        if (lookup := LookupCall.of(node)) is not None and self._lookup(lookup, kinds):
             return
         self.whole[node] = self._whole_value(node)
         drops = random and _only_drops(node) and any(k != CONSTANT for k in kinds.values())
@@ -192,9 +195,9 @@ class _Classifier:
             self._random(node, kinds)
         elif all(k == CONSTANT for k in kinds.values()):
             self._set_same(node, Scope(CONSTANT, uses=(OWN,) * len(kinds)))
-        elif node.target is operator.getitem and not is_tensor(node.args[0]) and kinds[node.args[0]] == GLOBAL:  # type: ignore[index]
+        elif node.target is operator.getitem and not is_tensor(node.args[0]) and kinds[operand(node)] == GLOBAL:
             self._global(node)
-        elif node.target is aten.batch_norm.default and node.args[5] and self._batch_norm(node, kinds):
+        elif training_norm(node) is not None and self._batch_norm(node, kinds):
             pass
         elif LOCAL in kinds.values() and self._is_sum(node):
             self._global(node, reduced=True)
@@ -211,25 +214,23 @@ class _Classifier:
         else:
             self._global(node, drawn=drops)
 
-    def _lookup(self, node: fx.Node, kinds: dict[fx.Node, str]) -> bool:
+    def _lookup(self, call: LookupCall, kinds: dict[fx.Node, str]) -> bool:
         """Rows of a table, by ids of own rows: replaced by random ones, so that they differ where the ids repeat."""
-        weight, ids = node.args[:2]
-        name = self.program.parameter(weight)
-        if name is None or kinds[ids] != LOCAL:  # type: ignore[index]
+        node, ids = call.node, call.ids
+        if self.program.parameter(call.weight) is None or kinds[ids] != LOCAL:
             return False
         like = self._call(node, lambda a: _detach(self.whole[a]))
         drawn = torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
-        self.whole[node] = self._reaching(drawn, [weight])  # type: ignore[list-item]
-        rows = self.scopes[ids].rows  # type: ignore[index]
+        self.whole[node] = self._reaching(drawn, [call.weight])
+        rows = self.scopes[ids].rows
         assert rows is not None
-        pooled = like.dim() == self.whole[ids].dim() and node.target is bag  # type: ignore[index]
+        pooled = like.dim() == self.whole[ids].dim() and call.mode is not None
         self._set_local(node, Rows() if pooled else rows, (OWN, OWN))
         return True
 
     def _whole_value(self, node: fx.Node) -> Any:
-        if node.target is aten.batch_norm.default and node.args[5]:
-            x, *affine = (a for a in node.args[:3] if a is not None)
-            return self._reaching(self.whole[x].clone(), affine)  # type: ignore[index,arg-type]
+        if (norm := training_norm(node)) is not None:
+            return self._reaching(self.whole[norm.x].clone(), [a for a in norm.affine if a is not None])
         result = self._call(node, lambda a: self.whole[a])
         if isinstance(node.target, Leaf):  # all that it takes gets a gradient, zeros perhaps: other rows may use more
             return [self._reaching(x, node.all_input_nodes) if x.requires_grad else x for x in result]
@@ -289,10 +290,8 @@ class _Classifier:
     def _is_sum(self, node: fx.Node) -> bool:
         if node.target not in SUMS:
             return False
-        rows = self.scopes[node.args[0]].rows  # type: ignore[index]
-        dims = signature(node).get("dim")
-        count = value(node.args[0]).dim()
-        return rows is not None and (not dims or rows.dim in [d % count for d in dims])
+        rows = self.scopes[operand(node)].rows
+        return rows is not None and rows.dim in along(node)
 
     def _may_be_local(self, node: fx.Node, kinds: dict[fx.Node, str]) -> bool:
         """What structure says: whether own rows may suffice."""
@@ -305,24 +304,19 @@ class _Classifier:
         results = value(node) if isinstance(value(node), tuple | list) else [value(node)]
         if not all(self._candidates(x) for x in results):
             return False
-        if node.target in LOOKUPS and kinds[node.args[0]] != CONSTANT:  # type: ignore[index]
+        if (lookup := LookupCall.of(node)) is not None and kinds[lookup.weight] != CONSTANT:
             return False
-        if node.target in ALONG:
-            args = signature(node)
-            dims = args.get("dims", args.get("dim"))
-            if dims is None or dims == []:
-                return False  # flattened
-            operand = next(a for a in node.all_input_nodes)
-            rows, count = self.scopes[operand].rows, value(operand).dim()
-            if rows is not None and rows.dim in [d % count for d in (dims if isinstance(dims, list) else [dims])]:
+        if node.target in MIXES:
+            rows = self.scopes[node.all_input_nodes[0]].rows
+            if rows is not None and rows.dim in along(node):
                 return False
         return not (node.target is aten.index.Tensor and self._indexes_rows(node))
 
     def _indexes_rows(self, node: fx.Node) -> bool:
         """Whether data of the batch choose rows of the batch."""
-        x, indices = node.args
-        rows = self.scopes[x].rows  # type: ignore[index]
-        index = indices[rows.dim] if rows is not None and rows.dim < len(indices) else None  # type: ignore[index,arg-type]
+        indices: Any = node.args[1]
+        rows = self.scopes[operand(node)].rows
+        index = indices[rows.dim] if rows is not None and rows.dim < len(indices) else None
         return isinstance(index, fx.Node) and not self.scopes[index].sized
 
     def _reproducing(self, node: fx.Node, kinds: dict[fx.Node, str]) -> Any:
@@ -376,9 +370,10 @@ class _Classifier:
         args, kwargs = pytree.tree_unflatten([x for x, _ in found], spec)
         wholes = self.whole[node] if isinstance(self.whole[node], tuple | list) else [self.whole[node]]
         shapes = [tuple(r.narrow(x, 0, 0).shape) for r, x in zip(results, wholes, strict=True)]
-        if runs_without_rows(node.target, args, kwargs, shapes):  # type: ignore[arg-type]
+        target: Any = node.target
+        if runs_without_rows(target, args, kwargs, shapes):
             return True
-        spare = OnSpareRow(node.target, [row for _, row in found], results)  # type: ignore[arg-type]
+        spare = OnSpareRow(target, [row for _, row in found], results)
         node.meta["spare_row"] = spare
         return runs_without_rows(spare, args, kwargs, shapes)
 

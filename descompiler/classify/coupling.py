@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from descompiler.classify.operator_kinds import HEAVY, LOOKUPS, SHAPE_ONLY
+from descompiler.classify.operator_kinds import HEAVY, SHAPE_ONLY
 from descompiler.classify.scope import (
     CONSTANT,
     GLOBAL,
@@ -32,6 +32,7 @@ from descompiler.classify.scope import (
     size_terms,
 )
 from descompiler.errors import UnsupportedError
+from descompiler.graph.arguments import LOOKUPS, training_norm
 from descompiler.graph.leaf import Leaf
 from descompiler.graph.nodes import aten, is_tensor, mutates, size_of, target_name, user_line, value, where
 from descompiler.graph.program import Program
@@ -255,7 +256,7 @@ class _Coupler:
 
 
 def _writes(n: fx.Node) -> bool:
-    return mutates(n) or (n.target is aten.batch_norm.default and bool(n.args[5]))
+    return mutates(n) or training_norm(n) is not None
 
 
 EXCHANGED = {

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+from descompiler.graph.arguments import LOOKUPS
 from descompiler.graph.nodes import aten
-from descompiler.ops.local import bag
 from descompiler.ops.vocabulary import vocabulary
-
-LOOKUPS = frozenset({aten.embedding.default, bag})
-
 
 HEAVY = LOOKUPS | {
     aten.linear.default,
@@ -24,38 +21,6 @@ HEAVY = LOOKUPS | {
 
 
 SUMS = frozenset({aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim})
-
-
-ALONG = frozenset(
-    {
-        aten.softmax.int,
-        aten.log_softmax.int,
-        aten._softmax.default,
-        aten._log_softmax.default,
-        aten.cumsum.default,
-        aten.cumprod.default,
-        aten.logcumsumexp.default,
-        aten.cummax.default,
-        aten.cummin.default,
-        aten.sort.default,
-        aten.sort.stable,
-        aten.argsort.default,
-        aten.argsort.stable,
-        aten.topk.default,
-        aten.flip.default,
-        aten.roll.default,
-        aten.index_select.default,
-        aten.gather.default,
-        aten.scatter.src,
-        aten.scatter.value,
-        aten.scatter_add.default,
-        aten.scatter_reduce.two,
-        aten.index_add.default,
-        aten.index_copy.default,
-        aten.renorm.default,
-    }
-)
-"""Operators that work along dimensions, which they name in ``dim`` or ``dims``: along the batch they mix rows."""
 
 
 DROPPING = frozenset(

@@ -18,6 +18,7 @@ from torch import fx
 from descompiler.classify.coupling import Stage, couple
 from descompiler.classify.scope import CONSTANT, GLOBAL, LOCAL, OWN, SIZE, SIZED, WHOLE, scope_of, size_terms
 from descompiler.emit.emission import Emission
+from descompiler.graph.arguments import operand, training_norm
 from descompiler.graph.leaf import Leaf
 from descompiler.graph.nodes import aten, is_tensor, signature, value
 from descompiler.layout.rows import Rows
@@ -95,7 +96,7 @@ class Outside:
         if n.name in self._fetched:
             return self._emit_fetched(n)
         if n in e.lookups and (scope.kind != GLOBAL or e.ranks == 1):
-            return e.lookup(n, self.version(n, e.lookups[n][1].ids), self.own(n.args[0]))  # type: ignore[arg-type]
+            return e.lookup(n, self.version(n, e.lookups[n][1].ids), self.own(operand(n)))
         if n in self._products:
             return self._emit_product(n)
         if e.ranks == 1:
@@ -107,10 +108,9 @@ class Outside:
             return self._size(n, OWN)
         if scope.kind == GLOBAL:
             return self._from_global(n, self.whole(n))
-        if n.target is aten.batch_norm.default and n.args[5] and scope.kind == LOCAL:
-            x_, w, b, mean, var, _, momentum, eps = n.args[:8]
-            args = [self.own(a) if isinstance(a, fx.Node) else a for a in (x_, w, b, mean, var)]
-            return e.on_runtime("batch_norm", *args, momentum, eps)
+        if (norm := training_norm(n)) is not None and scope.kind == LOCAL:
+            args = [None if a is None else self.own(a) for a in (norm.x, *norm.affine, *norm.statistics)]
+            return e.on_runtime("batch_norm", *args, *norm.options)
         copied = self._copy(n, lambda a: self.version(n, a))
         if scope.kind == LOCAL and "spare_row" in n.meta:
             copied.target = n.meta["spare_row"]
@@ -138,8 +138,7 @@ class Outside:
             args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), self.whole)
             return e.on_runtime("draw", n.target, *args, **kwargs)
         if n in e.lookups:
-            weight = self.whole(n.args[0])  # type: ignore[arg-type]
-            return e.lookup(n, self.whole(e.lookups[n][1].ids), weight)
+            return e.lookup(n, self.whole(e.lookups[n][1].ids), self.whole(operand(n)))
         return self._copy(n, self.whole, scope.drawn)
 
     def sized(self, n: fx.Node) -> Any:
@@ -174,7 +173,7 @@ class Outside:
         terms = []
         for n in stage.members:
             args, dtype = signature(n), {"dtype": value(n).dtype} if signature(n)["dtype"] is not None else {}
-            x, dims = self.own(n.all_input_nodes[0]), args.get("dim") or list(range(value(n.args[0]).dim()))
+            x, dims = self.own(n.all_input_nodes[0]), args.get("dim") or list(range(value(operand(n)).dim()))
             terms.append(self.e.call(aten.sum.dim_IntList, x, dims, args.get("keepdim", False), **dtype))
         totals = self.e.on_runtime("sum_terms", terms)
         for i, n in enumerate(stage.members):
@@ -244,7 +243,7 @@ class Outside:
         number = list(self._products).index(n)
         o, x = self._products[n]
         bias = x.bias
-        weight = self._piece(n.args[1], o.name, x.rows) if x.rows else self.own(n.args[1])  # type: ignore[arg-type]
+        weight = self._piece(x.weight, o.name, x.rows) if x.rows else self.own(x.weight)
         if bias is not None:
             name = self.e.program.parameter(bias)
             bias = self.own(bias)

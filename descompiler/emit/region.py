@@ -16,6 +16,7 @@ from torch import fx
 from descompiler.classify.scope import scope_of
 from descompiler.emit.emission import Emission
 from descompiler.emit.outside import Outside
+from descompiler.graph.arguments import operand
 from descompiler.graph.nodes import aten, tail, value
 from descompiler.graph.slicing import emit_slice, follow
 from descompiler.layout.placement import LOCAL, Local, Partial, Shard, has_local
@@ -61,8 +62,8 @@ class Region:
                 self._values[n] = self._lookup(n) if n in e.lookups else e.candidates.rules[n].emit(n, part)
         # running statistics that moved on one rank, to all
         if norms := norms_inside(e.program, e.inside):
-            buffers = [[e.own[b] for b in n.args[3:5]] for n in norms]  # type: ignore[index]
-            channels = [channels_by_rank(n, e.placements[n], e.ranks) for n in norms]
+            buffers = [[e.own[b] for b in norm.statistics if b is not None] for norm in norms]
+            channels = [channels_by_rank(norm.node, e.placements[norm.node], e.ranks) for norm in norms]
             e.on_runtime("share_statistics", buffers, channels)
 
     def exit_start(self) -> None:
@@ -108,12 +109,12 @@ class Region:
         self,
         owner: int,
         rows: fx.Node,
-        operand: Callable[[fx.Node], fx.Node | None],
+        own: Callable[[fx.Node], fx.Node | None],
         given: Callable[[fx.Node], Any],
     ) -> Part:
         """What rules emit a part of a value with; see `Part`."""
         e = self.e
-        return Part(e.graph, e.runtime, e.program, e.rank, e.ranks, owner, rows, e.placements, e.pieces, operand, given)
+        return Part(e.graph, e.runtime, e.program, e.rank, e.ranks, owner, rows, e.placements, e.pieces, own, given)
 
     def local(self, n: fx.Node) -> fx.Node | None:
         """The part of a value of the region that every rank computes from its own rows; None if there is none."""
@@ -130,7 +131,7 @@ class Region:
         if wanted is not None and wanted != arrived:
             have = list(range(tail(x.ids)[0]) if arrived is None else arrived)
             ids = e.call(operator.getitem, ids, (slice(None), [have.index(c) for c in wanted]))
-        table: Any = n.args[0]
+        table = operand(n)
         if x.computed is None:
             return e.lookup(n, ids, self.outside.own(table))
         assert o.group is not None

@@ -71,9 +71,9 @@ def elements_per_row(node: fx.Node) -> int:
 
 def signature(node: fx.Node) -> dict[str, Any]:
     """Arguments of an ATen call by the names of its schema, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    target: Any = node.target
     found: dict[str, Any] = {}
-    for i, a in enumerate(schema.arguments):
+    for i, a in enumerate(target._schema.arguments):
         if a.name in node.kwargs:
             found[a.name] = node.kwargs[a.name]
         elif i < len(node.args):

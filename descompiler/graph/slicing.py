@@ -1,43 +1,114 @@
-"""Operators that work on each slice along a dimension by itself: a piece of the operand gives a piece of the result.
+"""Where a divided dimension goes: operators that work on each slice along it by itself.
 
-A table that ranks divide along one dimension, and what is computed from it: ``cat`` of two tables by rows, ``A @ E``, a
-mean over layers treat every column as if there were no other; ``normalize(W, dim=1)`` treats every row so. `follow`
-says, for an operator and the divided dimension of its operands, where that dimension is in the result, and which
-other operands have to be narrowed to the same slice. A slice of the result then is the same operator on slices.
+A piece of an operand then gives a piece of the result. `follow` says, for an operator and the divided dimension of its
+operands, where that dimension is in the result, which other operands have to be narrowed to the same slice, and which
+argument is a size that changes; `along` says which dimensions an operator mixes. It is one table for three questions:
+what is computed of tables that ranks divide (``cat`` of two by rows, ``A @ E``, ``normalize(W, dim=1)``), how a divided
+value goes through the substituted region (`descompiler.region.sliced`), and which operators mix the rows of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from torch import fx
 
+from descompiler.graph.arguments import operand
+from descompiler.graph.contractions import CONTRACTIONS, contraction
 from descompiler.graph.nodes import aten, is_pointwise, is_tensor, shape_of, signature
 
-PRODUCTS = frozenset({aten.mm.default, aten.matmul.default, aten._sparse_mm.default})
+Divided = Mapping[fx.Node, int]
+"""The divided dimension of values that are known to be divided, all into the same slices."""
 
 
-REDUCTIONS = frozenset(
+REDUCES = frozenset(
     {
         aten.sum.dim_IntList,
         aten.mean.dim,
         aten.amax.default,
         aten.amin.default,
         aten.linalg_vector_norm.default,
+        aten.logsumexp.default,
         aten.norm.ScalarOpt_dim,
+        aten.prod.dim_int,
+        aten.var.correction,
     }
 )
+"""Operators that make one element of all along some dimensions."""
 
 
-ALONG = frozenset({aten.softmax.int, aten.log_softmax.int, aten.cumsum.default})
+KEEPS = frozenset(
+    {
+        aten.softmax.int,
+        aten.log_softmax.int,
+        aten._softmax.default,
+        aten._log_softmax.default,
+        aten.cumsum.default,
+        aten.cumprod.default,
+        aten.logcumsumexp.default,
+        aten.flip.default,
+        aten.roll.default,
+        aten.layer_norm.default,
+        aten.conv1d.default,
+    }
+)
+"""Operators that mix elements along some dimensions, and keep the others."""
+
+
+PICKS = frozenset({aten.slice.Tensor, aten.narrow.default, aten.select.int, aten.index_select.default})
+"""Operators that take some elements along a dimension."""
 
 
 SCATTERS = frozenset({aten.index_add.default, aten.scatter_add.default, aten.scatter_reduce.two})
+"""Operators that put elements of another value along a dimension."""
+
+
+MIXES = (
+    REDUCES
+    | KEEPS
+    | SCATTERS
+    | {
+        aten.sum.default,
+        aten.mean.default,
+        aten.cummax.default,
+        aten.cummin.default,
+        aten.sort.default,
+        aten.sort.stable,
+        aten.argsort.default,
+        aten.argsort.stable,
+        aten.topk.default,
+        aten.index_select.default,
+        aten.gather.default,
+        aten.scatter.src,
+        aten.scatter.value,
+        aten.index_copy.default,
+        aten.renorm.default,
+    }
+)
+"""Operators of which `along` knows what they mix."""
 
 
 RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
+
+
+def along(node: fx.Node) -> frozenset[int]:
+    """The dimensions of its first operand whose elements an operator of `MIXES` mixes."""
+    rank, args = len(shape_of(node.all_input_nodes[0])), signature(node)
+    every = frozenset(range(rank))
+    if node.target is aten.layer_norm.default:
+        return every - set(range(rank - len(args["normalized_shape"])))
+    if node.target is aten.conv1d.default:
+        kernel = shape_of(args["weight"])[-1]
+        point = kernel == 1 and all(s == 1 for s in args["stride"]) and all(p == 0 for p in args["padding"])
+        return frozenset({rank - 2} if point else {rank - 2, rank - 1})
+    dims = args.get("dim", args.get("dims"))
+    if dims is None or dims == []:
+        return every
+    found = frozenset(d % rank for d in ([dims] if isinstance(dims, int) else dims))
+    return every - found if node.target is aten.renorm.default else found
 
 
 @dataclass(frozen=True)
@@ -58,15 +129,17 @@ class Step:
     narrowed: Mapping[fx.Node, int] = field(default_factory=dict, hash=False)
     shape: tuple[int, int] | None = None
 
+    def resized(self, args: Sequence[Any], size: int) -> tuple[Any, ...]:
+        """The arguments for a slice of a size."""
+        if self.shape is None:
+            return tuple(args)
+        argument, entry = self.shape
+        sizes = [*args[argument][:entry], size, *args[argument][entry + 1 :]]
+        return (*args[:argument], sizes, *args[argument + 1 :])
 
-def follow(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
-    """How a slice of a node is computed from slices; None if it is not.
 
-    Parameters
-    ----------
-    dims : mapping
-        The divided dimension of values that are known to be divided; all of one size there.
-    """
+def follow(node: fx.Node, dims: Divided) -> Step | None:
+    """How a slice of a node is computed from slices; None if it is not."""
     if node.op != "call_function" or not is_tensor(node):
         return None
     for targets, answer in FAMILIES:
@@ -79,7 +152,7 @@ def emit_slice(
     graph: fx.Graph,
     node: fx.Node,
     step: Step,
-    dims: Mapping[fx.Node, int],
+    dims: Divided,
     piece: Callable[[fx.Node], fx.Node],
     whole: Callable[[fx.Node], fx.Node],
     first: int,
@@ -87,230 +160,215 @@ def emit_slice(
 ) -> fx.Node:
     """A node on the slice ``[first, first + size)``; ``piece`` makes divided operands, ``whole`` the others."""
 
-    def operand(a: fx.Node) -> fx.Node:
+    def argument(a: fx.Node) -> fx.Node:
         if a in dims:
             return piece(a)
         if a in step.narrowed:
             return graph.call_function(aten.narrow.default, (whole(a), step.narrowed[a], first, size))
         return whole(a)
 
-    new = graph.node_copy(node, operand)
-    if step.shape is not None:
-        argument, entry = step.shape
-        sizes = list(new.args[argument])  # type: ignore[arg-type]
-        sizes[entry] = size
-        new.update_arg(argument, sizes)
+    new = graph.node_copy(node, argument)
+    new.args = step.resized(new.args, size)
     return new
 
 
-def _aligned(node: fx.Node, dims: Mapping[fx.Node, int], operands: list[fx.Node], dim: int, rank: int) -> Step | None:
-    """Operands that are broadcast to a result of ``rank`` dimensions, of which ``dim`` is divided."""
-    size = next(shape_of(a)[dims[a]] for a in node.all_input_nodes if a in dims)
+def reshaped(before: Sequence[Any], after: Sequence[Any], dim: int) -> tuple[int, int, int, int] | None:
+    """Where a dimension is after a reshape: (dimension, how often it is repeated there, its elements times, over).
+
+    >>> reshaped((3, 4), (12,), 0)  # each of its elements is four
+    (0, 1, 4, 1)
+    >>> reshaped((2, 3), (6,), 1)  # it is there twice
+    (0, 2, 1, 1)
+    >>> reshaped((6, 4), (2, 3, 4), 0)  # three of its elements are one
+    (0, 1, 1, 3)
+    """
+    outer, size, inner = prod(before[:dim]), before[dim], prod(before[dim + 1 :])
+    for e, extent in enumerate(after):
+        lead = prod(after[:e])
+        if outer % lead or (extent == 1 and size != 1):
+            continue
+        repeat = outer // lead
+        if extent % (repeat * size) == 0 and inner % (extent // (repeat * size)) == 0:
+            return e, repeat, extent // (repeat * size), 1
+        if repeat == 1 and size % extent == 0:
+            return e, 1, 1, size // extent
+    return None
+
+
+def _alike(node: fx.Node, dims: Divided, operands: Sequence[fx.Node]) -> Step | None:
+    """Operands of one rank, none of which is repeated: the first divided one says which dimension and size."""
+    found = [(dims[a], shape_of(a)[dims[a]]) for a in operands if a in dims]
+    if not found or any(a in dims and a not in operands for a in node.all_input_nodes):
+        return None
+    (dim, size), rank = found[0], len(shape_of(operands[0]))
+    if any(len(shape_of(a)) != rank or shape_of(a)[dim] != size or dims.get(a, dim) != dim for a in operands):
+        return None
+    return Step(dim, {a: dim for a in operands if a not in dims})
+
+
+def _alone(node: fx.Node, dims: Divided) -> int | None:
+    """The divided dimension of the first operand, where no other is divided."""
+    x = node.args[0]
+    alone = isinstance(x, fx.Node) and x in dims and sum(a in dims for a in node.all_input_nodes) == 1
+    return dims[operand(node)] if alone else None
+
+
+def _pointwise(node: fx.Node, dims: Divided) -> Step | None:
+    """Operands are broadcast: dimensions are aligned at their ends, and one of size 1 is used whole."""
+    operands, rank = [a for a in node.all_input_nodes if is_tensor(a)], len(shape_of(node))
+    found = {(dims[a] + rank - len(shape_of(a)), shape_of(a)[dims[a]]) for a in operands if a in dims}
+    if len(found) != 1 or len(operands) != len(node.all_input_nodes):
+        return None
+    ((dim, size),) = found
     narrowed: dict[fx.Node, int] = {}
     for a in operands:
         here = dim - (rank - len(shape_of(a)))
-        if a in dims:
-            if dims[a] != here:
-                return None
-        elif here >= 0 and shape_of(a)[here] != 1:
+        if a not in dims and here >= 0 and shape_of(a)[here] != 1:
             if shape_of(a)[here] != size:
                 return None
             narrowed[a] = here
     return Step(dim, narrowed)
 
 
-def _divided(node: fx.Node, dims: Mapping[fx.Node, int]) -> tuple[fx.Node, int] | None:
-    """The first argument and its divided dimension."""
-    x = node.args[0]
-    return (x, dims[x]) if isinstance(x, fx.Node) and x in dims else None
-
-
-def _alone(node: fx.Node, dims: Mapping[fx.Node, int]) -> tuple[fx.Node, int] | None:
-    """As `_divided`, where no other operand is divided."""
-    return _divided(node, dims) if sum(a in dims for a in node.all_input_nodes) == 1 else None
-
-
-def _tensors(x: Any) -> list[fx.Node]:
-    return [a for a in x if isinstance(a, fx.Node) and is_tensor(a)]
-
-
-def _pointwise(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
-    operands = [a for a in node.all_input_nodes if is_tensor(a)]
-    rank = len(shape_of(node))
-    found = {dims[a] + rank - len(shape_of(a)) for a in operands if a in dims}
-    if len(found) != 1 or len(operands) != len(node.all_input_nodes):
+def _prelu(node: fx.Node, dims: Divided) -> Step | None:
+    """A slope for each channel, in dimension 1, or one for all."""
+    dim, slopes = _alone(node, dims), operand(node, 1)
+    if dim is None:
         return None
-    return _aligned(node, dims, operands, found.pop(), rank)
+    return Step(dim, {slopes: 0} if dim == 1 and shape_of(slopes)[0] != 1 else {})
 
 
-def _cat(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
-    operands, rank = _tensors(node.args[0]), len(shape_of(node))
-    along = signature(node)["dim"]
+def _cat(node: fx.Node, dims: Divided) -> Step | None:
+    args = signature(node)
+    step, dim = _alike(node, dims, args["tensors"]), args["dim"] % len(shape_of(node))
     if node.target is aten.stack.default:
-        along %= rank
-        found = {dims[a] for a in operands if a in dims}
-        if len(found) != 1:
-            return None
-        (before,) = found
-        step = _aligned(node, dims, operands, before, rank - 1)
-        return None if step is None else Step(before + (along <= before), step.narrowed)
-    found = {dims[a] for a in operands if a in dims}
-    if len(found) != 1 or along % rank in found:
+        return None if step is None else Step(step.dim + (dim <= step.dim), step.narrowed)
+    return None if step is None or step.dim == dim else step
+
+
+def _product(node: fx.Node, dims: Divided) -> Step | None:
+    """What has the divided letter is narrowed to the slice; what has not is used whole."""
+    found = contraction(node)
+    if found is None or not any(n in dims for n, _ in found.factors):
         return None
-    return _aligned(node, dims, operands, found.pop(), rank)
-
-
-def _product(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
-    """``A @ E`` with divided columns, ``E @ A`` with divided rows: of matrices, of which one is divided."""
-    a, b = node.args[:2]
-    if len(shape_of(a)) != 2 or len(shape_of(b)) != 2 or (a in dims) == (b in dims):  # type: ignore[arg-type]
+    letter, *others = {t[dims[n]] for n, t in found.terms if n in dims}
+    if others or found.out.count(letter) != 1 or any(t.count(letter) > 1 for _, t in found.terms):
         return None
-    if dims.get(b) == 1:  # type: ignore[arg-type]
-        return Step(1)
-    return Step(0) if dims.get(a) == 0 else None  # type: ignore[arg-type]
+    places = {(n, t.find(letter)) for n, t in found.terms}
+    having = {n: d for n, d in places if d >= 0}
+    if len(places) > len(dict(places)) or len({shape_of(n)[d] for n, d in having.items()}) > 1:
+        return None  # of one tensor a slice and the whole, or two slices; or one that is repeated
+    return Step(found.out.index(letter), {n: d for n, d in having.items() if n not in dims})
 
 
-def _product_and_sum(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
-    c, a, b = node.args[:3]
-    if len(shape_of(a)) != 2 or (a in dims) == (b in dims):  # type: ignore[arg-type]
+def _keeps(node: fx.Node, dims: Divided) -> Step | None:
+    dim = _alone(node, dims)
+    return None if dim is None or dim in along(node) else Step(dim)
+
+
+def _reduction(node: fx.Node, dims: Divided) -> Step | None:
+    dim = _alone(node, dims)
+    if dim is None or dim in (over := along(node)):
         return None
-    dim = 1 if dims.get(b) == 1 else 0 if dims.get(a) == 0 else None  # type: ignore[arg-type]
-    return None if dim is None else _aligned(node, dims, [c], dim, 2)  # type: ignore[list-item]
+    return Step(dim if signature(node)["keepdim"] else dim - sum(d < dim for d in over))
 
 
-def _linear(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
-    x = _alone(node, dims)
-    return None if x is None or x[1] == len(shape_of(x[0])) - 1 else Step(x[1])
-
-
-def _along(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
-    x = _alone(node, dims)
-    return None if x is None or signature(node)["dim"] % len(shape_of(x[0])) == x[1] else Step(x[1])
-
-
-def _layer_norm(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
-    x = _alone(node, dims)
-    if x is None:
-        return None
-    over: Any = node.args[1]
-    return Step(x[1]) if x[1] < len(shape_of(x[0])) - len(over) else None
-
-
-def _reduction(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
-    x, args = _alone(node, dims), signature(node)
-    if x is None or not args["dim"] or args.get("dtype") is not None:
-        return None
-    over = {d % len(shape_of(x[0])) for d in args["dim"]}
-    if x[1] in over:
-        return None
-    return Step(x[1] if args["keepdim"] else x[1] - sum(d < x[1] for d in over))
-
-
-def _select(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
+def _pick(node: fx.Node, dims: Divided) -> Step | None:
     """``x[i]``, ``x[a:b]``, ``index_select`` along another dimension."""
-    x = _alone(node, dims)
-    if x is None:
+    dim = _alone(node, dims)
+    if dim is None:
         return None
-    dim = signature(node)["dim"] % len(shape_of(x[0]))
-    if dim == x[1]:
-        return None
-    return Step(x[1] - (node.target is aten.select.int and dim < x[1]))
+    over = signature(node)["dim"] % len(shape_of(operand(node)))
+    return None if over == dim else Step(dim - (node.target is aten.select.int and over < dim))
 
 
-def _index(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
+def _index(node: fx.Node, dims: Divided) -> Step | None:
     """Rows at constant indices, of a value that is divided by columns."""
-    x = _alone(node, dims)
     indices: Any = node.args[1] if node.target is aten.index.Tensor else [node.args[1]]
-    if x is None or x[1] != 1 or len(indices) != 1 or indices[0] is None:
+    if _alone(node, dims) != 1 or len(indices) != 1 or indices[0] is None:
         return None
     return Step(len(shape_of(indices[0])))
 
 
-def _gather(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
-    x, args = _alone(node, dims), signature(node)
-    if x is None or args["dim"] % len(shape_of(x[0])) == x[1]:
-        return None
-    return _aligned(node, dims, [args["index"]], x[1], len(shape_of(node)))
+def _gather(node: fx.Node, dims: Divided) -> Step | None:
+    step, args = _alike(node, dims, [operand(node), signature(node)["index"]]), signature(node)
+    return None if step is None or args["dim"] % len(shape_of(node)) == step.dim else step
 
 
-def _scatter(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
-    """``self`` with ``source`` added at constant indices along another dimension."""
-    args, rank = signature(node), len(shape_of(node))
-    source = args.get("source", args.get("src"))
-    assert isinstance(source, fx.Node)
-    found = {dims[a] for a in (args["self"], source) if a in dims}
-    if len(found) != 1 or args["dim"] % rank in found or args["index"] in dims:
-        return None
-    operands = [args["self"], source] + ([] if node.target is aten.index_add.default else [args["index"]])
-    return _aligned(node, dims, operands, found.pop(), rank)
+def _scatter(node: fx.Node, dims: Divided) -> Step | None:
+    """``self`` with ``source`` added at indices along another dimension."""
+    args = signature(node)
+    # index_add's index has one entry for each slice of the source, the others' one for each of its elements
+    names = ("self", "source") if node.target is aten.index_add.default else ("self", "src", "index")
+    step = _alike(node, dims, [args[name] for name in names])
+    return None if step is None or args["dim"] % len(shape_of(node)) == step.dim else step
 
 
-def _unsqueeze(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
-    x = _divided(node, dims)
-    return None if x is None else Step(x[1] + (signature(node)["dim"] % len(shape_of(node)) <= x[1]))
+def _unsqueeze(node: fx.Node, dims: Divided) -> Step | None:
+    dim = _alone(node, dims)
+    return None if dim is None else Step(dim + (signature(node)["dim"] % len(shape_of(node)) <= dim))
 
 
-def _squeeze(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
-    x = _divided(node, dims)
-    if x is None:
-        return None
-    dim = signature(node)["dim"] % len(shape_of(x[0]))
-    if dim == x[1]:
-        return None
-    return Step(x[1] - (dim < x[1] and shape_of(x[0])[dim] == 1))
+def _squeeze(node: fx.Node, dims: Divided) -> Step | None:
+    dim, before = _alone(node, dims), shape_of(operand(node))
+    over = signature(node)["dim"] % len(before)
+    return None if dim is None or over == dim else Step(dim - (over < dim and before[over] == 1))
 
 
-def _permute(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
-    x = _divided(node, dims)
-    if x is None:
-        return None
-    rank = len(shape_of(x[0]))
-    order = list(range(rank))
+def order_of(node: fx.Node) -> list[int]:
+    """The dimensions of the operand of a transposition, in the order of the result's."""
+    rank, args = len(shape_of(node)), signature(node)
     if node.target is aten.permute.default:
-        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr, arg-type]
-    elif node.target is aten.transpose.int:
-        a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
+        return [int(d) % rank for d in args["dims"]]
+    order = list(range(rank))
+    if node.target is aten.transpose.int:
+        a, b = args["dim0"] % rank, args["dim1"] % rank
         order[a], order[b] = b, a
-    else:
-        order.reverse()
-    return Step(order.index(x[1]))
+        return order
+    return order[::-1]
 
 
-def _expand(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
-    x = _alone(node, dims)
-    if x is None:
+def _permute(node: fx.Node, dims: Divided) -> Step | None:
+    dim = _alone(node, dims)
+    return None if dim is None else Step(order_of(node).index(dim))
+
+
+def _expand(node: fx.Node, dims: Divided) -> Step | None:
+    """Of other dimensions, and in front."""
+    found = _alone(node, dims)
+    if found is None:
         return None
-    dim = x[1] + len(shape_of(node)) - len(shape_of(x[0]))
-    return Step(dim, shape=(1, dim))
-
-
-def _reshape(node: fx.Node, dims: Mapping[fx.Node, int]) -> Step | None:
-    """Where the divided dimension stays the first, or the last."""
-    x = _alone(node, dims)
-    if x is None or not all(isinstance(s, int) for s in node.args[1]):  # type: ignore[union-attr]
+    before, after = shape_of(operand(node)), shape_of(node)
+    dim = found + len(after) - len(before)
+    if after[dim] != before[found]:
         return None
-    before, after = shape_of(x[0]), shape_of(node)
-    for dim, end in ((0, 0), (len(after) - 1, len(before) - 1)):
-        if x[1] == end and before[end] == after[dim]:
-            return Step(dim, shape=(1, dim))
-    return None
+    return Step(dim, shape=None if node.target is aten.repeat.default else (1, dim))
 
 
-FAMILIES: tuple[tuple[Any, Callable[[fx.Node, Mapping[fx.Node, int]], Step | None]], ...] = (
+def _reshape(node: fx.Node, dims: Divided) -> Step | None:
+    """Where the divided dimension stays one of its size, and says so."""
+    sizes: Any = node.args[1]
+    dim = _alone(node, dims)
+    if dim is None or not all(isinstance(s, int) for s in sizes):
+        return None
+    found = reshaped(shape_of(operand(node)), shape_of(node), dim)
+    return Step(found[0], shape=(1, found[0])) if found is not None and found[1:] == (1, 1, 1) else None
+
+
+FAMILIES: tuple[tuple[Any, Callable[[fx.Node, Divided], Step | None]], ...] = (
     ({aten.cat.default, aten.stack.default}, _cat),
-    (PRODUCTS, _product),
-    ({aten.addmm.default, aten._sparse_addmm.default}, _product_and_sum),
-    ({aten.linear.default}, _linear),
-    ({aten.layer_norm.default}, _layer_norm),
-    (REDUCTIONS, _reduction),
-    (ALONG, _along),
-    ({aten.slice.Tensor, aten.narrow.default, aten.select.int, aten.index_select.default}, _select),
+    (CONTRACTIONS, _product),
+    ({aten.prelu.default}, _prelu),
+    (REDUCES, _reduction),
+    (KEEPS, _keeps),
+    (PICKS, _pick),
     ({aten.index.Tensor, aten.embedding.default}, _index),
     ({aten.gather.default}, _gather),
     (SCATTERS, _scatter),
     ({aten.unsqueeze.default}, _unsqueeze),
     ({aten.squeeze.dim}, _squeeze),
     ({aten.transpose.int, aten.permute.default, aten.t.default, aten.numpy_T.default}, _permute),
-    ({aten.expand.default}, _expand),
+    ({aten.expand.default, aten.repeat.default}, _expand),
     (RESHAPES, _reshape),
 )
+"""Operators that are no pointwise ones, and how a slice goes through them."""

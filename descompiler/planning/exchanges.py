@@ -12,8 +12,9 @@ from torch import fx
 
 from descompiler.classify.coupling import couple
 from descompiler.classify.scope import GLOBAL, OWN, WHOLE, coupled_nodes, is_coupled, scope_of, trained_parameters
+from descompiler.graph.arguments import BatchNormCall, training_norm
 from descompiler.graph.leaf import Leaf
-from descompiler.graph.nodes import aten, elements_per_row, tail
+from descompiler.graph.nodes import elements_per_row, tail
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import ancestors, descendants
 from descompiler.layout.exchanges import Columns, Entry, Exchange, Whole
@@ -53,7 +54,7 @@ def layout_of(
         exchanges = coupling.exchanges
         own = {n for n, version in coupling.demands if version == OWN and scope_of(n).kind != GLOBAL} - cut.inside
     fetches, early = _fetches(program, operators, splits, cut.inside, ranks)
-    norms = [n for n in program.graph.nodes if n in own and n.target is aten.batch_norm.default and n.args[5]]
+    norms = [norm for n in program.graph.nodes if n in own and (norm := training_norm(n)) is not None]
     shared = shared_weights(program, candidates.placed, cut.inside).values()
     wholes = _wholes(program, splits) if ranks > 1 else ()
     return Layout(
@@ -61,10 +62,10 @@ def layout_of(
         entries=tuple(entries),
         exits=tuple(exit_of(n, candidates.placed[n].placement) for n in cut.exits),
         id_bytes=4 if all(o.rows < 1 << 31 for o in operators) else 8,
-        norm_channels=tuple(tail(n.args[0])[0] for n in norms),
+        norm_channels=tuple(tail(norm.x)[0] for norm in norms),
         norm_shares=tuple(
-            tuple(map(len, channels_by_rank(n, candidates.placed[n].placement, ranks)))
-            for n in norms_inside(program, cut.inside)
+            tuple(map(len, channels_by_rank(norm.node, candidates.placed[norm.node].placement, ranks)))
+            for norm in norms_inside(program, cut.inside)
         ),
         fetches=fetches,
         early=early,
@@ -202,10 +203,10 @@ def _leaf_runs(
     return len(runs)
 
 
-def norms_inside(program: Program, inside: Collection[fx.Node]) -> list[fx.Node]:
+def norms_inside(program: Program, inside: Collection[fx.Node]) -> list[BatchNormCall]:
     """Batch norms in the region whose running statistics move."""
-    norms = [n for n in program.graph.nodes if n in inside and n.target is aten.batch_norm.default]
-    return [n for n in norms if n.args[5] and n.args[3] is not None]
+    norms = [training_norm(n) for n in program.graph.nodes if n in inside]
+    return [norm for norm in norms if norm is not None and norm.statistics[0] is not None]
 
 
 def channels_by_rank(norm: fx.Node, placement: Placement, ranks: int) -> list[list[int]]:

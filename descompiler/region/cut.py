@@ -24,6 +24,7 @@ from math import prod
 from torch import fx
 
 from descompiler.cost_models.operators import extra_flops, linear_flops
+from descompiler.graph.arguments import operand, training_norm
 from descompiler.graph.nodes import aten, elements_per_row, is_tensor, shape_of, tail, value
 from descompiler.graph.program import Program
 from descompiler.layout.exchanges import Exit
@@ -135,11 +136,12 @@ def saved_bytes(program: Program, node: fx.Node, answer: Placed, w: Weights) -> 
 
 def _saved_by_norm(node: fx.Node, w: Weights) -> int:
     """Of a batch norm: means, variances and counts of all ranks, and sums back, less running statistics that move."""
-    if node.target is not aten.batch_norm.default or not node.args[5]:
+    norm = training_norm(node)
+    if norm is None:
         return 0
     channels = tail(node)[0]
     outside = w.ranks * (2 * channels + 1) + (4 * channels if w.backward else 0)
-    inside = 0 if node.args[3] is None else 2 * channels
+    inside = 0 if norm.statistics[0] is None else 2 * channels
     return (w.ranks - 1) * (outside - inside) * w.itemsize
 
 
@@ -155,7 +157,7 @@ def product_flops(node: fx.Node, rows: int) -> int:
         weights = [value(n).numel() for n in node.all_input_nodes if value(n).dim() == 2]
         return int(linear_flops(rows, elements_per_row(x) // inner, sum(weights)))
     if node.target is aten.scaled_dot_product_attention.default:
-        return int(2 * linear_flops(rows, shape_of(x)[-2], elements_per_row(node.args[1])))  # type: ignore[arg-type]
+        return int(2 * linear_flops(rows, shape_of(x)[-2], elements_per_row(operand(node, 1))))
     return 0
 
 
@@ -168,11 +170,11 @@ def work_bytes(node: fx.Node, placement: Region, at: Mapping[fx.Node, Placement]
     flops = product_flops(node, w.rows)
     if not flops:
         return 0
-    operand = at.get(node.args[0], Local())  # type: ignore[arg-type]
-    if isinstance(operand, Shard):
-        size = sum(operand.widths.values())
-        share = max(operand.width(r) for r in operand.ranks) / size
-        local = operand.width(LOCAL) / size
+    x = at.get(operand(node), Local())
+    if isinstance(x, Shard):
+        size = sum(x.widths.values())
+        share = max(x.width(r) for r in x.ranks) / size
+        local = x.width(LOCAL) / size
     else:
         share, local = 1.0, 0.0
     return max(0, round(w.ranks * extra_flops(flops, w.ranks, share, local) / w.flops_per_byte))

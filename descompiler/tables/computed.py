@@ -14,14 +14,12 @@ from typing import Any
 from torch import fx
 
 from descompiler.classify.scope import CONSTANT, scope_of
-from descompiler.graph.nodes import aten, shape_of, target_name, user_line, value
+from descompiler.graph.arguments import LookupCall
+from descompiler.graph.nodes import shape_of, target_name, user_line, value
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import ancestors
 from descompiler.graph.slicing import follow
-from descompiler.ops.local import bag
 from descompiler.tables import totals as regularisers
-
-LOOKUPS = frozenset({aten.embedding.default, bag})
 
 
 @dataclass(frozen=True)
@@ -59,15 +57,14 @@ class Group:
 def find_groups(program: Program) -> list[Group]:
     """The groups of a program whose nodes have scopes (`descompiler.classify.classify`)."""
     order = {n: i for i, n in enumerate(program.graph.nodes)}
-    looked_up = [n for n in order if n.target in LOOKUPS and _is_computed(program, n.args[0])]
+    looked_up = [x for n in order if (x := LookupCall.of(n)) is not None and _is_computed(program, x.weight)]
     if not looked_up:
         return []
     dims = _divided(program, looked_up)
     groups: dict[fx.Node, set[fx.Node]] = {}
-    for n in looked_up:
-        start = n.args[0]
-        if dims.get(start) == 1:
-            _join(groups, _above(start, dims))
+    for x in looked_up:
+        if dims.get(x.weight) == 1:
+            _join(groups, _above(x.weight, dims))
     for n in dims:  # in the order of the graph: what else is computed of them
         if any(a in groups for a in n.all_input_nodes):
             _join(groups, _above(n, dims))
@@ -75,7 +72,7 @@ def find_groups(program: Program) -> list[Group]:
     result = []
     for members in {id(m): m for m in groups.values()}.values():
         ordered = sorted(members, key=order.__getitem__)
-        lookups = [n for n in looked_up if n.args[0] in members]
+        lookups = [x.node for x in looked_up if x.weight in members]
         users = {u for n in ordered for u in n.users if u not in members}
         others = [u for u in users if u not in totals and not _is_own_lookup(u, members)]
         result.append(
@@ -118,8 +115,9 @@ def by_rows(program: Program, node: fx.Node) -> dict[fx.Node, int] | None:
 
 def whole_tables(program: Program) -> list[str]:
     """Matrices that looked-up values are computed of."""
-    looked_up = {n.args[0] for n in program.graph.nodes if n.target in LOOKUPS and _is_computed(program, n.args[0])}
-    above = [n for n in ancestors(looked_up) if program.parameter(n) and len(shape_of(n)) == 2]
+    looked_up = [x.weight for n in program.graph.nodes if (x := LookupCall.of(n)) is not None]
+    computed = {n for n in looked_up if _is_computed(program, n)}
+    above = [n for n in ancestors(computed) if program.parameter(n) and len(shape_of(n)) == 2]
     return [str(program.parameter(n)) for n in above if value(n).is_floating_point()]
 
 
@@ -129,12 +127,13 @@ def _is_computed(program: Program, weight: fx.Node) -> bool:
 
 def _is_own_lookup(user: fx.Node, members: set[fx.Node]) -> bool:
     """Whether a node looks up rows of a member, and uses no member otherwise."""
-    return user.target in LOOKUPS and scope_of(user).kind != CONSTANT and user.args[1] not in members
+    call = LookupCall.of(user)
+    return call is not None and scope_of(user).kind != CONSTANT and call.ids not in members
 
 
-def _divided(program: Program, looked_up: Sequence[fx.Node]) -> dict[fx.Node, int]:
+def _divided(program: Program, looked_up: Sequence[LookupCall]) -> dict[fx.Node, int]:
     """Tables that lookups of computed values depend on, and what can be divided with their columns; along which dim."""
-    above = ancestors({n.args[0] for n in looked_up})  # type: ignore[misc]
+    above = ancestors({x.weight for x in looked_up})
     dims: dict[fx.Node, int] = {}
     for n in program.graph.nodes:
         if n.op == "placeholder":

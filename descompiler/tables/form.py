@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
 from descompiler.errors import PlanError
+from descompiler.graph.arguments import LookupCall
 from descompiler.graph.nodes import where
 from descompiler.graph.program import Program, rowwise
 from descompiler.layout.exchanges import Columns
@@ -380,7 +381,7 @@ class OwnRows(Plain):
             if x.mode is None:
                 return part.call(lookup, part.weight, part.ids, x.padding_idx)
             return part.call(bag, part.weight, part.ids, x.mode, x.padding_idx if x.padding_idx >= 0 else None)
-        operands = {x.node.args[0]: part.weight, x.ids: part.ids}
+        operands = {LookupCall(x.node).weight: part.weight, x.ids: part.ids}
         return part.graph.node_copy(x.node, lambda n: operands[n])
 
 

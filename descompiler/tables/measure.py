@@ -138,5 +138,6 @@ def _evaluate(program: Program, order: Sequence[fx.Node], tensors: Sequence[Tens
                 values[n] = inputs[n] if source.kind == "input" else program.constants[source.name]
             else:
                 args, kwargs = torch.fx.map_arg((n.args, n.kwargs), lambda m: values[m])
-                values[n] = n.target(*args, **kwargs)  # type: ignore[operator]
+                target: Any = n.target
+                values[n] = target(*args, **kwargs)
     return values

@@ -11,11 +11,10 @@ from torch import fx
 
 from descompiler.classify.scope import GLOBAL, coupled_nodes, scope_of, trained_parameters
 from descompiler.errors import UnsupportedError
-from descompiler.graph.nodes import aten, elements_per_row, shape_of, signature, tail, user_line, where
+from descompiler.graph.arguments import LookupCall, VocabularyCall
+from descompiler.graph.nodes import aten, elements_per_row, shape_of, tail, user_line, where
 from descompiler.graph.program import Program, rowwise
 from descompiler.graph.rewrite import descendants
-from descompiler.ops.local import bag
-from descompiler.ops.vocabulary import Request, vocabulary
 from descompiler.tables import totals as regularisers
 from descompiler.tables.computed import Group, by_rows, find_groups, whole_parameters, whole_tables
 
@@ -45,8 +44,8 @@ class Lookup:
 
 
 @dataclass(frozen=True)
-class Output:
-    """One product with a table: ``node = vocabulary(x, table, bias, first, size, requests)``.
+class Output(VocabularyCall):
+    """One product with a table.
 
     Attributes
     ----------
@@ -55,28 +54,7 @@ class Output:
         their dimensions the rows are.
     """
 
-    node: fx.Node
     rows: Mapping[fx.Node, int] = field(default_factory=dict, hash=False)
-
-    @property
-    def x(self) -> fx.Node:
-        return self.node.args[0]  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> fx.Node | None:
-        return self.node.args[2]  # type: ignore[return-value]
-
-    @property
-    def first(self) -> int:
-        return int(self.node.args[3])  # type: ignore[arg-type]
-
-    @property
-    def size(self) -> int:
-        return int(self.node.args[4])  # type: ignore[arg-type]
-
-    @property
-    def requests(self) -> Sequence[Request]:
-        return self.node.args[5]  # type: ignore[return-value]
 
     def __str__(self) -> str:
         return ", ".join(str(r[0]) for r in self.requests)
@@ -177,18 +155,18 @@ def find_operators(program: Program) -> list[Operator]:
                 f"embedding with max_norm ({where(node)}, table {program.parameter(node.args[0])!r}): it changes rows "
                 "in forward, which differs between ranks; normalise the looked-up vectors instead"
             )
-        lookup = _lookup(node)
-        if lookup is not None and (name := program.parameter(node.args[0])) is not None:
-            if _counts_frequency(node):
+        call = LookupCall.of(node)
+        if call is not None and (name := program.parameter(call.weight)) is not None:
+            if call.counts_frequency:
                 raise UnsupportedError(
                     f"embedding with scale_grad_by_freq ({where(node)}, table {name!r}): it counts ids within one "
                     "rank's batch; leave it out, or scale the loss"
                 )
-            found.setdefault(name, []).append(lookup)
+            found.setdefault(name, []).append(_lookup(call))
         own_rows = scope_of(node).kind != GLOBAL  # what every rank repeats on the global batch needs the whole table
-        if node.target is vocabulary and own_rows:
-            rows = {} if program.parameter(node.args[1]) else by_rows(program, node.args[1]) or {}
-            if (name := program.parameter(next(iter(rows), node.args[1]))) is not None:
+        if (product := VocabularyCall.of(node)) is not None and own_rows:
+            rows = {} if program.parameter(product.weight) else by_rows(program, product.weight) or {}
+            if (name := program.parameter(next(iter(rows), product.weight))) is not None:
                 products.setdefault(name, []).append(Output(node, rows))
         for n in node.all_input_nodes:
             if (name := program.parameter(n)) is not None:
@@ -200,7 +178,8 @@ def find_operators(program: Program) -> list[Operator]:
     found_groups = find_groups(program)
     groups = {name: g for g in found_groups for name in g.tables}
     for name, g in groups.items():
-        found.setdefault(name, []).extend(_lookup(n, computed=True) for n in g.lookups)  # type: ignore[misc]
+        of_computed = [_lookup(LookupCall(n), computed=True) for n in g.lookups]
+        found.setdefault(name, []).extend(of_computed)
     result, trained = [], trained_parameters(program)
     in_region = {name for g in found_groups for name in g.replicated}
     for chain in (x.rows for xs in products.values() for x in xs):
@@ -245,27 +224,9 @@ def find_operators(program: Program) -> list[Operator]:
     return result
 
 
-def _lookup(node: fx.Node, *, computed: bool = False) -> Lookup | None:
-    if node.target is not bag and node.target is not aten.embedding.default:
-        return None
-    padding, sparse = _padding(node), _sparse(node)
-    rows = int(shape_of(node.args[0])[0]) if computed else None  # type: ignore[arg-type]
-    return Lookup(node, node.args[1], node.args[2] if node.target is bag else None, padding, sparse, rows)  # type: ignore[arg-type]
-
-
-def _counts_frequency(node: fx.Node) -> bool:
-    if node.target is bag:
-        return bool(node.kwargs.get("scale_grad_by_freq"))
-    return bool(signature(node)["scale_grad_by_freq"])
-
-
-def _padding(node: fx.Node) -> int:
-    padding = node.args[3] if node.target is bag else signature(node)["padding_idx"]
-    return -1 if padding is None else int(str(padding))
-
-
-def _sparse(node: fx.Node) -> bool:
-    return bool(node.args[4] if node.target is bag else signature(node)["sparse"])
+def _lookup(call: LookupCall, *, computed: bool = False) -> Lookup:
+    rows = int(shape_of(call.weight)[0]) if computed else None
+    return Lookup(call.node, call.ids, call.mode, call.padding_idx, call.sparse, rows)
 
 
 def _starts(program: Program, lookups: Sequence[Lookup]) -> tuple[int, ...] | None:

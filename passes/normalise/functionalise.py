@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from descompiler.errors import UnsupportedError
+from descompiler.graph.arguments import operand
 from descompiler.graph.nodes import aten, is_view, mutates, storage_roots, value, where
 from descompiler.graph.program import Program
 
@@ -96,7 +97,7 @@ def _scattered(written: fx.Node) -> list[fx.Node]:
     """What is written to, and what it is a part of, outwards, as far as the parts can be put back."""
     chain = [written]
     while chain[-1].target in SCATTERS:
-        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+        chain.append(operand(chain[-1]))
     return chain
 
 
@@ -123,7 +124,7 @@ def _views(node: fx.Node) -> list[tuple[Any, tuple[Any, ...]]]:
     while is_view(node) and not mutates(node):
         if node.target is not aten.slice.Tensor or not _is_whole_slice(*node.args[2:]):
             chain.append((node.target, tuple(node.args[1:])))
-        node = node.args[0]  # type: ignore[assignment]
+        node = operand(node)
     return chain[::-1]
 
 

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from descompiler.graph.nodes import aten, is_tensor, shape_of, signature, value
+from descompiler.graph.arguments import LookupCall
+from descompiler.graph.contractions import CONTRACTIONS
+from descompiler.graph.nodes import aten, is_tensor, shape_of, value
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import eliminate_dead_code, insert_call
-from descompiler.graph.slicing import PRODUCTS, follow
+from descompiler.graph.slicing import follow
 
 MAX_ROWS_COMPUTED_ONCE = 1024
 """Products with a table of fewer rows than this are left in front of its lookups: they are computed once, not by id."""
@@ -35,13 +37,14 @@ class LookupsFirst:
             if (source is not None and source.kind == "input") or any(a in varies for a in n.all_input_nodes):
                 varies.add(n)
         for node in list(program.graph.nodes):
-            if node.target is not aten.embedding.default or node.args[0].op != "call_function":
+            if node.target is not aten.embedding.default:
                 continue
-            if node.args[0] in varies or node.args[1] not in varies or not is_tensor(node.args[0]):
+            table, ids = LookupCall(node).weight, LookupCall(node).ids
+            if table.op != "call_function" or table in varies or ids not in varies or not is_tensor(table):
                 continue
             move = _Move(program, node)
             if move.pays():
-                node.replace_all_uses_with(move.emit(node.args[0]))
+                node.replace_all_uses_with(move.emit(table))
                 program.note(f"{self.name}: {node.name} before {', '.join(str(n.name) for n in move.steps)}")
         eliminate_dead_code(program.graph)
         return program
@@ -52,12 +55,13 @@ class _Move:
 
     def __init__(self, program: Program, lookup: fx.Node):
         self.program, self.lookup = program, lookup
-        self.leads = len(shape_of(lookup.args[1]))  # type: ignore[arg-type]
-        self.rows = shape_of(lookup.args[0])[0]  # type: ignore[arg-type]
+        call = LookupCall(lookup)
+        self.leads = len(shape_of(call.ids))
+        self.rows = shape_of(call.weight)[0]
         self.steps: dict[fx.Node, None] = {}
         self.leaves: dict[fx.Node, None] = {}
         self.made: dict[fx.Node, fx.Node] = {}
-        self._visit(lookup.args[0])
+        self._visit(call.weight)
 
     def _visit(self, n: Any) -> None:
         if n in self.steps or n in self.leaves:
@@ -84,7 +88,7 @@ class _Move:
         others = {a for n in self.steps for a in n.all_input_nodes if a not in self.steps and a not in self.leaves}
         if self._padded() and any(self.program.source(a) is None or self.program.parameter(a) for a in others):
             return False  # they get no gradient of the padding row now
-        multiplies = any(n.target in PRODUCTS or n.target is aten.linear.default for n in self.steps)
+        multiplies = any(n.target in CONTRACTIONS for n in self.steps)
         if multiplies and self.rows < MAX_ROWS_COMPUTED_ONCE:
             return False
         if all(self.program.parameter(n) is not None for n in self.leaves):
@@ -98,8 +102,7 @@ class _Move:
         return False
 
     def _padded(self) -> bool:
-        padding = signature(self.lookup)["padding_idx"]
-        return padding is not None and int(str(padding)) >= 0
+        return LookupCall(self.lookup).padding_idx >= 0
 
     def emit(self, n: fx.Node) -> fx.Node:
         """The value of a step, or of a leaf, at the ids."""
@@ -108,7 +111,9 @@ class _Move:
                 self.made[n] = insert_call(self.lookup, aten.embedding.default, n, *self.lookup.args[1:])
             else:
                 dims = {a: 0 for a in n.all_input_nodes if a in self.steps or a in self.leaves}
-                target, args, kwargs = self._arguments(n, dims)  # type: ignore[misc]
+                arguments = self._arguments(n, dims)
+                assert arguments is not None  # it is a step
+                target, args, kwargs = arguments
                 args, kwargs = fx.map_arg((args, kwargs), lambda a: self.emit(a) if a in dims else a)
                 self.made[n] = insert_call(self.lookup, target, *args, **kwargs)
         return self.made[n]
@@ -131,6 +136,8 @@ class _Move:
             return target, tuple(args), kwargs
         if not isinstance(target, torch._ops.OpOverload) or target in UNKNOWN:
             return None
+        if target is aten.linear.default and args[0] not in dims:
+            return None  # a weight's rows are not the result's first dimension, once there are more in front
         grows = target in (aten.unsqueeze.default, aten.stack.default)
         rank = len(shape_of(n)) if grows else len(shape_of(next(iter(dims))))
         for i, a in enumerate(target._schema.arguments):
@@ -161,6 +168,12 @@ UNKNOWN = frozenset(
         aten.index.Tensor,
         aten.embedding.default,
         aten.addmm.default,
+        aten.bmm.default,
+        aten.einsum.default,
+        aten.tensordot.default,
+        aten.repeat.default,
+        aten.prelu.default,
+        aten.conv1d.default,
         aten._sparse_mm.default,
         aten._sparse_addmm.default,
         aten.index_add.default,

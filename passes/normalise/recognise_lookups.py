@@ -49,8 +49,9 @@ class RecogniseLookups:
 def _rows_at(node: fx.Node) -> Any:
     """(table, ids) of a node that takes rows of a matrix by integers; (None, None) for others."""
     if node.target is aten.index.Tensor:
-        table, indices = node.args
-        ids = indices[0] if len(indices) == 1 else None  # type: ignore[index,arg-type]
+        arguments: Any = node.args
+        table, indices = arguments
+        ids = indices[0] if len(indices) == 1 else None
     elif node.target is aten.index_select.default:
         table, dim, ids = node.args
         ids = ids if dim == 0 else None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from descompiler.graph.arguments import LookupCall
 from descompiler.graph.nodes import aten, shape_of, signature, value
 from descompiler.graph.program import Program, rowwise
 from descompiler.graph.rewrite import eliminate_dead_code
@@ -26,14 +27,15 @@ class RecogniseMaskedSums:
 
     def __call__(self, program: Program) -> Program:
         for node in list(program.graph.nodes):
-            if node.target is aten.embedding.default and program.parameter(node.args[0]) is not None:
+            if node.target is aten.embedding.default and program.parameter(LookupCall(node).weight) is not None:
                 self._replace(program, node)
         eliminate_dead_code(program.graph)
         return program
 
     def _replace(self, program: Program, rows: fx.Node) -> None:
-        ids, args = rows.args[1], signature(rows)
-        if not isinstance(ids, fx.Node) or not rowwise(program, ids) or len(shape_of(ids)) != 2 or len(rows.users) != 1:
+        call = LookupCall(rows)
+        ids = call.ids
+        if not rowwise(program, ids) or len(shape_of(ids)) != 2 or len(rows.users) != 1:
             return
         user = next(iter(rows.users))
         batch, length = shape_of(rows)[:2]
@@ -42,19 +44,18 @@ class RecogniseMaskedSums:
             mask, shape = user.args[0], [batch, 1, length]
         elif user.target is aten.mul.Tensor and len(user.users) == 1 and len(user.all_input_nodes) == 2:
             total = next(iter(user.users))
-            if total.target is not aten.sum.dim_IntList or list(total.args[1]) not in ([1], [-2]):  # type: ignore[arg-type]
+            if total.target is not aten.sum.dim_IntList or list(signature(total)["dim"] or ()) not in ([1], [-2]):
                 return
             mask, shape = next(n for n in user.all_input_nodes if n is not rows), [batch, length, 1]
             keep = bool(signature(total)["keepdim"])
         if not isinstance(mask, fx.Node) or shape_of(mask) != shape:
             return
         left_out = _left_out(mask, ids)
-        padding = -1 if args["padding_idx"] is None else int(args["padding_idx"])
         # another padding than the table's other lookups have would rule out forms that fetch rows once for all
-        if left_out is None or padding != left_out or value(total).dtype != value(rows).dtype:
+        if left_out is None or call.padding_idx != left_out or value(total).dtype != value(rows).dtype:
             return
         with program.graph.inserting_before(total):
-            new = program.graph.call_function(bag, (rows.args[0], ids, "sum", left_out, args["sparse"]))
+            new = program.graph.call_function(bag, (call.weight, ids, "sum", left_out, call.sparse))
             new.meta = dict(rows.meta)
             with value(rows).fake_mode:
                 new.meta["val"] = value(rows)[:, 0]

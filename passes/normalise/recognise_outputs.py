@@ -20,17 +20,14 @@ import sympy
 import torch
 from torch import fx
 
+from descompiler.graph.arguments import LookupCall, operand
 from descompiler.graph.nodes import aten, is_tensor, shape_of, signature, target_name, value
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import ancestors, eliminate_dead_code, insert_call
-from descompiler.ops.local import bag
 from descompiler.ops.vocabulary import Request, outputs_of, vocabulary
 from descompiler.tables.computed import by_rows
 
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-
-
-LOOKUPS = (aten.embedding.default, bag)
 
 
 Build = Callable[[list[fx.Node]], dict[fx.Node, fx.Node]]
@@ -73,7 +70,8 @@ class RecogniseOutputs:
     minimum_rows: int = 1024
 
     def __call__(self, program: Program) -> Program:
-        looked_up = {program.parameter(n.args[0]) for n in program.graph.nodes if n.target in LOOKUPS}
+        lookups = [x for n in program.graph.nodes if (x := LookupCall.of(n)) is not None]
+        looked_up = {program.parameter(x.weight) for x in lookups}
         for node in list(program.graph.nodes):
             if node.op != "call_function" or not node.users:
                 continue
@@ -191,18 +189,20 @@ def _transposed(node: Any) -> fx.Node | None:
     """The 2-D value that a node is the transpose of."""
     if not isinstance(node, fx.Node) or not is_tensor(node) or value(node).dim() != 2 or node.op != "call_function":
         return None
+    arguments: Any = node.args
     if node.target in (aten.t.default, aten.numpy_T.default, aten.transpose.int):
-        if node.target is aten.transpose.int and len({int(d) % 2 for d in node.args[1:3]}) != 2:  # type: ignore[arg-type]
+        if node.target is aten.transpose.int and len({d % 2 for d in arguments[1:3]}) != 2:
             return None
-        return node.args[0]  # type: ignore[return-value]
-    if node.target is aten.permute.default and [int(d) % 2 for d in node.args[1]] == [1, 0]:  # type: ignore[union-attr, arg-type]
-        return node.args[0]  # type: ignore[return-value]
+        return operand(node)
+    if node.target is aten.permute.default and [d % 2 for d in arguments[1]] == [1, 0]:
+        return operand(node)
     return None
 
 
 def _einsum(node: fx.Node) -> tuple[Any, Any]:
     """The operands (x, W) of ``...k,vk->...v``, in either order."""
-    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
+    args = signature(node)
+    equation, operands = args["equation"].replace(" ", ""), args["tensors"]
     inputs, _, output = equation.partition("->")
     names = inputs.split(",")
     if len(names) != 2 or "." in equation or not output:

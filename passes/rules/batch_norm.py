@@ -8,11 +8,13 @@ interaction and the `Linear` that narrows it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import fx
 
+from descompiler.graph.arguments import BatchNormCall
 from descompiler.graph.nodes import aten, shape_of
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.placement import Owned, Shard
@@ -27,7 +29,8 @@ class BatchNorm:
     targets: ClassVar[frozenset[Any]] = frozenset({aten.batch_norm.default})
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
-        x, weights, buffers = at.at(node.args[0]), _tensors(node, 1, 3), _tensors(node, 3, 5)
+        norm = BatchNormCall(node)
+        x, weights, buffers = at.at(norm.x), _tensors(norm.affine), _tensors(norm.statistics)
         if not isinstance(x, Owned | Shard):
             return Declined("the variance of a sum is not the sum of the terms'")
         if isinstance(x, Shard) and (x.dim != 1 or x.local):
@@ -47,21 +50,21 @@ class BatchNorm:
         return Placed(x, pieces, tuple(dict.fromkeys(replicated)))
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
-        x, training = part.at(node.args[0]), node.args[5]
+        norm = BatchNormCall(node)
+        x, operand = part.at(norm.x), part.operand(norm.x)
 
-        def share(n: Any) -> Any:
-            if not isinstance(n, fx.Node):
-                return n
+        def share(n: fx.Node | None) -> Any:
+            if n is None:
+                return None
             return part.share(n, 0, x) if isinstance(x, Shard) else part.given(n)
 
-        operand, weights = part.operand(node.args[0]), [share(n) for n in node.args[1:3]]  # type: ignore[arg-type]
-        if not training:
-            return part.call(node.target, operand, *weights, *map(share, node.args[3:5]), *node.args[5:])
-        buffers = [part.given(n) if isinstance(n, fx.Node) else n for n in node.args[3:5]]
+        weights = map(share, norm.affine)
+        if not norm.training:
+            return part.call(node.target, operand, *weights, *map(share, norm.statistics), *node.args[5:])
+        buffers = [None if n is None else part.given(n) for n in norm.statistics]
         mine = x.positions(part.rank) if isinstance(x, Shard) else list(range(int(shape_of(node)[1])))
-        momentum, eps = node.args[6:8]
-        return part.graph.call_method("norm_inside", (part.runtime, operand, *weights, *buffers, mine, momentum, eps))
+        return part.graph.call_method("norm_inside", (part.runtime, operand, *weights, *buffers, mine, *norm.options))
 
 
-def _tensors(node: fx.Node, start: int, stop: int) -> list[fx.Node]:
-    return [n for n in node.args[start:stop] if isinstance(n, fx.Node)]
+def _tensors(nodes: Iterable[fx.Node | None]) -> list[fx.Node]:
+    return [n for n in nodes if n is not None]

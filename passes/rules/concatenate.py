@@ -25,6 +25,7 @@ from descompiler.layout.placement import (
     shard,
 )
 from descompiler.region.rule import Declined, Part, Placed, Situation
+from descompiler.region.sliced import place_slices
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ class Concatenate:
                     segments.append(Segment(size, p.rank if isinstance(p, Owned) else LOCAL))
             return Placed(shard(dim, segments))
         first = places[0]
-        if isinstance(first, Shard) and all(p == first for p in places):
-            return Placed(Shard(first.dim + (stack and dim <= first.dim), first.segments))
         if any(isinstance(p, Shard) for p in places):
-            return Declined("concatenates values that are divided differently")
+            if not all(p == first for p in places):
+                return Declined("concatenates values that are divided differently")
+            return place_slices(node, at)
         if isinstance(first, Disjoint) and all(p == first for p in places) and dim >= first.lead:
             return Placed(first)
         ranks: set[int] = set()
@@ -85,7 +86,7 @@ class Concatenate:
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
-    return list(node.args[0])  # type: ignore[arg-type]
+    return list(signature(node)["tensors"])
 
 
 def _dim(node: fx.Node) -> int:

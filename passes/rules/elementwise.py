@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from descompiler.graph.nodes import aten, is_pointwise, is_tensor, shape_of
-from descompiler.layout.pieces import Pieces
+from descompiler.graph.nodes import aten, is_pointwise, shape_of, signature
 from descompiler.layout.placement import Disjoint, Local, Owned, Partial, Placement, Shard, has_local, ranks_of
 from descompiler.region.rule import NO_RULE, Declined, Part, Placed, Situation
+from descompiler.region.sliced import emit_slices, place_slices
 
 LINEAR = frozenset({aten.neg.default, aten.mul.Scalar, aten.div.Scalar})
 
@@ -55,49 +55,15 @@ class Pointwise:
     targets: None = None
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
-        values = dict.fromkeys(at.at(n) for n in node.all_input_nodes if n in at.placements)
-        x = next(iter(values))
+        x = next(at.at(n) for n in node.all_input_nodes if n in at.placements)
         if not is_pointwise(node) or isinstance(x, Owned):
             return Declined(NO_RULE)
         if not isinstance(x, Shard):
             return Declined("f of a sum is not the sum of f")
-        if len(values) > 1:
-            return Declined("it combines values that are divided differently")
-        pieces: dict[str, Pieces] = {}
-        replicated: list[str] = []
-        tensors = [n for n in node.all_input_nodes if is_tensor(n)]
-        if any(_dim_of(n, node, x) != x.dim for n in tensors if n in at.placements):
-            return Declined("what ranks divide is broadcast")  # to more dimensions, or to more elements in this one
-        for n in tensors:
-            if n in at.placements:
-                continue
-            dim = _dim_of(n, node, x)
-            if not at.given(n, x):
-                return Declined("it combines what is divided with what each rank has for its own rows only")
-            elif dim is None:
-                replicated += at.givens.parameters(n)
-            else:
-                cut, whole = at.along(n, dim, x)
-                pieces.update(cut)
-                replicated += whole
-        return Placed(x, pieces, tuple(dict.fromkeys(replicated)))
+        return place_slices(node, at, "what ranks divide is broadcast")
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
-        placement = part.at(node)
-        assert isinstance(placement, Shard)
-
-        def argument(n: fx.Node) -> Any:
-            dim = _dim_of(n, node, placement) if n not in part.placements and is_tensor(n) else None
-            return part.argument(n) if dim is None else part.share(n, dim, placement)
-
-        args, kwargs = fx.map_arg((node.args, node.kwargs), argument)
-        return part.call(node.target, *args, **kwargs)
-
-
-def _dim_of(operand: fx.Node, node: fx.Node, x: Shard) -> int | None:
-    """The operand's dimension that the result has as its divided one; None if it is broadcast."""
-    dim = x.dim - len(shape_of(node)) + len(shape_of(operand))
-    return dim if dim >= 0 and shape_of(operand)[dim] == shape_of(node)[x.dim] else None
+        return emit_slices(node, part)
 
 
 @dataclass(frozen=True)
@@ -110,7 +76,7 @@ class Unary:
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
         x = at.at(node.args[0])
         # a root of the zeros that other ranks' rows are here has an infinite slope, and a scale in front of it none
-        power = node.target is aten.pow.Tensor_Scalar and float(node.args[1]) >= 1  # type: ignore[arg-type]
+        power = node.target is aten.pow.Tensor_Scalar and signature(node)["exponent"] >= 1
         linear = node.target in LINEAR and isinstance(x, Partial | Disjoint)
         if linear or (isinstance(x, Disjoint) and (power or node.target in ZERO_TO_ZERO)):
             assert not isinstance(x, Local)
@@ -171,7 +137,7 @@ class Binary:
             return part.call(node.target, x, y, **node.kwargs)
         if x is None:
             assert y is not None
-            scale = node.kwargs.get("alpha", 1) if node.target is aten.add.Tensor else -node.kwargs.get("alpha", 1)  # type: ignore[operator]
+            scale = signature(node)["alpha"] * (1 if node.target is aten.add.Tensor else -1)
             x = y if scale == 1 else part.call(aten.mul.Tensor, y, scale)
             operand = b
         else:

@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from descompiler.graph.arguments import operand
 from descompiler.graph.nodes import aten, shape_of
 from descompiler.layout.placement import Disjoint, Partial, Shard
 from descompiler.region.rule import Declined, Part, Placed, Situation
+from descompiler.region.sliced import place_slices
 
 
 @dataclass(frozen=True)
@@ -22,23 +24,21 @@ class Expand:
     targets: ClassVar[frozenset[Any]] = frozenset({aten.expand.default, aten.repeat.default})
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
-        x, before, after = at.at(node.args[0]), shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
+        x, before, after = at.at(node.args[0]), shape_of(operand(node)), shape_of(node)
         if len(before) != len(after) or before[0] != after[0]:
             return Declined("adds dimensions, or rows")
+        if isinstance(x, Shard):
+            return place_slices(node, at, "tiles what ranks divide")
         grown = [d for d, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
         if isinstance(x, Partial):
             return Placed(x)
-        if isinstance(x, Disjoint):
-            key = ("expand", x.key, tuple(map(str, after)), str(node.target))
-            return Placed(x if min(grown, default=x.lead) >= x.lead else Disjoint(x.ranks, key, x.lead))
-        assert isinstance(x, Shard)
-        return Declined("tiles what ranks divide") if x.dim in grown else Placed(x)
+        assert isinstance(x, Disjoint)
+        key = ("expand", x.key, tuple(map(str, after)), str(node.target))
+        return Placed(x if min(grown, default=x.lead) >= x.lead else Disjoint(x.ranks, key, x.lead))
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
-        assert isinstance(node.args[0], fx.Node)
-        operand = part.operand(node.args[0])
         if node.target is aten.repeat.default:
-            return part.call(aten.repeat.default, operand, node.args[1])
-        before, after = shape_of(node.args[0]), shape_of(node)
+            return part.copy(node)
+        before, after = shape_of(operand(node)), shape_of(node)
         sizes = [-1 if a == b else b for a, b in zip(before, after, strict=True)]
-        return part.call(aten.expand.default, operand, sizes)
+        return part.call(aten.expand.default, part.operand(operand(node)), sizes)

@@ -12,10 +12,12 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from descompiler.graph.nodes import aten, shape_of
+from descompiler.graph.arguments import operand
+from descompiler.graph.nodes import aten, shape_of, signature
 from descompiler.graph.program import Program
 from descompiler.layout.placement import LOCAL, Disjoint, Partial, Segment, Shard, shard
 from descompiler.region.rule import Declined, Part, Placed, Situation
+from descompiler.region.sliced import place_slices
 
 
 @dataclass(frozen=True)
@@ -35,25 +37,24 @@ class IndexSelect:
             return Placed(x if dim >= x.lead else Disjoint(x.ranks, ("index", x.key, dim, tuple(chosen)), x.lead))
         assert isinstance(x, Shard)
         if x.dim != dim:
-            return Placed(x)
+            return place_slices(node, at)
         owners = _owners(x)
         if all(owners[i] == LOCAL for i in chosen):
             return Declined("selects what every rank has for its own rows")
         return Placed(shard(dim, [Segment(1, owners[i]) for i in chosen]))
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
-        assert isinstance(node.args[0], fx.Node) and isinstance(node.args[2], fx.Node)
-        x, dim, operand = part.at(node.args[0]), _dim(node), part.operand(node.args[0])
+        x, dim = part.at(node.args[0]), _dim(node)
         if not isinstance(x, Shard) or x.dim != dim:
-            return part.call(aten.index_select.default, operand, dim, part.given(node.args[2]))
+            return part.call(aten.index_select.default, part.operand(operand(node)), dim, part.given(operand(node, 2)))
         chosen, mine = _chosen(part.program, node), x.positions(part.owner)
         assert chosen is not None
         positions = [mine.index(i) for i in chosen if i in mine]
-        return part.call(operator.getitem, operand, (*[slice(None)] * dim, positions))
+        return part.call(operator.getitem, part.operand(operand(node)), (*[slice(None)] * dim, positions))
 
 
 def _dim(node: fx.Node) -> int:
-    return int(node.args[1]) % len(shape_of(node))  # type: ignore[arg-type]
+    return int(signature(node)["dim"]) % len(shape_of(node))
 
 
 def _chosen(program: Program, node: fx.Node) -> list[int] | None:

@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from descompiler.graph.arguments import operand, optional_operand
 from descompiler.graph.nodes import aten, shape_of
 from descompiler.layout.placement import LOCAL, Local, Partial, Shard, has_local, ranks_of
 from descompiler.region.rule import Declined, Part, Placed, Situation
+from descompiler.region.sliced import place_slices
 
 
 @dataclass(frozen=True)
@@ -28,20 +30,17 @@ class Linear:
         if isinstance(x, Local) or not all(w in at.givens.constants for w in (weight, bias) if w is not None):
             return Declined("its weight depends on the batch, or is a table")
         of_weight = at.givens.parameters(weight)
-        last = len(shape_of(node.args[0])) - 1  # type: ignore[arg-type]
-        if isinstance(x, Shard) and x.dim == last:
+        if isinstance(x, Shard) and x.dim == len(shape_of(operand(node))) - 1:
             pieces, replicated = at.along(weight, 1, x)
             return Placed(Partial(x.ranks, x.local or bias is not None), pieces, replicated)
         if isinstance(x, Shard):
-            of_bias = () if bias is None else at.givens.parameters(bias)
-            return Placed(x, replicated=of_weight + of_bias)
+            return place_slices(node, at)
         return Placed(Partial(ranks_of(x), has_local(x) or bias is not None), replicated=of_weight)
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
-        assert isinstance(node.args[0], fx.Node)
-        placement, (weight, bias) = part.at(node.args[0]), _weights(node)
-        x = part.operand(node.args[0])
-        follows = isinstance(placement, Shard) and placement.dim == len(shape_of(node.args[0])) - 1
+        placement, (weight, bias) = part.at(operand(node)), _weights(node)
+        x = part.operand(operand(node))
+        follows = isinstance(placement, Shard) and placement.dim == len(shape_of(operand(node))) - 1
         divided = isinstance(placement, Shard) and not follows
         # where the result is a sum of terms, the bias is the term of each rank's own rows
         with_bias = bias is not None and (divided or part.owner == LOCAL)
@@ -54,6 +53,4 @@ class Linear:
 
 
 def _weights(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    bias = node.args[2] if len(node.args) > 2 else None
-    assert isinstance(node.args[1], fx.Node) and (bias is None or isinstance(bias, fx.Node))
-    return node.args[1], bias
+    return operand(node, 1), optional_operand(node, 2)

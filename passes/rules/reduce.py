@@ -6,13 +6,17 @@ A sum over the dimension that ranks divide is a sum of their terms (`Partial`); 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar
 
 from torch import fx
 
+from descompiler.graph.arguments import operand
 from descompiler.graph.nodes import aten, shape_of, signature
+from descompiler.graph.slicing import along
 from descompiler.layout.placement import Disjoint, Partial, Shard
 from descompiler.region.rule import Declined, Part, Placed, Situation
+from descompiler.region.sliced import place_slices
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,8 @@ class Reduce:
     targets: ClassVar[frozenset[Any]] = frozenset({aten.sum.dim_IntList, aten.mean.dim})
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
-        x, dims, keep = at.at(node.args[0]), _dims(node), signature(node)["keepdim"]
-        if not dims or 0 in dims:
+        x, dims = at.at(node.args[0]), along(node)
+        if 0 in dims:
             return Declined("sums over the batch")
         if isinstance(x, Partial):
             return Placed(x)
@@ -33,20 +37,12 @@ class Reduce:
         assert isinstance(x, Shard)
         if x.dim in dims:
             return Placed(Partial(x.ranks, x.local))
-        return Placed(x if keep else Shard(x.dim - sum(d < x.dim for d in dims), x.segments))
+        return place_slices(node, at)
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
-        assert isinstance(node.args[0], fx.Node)
-        x, placement, dims = part.operand(node.args[0]), part.at(node.args[0]), _dims(node)
-        keep = signature(node)["keepdim"]
+        x, dims, keep = operand(node), sorted(along(node)), signature(node)["keepdim"]
+        placement = part.at(x)
         if node.target is aten.mean.dim and isinstance(placement, Shard) and placement.dim in dims:
-            count = 1
-            for d in dims:
-                count *= int(shape_of(node.args[0])[d])
-            return part.call(aten.div.Tensor, part.call(aten.sum.dim_IntList, x, dims, keep), count)
-        return part.call(node.target, x, dims, keep)
-
-
-def _dims(node: fx.Node) -> list[int]:
-    rank = len(shape_of(node.args[0]))  # type: ignore[arg-type]
-    return [d % rank for d in signature(node)["dim"] or ()]
+            count = prod(int(shape_of(x)[d]) for d in dims)
+            return part.call(aten.div.Tensor, part.call(aten.sum.dim_IntList, part.operand(x), dims, keep), count)
+        return part.call(node.target, part.operand(x), dims, keep)

@@ -7,14 +7,16 @@ because it is what stands between embeddings and the first `Linear`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any, ClassVar
 
 from torch import fx
 
+from descompiler.graph.arguments import operand
 from descompiler.graph.nodes import aten, shape_of, signature, tail
+from descompiler.graph.slicing import order_of, reshaped
 from descompiler.layout.placement import LOCAL, Disjoint, Partial, Region, Segment, Shard, shard
 from descompiler.region.rule import Declined, Part, Placed, Situation
+from descompiler.region.sliced import place_slices
 
 RESHAPES = frozenset(
     {
@@ -39,7 +41,7 @@ class Reshape:
     targets: ClassVar[frozenset[Any]] = RESHAPES
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
-        x, before, after = at.at(node.args[0]), tail(node.args[0]), tail(node)  # type: ignore[arg-type]
+        x, before, after = at.at(node.args[0]), tail(operand(node)), tail(node)
         if isinstance(x, Partial):
             return Placed(x)
         if isinstance(x, Disjoint):
@@ -51,9 +53,8 @@ class Reshape:
         return Placed(result) if result is not None else Declined("the reshape cuts through ranks' segments")
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
-        assert isinstance(node.args[0], fx.Node)
         shape = part.tail(part.at(node), tail(node))
-        return part.call(aten.reshape.default, part.operand(node.args[0]), [part.rows, *shape])
+        return part.call(aten.reshape.default, part.operand(operand(node)), [part.rows, *shape])
 
 
 def reshape_shard(x: Shard, before: tuple[int, ...], after: tuple[int, ...]) -> Region | None:
@@ -65,20 +66,11 @@ def reshape_shard(x: Shard, before: tuple[int, ...], after: tuple[int, ...]) -> 
     >>> str(reshape_shard(Shard(2, x.segments), (2, 3), (6,)))
     'Shard(1: 1@0,2@1,1@0,2@1)'
     """
-    outer, size, inner = prod(before[: x.dim - 1]), before[x.dim - 1], prod(before[x.dim :])
-    for e, extent in enumerate(after):
-        lead = prod(after[:e])
-        if outer % lead or (extent == 1 and size != 1):
-            continue
-        repeat = outer // lead
-        if extent % (repeat * size) == 0 and inner % (extent // (repeat * size)) == 0:
-            scale = extent // (repeat * size)
-            return shard(e + 1, [Segment(s.size * scale, s.owner) for _ in range(repeat) for s in x.segments])
-        if repeat == 1 and size % extent == 0:
-            step = size // extent
-            if all(s.size % step == 0 for s in x.segments):
-                return shard(e + 1, [Segment(s.size // step, s.owner) for s in x.segments])
-    return None
+    found = reshaped(before, after, x.dim - 1)
+    if found is None or any(s.size % found[3] for s in x.segments):
+        return None
+    dim, repeat, times, over = found
+    return shard(dim + 1, [Segment(s.size * times // over, s.owner) for _ in range(repeat) for s in x.segments])
 
 
 @dataclass(frozen=True)
@@ -89,29 +81,18 @@ class Permute:
     targets: ClassVar[frozenset[Any]] = frozenset({aten.transpose.int, aten.permute.default})
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
-        x, order = at.at(node.args[0]), _order(node)
+        x, order = at.at(node.args[0]), order_of(node)
         if order[0] != 0:
             return Declined("moves the batch dimension")
         if isinstance(x, Shard):
-            return Placed(Shard(order.index(x.dim), x.segments))
+            return place_slices(node, at)
         if isinstance(x, Disjoint):
             return Placed(Disjoint(x.ranks, ("permute", x.key, tuple(order), x.lead), len(order)))
         assert isinstance(x, Partial)
         return Placed(x)
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
-        assert isinstance(node.args[0], fx.Node)
-        return part.call(aten.permute.default, part.operand(node.args[0]), _order(node))
-
-
-def _order(node: fx.Node) -> list[int]:
-    rank, args = len(shape_of(node)), signature(node)
-    if node.target is aten.permute.default:
-        return [d % rank for d in args["dims"]]
-    order = list(range(rank))
-    a, b = args["dim0"] % rank, args["dim1"] % rank
-    order[a], order[b] = order[b], order[a]
-    return order
+        return part.call(aten.permute.default, part.operand(operand(node)), order_of(node))
 
 
 @dataclass(frozen=True)
@@ -134,7 +115,7 @@ class Narrow:
             return Placed(Disjoint(x.ranks, ("narrow", x.key, dim, start, stop, step), x.lead - drops))
         assert isinstance(x, Shard)
         if dim != x.dim:
-            return Placed(Shard(x.dim - (drops and dim < x.dim), x.segments))
+            return place_slices(node, at)
         if step != 1:
             return Declined("a slice with steps through ranks' segments")
         kept = _overlaps(x, start, stop)
@@ -145,23 +126,22 @@ class Narrow:
         return Placed(shard(dim, kept))
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
-        assert isinstance(node.args[0], fx.Node)
         x, (dim, start, stop, step) = part.at(node.args[0]), _interval(node)
-        operand = part.operand(node.args[0])
+        value = part.operand(operand(node))
         if isinstance(x, Shard) and x.dim == dim:
             # what lies before the interval on this part is where the part's share of the interval begins
             before = sum(s.size for s in _overlaps(x, 0, start) if s.owner == part.owner)
             size = sum(s.size for s in _overlaps(x, start, stop) if s.owner == part.owner)
             start, stop = before, before + size
         if node.target is aten.select.int:
-            return part.call(aten.select.int, operand, dim, start)
-        return part.call(aten.slice.Tensor, operand, dim, start, stop, step)
+            return part.call(aten.select.int, value, dim, start)
+        return part.call(aten.slice.Tensor, value, dim, start, stop, step)
 
 
 def _interval(node: fx.Node) -> tuple[int, int, int, int]:
     """(dim, start, stop, step) with non-negative numbers."""
     args = signature(node)
-    shape = shape_of(node.args[0])  # type: ignore[arg-type]
+    shape = shape_of(operand(node))
     dim = args["dim"] % len(shape)
     if dim == 0:
         return 0, 0, 0, 1

@@ -113,6 +113,8 @@ def _reductions() -> Iterator[Call]:
     for dim, x in product((1, 2), (X, SQUARE)):
         for packet in (aten.softmax, aten.log_softmax):
             yield Call(packet.int, (x, dim))
+        for packet in (aten._softmax, aten._log_softmax):
+            yield Call(packet.default, (x, dim, False))
         for packet in (aten.cumsum, aten.cumprod, aten.logcumsumexp):
             yield Call(packet.default, (x, dim))
         yield Call(aten.prod.dim_int, (x, dim))

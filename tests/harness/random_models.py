@@ -104,6 +104,7 @@ CONSUMERS: dict[str, tuple[str, str]] = {
     "recurrent": ("self.{n} = nn.GRU({D}, 3, batch_first=True)", "self.{n}(v)[0].sum(1)"),
     "sorted": ("", "v.sort(-1).values.sum(1)"),
     "cumulative": ("", "v.cumsum(1).tanh().sum(1)"),
+    "turned, and multiplied": ("", "(v.flip(1).cumprod(1).tanh() + v.var(1, keepdim=True, correction=0)).prod(1)"),
     # of a history h [b, 4, D] of items, its mask m [b, 4] (ids that are not 0), and a target t [b, D]: one table
     "recurrent history": ("self.{n} = nn.GRU({D}, 3, batch_first=True)", "self.{n}(h)[1].squeeze(0)"),
     "recurrent history, all states": (
