@@ -138,7 +138,8 @@ def test_what_a_parameter_is_used_for():
             self.rare = nn.Embedding(9, 1, sparse=True)
 
         def forward(self, ids):
-            return super().forward(ids)["score"] + self.rare(ids[:, 0]).squeeze(1)
+            rare = torch.embedding(self.rare.weight, ids[:, 0], -1, False, True)  # functions of F pass keywords on
+            return super().forward(ids)["score"] + rare.squeeze(1)
 
     uses = survey(blueprint(Uses()), (IDS,)).uses
     assert {n for n, u in uses.items() if u.sparse} == {"bag.weight", "rare.weight"}

@@ -148,7 +148,7 @@ def test_a_bound_above_the_price_is_an_error_and_never_a_proof(monkeypatch):
 
 
 def test_branch_and_bound_from_any_choice():
-    """What it leaves out is no better, also where the bound is as close as can be and it starts close to the best."""
+    """What it leaves out is no better, be the bound as close as can be, or none at all, also from close to the best."""
     search = search_of(captured([1000, 100_000], 1, 400, ["deep"]), 2, 50, effort=1000)
     choices = [dict(zip(search.allowed, c, strict=True)) for c in itertools.product(*search.allowed.values())]
     prices = sorted({search.score(c).price for c in choices})
@@ -156,10 +156,10 @@ def test_branch_and_bound_from_any_choice():
 
     def least(fixed):
         prices = [search.score(c).price for c in choices if all(c[n] in forms for n, forms in fixed.items())]
-        return SimpleNamespace(sent_bytes=min(prices))
+        return SimpleNamespace(sent_bytes=share * min(prices))
 
     search.relaxation = SimpleNamespace(solve=least)
-    for price in (*prices[:3], prices[-1]):
+    for share, price in itertools.product((1, 0), (*prices[:3], prices[-1])):
         start = next(c for c in choices if search.score(c).price == price)
         search.exact = False
         assert search.score(search.complete(start)).price == prices[0] and search.exact
