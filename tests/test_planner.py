@@ -156,12 +156,12 @@ def test_branch_and_bound_from_any_choice():
 
     def least(fixed):
         prices = [search.score(c).price for c in choices if all(c[n] in forms for n, forms in fixed.items())]
-        return SimpleNamespace(sent_bytes=share * min(prices))
+        return SimpleNamespace(sent_bytes=min(prices))
 
-    search.relaxation = SimpleNamespace(solve=least)
-    for share, price in itertools.product((1, 0), (*prices[:3], prices[-1])):
+    bounds = SimpleNamespace(solve=least), SimpleNamespace(solve=lambda fixed: SimpleNamespace(sent_bytes=0))
+    for bound, price in itertools.product(bounds, (*prices[:3], prices[-1])):
         start = next(c for c in choices if search.score(c).price == price)
-        search.exact = False
+        search.relaxation, search.exact = bound, False
         assert search.score(search.complete(start)).price == prices[0] and search.exact
 
 
