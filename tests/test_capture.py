@@ -277,6 +277,18 @@ def test_a_graph_whose_gradients_differ_is_not_accepted(monkeypatch):
         assert program.rung == "export" and f"does not reproduce {said}" in program.failures[0].reason
 
 
+def test_matrices_that_are_plain_attributes_are_compared_in_float64():
+    class Mixed(Plain):
+        def __init__(self):
+            super().__init__()
+            self.matrix = torch.rand(4, 4)
+
+        def forward(self, ids):
+            return self.top(self.table(ids).sum(1) @ self.matrix)
+
+    assert captured(Mixed()).rung == "export"
+
+
 def test_what_is_no_number_is_compared():
     numbers, infinite = torch.tensor([1.0, 0.0]), torch.tensor([1.0, torch.inf])
     assert relative_error(numbers, numbers) == relative_error(infinite, infinite) == 0
