@@ -277,6 +277,19 @@ def test_a_graph_whose_gradients_differ_is_not_accepted(monkeypatch):
         assert program.rung == "export" and f"does not reproduce {said}" in program.failures[0].reason
 
 
+def test_a_graph_that_reproduces_the_example_batch_alone_is_not_accepted(monkeypatch):
+    def fixed(traced, tensors, template):
+        top, forward = traced.model.top, traced.model.top.forward
+        top.forward = lambda x: forward(x) + (x.shape[0] - len(IDS))
+        return export(traced, tensors, template)
+
+    export = ladder.RUNGS[0][1]
+    monkeypatch.setattr(ladder, "RUNGS", (("fixed", fixed), ("export", export)))
+    program = captured(Plain())
+    assert program.rung == "export" and "output 0 of the model on" in program.failures[0].reason
+    assert f"on {len(IDS)} rows" not in program.failures[0].reason
+
+
 def test_matrices_that_are_plain_attributes_are_compared_in_float64():
     class Mixed(Plain):
         def __init__(self):

@@ -77,9 +77,8 @@ def judge(mutant: Mutant, tree: Path, timeout_s: float) -> tuple[str, str]:
         result, said = run_tests(tree, mutant.tests, timeout_s)
     finally:
         _git(tree, "checkout", "--", ".")
-    return result, next(
-        (x for x in said.splitlines()[::-1] if x.startswith(("FAILED ", "ERROR "))), said[-200:].strip()
-    )
+    failed = [x for x in said.splitlines() if x.startswith(("FAILED ", "ERROR "))]
+    return result, failed[-1] if failed else said[-200:].strip()
 
 
 def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
