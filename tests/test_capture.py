@@ -13,6 +13,7 @@ from torch import nn
 
 import descompiler as des
 from descompiler.capture import ladder
+from descompiler.capture.checks import relative_error
 from descompiler.capture.ladder import capture
 from descompiler.capture.leaves import trace_leaves
 from descompiler.classify.scope import scope_of
@@ -244,6 +245,68 @@ def test_a_graph_that_does_not_reproduce_the_model_is_not_accepted(monkeypatch):
     program = captured(Plain())
     assert program.rung == "export"
     assert "output 0" in program.failures[0].reason and "output 0" in program.failures[1].reason
+
+
+def test_a_graph_whose_gradients_differ_is_not_accepted(monkeypatch):
+    """Its outputs are the model's: a layer without a gradient; a table without one that is too large for values."""
+
+    class Large(Plain):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(1 << 21, 4)
+
+    def detached(part):
+        def trace(traced, tensors, template):
+            module = getattr(traced.model, part)
+            module.register_forward_hook(lambda module, inputs, out: out.detach() if part == "table" else out)
+            if part == "top":
+                module.forward = lambda x: nn.functional.linear(x, module.weight.detach(), module.bias)
+            return export(traced, tensors, template)
+
+        return trace
+
+    export = ladder.RUNGS[0][1]
+    for cls, part, said in (
+        (Plain, "top", "the gradient of parameter 'top.weight'"),
+        (Large, "table", "whether 'table.weight' gets a gradient"),
+    ):
+        monkeypatch.setattr(ladder, "RUNGS", (("detached", detached(part)), ("export", export)))
+        with torch.device("meta"):
+            model = cls()
+        program = captured(model)
+        assert program.rung == "export" and f"does not reproduce {said}" in program.failures[0].reason
+
+
+def test_a_graph_that_reproduces_the_example_batch_alone_is_not_accepted(monkeypatch):
+    def fixed(traced, tensors, template):
+        top, forward = traced.model.top, traced.model.top.forward
+        top.forward = lambda x: forward(x) + (x.shape[0] - len(IDS))
+        return export(traced, tensors, template)
+
+    export = ladder.RUNGS[0][1]
+    monkeypatch.setattr(ladder, "RUNGS", (("fixed", fixed), ("export", export)))
+    program = captured(Plain())
+    assert program.rung == "export" and "output 0 of the model on" in program.failures[0].reason
+    assert f"on {len(IDS)} rows" not in program.failures[0].reason
+
+
+def test_matrices_that_are_plain_attributes_are_compared_in_float64():
+    class Mixed(Plain):
+        def __init__(self):
+            super().__init__()
+            self.matrix = torch.rand(4, 4)
+
+        def forward(self, ids):
+            return self.top(self.table(ids).sum(1) @ self.matrix)
+
+    assert captured(Mixed()).rung == "export"
+
+
+def test_what_is_no_number_is_compared():
+    numbers, infinite = torch.tensor([1.0, 0.0]), torch.tensor([1.0, torch.inf])
+    assert relative_error(numbers, numbers) == relative_error(infinite, infinite) == 0
+    for other in (infinite, torch.tensor([1.0, torch.nan])):
+        assert relative_error(numbers, other) == relative_error(other, numbers) == torch.inf
 
 
 def test_two_ranks_by_dynamo(on_ranks):

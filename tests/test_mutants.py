@@ -45,7 +45,8 @@ def test_the_runner_tells_them_apart(tmp_path):
         head = "diff --git a/half.py b/half.py\n--- a/half.py\n+++ b/half.py\n@@ -1,2 +1,2 @@\n def half(x):\n"
         file.write_text(f"# It is not half.\n# tests: test_half.py\n{head}-{line}\n+{other}\n")
         results.append(judge(Mutant.read(file), tree, 60))
-    assert results == [KILLED, LIVED, BROKEN]
+    assert [result for result, _ in results] == [KILLED, LIVED, BROKEN]
+    assert results[0][1].startswith("FAILED test_half.py::test_half") and "1 passed" in results[1][1]
     assert "x / 2" in (tree / "half.py").read_text()
 
 

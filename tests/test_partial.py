@@ -15,7 +15,7 @@ from torch import nn
 import descompiler as des
 from descompiler.eager.measure import measure_in_part
 from descompiler.eager.planning import plan_partial
-from descompiler.eager.survey import survey
+from descompiler.eager.survey import MEAN, ROWS, SAME, SUM, survey
 from descompiler.model.probe import blueprint
 from descompiler.planning.objective import Terms
 from tests.harness.failures import Raises, raised
@@ -93,6 +93,62 @@ def test_a_lookup_that_needs_rows(on_ranks):
     for worst, text in on_ranks(_no_rows_on_the_first_rank, 2):
         assert worst < 1e-12
         assert "rank 1" in text and "int" in text
+
+
+class FromTheEnd(ThroughLists):
+    """A parameter that is indexed by numbers which count from its end."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(9))
+
+    def forward(self, ids):
+        return self.top(self.embed(ids)).squeeze(1) + self.bias[ids[:, 0] - 9]
+
+
+def _below_zero(rank, ranks):
+    """The largest difference from one process; what an embedding says of a negative id on one rank."""
+    model = FromTheEnd().double()
+    module = des.compile(copy.deepcopy(model), (IDS,), plan=PULL)
+    worst = float((module(IDS) - model(IDS)).abs().max())
+    return worst, raised(lambda: module(IDS - 9 * (rank == 1)))
+
+
+def test_indices_may_count_from_the_end_and_ids_may_not(on_ranks):
+    for worst, text in on_ranks(_below_zero, 2):
+        assert worst < 1e-12
+        assert re.search(r"InputError: rank 1: table 'table\.weight': id -\d is not in 0 to 8", text)
+
+
+class Scalars(Packed):
+    """A mean and a sum over rows, and what no row changes; packing needs rows."""
+
+    def forward(self, ids):
+        score = super().forward(ids).squeeze(1)
+        return {"mean": score.mean(), "rows": score, "sum": score.sum(), "same": self.top.weight.square().sum()}
+
+
+def test_scalars_of_the_batch(on_ranks):
+    assert survey(blueprint(Scalars()), (IDS,)).outputs == (MEAN, ROWS, SUM, SAME)
+    assert des.verify(Scalars(), (IDS,), plans=[PULL], launch=on_ranks).cases == 1
+
+
+def test_what_a_parameter_is_used_for():
+    class Uses(Everything):
+        def __init__(self):
+            super().__init__()
+            self.rare = nn.Embedding(9, 1, sparse=True)
+
+        def forward(self, ids):
+            rare = torch.embedding(self.rare.weight, ids[:, 0], -1, False, True)  # functions of F pass keywords on
+            return super().forward(ids)["score"] + rare.squeeze(1)
+
+    uses = survey(blueprint(Uses()), (IDS,)).uses
+    assert {n for n, u in uses.items() if u.sparse} == {"bag.weight", "rare.weight"}
+    assert {n for n, u in uses.items() if u.lookups and not u.others} == {
+        "table.weight", "bag.weight", "bias", "rare.weight"
+    }  # fmt: skip
+    assert not uses["matrix"].lookups and uses["matrix"].others
 
 
 def _own_examples(rank, ranks):
@@ -363,11 +419,12 @@ def test_the_global_batch_draws_the_same_on_every_rank(on_ranks):
     )
 
 
-def _regularised(rank, ranks, kind):
+def _regularised(rank, ranks, kind, cls=Branch, plan=PULL):
     """A regulariser outside forward, on whatever the rank holds."""
-    model = Branch().double()
+    model = cls().double()
     reference = copy.deepcopy(model)
-    module = des.compile(model, (IDS,), plan=PULL)
+    module = des.compile(model, (IDS,), plan=plan)
+    assert (plan == PULL) == (not module.pieces("table.weight").shared())
     penalty = {
         "squares": lambda m: sum((0.1 * p.square()).sum() for p in m.parameters()),
         "norm": lambda m: torch.norm(m.table.weight),
@@ -381,13 +438,25 @@ def _regularised(rank, ranks, kind):
         losses.append(penalty(m).item())
     worst = 0.0
     for (n, p), q in zip(module.named_parameters(), reference.parameters(), strict=True):
-        worst = max(worst, float((p.grad - module.pieces(n).cut(q.grad, rank)).abs().max()))
+        if q.grad is not None:
+            worst = max(worst, float((p.grad - module.pieces(n).cut(q.grad, rank)).abs().max()))
     return worst, abs(losses[0] - losses[1])
 
 
 @pytest.mark.parametrize("kind", ["squares", "norm", "p-norm", "product"])
 def test_regularisers_outside_forward(on_ranks, kind):
     for gradient, value in on_ranks(_regularised, 2, kind):
+        assert gradient < 1e-12 and value < 1e-12
+
+
+class Graph(ThroughLists):
+    def forward(self, ids):
+        return self.top(self.table(ids).sum(1))
+
+
+@pytest.mark.parametrize("kind", ["squares", "norm", "p-norm"])
+def test_regularisers_where_every_rank_holds_some_rows(on_ranks, kind):
+    for gradient, value in on_ranks(_regularised, 2, kind, Graph, {"*": "hot"}):
         assert gradient < 1e-12 and value < 1e-12
 
 
@@ -555,7 +624,7 @@ def _evaluated(rank, ranks, form):
     return module.coverage().rung, max(worst), said, module.output_rows, module.traffic().total, text
 
 
-@pytest.mark.parametrize("form", ["row_wise", "column_wise"])
+@pytest.mark.parametrize("form", ["row_wise", "column_wise", "hot_rows"])
 def test_evaluation_that_is_not_captured_runs_the_users_forward(on_ranks, form):
     for rung, worst, said, rows, sent, text in on_ranks(_evaluated, 2, form):
         assert rung == "export" and worst < 1e-12 and said == 1 and len(rows) == 1 and sent > 0

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tracemalloc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import networkx as nx
 import pytest
@@ -144,6 +145,43 @@ def test_a_bound_above_the_price_is_an_error_and_never_a_proof(monkeypatch):
     with pytest.raises(des.DescompilerError, match=r"less than .* that no plan should be below"):
         search.run()
     assert not search.exact
+
+
+def test_branch_and_bound_from_any_choice():
+    """What it leaves out is no better, be the bound as close as can be, or none at all, also from close to the best."""
+    search = search_of(captured([1000, 100_000], 1, 400, ["deep"]), 2, 50, effort=1000)
+    choices = [dict(zip(search.allowed, c, strict=True)) for c in itertools.product(*search.allowed.values())]
+    prices = sorted({search.score(c).price for c in choices})
+    assert prices[1] < 1.02 * prices[0], "some choice is close to the best"
+
+    def least(fixed):
+        prices = [search.score(c).price for c in choices if all(c[n] in forms for n, forms in fixed.items())]
+        return SimpleNamespace(sent_bytes=min(prices))
+
+    bounds = SimpleNamespace(solve=least), SimpleNamespace(solve=lambda fixed: SimpleNamespace(sent_bytes=0))
+    for bound, price in itertools.product(bounds, (*prices[:3], prices[-1])):
+        start = next(c for c in choices if search.score(c).price == price)
+        search.relaxation, search.exact = bound, False
+        assert search.score(search.complete(start)).price == prices[0] and search.exact
+
+
+def test_a_search_that_is_broken_off_is_not_exact():
+    search = search_of(captured([100_000] * 2, 16, 2, ["norm"]), 8, 4096, effort=0)
+    dear = dict.fromkeys(search.allowed, "replicate")
+    assert search.complete(dear) == dear and not search.exact
+
+
+def test_no_single_move_improves_what_the_descent_finds():
+    """Of more tables than branch and bound takes; it begins with the worst start, not with the best one."""
+    found = captured([2, 30, 1000, 4000, 20_000, 100_000, 400_000] * 2, 16, 64, ["deep", "fm"])
+    search = search_of(found, 8, 4096, effort=1000)
+    starts = list(search.starts(frozenset()))
+    worst = max(starts, key=search.score)
+    search.starts = lambda inside: iter([worst])
+    forms, _ = search.run()
+    least = search.score(forms)
+    assert least <= min(map(search.score, starts)) < search.score(worst)
+    assert all(search.score(search.tied(forms, move)) >= least for move in search._moves(forms))
 
 
 @settings(max_examples=50, deadline=None)

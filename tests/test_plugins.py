@@ -277,6 +277,14 @@ def test_a_registry_keeps_an_order_and_says_what_there_is():
         names.add(replace(Flip(), name="owner"), "theirs")
 
 
+def test_what_is_equal_is_no_clash():
+    """As a call's form, which is made anew for each call."""
+    names = Registry("rule", RULES)
+    names.add(Flip(), "theirs")
+    names.add(Flip(), "theirs")
+    assert names.names == (*RULES.names, "flip") and names.origin("flip") == "theirs"
+
+
 def test_built_in_passes_come_first():
     @dataclass(frozen=True)
     class Last:

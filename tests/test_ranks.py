@@ -119,6 +119,26 @@ def test_state_dict_round_trip(on_ranks, form):
     assert on_ranks(_checkpoint, 3, form) == [(True, True, True)] * 3
 
 
+class Unsaved(nn.Module):
+    """Offsets that are in no state_dict, and a scale that is."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+        self.register_buffer("offsets", torch.arange(3), persistent=False)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, ids):
+        return self.table((ids + self.offsets) % 9).sum(1) * self.scale
+
+
+def test_buffers_that_are_not_saved():
+    model = Unsaved()
+    module = des.compile(copy.deepcopy(model), (IDS,))
+    assert module.state_dict().keys() == model.state_dict().keys() == {"table.weight", "scale"}
+    assert torch.equal(module(IDS), model(IDS))
+
+
 def _from_meta(rank, ranks, form):
     with torch.device("meta"):
         model = MODELS["deepfm"]("fields")

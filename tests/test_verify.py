@@ -84,6 +84,48 @@ def test_a_fault_is_found(fault):
         des.verify(model, make_inputs("deepfm", "fields", 8), plans=[{"*": "row_wise"}], launch=launch)
 
 
+class Sparse(torch.nn.Module):
+    """A table with sparse gradients, and one that nothing uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.unused = torch.nn.Embedding(9, 4, sparse=True), torch.nn.Embedding(9, 4)
+
+    def forward(self, ids):
+        return self.table(ids).sum((1, 2))
+
+
+def one_row_more(module):
+    """A row of zeros, which an optimiser with momentum moves."""
+    row = torch.sparse_coo_tensor([[0]], torch.zeros(1, 4, dtype=torch.float64), module.table.weight.shape)
+    module.table.weight.register_hook(lambda g: g + row)
+
+
+def dense(module):
+    module.table.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", p.grad.to_dense()))
+
+
+def unused_gradient(module):
+    p = module.unused.weight
+    module.register_forward_hook(lambda *_: setattr(p, "grad", torch.ones_like(p)))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (one_row_more, r"the gradient of 'table\.weight' has other rows than the original's"),
+        (dense, r"the gradient of 'table\.weight' is not sparse any more"),
+        (unused_gradient, r"'unused\.weight' has a gradient, the original has none"),
+    ],
+)
+def test_a_gradient_that_is_none_of_the_originals_is_found(fault, said):
+    def launch(function, ranks, *arguments, timeout_s):
+        return on_ranks(faulty, ranks, fault, function, *arguments, timeout_s=timeout_s)
+
+    with pytest.raises(des.EquivalenceError, match=said):
+        des.verify(Sparse(), (torch.arange(8).view(8, 1) % 4,), plans=[{"*": "pull"}], launch=launch)
+
+
 class Steep(torch.nn.Module):
     """Its gradient moves a thousand times as far as its weights do, its output hardly."""
 

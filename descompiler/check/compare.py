@@ -167,6 +167,14 @@ def _largest(tensors: Iterable[Tensor]) -> float:
     return max((float(t.detach().to_dense().abs().max()) for t in tensors if t.numel()), default=0.0)
 
 
+def _touched(p: Tensor) -> Tensor:
+    """Which elements of a parameter its gradient has: all of a sparse one's rows, zero or not."""
+    touched = torch.zeros(p.shape, dtype=torch.bool, device=p.device)
+    if p.grad is not None:
+        touched[p.grad._indices()[0] if p.grad.is_sparse else slice(None)] = True
+    return touched
+
+
 def _near(a: Tensor, b: Tensor, difference: float) -> bool:
     return a.shape == b.shape and (not b.numel() or float((a - b).detach().abs().max()) <= difference)
 
@@ -296,6 +304,10 @@ def _case(
             own = torch.zeros_like(part) if p.grad is None else p.grad.to_dense()
             if p.grad is not None and name in are_sparse and part.numel() and not p.grad.is_sparse:
                 raise EquivalenceError(f"{title}: the gradient of {name!r} is not sparse any more")
+            if name in are_sparse:
+                touched = module.plan.pieces[name].cut(_touched(reference.get_parameter(name)), rank)
+                if not torch.equal(_touched(p), touched):  # optimisers move what has a gradient of zero too
+                    raise EquivalenceError(f"{title}: the gradient of {name!r} has other rows than the original's")
             found[name] = own, part, _largest([grads[name]])
         allowed = {n: max(rounding, size * TOLERANCE_FLOAT64) for n, (_, _, size) in found.items()}
         far = {n for n, (own, part, _) in found.items() if not _near(own, part, allowed[n])}

@@ -91,7 +91,7 @@ class Recorder(TorchFunctionMode):
                 use.lookups.add(function_name(func))
                 use.ids += ids[0].numel()
                 use.vectors += result.numel() // max(leaf.shape[1:].numel(), 1)
-                use.sparse |= bool(kwargs.get("sparse", func is F.embedding and len(args) > 6 and args[6]))
+                use.sparse |= bool(kwargs.get("sparse", func is torch.embedding and len(args) > 4 and args[4]))
                 self.ids.setdefault(name, []).append(ids[0].detach())
             else:
                 use.others.add(function_name(func))

@@ -123,7 +123,7 @@ class RankPool:
                 rank = waiting.pop(pipe)
                 try:
                     answers[rank] = pickle.loads(pipe.recv_bytes())
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     answers[rank] = ("error", f"rank {rank} ended without an answer")
                 if answers[rank][0] == "error":
                     deadline = min(deadline, time.monotonic() + GRACE_S)

@@ -69,14 +69,16 @@ def run_tests(tree: Path, tests: tuple[str, ...], timeout_s: float) -> tuple[str
     return {0: LIVED, 1: KILLED}.get(ended.returncode, BROKEN), ended.stdout + ended.stderr
 
 
-def judge(mutant: Mutant, tree: Path, timeout_s: float) -> str:
-    """What becomes of a mutant; the tree is as it was afterwards."""
+def judge(mutant: Mutant, tree: Path, timeout_s: float) -> tuple[str, str]:
+    """What becomes of a mutant, and by what; the tree is as it was afterwards."""
     if _git(tree, "apply", str(mutant.file)).returncode:
-        return BROKEN
+        return BROKEN, "the patch does not apply"
     try:
-        return run_tests(tree, mutant.tests, timeout_s)[0]
+        result, said = run_tests(tree, mutant.tests, timeout_s)
     finally:
         _git(tree, "checkout", "--", ".")
+    failed = [x for x in said.splitlines() if x.startswith(("FAILED ", "ERROR "))]
+    return result, failed[-1] if failed else said[-200:].strip()
 
 
 def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
@@ -120,10 +122,11 @@ def _work_tree(tree: Path) -> Iterator[Path]:
 def _report(mutant: Mutant, free: SimpleQueue[Path], timeout_s: float) -> str:
     tree, start = free.get(), time.monotonic()
     try:
-        result = judge(mutant, tree, timeout_s)
+        result, why = judge(mutant, tree, timeout_s)
     finally:
         free.put(tree)
-    print(f"{result:7} {time.monotonic() - start:5.0f} s  {mutant.file.stem}: {mutant.what}", flush=True)
+    # what killed it is told too: a test that took too long on a busy machine has seen nothing
+    print(f"{result:7} {time.monotonic() - start:5.0f} s  {mutant.file.stem}: {mutant.what}\n{'':17}{why}", flush=True)
     return result
 
 
