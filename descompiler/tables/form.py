@@ -156,14 +156,19 @@ class Form(Protocol):
 
     @property
     def has_owners(self) -> bool:
-        """Whether whole tables, or fields of one, lie on ranks that the planner chooses for all tables together
-        (`Choice.owner`, `Choice.field_owners`)."""
+        """Whether the planner deals tables in this form to ranks.
+
+        Whole ones, or the fields of one, balanced over all tables (`Choice.owner`, `Choice.field_owners`).
+        """
         ...
 
     @property
     def by_columns(self) -> bool:
-        """Whether each rank has columns of a table, so that it can have those of what is computed of whole tables
-        (`descompiler.tables.computed`), if all of these take the form."""
+        """Whether ranks have columns of a table.
+
+        So they can have columns of what is computed of whole tables (`descompiler.tables.computed`), if all of these
+        take the form.
+        """
         ...
 
     @property
@@ -178,8 +183,10 @@ class Form(Protocol):
 
     @property
     def curve(self) -> sympy.Expr | None:
-        """What a rank sends for a dense table, in symbols of this table alone; None where other tables or the
-        frequencies of ids decide, or another form has the same."""
+        """What a rank sends for a dense table, in symbols of this table alone.
+
+        None where other tables or the frequencies of ids decide, or another form has the same.
+        """
         ...
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
@@ -229,8 +236,10 @@ class Form(Protocol):
     def least_bytes(
         self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, itemsize: int
     ) -> float | None:
-        """What no division in this form sends less than, all ranks together, for lookups outside the region; None
-        where `costs` say it."""
+        """What all ranks together send at least, in any division in this form, for lookups outside the region.
+
+        None where `costs` say it.
+        """
         ...
 
 
