@@ -12,7 +12,8 @@ PACKAGE = TESTS.parent / "descompiler"
 
 ORDER = (
     ("errors", "examples"),
-    ("registry",),
+    ("registry", "units"),
+    ("sheet",),
     ("cost_models",),
     ("ops",),
     ("model",),

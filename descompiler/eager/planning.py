@@ -13,10 +13,11 @@ from descompiler.graph.program import Failure
 from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
 from descompiler.model.random_state import ONE_DRAW
+from descompiler.planning.chosen import Table
 from descompiler.planning.coverage import PARTIAL, Coverage, Covered
 from descompiler.planning.given import Given, check_ranks, loaded
 from descompiler.planning.pins import names_matching
-from descompiler.planning.plan import Plan, Table
+from descompiler.planning.plan import Plan
 from descompiler.tables.form import Split
 from descompiler.tables.tables import WEIGHTS_RICH_ELEMENTS
 
