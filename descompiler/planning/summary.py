@@ -174,8 +174,7 @@ def _short(placement: str, most: int = 40) -> str:
 
 def parts(plan: Chosen) -> Sheet:
     """What the busiest rank sends, by collective."""
-    every = [plan.traffic(r) for r in range(plan.ranks)]
-    busiest = max(every, key=lambda t: t.total)
+    busiest = max(plan.layout.predict_kinds(plan.rows, plan.itemsize), key=lambda t: t.total)
     rows = [
         (name, float(size), busiest.calls_by_collective.get(name)) for name, size in busiest.bytes_by_collective.items()
     ]
@@ -199,7 +198,8 @@ def step_seconds(plan: Chosen, cluster: Cluster) -> float:
 
 def mean_bytes(plan: Chosen) -> int:
     """Bytes sent per rank and step, the mean over ranks."""
-    return round(sum(plan.traffic(r).total for r in range(plan.ranks)) / plan.ranks)
+    alike = plan.layout.predict_alike(plan.rows, plan.itemsize)
+    return round(sum(ranks * traffic.total for ranks, traffic in alike) / plan.ranks)
 
 
 def strategies(plan: Chosen, cluster: Cluster | None = None) -> Sheet:
