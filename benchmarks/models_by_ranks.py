@@ -15,7 +15,8 @@ import torch
 import descompiler as des
 from descompiler.captured import Captured
 from descompiler.cost_models import baselines
-from descompiler.report.render import Column, Sheet, to_markdown
+from descompiler.report.render import to_markdown
+from descompiler.sheet import Column, Sheet
 from examples.models import MODELS, make_inputs
 
 RANKS = (1, 2, 4, 8)

@@ -1,4 +1,4 @@
-"""Where one cost overtakes another, in closed form wherever sympy's ``solve`` finds one.
+"""Where one cost overtakes another, in closed form wherever sympy finds the roots of a rational cost.
 
 The threshold t of symbol x solves a(x) = b(x); on which side a is cheaper is seen from a - b beside it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import sympy
@@ -95,15 +96,9 @@ def crossovers(
     """
     if symbol in values:
         raise ValueError(f"{symbol} is what to solve for: give no number of it")
-    difference = sympy.factor(sympy.together(a[1] - b[1]))
+    difference, roots = _solved(a[1], b[1], symbol)
     if missing := difference.free_symbols - set(values) - {symbol}:
         raise ValueError(f"give numbers of {', '.join(sorted(map(str, missing)))}")
-    free = sympy.Dummy(symbol.name, positive=True)  # roots need not be whole
-    numerator, _ = sympy.fraction(difference.subs(symbol, free))
-    try:
-        roots = sympy.solve(numerator, free)
-    except NotImplementedError:  # no closed form
-        roots = []
     at = sympy.lambdify(symbol, difference.subs(values), "math")
     found = []
     for root in roots:
@@ -114,5 +109,18 @@ def crossovers(
         below, beyond = at(value * (1 - BESIDE)), at(value * (1 + BESIDE))
         if below * beyond < 0:  # else they touch
             first, second = (a[0], b[0]) if beyond < 0 else (b[0], a[0])
-            found.append(Crossover(symbol, sympy.factor(root), value, first, second))
+            found.append(Crossover(symbol, root, value, first, second))
     return sorted(found, key=lambda x: x.value)
+
+
+@cache
+def _solved(a: sympy.Expr, b: sympy.Expr, symbol: sympy.Symbol) -> tuple[sympy.Expr, tuple[sympy.Expr, ...]]:
+    """a - b, and where it may be 0: kept, since numbers change from table to table, formulas don't."""
+    difference = sympy.cancel(a - b)
+    free = sympy.Dummy(symbol.name, positive=True)  # roots need not be whole
+    numerator, _ = sympy.fraction(difference.subs(symbol, free))
+    try:
+        roots = sympy.roots(sympy.Poly(numerator, free)) if numerator.has(free) else ()
+    except sympy.PolynomialError:  # no closed form
+        roots = ()
+    return difference, tuple(map(sympy.factor, roots))

@@ -19,12 +19,12 @@ from descompiler.module.deferred import DeferredModule
 from descompiler.module.distributed import DistributedModule, install
 from descompiler.module.initial import initial_values
 from descompiler.module.parts import Parts
+from descompiler.planning.chosen import NO_OPERATORS
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.coverage import coverage_of
 from descompiler.planning.given import Given, agree, follow_or_choose
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
-from descompiler.planning.plan import NO_OPERATORS
 from descompiler.plugins import Kit
 from descompiler.region.rule import Rule
 from descompiler.runtime.ranks import Ranks

@@ -9,10 +9,10 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from descompiler import units
 from descompiler.cli.app import app, plan_app
 from descompiler.errors import InputError
 from descompiler.planning.cluster import Cluster
-from descompiler.report import units
 
 MODEL = """
 import torch

@@ -15,7 +15,8 @@ PACKAGE = TESTS.parent / "descompiler"
 
 ORDER = (
     ("errors", "examples"),
-    ("registry",),
+    ("registry", "units"),
+    ("sheet",),
     ("cost_models",),
     ("ops",),
     ("model",),

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -333,12 +334,16 @@ def test_the_explanation_says_how_good_the_plan_is_and_why_each_form_lost():
     plan = Captured.of(model, inputs).plan(ranks=4, batch=64)
     text = plan.explain()
     assert "bytes of the busiest rank" in text and ("no choice of forms" in text or "above the best" in text)
-    assert "ids: assumed: Zipf(1.05)" in text and "memory with adagrad" in text
+    assert "ids: assumed: Zipf(1.05)" in text and "with adagrad; most on rank" in text
     table = max(plan.tables, key=lambda t: t.rows)
     one = plan.explain(table.name.removesuffix(".weight"))
-    assert one.startswith(table.name) and "by itself it sends" in one
+    assert f"  {table.name}" in one and not any(t.name in one for t in plan.tables if t is not table)
+    chosen = plan.prices[table.name][plan.forms[table.name]]
     for form, price in plan.prices[table.name].items():
-        assert form == plan.forms[table.name] or f"{form}: {price:,} B" in one
+        verdict = "chosen" if form == plan.forms[table.name] else rf"(runner-up, )?\+{price - chosen:,} B"
+        assert re.search(rf"  {form}  .*  {price:,} B  {verdict}$", one, re.M), form
+    for form, why in table.refusals.items():
+        assert re.search(rf"  {form}  .*not possible: {re.escape(why)}$", one, re.M), form
     assert "beats" in one, "where replicating overtakes pulling has a closed form"
     with pytest.raises(des.PlanError, match="no table 'nobody'"):
         plan.explain("nobody")

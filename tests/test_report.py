@@ -15,8 +15,9 @@ import torch
 
 from descompiler.captured import Captured
 from descompiler.layout import traffic as wire
+from descompiler.planning import summary
 from descompiler.planning.cluster import Cluster
-from descompiler.report import charts, drawing, graphs, sheets
+from descompiler.report import charts, drawing, graphs
 from descompiler.report import page as report
 from examples.models import MODELS, make_inputs
 
@@ -103,7 +104,7 @@ def test_bytes_on_the_wire_are_those_that_the_plan_predicts(captured, plan):
         sent = plan.traffic(rank).bytes_by_collective
         exchanged += float(sum(sent.get(name, 0) for name in (wire.ENTER, wire.EXIT, wire.RETURN)))
     assert drawn == pytest.approx(exchanged / plan.ranks, abs=len(cut.exits) + len(plan.crossings))
-    sheet = sheets.crossings(plan)
+    sheet = summary.crossings(plan)
     at = [c.title for c in sheet.columns].index("bytes")
     assert sum(row[at] for row in sheet.rows) == pytest.approx(drawn, abs=len(plan.crossings))
 

@@ -6,7 +6,6 @@ Exit status: 0 fine, 1 an error that descompiler raises on purpose (one line), 2
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,9 +35,13 @@ from descompiler.cli.options import (
 )
 from descompiler.cli.output import show, working
 from descompiler.planning.cluster import Cluster
+from descompiler.planning.explain import costs, of_table, whole
 from descompiler.planning.plan import Plan
+from descompiler.planning.summary import summary_of
+from descompiler.report import measured, paper
 from descompiler.report import page as pages
-from descompiler.report import paper, sheets, units
+from descompiler.report.sweep import sweep
+from descompiler.units import format_bytes, parse_size
 
 
 class _Commands(TyperGroup):
@@ -99,10 +102,10 @@ def cost(
     where = place.cluster_of(ranks[0])
     plans = plans_for(captured_from(spec), ranks, batches, where, **terms.options())
     if len(plans) > 1:
-        tables = sheets.sweep(plans, where)
+        tables = sweep(plans, where)
     else:
         (only,) = plans
-        tables = sheets.all_of(only, where)
+        tables = costs(only, where)
     show(tables, style, model=spec)
 
 
@@ -132,7 +135,7 @@ def explain(
     terms: PlanTerms = PlanTerms(),
     style: Style = Style(),
 ) -> None:
-    """Why a model is divided as it is: of all operators in words, or of one with every form, formula and price.
+    """Why a model is divided as it is, as `Plan.explain` says it: every form, formula and price, of all or of one.
 
     Examples:
 
@@ -141,21 +144,7 @@ def explain(
         descompiler explain fm embeddings.tables.2.weight --ranks 16
     """
     (plan,) = plans_for(captured_from(spec), (ranks,), (batch,), **terms.options())
-    if operator is None:
-        if style.chosen:
-            show([sheets.candidates(plan)], style, model=spec)
-        else:
-            typer.echo(plan.explain())
-        return
-    if operator not in plan.splits:
-        raise des.PlanError(f"no table {operator!r} in {spec}; there are {_some(plan.splits)}")
-    tables = [sheets.candidates(plan, only=operator), sheets.thresholds(plan, only=operator), sheets.crossings(plan)]
-    show(tables, style, model=spec, operator=operator)
-
-
-def _some(names: Iterable[str], most: int = 6) -> str:
-    every = list(names)
-    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+    show(whole(plan) if operator is None else of_table(plan, operator), style, model=spec, operator=operator)
 
 
 plan_app = typer.Typer(no_args_is_help=True, help="Write a plan to a file, show one, compare two.")
@@ -184,7 +173,7 @@ def plan_write(
     where = Place(cluster=cluster).cluster_of(ranks)
     (plan,) = plans_for(captured_from(spec), (ranks,), (batch,), where, **terms.options())
     plan.save(out)
-    typer.echo(f"wrote {out}: {sheets.summary_of(plan)}; {units.format_bytes(plan.price_bytes)} for the busiest rank")
+    typer.echo(f"wrote {out}: {summary_of(plan)}; {format_bytes(plan.price_bytes)} for the busiest rank")
 
 
 @plan_app.command("show")
@@ -203,7 +192,7 @@ def plan_show(
     """
     plan = Plan.load(file)
     where = place.cluster_of(plan.ranks)
-    show(sheets.all_of(plan, where), style, plan=str(file))
+    show(costs(plan, where), style, plan=str(file))
 
 
 @plan_app.command("diff")
@@ -224,7 +213,7 @@ def calibrate(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="the cluster file to write")],
     name: Annotated[str, typer.Option(help="the cluster's name")] = "calibrated",
     memory: Annotated[
-        Any, typer.Option(parser=usage(units.parse_size), metavar="SIZE", help="of each rank: 16GB; not measured")
+        Any, typer.Option(parser=usage(parse_size), metavar="SIZE", help="of each rank: 16GB; not measured")
     ] = None,
     sizes: Annotated[
         Any, typer.Option(parser=usage(sizes), metavar="SIZES", help="what a rank sends in a call: 1kB,64kB,4MB")
@@ -255,7 +244,7 @@ def calibrate(
         if dist.is_initialized():
             dist.destroy_process_group()
     if first:
-        show([sheets.links(found)], style, cluster=str(out))
+        show([measured.links(found)], style, cluster=str(out))
 
 
 @app.command()
@@ -287,7 +276,7 @@ def audit(
         if dist.is_initialized():
             dist.destroy_process_group()
     if first:
-        show([sheets.audited(found)], style, model=spec)
+        show([measured.audited(found)], style, model=spec)
 
 
 @app.command()
@@ -340,7 +329,7 @@ def report(
     over_ranks = plans_for(captured, pages.sweep_ranks(plan), (plan.rows,), **fixed)
     over_rows = plans_for(captured, (ranks,), pages.sweep_rows(plan), **fixed)
     html.write_text(pages.page(captured, plan, over_ranks, over_rows, title=spec, cluster=where), encoding="utf-8")
-    typer.echo(f"wrote {html} ({units.format_bytes(html.stat().st_size)})")
+    typer.echo(f"wrote {html} ({format_bytes(html.stat().st_size)})")
 
 
 @app.command()

@@ -12,10 +12,9 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 
 import descompiler as des
-from descompiler import examples
+from descompiler import examples, units
 from descompiler.cost_models.memory import STATE
 from descompiler.planning.cluster import CLUSTERS, COLLECTIVES, Cluster, Link
-from descompiler.report import units
 from descompiler.tables.form import fallback
 
 T = TypeVar("T")
@@ -126,10 +125,6 @@ class Style:
     json: Json = False
     markdown: Markdown = False
     latex: Latex = False
-
-    @property
-    def chosen(self) -> bool:
-        return self.json or self.markdown or self.latex
 
 
 @dataclass(frozen=True)

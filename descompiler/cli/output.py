@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from descompiler.cli.options import Style
 from descompiler.report import render
-from descompiler.report.render import Sheet
+from descompiler.sheet import Sheet
 
 
 def show(tables: Sequence[Sheet], style: Style, **more: Any) -> None:

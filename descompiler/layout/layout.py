@@ -104,12 +104,22 @@ class Layout:
 
     def predict_kinds(self, rows: int, itemsize: int, statistics: Statistics | None = None) -> list[Traffic]:
         """What ranks are expected to send in a step in which each has ``rows`` rows: once for ranks that send alike."""
+        return [traffic for _, traffic in self.predict_alike(rows, itemsize, statistics)]
+
+    def predict_alike(
+        self, rows: int, itemsize: int, statistics: Statistics | None = None
+    ) -> list[tuple[int, Traffic]]:
+        """As `predict_kinds`, with how many ranks send so."""
         every = [rows] * self.ranks
         demands = self._demands(self.expected(every, statistics))
         sizes = [self.enter_widths, self.exit_widths, self.whole_elements, *self.norm_shares]
         sizes += [[width(r) for r in range(self.ranks)] for v in self.vocabularies for width in (v.width, v.ids_width)]
-        _, kinds = np.unique(np.vstack([*sizes, *(d.T for d in demands)]), axis=1, return_index=True)
-        return [self._predict(r, every, itemsize, True, [d[r] for d in demands]) for r in sorted(kinds.tolist())]
+        by_rank = np.vstack([*sizes, *(d.T for d in demands)])
+        _, first, counts = np.unique(by_rank, axis=1, return_index=True, return_counts=True)
+        return [
+            (n, self._predict(r, every, itemsize, True, [d[r] for d in demands]))
+            for r, n in sorted(zip(first.tolist(), counts.tolist(), strict=True))
+        ]
 
     def predict(
         self,

@@ -24,10 +24,11 @@ from descompiler.graph.nodes import tail, target_name, user_line
 from descompiler.graph.program import Program
 from descompiler.graph.text import fingerprint
 from descompiler.layout.spans import summed
+from descompiler.planning.chosen import Crossing, Table
 from descompiler.planning.memory import check_optimizer
 from descompiler.planning.objective import Terms, Trial
 from descompiler.planning.pins import allowed_forms
-from descompiler.planning.plan import Crossing, Plan, Table
+from descompiler.planning.plan import Plan
 from descompiler.planning.products import outputs_in_order
 from descompiler.planning.search import Search
 from descompiler.region.cut import Weights

@@ -1,7 +1,8 @@
-"""What is shown: tables, charts, drawings of graphs, one HTML page.
+"""What is shown: charts, drawings of graphs, one HTML page, tables of more than a plan.
 
-`sheets` makes tables of a plan, `render` prints them for a terminal, JSON, Markdown, LaTeX and HTML; `graphs` and
-`charts` draw, `page` puts the page together, `paper` is the published comparison. Start with `sheets`.
+`render` writes tables (`descompiler.planning.summary` has a plan's) for a terminal, JSON, Markdown, LaTeX and HTML;
+`sweep` is about several plans, `measured` about clusters and audits; `graphs` and `charts` draw, `page` puts the page
+together, `paper` is the published comparison. Start with `page`.
 
 May import: check and below.
 """

@@ -15,11 +15,11 @@ from torch import fx
 
 from descompiler.graph.nodes import is_tensor, tail, target_name
 from descompiler.graph.program import Program, rowwise
+from descompiler.planning.kinds import pattern_of
 from descompiler.planning.plan import Plan
 from descompiler.region.cut import Cut
-from descompiler.report.sheets import pattern_of
-from descompiler.report.units import format_bytes, format_count
 from descompiler.tables.tables import Operator
+from descompiler.units import format_bytes, format_count
 
 CHAIN = 5
 """Operators of a chain that are named; of longer ones, the ends."""
@@ -239,7 +239,7 @@ def _wires(program: Program, operators: Sequence[Operator], plan: Plan, cut: Cut
         if c.kind == "ids":
             result[nodes[c.name]] = ("ids to owners", plan.bytes_of(c.formula, L=c.width))
     for node, c in zip(cut.exits, values, strict=True):
-        what = "partial sums" if c.placement.startswith(("Partial", "Disjoint")) else "values"
+        what = "partial sums" if c.sums else "values"
         result[node] = (f"{what} out, gradients back", plan.bytes_of(c.formula, w=c.width))
     return result
 

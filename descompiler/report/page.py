@@ -14,13 +14,14 @@ from importlib import resources
 
 from descompiler.captured import Captured
 from descompiler.graph.nodes import target_name
+from descompiler.planning import summary
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.plan import Plan
 from descompiler.region.cut import Candidates
-from descompiler.report import charts, drawing, graphs, render, sheets
+from descompiler.report import charts, drawing, graphs, render
 from descompiler.report.charts import Line, Mark
-from descompiler.report.render import Column, Sheet
-from descompiler.report.units import format_bandwidth, format_bytes, format_count, format_seconds
+from descompiler.sheet import Column, Sheet
+from descompiler.units import format_bandwidth, format_bytes, format_count, format_seconds
 
 BANDWIDTHS = tuple(x * 1e9 / 8 for x in (1, 2.5, 5, 10, 25, 50, 100, 200, 400))
 """Bytes per second of the links that the page's third chart goes through."""
@@ -76,6 +77,7 @@ def page(
         name = f"{title}, {'after' if after else 'before'}"
         return f"<div class='scroll'>{drawing.to_svg(d, name)}</div>"
 
+    crossing = [summary.crossings(plan), *([summary.mixing(plan)] if plan.notes else []), summary.parts(plan)]
     sections = [
         (
             "Before",
@@ -95,19 +97,19 @@ def page(
         ("Memory per rank", _memory(plan)),
         (
             "Operators: formulas, prices and what was rejected",
-            render.to_html(sheets.candidates(plan)) + render.to_html(sheets.thresholds(plan)),
+            render.to_html(summary.candidates(plan)) + render.to_html(summary.thresholds(plan)),
         ),
-        ("What crosses the wire", render.to_html(sheets.crossings(plan)) + render.to_html(sheets.parts(plan))),
-        ("Strategies", render.to_html(sheets.strategies(plan, where))),
+        ("What crosses the wire", "".join(map(render.to_html, crossing))),
+        ("Strategies", render.to_html(summary.strategies(plan, where))),
         ("Operators that stay outside", render.to_html(declined(candidates))),
     ]
     best = min(plan.priced(cluster=where), key=lambda x: x.sent_bytes)
-    mine = sheets.mean_bytes(plan)
+    mine = summary.mean_bytes(plan)
     tiles = [
         (format_bytes(mine), "sent per rank and step, ids included"),
         (f"{best.sent_bytes / mine:.2f} ×" if mine else "–", f"the same with {best.name}, the best other strategy"),
-        (format_seconds(sheets.step_seconds(plan, cluster)), f"communication per step on {where.name}"),
-        (sheets.summary_of(plan) or "no tables", "forms of the tables"),
+        (format_seconds(summary.step_seconds(plan, cluster)), f"communication per step on {where.name}"),
+        (summary.summary_of(plan) or "no tables", "forms of the tables"),
     ]
     style = resources.files("descompiler.report").joinpath("report.css").read_text(encoding="utf-8")
     head = "".join(f"<div><b>{html.escape(a)}</b><span>{html.escape(b)}</span></div>" for a, b in tiles)
@@ -144,19 +146,19 @@ def _changes(plans: Sequence[Plan], x: Callable[[Plan], float], what: str) -> li
     """Where the chosen forms or aggregation points change along a sweep."""
 
     def chosen(p: Plan) -> str:
-        exits = ", ".join(dict.fromkeys(sheets.exits_of(p))) or "nowhere"
-        return f"{sheets.summary_of(p)}; aggregated at {exits}"
+        exits = ", ".join(dict.fromkeys(summary.exits_of(p))) or "nowhere"
+        return f"{summary.summary_of(p)}; aggregated at {exits}"
 
     marks = []
     for p, q in itertools.pairwise(plans):
         if chosen(p) != chosen(q):
             text = f"from {format_count(x(q))} {what} another choice: {chosen(q)}"
-            marks.append(Mark(x(q), sheets.mean_bytes(q), text))
+            marks.append(Mark(x(q), summary.mean_bytes(q), text))
     return marks
 
 
 def _bytes_lines(plans: Sequence[Plan]) -> list[Line]:
-    mine = Line(sheets.MINE, tuple(float(sheets.mean_bytes(p)) for p in plans), strong=True)
+    mine = Line(summary.MINE, tuple(float(summary.mean_bytes(p)) for p in plans), strong=True)
     others = [{x.name: float(x.sent_bytes) for x in p.priced()} for p in plans]
     return [mine, *(Line(name, tuple(o[name] for o in others)) for name in DRAWN)]
 
@@ -200,7 +202,7 @@ def with_bandwidth(cluster: Cluster, bytes_per_s: float) -> Cluster:
 
 def _over_bandwidth(plan: Plan, cluster: Cluster) -> str:
     every = [with_bandwidth(cluster, x) for x in BANDWIDTHS]
-    lines = [Line(sheets.MINE, tuple(sheets.step_seconds(plan, c) for c in every), strong=True)]
+    lines = [Line(summary.MINE, tuple(summary.step_seconds(plan, c) for c in every), strong=True)]
     others = [{x.name: x.seconds or 0.0 for x in plan.priced(cluster=c)} for c in every]
     lines += [Line(name, tuple(o[name] for o in others)) for name in DRAWN]
     marks = charts.cheapest_changes(BANDWIDTHS, lines, "", format_bandwidth)
@@ -223,12 +225,12 @@ MOST_BARS = 32
 
 
 def _memory(plan: Plan) -> str:
-    rows = [(f"rank {r}", sheets.memory_of(plan, r)) for r in range(plan.ranks)]
+    rows = [(f"rank {r}", summary.memory_of(plan, r)) for r in range(plan.ranks)]
     more = ""
     if len(rows) > MOST_BARS:
         rows = sorted(rows, key=lambda x: -sum(x[1]))
         shown = MOST_BARS // 2
         more = f"<p class='note'>The {shown} ranks with most and the {shown} with least, of {plan.ranks}.</p>"
         rows = [*rows[:shown], *rows[-shown:]]
-    chart = charts.bars("memory per rank", rows, sheets.MEMORY, format_bytes)
-    return chart + more + render.to_html(sheets.memory(plan))
+    chart = charts.bars("memory per rank", rows, summary.MEMORY, format_bytes)
+    return chart + more + render.to_html(summary.memory(plan))

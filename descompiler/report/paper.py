@@ -16,10 +16,11 @@ from descompiler.captured import Captured
 from descompiler.cost_models.baselines import MESH, MESH_ROWS, SERVER, SERVER_UNIQUE, Baseline
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
 from descompiler.layout import traffic as wire
+from descompiler.planning import summary
 from descompiler.planning.plan import Plan
-from descompiler.report import sheets
-from descompiler.report.render import Column, Sheet, to_markdown
-from descompiler.report.units import format_count
+from descompiler.report.render import to_markdown
+from descompiler.sheet import Column, Sheet
+from descompiler.units import format_count
 
 MODELS = {
     "lr": "LR",
@@ -187,9 +188,9 @@ def _mine(rows: Iterable[Row], title: str) -> Sheet:
     )
     body = []
     for r in rows:
-        exits = ", ".join(dict.fromkeys(sheets.exits_of(r.plan)))
+        exits = ", ".join(dict.fromkeys(summary.exits_of(r.plan)))
         width = sum(c.width for c in r.plan.crossings if c.kind == "values")
-        body.append((r.name, sheets.summary_of(r.plan), exits, width, r.mine.ids, r.mine.values, r.mine.dense))
+        body.append((r.name, summary.summary_of(r.plan), exits, width, r.mine.ids, r.mine.values, r.mine.dense))
     return Sheet(f"what this compiler sends: {title}", columns, tuple(body))
 
 

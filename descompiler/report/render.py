@@ -1,7 +1,6 @@
-"""One table type, and its renderings: a terminal, JSON, Markdown, LaTeX and HTML.
+"""Renderings of a sheet: a terminal, JSON, Markdown, LaTeX and HTML.
 
-A cell is a plain value; its column says what it means (`UNITS`), and each rendering how that is written. JSON keeps SI
-values, the others are for people. None is a cell that does not apply, "" one like that above.
+JSON keeps SI values, the others are for people. Plain text is `descompiler.sheet.to_text`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import html
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import rich.table
@@ -19,98 +17,7 @@ from rich.console import Console
 from rich.text import Text
 from sympy.printing.mathml import mathml
 
-from descompiler.report.units import format_bytes, format_count, format_seconds
-
-UNITS = ("text", "count", "bytes", "seconds", "percent", "ratio", "formula")
-"""What a column holds; "bytes" and "seconds" are in SI, "percent" counts hundredths, "formula" is sympy's."""
-
-
-NONE = "–"
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column: what its head says, and one of `UNITS`."""
-
-    title: str
-    unit: str = "text"
-
-    def __post_init__(self) -> None:
-        if self.unit not in UNITS:
-            raise ValueError(f"column {self.title!r}: no unit {self.unit!r}; the units are {', '.join(UNITS)}")
-
-    @property
-    def is_number(self) -> bool:
-        return self.unit not in ("text", "formula")
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table for people and programs.
-
-    Attributes
-    ----------
-    rows : tuple of tuple
-        As long as `columns`.
-    notes : tuple of str
-        Sentences below the table: what the numbers mean.
-    strong : frozenset of int
-        Rows to emphasise: what was chosen.
-
-    Examples
-    --------
-    >>> columns = (Column("strategy"), Column("sent", "bytes"))
-    >>> sheet = Sheet("bytes", columns, (("unique rows", 24_685_069), ("whole", None)))
-    >>> print(to_markdown(sheet))
-    **bytes**
-    <BLANKLINE>
-    | strategy | sent |
-    |:--|--:|
-    | unique rows | 24.7 MB |
-    | whole | – |
-    """
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Any, ...], ...]
-    notes: tuple[str, ...] = ()
-    strong: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        for row in self.rows:
-            if len(row) != len(self.columns):
-                raise ValueError(f"sheet {self.title!r}: {len(self.columns)} columns, and a row {row}")
-
-    def without_empty(self, title: str) -> Sheet:
-        """The sheet without a column, if that holds nothing in any row."""
-        at = [c.title for c in self.columns].index(title)
-        if any(row[at] not in (None, "") for row in self.rows):
-            return self
-        rows = tuple((*row[:at], *row[at + 1 :]) for row in self.rows)
-        return replace(self, columns=(*self.columns[:at], *self.columns[at + 1 :]), rows=rows)
-
-
-def text_of(value: Any, unit: str) -> str:
-    """A cell for people.
-
-    >>> text_of(99.7712, "percent"), text_of(None, "bytes"), text_of(1e6, "count")
-    ('99.77 %', '–', '1.00M')
-    """
-    if value is None:
-        return NONE
-    if value == "":
-        return ""
-    if unit == "bytes":
-        return format_bytes(float(value))
-    if unit == "seconds":
-        return format_seconds(float(value))
-    if unit == "count":
-        return format_count(float(value))
-    if unit == "ratio":
-        return f"{float(value):.2f}" if value < 10 else f"{float(value):,.1f}"
-    if unit == "percent":
-        return f"{float(value):.2f} %"
-    return str(value)
+from descompiler.sheet import Column, Sheet, text_of
 
 
 def to_rich(sheet: Sheet) -> rich.table.Table:
@@ -160,7 +67,18 @@ def _plain(value: Any, unit: str) -> Any:
 
 
 def to_markdown(sheet: Sheet) -> str:
-    """A GitHub-flavoured Markdown table; emphasised rows are bold."""
+    """A GitHub-flavoured Markdown table; emphasised rows are bold.
+
+    >>> columns = (Column("strategy"), Column("sent", "bytes"))
+    >>> sheet = Sheet("bytes", columns, (("unique rows", 24_685_069), ("whole", None)))
+    >>> print(to_markdown(sheet))
+    **bytes**
+    <BLANKLINE>
+    | strategy | sent |
+    |:--|--:|
+    | unique rows | 24.7 MB |
+    | whole | – |
+    """
 
     def cell(value: Any, column: Column, strong: bool) -> str:
         if column.unit == "formula" and value not in (None, ""):
