@@ -113,7 +113,7 @@ def train_and_compare(
         for plan in plans:
             for name in optimizers:
                 module = distribute(model, builder, plan=plan, process_group=None, loss="sum", batch=None, seed=None)
-                title = f"plan {plan}, {name}, rank {rank}"
+                title = f"plan {plan!r}, {name}, rank {rank}"
                 _case(report, model, module, inputs, steps, title, name, rank, ranks, method)
     return report
 
