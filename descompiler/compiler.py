@@ -25,6 +25,7 @@ from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
 from descompiler.planning.plan import NO_OPERATORS
 from descompiler.plugins import Kit
+from descompiler.region.flow import DEFAULT
 from descompiler.region.rule import Rule
 from descompiler.runtime.ranks import Ranks
 from descompiler.tables.form import Form
@@ -50,6 +51,7 @@ def compile(
     in_place: bool = False,
     rules: Sequence[Rule] = (),
     forms: Sequence[Form] = (),
+    solver: str = DEFAULT,
 ) -> Any:
     """Compile a model into this rank's part of an equivalent distributed module.
 
@@ -102,6 +104,8 @@ def compile(
         Placement rules beside those that are built in or installed, asked after them; see `descompiler.region.rule`.
     forms : sequence of Form, optional
         Forms that tables may take beside those; see `descompiler.tables.form`.
+    solver : {"dinic", "networkx"}
+        Who finds the minimum cuts that decide where values are aggregated. Both find the same; networkx takes longer.
 
     Returns
     -------
@@ -112,6 +116,8 @@ def compile(
     CaptureError, UnsupportedError, PlanError, InputError, RankError
     """
 
+    terms = Terms(forbid or {}, cluster, memory_bytes, optimizer, solver=solver)
+
     def compile_for(inputs: Any) -> DistributedModule:
         return distribute(
             model,
@@ -121,7 +127,7 @@ def compile(
             loss=loss,
             batch=batch,
             seed=seed,
-            terms=Terms(forbid or {}, cluster, memory_bytes, optimizer),
+            terms=terms,
             samples=samples,
             host=model if in_place else None,
         )
@@ -182,7 +188,7 @@ def distribute(
         chosen,
         captured.signature,
         ranks.runtime(loss),
-        lambda training, *now: build.of_now(training, *now).emit(chosen, training, ranks.rank),
+        lambda training, *now: build.of_now(training, *now).emit(chosen, training, ranks.rank, terms.solver),
         values,
         buffers,
         coverage,

@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import sympy
 
 from descompiler.cost_models import baselines
@@ -180,6 +181,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     changes: dict[str, str] = field(default_factory=dict)
     replan: Callable[[Mapping[str, str]], Plan] | None = field(default=None, repr=False, compare=False)
+    graph_of_cut: Callable[[], nx.DiGraph] | None = field(default=None, repr=False, compare=False)
 
     @property
     def sparse(self) -> set[str]:
@@ -348,6 +350,35 @@ class Plan:
                 "des.plan(model, inputs, plan=...), which prices it"
             )
         return self.replan({**self.forms, **changes})
+
+    def cut_graph(self) -> nx.DiGraph:
+        """The graph whose minimum cut between "source" and "sink" says where values are aggregated.
+
+        A value that a rule can place is a node, named as in canonical graph text ("%3"); "%3 out" is the value as it
+        leaves the region. ``networkx.minimum_cut(graph, "source", "sink")`` gives the cost, and on the source's side
+        the region. See docs/planner.md.
+
+        Returns
+        -------
+        networkx.DiGraph
+            Of nodes: ``kind`` ("source", "sink", "value", "out"), ``inside`` (the plan's choice), and of values
+            ``text``, ``placement``, ``rule`` ("lookup" for a table's) and ``line`` of the user's code. Of edges:
+            ``purpose`` ("lookup", "saved", "work", "leaves", "used", "needed") and ``capacity``, bytes over all ranks
+            and both directions; an edge without is unlimited. Of the graph: ``cost``, of the plan's choice. That is
+            the least, unless `aggregate` is "lookups": then the busiest rank sends less with more bytes in all.
+
+        Raises
+        ------
+        PlanError
+            If the plan is from a file, or for a model that is captured in part, of which there is no graph.
+        """
+        if self.graph_of_cut is None and self.replan is None:
+            raise PlanError(
+                "the plan is from a file and does not know its model: des.plan(model, inputs, plan=...) has the graph"
+            )
+        if self.graph_of_cut is None:
+            raise PlanError("the model is captured in part: there is no graph to cut")
+        return self.graph_of_cut()
 
     def diff(self, other: Plan) -> str:
         """What is different in another plan, in words; empty if nothing is."""
