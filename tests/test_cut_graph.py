@@ -1,5 +1,6 @@
 """The graph of the cut: networkx solves it as the planner does, whoever is asked, and a user can read it."""
 
+import doctest
 import itertools
 import math
 from functools import cache
@@ -131,6 +132,11 @@ def test_nodes_and_edges_say_what_they_are():
     assert purposes == {"lookup": False, "leaves": True, "used": False, "needed": False}
     # one sum a row has a term on each rank, which goes to the other, and its gradient comes back: 10 rows of 4 bytes
     assert graph.graph["cost"] == nx.minimum_cut_value(graph, "source", "sink") == 2 * 2 * 10 * 4
+
+
+def test_the_example_of_the_documentation():
+    failed, tried = doctest.testfile("../docs/planner.md")
+    assert tried >= 8 and not failed
 
 
 def test_the_graph_says_what_is_saved_and_what_is_worked():

@@ -1,8 +1,8 @@
 """The substituted region: which operators stay where the weights are, and where their results are aggregated.
 
 `rule` is what a placement rule has to say (``passes/rules`` are those there are), `place` asks them for every node,
-`cut` chooses by a minimum cut which of the placed stay, `flow` solves it. Start with `rule.Rule`, then the head of
-`cut`.
+`cut` chooses by a minimum cut which of the placed stay, `flow` solves it, `named` shows its graph to people.
+Start with `rule.Rule`, then the head of `cut`.
 
 May import: tables and below.
 """

@@ -45,7 +45,7 @@ def minimum_cut(graph: nx.DiGraph, solver: str) -> Found | None:
 
 
 def by_networkx(graph: nx.DiGraph) -> Found:
-    """By networkx, with Boykov and Kolmogorov's algorithm, on our graphs the fastest that it has."""
+    """By networkx, with Boykov and Kolmogorov's algorithm, of its own the steadiest on our graphs."""
     flow_func = nx.algorithms.flow.boykov_kolmogorov
     value, (side, _) = nx.minimum_cut(graph, SOURCE, SINK, flow_func=flow_func)
     return value, side
