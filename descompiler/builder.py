@@ -23,6 +23,7 @@ from descompiler.planning.plan import Plan
 from descompiler.planning.products import bias_pieces
 from descompiler.plugins import Kit
 from descompiler.region.cut import Candidates, Cut, Weights, at_lookups, minimum_cut
+from descompiler.region.flow import DEFAULT
 from descompiler.region.place import place
 from descompiler.region.rule import Rule
 from descompiler.tables.form import Split, fallback, find_tables, split_as
@@ -114,10 +115,10 @@ class Builder:
         batches = (signature.flatten(*normalise_inputs(x, called)) for x in samples)
         return measure(program, operators, batches)
 
-    def emit(self, plan: Plan, training: dict[str, bool], rank: int) -> Emitted:
+    def emit(self, plan: Plan, training: dict[str, bool], rank: int, solver: str = DEFAULT) -> Emitted:
         program, signature = self.capture(training)
         operators = find_tables(program, self.kit.forms)
-        candidates, cut = region_of(program, operators, plan, self.kit.rules)
+        candidates, cut = region_of(program, operators, plan, self.kit.rules, solver)
         splits = splits_of(operators, plan)
         emitted = emit(program, operators, splits, plan.pieces, candidates, cut, rank, plan.ranks)
         return replace(emitted, signature=signature)
@@ -128,7 +129,9 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def region_of(program: Program, operators: list[Operator], plan: Plan, rules: Sequence[Rule]) -> tuple[Candidates, Cut]:
+def region_of(
+    program: Program, operators: list[Operator], plan: Plan, rules: Sequence[Rule], solver: str = DEFAULT
+) -> tuple[Candidates, Cut]:
     """What the rules can place, and what the plan keeps inside the region, in a graph of the planned model."""
     w = Weights(plan.ranks, plan.rows, plan.itemsize).worth(
         plan.cluster.flops_per_byte if plan.cluster is not None else None
@@ -139,7 +142,10 @@ def region_of(program: Program, operators: list[Operator], plan: Plan, rules: Se
     cut_weights = {n: p for n, p in plan.pieces.items() if n not in plan.splits and not p.is_replicated and n in used}
     colocated = {n: p for n, p in cut_weights.items() if biases.get(n) != p}
     candidates = place(program, operators, splits, rules, plan.ranks, colocated)
-    cut = at_lookups(candidates) if plan.aggregate == "lookups" else minimum_cut(program, candidates, w, colocated)
+    if plan.aggregate == "lookups":
+        cut = at_lookups(candidates)
+    else:
+        cut = minimum_cut(program, candidates, w, colocated, solver)
     inside = {n for node in cut.inside for n in candidates.placed[node].pieces}
     if lost := set(colocated) - inside:
         raise PlanError(f"weights {sorted(lost)} were cut for another graph (training flags differ); plan again")

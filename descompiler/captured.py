@@ -26,6 +26,7 @@ from descompiler.planning.plan import Plan
 from descompiler.planning.planner import choose
 from descompiler.plugins import Kit
 from descompiler.region.cut import Candidates, Cut, Weights
+from descompiler.region.flow import DEFAULT
 from descompiler.region.rule import Rule
 from descompiler.tables.form import Form, find_tables
 from descompiler.tables.tables import Operator
@@ -111,6 +112,7 @@ def plan(
     method: str = CALL,
     rules: Sequence[Rule] = (),
     forms: Sequence[Form] = (),
+    solver: str = DEFAULT,
 ) -> Plan:
     """Plan for any number of ranks, without a process group and without weights.
 
@@ -124,7 +126,7 @@ def plan(
         As `compile`'s ``plan``.
     plan : Plan or path, optional
         Follow it: price it for this model, with forms that were edited in its file.
-    cluster, forbid, memory_bytes, optimizer, samples, method, rules, forms
+    cluster, forbid, memory_bytes, optimizer, samples, method, rules, forms, solver
         As `compile`'s.
 
     Raises
@@ -134,7 +136,7 @@ def plan(
     """
     kit = Kit.of(rules, forms)
     terms: dict[str, Any] = {"forbid": forbid or {}, "cluster": cluster}
-    terms |= {"memory_bytes": memory_bytes, "optimizer": optimizer}
+    terms |= {"memory_bytes": memory_bytes, "optimizer": optimizer, "solver": solver}
     try:
         captured = Captured.of(model, example_inputs, method, kit)
     except CaptureError:  # in part, as `compile` does

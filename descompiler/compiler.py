@@ -26,6 +26,7 @@ from descompiler.planning.given import Given, agree, follow_or_choose
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
 from descompiler.plugins import Kit
+from descompiler.region.flow import DEFAULT
 from descompiler.region.rule import Rule
 from descompiler.runtime.ranks import Ranks
 from descompiler.tables.form import Form
@@ -51,6 +52,7 @@ def compile(
     in_place: bool = False,
     rules: Sequence[Rule] = (),
     forms: Sequence[Form] = (),
+    solver: str = DEFAULT,
 ) -> Any:
     """Compile a model into this rank's part of an equivalent distributed module.
 
@@ -103,6 +105,8 @@ def compile(
         Placement rules beside those that are built in or installed, asked after them; see `descompiler.region.rule`.
     forms : sequence of Form, optional
         Forms that tables may take beside those; see `descompiler.tables.form`.
+    solver : {"dinic", "networkx"}
+        Who finds the minimum cuts that decide where values are aggregated. Both find the same; networkx takes longer.
 
     Returns
     -------
@@ -113,6 +117,8 @@ def compile(
     CaptureError, UnsupportedError, PlanError, InputError, RankError
     """
 
+    terms = Terms(forbid or {}, cluster, memory_bytes, optimizer, solver=solver)
+
     def compile_for(inputs: Any) -> DistributedModule:
         return distribute(
             model,
@@ -122,7 +128,7 @@ def compile(
             loss=loss,
             batch=batch,
             seed=seed,
-            terms=Terms(forbid or {}, cluster, memory_bytes, optimizer),
+            terms=terms,
             samples=samples,
             host=model if in_place else None,
         )
@@ -193,7 +199,7 @@ def distribute(
     return DistributedModule(
         parts,
         captured.signature,
-        lambda training, *now: build.of_now(training, *now).emit(chosen, training, ranks.rank),
+        lambda training, *now: build.of_now(training, *now).emit(chosen, training, ranks.rank, terms.solver),
         lambda *now: in_other_flags(build, chosen, coverage, ranks.runtime(loss), *now),
     )
 

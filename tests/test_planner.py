@@ -9,11 +9,8 @@ import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
 
-import networkx as nx
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import descompiler as des
@@ -24,7 +21,6 @@ from descompiler.planning.objective import Terms
 from descompiler.planning.pins import allowed_forms
 from descompiler.planning.search import Search
 from descompiler.region.cut import Weights
-from descompiler.region.flow import Network
 from examples.models import MODELS
 
 NAMES = [f.name for f in FORMS if f.name != "hot_rows"]
@@ -183,31 +179,6 @@ def test_no_single_move_improves_what_the_descent_finds():
     least = search.score(forms)
     assert least <= min(map(search.score, starts)) < search.score(worst)
     assert all(search.score(search.tied(forms, move)) >= least for move in search._moves(forms))
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.data())
-def test_minimum_cuts_are_those_of_networkx(data):
-    nodes = ["source", "sink", *range(data.draw(st.integers(1, 6)))]
-    graph, network = nx.DiGraph(), Network("source", "sink")
-    graph.add_nodes_from(nodes)
-    for a, b in itertools.permutations(nodes, 2):
-        capacity = data.draw(st.sampled_from([0, 0, 1, 2, 3, 7, None]))
-        if capacity is None:
-            graph.add_edge(a, b)
-            network.add(a, b)
-        elif capacity:
-            graph.add_edge(a, b, capacity=capacity)
-            network.add(a, b, capacity)
-    found = network.minimum_cut()
-    try:
-        expected = nx.minimum_cut_value(graph, "source", "sink")
-    except nx.NetworkXUnbounded:
-        assert found is None
-        return
-    assert found is not None and found[0] == expected
-    crossing = [d for a, b, d in graph.edges(data=True) if a in found[1] and b not in found[1]]
-    assert all("capacity" in d for d in crossing) and sum(d["capacity"] for d in crossing) == expected
 
 
 PRINT = """

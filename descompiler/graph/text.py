@@ -20,27 +20,34 @@ def canonical(program: Program, annotate: dict[fx.Node, Any] | None = None) -> s
 
 
 def canonical_graph(graph: fx.Graph, sources: dict[str, Source], annotate: dict[fx.Node, Any] | None = None) -> str:
+    lines = named_lines(graph, sources, annotate)
+    return "\n".join(line for n, (_, line) in lines.items() if n.op != "placeholder" or n.users) + "\n"
+
+
+def named_lines(
+    graph: fx.Graph, sources: dict[str, Source], annotate: dict[fx.Node, Any] | None = None
+) -> dict[fx.Node, tuple[str, str]]:
+    """Each node's name, and its line, in canonical text; the output's name is empty."""
     names: dict[fx.Node, str] = {}
-    lines = []
+    lines: dict[fx.Node, tuple[str, str]] = {}
     calls = 0
 
     for node in graph.nodes:
         if node.op == "placeholder":
             source = sources.get(node.name)
             names[node] = f"{source.kind}:{source.name}" if source else node.name
-            if not node.users:
-                continue
-            lines.append(f"{names[node]}{_shape_text(node)}")
+            line = f"{names[node]}{_shape_text(node)}"
         elif node.op == "output":
-            lines.append(f"return {_text(node.args[0], names)}")
+            names[node], line = "", f"return {_text(node.args[0], names)}"
         else:
             names[node] = f"%{calls}"
             calls += 1
             args = [_text(a, names) for a in node.args]
             args += [f"{k}={_text(v, names)}" for k, v in node.kwargs.items()]
             mark = f"  # {annotate[node]}" if annotate and node in annotate else ""
-            lines.append(f"{names[node]}{_shape_text(node)} = {target_name(node)}({', '.join(args)}){mark}")
-    return "\n".join(lines) + "\n"
+            line = f"{names[node]}{_shape_text(node)} = {target_name(node)}({', '.join(args)}){mark}"
+        lines[node] = names[node], line
+    return lines
 
 
 def _text(x: Any, names: Mapping[fx.Node, str]) -> str:

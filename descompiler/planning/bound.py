@@ -14,7 +14,7 @@ A value's parts are what single tables contribute, as long as the rules keep the
 the value is one part, of full width, whatever the number of ranks that hold terms of it. The relaxation forgets three
 things: that several ranks may hold terms of one part, that a node's parts leave the region together, and that a node
 which mixes several parts needs them all inside. Each only lowers the cost, and what is left is a minimum cut over the
-parts, tables being nodes of it (`Relaxation.cut`).
+parts, tables being nodes of it (`Relaxation.cut_graph`).
 
 The busiest rank sends at least the mean over ranks. It also sends at least one rank's share of what leaves the region:
 where a sum over tables of p elements a row leaves, a rank that has a term of it sends (N-1) b s ceil(p / c), c being
@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+import networkx as nx
 from torch import fx
 
 from descompiler.graph.nodes import tail
@@ -43,8 +44,8 @@ from descompiler.layout.exchanges import Columns
 from descompiler.layout.pieces import ALL, Pieces
 from descompiler.layout.placement import LOCAL, Owned, Region, Shard
 from descompiler.layout.spans import Spans, alike
+from descompiler.region import flow
 from descompiler.region.cut import Candidates, Weights
-from descompiler.region.flow import Network
 from descompiler.region.place import place
 from descompiler.region.rule import Rule
 from descompiler.tables.form import Split
@@ -116,6 +117,7 @@ class Relaxation:
     w: Weights
     costs: Mapping[str, Mapping[str, FormCost]]
     fixed_bytes: float
+    solver: str = flow.DEFAULT
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -203,53 +205,61 @@ class Relaxation:
 
     def cut(self, forms: Mapping[str, Sequence[str]], widest: int | None = None) -> Bound:
         """The least mean over ranks, of plans in which no sum of more than ``widest`` elements leaves the region."""
-        graph, w = Network("source", "sink"), self.w
         fixed = self.fixed_bytes - sum(b for b, _, _ in self._saved)
+        for o in self.operators:
+            costs = [self.costs[o.name][f] for f in forms[o.name]]
+            if not any(c.inside for c in costs):
+                fixed += min(c.sent_bytes for c in costs)
+        found = flow.minimum_cut(self.cut_graph(forms, widest), self.solver)
+        if found is None:  # a table that must be inside can only leave as a wider sum
+            return Bound(float("inf"), frozenset())
+        cost, side = found
+        inside = frozenset(o.name for o in self.operators if ("table", o.name) in side)
+        return Bound((fixed + cost) / self.w.ranks, inside)
+
+    def cut_graph(self, forms: Mapping[str, Sequence[str]], widest: int | None = None) -> nx.DiGraph:
+        """The graph that `cut` solves: tables, parts as they are inside, and as they leave, weights that are cut."""
+        graph, w = nx.DiGraph(), self.w
+        graph.add_nodes_from((flow.SOURCE, flow.SINK))
         each = 2 * (w.ranks - 1) * w.rows * w.itemsize
         for o in self.operators:
             costs = [self.costs[o.name][f] for f in forms[o.name]]
             out = [c.sent_bytes for c in costs if not c.inside]
             into = [c.sent_bytes for c in costs if c.inside]
             table = ("table", o.name)
-            graph.add(table, "sink", _whole(into))
-            if not into:
-                fixed += min(out)
-            else:
-                graph.add("source", table, _whole(out))
+            graph.add_edge(table, flow.SINK, **_least(into))
+            if into:
+                graph.add_edge(flow.SOURCE, table, **_least(out))
             for x in o.lookups:
                 if x.node in self.parts:
-                    graph.add(table, ("in", x.node, o.name))
-                    graph.add(("in", x.node, o.name), table)
+                    graph.add_edge(table, ("in", x.node, o.name))
+                    graph.add_edge(("in", x.node, o.name), table)
         for v, parts in self.parts.items():
             for part, elements in parts.items():
                 wide = part == MIXED and widest is not None and elements > widest
-                graph.add(("in", v, part), ("out", v, part), None if wide else each * elements)
+                leaves = {} if wide else {"capacity": each * elements}
+                graph.add_edge(("in", v, part), ("out", v, part), **leaves)
                 for u in v.users:
                     if u not in self.parts:
-                        graph.add(("out", v, part), "sink")
+                        graph.add_edge(("out", v, part), flow.SINK)
                     elif (below := self._below(part, u)) is not None:
-                        graph.add(("out", v, part), ("in", u, below))
+                        graph.add_edge(("out", v, part), ("in", u, below))
             self._close(graph, v)
         for number, (saved, node, of) in enumerate(self._saved):
-            graph.add("source", ("saved", number), saved)
+            graph.add_edge(flow.SOURCE, ("saved", number), capacity=saved)
             parts = self.parts[node]
             for part in parts if of is None else (p for p in (of, MIXED) if p in parts):
-                graph.add(("saved", number), ("in", node, part))
+                graph.add_edge(("saved", number), ("in", node, part))
             if of is not None:
-                graph.add(("saved", number), ("table", of))
-        found = graph.minimum_cut()
-        if found is None:  # a table that must be inside can only leave as a wider sum
-            return Bound(float("inf"), frozenset())
-        cost, side = found
-        inside = frozenset(o.name for o in self.operators if ("table", o.name) in side)
-        return Bound((fixed + cost) / w.ranks, inside)
+                graph.add_edge(("saved", number), ("table", of))
+        return graph
 
     def _below(self, part: str, user: fx.Node) -> str | None:
         """The part of a user that a part goes into; None if the user takes another part of the value."""
         parts = self.parts[user]
         return part if part in parts else MIXED if MIXED in parts else None
 
-    def _close(self, graph: Network, v: fx.Node) -> None:
+    def _close(self, graph: nx.DiGraph, v: fx.Node) -> None:
         """A part that comes from one part alone is inside only if that is."""
         above: dict[str | None, list[tuple[fx.Node, str]]] = {}
         for a in v.all_input_nodes:
@@ -257,9 +267,9 @@ class Relaxation:
                 above.setdefault(self._below(q, v), []).append((a, q))
         for part in self.parts[v]:
             if len(sources := above.get(part, [])) == 1:
-                graph.add(("in", v, part), ("in", *sources[0]))
+                graph.add_edge(("in", v, part), ("in", *sources[0]))
 
 
-def _whole(costs: Sequence[float]) -> int | None:
-    """The least, cut off to whole bytes so that flows are exact; None, unlimited, if there is none."""
-    return int(min(costs)) if costs else None
+def _least(costs: Sequence[float]) -> dict[str, int]:
+    """The capacity of the least, cut off to whole bytes so that flows are exact; none, unlimited, without costs."""
+    return {"capacity": int(min(costs))} if costs else {}

@@ -30,6 +30,7 @@ from descompiler.planning.memory import Memory, memory_of
 from descompiler.planning.pins import Forbidden
 from descompiler.planning.products import bias_pieces
 from descompiler.region.cut import Candidates, Cut, Weights, at_lookups, minimum_cut
+from descompiler.region.flow import DEFAULT, SOLVERS
 from descompiler.region.place import place
 from descompiler.region.rule import Rule
 from descompiler.tables.form import Choice, Split, form_named, split_as
@@ -54,6 +55,8 @@ class Terms:
         Multiplies the choices that are tried: 1 is for compiling, more for a model that will run for weeks.
     statistics : Statistics, optional
         Of the ids; assumed if not given.
+    solver : str
+        Who finds the minimum cuts: a name of `descompiler.region.flow.SOLVERS`. All find the same.
     """
 
     forbid: Forbidden = field(default_factory=dict)
@@ -62,6 +65,10 @@ class Terms:
     optimizer: str = "adagrad"
     effort: int = 1
     statistics: Statistics | None = None
+    solver: str = DEFAULT
+
+    def __post_init__(self) -> None:
+        SOLVERS.named(self.solver)
 
     @property
     def limit_bytes(self) -> int | None:
@@ -137,7 +144,7 @@ class Objective:
             choice = partial(self.choice, by_memory=by_memory)
             splits = assign(self.operators, forms, self.w.ranks, by_memory=by_memory, split=self.split, choice=choice)
             candidates = place(self.program, self.operators, splits, self.rules, self.w.ranks)
-            cuts = {"cut": minimum_cut(self.program, candidates, self.w)}
+            cuts = {"cut": minimum_cut(self.program, candidates, self.w, solver=self.terms.solver)}
             if cuts["cut"].exits != (other := at_lookups(candidates)).exits:
                 cuts["lookups"] = other
             found += [self._price(splits, candidates, cut, aggregate) for aggregate, cut in cuts.items()]

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
+
 from descompiler.errors import PlanError
 from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
@@ -30,6 +32,36 @@ class Plan(Chosen):
     """
 
     replan: Callable[[Mapping[str, str]], Plan] | None = field(default=None, repr=False, compare=False)
+    graph_of_cut: Callable[[], nx.DiGraph] | None = field(default=None, repr=False, compare=False)
+
+    def cut_graph(self) -> nx.DiGraph:
+        """The graph whose minimum cut between "source" and "sink" says where values are aggregated.
+
+        A value that a rule can place is a node, named as in canonical graph text ("%3"); "%3 out" is the value as it
+        leaves the region. ``networkx.minimum_cut(graph, "source", "sink")`` gives the cost, and on the source's side
+        the region. See docs/planner.md.
+
+        Returns
+        -------
+        networkx.DiGraph
+            Of nodes: ``kind`` ("source", "sink", "value", "out"), ``inside`` (the plan's choice), and of values
+            ``text``, ``placement``, ``rule`` ("lookup" for a table's) and ``line`` of the user's code. Of edges:
+            ``purpose`` ("lookup", "saved", "work", "leaves", "used", "needed") and ``capacity``, bytes over all ranks
+            and both directions; an edge without is unlimited. Of the graph: ``cost``, of the plan's choice. That is
+            the least, unless `aggregate` is "lookups": then the busiest rank sends less with more bytes in all.
+
+        Raises
+        ------
+        PlanError
+            If the plan is from a file, or for a model that is captured in part, of which there is no graph.
+        """
+        if self.graph_of_cut is None and self.replan is None:
+            raise PlanError(
+                "the plan is from a file and does not know its model: des.plan(model, inputs, plan=...) has the graph"
+            )
+        if self.graph_of_cut is None:
+            raise PlanError("the model is captured in part: there is no graph to cut")
+        return self.graph_of_cut()
 
     def __str__(self) -> str:
         return self.explain()

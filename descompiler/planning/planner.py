@@ -32,6 +32,7 @@ from descompiler.planning.plan import Plan
 from descompiler.planning.products import outputs_in_order
 from descompiler.planning.search import Search
 from descompiler.region.cut import Weights
+from descompiler.region.named import named_cut_graph
 from descompiler.region.rule import Rule
 from descompiler.tables.computed import groups_of, whole_notes
 from descompiler.tables.computed import notes_of as computed_notes
@@ -106,6 +107,7 @@ def choose(
         + computed_notes(groups_of(operators), {n for n, f in forms.items() if form_named(f).by_columns})
         + whole_notes(operators, best.splits),
         replan=lambda changed: choose(program, operators, rules, w, changed, terms=terms),
+        graph_of_cut=lambda: named_cut_graph(program, best.candidates, w, best.cut.inside),
     )
 
 
@@ -147,7 +149,7 @@ def _does_not_fit(search: Search, forms: Mapping[str, str], best: Trial, pins: M
             return "\n".join([*lines, f"without the pins and forbidden forms it fits, with {', '.join(changed[:8])}"])
     for factor in (2, 4, 8, 16, 32, 64):
         more = Weights(w.ranks * factor, w.rows, w.itemsize, w.flops_per_byte, w.backward)
-        terms = Terms(search.terms.forbid, None, limit, search.terms.optimizer)
+        terms = Terms(search.terms.forbid, None, limit, search.terms.optimizer, solver=search.terms.solver)
         wider = Search(search.program, search.operators, search.rules, more, search.allowed, terms)
         if not min(wider.score(x) for x in wider.starts(frozenset())).missing_bytes:
             return "\n".join([*lines, f"{more.ranks} ranks would fit, with {w.rows:,} rows each"])

@@ -150,7 +150,7 @@ class Search:
         tables |= {str(program.parameter(x.bias)) for o in self.operators for x in o.outputs}  # cut with their tables
         dense = sum(program.parameters[n].numel() for n in trained_parameters(program) - tables)
         fixed = 2 * (w.ranks - 1) * dense * w.itemsize
-        return Relaxation(program, self.operators, self.rules, w, self.costs, fixed)
+        return Relaxation(program, self.operators, self.rules, w, self.costs, fixed, self.terms.solver)
 
     def in_units(self, sent_bytes: float) -> float:
         """A bound on the objective from one on the bytes of the busiest rank: seconds at the fastest of the links."""

@@ -10,9 +10,10 @@ statistics of batch norms), and W(v) the extra work of v inside, in bytes of equ
              + sum of W(v) for v in I                            (`work_bytes`)
     such that  every lookup of a split table is in I;  if v is in I, so are its placed operands.
 
-As a cut: v becomes v_in -> v_out with capacity B(v); v_out -> u_in is unlimited for each user u (if v is inside and
-u is not, v itself must be cut); u_in -> v_in is unlimited for operands v of u (closure); source -> v_in has capacity
-S(v), unlimited for lookups; v_in -> sink has capacity W(v). v is inside if v_in is on the source's side.
+As a cut of a networkx graph (`cut_graph`): v becomes v -> (v, "out") with capacity B(v); (v, "out") -> u is unlimited
+for each user u (if v is inside and u is not, v itself must be cut); u -> v is unlimited for operands v of u (closure);
+source -> v has capacity S(v), unlimited for lookups; v -> sink has capacity W(v). v is inside if the node v is on the
+source's side. `descompiler.region.named` gives the same graph to people.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
+import networkx as nx
 from torch import fx
 
 from descompiler.cost_models.operators import extra_flops, linear_flops
@@ -31,7 +33,7 @@ from descompiler.layout.exchanges import Exit
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.placement import LOCAL, Local, Placement, Region, Shard, ranks_of
 from descompiler.layout.spans import alike, spans_of
-from descompiler.region.flow import Network
+from descompiler.region import flow
 from descompiler.region.rule import Givens, Placed, Rule
 
 SHAPED = frozenset(
@@ -185,31 +187,51 @@ def _forced(candidates: Candidates, colocated: Mapping[str, Pieces] | None) -> s
     return candidates.lookups | cut
 
 
-def minimum_cut(
+def cut_graph(
     program: Program, candidates: Candidates, w: Weights, colocated: Mapping[str, Pieces] | None = None
-) -> Cut:
-    """The cheapest legal set (see the module's text), by maximum flow."""
-    if not candidates.lookups:
-        return Cut(frozenset(), 0)
+) -> nx.DiGraph:
+    """The graph whose minimum cut is the cheapest legal set (see the module's text).
+
+    An edge's ``purpose`` says what it is for: "lookup" or "colocated" (its node must be inside), "saved", "work",
+    "leaves", "used" and "needed".
+    """
     placements = candidates.placements()
-    network = Network("source", "sink")
+    graph = nx.DiGraph()
+    graph.add_nodes_from((flow.SOURCE, flow.SINK))
     forced = _forced(candidates, colocated)
     for v, answer in candidates.placed.items():
         if v in forced:
-            network.add("source", (v, "in"))
+            graph.add_edge(flow.SOURCE, v, purpose="lookup" if v in candidates.lookups else "colocated")
         elif saved := saved_bytes(program, v, answer, w):
-            network.add("source", (v, "in"), saved)
+            graph.add_edge(flow.SOURCE, v, purpose="saved", capacity=saved)
         if work := work_bytes(v, answer.placement, placements, w):
-            network.add((v, "in"), "sink", work)
-        network.add((v, "in"), (v, "out"), None if v in candidates.confined else exit_bytes(v, answer.placement, w))
+            graph.add_edge(v, flow.SINK, purpose="work", capacity=work)
+        out = (v, "out")
+        if v in candidates.confined:
+            graph.add_edge(v, out, purpose="leaves")
+        else:
+            graph.add_edge(v, out, purpose="leaves", capacity=exit_bytes(v, answer.placement, w))
         for u in v.users:
-            network.add((v, "out"), (u, "in") if u in candidates.placed else "sink")
+            graph.add_edge(out, u if u in candidates.placed else flow.SINK, purpose="used")
             if u in candidates.placed:
-                network.add((u, "in"), (v, "in"))
-    found = network.minimum_cut()
+                graph.add_edge(u, v, purpose="needed")
+    return graph
+
+
+def minimum_cut(
+    program: Program,
+    candidates: Candidates,
+    w: Weights,
+    colocated: Mapping[str, Pieces] | None = None,
+    solver: str = flow.DEFAULT,
+) -> Cut:
+    """The cheapest legal set, by maximum flow; of several the largest, whoever solves."""
+    if not candidates.lookups:
+        return Cut(frozenset(), 0)
+    found = flow.minimum_cut(cut_graph(program, candidates, w, colocated), solver)
     assert found is not None  # aggregation at the lookups is finite
     cost, side = found
-    inside = frozenset(v for v in candidates.placed if (v, "in") in side)
+    inside = frozenset(v for v in candidates.placed if v in side)
     exits = tuple(v for v in candidates.placed if v in inside and any(u not in inside for u in v.users))
     return Cut(inside, cost, exits)
 
