@@ -91,6 +91,7 @@ def _of_the_model(template: nn.Module, seen: Survey, outline: Outline, chosen: P
         fingerprint=_fingerprint(template),
         notes=_notes(seen, ranks, rows),
         replan=lambda changed: plan_partial(template, seen, ranks, rows, changed, terms),
+        graph_of_cut=None,
     )
 
 
