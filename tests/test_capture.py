@@ -290,6 +290,25 @@ def test_a_graph_that_reproduces_the_example_batch_alone_is_not_accepted(monkeyp
     assert f"on {len(IDS)} rows" not in program.failures[0].reason
 
 
+def test_a_graph_that_is_right_for_one_set_of_weights_is_not_accepted(monkeypatch):
+    """A factor without a gradient, baked with the value that it has in the probe."""
+
+    class Scaled(Plain):
+        def forward(self, ids):
+            return super().forward(ids) * self.top.weight.detach().abs().sum()
+
+    def baked(traced, tensors, template):
+        factor = float(materialise(template, IDS.device, double=True).top.weight.detach().abs().sum())
+        traced.model.forward = lambda ids: Plain.forward(traced.model, ids) * factor
+        return export(traced, tensors, template)
+
+    export = ladder.RUNGS[0][1]
+    monkeypatch.setattr(ladder, "RUNGS", (("baked", baked), ("export", export)))
+    program = captured(Scaled())
+    assert program.rung == "export" and "output 0 of the model on" in program.failures[0].reason
+    assert f"on {len(IDS)} rows" not in program.failures[0].reason
+
+
 def test_matrices_that_are_plain_attributes_are_compared_in_float64():
     class Mixed(Plain):
         def __init__(self):
