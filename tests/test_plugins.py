@@ -21,13 +21,13 @@ from descompiler.graph.rewrite import Pass
 from descompiler.passes import FORMS, RULES
 from descompiler.passes.forms.column_wise import ColumnWise
 from descompiler.passes.forms.table_wise import TableWise
+from descompiler.planning import summary
 from descompiler.planning.cluster import Cluster
 from descompiler.plugins import Kit
 from descompiler.registry import Registry
 from descompiler.report import page as report
-from descompiler.report import sheets
 from examples.custom_form import LastRank
-from examples.custom_rule import Flip, Palindrome
+from examples.custom_rule import Phrases, Windows
 from examples.models import MODELS, make_inputs
 from tests.harness.propagation import LightGCN
 from tests.harness.propagation import inputs as graph_inputs
@@ -83,7 +83,7 @@ def site(tmp_path_factory) -> Path:
             [tool.setuptools]
             py-modules = ["their_custom_rule", "their_custom_form", "their_costs"]
             [project.entry-points."descompiler.passes"]
-            flip = "their_custom_rule:RULES"
+            windows = "their_custom_rule:RULES"
             last_rank = "their_custom_form:FORMS"
             nothing = "their_costs:PASSES"
             [project.entry-points."descompiler.cost_models"]
@@ -110,26 +110,26 @@ def test_what_is_installed_is_used(site):
         """
         import torch, descompiler as des
         from descompiler.planning.cluster import Cluster
-        from their_custom_rule import Palindrome
+        from their_custom_rule import Phrases
 
-        plan = des.plan(Palindrome(), (torch.zeros(8, 5, dtype=torch.long),), ranks=2, pins={"items": "column_wise"})
+        plan = des.plan(Phrases(), (torch.zeros(8, 5, dtype=torch.long),), ranks=2, pins={"items": "column_wise"})
         print(plan.traffic(0).total, plan.priced()[-1].name)
-        print(des.plan(Palindrome(), (torch.zeros(8, 5, dtype=torch.long),), ranks=2, pins={"*": "last_rank"}).forms)
+        print(des.plan(Phrases(), (torch.zeros(8, 5, dtype=torch.long),), ranks=2, pins={"*": "last_rank"}).forms)
         print(Cluster.builtin("their-lab", 8).ranks)
         from descompiler.captured import Captured
-        print(Captured.of(Palindrome(), (torch.zeros(8, 5, dtype=torch.long),)).program.journal[-1])
+        print(Captured.of(Phrases(), (torch.zeros(8, 5, dtype=torch.long),)).program.journal[-1])
         """,
     )
     assert not done.returncode, done.stderr
     first, forms, ranks, journal = done.stdout.splitlines()
-    without = des.plan(Palindrome(), (torch.zeros(8, 5, dtype=torch.long),), ranks=2, pins={"items": "column_wise"})
+    without = des.plan(Phrases(), (torch.zeros(8, 5, dtype=torch.long),), ranks=2, pins={"items": "column_wise"})
     assert int(first.split()[0]) < without.traffic(0).total / 2
     assert first.endswith("half precision gradients")
     assert (forms, ranks, journal) == ("{'items.weight': 'last_rank'}", "8", "their pass ran")
 
 
 def test_what_is_given_to_a_call_trains_as_the_original(on_ranks):
-    des.verify(Palindrome(), HISTORY, plans=[{"*": "column_wise"}, {"*": "row_wise"}], rules=[Flip()], launch=on_ranks)
+    des.verify(Phrases(), HISTORY, plans=[{"*": "column_wise"}, {"*": "row_wise"}], rules=[Windows()], launch=on_ranks)
     des.verify(MODELS["fm"](), make_inputs("fm"), plans=[{"*": "last_rank"}], forms=[LastRank()], launch=on_ranks)
 
 
@@ -168,9 +168,9 @@ def test_a_form_from_outside_is_in_tables_and_on_the_page():
     torch.manual_seed(0)
     captured = Captured.of(MODELS["fm"](), make_inputs("fm"), kit=Kit.of(forms=[LastRank()]))
     plan = captured.plan(ranks=4, batch=64, pins={"embeddings.tables.1": "last_rank"})
-    rows = [row for row in sheets.candidates(plan).rows if row[4] == "last_rank"]
-    assert "chosen" in {row[7] for row in rows} and all(row[5] is not None for row in rows)
-    assert any("last_rank, " in row[1] for row in sheets.thresholds(plan).rows)
+    rows = [row for row in summary.candidates(plan).rows if row[4] == "last_rank"]
+    assert "chosen" in {row[8] for row in rows} and all(row[5] is not None for row in rows)
+    assert any("last_rank, " in row[1] for row in summary.thresholds(plan).rows)
     page = report.page(captured, plan, [plan], [plan], title="fm", cluster=Cluster.builtin("ethernet-25g", 4))
     count = list(plan.forms.values()).count("last_rank")
     assert "last_rank on 1 of 4 ranks" in page and f"{count} last_rank" in page
@@ -206,8 +206,8 @@ def test_what_is_true_of_a_built_in_form_may_be_true_of_others(on_ranks):
 
 def test_a_rule_is_the_calls_alone():
     plans = [
-        des.plan(Palindrome(), HISTORY, ranks=2, batch=512, pins={"*": "column_wise"}, rules=rules)
-        for rules in ((), (Flip(),), ())
+        des.plan(Phrases(), HISTORY, ranks=2, batch=512, pins={"*": "column_wise"}, rules=rules)
+        for rules in ((), (Windows(),), ())
     ]
     sent = [p.traffic(0).total for p in plans]
     assert sent[0] == sent[2] > 2 * sent[1]
@@ -232,15 +232,15 @@ class Row(LastRank):
     ("options", "both"),
     [
         ({"rules": [Other()]}, "two rules are named 'linear': Linear of descompiler and Other of compile(rules=...)"),
-        ({"rules": [Flip(), Other("flip")]}, "two rules are named 'flip': Flip of compile"),
+        ({"rules": [Windows(), Other("windows")]}, "two rules are named 'windows': Windows of compile"),
         ({"forms": [Row()]}, "two forms are named 'row_wise': RowWise of descompiler and Row of compile(forms=...)"),
         ({"rules": [LastRank()]}, "is no rule: it has no targets, place"),
-        ({"forms": [Flip()]}, "is no form: it has no refuses, split"),
+        ({"forms": [Windows()]}, "is no form: it has no refuses, split"),
     ],
 )
 def test_a_clash_names_both(options, both):
     with pytest.raises(des.PlanError) as error:
-        des.compile(Palindrome(), HISTORY, **options)
+        des.compile(Phrases(), HISTORY, **options)
     assert both in str(error.value)
 
 
@@ -248,8 +248,8 @@ def test_a_clash_names_both(options, both):
     ("group", "value", "message"),
     [
         (plugins.PASSES, "no_such_module:x", "plug-in 'theirs' of an unknown distribution (no_such_module:x) can't be"),
-        (plugins.PASSES, "examples.custom_rule:Palindrome", "is no plug-in of descompiler.passes"),
-        (plugins.COST_MODELS, "examples.custom_rule:Palindrome", "give a Baseline or Cluster"),
+        (plugins.PASSES, "examples.custom_rule:Phrases", "is no plug-in of descompiler.passes"),
+        (plugins.COST_MODELS, "examples.custom_rule:Phrases", "give a Baseline or Cluster"),
         (plugins.COST_MODELS, "descompiler.cost_models.baselines:MESH", None),  # the same again is no clash
     ],
 )
@@ -274,15 +274,15 @@ def test_a_registry_keeps_an_order_and_says_what_there_is():
     with pytest.raises(des.PlanError, match=r"no rule 'none'; the rules are owner, pointwise"):
         names.named("none")
     with pytest.raises(des.PlanError, match=r"two rules are named 'owner'"):
-        names.add(replace(Flip(), name="owner"), "theirs")
+        names.add(replace(Windows(), name="owner"), "theirs")
 
 
 def test_what_is_equal_is_no_clash():
     """As a call's form, which is made anew for each call."""
     names = Registry("rule", RULES)
-    names.add(Flip(), "theirs")
-    names.add(Flip(), "theirs")
-    assert names.names == (*RULES.names, "flip") and names.origin("flip") == "theirs"
+    names.add(Windows(), "theirs")
+    names.add(Windows(), "theirs")
+    assert names.names == (*RULES.names, "windows") and names.origin("windows") == "theirs"
 
 
 def test_built_in_passes_come_first():

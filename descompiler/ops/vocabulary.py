@@ -1,4 +1,7 @@
-"""TODO ops.vocabulary."""
+"""Products with a table divided over the vocabulary: what is asked of the logits, and an owner's part of the answer.
+
+`descompiler.runtime.vocabulary` has the requests, and what crosses for them.
+"""
 
 from __future__ import annotations
 
