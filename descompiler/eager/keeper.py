@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from descompiler.eager.pieces import Piece, plain
 from descompiler.errors import DescompilerError, InputError, UnsupportedError, raised_at, warn
-from descompiler.layout import traffic as wire
 from descompiler.layout.pieces import Pieces, locate
+from descompiler.layout.step import DenseGradients
+from descompiler.layout.traffic import all_reduce_bytes
 from descompiler.runtime.collectives import all_to_all
 from descompiler.runtime.gradients import Caught, add_gradient, sum_of
 from descompiler.runtime.guard import Guard
@@ -304,7 +305,7 @@ class Keeper:
         )
         if runtime.ranks > 1 and len(flags):
             flags = flags.to(runtime.header_device())
-            size = wire.all_reduce_bytes(len(flags), runtime.ranks)
+            size = all_reduce_bytes(len(flags), runtime.ranks)
             largest = dist.ReduceOp.MAX
             runtime.collective(FLAGS, size, lambda: dist.all_reduce(flags, op=largest, group=runtime.group))
         some = flags.tolist()
@@ -359,7 +360,7 @@ class Keeper:
                 by_dtype.setdefault(p.dtype, []).append(i)
         for positions in by_dtype.values():
             flat = self.caught.flat(positions, held, self.runtime.ranks)
-            self.runtime.all_reduce(wire.DENSE_GRADIENTS, flat)
+            self.runtime.all_reduce(DenseGradients.AVERAGE, flat)
             self.caught.accumulate(positions, flat)
 
 

@@ -12,6 +12,7 @@ from descompiler.errors import PlanError
 from descompiler.graph.program import Failure
 from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
+from descompiler.layout.step import DenseGradients, Header
 from descompiler.model.random_state import ONE_DRAW
 from descompiler.planning.coverage import PARTIAL, Coverage, Covered
 from descompiler.planning.given import Given, check_ranks, loaded
@@ -85,7 +86,7 @@ def plan_partial(template: nn.Module, seen: Survey, ranks: int, rows: int, pins:
         tables=tables,
         splits=splits,
         pieces=pieces,
-        layout=Layout(ranks, dense_elements=dense),
+        layout=Layout(ranks, (Header(), DenseGradients(dense)) if dense else (Header(),)),
         crossings=[],
         price_bytes=price_bytes,
         prices=prices,

@@ -28,6 +28,7 @@ from descompiler.layout.traffic import Traffic
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.json import decode, encode
 from descompiler.planning.memory import Memory
+from descompiler.planning.older import VERSION, as_of_now
 from descompiler.tables.form import Split, form_named
 
 NO_OPERATORS = "the model has no weights-rich operator (nn.Embedding, nn.EmbeddingBag): it runs as plain data parallel"
@@ -297,7 +298,7 @@ class Plan:
             If the text is no plan, or one of another version.
         """
         try:
-            data = json.loads(text)
+            data = as_of_now(json.loads(text))
             if data["version"] != VERSION:
                 raise PlanError(f"the plan file has version {data['version']}, this is version {VERSION}: plan again")
             plan = cls(**{name: decode(kind, data[name]) for name, kind in _FIELDS.items()})
@@ -493,10 +494,6 @@ def _held(pieces: Pieces | None) -> str:
     if pieces is None:
         return "absent"
     return "replicated" if pieces.is_replicated else f"cut along dim {pieces.dim} among {len(pieces.owners)} ranks"
-
-
-VERSION = 2
-"""Of plan files."""
 
 
 _FIELDS: dict[str, Any] = {

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from descompiler.errors import InputError, RankError
-from descompiler.layout import traffic as wire
-from descompiler.layout.traffic import Traffic
+from descompiler.layout.step import Header, LeafStatus
+from descompiler.layout.traffic import Traffic, all_gather_bytes, all_reduce_bytes
+from descompiler.runtime.carriers import carries
 from descompiler.runtime.collectives import Clock, Pending, all_gather, all_to_all
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ class Communicator:
 
     def gather(self, name: str, mine: Tensor) -> Tensor:
         """All ranks' tensors of one size, flat, one after another."""
-        size = (self.ranks - 1) * mine.numel() * mine.element_size()
+        size = all_gather_bytes(mine.numel() * mine.element_size(), self.ranks)
         return self.collective(name, size, lambda: all_gather(mine, self.group))
 
     def gather_uneven(self, name: str, mine: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -72,12 +73,17 @@ class Communicator:
                 return all_gather(mine, self.group)
             return all_to_all(mine.repeat(self.ranks), [len(mine)] * self.ranks, list(sizes), self.group).wait()
 
-        return self.collective(name, (self.ranks - 1) * mine.numel() * mine.element_size(), call)
+        return self.collective(name, all_gather_bytes(mine.numel() * mine.element_size(), self.ranks), call)
 
     def all_reduce(self, name: str, x: Tensor) -> None:
         """Sum over ranks, in place."""
-        size = wire.all_reduce_bytes(x.numel() * x.element_size(), self.ranks)
-        self.collective(name, size, lambda: dist.all_reduce(x, group=self.group))
+        self.all_reduce_start(name, x).wait()
+
+    def all_reduce_start(self, name: str, x: Tensor) -> dist.Work:
+        """Start a sum over ranks, in place."""
+        size = all_reduce_bytes(x.numel() * x.element_size(), self.ranks)
+        work: dist.Work = self.collective(name, size, lambda: dist.all_reduce(x, group=self.group, async_op=True))
+        return work
 
     def exchange(self, send: Tensor, sent: list[int], received: list[int], name: str) -> Pending:
         """Start an all-to-all of flat tensors; ``sent`` and ``received`` are elements by rank."""
@@ -88,6 +94,7 @@ class Communicator:
         """Where small control tensors live: NCCL needs them on the GPU."""
         return self.device if self.ranks > 1 and dist.get_backend(self.group) == "nccl" else torch.device("cpu")
 
+    @carries(Header)
     def header(
         self,
         rows: int,
@@ -124,7 +131,7 @@ class Communicator:
         mine = [[rows, int(problem is not None), self.mode, n, gathered] for n in asked]
         send = torch.tensor(mine, dtype=torch.int64, device=device)
         sizes = [send.shape[1]] * self.ranks
-        table = self.exchange(send.reshape(-1), sizes, sizes, wire.HEADER).wait().reshape(send.shape)
+        table = self.exchange(send.reshape(-1), sizes, sizes, Header.SEND).wait().reshape(send.shape)
         self.rows, failed, self.modes, served, gathering = table.cpu().T.tolist()
         if any(failed):
             self.raise_everywhere(problem, InputError)
@@ -132,6 +139,7 @@ class Communicator:
             self.raise_different()
         return served, gathering
 
+    @carries(LeafStatus)
     def agree(self, problem: str | None) -> None:
         """Every rank calls this after code of the user's has run, also when that has failed: then all ranks raise.
 
@@ -141,13 +149,14 @@ class Communicator:
             if problem is not None:
                 raise InputError(problem)
             return
-        self._agree(wire.LEAVES, problem)
+        self._agree(LeafStatus.RUN, problem)
 
     def _agree(self, name: str, problem: str | None) -> None:
         mine = torch.tensor([problem is not None], dtype=torch.uint8, device=self.header_device())
         if bool(self.gather(name, mine).any()):
             self.raise_everywhere(problem, InputError)
 
+    @carries(LeafStatus)
     def agree_after_backward(self, failures: list[tuple[str, Exception]]) -> None:
         """At the end of the backward that is under way, ranks tell whether a leaf's failed: then all ranks raise.
 
@@ -159,7 +168,7 @@ class Communicator:
             problem, cause = failures[0] if failures else (None, None)
             failures.clear()
             try:
-                self._agree(wire.LEAVES_BACK, problem)
+                self._agree(LeafStatus.BACKWARD, problem)
             except InputError as error:
                 raise error from cause
 

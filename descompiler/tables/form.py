@@ -21,7 +21,7 @@ from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
 from descompiler.errors import PlanError
 from descompiler.graph.nodes import where
 from descompiler.graph.program import Program, rowwise
-from descompiler.layout.exchanges import Columns
+from descompiler.layout.border import Columns
 from descompiler.layout.id_checks import Check
 from descompiler.layout.pieces import ALL, Pieces
 from descompiler.layout.placement import Region
