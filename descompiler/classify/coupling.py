@@ -265,16 +265,6 @@ def _writes(n: fx.Node) -> bool:
     return mutates(n) or (n.target is aten.batch_norm.default and bool(n.args[5]))
 
 
-EXCHANGED = {
-    "gather": "every rank's rows go to all",
-    "reduce": "a sum over the batch is one over ranks' terms",
-    "slice": "the gradient of every rank's rows goes to all",
-    "spread": "the gradient is a sum over ranks",
-    "total": "a sum over a whole table is one over the owners' terms, and its gradient a mean over ranks",
-}
-"""Why values cross, by the kind of transfer."""
-
-
 def notes_of(program: Program, exchanges: Sequence[CoupledValues]) -> list[str]:
     """For people: what mixes the rows of the batch and crosses, and what is drawn at random."""
     nodes = {n.name: n for n in program.graph.nodes}
@@ -284,7 +274,7 @@ def notes_of(program: Program, exchanges: Sequence[CoupledValues]) -> list[str]:
         size = "x".join(_polynomial_text(t) for t in v.terms) or "1"
         what = f"{size} elements" + (" a row" if transfer.by_row else "")
         name = f"input {n.name}" if n.op == "placeholder" else target_name(n)
-        notes.append(f"{transfer.kind} {name}, {what}: {EXCHANGED[transfer.kind]}  {user_line(n)}".rstrip())
+        notes.append(f"{transfer.kind} {name}, {what}: {transfer.why}  {user_line(n)}".rstrip())
     for n in program.graph.nodes:
         if n.op == "call_function" and scope_of(n).drawn:
             each = ONE_DRAW if scope_of(n).kind == GLOBAL else EACH_ITS_OWN

@@ -55,9 +55,12 @@ class CoupledValues(Transfer):
     ----------
     by_row : bool
         Whether each row crosses by itself, so that a rank sends as many as it has.
+    why : str
+        For people.
     """
 
     by_row: ClassVar[bool] = False
+    why: ClassVar[str]
 
     values: tuple[GlobalValue, ...]
 
@@ -74,6 +77,7 @@ class GatherRows(CoupledValues):
     """gather: Local --> the global batch on every rank."""
 
     kind = "gather"
+    why = "every rank's rows go to all"
     by_row = True
     GATHER = Collective("all_gather (batch-coupled values)", Stage.VALUES_OUT)
 
@@ -86,6 +90,7 @@ class SumTerms(CoupledValues):
     """reduce: a term of each rank's own rows --> their sum on every rank."""
 
     kind = "reduce"
+    why = "a sum over the batch is one over ranks' terms"
     SUM = Collective("all_reduce (sums over the batch)", Stage.VALUES_OUT)
 
     def sent(self, step: Step) -> Iterator[Sent]:
@@ -97,6 +102,7 @@ class SliceRows(CoupledValues):
     """slice: the global batch on every rank --> Local; gradients of every rank's rows go to all."""
 
     kind = "slice"
+    why = "the gradient of every rank's rows goes to all"
     by_row = True
     BACK = Collective("all_gather (gradients of batch-coupled rows)", Stage.GRADIENTS_BACK)
 
@@ -109,6 +115,7 @@ class SpreadValue(CoupledValues):
     """spread: a value that every rank has --> the same, for own rows; gradients are summed over ranks."""
 
     kind = "spread"
+    why = "the gradient is a sum over ranks"
     BACK = Collective("all_reduce (gradients of batch-coupled values)", Stage.GRADIENTS_BACK)
 
     def sent(self, step: Step) -> Iterator[Sent]:
@@ -126,6 +133,7 @@ class TableTotal(CoupledValues):
     """
 
     kind = "total"
+    why = "a sum over a whole table is one over the owners' terms, and its gradient a mean over ranks"
     SUM = Collective("all_reduce (sums over whole tables)", Stage.VALUES_OUT)
     BACK = Collective("all_reduce (gradients of sums over whole tables)", Stage.GRADIENTS_BACK)
 

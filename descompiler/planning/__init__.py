@@ -2,7 +2,8 @@
 
 `objective` prices one choice, `search` looks for the best, `bound` says what none can be below, `planner.choose` makes
 the `plan.Plan`. `exchanges` and `products` list what a choice's programs send, `memory` what ranks hold, `cluster` is
-what links can do, `given` follows a plan of the user's. Start with `planner.choose`.
+what links can do, `given` follows a plan of the user's, `older` reads files of earlier versions. Start with
+`planner.choose`.
 
 May import: passes, runtime and below; not capture's tracers.
 """
