@@ -10,7 +10,7 @@
 
 A row that a rank's batch has with probability q is hot if 2 k s < q (i + 2 k s): `hot_threshold`.
 
-What a plan prices is its own layout, exactly (`descompiler.layout.exchanges`); these are for crossovers and curves.
+What a plan prices is its own layout, exactly (`descompiler.layout.layout`); these are for crossovers and curves.
 """
 
 from descompiler.cost_models.baselines import ALL_REDUCE

@@ -19,7 +19,8 @@ from descompiler.capture.leaves import trace_leaves
 from descompiler.classify.scope import scope_of
 from descompiler.graph.leaf import Leaf
 from descompiler.graph.nodes import user_line
-from descompiler.layout import traffic as wire
+from descompiler.layout.global_values import GatherRows
+from descompiler.layout.step import LeafStatus
 from descompiler.model.probe import blueprint, materialise
 from descompiler.passes import NORMALISE
 from tests.harness.failures import Raises, raised
@@ -389,7 +390,7 @@ def _without_what_forward_needs(rank, ranks):
     for (n, p), q in zip(module.named_parameters(), model.parameters(), strict=True):
         worst = max(worst, float((p.grad - module.pieces(n).cut(q.grad, rank)).abs().max()))
     same = module.traffic() == module.plan.traffic(rank, [6, 2], unique=module.unique())
-    return worst, same, wire.COUPLING["gather"] in module.traffic().bytes_by_collective
+    return worst, same, GatherRows.GATHER in module.traffic().bytes_by_collective
 
 
 def test_a_leaf_that_needs_a_row_of_a_kind_runs_on_own_rows_beside_a_spare_one(on_ranks):
@@ -511,7 +512,7 @@ def _error_of_a_step(module, reference, rank, in_place=False):
         return worst
     predicted = module.plan.layout.predict(rank, [2, 4], 8, unique=module.unique())
     assert module.traffic() == predicted
-    calls = module.traffic().calls_by_collective.get(wire.LEAVES, 0)
+    calls = module.traffic().calls_by_collective.get(LeafStatus.RUN, 0)
     assert calls == (0 if isinstance(reference, PickyIds) else 2)
     return worst
 
@@ -636,7 +637,7 @@ def test_a_leaf_that_fails_on_one_rank_of_one():
 
 
 def test_a_program_without_leaves_agrees_on_none():
-    assert wire.LEAVES not in des.plan(Plain(), (IDS,), ranks=2).traffic(0).calls_by_collective
+    assert LeafStatus.RUN not in des.plan(Plain(), (IDS,), ranks=2).traffic(0).calls_by_collective
 
 
 def test_a_leaf_with_baked_parameters_is_not_accepted(monkeypatch):

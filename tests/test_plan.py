@@ -111,7 +111,7 @@ def test_names_that_forms_had_are_understood_with_a_note():
 
 def test_a_file_with_the_names_that_forms_had_is_the_same_plan():
     """Written by a version in which forms were called field, row, column, pull, gather and hot."""
-    file = Path(__file__).parent / "plans" / "version_2.json"
+    file = Path(__file__).parent / "plans" / "version_2_names.json"
     aliases._note.cache_clear()
     with pytest.warns(UserWarning, match="is named") as notes:
         loaded = des.Plan.load(file)

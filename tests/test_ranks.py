@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import descompiler as des
-from descompiler.layout.traffic import FETCH_COUNTS_BYTES, HEADER_BYTES
+from descompiler.layout.fetches import Fetch
+from descompiler.layout.step import Header as HeaderTransfer
 from descompiler.runtime.agreement import Call, Header, Kind, Message
 from examples.models import MODELS, make_inputs
 from tests.harness.failures import raised
@@ -65,9 +66,9 @@ def test_what_ranks_tell_each_other_arrives_as_it_was():
     for kind in Kind:
         for number in (0, 2 * 0xFFFFFFFF + 1):
             sent = Header(True, asked=-(1 << 63), gathered=3, rows=4, call=Call(kind, number, "for people"))
-            assert Header.decode(sent.encode()) == sent and 8 * len(sent.encode()) == HEADER_BYTES
+            assert Header.decode(sent.encode()) == sent and 8 * len(sent.encode()) == HeaderTransfer.BYTES
     counts = Message(False, asked=1, gathered=2)
-    assert Message.decode(counts.encode()) == counts and 8 * len(counts.encode()) == FETCH_COUNTS_BYTES
+    assert Message.decode(counts.encode()) == counts and 8 * len(counts.encode()) == Fetch.COUNTS_BYTES
     assert Call.named("batch norm", Kind.NORM) != Call.named("batch norm") != Call.named("the end")
 
 

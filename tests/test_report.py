@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from descompiler.captured import Captured
-from descompiler.layout import traffic as wire
+from descompiler.layout.border import IdsIn, ValuesOut
 from descompiler.planning import summary
 from descompiler.planning.cluster import Cluster
 from descompiler.report import charts, drawing, graphs
@@ -102,7 +102,7 @@ def test_bytes_on_the_wire_are_those_that_the_plan_predicts(captured, plan):
     exchanged = 0.0
     for rank in range(plan.ranks):
         sent = plan.traffic(rank).bytes_by_collective
-        exchanged += float(sum(sent.get(name, 0) for name in (wire.ENTER, wire.EXIT, wire.RETURN)))
+        exchanged += float(sum(sent.get(name, 0) for name in (IdsIn.SEND, ValuesOut.SEND, ValuesOut.BACK)))
     assert drawn == pytest.approx(exchanged / plan.ranks, abs=len(cut.exits) + len(plan.crossings))
     sheet = summary.crossings(plan)
     at = [c.title for c in sheet.columns].index("bytes")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from descompiler.layout.exchanges import Vocabulary
 from descompiler.layout.layout import Layout
 from descompiler.layout.traffic import Traffic
+from descompiler.layout.vocabulary import Vocabulary
 from descompiler.ops.vocabulary import kinds_of, vocabulary
 from descompiler.runtime import vocabulary as vocab
 from descompiler.runtime.runtime import Runtime
@@ -85,7 +85,7 @@ def _case(rank, ranks, kinds, counts, ranges, first, kept):
         whole = leaves[1].grad[first + mine[1] - mine[3] : first + mine[1] + mine[2]]
         close(piece.grad, whole)
         close(piece_bias.grad, leaves[2].grad[mine[1] : mine[1] + mine[2]])
-    predicted = Layout(ranks, vocabularies=(spec,)).predict(rank, counts, 8)
+    predicted = Layout(ranks, (spec,)).predict(rank, counts, 8)
     sent = dict(runtime.traffic.bytes_by_collective)
     predicted.bytes_by_collective = {k: v for k, v in predicted.bytes_by_collective.items() if "vocabulary" in k}
     assert predicted.bytes_by_collective == sent

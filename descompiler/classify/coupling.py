@@ -37,9 +37,13 @@ from descompiler.graph.leaf import Leaf
 from descompiler.graph.nodes import aten, is_tensor, mutates, size_of, target_name, user_line, value, where
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import descendants
-from descompiler.layout.exchanges import Exchange
+from descompiler.layout.global_values import CoupledValues, GatherRows, GlobalValue, SliceRows, SpreadValue, SumTerms
 from descompiler.model.random_state import EACH_ITS_OWN, ONE_DRAW
 from descompiler.ops.vocabulary import vocabulary
+
+COLLECTED = {k.kind: k for k in (GatherRows, SumTerms)}
+"""What collects the ranks' parts of a value, by the kind of a `Stage`."""
+
 
 Demand = tuple[fx.Node, str]
 """A node, and the version of it that is needed."""
@@ -64,7 +68,7 @@ class Coupling:
     stages : tuple of Stage
     slices, spreads : frozenset of node
         Global values that local nodes, or the user, take.
-    exchanges : tuple of Exchange
+    exchanges : tuple of CoupledValues
     free : frozenset of node
         Local nodes whose value for the global batch is computed from their operands' and not gathered.
     """
@@ -73,13 +77,13 @@ class Coupling:
     stages: tuple[Stage, ...]
     slices: frozenset[fx.Node]
     spreads: frozenset[fx.Node]
-    exchanges: tuple[Exchange, ...]
+    exchanges: tuple[CoupledValues, ...]
     free: frozenset[fx.Node]
 
     @property
     def backward(self) -> bool:
         """Whether gradients cross the borders of the global computation."""
-        return any(e.kind in ("slice", "spread") for e in self.exchanges)
+        return any(isinstance(e, SliceRows | SpreadValue) for e in self.exchanges)
 
     def before(self, stage: Stage) -> list[Demand]:
         """All that the members of a stage are made from, in the order of the graph."""
@@ -144,9 +148,9 @@ class _Coupler:
             elif version == OWN and scope.kind == GLOBAL and is_tensor(n):
                 (spreads if scope.rows is None else slices).append(n)
         stages = [Stage(key[2], tuple(members)) for key, members in sorted(groups.items(), key=lambda g: g[0])]
-        exchanges = [self._exchange(s.kind, n, int(i == 0)) for s in stages for i, n in enumerate(s.members)]
-        exchanges += [self._exchange("slice", n) for n in slices if self._sends_back(n, demands)]
-        exchanges += [self._exchange("spread", n) for n in spreads if self._sends_back(n, demands)]
+        exchanges = [self._exchange(COLLECTED[s.kind], *s.members) for s in stages]
+        exchanges += [self._exchange(SliceRows, n) for n in slices if self._sends_back(n, demands)]
+        exchanges += [self._exchange(SpreadValue, n) for n in spreads if self._sends_back(n, demands)]
         return Coupling(
             demands,
             tuple(stages),
@@ -234,10 +238,13 @@ class _Coupler:
                 return True
         return False
 
-    def _exchange(self, kind: str, n: fx.Node, calls: int = 1) -> Exchange:
+    def _exchange(self, kind: type[CoupledValues], *nodes: fx.Node) -> CoupledValues:
+        return kind(tuple(self._value(n, kind.by_row) for n in nodes))
+
+    def _value(self, n: fx.Node, by_row: bool) -> GlobalValue:
         scope, fake = scope_of(n), value(n)
         itemsize = None if fake.is_floating_point() and fake.dtype == self._float() else fake.dtype.itemsize
-        if kind in ("gather", "slice"):
+        if by_row:
             assert scope.rows is not None
             shape = [size_of(s) for s in fake.shape]
             del shape[scope.rows.dim]
@@ -249,7 +256,7 @@ class _Coupler:
             if None in found:
                 raise UnsupportedError(f"{where(n)}: a gradient of a size that depends on data crosses between ranks")
             terms = tuple(f for f in found if f is not None)
-        return Exchange(kind, n.name, terms, itemsize, calls)
+        return GlobalValue(n.name, terms, itemsize)
 
     def _float(self) -> torch.dtype:
         return next((p.dtype for p in self.program.parameters.values() if p.is_floating_point()), torch.float32)
@@ -259,26 +266,16 @@ def _writes(n: fx.Node) -> bool:
     return mutates(n) or training_norm(n) is not None
 
 
-EXCHANGED = {
-    "gather": "every rank's rows go to all",
-    "reduce": "a sum over the batch is one over ranks' terms",
-    "slice": "the gradient of every rank's rows goes to all",
-    "spread": "the gradient is a sum over ranks",
-    "total": "a sum over a whole table is one over the owners' terms",
-    "total back": "the gradient is a mean over ranks",
-}
-
-
-def notes_of(program: Program, exchanges: Sequence[Exchange]) -> list[str]:
+def notes_of(program: Program, exchanges: Sequence[CoupledValues]) -> list[str]:
     """For people: what mixes the rows of the batch and crosses, and what is drawn at random."""
     nodes = {n.name: n for n in program.graph.nodes}
     notes = []
-    for e in exchanges:
-        n = nodes[e.name]
-        size = "x".join(_polynomial_text(t) for t in e.terms) or "1"
-        what = f"{size} elements" + (" a row" if e.kind in ("gather", "slice") else "")
+    for transfer, v in [(t, v) for t in exchanges for v in t.values]:
+        n = nodes[v.name]
+        size = "x".join(_polynomial_text(t) for t in v.terms) or "1"
+        what = f"{size} elements" + (" a row" if transfer.by_row else "")
         name = f"input {n.name}" if n.op == "placeholder" else target_name(n)
-        notes.append(f"{e.kind} {name}, {what}: {EXCHANGED[e.kind]}  {user_line(n)}".rstrip())
+        notes.append(f"{transfer.kind} {name}, {what}: {transfer.why}  {user_line(n)}".rstrip())
     for n in program.graph.nodes:
         if n.op == "call_function" and scope_of(n).drawn:
             each = ONE_DRAW if scope_of(n).kind == GLOBAL else EACH_ITS_OWN

@@ -15,7 +15,7 @@ from descompiler.eager import functions
 from descompiler.eager.gradients import GradientSync, Use
 from descompiler.eager.parameters import ShardedParameter
 from descompiler.errors import InputError, warn
-from descompiler.layout import traffic as wire
+from descompiler.layout.fetches import Fetch
 from descompiler.layout.pieces import locate
 from descompiler.runtime.agreement import Call, Kind
 
@@ -123,7 +123,7 @@ class PieceExchange:
     def _fetched(
         self, parameter: ShardedParameter, wanted: Tensor, sent: list[int], asked: list[int], sparse: bool
     ) -> Tensor:
-        positions = self.runtime.exchange_rows(wanted, sent, asked, wire.FETCH_IDS)
+        positions = self.runtime.exchange_rows(wanted, sent, asked, Fetch.IDS)
         use = Use(parameter, self.runtime.forwards, sent, asked, positions, sparse)
         rows = functions.fetched(self.gradients, use)
         self.gradients.keep(use)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from descompiler.eager.gradients import GradientSync, Use
 from descompiler.eager.parameters import ShardedParameter, plain
-from descompiler.layout import traffic as wire
+from descompiler.layout.fetches import Fetch
+from descompiler.layout.global_values import WholeTables
 from descompiler.runtime.runtime import Runtime
 
 
@@ -49,7 +50,7 @@ class _Fetched(torch.autograd.Function):
     def forward(ctx: Any, sync: GradientSync, use: Use, anchor: Tensor) -> Tensor:
         ctx.sync, ctx.use = sync, use
         own = plain(use.parameter).detach()
-        return sync.runtime.exchange_rows(own[use.positions], use.asked, use.sent, wire.FETCH_ROWS)
+        return sync.runtime.exchange_rows(own[use.positions], use.asked, use.sent, Fetch.ROWS)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -67,7 +68,7 @@ class _Gathered(torch.autograd.Function):
         most = max(pieces.numel(r) for r in range(runtime.ranks))
         mine = own.new_zeros(most)
         mine[: own.numel()] = own.reshape(-1)
-        every = runtime.gather(wire.WHOLE, mine)
+        every = runtime.gather(WholeTables.GATHER, mine)
         parts = [every[r * most :][: pieces.numel(r)].reshape(pieces.piece_shape(r)) for r in range(runtime.ranks)]
         return pieces.join(parts)
 

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from descompiler.eager.parameters import ShardedParameter
 from descompiler.errors import DescompilerError, UnsupportedError, raised_at
-from descompiler.layout import traffic as wire
+from descompiler.layout.fetches import Fetch
+from descompiler.layout.global_values import WholeTables
+from descompiler.layout.step import DenseGradients
+from descompiler.layout.traffic import all_reduce_bytes
 from descompiler.runtime.gradients import Caught, add_gradient, sum_of
 from descompiler.runtime.guard import Guard
 from descompiler.runtime.room import give_back
@@ -151,7 +154,7 @@ class GradientSync:
         runtime, flags = self.runtime, torch.tensor(mine, dtype=torch.uint8)
         if runtime.ranks > 1 and len(flags):
             flags = flags.to(runtime.header_device())
-            size = wire.all_reduce_bytes(len(flags), runtime.ranks)
+            size = all_reduce_bytes(len(flags), runtime.ranks)
             largest = dist.ReduceOp.MAX
             runtime.collective(FLAGS, size, lambda: dist.all_reduce(flags, op=largest, group=runtime.group))
         return flags.tolist()
@@ -179,7 +182,7 @@ class GradientSync:
         gradient = use.gradient
         if gradient is None:
             gradient = parameter.detach().new_zeros((sum(use.sent), *parameter.shape[1:]))
-        received = self.runtime.exchange_rows(gradient, use.sent, use.asked, wire.FETCH_BACK) / ranks
+        received = self.runtime.exchange_rows(gradient, use.sent, use.asked, Fetch.BACK) / ranks
         if use.sparse:
             return torch.sparse_coo_tensor(use.positions[None], received, parameter.shape).coalesce()
         return torch.zeros(parameter.shape, dtype=parameter.dtype).index_add_(0, use.positions, received)
@@ -196,7 +199,7 @@ class GradientSync:
         mine = parts[runtime.rank]
         sizes = [p.numel() for p in parts]
         flat = torch.cat([p.reshape(-1) for p in parts])
-        out = runtime.exchange_rows(flat, sizes, [mine.numel()] * runtime.ranks, wire.WHOLE_BACK)
+        out = runtime.exchange_rows(flat, sizes, [mine.numel()] * runtime.ranks, WholeTables.BACK)
         return out.reshape(runtime.ranks, *mine.shape).sum(0)
 
     def _average(self, held: Mapping[int, Tensor], present: Sequence[int]) -> None:
@@ -207,5 +210,5 @@ class GradientSync:
                 by_dtype.setdefault(p.dtype, []).append(i)
         for positions in by_dtype.values():
             flat = self.caught.flat(positions, held, self.runtime.ranks)
-            self.runtime.all_reduce(wire.DENSE_GRADIENTS, flat)
+            self.runtime.all_reduce(DenseGradients.AVERAGE, flat)
             self.caught.accumulate(positions, flat)

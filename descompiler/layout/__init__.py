@@ -1,8 +1,8 @@
 """What each rank holds, and what crosses between ranks: numbers and shapes, no graphs and no process groups.
 
 `pieces` says which part of a parameter a rank holds, `placement` which part of a value, `spans` says once what ranks
-have in common. `exchanges` and `fetches` are what one program sends, put together in `layout.Layout`, which predicts
-the bytes by the names of `traffic`. Start with `pieces.Pieces`, then `placement`.
+have in common. `transfer` says what crosses between them: its kinds are in `border`, `fetches`, `global_values`, `step`
+and `vocabulary`; a program's are the list of a `layout.Layout`. Start with `pieces.Pieces`, `placement`, `transfer`.
 
 May import: model, cost_models.
 """

@@ -1,8 +1,8 @@
-"""Layouts of fetches: the tables of which unique rows are fetched together, and who asks whom for how many."""
+"""Fetches: the tables of which unique rows are fetched together, and who asks whom for how many."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,28 +14,8 @@ from torch import Tensor
 from descompiler.layout.id_checks import Check
 from descompiler.layout.keys import KeySpace
 from descompiler.layout.pieces import ALL, Pieces
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Unique ids of one table in a step, as one rank sees them: counted, or expected; or as every rank does, ``[N]``.
-
-    Attributes
-    ----------
-    asked : float or ndarray
-        Of this rank's, those that other ranks own.
-    served : float or ndarray
-        Of the other ranks', those that this one owns.
-    shared : float or ndarray
-        Of this rank's, those that every rank holds.
-    """
-
-    asked: float | np.ndarray = 0
-    served: float | np.ndarray = 0
-    shared: float | np.ndarray = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(self.asked + other.asked, self.served + other.served, self.shared + other.shared)
+from descompiler.layout.traffic import Collective, Stage
+from descompiler.layout.transfer import Counts, Sent, Step, Transfer
 
 
 @dataclass(frozen=True)
@@ -48,6 +28,8 @@ class FetchTable:
         Per row of the batch, over all lookups of the fetch.
     gathered : bool
         Whether gradients of shared rows are gathered by unique row, not all-reduced.
+    counted : bool
+        Whether its unique ids, which are those of all its fetches together, are counted here: in the first.
     """
 
     name: str
@@ -58,6 +40,7 @@ class FetchTable:
     trained: bool = True
     gathered: bool = False
     dtype: str = "torch.float32"
+    counted: bool = True
 
     @property
     def rows(self) -> int:
@@ -79,8 +62,10 @@ class FetchTable:
 
 
 @dataclass(frozen=True)
-class Fetch:
-    """Lookups whose unique rows are fetched together (`descompiler.runtime.fetch`).
+class Fetch(Transfer):
+    """fetch: unique rows of pieces --> the ranks that look them up; one summed gradient of each, back.
+
+    Gradients of rows that every rank holds go to all: gathered, each unique row once, or all-reduced.
 
     Attributes
     ----------
@@ -92,12 +77,25 @@ class Fetch:
         The node of each lookup.
     checks : tuple of Check
         What each lookup's ids have to be.
+    early : bool
+        Whether the ids are known before the header, which carries the counts. Else all of this is sent when they are.
     """
+
+    kind = "fetch"
+    COUNTS = Collective("all_to_all (unique ids, counts)", Stage.VALUES_OUT)
+    GATHERED_IDS = Collective("all_to_all (gathered gradients, ids)", Stage.IDS_IN, trained=True)
+    IDS = Collective("all_to_all (unique ids)", Stage.IDS_IN)
+    ROWS = Collective("all_to_all (rows of unique ids)", Stage.VALUES_OUT)
+    BACK = Collective("all_to_all (gradients of unique ids)", Stage.GRADIENTS_BACK)
+    GATHERED_BACK = Collective("all_to_all (gathered gradients)", Stage.GRADIENTS_BACK)
+    SUM_SHARED = Collective("all_reduce (shared rows)", Stage.GRADIENTS_BACK)
+    COUNTS_BYTES = 3 * 8  # status, unique ids asked, unique ids gathered: int64 each
 
     tables: tuple[FetchTable, ...]
     lookups: tuple[int, ...]
     names: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
+    early: bool = False
 
     @staticmethod
     def of_table(table: FetchTable, line: str = "") -> Fetch:
@@ -169,16 +167,31 @@ class Fetch:
         """Elements of that all-reduce; one more for each row of a table with sparse gradients: who looked it up."""
         return sum(int(x.sizes[ALL]) * (x.dim + x.sparse) for x in map(self.tables.__getitem__, self.reduced_tables))
 
-    def demand(self, unique: Mapping[str, Counts]) -> np.ndarray:
-        """Sums over tables, ``[5]`` or of every rank ``[N, 5]``: ids that are asked for, elements that are served,
-        elements that come back as gradients, ids and elements of gradients that are gathered."""
+    def demand(self, unique: Mapping[str, Counts], ranks: int) -> np.ndarray:
+        """Sums over tables, of every rank, ``[5, N]``: ids that are asked for, elements that are served, elements that
+        come back as gradients, ids and elements of gradients that are gathered."""
         result: Any = [0.0] * 5
         for t in self.tables:
-            x = unique.get(t.name, Counts())
+            x = unique.get(t.name, Counts()) if t.counted else Counts()
             gathered = x.shared * (t.trained and t.gathered)
             terms = (x.asked, x.served * t.dim, x.asked * t.dim * t.trained, gathered, gathered * t.dim)
             result = [a + b for a, b in zip(result, terms, strict=True)]
-        return np.stack(np.broadcast_arrays(*result), -1)
+        return np.stack([np.broadcast_to(x, ranks) for x in result])
+
+    def sent(self, step: Step) -> Iterator[Sent]:
+        others, itemsize = step.others, step.itemsize
+        asked, served, asked_trained, gathered_ids, gathered = self.demand(step.unique, len(step.rows))
+        if not self.early:
+            yield Sent(self.COUNTS, others * self.COUNTS_BYTES)
+        if self.divided:
+            yield Sent(self.IDS, _rounded(self.id_bytes * asked))
+            yield Sent(self.ROWS, _rounded(itemsize * served))
+            yield Sent(self.BACK, _rounded(itemsize * asked_trained))
+        if self.gathered_classes:
+            yield Sent(self.GATHERED_IDS, _rounded(others * self.id_bytes * gathered_ids))
+            yield Sent(self.GATHERED_BACK, _rounded(others * itemsize * gathered))
+        if self.reduced_tables:
+            yield Sent(self.SUM_SHARED, self.reduced_elements * itemsize)
 
     @cached_property
     def id_bytes(self) -> int:
@@ -200,3 +213,7 @@ class Fetch:
         if owner == ALL:
             return key - int(self.space.shared[table]) + int(self.tables[table].sizes[rank])
         return -1
+
+
+def _rounded(expected: np.ndarray) -> np.ndarray:
+    return expected.round().astype(np.int64)

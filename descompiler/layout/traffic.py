@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 from fractions import Fraction
 
 
@@ -48,112 +49,77 @@ class Traffic:
 def kind_of(collective: str) -> str:
     """The collective, without its purpose.
 
-    >>> kind_of(ENTER)
+    >>> kind_of("all_to_all (ids in)")
     'all_to_all'
     """
     return collective.partition(" (")[0]
 
 
-# The names of the collectives, in the order in which a step makes them.
-HEADER = "all_to_all (header)"
+class Stage(IntEnum):
+    """When in a step something crosses, in order."""
+
+    HEADER = 0
+    """Before all else: what ranks have to know of one another."""
+    IDS_IN = 1
+    """What the header's answer is enough for: ids to where they are looked up, weights that are used whole."""
+    VALUES_OUT = 2
+    """What is looked up, and what is computed from it, to the rows that it is for."""
+    GRADIENTS_BACK = 3
+    """The way of the values, back."""
+    END_OF_BACKWARD = 4
+    """When backward has come to every parameter."""
 
 
-FETCH_COUNTS = "all_to_all (unique ids, counts)"
+class Collective(str):
+    """The name of a collective, ``kind (purpose)``, which knows when in a step it is made, and what it sends.
+
+    Attributes
+    ----------
+    stage : Stage
+    trained : bool
+        Whether it is made only where gradients are: in backward, or for backward.
+
+    Examples
+    --------
+    >>> back = Collective("all_reduce (sums)", Stage.GRADIENTS_BACK)
+    >>> back.trained, back.sent_bytes(100, ranks=4)
+    (True, Fraction(150, 1))
+    """
+
+    stage: Stage
+    trained: bool
+
+    def __new__(cls, name: str, stage: Stage, *, trained: bool = False) -> Collective:
+        self = super().__new__(cls, name)
+        self.stage, self.trained = stage, trained or stage >= Stage.GRADIENTS_BACK
+        return self
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)  # in what ranks send one another it is a name
+
+    def sent_bytes(self, size_bytes: int | Fraction, ranks: int) -> int | Fraction:
+        """Bytes that a rank sends.
+
+        Parameters
+        ----------
+        size_bytes : int or Fraction
+            Of the sum (all-reduce), of a rank's own part (all-gather), of what goes to other ranks (all-to-all).
+        """
+        kind = kind_of(self)
+        if kind == "all_reduce":
+            return all_reduce_bytes(size_bytes, ranks)
+        return all_gather_bytes(size_bytes, ranks) if kind == "all_gather" else size_bytes
 
 
-FETCH_IDS = "all_to_all (unique ids)"
-
-
-WHOLE = "all_gather (whole tables)"
-
-
-ENTER = "all_to_all (ids in)"
-
-
-FETCH_ROWS = "all_to_all (rows of unique ids)"
-
-
-EXIT = "all_to_all (aggregation, forward)"
-
-
-RETURN = "all_to_all (aggregation, backward)"
-
-
-SHARED_COLUMNS = "all_reduce (shared columns)"
-
-
-FETCH_BACK = "all_to_all (gradients of unique ids)"
-
-
-GATHER_IDS = "all_to_all (gathered gradients, ids)"
-
-
-GATHER_BACK = "all_to_all (gathered gradients)"
-
-
-SHARED_ROWS = "all_reduce (shared rows)"
-
-
-NORM_INSIDE = "all_to_all (running statistics)"
-
-
-LEAVES = "all_gather (opaque leaves, status)"
-
-
-WHOLE_BACK = "all_to_all (gradients of whole tables)"
-
-
-NORM_FORWARD = "all_gather (batch norm, forward)"
-
-
-NORM_BACKWARD = "all_reduce (batch norm, backward)"
-
-
-VOCABULARY_ROWS = "all_to_all (vocabulary, rows to owners)"
-
-
-VOCABULARY_PARTIAL = "all_to_all (vocabulary, partial results)"
-
-
-VOCABULARY_GRADIENTS = "all_to_all (vocabulary, their gradients)"
-
-
-VOCABULARY_TERMS = "all_to_all (vocabulary, gradients of rows)"
-
-
-DENSE_GRADIENTS = "all_reduce (dense gradients)"
-
-
-LEAVES_BACK = "all_gather (opaque leaves, status of backward)"
-
-
-COUPLING = {
-    "gather": "all_gather (batch-coupled values)",
-    "reduce": "all_reduce (sums over the batch)",
-    "slice": "all_gather (gradients of batch-coupled rows)",
-    "spread": "all_reduce (gradients of batch-coupled values)",
-    "total": "all_reduce (sums over whole tables)",
-    "total back": "all_reduce (gradients of sums over whole tables)",
-}
-"""By the kind of exchange; see `descompiler.classify.coupling`."""
-
-
-IN_BACKWARD = {"gather": False, "reduce": False, "slice": True, "spread": True, "total": False, "total back": True}
-
-
-HEADER_BYTES = 5 * 8  # rows, status, mode, unique ids asked, unique ids gathered: int64 each
-
-
-FETCH_COUNTS_BYTES = 3 * 8  # status, unique ids asked, unique ids gathered
-
-
-LEAF_BYTES = 1  # status, of a run and of a backward
-
-
-def all_reduce_bytes(size_bytes: int, ranks: int) -> Fraction:
+def all_reduce_bytes(size_bytes: int | Fraction, ranks: int) -> Fraction:
     """Bytes sent per rank by a ring all-reduce.
 
     >>> all_reduce_bytes(100, 4)
     Fraction(150, 1)
     """
     return Fraction(2 * (ranks - 1) * size_bytes, ranks)
+
+
+def all_gather_bytes(size_bytes: int | Fraction, ranks: int) -> int | Fraction:
+    """Bytes sent by a rank of whose part every other rank gets a copy."""
+    return (ranks - 1) * size_bytes

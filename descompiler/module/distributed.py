@@ -21,6 +21,7 @@ from descompiler.errors import CaptureError, InputError, UnsupportedError, warn
 from descompiler.layout.fetches import Counts
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.rows import Rows
+from descompiler.layout.step import DenseGradients
 from descompiler.layout.traffic import Traffic
 from descompiler.model.attributes import Place, Watch
 from descompiler.model.inputs import Signature
@@ -121,7 +122,7 @@ class DistributedModule(nn.Module):
             if reference.dtype != runtime.wire_dtype:  # it was cast: other bytes cross
                 runtime.wire_dtype = reference.dtype
                 object.__setattr__(self, "plan", replace(self.plan, itemsize=reference.dtype.itemsize))
-            reduced = grad and runtime.ranks > 1 and emitted.layout.dense_elements and not self._in_place
+            reduced = grad and runtime.ranks > 1 and emitted.layout.of(DenseGradients) and not self._in_place
             if reduced and (reducer := self._reducer_now()) is not None:
                 reducer.begin()
             outputs = self._run(tensors)

@@ -40,7 +40,7 @@ from torch import fx
 
 from descompiler.graph.nodes import tail
 from descompiler.graph.program import Program
-from descompiler.layout.exchanges import Columns
+from descompiler.layout.border import Columns
 from descompiler.layout.pieces import ALL, Pieces
 from descompiler.layout.placement import LOCAL, Owned, Region, Shard
 from descompiler.layout.spans import Spans, alike

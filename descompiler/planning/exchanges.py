@@ -17,13 +17,16 @@ from descompiler.graph.leaf import Leaf
 from descompiler.graph.nodes import elements_per_row, tail
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import ancestors, descendants
-from descompiler.layout.exchanges import Columns, Entry, Exchange, Whole
+from descompiler.layout.border import Columns, Entry, IdsIn, SharedColumns, ValuesOut
 from descompiler.layout.fetches import Fetch, FetchTable
+from descompiler.layout.global_values import CoupledValues, NormOutside, NormsInside, Whole, WholeTables
 from descompiler.layout.id_checks import Check
 from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.placement import Owned, Placement, Shard
 from descompiler.layout.spans import union
+from descompiler.layout.step import DenseGradients, Header, LeafStatus
+from descompiler.layout.transfer import Transfer
 from descompiler.planning.products import checks_of, layouts_of
 from descompiler.region.cut import Candidates, Cut, exit_of
 from descompiler.region.rule import Placed
@@ -43,40 +46,55 @@ def layout_of(
     ranks: int,
 ) -> Layout:
     """What the programs of a choice exchange: the same on every rank, and known without emitting one."""
+    id_bytes = 4 if all(o.rows < 1 << 31 for o in operators) else 8
+    own, coupled = set(program.graph.nodes) - cut.inside, tuple[CoupledValues, ...]()
+    if is_coupled(program):
+        coupling = couple(program, cut.inside)
+        coupled = coupling.exchanges
+        own = {n for n, version in coupling.demands if version == OWN and scope_of(n).kind != GLOBAL} - cut.inside
+    totals = [t for t in divided(find_totals(program), splits) if t.node.users]
+    wholes = _wholes(program, splits) if ranks > 1 else ()
+    fetches = _fetches(program, operators, splits, cut.inside) if ranks > 1 else ()
+    transfers: list[Transfer] = [Header()]
+    if wholes:
+        transfers.append(WholeTables(wholes))
+    transfers += [*_border(program, operators, splits, candidates, cut, ranks, id_bytes), *fetches]
+    if any(isinstance(n.target, Leaf) for n in program.graph.nodes):
+        runs = _leaf_runs(program, operators, cut.inside, wholes, fetches) if ranks > 1 else 0
+        backward = any(isinstance(n.target, Leaf) and scope_of(n).grad for n in program.graph.nodes)
+        transfers.append(LeafStatus(runs, backward))
+    norms = [norm for n in program.graph.nodes if n in own and (norm := training_norm(n)) is not None]
+    transfers += [NormOutside(tail(norm.x)[0]) for norm in norms]
+    transfers += layouts_of(program, operators, splits)
+    transfers += [*coupled, *total_exchanges(totals, lambda n: scope_of(n).grad)]
+    if dense := sum(program.parameters[n].numel() for n in _dense_parameters(program, splits, pieces)):
+        transfers.append(DenseGradients(dense))
+    return Layout(ranks, tuple(transfers), id_bytes)
+
+
+def _border(
+    program: Program,
+    operators: Sequence[Operator],
+    splits: Mapping[str, Split],
+    candidates: Candidates,
+    cut: Cut,
+    ranks: int,
+    id_bytes: int,
+) -> list[Transfer]:
+    """What crosses the border of the region, if there is one."""
+    placed, result = candidates.placed, list[Transfer]()
     entries = []
     for ids, users in lookups_by_ids(program, operators, cut.inside).items():
         entries.append(Entry(ids.name, tail(ids), union([splits[o.name].columns(o, x) for o, x in users], _together)))
-    exchanges: tuple[Exchange, ...] = ()
-    totals = [t for t in divided(find_totals(program), splits) if t.node.users]
-    own = set(program.graph.nodes) - cut.inside
-    if is_coupled(program):
-        coupling = couple(program, cut.inside)
-        exchanges = coupling.exchanges
-        own = {n for n, version in coupling.demands if version == OWN and scope_of(n).kind != GLOBAL} - cut.inside
-    fetches, early = _fetches(program, operators, splits, cut.inside, ranks)
-    norms = [norm for n in program.graph.nodes if n in own and (norm := training_norm(n)) is not None]
-    shared = shared_weights(program, candidates.placed, cut.inside).values()
-    wholes = _wholes(program, splits) if ranks > 1 else ()
-    return Layout(
-        ranks=ranks,
-        entries=tuple(entries),
-        exits=tuple(exit_of(n, candidates.placed[n].placement) for n in cut.exits),
-        id_bytes=4 if all(o.rows < 1 << 31 for o in operators) else 8,
-        norm_channels=tuple(tail(norm.x)[0] for norm in norms),
-        norm_shares=tuple(
-            tuple(map(len, channels_by_rank(norm.node, candidates.placed[norm.node].placement, ranks)))
-            for norm in norms_inside(program, cut.inside)
-        ),
-        fetches=fetches,
-        early=early,
-        shared_columns=tuple(prod(p.shape) // p.shape[p.dim] * p.shared_size() for p in shared),
-        vocabularies=layouts_of(program, operators, splits),
-        dense_elements=sum(program.parameters[n].numel() for n in _dense_parameters(program, splits, pieces)),
-        exchanges=exchanges + total_exchanges(totals, lambda n: scope_of(n).grad),
-        wholes=wholes,
-        leaves=_leaf_runs(program, operators, cut.inside, wholes, fetches) if ranks > 1 else 0,
-        leaves_backward=any(isinstance(n.target, Leaf) and scope_of(n).grad for n in program.graph.nodes),
-    )
+    if entries:
+        result.append(IdsIn(tuple(entries), id_bytes))
+        result.append(ValuesOut(tuple(exit_of(n, placed[n].placement) for n in cut.exits)))
+    if norms := norms_inside(program, cut.inside):
+        channels = (channels_by_rank(norm.node, placed[norm.node].placement, ranks) for norm in norms)
+        result.append(NormsInside(tuple(tuple(map(len, x)) for x in channels)))
+    if shared := shared_weights(program, placed, cut.inside).values():
+        result.append(SharedColumns(tuple(prod(p.shape) // p.shape[p.dim] * p.shared_size() for p in shared)))
+    return result
 
 
 def _together(wanted: list[Columns]) -> Columns:
@@ -124,11 +142,8 @@ def _fetches(
     operators: Sequence[Operator],
     splits: Mapping[str, Split],
     inside: frozenset[fx.Node],
-    ranks: int,
-) -> tuple[tuple[Fetch, ...], bool]:
-    """Lookups that are fetched: together those whose ids are known at the start (then True), the others one by one."""
-    if ranks == 1:
-        return (), False
+) -> tuple[Fetch, ...]:
+    """Lookups that are fetched: together those whose ids are known at the start, the others one by one."""
     fetching = [o for o in operators if form_named(splits[o.name].form).fetches(splits[o.name])]
     users = lookups_by_node(fetching)
     late = descendants(program.graph, {*inside, *users}) | coupled_nodes(program)
@@ -136,15 +151,23 @@ def _fetches(
     early = [(o, x) for o, x in order if x.ids not in late]
     groups = [early] if early else []
     groups += [[u] for u in order if u[1].ids in late]
-    return tuple(_fetch(group, splits) for group in groups), bool(early)
+    result, counted = [], set[str]()
+    for group in groups:
+        result.append(_fetch(group, splits, counted, group is early))
+        counted.update(o.name for o, _ in group)
+    return tuple(result)
 
 
-def _fetch(lookups: Sequence[tuple[Operator, Lookup]], splits: Mapping[str, Split]) -> Fetch:
+def _fetch(
+    lookups: Sequence[tuple[Operator, Lookup]], splits: Mapping[str, Split], counted: Collection[str], early: bool
+) -> Fetch:
+    """One fetch of some lookups; unique ids of the tables ``counted`` are counted by one before it."""
     tables: dict[str, FetchTable] = {}
     for o, x in lookups:
         s, before = splits[o.name], tables.get(o.name)
         ids = elements_per_row(x.ids) + (before.ids if before else 0)
-        tables[o.name] = FetchTable(o.name, s.pieces, ids, o.padding_idx, o.sparse, o.trained, s.gathered, str(o.dtype))
+        options = (o.padding_idx, o.sparse, o.trained, s.gathered, str(o.dtype), o.name not in counted)
+        tables[o.name] = FetchTable(o.name, s.pieces, ids, *options)
     ordered = sorted(tables.values(), key=lambda t: t.kind)
     position = {t.name: i for i, t in enumerate(ordered)}
     return Fetch(
@@ -152,6 +175,7 @@ def _fetch(lookups: Sequence[tuple[Operator, Lookup]], splits: Mapping[str, Spli
         tuple(position[o.name] for o, _ in lookups),
         tuple(x.node.name for _, x in lookups),
         tuple(form_named(splits[o.name].form).check(splits[o.name], o) for o, _ in lookups),
+        early,
     )
 
 
@@ -191,8 +215,6 @@ def _leaf_runs(
     fetches: Sequence[Fetch],
 ) -> int:
     """How often a step runs an opaque leaf after the header, which tells of those before it."""
-    if not any(isinstance(n.target, Leaf) for n in program.graph.nodes):
-        return 0
     checked, targets = early_checks(program, operators, inside, wholes, fetches)
     before = ancestors([*(x.ids for _, x in checked), *(n for n, _ in targets)])
     runs = {

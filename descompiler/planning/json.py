@@ -1,7 +1,8 @@
 """Dataclasses to JSON and back, by their type hints, without loss.
 
 What a plan holds is made of frozen dataclasses, tuples, mappings with string keys, numbers and text; a field that one
-of them gains is written and read without a word here.
+of them gains is written and read without a word here. An object of an abstract class's kinds has the name of its own
+class in front, as ``is``: a kind that is added is written and read, too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
+from inspect import isabstract
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -24,7 +26,10 @@ def encode(x: Any) -> Any:
     """
     if is_dataclass(x) and not isinstance(x, type):
         values = [encode(getattr(x, f.name)) for f in fields(x)]
-        return values if _compact(type(x)) else dict(zip((f.name for f in fields(x)), values, strict=True))
+        named = dict(zip((f.name for f in fields(x)), values, strict=True))
+        if _of_a_kind(type(x)):
+            return {"is": type(x).__name__, **named}
+        return values if _compact(type(x)) else named
     if isinstance(x, Mapping):
         return {str(k): encode(v) for k, v in x.items()}
     if isinstance(x, list | tuple):
@@ -49,6 +54,8 @@ def decode(kind: Any, data: Any) -> Any:
     TypeError, ValueError, KeyError
         If the data is not of that type.
     """
+    if isinstance(kind, type) and isabstract(kind):
+        return decode(_kinds(kind)[data["is"]], data)
     if is_dataclass(kind) and isinstance(kind, type):
         names = [f.name for f in fields(kind)]
         if _compact(kind):
@@ -78,6 +85,21 @@ def decode(kind: Any, data: Any) -> Any:
     if kind is Any:
         return data
     raise TypeError(f"{kind} can't be read from JSON")
+
+
+@cache
+def _of_a_kind(kind: type) -> bool:
+    """Whether a class is one of an abstract class's kinds."""
+    return any(isabstract(base) for base in kind.__mro__)
+
+
+def _kinds(base: type) -> dict[str, type]:
+    """The classes of an abstract class that are not abstract, by name."""
+    result: dict[str, type] = {} if isabstract(base) else {base.__name__: base}
+    below: list[type] = base.__subclasses__()
+    for kind in below:
+        result.update(_kinds(kind))
+    return result
 
 
 @cache

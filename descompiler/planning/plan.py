@@ -20,7 +20,7 @@ from descompiler.planning.cluster import Cluster
 from descompiler.planning.explain import explain
 from descompiler.planning.json import decode, encode
 from descompiler.planning.memory import Memory
-from descompiler.tables.aliases import current_name
+from descompiler.planning.older import VERSION, as_of_now
 from descompiler.tables.form import Split
 
 
@@ -82,10 +82,9 @@ class Plan(Chosen):
             If the text is no plan, or one of another version.
         """
         try:
-            data = json.loads(text)
+            data = as_of_now(json.loads(text))
             if data["version"] != VERSION:
                 raise PlanError(f"the plan file has version {data['version']}, this is version {VERSION}: plan again")
-            data = _in_current_names(data)
             plan = cls(**{name: decode(kind, data[name]) for name, kind in _FIELDS.items()})
             return replace(plan, changes={n: f for n, f in data["forms"].items() if plan.forms.get(n) != f})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -183,25 +182,6 @@ def _held(pieces: Pieces | None) -> str:
     if pieces is None:
         return "absent"
     return "replicated" if pieces.is_replicated else f"cut along dim {pieces.dim} among {len(pieces.owners)} ranks"
-
-
-def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a plan file holds, with the names that forms have now (`descompiler.tables.aliases`)."""
-
-    def by_form(x: Mapping[str, Any]) -> dict[str, Any]:
-        return {current_name(form): value for form, value in x.items()}
-
-    return {
-        **data,
-        "forms": {table: current_name(form) for table, form in data["forms"].items()},
-        "splits": {table: {**split, "form": current_name(split["form"])} for table, split in data["splits"].items()},
-        "tables": [{**table, "refusals": by_form(table["refusals"])} for table in data["tables"]],
-        **{what: {table: by_form(x) for table, x in data[what].items()} for what in ("prices", "missing")},
-    }
-
-
-VERSION = 2
-"""Of plan files."""
 
 
 _FIELDS: dict[str, Any] = {

@@ -14,9 +14,9 @@ from torch import fx
 
 from descompiler.graph.nodes import aten, shape_of, user_line
 from descompiler.graph.program import Program
-from descompiler.layout.exchanges import Vocabulary
 from descompiler.layout.id_checks import Check
 from descompiler.layout.pieces import Pieces
+from descompiler.layout.vocabulary import Vocabulary
 from descompiler.ops.vocabulary import kinds_of
 from descompiler.tables.form import Split
 from descompiler.tables.tables import Operator, Output

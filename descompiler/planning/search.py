@@ -22,7 +22,7 @@ from descompiler.cost_models.symbols import N, U, V, b, i, k, s
 from descompiler.errors import DescompilerError
 from descompiler.graph.nodes import shape_of, tail
 from descompiler.graph.program import Program
-from descompiler.layout.exchanges import Entry
+from descompiler.layout.border import Entry
 from descompiler.layout.spans import summed
 from descompiler.planning.bound import FormCost, Relaxation
 from descompiler.planning.cluster import COLLECTIVES

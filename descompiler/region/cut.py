@@ -29,7 +29,7 @@ from descompiler.cost_models.operators import extra_flops, linear_flops
 from descompiler.graph.arguments import operand, training_norm
 from descompiler.graph.nodes import aten, elements_per_row, is_tensor, shape_of, tail, value
 from descompiler.graph.program import Program
-from descompiler.layout.exchanges import Exit
+from descompiler.layout.border import Exit
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.placement import LOCAL, Local, Placement, Region, Shard, ranks_of
 from descompiler.layout.spans import alike, spans_of

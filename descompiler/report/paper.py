@@ -15,7 +15,9 @@ from descompiler import examples
 from descompiler.captured import Captured
 from descompiler.cost_models.baselines import MESH, MESH_ROWS, SERVER, SERVER_UNIQUE, Baseline
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
-from descompiler.layout import traffic as wire
+from descompiler.layout.border import IdsIn, SharedColumns
+from descompiler.layout.fetches import Fetch
+from descompiler.layout.step import DenseGradients
 from descompiler.planning import summary
 from descompiler.planning.plan import Plan
 from descompiler.report.render import to_markdown
@@ -39,7 +41,7 @@ REPORTED_PERCENT = (72.26, 99.77)
 OTHERS = (MESH, MESH_ROWS, SERVER, SERVER_UNIQUE)
 
 
-IDS = (wire.ENTER, wire.FETCH_IDS, wire.GATHER_IDS)
+IDS = (IdsIn.SEND, Fetch.IDS, Fetch.GATHERED_IDS)
 """Collectives of a plan that carry ids and nothing else."""
 
 
@@ -98,7 +100,7 @@ def row_of(name: str, plan: Plan) -> Row:
             share = float(size) / plan.ranks
             if collective in IDS:
                 ids += share
-            elif collective in (wire.DENSE_GRADIENTS, wire.SHARED_COLUMNS):
+            elif collective in (DenseGradients.AVERAGE, SharedColumns.AVERAGE):
                 dense += share
             else:
                 values += share

@@ -22,7 +22,9 @@ import torch
 import torch.distributed as dist
 
 from descompiler.errors import InputError, RankError
-from descompiler.layout import traffic as wire
+from descompiler.layout import step
+from descompiler.layout.step import LeafStatus
+from descompiler.runtime.carriers import carries
 from descompiler.runtime.communicator import Communicator
 
 T = TypeVar("T")
@@ -172,6 +174,7 @@ class Agreement(Communicator):
             self.raise_everywhere(problem, InputError)
         return told
 
+    @carries(step.Header)
     def header(
         self,
         rows: int,
@@ -203,7 +206,7 @@ class Agreement(Communicator):
             told = [Header(False, rows=rows, call=self.call)]  # it asks nobody
         else:
             asked, failed = [0] * self.ranks if asked is None else asked, problem is not None
-            told = self.tell(wire.HEADER, [Header(failed, n, gathered, rows, self.call) for n in asked], problem)
+            told = self.tell(step.Header.SEND, [Header(failed, n, gathered, rows, self.call) for n in asked], problem)
         self.rows = [m.rows for m in told]
         if same_call and len({m.call for m in told}) > 1:
             self.raise_different()
@@ -222,13 +225,14 @@ class Agreement(Communicator):
         self.call = Call.named(name)
         return [m.asked for m in self.header(rows, problem, tell)]
 
+    @carries(LeafStatus)
     def agree(self, problem: str | None) -> None:
         """Every rank calls this after code of the user's has run, also when that has failed: then all ranks raise.
 
         Before the header of a step nothing is sent: it will tell.
         """
         if self.ranks > 1 and self.started:
-            self._agree(wire.LEAVES, problem)
+            self._agree(LeafStatus.RUN, problem)
         elif problem is not None:
             raise InputError(problem)
 
@@ -237,6 +241,7 @@ class Agreement(Communicator):
         if bool(self.gather(name, mine).any()):
             self.raise_everywhere(problem, InputError)
 
+    @carries(LeafStatus)
     def agree_after_backward(self, failures: list[tuple[str, Exception]]) -> None:
         """At the end of the backward that is under way, ranks tell whether a leaf's failed: then all ranks raise.
 
@@ -248,7 +253,7 @@ class Agreement(Communicator):
             problem, cause = failures[0] if failures else (None, None)
             failures.clear()
             try:
-                self._agree(wire.LEAVES_BACK, problem)
+                self._agree(LeafStatus.BACKWARD, problem)
             except InputError as error:
                 raise error from cause
 

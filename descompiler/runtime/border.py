@@ -7,16 +7,15 @@ where a rank owns nothing, and the all-reduce of the columns that all ranks shar
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from descompiler.layout import traffic as wire
-from descompiler.layout.exchanges import Exit
+from descompiler.layout.border import Exit, SharedColumns, ValuesOut
 from descompiler.runtime.agreement import Agreement
+from descompiler.runtime.carriers import carries
 from descompiler.runtime.collectives import Pending
 
 
@@ -29,10 +28,11 @@ class Handle:
     backward: Pending | None = None
 
 
+@carries(ValuesOut)
 class ExitStart(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, runtime: Agreement, exits: Sequence[Exit], handle: Handle, anchor: Tensor, *values: Tensor
+        ctx: Any, runtime: Agreement, out: ValuesOut, handle: Handle, anchor: Tensor, *values: Tensor
     ) -> Tensor:
         ctx.runtime, ctx.handle, ctx.rows = runtime, handle, list(runtime.rows)
         ctx.shapes = [(v.shape[1:], v.dtype) for v in values]
@@ -42,9 +42,9 @@ class ExitStart(torch.autograd.Function):
         chunks = [p[r].reshape(-1) for r in range(runtime.ranks) for p in parts]
         send = torch.cat(chunks) if chunks else torch.empty(0, dtype=dtype, device=runtime.device)
         mine = ctx.rows[runtime.rank]
-        received = [mine * sum(e.width(r) for e in exits) for r in range(runtime.ranks)]
+        received = [mine * sum(e.width(r) for e in out.exits) for r in range(runtime.ranks)]
         ctx.received, ctx.sent = received, [b * width for b in ctx.rows]
-        handle.forward = runtime.exchange(send, ctx.sent, received, wire.EXIT)
+        handle.forward = runtime.exchange(send, ctx.sent, received, out.SEND)
         handle.sizes = (ctx.received, ctx.sent)
         return handle.forward.out.detach()  # another tensor: what ctx holds must not have ctx in its history
 
@@ -61,6 +61,7 @@ class ExitStart(torch.autograd.Function):
         return None, None, None, torch.zeros_like(ctx.anchor), *result
 
 
+@carries(ValuesOut)
 class ExitWait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runtime: Agreement, handle: Handle, rows: list[int], buffer: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ class ExitWait(torch.autograd.Function):
         (grad,) = grads
         received, sent = ctx.handle.sizes
         # the transposed exchange: what was received is sent back
-        ctx.handle.backward = ctx.runtime.exchange(grad.contiguous(), received, sent, wire.RETURN)
+        ctx.handle.backward = ctx.runtime.exchange(grad.contiguous(), received, sent, ValuesOut.BACK)
         return None, None, None, grad
 
 
@@ -100,6 +101,7 @@ class Anchor(torch.autograd.Function):
         return grads[0], *(torch.zeros(s, dtype=t, device=d) for s, t, d in ctx.like)
 
 
+@carries(SharedColumns)
 class ReduceShared(torch.autograd.Function):
     """Identity; in backward one all-reduce of all slices' gradients.
 
@@ -117,7 +119,7 @@ class ReduceShared(torch.autograd.Function):
         runtime = ctx.runtime
         anchor, *rest = grads
         flat = torch.cat([g.reshape(-1) for g in rest])
-        runtime.all_reduce(wire.SHARED_COLUMNS, flat)
+        runtime.all_reduce(SharedColumns.AVERAGE, flat)
         flat /= runtime.ranks
         parts = torch.split(flat, [g.numel() for g in rest])
         return None, anchor, *(p.reshape(g.shape) for p, g in zip(parts, rest, strict=True))

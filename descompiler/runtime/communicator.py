@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from descompiler.layout import traffic as wire
-from descompiler.layout.traffic import Traffic
+from descompiler.layout.traffic import Traffic, all_gather_bytes, all_reduce_bytes
 from descompiler.runtime.collectives import Clock, Pending, all_gather, all_to_all
 
 T = TypeVar("T")
@@ -46,7 +45,7 @@ class Communicator:
 
     def gather(self, name: str, mine: Tensor) -> Tensor:
         """All ranks' tensors of one size, flat, one after another."""
-        size = (self.ranks - 1) * mine.numel() * mine.element_size()
+        size = all_gather_bytes(mine.numel() * mine.element_size(), self.ranks)
         return self.collective(name, size, lambda: all_gather(mine, self.group))
 
     def gather_uneven(self, name: str, mine: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -57,12 +56,17 @@ class Communicator:
                 return all_gather(mine, self.group)
             return all_to_all(mine.repeat(self.ranks), [len(mine)] * self.ranks, list(sizes), self.group).wait()
 
-        return self.collective(name, (self.ranks - 1) * mine.numel() * mine.element_size(), call)
+        return self.collective(name, all_gather_bytes(mine.numel() * mine.element_size(), self.ranks), call)
 
     def all_reduce(self, name: str, x: Tensor) -> None:
         """Sum over ranks, in place."""
-        size = wire.all_reduce_bytes(x.numel() * x.element_size(), self.ranks)
-        self.collective(name, size, lambda: dist.all_reduce(x, group=self.group))
+        self.all_reduce_start(name, x).wait()
+
+    def all_reduce_start(self, name: str, x: Tensor) -> dist.Work:
+        """Start a sum over ranks, in place."""
+        size = all_reduce_bytes(x.numel() * x.element_size(), self.ranks)
+        work: dist.Work = self.collective(name, size, lambda: dist.all_reduce(x, group=self.group, async_op=True))
+        return work
 
     def exchange(self, send: Tensor, sent: list[int], received: list[int], name: str) -> Pending:
         """Start an all-to-all of flat tensors; ``sent`` and ``received`` are elements by rank."""

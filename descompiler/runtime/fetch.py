@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descompiler.layout import traffic as wire
 from descompiler.layout.fetches import Counts, Fetch
 from descompiler.ops.local import bag, lookup
 from descompiler.runtime.agreement import Message
+from descompiler.runtime.carriers import carries
 from descompiler.runtime.fetching import Fetching, collected, dealt, prepare
 from descompiler.runtime.runtime import Runtime
 from descompiler.runtime.shared_rows import (
@@ -60,6 +60,7 @@ def fetch_late(runtime: Runtime, number: int, ids: Sequence[Tensor]) -> Fetching
     return _begin_late(runtime, runtime.layout.fetches[number], ids)
 
 
+@carries(Fetch)
 def _begin_late(runtime: Runtime, fetch: Fetch, ids: Sequence[Tensor]) -> Fetching:
     """Begin a fetch whose ids are known only now: checks them, and exchanges counts. Collective.
 
@@ -72,21 +73,22 @@ def _begin_late(runtime: Runtime, fetch: Fetch, ids: Sequence[Tensor]) -> Fetchi
     fetching = None if problem else prepare(fetch, ids, runtime.ranks)
     asked = fetching.asked_counts(runtime.ranks) if fetching else [0] * runtime.ranks
     gathered = fetching.gathered_count if fetching else 0
-    told = runtime.tell(wire.FETCH_COUNTS, [Message(problem is not None, n, gathered) for n in asked], problem)
+    told = runtime.tell(Fetch.COUNTS, [Message(problem is not None, n, gathered) for n in asked], problem)
     assert fetching is not None
     fetching.hear(told)
     return fetching
 
 
+@carries(Fetch)
 def fetch_start(runtime: Runtime, fetching: Fetching) -> Fetching:
     """Ask the owners for rows, and tell the other ranks which shared rows will get a gradient."""
     dtype = torch.int32 if fetching.fetch.id_bytes == 4 else torch.int64
     if fetching.fetch.gathered_classes and torch.is_grad_enabled():
         keys = torch.cat([fetching.shared_keys[c] for c in fetching.fetch.gathered_classes]).to(dtype)
-        fetching.telling = to_all(runtime, keys, fetching.gathered_counts, wire.GATHER_IDS)
+        fetching.telling = to_all(runtime, keys, fetching.gathered_counts, Fetch.GATHERED_IDS)
     if fetching.fetch.divided:
         asked = fetching.asked_counts(runtime.ranks)
-        fetching.asking = runtime.exchange(fetching.keys.to(dtype), asked, fetching.served_counts, wire.FETCH_IDS)
+        fetching.asking = runtime.exchange(fetching.keys.to(dtype), asked, fetching.served_counts, Fetch.IDS)
     return fetching
 
 
@@ -162,6 +164,7 @@ def _wire_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
+@carries(Fetch)
 class _FetchRows(torch.autograd.Function):
     """Pieces of tables -> the rows that were asked of this rank, under way to who asked; and the shared rows, by class.
 
@@ -195,7 +198,7 @@ class _FetchRows(torch.autograd.Function):
         if fetch.divided:
             buffer, sent = dealt(owned, fetching.served, _wire_dtype(weights))
             sizes = [sum(n * d for n, d in zip(row, fetch.dims, strict=True)) for row in fetching.asked]
-            fetching.answering = runtime.exchange(buffer, sent, sizes, wire.FETCH_ROWS)
+            fetching.answering = runtime.exchange(buffer, sent, sizes, Fetch.ROWS)
             return fetching.answering.out.detach(), *shared  # ctx must not hold what has ctx in its history
         return shared[0].new_empty(0), *shared
 
@@ -243,6 +246,7 @@ def _gradient(like: Tensor, sparse: bool, padding: int, parts: Sequence[tuple[Te
     return torch.sparse_coo_tensor(rows.unsqueeze(0), values, like.shape, check_invariants=False).coalesce()
 
 
+@carries(Fetch)
 class _FetchWait(torch.autograd.Function):
     """Rows under way, and shared rows -> the rows of each class. Backward: their gradients are under way."""
 
@@ -272,7 +276,7 @@ class _FetchWait(torch.autograd.Function):
             others = [g if t else g[:0] for g, t in zip(others, fetch.trained, strict=True)]
             buffer, sent = dealt(others, asked, dtype)
             sizes = [sum(n * d for n, d in zip(row, fetch.dims, strict=True)) for row in served]
-            fetching.returning = runtime.exchange(buffer, sent, sizes, wire.FETCH_BACK)
+            fetching.returning = runtime.exchange(buffer, sent, sizes, Fetch.BACK)
         if fetch.gathered_classes:
             fetching.gathering = start_gathering(runtime, fetching, own, dtype)
         if fetch.reduced_tables:

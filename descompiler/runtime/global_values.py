@@ -12,19 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descompiler.layout import traffic as wire
-from descompiler.layout.exchanges import Whole
+from descompiler.layout.global_values import (
+    GatherRows,
+    NormOutside,
+    SliceRows,
+    SpreadValue,
+    SumTerms,
+    TableTotal,
+    WholeTables,
+)
 from descompiler.layout.rows import Rows
 from descompiler.runtime.agreement import Agreement
+from descompiler.runtime.carriers import carries
 
 
+@carries(GatherRows)
 class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runtime: Agreement, layouts: list[Rows], *values: Tensor) -> tuple[Tensor, ...]:
         rows = list(runtime.rows)
         ctx.layouts, ctx.first, ctx.mine = layouts, sum(rows[: runtime.rank]), rows[runtime.rank]
         leading = [r.lead(x) for r, x in zip(layouts, values, strict=True)]
-        wholes = _gather_rows(runtime, rows, leading, wire.COUPLING["gather"])
+        wholes = _gather_rows(runtime, rows, leading, GatherRows.GATHER)
         result = tuple(r.restore(x) for r, x in zip(layouts, wholes, strict=True))
         ctx.mark_non_differentiable(*(x for x in result if not x.is_floating_point()))
         return result
@@ -34,11 +43,12 @@ class Gather(torch.autograd.Function):
         return None, None, *(r.narrow(g, ctx.first, ctx.mine) for r, g in zip(ctx.layouts, grads, strict=True))
 
 
+@carries(SumTerms)
 class Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runtime: Agreement, *terms: Tensor) -> tuple[Tensor, ...]:
         flat = torch.cat([x.reshape(-1) for x in terms])
-        runtime.all_reduce(wire.COUPLING["reduce"], flat)
+        runtime.all_reduce(SumTerms.SUM, flat)
         parts = torch.split(flat, [x.numel() for x in terms])
         result = tuple(p.reshape(x.shape) for p, x in zip(parts, terms, strict=True))
         ctx.mark_non_differentiable(*(x for x in result if not x.is_floating_point()))
@@ -49,6 +59,7 @@ class Reduce(torch.autograd.Function):
         return None, *grads
 
 
+@carries(SliceRows)
 class Slice(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runtime: Agreement, rows: Rows, x: Tensor) -> Tensor:
@@ -58,10 +69,11 @@ class Slice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         own = ctx.layout.lead(grads[0])
-        (whole,) = _gather_rows(ctx.runtime, ctx.rows, [own], wire.COUPLING["slice"])
+        (whole,) = _gather_rows(ctx.runtime, ctx.rows, [own], SliceRows.BACK)
         return None, None, ctx.layout.restore(whole)
 
 
+@carries(SpreadValue)
 class Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runtime: Agreement, x: Tensor) -> Tensor:
@@ -71,7 +83,7 @@ class Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         grad = grads[0].clone(memory_format=torch.contiguous_format)
-        ctx.runtime.all_reduce(wire.COUPLING["spread"], grad)
+        ctx.runtime.all_reduce(SpreadValue.BACK, grad)
         return None, grad
 
 
@@ -87,6 +99,7 @@ def _gather_rows(runtime: Agreement, rows: Sequence[int], values: Sequence[Tenso
     ]
 
 
+@carries(TableTotal)
 class Total(torch.autograd.Function):
     """Backward: the ranks' gradients are averaged, as those of every parameter."""
 
@@ -94,13 +107,13 @@ class Total(torch.autograd.Function):
     def forward(ctx: Any, runtime: Agreement, own: Tensor, shared: Tensor | None) -> Tensor:
         ctx.runtime, ctx.shared = runtime, shared is not None
         result = own.clone()
-        runtime.all_reduce(wire.COUPLING["total"], result)
+        runtime.all_reduce(TableTotal.SUM, result)
         return result if shared is None else result + shared
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         grad = grads[0].clone()
-        ctx.runtime.all_reduce(wire.COUPLING["total back"], grad)
+        ctx.runtime.all_reduce(TableTotal.BACK, grad)
         grad /= ctx.runtime.ranks
         return None, grad, grad if ctx.shared else None
 
@@ -120,17 +133,17 @@ class Together(torch.autograd.Function):
         return None, None, *grads
 
 
+@carries(WholeTables)
 class GatherTables(torch.autograd.Function):
     """Whole tables, in one collective; gradients of pieces are averages over ranks."""
 
     @staticmethod
-    def forward(
-        ctx: Any, runtime: Agreement, wholes: Sequence[Whole], sizes: Sequence[int], *pieces: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, runtime: Agreement, whole: WholeTables, *pieces: Tensor) -> tuple[Tensor, ...]:
         ranks, dtype = runtime.ranks, runtime.wire_dtype
-        ctx.runtime, ctx.wholes, ctx.sizes, ctx.dtypes = runtime, wholes, sizes, [p.dtype for p in pieces]
+        ctx.runtime, ctx.whole, ctx.dtypes = runtime, whole, [p.dtype for p in pieces]
+        wholes, sizes = whole.tables, whole.elements.tolist()
         flat = torch.cat([p.reshape(-1).to(dtype) for p in pieces])
-        every = runtime.gather_uneven(wire.WHOLE, flat, sizes)
+        every = runtime.gather_uneven(whole.GATHER, flat, sizes)
         parts = torch.split(every, [t.pieces.numel(r) for r in range(ranks) for t in wholes])
         result = []
         for i, (t, p) in enumerate(zip(wholes, pieces, strict=True)):
@@ -141,18 +154,19 @@ class GatherTables(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        runtime, wholes, sizes = ctx.runtime, ctx.wholes, ctx.sizes
+        runtime, wholes, sizes = ctx.runtime, ctx.whole.tables, ctx.whole.elements.tolist()
         ranks, mine = runtime.ranks, sizes[runtime.rank]
         chunks = [t.pieces.cut(g, r).reshape(-1) for r in range(ranks) for t, g in zip(wholes, grads, strict=True)]
         send = torch.cat([c.to(runtime.wire_dtype) for c in chunks])
-        received = runtime.exchange(send, sizes, [mine] * ranks, wire.WHOLE_BACK).wait()
+        received = runtime.exchange(send, sizes, [mine] * ranks, ctx.whole.BACK).wait()
         total = received.reshape(ranks, mine).sum(0) / ranks
         parts = total.split([t.pieces.numel(runtime.rank) for t in wholes])
         shapes = [t.pieces.piece_shape(runtime.rank) for t in wholes]
-        every = zip(parts, shapes, ctx.dtypes, ctx.needs_input_grad[3:], strict=True)
-        return None, None, None, *(p.reshape(s).to(d) if wanted else None for p, s, d, wanted in every)
+        every = zip(parts, shapes, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(p.reshape(s).to(d) if wanted else None for p, s, d, wanted in every)
 
 
+@carries(NormOutside)
 class SyncBatchNorm(torch.autograd.Function):
     """Statistics by the pairwise formula of Chan et al. (1979) over the ranks' (count, mean, M2)."""
 
@@ -175,7 +189,7 @@ class SyncBatchNorm(torch.autograd.Function):
         mean = x.mean(dims) if count else x.new_zeros(channels)
         m2 = ((x - mean.reshape(shape)) ** 2).sum(dims)
         mine = torch.cat([x.new_tensor([count]), mean, m2])
-        every = runtime.gather(wire.NORM_FORWARD, mine)
+        every = runtime.gather(NormOutside.GATHER, mine)
         counts, means, m2s = every.reshape(runtime.ranks, -1).split([1, channels, channels], 1)
         total = counts.sum()
         mean = (counts * means).sum(0) / total
@@ -196,7 +210,7 @@ class SyncBatchNorm(torch.autograd.Function):
         normal, scale, weight, total = ctx.saved_tensors
         grad_bias, grad_weight = grad.sum(ctx.dims), (grad * normal).sum(ctx.dims)
         inner = torch.cat([grad_bias, grad_weight])
-        runtime.all_reduce(wire.NORM_BACKWARD, inner)
+        runtime.all_reduce(NormOutside.BACK, inner)
         sum_grad, sum_product = inner.split(grad_bias.numel())
         grad_x = grad - (sum_grad.reshape(shape) + normal * sum_product.reshape(shape)) / total
         grad_x = grad_x * scale.reshape(shape)

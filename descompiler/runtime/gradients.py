@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from descompiler.errors import UnsupportedError
-from descompiler.layout import traffic as wire
+from descompiler.layout.step import DenseGradients
+from descompiler.layout.traffic import all_reduce_bytes
+from descompiler.runtime.carriers import carries
 from descompiler.runtime.communicator import Communicator
 
 FIRST_BUCKET_BYTES = 1 << 20
@@ -117,6 +119,7 @@ def sum_of(a: Tensor, b: Tensor) -> Tensor:
     return b + a if a.is_sparse else a + b
 
 
+@carries(DenseGradients)
 class Reducer:
     """Averages of replicated parameters' gradients: each bucket is all-reduced as soon as backward has brought it.
 
@@ -165,8 +168,8 @@ class Reducer:
     def _start(self) -> None:
         runtime, positions = self.runtime, self.buckets[len(self._started)]
         flat = self.caught.flat(positions, self.caught.local, runtime.ranks)
-        size = wire.all_reduce_bytes(flat.numel() * flat.element_size(), runtime.ranks)
-        runtime.traffic.add(wire.DENSE_GRADIENTS, size, calls=int(not self._started))
+        size = all_reduce_bytes(flat.numel() * flat.element_size(), runtime.ranks)
+        runtime.traffic.add(DenseGradients.AVERAGE, size, calls=int(not self._started))
         # Under a clock collectives are waited for. To wait for these as they come could wait for ever, since they come
         # in another order with respect to those of the exchange on each rank.
         work = None if runtime.clock is not None else dist.all_reduce(flat, group=self.group, async_op=True)
@@ -179,7 +182,7 @@ class Reducer:
         local, started, runtime = self.caught.take(), self._started, self.runtime
         self._forget()
         if runtime.clock is not None:
-            runtime.clock.time(wire.DENSE_GRADIENTS, self.group, lambda: _all_reduce(started, self.group))
+            runtime.clock.time(DenseGradients.AVERAGE, self.group, lambda: _all_reduce(started, self.group))
         with torch.no_grad():
             for positions, flat, work in started:
                 if work is not None:

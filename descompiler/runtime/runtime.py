@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descompiler.layout import traffic as wire
+from descompiler.layout.border import IdsIn, ValuesOut
 from descompiler.layout.fetches import Counts
+from descompiler.layout.global_values import NormsInside, WholeTables
 from descompiler.layout.id_checks import Check
 from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows
 from descompiler.ops.local import scale_grad
 from descompiler.runtime.agreement import Agreement
 from descompiler.runtime.border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, put_together
+from descompiler.runtime.carriers import carries
 from descompiler.runtime.draws import Draws
 from descompiler.runtime.global_values import (
     Gather,
@@ -70,10 +72,12 @@ class Runtime(Agreement):
 
     def gather_tables(self, *pieces: Tensor) -> list[Tensor]:
         """The tables of ``layout.wholes`` from all ranks' pieces; backward sends each owner its rows' gradients."""
-        return list(GatherTables.apply(self, self.layout.wholes, self.layout.whole_elements, *pieces))
+        (transfer,) = self.layout.of(WholeTables)
+        return list(GatherTables.apply(self, transfer, *pieces))
 
     # ---- ids into the region
 
+    @carries(IdsIn)
     def enter_start(self, ids: Sequence[Tensor]) -> Handle:
         """Send each rank the ids that its tables need; ``ids`` follow ``layout.entries``."""
         entries, mine = self.layout.entries, self.rows[self.rank]
@@ -90,7 +94,7 @@ class Runtime(Agreement):
             sent.append(size)
         width = sum(e.width(self.rank) for e in entries)
         send = torch.cat(chunks) if chunks else torch.empty(0, dtype=dtype, device=self.device)
-        return Handle(self.exchange(send, sent, [b * width for b in self.rows], wire.ENTER))
+        return Handle(self.exchange(send, sent, [b * width for b in self.rows], IdsIn.SEND))
 
     def enter_wait(self, handle: Handle) -> list[Tensor | None]:
         """Ids of the global batch ``[rows, ...]`` for this rank's tables, by entry; None where it needs none."""
@@ -115,7 +119,8 @@ class Runtime(Agreement):
         """Send each rank its rows of every value; ``values`` follow ``layout.exits`` (None: this rank has no part)."""
         handle = Handle()
         present = [v for v in values if v is not None]
-        return [handle, ExitStart.apply(self, self.layout.exits, handle, anchor, *present)]
+        (transfer,) = self.layout.of(ValuesOut)
+        return [handle, ExitStart.apply(self, transfer, handle, anchor, *present)]
 
     def exit_wait(self, started: list[Any]) -> list[Tensor]:
         """The values for this rank's own rows: summed, or put together (LOCAL segments left out)."""
@@ -182,6 +187,7 @@ class Runtime(Agreement):
         running_mean[mine], running_var[mine] = kept
         return result
 
+    @carries(NormsInside)
     def share_statistics(
         self, buffers: Sequence[Sequence[Tensor]], channels: Sequence[Sequence[Sequence[int]]]
     ) -> None:
@@ -189,7 +195,7 @@ class Runtime(Agreement):
         n = self.ranks
         own = torch.cat([b[c[self.rank]] for pair, c in zip(buffers, channels, strict=True) for b in pair])
         sizes = [2 * sum(len(c[r]) for c in channels) for r in range(n)]
-        every = self.exchange(own.repeat(n), [own.numel()] * n, sizes, wire.NORM_INSIDE).wait()
+        every = self.exchange(own.repeat(n), [own.numel()] * n, sizes, NormsInside.SEND).wait()
         places = [(b, c[r]) for r in range(n) for pair, c in zip(buffers, channels, strict=True) for b in pair]
         for (b, mine), values in zip(places, torch.split(every, [len(m) for _, m in places]), strict=True):
             b[mine] = values

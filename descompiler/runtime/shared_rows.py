@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Work
 
-from descompiler.layout import traffic as wire
+from descompiler.layout.fetches import Fetch
 from descompiler.layout.pieces import ALL
+from descompiler.runtime.carriers import carries
 from descompiler.runtime.collectives import Pending
 from descompiler.runtime.communicator import Communicator
 from descompiler.runtime.fetching import Fetching, Gathering, collected
@@ -27,6 +27,7 @@ def to_all(runtime: Communicator, mine: Tensor, counts: Sequence[int], name: str
     return runtime.exchange(mine.repeat(runtime.ranks - 1), sent, sizes, name)
 
 
+@carries(Fetch)
 def start_gathering(runtime: Communicator, fetching: Fetching, own: list[Tensor], dtype: torch.dtype) -> Gathering:
     """Send every rank the gradients of the shared rows that this one looked up."""
     fetch, rank = fetching.fetch, runtime.rank
@@ -42,7 +43,7 @@ def start_gathering(runtime: Communicator, fetching: Fetching, own: list[Tensor]
     keys[rank] = tuple(fetching.shared_keys)
     values = torch.cat([own[c].to(dtype).reshape(-1) for c in fetch.gathered_classes])
     elements = [sum(n * d for n, d in zip(row, fetch.dims, strict=True)) for row in counts]
-    return Gathering(to_all(runtime, values, elements, wire.GATHER_BACK), counts, keys, own)
+    return Gathering(to_all(runtime, values, elements, Fetch.GATHERED_BACK), counts, keys, own)
 
 
 def gathered_gradients(runtime: Communicator, fetching: Fetching) -> dict[int, tuple[Tensor, Tensor]]:
@@ -62,6 +63,7 @@ def gathered_gradients(runtime: Communicator, fetching: Fetching) -> dict[int, t
     return result
 
 
+@carries(Fetch)
 def start_reducing(
     runtime: Communicator, fetching: Fetching, own: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[Work, Tensor]:
@@ -76,9 +78,7 @@ def start_reducing(
             rows = sum(int(fetch.tables[t].sizes[ALL]) for t in members)
             parts.append(values.new_zeros((rows, values.shape[1])).index_add_(0, keys, values).reshape(-1))
     flat = torch.cat(parts)
-    size = wire.all_reduce_bytes(flat.numel() * flat.element_size(), runtime.ranks)
-    work = runtime.collective(wire.SHARED_ROWS, size, lambda: dist.all_reduce(flat, group=runtime.group, async_op=True))
-    return work, flat
+    return runtime.all_reduce_start(Fetch.SUM_SHARED, flat), flat
 
 
 def reduced_gradients(fetching: Fetching) -> dict[int, tuple[Tensor, Tensor]]:

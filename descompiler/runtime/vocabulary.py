@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descompiler.layout import traffic as wire
-from descompiler.layout.exchanges import Vocabulary
+from descompiler.layout.vocabulary import Vocabulary
 from descompiler.ops.vocabulary import bytes_of, partial_of, shaped
+from descompiler.runtime.carriers import carries
 
 KEPT_ELEMENTS = 1 << 24
 """Logits (of the global batch, on one rank) that are kept for backward; more are computed again, in chunks of this."""
@@ -88,6 +88,7 @@ def _merge(spec: Vocabulary, values: Sequence[Tensor], ids: Sequence[Tensor]) ->
     return result
 
 
+@carries(Vocabulary)
 class _Exchange(torch.autograd.Function):
     """Rows of x to the owners, their partial results back; in backward the same with gradients.
 
@@ -106,7 +107,7 @@ class _Exchange(torch.autograd.Function):
         outgoing: list[Sequence[Tensor]] = [sent if r in spec.owners else () for r in range(runtime.ranks)]
         like = [(x.new_empty(0, dtype=wire_dtype), spec.dim)] + ([] if ids is None else [(ids, ids.shape[1])])
         incoming = [[(t, (n, w)) for t, w in like] if owns else [] for n in counts]
-        arrived = _exchange(runtime, outgoing, incoming, wire.VOCABULARY_ROWS)
+        arrived = _exchange(runtime, outgoing, incoming, spec.ROWS)
         id_dtype = torch.int32 if spec.id_bytes == 4 else torch.int64
         back: list[Sequence[Tensor]] = [()] * runtime.ranks
         if owns:
@@ -121,7 +122,7 @@ class _Exchange(torch.autograd.Function):
             [(like[0][0], (mine, spec.width(r))), (empty_ids, (mine, spec.ids_width(r)))] if r in spec.owners else []
             for r in range(runtime.ranks)
         ]
-        parts = _exchange(runtime, back, incoming, wire.VOCABULARY_PARTIAL)
+        parts = _exchange(runtime, back, incoming, spec.PARTIAL)
         values = torch.cat([parts[r][0].reshape(-1) for r in spec.owners]).to(x.dtype)
         best = torch.cat([parts[r][1].reshape(-1) for r in spec.owners])
         ctx.runtime, ctx.spec, ctx.counts, ctx.owns = runtime, spec, counts, owns
@@ -139,7 +140,7 @@ class _Exchange(torch.autograd.Function):
         for r, p in zip(spec.owners, parts, strict=True):
             outgoing[r] = [p]
         incoming = [[(empty, (n, spec.width(rank)))] if ctx.owns else [] for n in counts]
-        arrived = _exchange(runtime, outgoing, incoming, wire.VOCABULARY_GRADIENTS)
+        arrived = _exchange(runtime, outgoing, incoming, spec.GRADIENTS)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[4] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[5] else None
         back: list[Sequence[Tensor]] = [()] * runtime.ranks
@@ -156,7 +157,7 @@ class _Exchange(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[3]:
             incoming = [[(empty, (mine, spec.dim))] if r in spec.owners else [] for r in range(runtime.ranks)]
-            terms_of = _exchange(runtime, back, incoming, wire.VOCABULARY_TERMS)
+            terms_of = _exchange(runtime, back, incoming, spec.TERMS)
             grad_x = torch.stack([terms_of[r][0] for r in spec.owners]).sum(0).to(dtype)
         return None, None, None, grad_x, grad_weight, grad_bias
 

@@ -22,7 +22,7 @@ from descompiler.errors import PlanError
 from descompiler.graph.arguments import LookupCall
 from descompiler.graph.nodes import where
 from descompiler.graph.program import Program, rowwise
-from descompiler.layout.exchanges import Columns
+from descompiler.layout.border import Columns
 from descompiler.layout.id_checks import Check
 from descompiler.layout.pieces import ALL, Pieces
 from descompiler.layout.placement import Region

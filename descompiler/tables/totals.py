@@ -22,7 +22,7 @@ from torch import fx
 
 from descompiler.graph.nodes import aten, shape_of, signature
 from descompiler.graph.program import Program
-from descompiler.layout.exchanges import Exchange
+from descompiler.layout.global_values import GlobalValue, TableTotal
 from descompiler.layout.pieces import Pieces
 from descompiler.ops.local import sqrt_or_zero
 
@@ -122,14 +122,9 @@ def uses(totals: Sequence[Total]) -> set[fx.Node]:
     return {n for t in totals for n in (*t.steps, t.node)}
 
 
-def exchanges(totals: Sequence[Total], received: Callable[[fx.Node], bool]) -> tuple[Exchange, ...]:
+def exchanges(totals: Sequence[Total], received: Callable[[fx.Node], bool]) -> tuple[TableTotal, ...]:
     """What totals of divided tables send; ``received`` says which of them get a gradient."""
-    result = []
-    for t in totals:
-        result.append(Exchange("total", t.node.name, ()))
-        if received(t.node):
-            result.append(Exchange("total back", t.node.name, ()))
-    return tuple(result)
+    return tuple(TableTotal((GlobalValue(t.node.name),), received(t.node)) for t in totals)
 
 
 def emit_total(graph: fx.Graph, runtime: fx.Node, total: Total, weight: fx.Node, pieces: Pieces, rank: int) -> fx.Node:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from descompiler.graph.nodes import aten
 from descompiler.graph.program import Program
-from descompiler.layout.exchanges import Columns
+from descompiler.layout.border import Columns
 from descompiler.layout.id_checks import Check
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.placement import Owned, Region, Segment, shard

@@ -11,9 +11,10 @@ from math import prod
 import torch
 from torch import fx
 
+from descompiler.layout.global_values import NormOutside, NormsInside
 from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
-from descompiler.layout.traffic import HEADER_BYTES
+from descompiler.layout.step import Header
 from descompiler.region.cut import Candidates
 
 
@@ -56,11 +57,11 @@ def gradients_reduced(pieces: Mapping[str, Pieces], trained: Collection[str], it
 def norms(layout: Layout, itemsize: int) -> int:
     """Bytes of batch norms: outside, mean and variance of all ranks, the rows, two sums back; inside, what moved."""
     others = layout.ranks - 1
-    outside = sum(layout.ranks * (2 * c + 1) + 2 * 2 * c for c in layout.norm_channels)
-    inside = sum(2 * c for channels in layout.norm_shares for c in channels)
+    outside = sum(layout.ranks * (2 * c + 1) + 2 * 2 * c for c in (t.channels for t in layout.of(NormOutside)))
+    inside = sum(2 * c for t in layout.of(NormsInside) for channels in t.channels for c in channels)
     return others * (outside + inside) * itemsize
 
 
 def headers(layout: Layout) -> int:
     """Bytes that each rank tells each other one before the step."""
-    return layout.ranks * (layout.ranks - 1) * HEADER_BYTES
+    return layout.ranks * (layout.ranks - 1) * Header.BYTES

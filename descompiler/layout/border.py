@@ -1,0 +1,138 @@
+"""What crosses the border of the region: ids in, values out, and gradients of what several ranks hold in part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+
+from descompiler.layout.spans import Spans, at
+from descompiler.layout.traffic import Collective, Stage
+from descompiler.layout.transfer import Sent, Step, Transfer
+
+Columns = tuple[int, ...] | None
+"""Of dim 1 of some ids; None: all of them."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Ids ``[b, *tail]`` that enter the region; ``columns`` of dim 1 go to which ranks (None: all of them)."""
+
+    name: str
+    tail: tuple[int, ...]
+    columns: Spans[Columns]
+
+    def columns_on(self, rank: int) -> Columns:
+        """The columns that go to ``rank`` (None: all, (): none)."""
+        return at(self.columns, rank, ())
+
+    def tail_on(self, rank: int) -> tuple[int, ...]:
+        return self._tail(self.columns_on(rank))
+
+    def _tail(self, columns: Columns) -> tuple[int, ...]:
+        return self.tail if columns is None else (len(columns), *self.tail[1:])
+
+    @cached_property
+    def widths(self) -> Spans[int]:
+        """Ids per row that go to each rank."""
+        return tuple((first, stop, prod(self._tail(columns))) for first, stop, columns in self.columns)
+
+    def width(self, rank: int) -> int:
+        """Ids per row that go to ``rank``."""
+        return at(self.widths, rank, 0)
+
+
+@dataclass(frozen=True)
+class IdsIn(Transfer):
+    """ids in: Local --> the global batch's, on the ranks that look them up."""
+
+    kind = "ids in"
+    SEND = Collective("all_to_all (ids in)", Stage.IDS_IN)
+
+    entries: tuple[Entry, ...]
+    id_bytes: int = 8
+
+    def sent(self, step: Step) -> Iterator[Sent]:
+        widths = by_rank([e.widths for e in self.entries], len(step.rows))
+        yield Sent(self.SEND, self.id_bytes * step.rows * (widths.sum() - widths))
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A value that leaves the region: ranks send ``[rows, *tail]``, of the tail that ``tails`` has for them.
+
+    ``segments`` are the (size, owner) of the sharded dimension ``dim``; None: the ranks' terms are summed.
+    """
+
+    name: str
+    tails: Spans[tuple[int, ...]]
+    dim: int = 0
+    segments: tuple[tuple[int, int], ...] | None = None
+
+    def tail_on(self, rank: int) -> tuple[int, ...]:
+        """What a row of what ``rank`` sends is like, if it sends anything."""
+        return at(self.tails, rank, ())
+
+    @cached_property
+    def widths(self) -> Spans[int]:
+        """Elements per row that each rank sends."""
+        return tuple((first, stop, prod(tail)) for first, stop, tail in self.tails)
+
+    def width(self, rank: int) -> int:
+        """Elements per row that ``rank`` sends."""
+        return at(self.widths, rank, 0)
+
+
+@dataclass(frozen=True)
+class ValuesOut(Transfer):
+    """values out: Owned, Shard, Partial or Disjoint --> Local; their gradients the other way.
+
+    A region without exits, whose values nobody reads, makes its forward collective all the same.
+    """
+
+    kind = "values out"
+    SEND = Collective("all_to_all (aggregation, forward)", Stage.VALUES_OUT)
+    BACK = Collective("all_to_all (aggregation, backward)", Stage.GRADIENTS_BACK)
+
+    exits: tuple[Exit, ...]
+
+    def widths(self, ranks: int) -> np.ndarray:
+        """Elements per row that each rank sends."""
+        return by_rank([e.widths for e in self.exits], ranks)
+
+    def sent(self, step: Step) -> Iterator[Sent]:
+        widths = self.widths(len(step.rows))
+        yield Sent(self.SEND, step.itemsize * widths * step.rest)
+        if self.exits:
+            yield Sent(self.BACK, step.itemsize * step.rows * (widths.sum() - widths))
+
+
+@dataclass(frozen=True)
+class SharedColumns(Transfer):
+    """shared columns: gradients of a slice that every rank holds, every rank's terms --> their mean on every rank.
+
+    Attributes
+    ----------
+    elements : tuple of int
+        Of the slice of each co-located weight.
+    """
+
+    kind = "shared columns"
+    AVERAGE = Collective("all_reduce (shared columns)", Stage.GRADIENTS_BACK)
+
+    elements: tuple[int, ...]
+
+    def sent(self, step: Step) -> Iterator[Sent]:
+        yield Sent(self.AVERAGE, sum(self.elements) * step.itemsize)
+
+
+def by_rank(several: list[Spans[int]], ranks: int) -> np.ndarray:
+    """The sums of several values' widths, on each rank."""
+    widths = np.zeros(ranks, dtype=np.int64)
+    for spans in several:
+        for first, stop, width in spans:
+            widths[first:stop] += width
+    return widths

@@ -1,0 +1,66 @@
+"""What a step sends that no one value asks for: the header, whether leaves failed, averages of dense gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from descompiler.layout.traffic import Collective, Stage
+from descompiler.layout.transfer import Sent, Step, Transfer
+
+
+@dataclass(frozen=True)
+class Header(Transfer):
+    """header: own rows, status, mode, and how many unique ids are asked --> every rank's."""
+
+    kind = "header"
+    SEND = Collective("all_to_all (header)", Stage.HEADER)
+    BYTES = 5 * 8  # rows, status, mode, unique ids asked, unique ids gathered: int64 each
+
+    def sent(self, step: Step) -> Iterator[Sent]:
+        yield Sent(self.SEND, step.others * self.BYTES)
+
+
+@dataclass(frozen=True)
+class LeafStatus(Transfer):
+    """status of leaves: whether an opaque leaf failed here --> whether one did anywhere.
+
+    Attributes
+    ----------
+    runs : int
+        Of leaves after the header, which tells of those before it: after each, ranks tell each other.
+    backward : bool
+        Whether gradients go through leaves: ranks tell each other when backward has ended.
+    """
+
+    kind = "status of leaves"
+    RUN = Collective("all_gather (opaque leaves, status)", Stage.VALUES_OUT)
+    BACKWARD = Collective("all_gather (opaque leaves, status of backward)", Stage.END_OF_BACKWARD)
+    BYTES = 1
+
+    runs: int = 0
+    backward: bool = False
+
+    def sent(self, step: Step) -> Iterator[Sent]:
+        yield Sent(self.RUN, self.runs * self.BYTES, self.runs)
+        if self.backward:
+            yield Sent(self.BACKWARD, self.BYTES)
+
+
+@dataclass(frozen=True)
+class DenseGradients(Transfer):
+    """dense gradients: every rank's terms --> their mean on every rank.
+
+    Attributes
+    ----------
+    elements : int
+        Of all replicated parameters that are trained.
+    """
+
+    kind = "dense gradients"
+    AVERAGE = Collective("all_reduce (dense gradients)", Stage.END_OF_BACKWARD)
+
+    elements: int
+
+    def sent(self, step: Step) -> Iterator[Sent]:
+        yield Sent(self.AVERAGE, self.elements * step.itemsize)

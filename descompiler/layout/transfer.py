@@ -1,0 +1,108 @@
+"""Transfers: what crosses between ranks, each kind with its collectives and their bytes.
+
+A `descompiler.layout.layout.Layout` is a list of them. One transfer is what crosses together: values of one kind that
+share a collective each way. A kind is a frozen class whose docstring begins as a rule's, ``kind: before --> after``:
+which rank has what (`descompiler.layout.placement`), before it and then. Its collectives are constants of the class;
+what makes them takes their names from there, and `descompiler.runtime.carriers` has it by kind.
+
+A rank's bytes are counted for all ranks at once, as arrays ``[N]``: those that send alike are found by them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from descompiler.layout.traffic import Collective
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Unique ids of one table in a step, as one rank sees them: counted, or expected; or as every rank does, ``[N]``.
+
+    Attributes
+    ----------
+    asked : float or ndarray
+        Of this rank's, those that other ranks own.
+    served : float or ndarray
+        Of the other ranks', those that this one owns.
+    shared : float or ndarray
+        Of this rank's, those that every rank holds.
+    """
+
+    asked: float | np.ndarray = 0
+    served: float | np.ndarray = 0
+    shared: float | np.ndarray = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.asked + other.asked, self.served + other.served, self.shared + other.shared)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A step, as far as its bytes depend on it.
+
+    Attributes
+    ----------
+    rows : ndarray
+        Of each rank, ``[N]``.
+    itemsize : int
+        Bytes of an element.
+    unique : mapping of str to Counts
+        Unique ids, by table.
+    """
+
+    rows: np.ndarray
+    itemsize: int
+    unique: Mapping[str, Counts]
+
+    @cached_property
+    def total(self) -> int:
+        """Rows of the global batch."""
+        return int(self.rows.sum())
+
+    @cached_property
+    def rest(self) -> np.ndarray:
+        """Rows of the other ranks, ``[N]``."""
+        return self.total - self.rows
+
+    @property
+    def others(self) -> int:
+        """Ranks but one."""
+        return len(self.rows) - 1
+
+
+class Sent(NamedTuple):
+    """Calls of one collective.
+
+    Attributes
+    ----------
+    size_bytes : int, Fraction or ndarray
+        As `descompiler.layout.traffic.Collective.sent_bytes` takes it: of every rank, or of each, ``[N]``.
+    """
+
+    collective: Collective
+    size_bytes: int | Fraction | np.ndarray
+    calls: int = 1
+
+
+class Transfer(ABC):
+    """Values of one kind that cross together.
+
+    Attributes
+    ----------
+    kind : str
+        For people, and in docstrings.
+    """
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def sent(self, step: Step) -> Iterator[Sent]:
+        """What ranks send in a step with gradients, forward and backward."""
