@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -188,7 +189,10 @@ def test_of_a_model_that_runs_in_part_nothing_is_made_up():
             return self.top(self.table(torch.tensor(ids.tolist())).mean(1))
 
     plan = des.plan(InPart(), torch.zeros(8, 3, dtype=torch.int64), ranks=RANKS)
-    assert plan.in_part and plan.forms == {"table.weight": "unique_rows"}
+    assert not plan.in_part and plan.forms == {"table.weight": "unique_rows"}
+    assert "strategies: " in plan.explain() and "without the rows" not in plan.explain()
+    plan = replace(plan, memories=())  # as plans of before had it
+    assert plan.in_part
     assert {s.title.partition(":")[0] for s in whole(plan)} == {
         "operators and the forms that they can take",
         "crossovers, in closed form",
@@ -196,7 +200,7 @@ def test_of_a_model_that_runs_in_part_nothing_is_made_up():
         "what the busiest rank sends in a step, by collective",
         "what each rank holds",
     }
-    assert f"{plan.prices['table.weight']['pull']:,} B  chosen" in plan.explain()
+    assert f"{plan.prices['table.weight']['unique_rows']:,} B  chosen" in plan.explain()
     assert "without the rows that the user's own forward fetches" in plan.explain()
 
 

@@ -109,16 +109,20 @@ def _refuse_numbers(signature: Signature, probe: Flat, batch: list[Tensor]) -> N
             f"forward returns {one} values for one batch and {two} for another, or nests them otherwise: return the "
             "same names, as many tensors, for every batch"
         )
-    places = pytree.tree_flatten_with_path(
-        pytree.tree_unflatten(list(range(len(signature.output_statics))), signature.outputs)
-    )[0]
-    for (path, _), first, second in zip(places, signature.output_statics, probe.out_statics, strict=True):
+    for i, (first, second) in enumerate(zip(signature.output_statics, probe.out_statics, strict=True)):
         if repr(first) != repr(second):
             raise UnsupportedError(
-                f"forward returns a number that depends on the batch: output{pytree.keystr(path)} is {first!r} for one "
-                f"and {second!r} for another, and of a rank's rows it would be another still. Return the tensor "
+                f"forward returns a number that depends on the batch: output{_place_of(signature, i)} is {first!r} for "
+                f"one and {second!r} for another, and of a rank's rows it would be another still. Return the tensor "
                 "(loss.detach() in place of loss.item()), and take the number of what the compiled module returns"
             )
+
+
+def _place_of(signature: Signature, position: int) -> str:
+    """Where a leaf is in what forward returns, as code would have it: ``[1]['loss']``."""
+    leaves: list[Any] = list(range(len(signature.output_statics)))
+    paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(leaves, signature.outputs))[0]
+    return next((pytree.keystr(path) for path, leaf in paths if leaf == position), f" number {position}")
 
 
 NOT_CAPTURED = (

@@ -199,7 +199,7 @@ class Chosen:
 
     @property
     def in_part(self) -> bool:
-        """Whether the user's own forward runs: the layout lists no lookup of it, and nobody knows its activations."""
+        """Whether this is a plan of before for a model whose own forward runs: its layout lists no lookup of it."""
         return not self.memories
 
     @property
