@@ -64,15 +64,15 @@ def test_solvers_agree_on_random_graphs(data):
 @pytest.mark.parametrize("name", CTR_MODELS)
 def test_solvers_give_equal_plans_of_the_examples(name):
     searched = [(2, {})] if name in ("deepfm", "dlrm") else []  # branch and bound: hundreds of cuts
-    for ranks, terms in ((64, {"pins": {"*": "field"}}), (3, {"pins": {"*": "column"}}), *searched):
+    for ranks, terms in ((64, {"pins": {"*": "table_wise"}}), (3, {"pins": {"*": "column_wise"}}), *searched):
         texts = [captured(name).plan(ranks=ranks, batch=256, solver=s, **terms).to_json() for s in SOLVERS.names]
         assert len(set(texts)) == 1
 
 
 def test_solvers_give_equal_bounds():
     found = captured("deepfm")
-    allowed = allowed_forms(found.operators, forbid={"*": "hot"})
-    fixed = dict.fromkeys(allowed, ("column",))
+    allowed = allowed_forms(found.operators, forbid={"*": "hot_rows"})
+    fixed = dict.fromkeys(allowed, ("column_wise",))
     for forms, widest in ((allowed, None), (allowed, 0), (fixed, 0), (fixed, 16)):
         bounds = []
         for solver in SOLVERS.names:
@@ -85,7 +85,7 @@ def test_solvers_give_equal_bounds():
 @pytest.mark.parametrize("name", CTR_MODELS)
 @pytest.mark.parametrize("ranks", [2, 64])
 def test_networkx_finds_the_cost_and_the_region_of_a_plan(name, ranks):
-    plan = captured(name).plan(ranks=ranks, batch=256, pins={"*": "field"})
+    plan = captured(name).plan(ranks=ranks, batch=256, pins={"*": "table_wise"})
     graph = plan.cut_graph()
     cost, (side, _) = nx.minimum_cut(graph, "source", "sink")
     _, cut = captured(name).region(plan)
@@ -115,7 +115,7 @@ INPUTS = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
 
 
 def test_nodes_and_edges_say_what_they_are():
-    plan = des.plan(Scores(), INPUTS, ranks=2, batch=10, pins={"*": "column"})
+    plan = des.plan(Scores(), INPUTS, ranks=2, batch=10, pins={"*": "column_wise"})
     graph = plan.cut_graph()
     text = canonical(Captured.of(Scores(), INPUTS).program)
     kinds = {"source": {"source"}, "sink": {"sink"}, "value": set(), "out": set()}
@@ -140,7 +140,7 @@ def test_the_example_of_the_documentation():
 
 
 def test_the_graph_says_what_is_saved_and_what_is_worked():
-    graph = captured("deepfm").plan(ranks=64, batch=256, pins={"*": "field"}).cut_graph()
+    graph = captured("deepfm").plan(ranks=64, batch=256, pins={"*": "table_wise"}).cut_graph()
     purposes = {d["purpose"] for _, _, d in graph.edges(data=True)}
     assert {"saved", "work"} <= purposes
     for _, _, d in graph.edges(data=True):
@@ -153,7 +153,7 @@ def test_a_plan_with_nothing_inside_has_a_graph_with_nothing_to_cut():
 
 
 def test_a_plan_from_a_file_says_how_to_get_its_graph(tmp_path):
-    plan = des.plan(Scores(), INPUTS, ranks=2, batch=10, pins={"*": "column"})
+    plan = des.plan(Scores(), INPUTS, ranks=2, batch=10, pins={"*": "column_wise"})
     plan.save(tmp_path / "plan.json")
     with pytest.raises(des.PlanError, match=r"des\.plan\(model, inputs, plan=\.\.\.\)"):
         des.Plan.load(tmp_path / "plan.json").cut_graph()

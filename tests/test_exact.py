@@ -99,7 +99,7 @@ class Mixing(Table):
 
 @pytest.mark.parametrize("model", [AssignedMean, Inner, AssignedInPart, PaddedFromTheEnd, OtherInEvaluation, TwoNames])
 def test_it_trains_as_the_original(model, on_ranks):
-    des.verify(model(), (IDS,), plans=[None, {"*": "row"}, {"*": "replicate"}], launch=on_ranks)
+    des.verify(model(), (IDS,), plans=[None, {"*": "row_wise"}, {"*": "replicate"}], launch=on_ranks)
 
 
 def _evaluated(rank, ranks, model):
@@ -119,7 +119,7 @@ def test_evaluation_returns_what_it_returns(on_ranks):
 
 
 def _state(rank, ranks, model):
-    module = des.compile(model, (IDS,), plan={"*": "row"})
+    module = des.compile(model, (IDS,), plan={"*": "row_wise"})
     return des.full_state_dict(module)
 
 
@@ -189,4 +189,4 @@ class Hooked(Table):
 
 @pytest.mark.parametrize("model", [Mixing, MixingInPart, Hooked])
 def test_a_backward_that_mixes_rows_is_that_of_the_global_batch(model, on_ranks):
-    des.verify(model(), (IDS,), plans=[None, {"*": "row"}], launch=on_ranks)
+    des.verify(model(), (IDS,), plans=[None, {"*": "row_wise"}], launch=on_ranks)

@@ -504,8 +504,8 @@ def large():
 
 def test_what_plans_of_other_models_consider_is_considered(large):
     """Forms that are forbidden, a limit of memory, a cluster: by the planner of every other model."""
-    forms = {"table.weight": "replicate", "big.weight": "pull"}
-    pulled, whole = large(), large(forbid={"big": "pull"})
+    forms = {"table.weight": "replicate", "big.weight": "unique_rows"}
+    pulled, whole = large(), large(forbid={"big": "unique_rows"})
     assert pulled.forms == forms and pulled.exact and whole.forms == forms | {"big.weight": "replicate"}
     assert pulled.price_bytes < whole.price_bytes == pulled.prices["big.weight"]["replicate"]
     # by hand: a weight, its gradient and adagrad's state, of 15,000 rows of 4 and of the small ones
@@ -517,16 +517,16 @@ def test_what_plans_of_other_models_consider_is_considered(large):
     many = 1 << 22
     assert large(many).forms["big.weight"] == "replicate"  # each rank needs nearly all of it
     limit = large(many, memory_bytes=1 << 40).memory(0).total - 1
-    assert large(many, memory_bytes=limit).forms["big.weight"] == "pull"
+    assert large(many, memory_bytes=limit).forms["big.weight"] == "unique_rows"
     with pytest.raises(des.PlanError, match="no plan fits 10 B a rank"):
         large(memory_bytes=10)
     cluster = des.Cluster.builtin("ethernet-10g", 2)
     timed = large(cluster=cluster)
     assert timed.objective == "seconds" and 0 < timed.bound <= timed.price
     for terms, text in (
-        ({"forbid": {"big": ["pull", "replicate"]}}, "left without a form"),
+        ({"forbid": {"big": ["unique_rows", "replicate"]}}, "left without a form"),
         ({"cluster": cluster.with_ranks(4)}, "has 4 ranks, the plan is for 2"),
-        ({"pins": {"big": "column"}}, "captured in part; there it is replicate or pull"),
+        ({"pins": {"big": "column_wise"}}, "captured in part; there it is replicate or unique_rows"),
     ):
         with pytest.raises(des.PlanError, match=text):
             large(**terms)
@@ -550,7 +550,7 @@ def _from_samples(rank, ranks):
     model = Large().double()
     reference = copy.deepcopy(model)
     samples = [(torch.randint(3, (8, 3)),) for _ in range(4)] if rank == 0 else []
-    module = des.compile(model, (IDS,), loss="sum", samples=samples, memory_bytes=1 << 30, plan={"table": "row"})
+    module = des.compile(model, (IDS,), loss="sum", samples=samples, memory_bytes=1 << 30, plan={"table": "row_wise"})
     share = slice(0, 3) if rank == 0 else slice(3, 8)
     module(IDS[share]).square().sum().backward()
     reference(IDS).square().sum().backward()
