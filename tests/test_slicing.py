@@ -195,7 +195,7 @@ def test_rules_and_slicing_agree_on_models(model):
     program, _ = capture(blueprint(MODELS[model]()), inputs, passes=NORMALISE)
     operators = find_tables(program)
     found = []
-    for form in ("column", "field"):
+    for form in ("column_wise", "table_wise"):
         forms = {o.name: form if form in o.forms else o.forms[0] for o in operators}
         candidates = place(program, operators, assign(operators, forms, 2), RULES, 2)
         placements = {n: p.placement for n, p in candidates.placed.items()}

@@ -1,9 +1,9 @@
 """What tables say about a plan, and `explain` with them: one set of numbers, true on both sides of a crossover."""
 
+import dataclasses
 import json
 import math
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -177,8 +177,8 @@ def test_printing_a_plan_explains_it(mixed, tmp_path):
         mixed.explain("x")
 
 
-def test_of_a_model_that_runs_in_part_nothing_is_made_up():
-    """Its lookups are in no layout: its bytes are not compared with other strategies', nor its memory said."""
+def test_of_a_model_that_runs_in_part_as_much_is_said():
+    """Its lookups are in the layout, and its memory is estimated, as those of its outline."""
 
     class InPart(nn.Module):
         def __init__(self):
@@ -189,19 +189,24 @@ def test_of_a_model_that_runs_in_part_nothing_is_made_up():
             return self.top(self.table(torch.tensor(ids.tolist())).mean(1))
 
     plan = des.plan(InPart(), torch.zeros(8, 3, dtype=torch.int64), ranks=RANKS)
-    assert not plan.in_part and plan.forms == {"table.weight": "unique_rows"}
-    assert "strategies: " in plan.explain() and "without the rows" not in plan.explain()
-    plan = replace(plan, memories=())  # as plans of before had it
-    assert plan.in_part
-    assert {s.title.partition(":")[0] for s in whole(plan)} == {
+    assert plan.forms == {"table.weight": "unique_rows"}
+    sheets = {s.title.partition(":")[0]: s for s in whole(plan)}
+    assert list(sheets) == [
         "operators and the forms that they can take",
         "crossovers, in closed form",
         "what crosses the wire",
         "what the busiest rank sends in a step, by collective",
+        "strategies",
+        "memory per rank",
         "what each rank holds",
-    }
-    assert f"{plan.prices['table.weight']['unique_rows']:,} B  chosen" in plan.explain()
-    assert "without the rows that the user's own forward fetches" in plan.explain()
+    ]
+    price = plan.prices["table.weight"]["unique_rows"]
+    assert f"{price:,} B  chosen" in plan.explain()
+    (total,) = [r for r in sheets["what the busiest rank sends in a step, by collective"].rows if r[0] == "total"]
+    assert total[1] == price == plan.price_bytes
+    assert sheets["memory per rank"].rows[0][1] == 4 * (5000 * 8 // RANKS + 9)
+    older = dataclasses.replace(plan, memories=())  # from a file of version 2, which lists no lookup of such a model
+    assert not {"strategies", "memory per rank"} & {s.title.partition(":")[0] for s in whole(older)}
 
 
 def test_patterns_of_names():

@@ -198,11 +198,6 @@ class Chosen:
         return [f"{c.name} {c.placement}" for c in self.crossings if c.kind == "values"]
 
     @property
-    def in_part(self) -> bool:
-        """Whether this is a plan of before for a model whose own forward runs: its layout lists no lookup of it."""
-        return not self.memories
-
-    @property
     def gap(self) -> float:
         """How far the price may be above the best, as a share of it: 0 is none."""
         return 0.0 if self.price <= self.bound else self.price / self.bound - 1 if self.bound else float("inf")
@@ -288,7 +283,7 @@ class Chosen:
         A replicated table does, wherever its vectors go, one that is divided if its rows are fetched.
         """
         split, known = self.splits[t.name], {N, b, s, i}
-        fetched = self.in_part or any(t.name == x.name for f in self.layout.fetches for x in f.tables)
+        fetched = any(t.name == x.name for f in self.layout.fetches for x in f.tables)
         if not split.at_hand and not fetched:
             return {}
         values = self.numbers_of(t)

@@ -16,10 +16,8 @@ def costs(plan: Chosen, cluster: Cluster | None = None) -> list[Sheet]:
     if plan.notes:
         sheets.append(summary.mixing(plan))
     sheets.append(summary.parts(plan))
-    if not plan.in_part:  # else nobody knows all that it sends
-        sheets.append(summary.strategies(plan, cluster))
-    if plan.memories:
-        sheets.append(summary.memory(plan))
+    if plan.memories:  # else it is a plan file of version 2, of a model in part: its layout lists no lookup
+        sheets += [summary.strategies(plan, cluster), summary.memory(plan)]
     return sheets
 
 

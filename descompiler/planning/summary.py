@@ -180,8 +180,7 @@ def parts(plan: Chosen) -> Sheet:
     ]
     rows.append(("total", float(busiest.total), busiest.calls))
     columns = (Column("collective"), Column("sent", "bytes"), Column("calls", "count"))
-    notes = ("without the rows that the user's own forward fetches.",) if plan.in_part else ()
-    return Sheet("what the busiest rank sends in a step, by collective", columns, tuple(rows), notes)
+    return Sheet("what the busiest rank sends in a step, by collective", columns, tuple(rows))
 
 
 def mixing(plan: Chosen) -> Sheet:
