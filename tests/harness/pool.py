@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from descompiler.check.processes import local_context
 from descompiler.errors import EquivalenceError
+from descompiler.tables.form import FORMS
 
 GRACE_S = 10.0
 """How long the other ranks may still answer once one has failed."""
@@ -181,6 +182,7 @@ def _isolated(draws: torch.Tensor, python_draws: Any, numpy_draws: Any) -> Itera
         torch.are_deterministic_algorithms_enabled(),
         dict(os.environ),
     )
+    forms = dict(FORMS._items)  # a form from outside stays known after the call that is given it
     torch.set_rng_state(draws)
     random.setstate(python_draws)
     np.random.set_state(numpy_draws)
@@ -188,6 +190,7 @@ def _isolated(draws: torch.Tensor, python_draws: Any, numpy_draws: Any) -> Itera
         try:
             yield
         finally:
+            FORMS._items = forms
             torch.set_default_dtype(dtype)
             torch.use_deterministic_algorithms(deterministic)
             os.environ.clear()
