@@ -41,6 +41,10 @@ HAS: dict[str, tuple[Registry[Any], tuple[str, ...]]] = {
 """What things of a kind have, and where they are kept; the first kind that fits is meant."""
 
 
+FORMS_OF_A_CALL = "compile(forms=...)"
+"""The origin of forms that one call was given."""
+
+
 @dataclass(frozen=True)
 class Kit:
     """What a compilation is made with.
@@ -63,7 +67,8 @@ class Kit:
     def of(cls, rules: Sequence[Rule] = (), forms: Sequence[Form] = ()) -> Kit:
         """All that is built in or installed, and what one call adds.
 
-        A form stays known after the call, so that plans with it can be followed; a rule is the call's alone.
+        Both are the call's alone: no other considers them. A form is still found by its name afterwards, so that plans
+        with it can be followed, and may be given anew, as a notebook does that defines it again.
 
         Raises
         ------
@@ -75,11 +80,17 @@ class Kit:
         for rule in rules:
             _expect(rule, "rule", "compile(rules=...)")
             chosen.add(rule, "compile(rules=...)")
+        considered = Registry[Form]("form", reserved=FORMS.reserved)
+        for form in FORMS:
+            if FORMS.origin(form.name) != FORMS_OF_A_CALL:
+                considered.add(form, FORMS.origin(form.name))
         for form in forms:
-            _expect(form, "form", "compile(forms=...)")
-            FORMS.add(form, "compile(forms=...)")
+            _expect(form, "form", FORMS_OF_A_CALL)
+            considered.add(form, FORMS_OF_A_CALL)
+        for form in forms:  # all or none
+            FORMS.replace(form, FORMS_OF_A_CALL)
         mine = tuple(p for p in ADDED if ADDED.origin(p.name) != BUILT_IN)
-        return cls((*NORMALISE, *mine), tuple(chosen), tuple(FORMS))
+        return cls((*NORMALISE, *mine), tuple(chosen), tuple(considered))
 
 
 @cache

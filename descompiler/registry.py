@@ -78,6 +78,10 @@ class Registry(Sequence[T]):
                 f"{type(item).__name__} of {origin}; rename one"
             )
 
+    def replace(self, item: T, origin: str) -> None:
+        """Add one, in place of that which has its name."""
+        self._items[item.name] = (item, origin)
+
     def named(self, name: str) -> T:
         """The one with a name.
 

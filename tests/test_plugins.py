@@ -213,6 +213,19 @@ def test_a_rule_is_the_calls_alone():
     assert sent[0] == sent[2] > 2 * sent[1]
 
 
+def test_a_form_is_the_calls_alone_and_may_be_given_anew():
+    @dataclass(frozen=True)
+    class Again(LastRank):
+        """Defined once more, as by a cell of a notebook."""
+
+    for form in (LastRank(), Again()):
+        assert Kit.of(forms=[form]).forms[-1] is form
+        assert FORMS.named("last_rank") is form and "last_rank" not in {f.name for f in Kit.of().forms}
+    with pytest.raises(des.PlanError, match="two forms are named 'last_rank'"):
+        Kit.of(forms=[LastRank(), Again()])
+    assert isinstance(FORMS.named("last_rank"), Again)
+
+
 @dataclass(frozen=True)
 class Other:
     name: str = "linear"
