@@ -85,7 +85,7 @@ def crossovers(
 
     Examples
     --------
-    >>> from descompiler.cost_models.forms import ALL_TO_ALL, PARTIAL, REPLICATE, UNIQUE_ROWS
+    >>> from descompiler.cost_models.forms import ALL_TO_ALL, PARTIAL_SUMS, REPLICATE, UNIQUE_ROWS
     >>> from descompiler.cost_models.symbols import L, N, U, V, b, i, k, s, w
     >>> fields = {L: 24, k: 1, w: 1, b: 1024, s: 4, i: 4}
     >>> print(crossovers(("all-to-all", ALL_TO_ALL), ("partial sums", PARTIAL), N, fields)[0])

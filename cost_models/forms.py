@@ -6,7 +6,7 @@
     hot rows replicated, others pulled  (N-1)/N ((U - u) (i + 2 k s) + 2 H k s)   `HOT_ROWS`: u of H hot rows in a batch
     fully sharded, gathered whole       2 (N-1)/N V k s                           `FSDP`: forward and backward together
     split, values by all-to-all         (N-1)/N b L (i + 2 k s)                   `ALL_TO_ALL`
-    table- or column-wise, a partial    (N-1)/N b L i + 2 (N-1) b w s             `PARTIAL`: w elements a row, per rank
+    table- or column-wise, a partial    (N-1)/N b L i + 2 (N-1) b w s             `PARTIAL_SUMS`: w elements a row
 
 A row that a rank's batch has with probability q is hot if 2 k s < q (i + 2 k s): `hot_threshold`.
 
@@ -23,7 +23,7 @@ UNIQUE_ROWS = (N - 1) / N * U * (i + 2 * k * s)
 HOT_ROWS = (N - 1) / N * ((U - UH) * (i + 2 * k * s) + 2 * H * k * s)
 FSDP = ALL_REDUCE
 ALL_TO_ALL = IDS_IN + VALUES_OUT_AND_BACK.subs(w, L * k)
-PARTIAL = IDS_IN + VALUES_OUT_AND_BACK.subs(w, N * w)  # each of N ranks sends a term
+PARTIAL_SUMS = IDS_IN + VALUES_OUT_AND_BACK.subs(w, N * w)  # each of N ranks sends a term
 
 
 def hot_threshold(dim: int, itemsize: int, id_bytes: int, sparse: bool = False) -> float:

@@ -22,7 +22,7 @@ from descompiler.module.parts import Parts
 from descompiler.planning.chosen import NO_OPERATORS
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.coverage import coverage_of
-from descompiler.planning.given import Given, agree, follow_or_choose
+from descompiler.planning.given import GivenPlan, agree, follow_or_choose
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
 from descompiler.plugins import Kit
@@ -38,7 +38,7 @@ def compile(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    plan: Given = None,
+    plan: GivenPlan = None,
     process_group: Any = None,
     loss: str = "rank_mean",
     batch: int | None = None,
@@ -145,7 +145,7 @@ def distribute(
     model: nn.Module,
     builder: Callable[[], Builder],
     *,
-    plan: Given,
+    plan: GivenPlan,
     process_group: Any,
     loss: str,
     batch: int | None,

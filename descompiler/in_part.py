@@ -23,7 +23,7 @@ from descompiler.module.initial import initial_values
 from descompiler.module.partial import PartialModule
 from descompiler.module.parts import Parts
 from descompiler.planning.coverage import Coverage
-from descompiler.planning.given import Given, agree
+from descompiler.planning.given import GivenPlan, agree
 from descompiler.planning.objective import Terms
 from descompiler.planning.plan import Plan
 from descompiler.runtime.ranks import Ranks
@@ -37,7 +37,7 @@ def distribute_in_part(
     ranks: Ranks,
     rows: int,
     *,
-    plan: Given,
+    plan: GivenPlan,
     loss: str,
     seed: int | None,
     host: nn.Module | None,

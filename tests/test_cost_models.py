@@ -13,7 +13,7 @@ from descompiler.cost_models import collectives
 from descompiler.cost_models.baselines import BASELINES, TableUse, price
 from descompiler.cost_models.cost import Cost, fused
 from descompiler.cost_models.crossovers import crossovers
-from descompiler.cost_models.forms import ALL_TO_ALL, PARTIAL, REPLICATE, UNIQUE_ROWS
+from descompiler.cost_models.forms import ALL_TO_ALL, PARTIAL_SUMS, REPLICATE, UNIQUE_ROWS
 from descompiler.cost_models.memory import STATE, table_bytes
 from descompiler.cost_models.operators import extra_flops, linear_flops, pooling_flops
 from descompiler.cost_models.symbols import UG, L, N, S, U, V, alpha, b, beta, c, g, gamma, i, k, l, p, s, w
@@ -114,7 +114,7 @@ def test_costs_compose():
 
 
 SMALL = {N: 8, g: 4, b: 64, L: 3, V: 5000, U: 150, UG: 600, k: 16, s: 4, i: 8, l: 4, p: 1, c: 2, w: 17, dense: 100}
-CURVES = {f.name: f.curve for f in FORMS if f.curve is not None} | {"all-to-all": ALL_TO_ALL, "partial": PARTIAL}
+CURVES = {f.name: f.curve for f in FORMS if f.curve is not None} | {"all-to-all": ALL_TO_ALL, "partial": PARTIAL_SUMS}
 BYTES = {
     **{x.name: x.table.sent_bytes() + x.dense.sent_bytes() for x in BASELINES},
     **CURVES,
@@ -197,7 +197,7 @@ NUMBERS = {b: 1024, L: 26, k: 16, w: 17, s: 4, i: 4, U: 9000}
 
 def test_crossovers_in_closed_form():
     """The work of a DeepFM by hand: a partial of w elements pays while N w < L k."""
-    (x,) = crossovers(("all-to-all", ALL_TO_ALL), ("partial sums", PARTIAL), N, NUMBERS)
+    (x,) = crossovers(("all-to-all", ALL_TO_ALL), ("partial sums", PARTIAL_SUMS), N, NUMBERS)
     assert sympy.simplify(x.threshold - L * k / w) == 0 and (x.first, x.second) == ("all-to-all", "partial sums")
     assert x.start == 25 and "from 25 ranks" in str(x)
     (y,) = crossovers(("replicate", REPLICATE), ("unique_rows", UNIQUE_ROWS), V, {U: 4000, k: 16, s: 4, i: 4, N: 8})

@@ -19,7 +19,7 @@ from descompiler.planning.objective import Terms
 from descompiler.planning.pins import allowed_forms
 from descompiler.planning.search import Search
 from descompiler.region.cut import Weights
-from descompiler.region.flow import SINK, SOLVERS, SOURCE, minimum_cut
+from descompiler.region.flow import SINK, SOLVERS, SOURCE, solve
 from examples.models import CTR_MODELS, MODELS
 from tests.harness.models import IDS, Branch
 
@@ -50,7 +50,7 @@ def test_solvers_agree_on_random_graphs(data):
             graph.add_edge(a, b)
         elif capacity != "none":
             graph.add_edge(a, b, capacity=capacity)
-    found = [minimum_cut(graph, name) for name in SOLVERS.names]
+    found = [solve(graph, name) for name in SOLVERS.names]
     assert all(f == found[0] for f in found)
     inner = [set(x) for n in range(len(nodes) - 1) for x in itertools.combinations(nodes[2:], n)]
     cuts = [(sum(d.get("capacity", math.inf) for d in crossing(graph, {SOURCE} | x)), {SOURCE} | x) for x in inner]

@@ -12,7 +12,7 @@ from torch import nn
 
 import descompiler as des
 from descompiler.layout.fetches import Fetch
-from descompiler.layout.step import Header as HeaderTransfer
+from descompiler.layout.step import StepHeader as HeaderTransfer
 from descompiler.runtime.agreement import Call, Header, Kind, Message
 from examples.models import MODELS, make_inputs
 from tests.harness.failures import raised

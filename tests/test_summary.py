@@ -12,7 +12,7 @@ from torch import nn
 import descompiler as des
 from descompiler.captured import Captured
 from descompiler.cost_models.symbols import U, V
-from descompiler.layout.step import Header
+from descompiler.layout.step import StepHeader
 from descompiler.planning import summary
 from descompiler.planning.curves import curves, numbers, overtakes
 from descompiler.planning.explain import of_table, whole
@@ -156,7 +156,7 @@ def test_what_crosses_is_all_that_is_sent(mixed):
     """The rows add up to the layout's bytes, without headers and dense parameters."""
     sheet = summary.crossings(mixed)
     at = [c.title for c in sheet.columns].index("bytes")
-    rest = sum(float(mixed.traffic(r).bytes_by_collective.get(Header.SEND, 0)) for r in range(RANKS)) / RANKS
+    rest = sum(float(mixed.traffic(r).bytes_by_collective.get(StepHeader.SEND, 0)) for r in range(RANKS)) / RANKS
     dense = sum(math.prod(p.shape) for n, p in mixed.pieces.items() if n not in mixed.splits and p.is_replicated)
     rest += 2 * (RANKS - 1) / RANKS * 4 * dense
     assert sum(row[at] for row in sheet.rows) == pytest.approx(sent(mixed) - rest, rel=0.01)

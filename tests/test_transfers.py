@@ -26,7 +26,7 @@ from descompiler.layout.global_values import (
 )
 from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
-from descompiler.layout.step import DenseGradients, Header, LeafStatus
+from descompiler.layout.step import DenseGradients, LeafStatus, StepHeader
 from descompiler.layout.traffic import Collective, Stage, kind_of
 from descompiler.layout.transfer import Counts, Step, Transfer
 from descompiler.layout.vocabulary import Vocabulary
@@ -42,7 +42,7 @@ REDUCED = FetchTable("reduced", Pieces.replicate((9, 4), 3), 1, sparse=True)
 
 # of three ranks with 2, 3 and 5 rows and elements of 4 bytes, what rank 1 sends by collective, worked out by hand
 EXAMPLES = [
-    (Header(), {"SEND": 2 * 40}),
+    (StepHeader(), {"SEND": 2 * 40}),
     (LeafStatus(2, True), {"RUN": 2 * 2, "BACKWARD": 2}),
     (DenseGradients(30), {"AVERAGE": Fraction(2 * 2 * 120, 3)}),
     # its 3 rows' ids: two columns to rank 0, all four to rank 2
@@ -122,12 +122,12 @@ def test_a_layout_is_the_sum_of_its_list_in_order_of_stage():
 
 
 def test_ranks_that_send_alike_are_predicted_once():
-    layout = Layout(64, (Header(), IdsIn((Entry("ids", (4,), ((0, 32, (0, 2)), (32, 64, None))),), 8)))
+    layout = Layout(64, (StepHeader(), IdsIn((Entry("ids", (4,), ((0, 32, (0, 2)), (32, 64, None))),), 8)))
     every = [layout.predict(r, [2] * 64, 4) for r in range(64)]
     found = layout.predict_kinds(2, 4)
     assert len(found) == 2 and all(x in found for x in every)
     assert [n for n, _ in layout.predict_alike(2, 4)] == [32, 32]
-    assert len(Layout(64, (Header(),)).predict_kinds(2, 4)) == 1 and Layout(1).predict_kinds(2, 4)[0].calls == 0
+    assert len(Layout(64, (StepHeader(),)).predict_kinds(2, 4)) == 1 and Layout(1).predict_kinds(2, 4)[0].calls == 0
 
 
 def test_every_kind_says_what_it_is_and_is_carried_out():

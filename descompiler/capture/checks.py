@@ -18,11 +18,11 @@ from descompiler.model.probe import Flat, run_eager
 from descompiler.model.reach import leaves_of
 from descompiler.model.sparse import equal
 
-TOLERANCE_FLOAT64 = 1e-9
+CAPTURE_TOLERANCE = 1e-9
 """Relative error allowed between the module and its captured graph: operators are the same, their order may not be."""
 
 
-ROUNDING_FLOAT64 = 64 * torch.finfo(torch.float64).eps
+CAPTURE_ROUNDING = 64 * torch.finfo(torch.float64).eps
 """Share of the model's largest gradient below which a gradient is rounding: a bias in front of a batch norm has
 gradient zero, a sum of terms that cancel."""
 
@@ -60,7 +60,7 @@ def asks_for(program: Program, dtypes: Collection[torch.dtype]) -> bool:
     )
 
 
-def in_float64(program: Program) -> Program:
+def program_in_float64(program: Program) -> Program:
     """A copy that makes and holds float64 where the program makes and holds float32; nodes keep their names."""
     copied = copy_program(program)
 
@@ -116,21 +116,21 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> se
     if differing := sorted(eager_reach ^ _reached(graph, large)):
         raise CaptureError(f"the captured graph does not reproduce whether {differing[0]!r} gets a gradient")
     for i, (a, b) in enumerate(zip(eager, graph, strict=True)):
-        if a.shape != b.shape or relative_error(a, b) > TOLERANCE_FLOAT64:
+        if a.shape != b.shape or relative_error(a, b) > CAPTURE_TOLERANCE:
             raise CaptureError(
                 f"the captured graph does not reproduce output {i} of the model on {len(tensors[0])} rows"
             )
     written = {s.name: values[name] for name, s in program.sources.items() if s.kind == "buffer" and name in values}
     for name, buffer in left.items():
         by_graph = written.get(name, state[name])
-        if not equal(buffer, by_graph) and relative_error(buffer.to_dense(), by_graph.to_dense()) > TOLERANCE_FLOAT64:
+        if not equal(buffer, by_graph) and relative_error(buffer.to_dense(), by_graph.to_dense()) > CAPTURE_TOLERANCE:
             raise CaptureError(f"the captured graph does not leave buffer {name!r} as the model does")
     sizes = [float(g.to_dense().nan_to_num().abs().max()) for g in eager_gradients if g is not None and g.numel()]
-    rounding = ROUNDING_FLOAT64 * max(sizes, default=0.0)
+    rounding = CAPTURE_ROUNDING * max(sizes, default=0.0)
     for name, before, after in zip(params, eager_gradients, graph_gradients, strict=True):
         dense = [torch.zeros_like(params[name]) if g is None else g.to_dense() for g in (before, after)]
         near = torch.allclose(dense[0], dense[1], rtol=0.0, atol=rounding)
-        if not near and relative_error(dense[0], dense[1]) > TOLERANCE_FLOAT64:
+        if not near and relative_error(dense[0], dense[1]) > CAPTURE_TOLERANCE:
             raise CaptureError(f"the captured graph does not reproduce the gradient of parameter {name!r}")
     pairs = zip(params, eager_gradients, graph_gradients, strict=True)
     return {name for name, before, after in pairs if before is None and after is not None}

@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from descompiler.capture.checks import CannotRunError, check_reproduces, in_float64, probe_values
+from descompiler.capture.checks import CannotRunError, check_reproduces, probe_values, program_in_float64
 from descompiler.capture.leaves import trace_leaves, trace_whole
 from descompiler.capture.tracers import trace_dynamo, trace_export
 from descompiler.classify.classify import JUDGED, classify
-from descompiler.classify.scope import LOCAL, scope_of
+from descompiler.classify.scope import OWN_ROWS, scope_of
 from descompiler.errors import CaptureError, DescompilerError, InputError, UnsupportedError
 from descompiler.graph.leaf import Leaf, LeafError
 from descompiler.graph.program import Failure, Program
@@ -85,7 +85,7 @@ def _check_leaves(program: Program) -> None:
     Batch norm in a leaf would make it mix rows, at the price of gathering them; partial capture exchanges statistics.
     """
     for n in program.graph.nodes:
-        if isinstance(n.target, Leaf) and n.target.call.writes and scope_of(n).kind == LOCAL:
+        if isinstance(n.target, Leaf) and n.target.call.writes and scope_of(n).kind == OWN_ROWS:
             what = "trains a batch norm" if n.target.call.trains_norm else "writes to its buffers"
             raise LeafError(f"{n.target.name!r} {what}, and its rows are independent otherwise")
 
@@ -202,11 +202,11 @@ def capture(
             try:
                 idle = _check(checked, used, batches)
             except CannotRunError:
-                checked = in_float64(program)  # it makes or holds float32 tensors
+                checked = program_in_float64(program)  # it makes or holds float32 tensors
                 idle = _check(checked, used, batches)
             except CaptureError:
                 # a tracer leaves out casts that do nothing in float32, and bakes dtypes that forward asks for
-                checked, used = in_float64(program), _in_double(flat(double=True))
+                checked, used = program_in_float64(program), _in_double(flat(double=True))
                 idle = _check(checked, used, batches)
         except DescompilerError as error:
             failures.append(Failure(rung, str(error)))

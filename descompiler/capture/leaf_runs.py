@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from descompiler.capture.tape import Step
+from descompiler.capture.tape import TapeStep
 from descompiler.errors import CaptureError, InputError
 from descompiler.graph.leaf import Size
 from descompiler.model.inputs import flatten, split_statics
 
-WHOLE = ""
+WHOLE_FORWARD = ""
 """The name of the leaf that is all of forward."""
 
 
@@ -29,7 +29,8 @@ class Seen:
     outputs: list[Tensor]
     out_statics: tuple[Any, ...]
     out_spec: Any
-    lookups: list[tuple[str, Tensor, Step | None]]  # the table, the rows that it returned, and how they are computed
+    # The table, the rows that it returned, and how they are computed.
+    lookups: list[tuple[str, Tensor, TapeStep | None]]
     otherwise: set[str]  # parameters that are used in other ways too
     drops: bool
     trains_norm: bool
@@ -45,7 +46,7 @@ class NotALeafError(CaptureError):
 
 
 def title(name: str) -> str:
-    return f"module {name.removeprefix('model.')!r}" if name not in (WHOLE, "model") else "forward"
+    return f"module {name.removeprefix('model.')!r}" if name not in (WHOLE_FORWARD, "model") else "forward"
 
 
 def flat_of(name: str, tree: Any) -> tuple[list[Tensor], tuple[Any, ...], Any]:

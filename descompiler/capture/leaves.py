@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from descompiler.capture.leaf_runs import (
-    WHOLE,
+    WHOLE_FORWARD,
     DrawSeen,
     NotALeafError,
     Seen,
@@ -28,10 +28,10 @@ from descompiler.capture.leaf_runs import (
     sizes_of,
     tables_of,
 )
-from descompiler.capture.tape import NoRecipeError, Step, Tape, same
+from descompiler.capture.tape import NoRecipeError, Tape, TapeStep, same
 from descompiler.capture.tracers import export_program, first_line, traceable_len
 from descompiler.errors import CaptureError
-from descompiler.graph.leaf import Call, Leaf, Lookups, Quiet, Result
+from descompiler.graph.leaf import Leaf, LeafCall, Lookups, Quiet, Result
 from descompiler.graph.nodes import mutates, storage_roots
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import eliminate_dead_code
@@ -55,7 +55,7 @@ _LIBRARY.define("enter(Tensor[] tensors) -> Tensor")
 _LIBRARY.define("leaf(int key, Tensor token, Tensor[] tensors, Tensor[] rows, Tensor[] state) -> Tensor[]")
 
 
-_CALLS: list[Call] = []
+_CALLS: list[LeafCall] = []
 """The calls of leaves in the trace under way, by key."""
 
 
@@ -97,7 +97,7 @@ def trace_leaves(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Pr
             # a leaf that can't be one, or not be traced around
             if inside := [leaf for leaf in leaves if _within(name, leaf)]:
                 name = inside[0].rpartition(".")[0]
-        if name in (WHOLE, "model") or (refused is not None and refused.final):
+        if name in (WHOLE_FORWARD, "model") or (refused is not None and refused.final):
             break
         leaves = [leaf for leaf in leaves if not _within(leaf, name)] + [name]
     raise CaptureError("; ".join(dict.fromkeys(reasons)))
@@ -112,7 +112,7 @@ def trace_whole(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Pro
         If ids can't be traced, or what forward returns has no sizes that the rows tell.
     """
     try:
-        return _Trace(copy.deepcopy(traced), [WHOLE], tensors, template).run()
+        return _Trace(copy.deepcopy(traced), [WHOLE_FORWARD], tensors, template).run()
     except CaptureError as error:
         refused = next((e for e in _chain(error) if isinstance(e, NotALeafError)), None)
         if refused is None or refused is error:
@@ -121,7 +121,7 @@ def trace_whole(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Pro
 
 
 def _within(name: str, scope: str) -> bool:
-    return scope == WHOLE or name == scope or name.startswith(f"{scope}.")
+    return scope == WHOLE_FORWARD or name == scope or name.startswith(f"{scope}.")
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -142,7 +142,7 @@ def _innermost(error: BaseException, names: dict[int, str]) -> str:
             trace = trace.tb_next
         if found is not None:
             return found
-    return WHOLE
+    return WHOLE_FORWARD
 
 
 class _Trace:
@@ -154,7 +154,7 @@ class _Trace:
         self.forwards = {n: m.forward for n, m in self.modules.items()}
         self.leaves: dict[str, list[Leaf]] = {}
         self.traced: list[Leaf] = []
-        self.recipes: dict[Leaf, list[Step | None]] = {}  # of what its lookups return, for any batch
+        self.recipes: dict[Leaf, list[TapeStep | None]] = {}  # of what its lookups return, for any batch
 
     def run(self) -> Program:
         if self.names:
@@ -212,7 +212,7 @@ class _Trace:
         return seen
 
     def _record(self, name: str, seen: list[Seen], *args: Any, **kwargs: Any) -> Any:
-        lookups: list[tuple[str, Tensor, Step | None]] = []
+        lookups: list[tuple[str, Tensor, TapeStep | None]] = []
 
         def answer(table: str, func: Any, args: Any, kwargs: Any) -> Tensor:
             try:
@@ -249,7 +249,7 @@ class _Trace:
             if (other.out_statics, other.out_spec) != (first.out_statics, first.out_spec):
                 raise NotALeafError(name, "it returns numbers or a nesting that depend on values")
             if [t for t, *_ in other.lookups] != [t for t, *_ in first.lookups]:
-                raise NotALeafError(name, "which lookups it makes depends on values", final=name == WHOLE)
+                raise NotALeafError(name, "which lookups it makes depends on values", final=name == WHOLE_FORWARD)
         if not first.outputs:
             raise NotALeafError(name, "it returns no tensor")
         rows = tuple(batch_dim([(n, x.inputs[i]) for n, x in found]) for i in range(len(first.inputs)))
@@ -264,7 +264,7 @@ class _Trace:
         alone = next((x for n, x in found if n == 1), None)  # one that forward runs on
         example = [x if d is None else x.narrow(d, 0, 1) for x, d in zip((alone or first).inputs, rows, strict=True)]
         example_rows = [x if alone else x[:1] for _, x, _ in (alone or first).lookups]
-        call = Call(
+        call = LeafCall(
             first.spec, first.statics, first.out_spec, first.out_statics, results, rows,
             tuple(t for t, *_ in first.lookups), lookup_rows, tuple(x.clone() for x in example),
             tuple(x.clone() for x in example_rows), first.drops, first.trains_norm, first.writes,

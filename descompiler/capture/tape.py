@@ -22,15 +22,15 @@ class NoRecipeError(Exception):
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenInput:
     """A tensor that is known by a name: an argument's position, or a parameter's name."""
 
     key: int | str
 
 
 @dataclass(frozen=True)
-class Step:
-    """One call; ``leaves`` are its arguments, tensors among them as `Given`, `Step` or constants."""
+class TapeStep:
+    """One call; ``leaves`` are its arguments, tensors among them as `GivenInput`, `TapeStep` or constants."""
 
     func: Callable[..., Any]
     leaves: tuple[Any, ...]
@@ -45,9 +45,9 @@ class Step:
 
 
 def _run(x: Any, given: Mapping[int | str, Tensor]) -> Any:
-    if isinstance(x, Given):
+    if isinstance(x, GivenInput):
         return given[x.key]
-    return x.run(given) if isinstance(x, Step) else x
+    return x.run(given) if isinstance(x, TapeStep) else x
 
 
 def same(a: Any, b: Any) -> bool:
@@ -59,7 +59,7 @@ def same(a: Any, b: Any) -> bool:
     >>> same(tape.recipe(a), tape.recipe(b)), same(tape.recipe(a), tape.recipe(c))
     (True, False)
     """
-    if isinstance(a, Step) and isinstance(b, Step):
+    if isinstance(a, TapeStep) and isinstance(b, TapeStep):
         alike = (a.func, a.spec, a.index, len(a.leaves)) == (b.func, b.spec, b.index, len(b.leaves))
         return alike and all(map(same, a.leaves, b.leaves))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -111,13 +111,13 @@ class Tape(TorchFunctionMode):
         if _storage(x) in self.written:
             raise NoRecipeError
         if id(x) in self.known:
-            return Given(self.known[id(x)])
+            return GivenInput(self.known[id(x)])
         return self.call(*self.made[id(x)]) if id(x) in self.made else x
 
-    def call(self, func: Any, args: Any, kwargs: Any, index: int | None = None) -> Step:
+    def call(self, func: Any, args: Any, kwargs: Any, index: int | None = None) -> TapeStep:
         """The recipe of a call's result."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        return Step(func, tuple(map(self.recipe, leaves)), spec, index)
+        return TapeStep(func, tuple(map(self.recipe, leaves)), spec, index)
 
 
 WRITING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__",

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from descompiler.layout.rows import Rows
 
-TOLERANCE_FLOAT64 = 1e-9
+ROW_TOLERANCE = 1e-9
 """Relative error allowed between a whole batch's value and its parts', in float64."""
 
 Values = Mapping[fx.Node, Any]
@@ -62,7 +62,7 @@ def backward_mixes(
             if g.shape != together.shape:
                 return True
             size = float(g.abs().max()) if g.numel() else 0.0
-            if g.numel() and not float((g - together).abs().max()) <= TOLERANCE_FLOAT64 * size:
+            if g.numel() and not float((g - together).abs().max()) <= ROW_TOLERANCE * size:
                 return True
     return False
 

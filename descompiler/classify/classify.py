@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from descompiler.classify.backward import TOLERANCE_FLOAT64, backward_mixes
-from descompiler.classify.operator_kinds import DRAWN_BY_ROW, DROPPING, HEAVY, SUMS
-from descompiler.classify.scope import CONSTANT, GLOBAL, LOCAL, OWN, SIZE, SIZED, WHOLE, Scope, polynomial
+from descompiler.classify.backward import ROW_TOLERANCE, backward_mixes
+from descompiler.classify.operator_kinds import DRAWN_BY_ROW, DROPPING, HEAVY, SUM_OPERATORS
+from descompiler.classify.scope import CONSTANT, GLOBAL, OWN, OWN_ROWS, SIZE, SIZED, WHOLE, Scope, polynomial
 from descompiler.classify.spare_row import OnSpareRow, runs_without_rows
 from descompiler.graph.arguments import LookupCall, operand, training_norm
 from descompiler.graph.leaf import Leaf
@@ -34,7 +34,7 @@ from descompiler.model.reach import leaves_of
 CHECK_ROWS = 7
 
 
-SPLITS = ((3, 4), (5, 2))
+BATCH_SPLITS = ((3, 4), (5, 2))
 """The numbers are compared on a batch of 7 rows in two different uneven divisions."""
 
 
@@ -79,8 +79,8 @@ class _Classifier:
         self.program, self.values = program, values
         self.whole: dict[fx.Node, Any] = {}
         # by division and part of it
-        self.parts = [[dict[fx.Node, Any]() for _ in s] for s in SPLITS]
-        self.sized = [[dict[fx.Node, Any]() for _ in s] for s in SPLITS]
+        self.parts = [[dict[fx.Node, Any]() for _ in s] for s in BATCH_SPLITS]
+        self.sized = [[dict[fx.Node, Any]() for _ in s] for s in BATCH_SPLITS]
         self.scopes: dict[fx.Node, Scope] = {}
         self.anchors: dict[fx.Node, Tensor] = {}  # zeros that stand for parameters where gradients are concerned
         self.generator = torch.Generator().manual_seed(29)
@@ -137,12 +137,12 @@ class _Classifier:
 
     def _set_local(self, node: fx.Node, rows: Any, uses: tuple[str, ...], *, drawn: bool = False) -> None:
         """The parts see their rows of the whole's value; ``rows`` is a list if the value is one."""
-        self.scopes[node] = Scope(LOCAL, rows[0] if isinstance(rows, list) else rows, uses, drawn=drawn)
+        self.scopes[node] = Scope(OWN_ROWS, rows[0] if isinstance(rows, list) else rows, uses, drawn=drawn)
         self._slice_parts(node, rows)
 
     def _slice_parts(self, node: fx.Node, rows: Any) -> None:
         whole = _detach(self.whole[node])
-        for sizes, parts in zip(SPLITS, self.parts, strict=True):
+        for sizes, parts in zip(BATCH_SPLITS, self.parts, strict=True):
             for first, size, part in zip((0, sizes[0]), sizes, parts, strict=True):
                 if isinstance(rows, list):
                     part[node] = tuple(r.narrow(x, first, size) for r, x in zip(rows, whole, strict=True))
@@ -199,7 +199,7 @@ class _Classifier:
             self._global(node)
         elif training_norm(node) is not None and self._batch_norm(node, kinds):
             pass
-        elif LOCAL in kinds.values() and self._is_sum(node):
+        elif OWN_ROWS in kinds.values() and self._is_sum(node):
             self._global(node, reduced=True)
         elif self._may_be_local(node, kinds) and (found := self._reproducing(node, kinds)):
             rows, uses, parts = found
@@ -207,7 +207,7 @@ class _Classifier:
             if not self._run_without_rows(node, versions, rows) or self._backward_mixes(node, versions, rows):
                 self._global(node, drawn=drops)
                 return
-            self.scopes[node] = Scope(LOCAL, rows[0], uses, drawn=drops)
+            self.scopes[node] = Scope(OWN_ROWS, rows[0], uses, drawn=drops)
             for division, results in zip(self.parts, parts, strict=True):
                 for part, result in zip(division, results, strict=True):
                     part[node] = result
@@ -217,7 +217,7 @@ class _Classifier:
     def _lookup(self, call: LookupCall, kinds: dict[fx.Node, str]) -> bool:
         """Rows of a table, by ids of own rows: replaced by random ones, so that they differ where the ids repeat."""
         node, ids = call.node, call.ids
-        if self.program.parameter(call.weight) is None or kinds[ids] != LOCAL:
+        if self.program.parameter(call.weight) is None or kinds[ids] != OWN_ROWS:
             return False
         like = self._call(node, lambda a: _detach(self.whole[a]))
         drawn = torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
@@ -257,7 +257,7 @@ class _Classifier:
             return False
         self.whole[node] = self._call(node, lambda a: self.whole[a])
         self.scopes[node] = Scope(SIZE)
-        for sizes, parts in zip(SPLITS, self.parts, strict=True):
+        for sizes, parts in zip(BATCH_SPLITS, self.parts, strict=True):
             for size, part in zip(sizes, parts, strict=True):
                 if node.target is aten.sym_size.int:
                     depends = self.program.batch in expr.free_symbols
@@ -269,7 +269,7 @@ class _Classifier:
     def _random(self, node: fx.Node, kinds: dict[fx.Node, str]) -> None:
         operands = [self.scopes[a] for a in node.all_input_nodes]
         by_row = node.target in DRAWN_BY_ROW and all(s.kind != GLOBAL for s in operands)
-        rows = [s.rows for s in operands if s.kind == LOCAL]
+        rows = [s.rows for s in operands if s.kind == OWN_ROWS]
         several = isinstance(value(node), tuple | list)
         layouts = [self._candidates(x) for x in (value(node) if several else [value(node)])]
         if by_row and all(layouts):
@@ -282,22 +282,22 @@ class _Classifier:
         """Statistics over the global batch from the ranks' own: `Runtime.batch_norm`."""
         x, *rest = node.all_input_nodes
         rows = self.scopes[x].rows
-        if kinds[x] != LOCAL or rows is None or rows.dim != 0 or any(kinds[a] != CONSTANT for a in rest):
+        if kinds[x] != OWN_ROWS or rows is None or rows.dim != 0 or any(kinds[a] != CONSTANT for a in rest):
             return False
         self._set_local(node, rows, (OWN,) * len(kinds))
         return True
 
     def _is_sum(self, node: fx.Node) -> bool:
-        if node.target not in SUMS:
+        if node.target not in SUM_OPERATORS:
             return False
         rows = self.scopes[operand(node)].rows
         return rows is not None and rows.dim in along(node)
 
     def _may_be_local(self, node: fx.Node, kinds: dict[fx.Node, str]) -> bool:
         """What structure says: whether own rows may suffice."""
-        if node.target not in HEAVY and LOCAL not in kinds.values():
+        if node.target not in HEAVY and OWN_ROWS not in kinds.values():
             return False
-        if LOCAL not in kinds.values() and not any(
+        if OWN_ROWS not in kinds.values() and not any(
             self.scopes[a].rows is not None and not self.scopes[a].sized for a in kinds
         ):
             return False
@@ -337,8 +337,10 @@ class _Classifier:
             parts = []
             try:
                 with torch.no_grad():
-                    for division in range(len(SPLITS)):
-                        parts.append([self._part(node, division, k, versions) for k in range(len(SPLITS[division]))])
+                    for division in range(len(BATCH_SPLITS)):
+                        parts.append(
+                            [self._part(node, division, k, versions) for k in range(len(BATCH_SPLITS[division]))]
+                        )
             except (RuntimeError, IndexError, ValueError):
                 continue  # it does not run on these versions
             layouts = []
@@ -391,8 +393,8 @@ class _Classifier:
             return False
         wholes = {a: self.whole[a] for a in versions}
         parts = [
-            [{a: self._operand(a, d, k, kind) for a, kind in versions.items()} for k in range(len(SPLITS[d]))]
-            for d in range(len(SPLITS))
+            [{a: self._operand(a, d, k, kind) for a, kind in versions.items()} for k in range(len(BATCH_SPLITS[d]))]
+            for d in range(len(BATCH_SPLITS))
         ]
         layouts = {a: self.scopes[a].rows for a, kind in versions.items() if kind == OWN}
         return backward_mixes(lambda given: self._call(node, given.__getitem__), wholes, parts, layouts, rows)
@@ -458,4 +460,4 @@ def _assembles(rows: Rows, parts: Sequence[Any], whole: Tensor) -> bool:
     both, expected = both.nan_to_num(), expected.nan_to_num()
     if not both.numel():
         return True
-    return bool((both - expected).abs().max() <= TOLERANCE_FLOAT64 * max(float(expected.abs().max()), 1e-30))
+    return bool((both - expected).abs().max() <= ROW_TOLERANCE * max(float(expected.abs().max()), 1e-30))

@@ -22,8 +22,8 @@ from descompiler.classify.operator_kinds import HEAVY, SHAPE_ONLY
 from descompiler.classify.scope import (
     CONSTANT,
     GLOBAL,
-    LOCAL,
     OWN,
+    OWN_ROWS,
     SIZE,
     SIZED,
     WHOLE,
@@ -32,7 +32,7 @@ from descompiler.classify.scope import (
     size_terms,
 )
 from descompiler.errors import UnsupportedError
-from descompiler.graph.arguments import LOOKUPS, training_norm
+from descompiler.graph.arguments import LOOKUP_OPERATORS, training_norm
 from descompiler.graph.leaf import Leaf
 from descompiler.graph.nodes import aten, is_tensor, mutates, size_of, target_name, user_line, value, where
 from descompiler.graph.program import Program
@@ -42,7 +42,7 @@ from descompiler.model.random_state import EACH_ITS_OWN, ONE_DRAW
 from descompiler.ops.vocabulary import vocabulary
 
 COLLECTED = {k.kind: k for k in (GatherRows, SumTerms)}
-"""What collects the ranks' parts of a value, by the kind of a `Stage`."""
+"""What collects the ranks' parts of a value, by the kind of a `CouplingStage`."""
 
 
 Demand = tuple[fx.Node, str]
@@ -50,7 +50,7 @@ Demand = tuple[fx.Node, str]
 
 
 @dataclass(frozen=True)
-class Stage:
+class CouplingStage:
     """Values that are gathered, or reduced, in one collective."""
 
     kind: str  # "gather" or "reduce"
@@ -74,7 +74,7 @@ class Coupling:
     """
 
     demands: dict[Demand, tuple[Demand, ...]]
-    stages: tuple[Stage, ...]
+    stages: tuple[CouplingStage, ...]
     slices: frozenset[fx.Node]
     spreads: frozenset[fx.Node]
     exchanges: tuple[CoupledValues, ...]
@@ -85,7 +85,7 @@ class Coupling:
         """Whether gradients cross the borders of the global computation."""
         return any(isinstance(e, SliceRows | SpreadValue) for e in self.exchanges)
 
-    def before(self, stage: Stage) -> list[Demand]:
+    def before(self, stage: CouplingStage) -> list[Demand]:
         """All that the members of a stage are made from, in the order of the graph."""
         members = {(n, WHOLE) for n in stage.members}
         needed: set[Demand] = set()
@@ -108,9 +108,11 @@ class _Coupler:
         candidates = []
         for n in program.graph.nodes:
             scope = scope_of(n)
-            once = n in inside or scope.drawn or n.target in LOOKUPS | {vocabulary} or isinstance(n.target, Leaf)
+            once = (
+                n in inside or scope.drawn or n.target in LOOKUP_OPERATORS | {vocabulary} or isinstance(n.target, Leaf)
+            )
             once |= n.target is aten.batch_norm.default
-            if n.op == "call_function" and scope.kind == LOCAL and not once:
+            if n.op == "call_function" and scope.kind == OWN_ROWS and not once:
                 candidates.append(n)
         for n in candidates:
             # a list of values is not gathered, but made again
@@ -147,7 +149,7 @@ class _Coupler:
                 groups.setdefault((n in self.after, depths[n, version], kind, dtype), []).append(n)
             elif version == OWN and scope.kind == GLOBAL and is_tensor(n):
                 (spreads if scope.rows is None else slices).append(n)
-        stages = [Stage(key[2], tuple(members)) for key, members in sorted(groups.items(), key=lambda g: g[0])]
+        stages = [CouplingStage(key[2], tuple(members)) for key, members in sorted(groups.items(), key=lambda g: g[0])]
         exchanges = [self._exchange(COLLECTED[s.kind], *s.members) for s in stages]
         exchanges += [self._exchange(SliceRows, n) for n in slices if self._sends_back(n, demands)]
         exchanges += [self._exchange(SpreadValue, n) for n in spreads if self._sends_back(n, demands)]
@@ -163,7 +165,7 @@ class _Coupler:
     def _exchanges(self, n: fx.Node) -> bool:
         """Whether the value for the global batch is gathered, or reduced, from the ranks'."""
         scope = scope_of(n)
-        return scope.reduced or (scope.kind == LOCAL and n not in self.free)
+        return scope.reduced or (scope.kind == OWN_ROWS and n not in self.free)
 
     def _demands(self) -> dict[Demand, tuple[Demand, ...]]:
         """The versions that are needed, in the order of the graph, each after those that it is made from."""
@@ -211,7 +213,7 @@ class _Coupler:
             return [(a, SIZED if scope_of(a).sized else OWN) for a in operands]
         if scope.kind == GLOBAL and version == OWN:
             return [(n, WHOLE)]
-        if scope.kind == LOCAL and version == WHOLE:
+        if scope.kind == OWN_ROWS and version == WHOLE:
             return [(a, WHOLE) for a in operands] if n in self.free else [(n, OWN)]
         return list(zip(operands, scope.uses, strict=True))
 
@@ -234,7 +236,7 @@ class _Coupler:
             if u in self.inside:
                 return True
             shape_only = u.target in SHAPE_ONLY and u.args[1] is n and u.args[0] is not n
-            if (u, OWN) in demands and scope.kind == LOCAL and scope.grad and not shape_only:
+            if (u, OWN) in demands and scope.kind == OWN_ROWS and scope.grad and not shape_only:
                 return True
         return False
 
@@ -266,7 +268,7 @@ def _writes(n: fx.Node) -> bool:
     return mutates(n) or training_norm(n) is not None
 
 
-def notes_of(program: Program, exchanges: Sequence[CoupledValues]) -> list[str]:
+def coupling_notes(program: Program, exchanges: Sequence[CoupledValues]) -> list[str]:
     """For people: what mixes the rows of the batch and crosses, and what is drawn at random."""
     nodes = {n.name: n for n in program.graph.nodes}
     notes = []

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from descompiler.graph.arguments import LOOKUPS
+from descompiler.graph.arguments import LOOKUP_OPERATORS
 from descompiler.graph.nodes import aten
 from descompiler.ops.vocabulary import vocabulary
 
-HEAVY = LOOKUPS | {
+HEAVY = LOOKUP_OPERATORS | {
     aten.linear.default,
     aten.matmul.default,
     aten.mm.default,
@@ -20,7 +20,7 @@ HEAVY = LOOKUPS | {
 """Operators worth computing for own rows only, also where every rank has the global batch's operands."""
 
 
-SUMS = frozenset({aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim})
+SUM_OPERATORS = frozenset({aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim})
 
 
 DROPPING = frozenset(

@@ -21,7 +21,7 @@ from descompiler.graph.program import Program
 from descompiler.graph.rewrite import descendants
 from descompiler.layout.rows import Rows
 
-CONSTANT, SIZE, LOCAL, GLOBAL = "constant", "size", "local", "global"
+CONSTANT, SIZE, OWN_ROWS, GLOBAL = "constant", "size", "local", "global"
 
 
 OWN, WHOLE, SIZED = "own", "whole", "sized"
@@ -60,7 +60,7 @@ class Scope:
 
 def scope_of(node: fx.Node) -> Scope:
     """The scope that `descompiler.classify.classify` gave to a node; nodes made by later passes are local."""
-    return node.meta.get("scope") or Scope(LOCAL, Rows())
+    return node.meta.get("scope") or Scope(OWN_ROWS, Rows())
 
 
 def trained_parameters(program: Program) -> frozenset[str]:

@@ -23,10 +23,10 @@ from descompiler.cli.options import (
     OneBatch,
     OneRanks,
     OptionalSpec,
-    Place,
+    PlaceOptions,
     PlanFile,
     PlanTerms,
-    Ranks,
+    RanksOption,
     Spec,
     Style,
     grouped,
@@ -69,12 +69,12 @@ app = typer.Typer(
 @grouped
 def cost(
     spec: OptionalSpec = None,
-    ranks: Ranks = "8",
+    ranks: RanksOption = "8",
     batch: Batch = None,
     of_paper: Annotated[
         bool, typer.Option("--paper", help="no MODEL: the table of arXiv 1909.04823, at stated industrial sizes")
     ] = False,
-    place: Place = Place(),
+    place: PlaceOptions = PlaceOptions(),
     terms: PlanTerms = PlanTerms(),
     style: Style = Style(),
 ) -> None:
@@ -112,7 +112,7 @@ def cost(
 def paper_table(ranks: int, batch: int, style: Style) -> None:
     """Print the paper's table; as Markdown, the whole page docs/paper.md."""
     setting = paper.Setting()
-    with working("the paper's models", len(paper.MODELS)) as next_is:
+    with working("the paper's models", len(paper.PAPER_MODELS)) as next_is:
         rows = paper.rows_of(setting, sorted({2, 4, 8, 16, 32, 64, ranks}), batch, next_is)
     if style == Style(markdown=True):
         command = f"descompiler cost --paper --ranks {ranks} --batch {batch} --markdown"
@@ -127,7 +127,7 @@ def paper_table(ranks: int, batch: int, style: Style) -> None:
 
 @app.command()
 @grouped
-def explain(
+def explain_command(
     spec: Spec,
     operator: Annotated[str | None, typer.Argument(help="one operator, by name; all by default")] = None,
     ranks: OneRanks = 8,
@@ -170,7 +170,7 @@ def plan_write(
     \b
         descompiler plan write fm --ranks 64 --batch 1024 --out fm-64.json
     """
-    where = Place(cluster=cluster).cluster_of(ranks)
+    where = PlaceOptions(cluster=cluster).cluster_of(ranks)
     (plan,) = plans_for(captured_from(spec), (ranks,), (batch,), where, **terms.options())
     plan.save(out)
     typer.echo(f"wrote {out}: {summary_of(plan)}; {format_bytes(plan.price_bytes)} for the busiest rank")
@@ -180,7 +180,7 @@ def plan_write(
 @grouped
 def plan_show(
     file: PlanFile,
-    place: Place = Place(),
+    place: PlaceOptions = PlaceOptions(),
     style: Style = Style(),
 ) -> None:
     """Show a plan as `cost` does, without the model.
@@ -209,7 +209,7 @@ def plan_diff(file: PlanFile, other: PlanFile) -> None:
 
 @app.command()
 @grouped
-def calibrate(
+def calibrate_command(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="the cluster file to write")],
     name: Annotated[str, typer.Option(help="the cluster's name")] = "calibrated",
     memory: Annotated[
@@ -249,7 +249,7 @@ def calibrate(
 
 @app.command()
 @grouped
-def audit(
+def audit_command(
     spec: Spec,
     steps: Annotated[int, typer.Option(min=1)] = 8,
     cluster: Annotated[
@@ -279,8 +279,8 @@ def audit(
         show([measured.audited(found)], style, model=spec)
 
 
-@app.command()
-def verify(
+@app.command("verify")
+def verify_command(
     spec: Spec,
     ranks: Annotated[int, typer.Option(min=1)] = 2,
     steps: Annotated[int, typer.Option(min=1)] = 3,
@@ -310,7 +310,7 @@ def report(
     html: Annotated[Path, typer.Option("--html", metavar="FILE", help="the page to write")] = Path("report.html"),
     ranks: Annotated[int, typer.Option(min=2)] = 8,
     batch: OneBatch = None,
-    place: Place = Place(),
+    place: PlaceOptions = PlaceOptions(),
     terms: PlanTerms = PlanTerms(),
 ) -> None:
     """Write one self-contained HTML page: graphs with bytes, curves with crossovers, formulas, what was rejected.

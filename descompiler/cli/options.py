@@ -57,7 +57,9 @@ Spec = Annotated[str, typer.Argument(metavar="MODEL", help=SPEC_HELP)]
 OptionalSpec = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=SPEC_HELP)]
 
 
-Ranks = Annotated[Any, typer.Option("--ranks", parser=usage(_ranks), metavar="N", help="8, 2,4,6 or 2:256 (doubling)")]
+RanksOption = Annotated[
+    Any, typer.Option("--ranks", parser=usage(_ranks), metavar="N", help="8, 2,4,6 or 2:256 (doubling)")
+]
 
 
 Batch = Annotated[
@@ -95,7 +97,7 @@ Forbid = Annotated[
 ]
 
 
-Memory = Annotated[
+MemoryOption = Annotated[
     Any, typer.Option("--memory", parser=usage(units.parse_size), metavar="SIZE", help="limit of each rank: 16GB")
 ]
 
@@ -128,7 +130,7 @@ class Style:
 
 
 @dataclass(frozen=True)
-class Place:
+class PlaceOptions:
     """A cluster, or links in numbers."""
 
     bandwidth: Bandwidth = None
@@ -160,7 +162,7 @@ class Place:
 class PlanTerms:
     """What a plan has to satisfy."""
 
-    memory: Memory = None
+    memory: MemoryOption = None
     optimizer: Optimizer = "adagrad"
     pin: Pins = None
     forbid: Forbid = None

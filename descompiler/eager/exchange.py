@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from descompiler.eager import functions
-from descompiler.eager.gradients import GradientSync, Use
+from descompiler.eager.gradients import GradientSync, UseOfPiece
 from descompiler.eager.parameters import ShardedParameter
 from descompiler.errors import InputError, warn
 from descompiler.layout.fetches import Fetch
@@ -124,7 +124,7 @@ class PieceExchange:
         self, parameter: ShardedParameter, wanted: Tensor, sent: list[int], asked: list[int], sparse: bool
     ) -> Tensor:
         positions = self.runtime.exchange_rows(wanted, sent, asked, Fetch.IDS)
-        use = Use(parameter, self.runtime.forwards, sent, asked, positions, sparse)
+        use = UseOfPiece(parameter, self.runtime.forwards, sent, asked, positions, sparse)
         rows = functions.fetched(self.gradients, use)
         self.gradients.keep(use)
         return rows
@@ -142,7 +142,7 @@ class PieceExchange:
         return self._gathered(parameter)
 
     def _gathered(self, parameter: ShardedParameter) -> Tensor:
-        use = Use(parameter, self.runtime.forwards, [], [], None)
+        use = UseOfPiece(parameter, self.runtime.forwards, [], [], None)
         full = functions.gathered(self.gradients, use)
         self.gradients.keep(use)
         return full

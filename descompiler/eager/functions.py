@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descompiler.eager.gradients import GradientSync, Use
+from descompiler.eager.gradients import GradientSync, UseOfPiece
 from descompiler.eager.parameters import ShardedParameter, plain
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import WholeTables
 from descompiler.runtime.runtime import Runtime
 
 
-def fetched(sync: GradientSync, use: Use) -> Tensor:
+def fetched(sync: GradientSync, use: UseOfPiece) -> Tensor:
     """The rows that this rank has asked for; it sends those that it was asked for."""
     return _Fetched.apply(sync, use, _anchor(use.parameter))
 
 
-def gathered(sync: GradientSync, use: Use) -> Tensor:
+def gathered(sync: GradientSync, use: UseOfPiece) -> Tensor:
     """The whole parameter, of all ranks' parts."""
     return _Gathered.apply(sync, use, _anchor(use.parameter))
 
@@ -47,7 +47,7 @@ def _anchor(parameter: ShardedParameter) -> Tensor:
 
 class _Fetched(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sync: GradientSync, use: Use, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, sync: GradientSync, use: UseOfPiece, anchor: Tensor) -> Tensor:
         ctx.sync, ctx.use = sync, use
         own = plain(use.parameter).detach()
         return sync.runtime.exchange_rows(own[use.positions], use.asked, use.sent, Fetch.ROWS)
@@ -60,7 +60,7 @@ class _Fetched(torch.autograd.Function):
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sync: GradientSync, use: Use, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, sync: GradientSync, use: UseOfPiece, anchor: Tensor) -> Tensor:
         ctx.sync, ctx.use = sync, use
         own, pieces, runtime = plain(use.parameter).detach(), use.parameter.pieces, sync.runtime
         if runtime.ranks == 1:

@@ -38,7 +38,7 @@ KEPT_FORWARDS = 8
 
 
 @dataclass(eq=False)
-class Use:
+class UseOfPiece:
     """One use of a sharded parameter in a forward; its gradient is exchanged when backward ends."""
 
     parameter: ShardedParameter
@@ -63,7 +63,7 @@ class GradientSync:
 
     def __init__(self, runtime: Runtime):
         self.runtime = runtime
-        self.uses: deque[Use] = deque()
+        self.uses: deque[UseOfPiece] = deque()
         self._scheduled = False
         self._failure: Exception | None = None  # of the user's code in the backward that is under way
         self.watch([])
@@ -87,7 +87,7 @@ class GradientSync:
         while self.uses and self.uses[0].forward <= self.runtime.forwards - KEPT_FORWARDS:
             self.uses.popleft()
 
-    def keep(self, use: Use) -> None:
+    def keep(self, use: UseOfPiece) -> None:
         """A use whose gradient may come."""
         if torch.is_grad_enabled() and use.parameter.requires_grad:
             self.uses.append(use)
@@ -104,7 +104,7 @@ class GradientSync:
 
     # ---- backward
 
-    def hold(self, use: Use, gradient: Tensor) -> None:
+    def hold(self, use: UseOfPiece, gradient: Tensor) -> None:
         """Take a use's gradient, as backward brings it."""
         if not any(u is use for u in self.uses):
             raise UnsupportedError(f"backward through a forward that ended more than {KEPT_FORWARDS} forwards ago")
@@ -174,7 +174,7 @@ class GradientSync:
                 gradient = gradient if changed is None else changed
             add_gradient(parameter, gradient)
 
-    def _returned(self, use: Use) -> Tensor:
+    def _returned(self, use: UseOfPiece) -> Tensor:
         """Of this rank's part, from every rank's use of it; the convention's share of a sum over ranks."""
         parameter, ranks = use.parameter, self.runtime.ranks
         if use.positions is None:
@@ -187,7 +187,7 @@ class GradientSync:
             return torch.sparse_coo_tensor(use.positions[None], received, parameter.shape).coalesce()
         return torch.zeros(parameter.shape, dtype=parameter.dtype).index_add_(0, use.positions, received)
 
-    def _scattered(self, use: Use) -> Tensor:
+    def _scattered(self, use: UseOfPiece) -> Tensor:
         """The sum over ranks of this rank's part of a whole parameter's gradient."""
         parameter, pieces, runtime = use.parameter, use.parameter.pieces, self.runtime
         full = use.gradient

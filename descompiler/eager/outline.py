@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from descompiler.classify.scope import CONSTANT, LOCAL, Scope
+from descompiler.classify.scope import CONSTANT, OWN_ROWS, Scope
 from descompiler.eager.recorder import Use
 from descompiler.eager.survey import Survey
 from descompiler.graph.nodes import Source, aten
@@ -67,7 +67,7 @@ def outline_of(template: nn.Module, seen: Survey, ranks: int) -> Outline:
     def call(target: object, args: tuple[object, ...], elements: tuple[int, ...], dtype: torch.dtype) -> fx.Node:
         node = graph.call_function(target, args)  # type: ignore[arg-type]
         with mode:
-            node.meta.update(val=torch.empty((batch, *elements), dtype=dtype), scope=Scope(LOCAL, Rows(), grad=True))
+            node.meta.update(val=torch.empty((batch, *elements), dtype=dtype), scope=Scope(OWN_ROWS, Rows(), grad=True))
         return node
 
     def per_row(count: int) -> int:

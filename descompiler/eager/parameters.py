@@ -21,13 +21,13 @@ from torch.overrides import TorchFunctionMode
 
 from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
-from descompiler.ops.functions import ELEMENTWISE, LOOKUPS, NORMS, PRODUCTS, SUMS, function_name
+from descompiler.ops.functions import ELEMENTWISE, LOOKUPS, NORMS, PRODUCTS, SUM_FUNCTIONS, function_name
 from descompiler.runtime.agreement import Kind
 from descompiler.runtime.runtime import Runtime
 from descompiler.tables.form import fallback
 
 
-class Exchange(Protocol):
+class PieceTransport(Protocol):
     """What uses of parameters ask of the other ranks: `descompiler.eager.exchange.PieceExchange`."""
 
     runtime: Runtime
@@ -56,7 +56,7 @@ class Tracked(Tensor):
 
     pieces: Pieces
     original: str
-    exchange: Exchange
+    exchange: PieceTransport
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,7 +68,7 @@ class ShardedParameter(nn.Parameter):
 
     pieces: Pieces
     original: str
-    exchange: Exchange
+    exchange: PieceTransport
     position: int  # among the exchange's parameters
 
     @classmethod
@@ -87,7 +87,7 @@ SHARDED = (ShardedParameter, Tracked)
 """What is cut, and knows how."""
 
 
-def substitute(p: nn.Parameter, name: str, pieces: Pieces, exchange: Exchange) -> ShardedParameter:
+def substitute(p: nn.Parameter, name: str, pieces: Pieces, exchange: PieceTransport) -> ShardedParameter:
     """Make a parameter that holds this rank's part a `ShardedParameter`, in place: optimisers keep their reference."""
     p.__class__ = ShardedParameter
     p.pieces, p.original, p.exchange = pieces, name, exchange  # type: ignore[attr-defined]
@@ -107,7 +107,7 @@ def _intercept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not torch.is_grad_enabled():  # optimisers, initialisers, copies: this rank's part
         return _local(func, args, kwargs)
     first = args[0] if args else None
-    if func in SUMS or func in NORMS:
+    if func in SUM_FUNCTIONS or func in NORMS:
         result = _reduce(func, first, args[1:], kwargs)
         if result is not NotImplemented:
             return result
@@ -156,11 +156,11 @@ def _reduce(func: Any, x: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return NotImplemented
     what = f"{function_name(func)} of {x.original!r}"
     own, shared = _own_and_shared(x)
-    if func in SUMS:
+    if func in SUM_FUNCTIONS:
         if rest or kwargs:
             return NotImplemented
         total = x.exchange.scalars(own.sum(), what).sum() + shared.sum()
-        return total / torch.Size(x.pieces.shape).numel() if SUMS[func] == "mean" else total
+        return total / torch.Size(x.pieces.shape).numel() if SUM_FUNCTIONS[func] == "mean" else total
     order = kwargs.get("p", kwargs.get("ord", rest[0] if rest else 2))
     order = 2 if order in (None, "fro") else order
     if len(rest) > 1 or set(kwargs) - {"p", "ord"} or not isinstance(order, int | float) or order <= 0:
@@ -244,7 +244,7 @@ def _index(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 class SynchroniseNorms(TorchFunctionMode):
     """Batch norm in training takes its statistics over the global batch."""
 
-    def __init__(self, exchange: Exchange, *, spare: bool = False):
+    def __init__(self, exchange: PieceTransport, *, spare: bool = False):
         super().__init__()
         self.exchange = exchange
         self.spare = spare  # the rows are none of the batch

@@ -14,8 +14,8 @@ from descompiler.errors import PlanError
 from descompiler.graph.program import Failure
 from descompiler.layout.pieces import Pieces
 from descompiler.model.random_state import ONE_DRAW
-from descompiler.planning.coverage import PARTIAL, Coverage, Covered
-from descompiler.planning.given import Given, check_ranks, loaded
+from descompiler.planning.coverage import IN_PART, Coverage, Covered
+from descompiler.planning.given import GivenPlan, check_ranks, loaded
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import allowed_forms, form_name
 from descompiler.planning.plan import Plan
@@ -26,7 +26,7 @@ from descompiler.tables.tables import WEIGHTS_RICH_ELEMENTS
 
 
 def follow_or_choose_in_part(
-    template: nn.Module, seen: Survey, ranks: int, rows: int, plan: Given, terms: Terms
+    template: nn.Module, seen: Survey, ranks: int, rows: int, plan: GivenPlan, terms: Terms
 ) -> Plan:
     """As `follow_or_choose`, for a model of which the user's forward runs."""
     plan = loaded(plan)
@@ -121,13 +121,13 @@ def coverage_partial(template: nn.Module, seen: Survey, plan: Plan, failures: tu
             continue
         size = p.numel() * p.element_size()
         if use is None:
-            entry = Covered(name, size, "unused", PARTIAL, "forward does not use it on the example inputs")
+            entry = Covered(name, size, "unused", IN_PART, "forward does not use it on the example inputs")
         elif name in plan.splits and not use.others:
             price = ", ".join(f"{f} {x:,} B" for f, x in plan.prices[name].items())
-            entry = Covered(name, size, plan.splits[name].form, PARTIAL, f"a step sends: {price}", choice=True)
+            entry = Covered(name, size, plan.splits[name].form, IN_PART, f"a step sends: {price}", choice=True)
         else:
             entry = Covered(
-                name, size, fallback().name, PARTIAL, f"used by {', '.join(sorted(use.others))}, not only by lookups"
+                name, size, fallback().name, IN_PART, f"used by {', '.join(sorted(use.others))}, not only by lookups"
             )
         found.append(entry)
-    return Coverage(PARTIAL, failures, tuple(found), "; ".join(plan.notes))
+    return Coverage(IN_PART, failures, tuple(found), "; ".join(plan.notes))

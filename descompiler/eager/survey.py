@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from descompiler.capture.checks import TOLERANCE_FLOAT64, relative_error
+from descompiler.capture.checks import CAPTURE_TOLERANCE, relative_error
 from descompiler.eager.recorder import Runs, Use, in_float64
 from descompiler.errors import UnsupportedError
 from descompiler.model.folded import has_own_values
@@ -192,7 +192,7 @@ def _gradients_mix(inputs: Any, rows: int, run: Any, kinds: Sequence[str], model
             cut = zip(index.split(sizes), *(w.split(sizes) for w in weights), strict=True)
             parts = [gradients(part, ws, len(part) / DRAWN_ROWS) for part, *ws in cut]
             for g, *terms in zip(whole, *parts, strict=True):
-                if g.numel() and float((g - sum(terms[1:], terms[0])).abs().max()) > TOLERANCE_FLOAT64 * largest:
+                if g.numel() and float((g - sum(terms[1:], terms[0])).abs().max()) > CAPTURE_TOLERANCE * largest:
                     return True
     return False
 
@@ -201,7 +201,7 @@ DRAWS, DRAWN_ROWS, DIVISIONS = 4, 7, ((3, 4), (5, 2))
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and relative_error(x.double(), y.double()) <= TOLERANCE_FLOAT64
+    return x.shape == y.shape and relative_error(x.double(), y.double()) <= CAPTURE_TOLERANCE
 
 
 def _kinds_of(whole: Tensor, turned: Tensor, parts: Sequence[Tensor], sizes: Sequence[int]) -> set[str]:

@@ -16,8 +16,8 @@ from torch import fx
 
 from descompiler.classify.scope import scope_of, trained_parameters
 from descompiler.emit.emission import Emission
-from descompiler.emit.outside import Outside
-from descompiler.emit.region import Region
+from descompiler.emit.outside import OutsideEmitter
+from descompiler.emit.region import RegionEmitter
 from descompiler.graph.nodes import Source, aten
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import ancestors, descendants, eliminate_dead_code
@@ -78,7 +78,7 @@ def emit(
 ) -> Emitted:
     """Emit one rank's program (see the module's text)."""
     e = Emission(program, operators, splits, pieces, candidates, cut, rank, ranks)
-    region = Region(e)
+    region = RegionEmitter(e)
     outside = region.outside
     checks = _begin(e, outside)
     if e.layout.wholes:
@@ -117,7 +117,7 @@ def emit(
     return Emitted(module, e.sources, e.constants, e.layout, checks, rows, untrained, program.reads)
 
 
-def _begin(e: Emission, outside: Outside) -> tuple[Check, ...]:
+def _begin(e: Emission, outside: OutsideEmitter) -> tuple[Check, ...]:
     """The header: the rows of all ranks, and checks of what is known by then."""
     lookups, targets = early_checks(e.program, e.operators, e.inside, e.layout.wholes, e.layout.fetches)
     checked = [*(x.ids for _, x in lookups), *(n for n, _ in targets)]

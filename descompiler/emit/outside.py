@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import fx
 
-from descompiler.classify.coupling import Stage, couple
-from descompiler.classify.scope import CONSTANT, GLOBAL, LOCAL, OWN, SIZE, SIZED, WHOLE, scope_of, size_terms
+from descompiler.classify.coupling import CouplingStage, couple
+from descompiler.classify.scope import CONSTANT, GLOBAL, OWN, OWN_ROWS, SIZE, SIZED, WHOLE, scope_of, size_terms
 from descompiler.emit.emission import Emission
 from descompiler.graph.arguments import operand, training_norm
 from descompiler.graph.leaf import Leaf
@@ -29,7 +29,7 @@ from descompiler.runtime.leaf import LeafOnRanks
 from descompiler.tables.totals import divided, emit_total, find_totals
 
 
-class Outside:
+class OutsideEmitter:
     """Emits what is outside the region.
 
     Parameters
@@ -37,7 +37,7 @@ class Outside:
     arrived : callable
         A value that left the region, for own rows.
     piece : callable
-        This rank's piece of what is computed of a table: see `descompiler.emit.region.Region.piece`.
+        This rank's piece of what is computed of a table: see `descompiler.emit.region.RegionEmitter.piece`.
     """
 
     def __init__(
@@ -108,11 +108,11 @@ class Outside:
             return self._size(n, OWN)
         if scope.kind == GLOBAL:
             return self._from_global(n, self.whole(n))
-        if (norm := training_norm(n)) is not None and scope.kind == LOCAL:
+        if (norm := training_norm(n)) is not None and scope.kind == OWN_ROWS:
             args = [None if a is None else self.own(a) for a in (norm.x, *norm.affine, *norm.statistics)]
             return e.on_runtime("batch_norm", *args, *norm.options)
         copied = self._copy(n, lambda a: self.version(n, a))
-        if scope.kind == LOCAL and "spare_row" in n.meta:
+        if scope.kind == OWN_ROWS and "spare_row" in n.meta:
             copied.target = n.meta["spare_row"]
         return copied
 
@@ -153,14 +153,14 @@ class Outside:
         if not isinstance(n.target, Leaf):
             return self.graph.node_copy(n, find)
         args = (self.e.runtime, *fx.map_arg(n.args, find))
-        target = LeafOnRanks(n.target, drawn=drawn, own_rows=scope_of(n).kind == LOCAL)
+        target = LeafOnRanks(n.target, drawn=drawn, own_rows=scope_of(n).kind == OWN_ROWS)
         new = self.graph.create_node(n.op, target, args, {}, n.name)
         new.meta = dict(n.meta)
         return new
 
     # ---- between versions
 
-    def _emit_stage(self, stage: Stage) -> None:
+    def _emit_stage(self, stage: CouplingStage) -> None:
         """One collective for all values of a stage."""
         for n, version in self.coupling.before(stage):
             self._emit_versions(n, [version])
@@ -214,7 +214,7 @@ class Outside:
         if terms is None:
             find = self.whole if scope_of(x).kind == GLOBAL else self.own
             return self.graph.node_copy(n, find)
-        if version == OWN and (x in self.e.own or scope_of(x).kind == LOCAL):
+        if version == OWN and (x in self.e.own or scope_of(x).kind == OWN_ROWS):
             return self.graph.node_copy(n, self.own)
         result: Any = terms[-1]
         rows = self.e.rows if version == WHOLE else self.e.on_runtime("own_rows")

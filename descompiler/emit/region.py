@@ -15,7 +15,7 @@ from torch import fx
 
 from descompiler.classify.scope import scope_of
 from descompiler.emit.emission import Emission
-from descompiler.emit.outside import Outside
+from descompiler.emit.outside import OutsideEmitter
 from descompiler.graph.arguments import operand
 from descompiler.graph.nodes import aten, tail, value
 from descompiler.graph.slicing import emit_slice, follow
@@ -26,12 +26,12 @@ from descompiler.planning.exchanges import channels_by_rank, lookups_by_ids, nor
 from descompiler.region.rule import Part
 
 
-class Region:
+class RegionEmitter:
     """Emits the region; `outside` makes what it takes, and takes what leaves it."""
 
     def __init__(self, emission: Emission):
         self.e = emission
-        self.outside = Outside(emission, self.arrived, self.piece)
+        self.outside = OutsideEmitter(emission, self.arrived, self.piece)
         self._values: dict[fx.Node, fx.Node] = {}  # original node -> emitted node holding the global part
         self._local: dict[fx.Node, fx.Node | None] = {}  # original node -> emitted node holding the part of own rows
         self._given: dict[fx.Node, Any] = {}  # original node -> emitted node: what the region's nodes are given

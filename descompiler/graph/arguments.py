@@ -12,7 +12,7 @@ from descompiler.graph.nodes import aten, signature
 from descompiler.ops.local import bag
 from descompiler.ops.vocabulary import Request, vocabulary
 
-LOOKUPS = frozenset({aten.embedding.default, bag})
+LOOKUP_OPERATORS = frozenset({aten.embedding.default, bag})
 """Operators that take rows of a table by ids."""
 
 
@@ -37,7 +37,7 @@ class LookupCall:
     @classmethod
     def of(cls, node: fx.Node) -> LookupCall | None:
         """The view of a node; None if it is another call."""
-        return cls(node) if node.target in LOOKUPS else None
+        return cls(node) if node.target in LOOKUP_OPERATORS else None
 
     @property
     def weight(self) -> fx.Node:

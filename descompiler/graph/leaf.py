@@ -100,7 +100,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Call:
+class LeafCall:
     """One call of a module's forward, as seen in eager runs.
 
     Attributes
@@ -149,7 +149,7 @@ class Leaf:
     parameters and buffers (`state`, by name). Returns the tensors among the results, as a list.
     """
 
-    def __init__(self, name: str, module: nn.Module, call: Call, state: Sequence[str], *, double: bool):
+    def __init__(self, name: str, module: nn.Module, call: LeafCall, state: Sequence[str], *, double: bool):
         memo: dict[int, Any] = {
             id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
             for p in module.parameters()

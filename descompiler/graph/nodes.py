@@ -17,10 +17,10 @@ from descompiler.graph.leaf import Leaf
 aten = torch.ops.aten
 
 
-DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
+DROPOUT_OPERATORS = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
 
 
-FLAGS = ("train", "training")
+MODE_ARGUMENTS = ("train", "training")
 """Arguments of batch norms and recurrent layers that say in which mode they run."""
 
 

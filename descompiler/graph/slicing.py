@@ -112,7 +112,7 @@ def along(node: fx.Node) -> frozenset[int]:
 
 
 @dataclass(frozen=True)
-class Step:
+class SliceStep:
     """How an operator works on a slice.
 
     Attributes
@@ -138,7 +138,7 @@ class Step:
         return (*args[:argument], sizes, *args[argument + 1 :])
 
 
-def follow(node: fx.Node, dims: Divided) -> Step | None:
+def follow(node: fx.Node, dims: Divided) -> SliceStep | None:
     """How a slice of a node is computed from slices; None if it is not."""
     if node.op != "call_function" or not is_tensor(node):
         return None
@@ -151,7 +151,7 @@ def follow(node: fx.Node, dims: Divided) -> Step | None:
 def emit_slice(
     graph: fx.Graph,
     node: fx.Node,
-    step: Step,
+    step: SliceStep,
     dims: Divided,
     piece: Callable[[fx.Node], fx.Node],
     whole: Callable[[fx.Node], fx.Node],
@@ -195,7 +195,7 @@ def reshaped(before: Sequence[Any], after: Sequence[Any], dim: int) -> tuple[int
     return None
 
 
-def _alike(node: fx.Node, dims: Divided, operands: Sequence[fx.Node]) -> Step | None:
+def _alike(node: fx.Node, dims: Divided, operands: Sequence[fx.Node]) -> SliceStep | None:
     """Operands of one rank, none of which is repeated: the first divided one says which dimension and size."""
     found = [(dims[a], shape_of(a)[dims[a]]) for a in operands if a in dims]
     if not found or any(a in dims and a not in operands for a in node.all_input_nodes):
@@ -203,7 +203,7 @@ def _alike(node: fx.Node, dims: Divided, operands: Sequence[fx.Node]) -> Step | 
     (dim, size), rank = found[0], len(shape_of(operands[0]))
     if any(len(shape_of(a)) != rank or shape_of(a)[dim] != size or dims.get(a, dim) != dim for a in operands):
         return None
-    return Step(dim, {a: dim for a in operands if a not in dims})
+    return SliceStep(dim, {a: dim for a in operands if a not in dims})
 
 
 def _alone(node: fx.Node, dims: Divided) -> int | None:
@@ -213,7 +213,7 @@ def _alone(node: fx.Node, dims: Divided) -> int | None:
     return dims[operand(node)] if alone else None
 
 
-def _pointwise(node: fx.Node, dims: Divided) -> Step | None:
+def _pointwise(node: fx.Node, dims: Divided) -> SliceStep | None:
     """Operands are broadcast: dimensions are aligned at their ends, and one of size 1 is used whole."""
     operands, rank = [a for a in node.all_input_nodes if is_tensor(a)], len(shape_of(node))
     found = {(dims[a] + rank - len(shape_of(a)), shape_of(a)[dims[a]]) for a in operands if a in dims}
@@ -227,26 +227,26 @@ def _pointwise(node: fx.Node, dims: Divided) -> Step | None:
             if shape_of(a)[here] != size:
                 return None
             narrowed[a] = here
-    return Step(dim, narrowed)
+    return SliceStep(dim, narrowed)
 
 
-def _prelu(node: fx.Node, dims: Divided) -> Step | None:
+def _prelu(node: fx.Node, dims: Divided) -> SliceStep | None:
     """A slope for each channel, in dimension 1, or one for all."""
     dim, slopes = _alone(node, dims), operand(node, 1)
     if dim is None:
         return None
-    return Step(dim, {slopes: 0} if dim == 1 and shape_of(slopes)[0] != 1 else {})
+    return SliceStep(dim, {slopes: 0} if dim == 1 and shape_of(slopes)[0] != 1 else {})
 
 
-def _cat(node: fx.Node, dims: Divided) -> Step | None:
+def _cat(node: fx.Node, dims: Divided) -> SliceStep | None:
     args = signature(node)
     step, dim = _alike(node, dims, args["tensors"]), args["dim"] % len(shape_of(node))
     if node.target is aten.stack.default:
-        return None if step is None else Step(step.dim + (dim <= step.dim), step.narrowed)
+        return None if step is None else SliceStep(step.dim + (dim <= step.dim), step.narrowed)
     return None if step is None or step.dim == dim else step
 
 
-def _product(node: fx.Node, dims: Divided) -> Step | None:
+def _product(node: fx.Node, dims: Divided) -> SliceStep | None:
     """What has the divided letter is narrowed to the slice; what has not is used whole."""
     found = contraction(node)
     if found is None or not any(n in dims for n, _ in found.factors):
@@ -258,44 +258,44 @@ def _product(node: fx.Node, dims: Divided) -> Step | None:
     having = {n: d for n, d in places if d >= 0}
     if len(places) > len(dict(places)) or len({shape_of(n)[d] for n, d in having.items()}) > 1:
         return None  # of one tensor a slice and the whole, or two slices; or one that is repeated
-    return Step(found.out.index(letter), {n: d for n, d in having.items() if n not in dims})
+    return SliceStep(found.out.index(letter), {n: d for n, d in having.items() if n not in dims})
 
 
-def _keeps(node: fx.Node, dims: Divided) -> Step | None:
+def _keeps(node: fx.Node, dims: Divided) -> SliceStep | None:
     dim = _alone(node, dims)
-    return None if dim is None or dim in along(node) else Step(dim)
+    return None if dim is None or dim in along(node) else SliceStep(dim)
 
 
-def _reduction(node: fx.Node, dims: Divided) -> Step | None:
+def _reduction(node: fx.Node, dims: Divided) -> SliceStep | None:
     dim = _alone(node, dims)
     if dim is None or dim in (over := along(node)):
         return None
-    return Step(dim if signature(node)["keepdim"] else dim - sum(d < dim for d in over))
+    return SliceStep(dim if signature(node)["keepdim"] else dim - sum(d < dim for d in over))
 
 
-def _pick(node: fx.Node, dims: Divided) -> Step | None:
+def _pick(node: fx.Node, dims: Divided) -> SliceStep | None:
     """``x[i]``, ``x[a:b]``, ``index_select`` along another dimension."""
     dim = _alone(node, dims)
     if dim is None:
         return None
     over = signature(node)["dim"] % len(shape_of(operand(node)))
-    return None if over == dim else Step(dim - (node.target is aten.select.int and over < dim))
+    return None if over == dim else SliceStep(dim - (node.target is aten.select.int and over < dim))
 
 
-def _index(node: fx.Node, dims: Divided) -> Step | None:
+def _index(node: fx.Node, dims: Divided) -> SliceStep | None:
     """Rows at constant indices, of a value that is divided by columns."""
     indices: Any = node.args[1] if node.target is aten.index.Tensor else [node.args[1]]
     if _alone(node, dims) != 1 or len(indices) != 1 or indices[0] is None:
         return None
-    return Step(len(shape_of(indices[0])))
+    return SliceStep(len(shape_of(indices[0])))
 
 
-def _gather(node: fx.Node, dims: Divided) -> Step | None:
+def _gather(node: fx.Node, dims: Divided) -> SliceStep | None:
     step, args = _alike(node, dims, [operand(node), signature(node)["index"]]), signature(node)
     return None if step is None or args["dim"] % len(shape_of(node)) == step.dim else step
 
 
-def _scatter(node: fx.Node, dims: Divided) -> Step | None:
+def _scatter(node: fx.Node, dims: Divided) -> SliceStep | None:
     """``self`` with ``source`` added at indices along another dimension."""
     args = signature(node)
     # index_add's index has one entry for each slice of the source, the others' one for each of its elements
@@ -304,15 +304,15 @@ def _scatter(node: fx.Node, dims: Divided) -> Step | None:
     return None if step is None or args["dim"] % len(shape_of(node)) == step.dim else step
 
 
-def _unsqueeze(node: fx.Node, dims: Divided) -> Step | None:
+def _unsqueeze(node: fx.Node, dims: Divided) -> SliceStep | None:
     dim = _alone(node, dims)
-    return None if dim is None else Step(dim + (signature(node)["dim"] % len(shape_of(node)) <= dim))
+    return None if dim is None else SliceStep(dim + (signature(node)["dim"] % len(shape_of(node)) <= dim))
 
 
-def _squeeze(node: fx.Node, dims: Divided) -> Step | None:
+def _squeeze(node: fx.Node, dims: Divided) -> SliceStep | None:
     dim, before = _alone(node, dims), shape_of(operand(node))
     over = signature(node)["dim"] % len(before)
-    return None if dim is None or over == dim else Step(dim - (over < dim and before[over] == 1))
+    return None if dim is None or over == dim else SliceStep(dim - (over < dim and before[over] == 1))
 
 
 def order_of(node: fx.Node) -> list[int]:
@@ -328,12 +328,12 @@ def order_of(node: fx.Node) -> list[int]:
     return order[::-1]
 
 
-def _permute(node: fx.Node, dims: Divided) -> Step | None:
+def _permute(node: fx.Node, dims: Divided) -> SliceStep | None:
     dim = _alone(node, dims)
-    return None if dim is None else Step(order_of(node).index(dim))
+    return None if dim is None else SliceStep(order_of(node).index(dim))
 
 
-def _expand(node: fx.Node, dims: Divided) -> Step | None:
+def _expand(node: fx.Node, dims: Divided) -> SliceStep | None:
     """Of other dimensions, and in front."""
     found = _alone(node, dims)
     if found is None:
@@ -342,20 +342,20 @@ def _expand(node: fx.Node, dims: Divided) -> Step | None:
     dim = found + len(after) - len(before)
     if after[dim] != before[found]:
         return None
-    return Step(dim, shape=None if node.target is aten.repeat.default else (1, dim))
+    return SliceStep(dim, shape=None if node.target is aten.repeat.default else (1, dim))
 
 
-def _reshape(node: fx.Node, dims: Divided) -> Step | None:
+def _reshape(node: fx.Node, dims: Divided) -> SliceStep | None:
     """Where the divided dimension stays one of its size, and says so."""
     sizes: Any = node.args[1]
     dim = _alone(node, dims)
     if dim is None or not all(isinstance(s, int) for s in sizes):
         return None
     found = reshaped(shape_of(operand(node)), shape_of(node), dim)
-    return Step(found[0], shape=(1, found[0])) if found is not None and found[1:] == (1, 1, 1) else None
+    return SliceStep(found[0], shape=(1, found[0])) if found is not None and found[1:] == (1, 1, 1) else None
 
 
-FAMILIES: tuple[tuple[Any, Callable[[fx.Node, Divided], Step | None]], ...] = (
+FAMILIES: tuple[tuple[Any, Callable[[fx.Node, Divided], SliceStep | None]], ...] = (
     ({aten.cat.default, aten.stack.default}, _cat),
     (CONTRACTIONS, _product),
     ({aten.prelu.default}, _prelu),

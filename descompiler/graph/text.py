@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from descompiler.graph.nodes import DROPOUTS, FLAGS, Source, is_tensor, shape_of, tail, target_name, value
+from descompiler.graph.nodes import (
+    DROPOUT_OPERATORS,
+    MODE_ARGUMENTS,
+    Source,
+    is_tensor,
+    shape_of,
+    tail,
+    target_name,
+    value,
+)
 from descompiler.graph.program import Program
 from descompiler.model.sparse import parts_of
 
@@ -87,7 +96,7 @@ def fingerprint(program: Program) -> str:
                     content.update(part.contiguous().numpy().tobytes())
                 names[node] = content.hexdigest()
             continue
-        if node.target in DROPOUTS:
+        if node.target in DROPOUT_OPERATORS:
             names[node] = names[node.args[0]]
             continue
         schema = getattr(node.target, "_schema", None)
@@ -95,10 +104,10 @@ def fingerprint(program: Program) -> str:
             continue
         args = list(node.args)
         if schema is not None:
-            args = [a for a, x in zip(args, schema.arguments, strict=False) if x.name not in FLAGS]
+            args = [a for a, x in zip(args, schema.arguments, strict=False) if x.name not in MODE_ARGUMENTS]
         parts = [target_name(node), *(_text(a, names) for a in args)]
         # a plan made on a laptop's CPU is for the cluster's GPUs
-        kwargs = {k: v for k, v in node.kwargs.items() if k not in FLAGS and not isinstance(v, torch.device)}
+        kwargs = {k: v for k, v in node.kwargs.items() if k not in MODE_ARGUMENTS and not isinstance(v, torch.device)}
         parts += [f"{k}={_text(v, names)}" for k, v in kwargs.items()]
         names[node] = hashlib.sha256(" ".join(parts).encode()).hexdigest()
         if node.op == "output":

@@ -10,7 +10,7 @@ from descompiler.layout.transfer import Sent, Step, Transfer
 
 
 @dataclass(frozen=True)
-class Header(Transfer):
+class StepHeader(Transfer):
     """header: own rows, status, mode, and how many unique ids are asked --> every rank's."""
 
     kind = "header"

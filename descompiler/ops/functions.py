@@ -22,7 +22,7 @@ ELEMENTWISE = {
 }
 
 
-SUMS = {torch.sum: "sum", Tensor.sum: "sum", torch.mean: "mean", Tensor.mean: "mean"}
+SUM_FUNCTIONS = {torch.sum: "sum", Tensor.sum: "sum", torch.mean: "mean", Tensor.mean: "mean"}
 
 
 NORMS = {torch.norm, Tensor.norm, torch.linalg.norm, torch.linalg.vector_norm}

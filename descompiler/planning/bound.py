@@ -210,7 +210,7 @@ class Relaxation:
             costs = [self.costs[o.name][f] for f in forms[o.name]]
             if not any(c.inside for c in costs):
                 fixed += min(c.sent_bytes for c in costs)
-        found = flow.minimum_cut(self.cut_graph(forms, widest), self.solver)
+        found = flow.solve(self.cut_graph(forms, widest), self.solver)
         if found is None:  # a table that must be inside can only leave as a wider sum
             return Bound(float("inf"), frozenset())
         cost, side = found

@@ -11,7 +11,7 @@ from descompiler.planning.plan import Plan
 from descompiler.tables.form import fallback
 from descompiler.tables.tables import WEIGHTS_RICH_ELEMENTS, Operator
 
-PARTIAL = "partial"
+IN_PART = "partial"
 """The last rung: the user's own forward runs, and uses of split parameters are intercepted."""
 
 
@@ -44,7 +44,7 @@ class Coverage:
     Attributes
     ----------
     rung : str
-        The tracer that captured the model, or `PARTIAL`.
+        The tracer that captured the model, or `IN_PART`.
     failures : tuple of Failure
         Why each rung before failed.
     parameters : tuple of Covered

@@ -17,7 +17,7 @@ from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
 from descompiler.cost_models.symbols import UH, H, L, N, U, V, b, i, k, p, s, w
 from descompiler.layout.statistics import zipf_unique
 from descompiler.planning.chosen import Chosen, Crossing
-from descompiler.planning.kinds import Kind
+from descompiler.planning.kinds import TableKind
 from descompiler.tables.form import FORMS, form_named
 
 _VALUES = VALUES_OUT_AND_BACK.subs(w, p * k)
@@ -26,7 +26,7 @@ _VALUES = VALUES_OUT_AND_BACK.subs(w, p * k)
 _SUMS = VALUES_OUT_AND_BACK.subs(w, N * w)  # each of N ranks sends a term
 
 
-OWN = {N, b, s, i, V, k, U}
+OWN_SYMBOLS = {N, b, s, i, V, k, U}
 """Symbols that are a table's own, whatever is chosen for the others."""
 
 
@@ -39,18 +39,18 @@ def formula_of(form: str, sparse: bool) -> sympy.Expr:
     return sum(form_named(form).costs(sparse).values(), sympy.Integer(0))
 
 
-def bytes_alone(plan: Chosen, kind: Kind, form: str) -> int | None:
+def bytes_alone(plan: Chosen, kind: TableKind, form: str) -> int | None:
     """What one table of the kind, of the mean size, sends in a form; None if that depends on other tables.
 
     The formula of rows that are frequent has a number for the split that was chosen, and for no other.
     """
-    formula, known = formula_of(form, kind.tables[0].sparse), OWN | ({H, UH} if form == kind.form else set())
+    formula, known = formula_of(form, kind.tables[0].sparse), OWN_SYMBOLS | ({H, UH} if form == kind.form else set())
     if formula.free_symbols <= known:
         return plan.bytes_of(formula, **{x.name: n for x, n in numbers(plan, kind).items()})
     return None
 
 
-def numbers(plan: Chosen, kind: Kind) -> dict[sympy.Symbol, float]:
+def numbers(plan: Chosen, kind: TableKind) -> dict[sympy.Symbol, float]:
     """The symbols' numbers, of one table of the kind's mean size.
 
     What several kinds of tables share (their ids, the sums that they are in) counts for each of them in part.
@@ -77,15 +77,15 @@ def numbers(plan: Chosen, kind: Kind) -> dict[sympy.Symbol, float]:
     }
 
 
-def _leaving(plan: Chosen, kind: Kind) -> list[Crossing]:
+def _leaving(plan: Chosen, kind: TableKind) -> list[Crossing]:
     names = {t.name for t in kind.tables}
     return [c for c in plan.crossings if c.kind == "values" and names & set(c.tables)]
 
 
-def chosen_curve(plan: Chosen, kind: Kind) -> Curve | None:
+def chosen_curve(plan: Chosen, kind: TableKind) -> Curve | None:
     """What tables send in the form that was chosen; None for a form whose curve depends on frequencies of ids."""
     formula = formula_of(kind.form, kind.tables[0].sparse)
-    if formula.free_symbols <= OWN:
+    if formula.free_symbols <= OWN_SYMBOLS:
         return kind.form, formula
     if not (leave := _leaving(plan, kind)):
         return None
@@ -99,7 +99,7 @@ def _in_region(form: str, *, sums: bool, receivers: sympy.Expr | int = 1) -> Cur
     return (f"{form}, partial sums", ids + _SUMS) if sums else (f"{form}, all-to-all", ids + _VALUES)
 
 
-def curves(plan: Chosen, kind: Kind) -> list[Curve]:
+def curves(plan: Chosen, kind: TableKind) -> list[Curve]:
     """What tables of a kind send in the forms that they can take, the chosen one's first if it has a curve.
 
     Of the forms in the region, besides the chosen one, it is those that deal whole tables to owners: each id has one
@@ -111,7 +111,7 @@ def curves(plan: Chosen, kind: Kind) -> list[Curve]:
     possible = priced if kind.others else {form.name for form in FORMS if form.name not in t.refusals}
     result = [] if mine is None else [mine]
     for form in FORMS:
-        if form.name in possible and (formula := formula_of(form.name, t.sparse)).free_symbols <= OWN:
+        if form.name in possible and (formula := formula_of(form.name, t.sparse)).free_symbols <= OWN_SYMBOLS:
             result.append((form.name, formula))
     for form in FORMS:
         if form.has_owners and form.name in possible:
@@ -124,7 +124,7 @@ def curves(plan: Chosen, kind: Kind) -> list[Curve]:
     return [(name, formula) for formula, name in names.items()]
 
 
-def overtakes(plan: Chosen, kind: Kind, *, every: bool = False) -> Iterator[Crossover]:
+def overtakes(plan: Chosen, kind: TableKind, *, every: bool = False) -> Iterator[Crossover]:
     """Where other forms overtake the chosen one, against ranks and rows of a table; with ``every``, any any other.
 
     All other numbers are the plan's.
@@ -149,7 +149,7 @@ MOST_STEPS, TOLERANCE = 100, 0.01
 
 
 def _against_rows(
-    plan: Chosen, kind: Kind, first: Curve, second: Curve, known: Mapping[sympy.Symbol, float]
+    plan: Chosen, kind: TableKind, first: Curve, second: Curve, known: Mapping[sympy.Symbol, float]
 ) -> list[Crossover]:
     """Where unique ids count, which grow with a table's rows: V = threshold(U(V)), if ids are assumed.
 

@@ -25,7 +25,7 @@ from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.placement import Owned, Placement, Shard
 from descompiler.layout.spans import union
-from descompiler.layout.step import DenseGradients, Header, LeafStatus
+from descompiler.layout.step import DenseGradients, LeafStatus, StepHeader
 from descompiler.layout.transfer import Transfer
 from descompiler.planning.products import checks_of, layouts_of
 from descompiler.region.cut import Candidates, Cut, exit_of
@@ -55,7 +55,7 @@ def layout_of(
     totals = [t for t in divided(find_totals(program), splits) if t.node.users]
     wholes = _wholes(program, splits) if ranks > 1 else ()
     fetches = _fetches(program, operators, splits, cut.inside) if ranks > 1 else ()
-    transfers: list[Transfer] = [Header()]
+    transfers: list[Transfer] = [StepHeader()]
     if wholes:
         transfers.append(WholeTables(wholes))
     transfers += [*_border(program, operators, splits, candidates, cut, ranks, id_bytes), *fetches]

@@ -22,7 +22,7 @@ from descompiler.tables.tables import Operator
 T = TypeVar("T", Mapping[str, str] | None, None)
 
 
-Given = Plan | str | Path | Mapping[str, str] | None
+GivenPlan = Plan | str | Path | Mapping[str, str] | None
 """A plan, the file of one, or forms to pin."""
 
 
@@ -35,7 +35,7 @@ def follow_or_choose(
     operators: list[Operator],
     rules: Sequence[Rule],
     w: Weights,
-    plan: Given,
+    plan: GivenPlan,
     terms: Terms | None,
 ) -> Plan:
     """The given plan, or the best that satisfies what is given."""

@@ -12,7 +12,7 @@ from descompiler.units import format_count
 
 
 @dataclass(frozen=True)
-class Kind:
+class TableKind:
     """Tables that are alike, and the form that they take.
 
     Attributes
@@ -67,7 +67,7 @@ def without_index(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def kinds(plan: Chosen, only: str | None = None) -> list[Kind]:
+def kinds(plan: Chosen, only: str | None = None) -> list[TableKind]:
     """The plan's tables, those that are alike together, in the order of the model; or one table by itself."""
     groups: dict[Any, list[Table]] = {}
     for t in plan.tables:
@@ -79,9 +79,9 @@ def kinds(plan: Chosen, only: str | None = None) -> list[Kind]:
     return [_kind(plan, tuple(group)) for group in groups.values()]
 
 
-def _kind(plan: Chosen, tables: tuple[Table, ...]) -> Kind:
+def _kind(plan: Chosen, tables: tuple[Table, ...]) -> TableKind:
     name = tables[0].name
     form, prices = plan.splits[name].form, plan.prices.get(name, {})
     others = sorted((price, other) for other, price in prices.items() if other != form)
     price = prices.get(form, plan.price_bytes)
-    return Kind(pattern_of([t.name for t in tables]), tables, form, price, others, plan.missing.get(name, {}))
+    return TableKind(pattern_of([t.name for t in tables]), tables, form, price, others, plan.missing.get(name, {}))

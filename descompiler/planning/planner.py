@@ -18,7 +18,7 @@ from math import prod
 
 from torch import fx
 
-from descompiler.classify.coupling import notes_of
+from descompiler.classify.coupling import coupling_notes
 from descompiler.errors import PlanError
 from descompiler.graph.nodes import tail, target_name, user_line
 from descompiler.graph.program import Program
@@ -34,8 +34,7 @@ from descompiler.planning.search import Search
 from descompiler.region.cut import Weights
 from descompiler.region.named import named_cut_graph
 from descompiler.region.rule import Rule
-from descompiler.tables.computed import groups_of, whole_notes
-from descompiler.tables.computed import notes_of as computed_notes
+from descompiler.tables.computed import groups_of, notes_of_computed, whole_notes
 from descompiler.tables.form import fallback, form_named
 from descompiler.tables.tables import Operator
 
@@ -103,8 +102,8 @@ def choose(
         limit_bytes=terms.limit_bytes,
         missing=missing,
         memories=best.memory or search.objective.memory(best.pieces, best.candidates, best.cut, best.layout),
-        notes=notes_of(program, best.layout.exchanges)
-        + computed_notes(groups_of(operators), {n for n, f in forms.items() if form_named(f).by_columns})
+        notes=coupling_notes(program, best.layout.exchanges)
+        + notes_of_computed(groups_of(operators), {n for n, f in forms.items() if form_named(f).by_columns})
         + whole_notes(operators, best.splits),
         replan=lambda changed: choose(program, operators, rules, w, changed, terms=terms),
         graph_of_cut=lambda: named_cut_graph(program, best.candidates, w, best.cut.inside),

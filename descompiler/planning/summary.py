@@ -231,10 +231,10 @@ def strategies(plan: Chosen, cluster: Cluster | None = None) -> Sheet:
 
 
 MEMORY = ("weights", "gradients", "optimiser state", "activations")
-"""What `memory_of` counts."""
+"""What `memory_words` counts."""
 
 
-def memory_of(plan: Chosen, rank: int) -> tuple[int, int, int, int]:
+def memory_words(plan: Chosen, rank: int) -> tuple[int, int, int, int]:
     """Bytes that a rank keeps, in the order of `MEMORY`."""
     m = plan.memory(rank)
     return m.weights_bytes, m.gradients_bytes, m.state_bytes, m.activations_bytes
@@ -244,7 +244,7 @@ def memory(plan: Chosen) -> Sheet:
     """What each rank keeps; ranks that keep as much, to three digits, share the row of the fullest."""
     alike: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for r in range(plan.ranks):
-        sizes = memory_of(plan, r)
+        sizes = memory_words(plan, r)
         alike.setdefault(tuple(map(format_bytes, sizes)), []).append(sizes)
     rows = []
     for group in sorted(alike.values(), key=lambda g: -sum(g[0])):

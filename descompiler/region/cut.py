@@ -228,7 +228,7 @@ def minimum_cut(
     """The cheapest legal set, by maximum flow; of several the largest, whoever solves."""
     if not candidates.lookups:
         return Cut(frozenset(), 0)
-    found = flow.minimum_cut(cut_graph(program, candidates, w, colocated), solver)
+    found = flow.solve(cut_graph(program, candidates, w, colocated), solver)
     assert found is not None  # aggregation at the lookups is finite
     cost, side = found
     inside = frozenset(v for v in candidates.placed if v in side)

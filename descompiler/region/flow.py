@@ -21,7 +21,7 @@ Found = tuple[int, set[Any]]
 """A cut's capacity, and the nodes on the source's side."""
 
 
-def minimum_cut(graph: nx.DiGraph, solver: str) -> Found | None:
+def solve(graph: nx.DiGraph, solver: str) -> Found | None:
     """The minimum cut between ``SOURCE`` and ``SINK``, with the largest side of the source; None if none is finite.
 
     Parameters

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
-from descompiler.classify.scope import CONSTANT, SIZE, scope_of
-from descompiler.classify.scope import LOCAL as LOCAL_SCOPE
+from descompiler.classify.scope import CONSTANT, OWN_ROWS, SIZE, scope_of
 from descompiler.graph.nodes import is_pure, is_tensor, value
 from descompiler.graph.program import Program, rowwise
 from descompiler.layout.pieces import Pieces
@@ -57,7 +56,7 @@ def place(
         if node in of_tables or scope_of(node).drawn:
             declined[node] = "it draws random numbers" if scope_of(node).drawn else NO_RULE
             continue
-        if scope_of(node).kind != LOCAL_SCOPE:
+        if scope_of(node).kind != OWN_ROWS:
             declined[node] = "it mixes the rows of the batch"
             continue
         answer, rule = ask(node, rules, situation)
@@ -128,7 +127,7 @@ def _givens(program: Program, operators: Sequence[Operator], splits: Mapping[str
                 sized.add(node)  # made of no parameter: nobody sends it a gradient
         elif scope.kind == CONSTANT and all(a in constants for a in operands):
             constants[node] = tuple(dict.fromkeys(name for a in operands for name in constants[a]))
-        elif scope.kind == LOCAL_SCOPE and node not in known and any(a in known for a in operands):
+        elif scope.kind == OWN_ROWS and node not in known and any(a in known for a in operands):
             rest = [a for a in operands if a not in known and a not in sized]
             if not any(constants.get(a, ("unknown",)) for a in rest):
                 known[node] = set.intersection(*(known[a] for a in operands if a in known))

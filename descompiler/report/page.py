@@ -225,7 +225,7 @@ MOST_BARS = 32
 
 
 def _memory(plan: Plan) -> str:
-    rows = [(f"rank {r}", summary.memory_of(plan, r)) for r in range(plan.ranks)]
+    rows = [(f"rank {r}", summary.memory_words(plan, r)) for r in range(plan.ranks)]
     more = ""
     if len(rows) > MOST_BARS:
         rows = sorted(rows, key=lambda x: -sum(x[1]))

@@ -24,7 +24,7 @@ from descompiler.report.render import to_markdown
 from descompiler.sheet import Column, Sheet
 from descompiler.units import format_count
 
-MODELS = {
+PAPER_MODELS = {
     "lr": "LR",
     "fm": "FM",
     "wide_deep": "Wide&Deep",
@@ -64,7 +64,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Sent:
+class SentBy:
     """Bytes that a rank sends in a step, the mean over ranks, by what they are."""
 
     ids: float
@@ -88,8 +88,8 @@ class Row:
 
     name: str
     plan: Plan
-    mine: Sent
-    others: dict[str, Sent]
+    mine: SentBy
+    others: dict[str, SentBy]
 
 
 def row_of(name: str, plan: Plan) -> Row:
@@ -113,8 +113,8 @@ def row_of(name: str, plan: Plan) -> Row:
     every = {x.name: x.sent_bytes for x in plan.priced()}
     without = {x.name: x.sent_bytes for x in plan.priced(id_bytes=0)}
     # every strategy of OTHERS moves each dense parameter as a ring all-reduce does
-    others = {x.name: Sent(every[x.name] - without[x.name], without[x.name] - own, own) for x in OTHERS}
-    return Row(name, plan, Sent(ids, values, dense), others)
+    others = {x.name: SentBy(every[x.name] - without[x.name], without[x.name] - own, own) for x in OTHERS}
+    return Row(name, plan, SentBy(ids, values, dense), others)
 
 
 def rows_of(
@@ -122,7 +122,7 @@ def rows_of(
 ) -> dict[str, list[Row]]:
     """Every model for every number of ranks."""
     result = {}
-    for name, title in MODELS.items():
+    for name, title in PAPER_MODELS.items():
         progress(f"{title}: capturing and planning")
         captured = Captured.of(
             *examples.industrial(
@@ -160,7 +160,7 @@ def tables(rows: dict[str, list[Row]], ranks: int) -> list[Sheet]:
     ]
 
 
-def _comparison(title: str, rows: Iterable[Row], size: Callable[[Sent], float]) -> Sheet:
+def _comparison(title: str, rows: Iterable[Row], size: Callable[[SentBy], float]) -> Sheet:
     columns = [Column("model"), *(Column(SHORT[x.name], "bytes") for x in OTHERS), Column("this compiler", "bytes")]
     columns += [Column(f"less than {SHORT[x.name]}", "percent") for x in OTHERS]
     body = []
@@ -206,7 +206,7 @@ def _against_ranks(rows: dict[str, list[Row]]) -> Sheet:
     return Sheet("everything, less than the mesh that gathers the batch's rows", columns, tuple(body))
 
 
-def span(rows: Iterable[Row], other: str, size: Callable[[Sent], float]) -> tuple[float, float]:
+def span(rows: Iterable[Row], other: str, size: Callable[[SentBy], float]) -> tuple[float, float]:
     """The least and the largest reduction against a strategy."""
     every = [reduction_percent(size(r.mine), size(r.others[other])) for r in rows]
     return min(every), max(every)

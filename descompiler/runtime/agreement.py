@@ -174,7 +174,7 @@ class Agreement(Communicator):
             self.raise_everywhere(problem, InputError)
         return told
 
-    @carries(step.Header)
+    @carries(step.StepHeader)
     def header(
         self,
         rows: int,
@@ -206,7 +206,9 @@ class Agreement(Communicator):
             told = [Header(False, rows=rows, call=self.call)]  # it asks nobody
         else:
             asked, failed = [0] * self.ranks if asked is None else asked, problem is not None
-            told = self.tell(step.Header.SEND, [Header(failed, n, gathered, rows, self.call) for n in asked], problem)
+            told = self.tell(
+                step.StepHeader.SEND, [Header(failed, n, gathered, rows, self.call) for n in asked], problem
+            )
         self.rows = [m.rows for m in told]
         if same_call and len({m.call for m in told}) > 1:
             self.raise_different()

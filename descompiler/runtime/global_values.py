@@ -44,7 +44,7 @@ class Gather(torch.autograd.Function):
 
 
 @carries(SumTerms)
-class Reduce(torch.autograd.Function):
+class ReduceTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runtime: Agreement, *terms: Tensor) -> tuple[Tensor, ...]:
         flat = torch.cat([x.reshape(-1) for x in terms])
@@ -100,7 +100,7 @@ def _gather_rows(runtime: Agreement, rows: Sequence[int], values: Sequence[Tenso
 
 
 @carries(TableTotal)
-class Total(torch.autograd.Function):
+class SumOverRanks(torch.autograd.Function):
     """Backward: the ranks' gradients are averaged, as those of every parameter."""
 
     @staticmethod

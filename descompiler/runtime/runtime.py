@@ -30,12 +30,12 @@ from descompiler.runtime.draws import Draws
 from descompiler.runtime.global_values import (
     Gather,
     GatherTables,
-    Reduce,
+    ReduceTerms,
     Slice,
     Spread,
+    SumOverRanks,
     SyncBatchNorm,
     Together,
-    Total,
 )
 from descompiler.runtime.vocabulary import vocabulary_on_ranks
 
@@ -211,7 +211,7 @@ class Runtime(Agreement):
 
     def sum_terms(self, terms: Sequence[Tensor]) -> list[Tensor]:
         """Sums over ranks of each term, on every rank. Backward sends nothing, as in `gather_rows`."""
-        return list(Reduce.apply(self, *terms))
+        return list(ReduceTerms.apply(self, *terms))
 
     def slice_rows(self, x: Tensor, dim: int, outer: int, inner: int) -> Tensor:
         """Own rows of a value that every rank has; backward gathers the gradients of all ranks' rows."""
@@ -228,7 +228,7 @@ class Runtime(Agreement):
 
     def total(self, own: Tensor, shared: Tensor | None = None) -> Tensor:
         """A number made from a whole table: terms of this rank's own piece, and of rows that all ranks hold."""
-        return Total.apply(self, own, shared)
+        return SumOverRanks.apply(self, own, shared)
 
     def own_rows(self) -> int:
         """Rows of this rank, once the header has told."""

@@ -93,7 +93,7 @@ def whole_parameters(program: Program, divided: Collection[fx.Node]) -> set[str]
     return {name for n in ancestors(inside) if (name := program.parameter(n)) is not None}
 
 
-def by_rows(program: Program, node: fx.Node) -> dict[fx.Node, int] | None:
+def computed_by_rows(program: Program, node: fx.Node) -> dict[fx.Node, int] | None:
     """Tables that a node is computed of row by row: a parameter first, then the values up to the node, and which of
     their dimensions the rows are; None if it is not."""
     above = ancestors({node})
@@ -173,7 +173,7 @@ def groups_of(operators: Iterable[Any]) -> list[Group]:
     return list({id(o.group): o.group for o in operators if o.group is not None}.values())
 
 
-def notes_of(groups: Sequence[Group], by_columns: Collection[str]) -> list[str]:
+def notes_of_computed(groups: Sequence[Group], by_columns: Collection[str]) -> list[str]:
     """For people: what is computed of whole tables, and on which ranks, given the tables divided by columns."""
     notes = []
     for g in groups:

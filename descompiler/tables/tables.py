@@ -16,7 +16,7 @@ from descompiler.graph.nodes import aten, elements_per_row, shape_of, tail, user
 from descompiler.graph.program import Program, rowwise
 from descompiler.graph.rewrite import descendants
 from descompiler.tables import totals as regularisers
-from descompiler.tables.computed import Group, by_rows, find_groups, whole_parameters, whole_tables
+from descompiler.tables.computed import Group, computed_by_rows, find_groups, whole_parameters, whole_tables
 
 WEIGHTS_RICH_ELEMENTS = 1 << 14
 """A parameter is weights-rich if it has at least this many elements, or is looked up by ids."""
@@ -165,7 +165,7 @@ def find_operators(program: Program) -> list[Operator]:
             found.setdefault(name, []).append(_lookup(call))
         own_rows = scope_of(node).kind != GLOBAL  # what every rank repeats on the global batch needs the whole table
         if (product := VocabularyCall.of(node)) is not None and own_rows:
-            rows = {} if program.parameter(product.weight) else by_rows(program, product.weight) or {}
+            rows = {} if program.parameter(product.weight) else computed_by_rows(program, product.weight) or {}
             if (name := program.parameter(next(iter(rows), product.weight))) is not None:
                 products.setdefault(name, []).append(Output(node, rows))
         for n in node.all_input_nodes:

@@ -26,7 +26,7 @@ from descompiler.layout.global_values import GlobalValue, TableTotal
 from descompiler.layout.pieces import Pieces
 from descompiler.ops.local import sqrt_or_zero
 
-ELEMENTWISE = frozenset(
+ELEMENTWISE_OPERATORS = frozenset(
     {
         aten.pow.Tensor_Scalar,
         aten.square.default,
@@ -78,7 +78,7 @@ def find_totals(program: Program) -> list[Total]:
                 and n.all_input_nodes
                 and all(a is weight or a in steps for a in n.all_input_nodes)
             )
-            if known and n.target in ELEMENTWISE and shape_of(n) == shape_of(weight):
+            if known and n.target in ELEMENTWISE_OPERATORS and shape_of(n) == shape_of(weight):
                 steps[n] = None
             elif known and n.target in TOTALS and _is_total(n):
                 totals.append(n)
@@ -103,7 +103,7 @@ def _reached(weight: fx.Node) -> set[fx.Node]:
         for user in stack.pop().users:
             if user not in found:
                 found.add(user)
-                if user.target in ELEMENTWISE:
+                if user.target in ELEMENTWISE_OPERATORS:
                     stack.append(user)
     return found
 

@@ -50,10 +50,10 @@ class HotRows(OwnRows):
         id_bytes = 4 if operator.rows < 1 << 31 else 8
         threshold = hot_threshold(operator.dim, operator.dtype.itemsize, id_bytes, operator.sparse)
         chosen = present > threshold
-        hot = ranges_of(ids[chosen])
+        hot = hot_ranges(ids[chosen])
         if len(hot) > MOST_RANGES:  # the most frequent rows, of which there are at least as many as ranges
             least = np.partition(present[chosen], -MOST_RANGES)[-MOST_RANGES]
-            hot = ranges_of(ids[present > least])
+            hot = hot_ranges(ids[present > least])
         if by_memory:
             return Choice(hot=hot)
         return Choice(sizes=tuple(statistics.balanced_rows(operator.name, ranks, batch_rows, without=hot)), hot=hot)
@@ -90,7 +90,7 @@ class HotRows(OwnRows):
         return (ranks - 1) * (some + (operator.rows - len(present)) * min(other * fetched, reduced))
 
 
-def ranges_of(rows: np.ndarray) -> tuple[tuple[int, int], ...]:
+def hot_ranges(rows: np.ndarray) -> tuple[tuple[int, int], ...]:
     """Sorted rows as ranges ``[start, stop)``.
 
     >>> ranges_of(np.array([1, 2, 3, 7]))

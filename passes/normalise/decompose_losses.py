@@ -41,7 +41,7 @@ MEANS = frozenset(
 BY_CLASS = frozenset({aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default})
 
 
-MEAN, SUM = 1, 2
+REDUCTION_MEAN, REDUCTION_SUM = 1, 2
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ class DecomposeLosses:
                 continue
             args = signature(node)
             reduction = args["reduction"]
-            if reduction not in (MEAN, SUM) or (node.target in BY_CLASS and args["weight"] is not None):
+            weighs_classes = node.target in BY_CLASS and args["weight"] is not None
+            if reduction not in (REDUCTION_MEAN, REDUCTION_SUM) or weighs_classes:
                 continue
             terms = _terms(node)
-            if reduction == SUM:
+            if reduction == REDUCTION_SUM:
                 new = insert_call(node, aten.sum.default, terms)
             elif node.target in MEANS or value(args["target"]).is_floating_point():
                 new = insert_call(node, aten.mean.default, terms)

@@ -71,7 +71,7 @@ class Functionalise:
                 new.meta = dict(node.meta)
             changed = {node: new, written: new}
             for view, of in itertools.pairwise(chain):
-                new = program.graph.call_function(SCATTERS[view.target], (of, new, *view.args[1:]))
+                new = program.graph.call_function(SCATTER_OF_VIEW[view.target], (of, new, *view.args[1:]))
                 new.meta = dict(node.meta) | {"val": value(of)}
                 changed[of] = new
         shared = roots[written]
@@ -89,14 +89,17 @@ class Functionalise:
         program.note(f"{self.name}: {node.name}")
 
 
-SCATTERS: dict[Any, Any] = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
+SCATTER_OF_VIEW: dict[Any, Any] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
 """Of a view, the operator that returns the value with another one in the view's place."""
 
 
 def _scattered(written: fx.Node) -> list[fx.Node]:
     """What is written to, and what it is a part of, outwards, as far as the parts can be put back."""
     chain = [written]
-    while chain[-1].target in SCATTERS:
+    while chain[-1].target in SCATTER_OF_VIEW:
         chain.append(operand(chain[-1]))
     return chain
 

@@ -25,9 +25,9 @@ from descompiler.graph.nodes import aten, is_tensor, shape_of, signature, target
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import ancestors, eliminate_dead_code, insert_call
 from descompiler.ops.vocabulary import Request, outputs_of, vocabulary
-from descompiler.tables.computed import by_rows
+from descompiler.tables.computed import computed_by_rows
 
-RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+OUTPUT_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 Build = Callable[[list[fx.Node]], dict[fx.Node, fx.Node]]
@@ -176,7 +176,7 @@ def _product(program: Program, node: fx.Node) -> Product | None:
 
 def _base(program: Program, table: fx.Node) -> str | None:
     """The parameter that a product's table is, or is computed of."""
-    return program.parameter(table) or program.parameter(next(iter(by_rows(program, table) or ()), None))
+    return program.parameter(table) or program.parameter(next(iter(computed_by_rows(program, table) or ()), None))
 
 
 def rows_per_row(program: Program, x: fx.Node) -> int | None:
@@ -217,7 +217,9 @@ def _rows_of(program: Program, node: Any) -> tuple[fx.Node, int, int] | None:
     """(table, first row, rows) of a 2-D parameter, of what is computed of one row by row, or of a range of its rows."""
     if not isinstance(node, fx.Node) or not is_tensor(node) or value(node).dim() != 2:
         return None
-    if program.parameter(node) is not None or (node.target is not aten.slice.Tensor and by_rows(program, node)):
+    if program.parameter(node) is not None or (
+        node.target is not aten.slice.Tensor and computed_by_rows(program, node)
+    ):
         return node, 0, int(shape_of(node)[0])
     if node.target is aten.slice.Tensor:
         args = signature(node)
@@ -236,7 +238,7 @@ def _absorb(program: Program, p: Product) -> bool:
     edit = _Editor(program, p.node)
     edit.at(user)
     arguments: Any = user.args
-    if user.target in RESHAPES and arguments[0] is p.node:
+    if user.target in OUTPUT_RESHAPES and arguments[0] is p.node:
         if shape_of(user)[-1:] != [p.size] or rows_per_row(program, user) is None:
             return False
         p.x = edit.call(aten.reshape.default, p.x, [*arguments[1][:-1], int(shape_of(p.x)[-1])])

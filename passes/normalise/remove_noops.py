@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import fx
 
-from descompiler.graph.nodes import CASTS, DROPOUTS, aten, is_tensor, mutates, shape_of, signature, value
+from descompiler.graph.nodes import CASTS, DROPOUT_OPERATORS, aten, is_tensor, mutates, shape_of, signature, value
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import propagate
 
@@ -73,7 +73,7 @@ def is_noop(node: fx.Node) -> bool:
         return False
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    if target in DROPOUTS:
+    if target in DROPOUT_OPERATORS:
         return bool(not node.args[2] or node.args[1] == 0)
     if target in COPIES:
         return True

@@ -17,7 +17,13 @@ from descompiler.graph.nodes import aten, is_tensor, shape_of, signature, value
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import eliminate_dead_code
 
-SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.unbind.int}
+SPLIT_OPERATORS = {
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.split.sizes,
+    aten.chunk.default,
+    aten.unbind.int,
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class SimplifyIndexing:
 
     def __call__(self, program: Program) -> Program:
         for node in list(program.graph.nodes):
-            if node.target is operator.getitem and getattr(node.args[0], "target", None) in SPLITS:
+            if node.target is operator.getitem and getattr(node.args[0], "target", None) in SPLIT_OPERATORS:
                 self._unpack(program, node)
             elif node.target is aten.index.Tensor:
                 self._select(program, node)

@@ -19,7 +19,7 @@ from descompiler.passes.rules.reduce import Reduce
 from descompiler.region.rule import Declined, Part, Placed, Situation
 from descompiler.region.sliced import emit_slices, place_slices
 
-ZERO_TO_ZERO = frozenset(
+KEEPS_ZERO = frozenset(
     {
         aten.linalg_vector_norm.default,
         aten.amax.default,
@@ -48,7 +48,7 @@ class Independent:
         names = tuple(name for n in weights for name in at.givens.parameters(n))
         if 0 in dims:
             return Declined("mixes the rows of the batch")
-        if isinstance(x, Disjoint) and node.target in ZERO_TO_ZERO and min(dims, default=x.lead) >= x.lead:
+        if isinstance(x, Disjoint) and node.target in KEEPS_ZERO and min(dims, default=x.lead) >= x.lead:
             return Placed(x, replicated=names)
         return Declined("of a sum it is not the sum of the terms'")
 

@@ -18,7 +18,7 @@ from descompiler.layout.placement import LOCAL, Disjoint, Partial, Region, Segme
 from descompiler.region.rule import Declined, Part, Placed, Situation
 from descompiler.region.sliced import place_slices
 
-RESHAPES = frozenset(
+VIEW_OPERATORS = frozenset(
     {
         aten.reshape.default,
         aten.view.default,
@@ -38,7 +38,7 @@ class Reshape:
     """Operators that keep the order of the elements and the batch dimension."""
 
     name: str = "reshape"
-    targets: ClassVar[frozenset[Any]] = RESHAPES
+    targets: ClassVar[frozenset[Any]] = VIEW_OPERATORS
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
         x, before, after = at.at(node.args[0]), tail(operand(node)), tail(node)

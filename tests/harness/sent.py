@@ -14,7 +14,7 @@ from torch import fx
 from descompiler.layout.global_values import NormOutside, NormsInside
 from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
-from descompiler.layout.step import Header
+from descompiler.layout.step import StepHeader
 from descompiler.region.cut import Candidates
 
 
@@ -64,4 +64,4 @@ def norms(layout: Layout, itemsize: int) -> int:
 
 def headers(layout: Layout) -> int:
     """Bytes that each rank tells each other one before the step."""
-    return layout.ranks * (layout.ranks - 1) * Header.BYTES
+    return layout.ranks * (layout.ranks - 1) * StepHeader.BYTES
