@@ -44,12 +44,15 @@ demo: $(INSTALLED)  ## train a CTR model on RANKS local ranks (RANKS=2, DATA=, A
 	OMP_NUM_THREADS=1 $(TORCHRUN) --standalone --nproc-per-node $(RANKS) \
 		examples/train_ctr.py $(if $(DATA),--data $(DATA)) $(ARGS)
 
-# Two at a time, whole files to one worker: tests of a file share captures and ranks. A test has 2 to 4 ranks itself.
+# Two at a time, whole files to one worker, in the order of tests/conftest.py: tests of a file share captures and ranks.
+# A test has 2 to 4 ranks itself.
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED_DEV)  ## run the tests that are not marked slow (WORKERS=2)
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(RUN) -m pytest $(PARALLEL) $(ARGS)
 
 test-all: $(INSTALLED_DEV)  ## run every test
-	$(RUN) -m pytest -m "" -n $(WORKERS) --dist loadfile $(ARGS)
+	$(RUN) -m pytest -m "" $(PARALLEL) $(ARGS)
 
 # Doctests run on descompiler alone: its links reach passes/ and cost_models/ under their import names, once.
 # pytest's exit status 5 says that there was no doctest, which is not a failure.

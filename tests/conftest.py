@@ -3,6 +3,7 @@
 import os
 import random
 import secrets
+from collections import Counter
 
 import pytest
 
@@ -17,6 +18,17 @@ os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden and tests/normalise anew")
     parser.addoption("--seed", type=int, default=secrets.randbelow(1 << 32), help="of tests that draw their examples")
+
+
+FEW_BUT_LONG = ("shutdown", "zoo", "leaks", "examples", "plugins", "planner", "plan", "cli", "random_models", "idioms")
+"""Files whose tests take long for their number, ``tests/test_*.py``."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that the workers of a parallel run end together (with ``--no-loadscope-reorder``)."""
+    tests = Counter(item.path for item in items)
+    long = {f"test_{name}.py" for name in FEW_BUT_LONG}
+    items.sort(key=lambda item: (item.path.name not in long, -tests[item.path]))
 
 
 @pytest.fixture(scope="session")

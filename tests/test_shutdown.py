@@ -50,6 +50,6 @@ def test_the_end_does_not_wait_for_ever():
 
 @pytest.mark.parametrize("name", ["ends", "destroys", "sys.exit(0)", "after backward"])
 def test_scripts_end_with_status_0(tmp_path, name):
-    for _ in range(2):
-        status, out = run(name, 2, tmp_path, 200.0)
-        assert status == 0, out[-2000:]
+    """Once each: `make exits` runs them often enough to see what happens in one run of a hundred."""
+    status, out = run(name, 2, tmp_path, 200.0)
+    assert status == 0, out[-2000:]
