@@ -35,7 +35,7 @@ def solve(graph: nx.DiGraph, solver: str) -> Found | None:
     >>> graph.add_edge("source", "a", capacity=3)
     >>> graph.add_edge("a", "b")  # unlimited
     >>> graph.add_edge("b", "sink", capacity=2)
-    >>> minimum_cut(graph, "networkx") == minimum_cut(graph, "dinic") == (2, {"source", "a", "b"})
+    >>> solve(graph, "networkx") == solve(graph, "dinic") == (2, {"source", "a", "b"})
     True
     """
     try:
