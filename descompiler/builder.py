@@ -20,14 +20,15 @@ from descompiler.model.attributes import Place, copied
 from descompiler.model.inputs import Signature, flatten, normalise_inputs, split_statics, unflatten_with
 from descompiler.model.probe import CALL, method_of
 from descompiler.planning.plan import Plan
-from descompiler.planning.products import bias_pieces
 from descompiler.plugins import Kit
-from descompiler.region.cut import Candidates, Cut, Weights, at_lookups, minimum_cut
+from descompiler.region.cut import Weights, at_lookups, minimum_cut
 from descompiler.region.flow import DEFAULT
+from descompiler.region.partition import Partition
 from descompiler.region.place import place
 from descompiler.region.rule import Rule
 from descompiler.tables.form import Split, fallback, find_tables, split_as
 from descompiler.tables.measure import measure
+from descompiler.tables.products import bias_pieces, outputs_in_order
 from descompiler.tables.tables import Operator
 
 
@@ -118,9 +119,7 @@ class Builder:
     def emit(self, plan: Plan, training: dict[str, bool], rank: int, solver: str = DEFAULT) -> Emitted:
         program, signature = self.capture(training)
         operators = find_tables(program, self.kit.forms)
-        candidates, cut = region_of(program, operators, plan, self.kit.rules, solver)
-        splits = splits_of(operators, plan)
-        emitted = emit(program, operators, splits, plan.pieces, candidates, cut, rank, plan.ranks)
+        emitted = emit(partition_of(program, operators, plan, self.kit.rules, solver), rank)
         return replace(emitted, signature=signature)
 
 
@@ -129,15 +128,15 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def region_of(
+def partition_of(
     program: Program, operators: list[Operator], plan: Plan, rules: Sequence[Rule], solver: str = DEFAULT
-) -> tuple[Candidates, Cut]:
-    """What the rules can place, and what the plan keeps inside the region, in a graph of the planned model."""
+) -> Partition:
+    """What a plan makes of a graph of the planned model, which need not be the one that was planned."""
     w = Weights(plan.ranks, plan.rows, plan.itemsize).worth(
         plan.cluster.flops_per_byte if plan.cluster is not None else None
     )
-    splits = splits_of(operators, plan)
-    biases = bias_pieces(program, operators, splits)
+    splits = _splits_of(operators, plan)
+    biases = bias_pieces(program, outputs_in_order(program, operators, splits), splits)
     used = {program.parameter(n) for n in program.graph.nodes if n.users}
     cut_weights = {n: p for n, p in plan.pieces.items() if n not in plan.splits and not p.is_replicated and n in used}
     colocated = {n: p for n, p in cut_weights.items() if biases.get(n) != p}
@@ -149,10 +148,10 @@ def region_of(
     inside = {n for node in cut.inside for n in candidates.placed[node].pieces}
     if lost := set(colocated) - inside:
         raise PlanError(f"weights {sorted(lost)} were cut for another graph (training flags differ); plan again")
-    return candidates, cut
+    return Partition(program, operators, splits, candidates, cut, plan.ranks, plan.pieces)
 
 
-def splits_of(operators: list[Operator], plan: Plan) -> dict[str, Split]:
+def _splits_of(operators: list[Operator], plan: Plan) -> dict[str, Split]:
     """The plan's splits, for the tables of a graph that need not be the one that was planned."""
     result = dict(plan.splits)
     for o in operators:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from descompiler.builder import Builder, region_of
+from descompiler.builder import Builder, partition_of
 from descompiler.eager.measure import measure_in_part
 from descompiler.eager.planning import plan_partial
 from descompiler.eager.survey import survey
@@ -25,8 +25,9 @@ from descompiler.planning.pins import Forbidden
 from descompiler.planning.plan import Plan
 from descompiler.planning.planner import choose
 from descompiler.plugins import Kit
-from descompiler.region.cut import Candidates, Cut, Weights
+from descompiler.region.cut import Weights
 from descompiler.region.flow import DEFAULT
+from descompiler.region.partition import Partition
 from descompiler.region.rule import Rule
 from descompiler.tables.form import Form, find_tables
 from descompiler.tables.tables import Operator
@@ -91,9 +92,9 @@ class Captured:
         """Statistics of the ids of sample batches."""
         return self.build.measure(self.program, self.signature, self.operators, samples)
 
-    def region(self, plan: Plan) -> tuple[Candidates, Cut]:
-        """What the rules can place, and what the plan keeps inside the region."""
-        return region_of(self.program, self.operators, plan, self.build.kit.rules)
+    def partition(self, plan: Plan) -> Partition:
+        """What a plan makes of the program: what the rules can place, and what the plan keeps inside the region."""
+        return partition_of(self.program, self.operators, plan, self.build.kit.rules)
 
 
 def plan(

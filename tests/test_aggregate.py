@@ -14,8 +14,9 @@ from descompiler.graph.text import canonical_graph
 from descompiler.model.probe import blueprint
 from descompiler.passes import NORMALISE, RULES
 from descompiler.planning.exchanges import layout_of
-from descompiler.planning.objective import assign, parameter_pieces
+from descompiler.planning.objective import assign
 from descompiler.region.cut import Cut, Weights, exit_bytes, minimum_cut, saved_bytes, work_bytes
+from descompiler.region.partition import Partition
 from descompiler.region.place import place
 from descompiler.tables.form import find_tables
 from examples.models import MODELS
@@ -66,8 +67,8 @@ def lay_out(program, operators, splits, candidates, inside, ranks):
     """The layout of a set of inside nodes, and how the weights are divided then."""
     exits = tuple(n for n in candidates.placed if n in inside and any(u not in inside for u in n.users))
     cut = Cut(inside, 0, exits)
-    pieces = parameter_pieces(program, splits, candidates, cut, ranks)
-    return layout_of(program, operators, splits, pieces, candidates, cut, ranks), pieces
+    partition = Partition(program, operators, splits, candidates, cut, ranks)
+    return layout_of(partition), partition.pieces
 
 
 def compare_with_layouts(program, operators, forms, w):

@@ -88,7 +88,7 @@ def test_networkx_finds_the_cost_and_the_region_of_a_plan(name, ranks):
     plan = captured(name).plan(ranks=ranks, batch=256, pins={"*": "table_wise"})
     graph = plan.cut_graph()
     cost, (side, _) = nx.minimum_cut(graph, "source", "sink")
-    _, cut = captured(name).region(plan)
+    cut = captured(name).partition(plan).cut
     lines = named_lines(captured(name).program.graph, captured(name).program.sources)
     assert {n for n, d in graph.nodes(data=True) if d["kind"] == "value" and d["inside"]} == {
         lines[n][0] for n in cut.inside

@@ -24,8 +24,9 @@ from descompiler.layout.pieces import Run
 from descompiler.layout.placement import Disjoint
 from descompiler.model.probe import blueprint
 from descompiler.passes import NORMALISE, RULES
-from descompiler.planning.objective import assign, parameter_pieces
+from descompiler.planning.objective import assign
 from descompiler.region.cut import Candidates, Weights, minimum_cut
+from descompiler.region.partition import Partition
 from descompiler.region.place import place
 from descompiler.tables.form import find_tables
 
@@ -314,12 +315,10 @@ def text_of(model: nn.Module, form: str) -> str:
     splits = assign(operators, {o.name: form for o in operators}, RANKS)
     candidates = place(program, operators, splits, RULES, RANKS)
     cut = minimum_cut(program, candidates, Weights(RANKS, 8))
-    pieces = parameter_pieces(program, splits, candidates, cut, RANKS)
+    partition = Partition(program, operators, splits, candidates, cut, RANKS)
     marks = {n: _mark(program, candidates, n, n in cut.inside) for n in candidates.placed}
     marks |= {n: f"declined: {reason}" for n, reason in candidates.declined.items()}
-    first, *others = (
-        _emitted_text(emit(program, operators, splits, pieces, candidates, cut, rank, RANKS)) for rank in range(RANKS)
-    )
+    first, *others = (_emitted_text(emit(partition, rank)) for rank in range(RANKS))
     text = f"before\n{canonical(program, marks)}\nafter, rank 0\n{first}"
     for rank, other in enumerate(others, 1):
         text += f"\nafter, rank {rank}\n{_difference(first, other)}"

@@ -418,7 +418,7 @@ def test_an_encoder_moves_to_its_table_where_computing_is_cheap_beside_sending()
         plan = found.plan(batch=1024, cluster=cluster)
         sent[name] = max(plan.traffic(r).total for r in range(4))
         assert plan.forms == {"items.weight": "unique_rows" if name == "slow" else "table_wise"}
-        _, cut = found.region(plan)  # what ranks emit is what was priced
+        cut = found.partition(plan).cut  # what ranks emit is what was priced
         assert [x.name for x in cut.exits] == [x.name for x in plan.layout.exits]
     assert plan.exits[0].startswith("aten.linear Owned")
     assert sent["fast"] < sent["slow"] / 10

@@ -70,7 +70,7 @@ def test_boxes_do_not_overlap_and_edges_go_down(seed):
 
 
 def test_the_drawing_after_has_every_transfer_and_the_one_before_none(captured, plan):
-    _, cut = captured.region(plan)
+    cut = captured.partition(plan).cut
     before, after = (graphs.drawing(captured.program, captured.operators, plan, cut, after=x) for x in (False, True))
     wires = [b for b in after.boxes.values() if b.kind == "wire"]
     assert wires and not any(b.kind == "wire" for b in before.boxes.values())
@@ -89,7 +89,7 @@ def test_the_drawing_after_has_every_transfer_and_the_one_before_none(captured, 
 
 def test_tables_that_fetch_rows_say_what_they_send(captured):
     plan = captured.plan(ranks=4, batch=64, pins={"*": "unique_rows"})
-    _, cut = captured.region(plan)
+    cut = captured.partition(plan).cut
     d = graphs.drawing(captured.program, captured.operators, plan, cut, after=True)
     fetching = [b for b in d.boxes.values() if b.kind == "fetch"]
     assert {b.lines[2] for b in fetching} == {"unique_rows on 4 of 4 ranks"}
@@ -97,7 +97,7 @@ def test_tables_that_fetch_rows_say_what_they_send(captured):
 
 
 def test_bytes_on_the_wire_are_those_that_the_plan_predicts(captured, plan):
-    _, cut = captured.region(plan)
+    cut = captured.partition(plan).cut
     drawn = sum(size for _, size in graphs._wires(captured.program, captured.operators, plan, cut).values())
     exchanged = 0.0
     for rank in range(plan.ranks):

@@ -7,20 +7,16 @@ how.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from descompiler.graph.nodes import Source
-from descompiler.graph.program import Program
-from descompiler.layout.pieces import Pieces
-from descompiler.layout.placement import Placement
 from descompiler.planning.exchanges import layout_of
-from descompiler.region.cut import Candidates, Cut
-from descompiler.tables.form import LookupPart, Split, form_named
-from descompiler.tables.tables import Operator, lookups_by_node
+from descompiler.region.partition import Partition
+from descompiler.tables.form import LookupPart, form_named
 
 
 class Emission:
@@ -43,39 +39,25 @@ class Emission:
     rows_local: fx.Node
     rows: fx.Node
 
-    def __init__(
-        self,
-        program: Program,
-        operators: Sequence[Operator],
-        splits: Mapping[str, Split],
-        pieces: Mapping[str, Pieces],
-        candidates: Candidates,
-        cut: Cut,
-        rank: int,
-        ranks: int,
-    ):
-        self.program, self.operators, self.splits, self.pieces = program, operators, splits, pieces
-        self.candidates, self.inside, self.exits = candidates, cut.inside, cut.exits
-        self.placements: dict[fx.Node, Placement] = {n: candidates.placed[n].placement for n in cut.inside}
-        self.rank, self.ranks = rank, ranks
-        self.lookups = lookups_by_node(operators)
-        self.layout = layout_of(program, operators, splits, pieces, candidates, cut, ranks)
+    def __init__(self, partition: Partition, rank: int):
+        self.partition, self.program, self.rank, self.ranks = partition, partition.program, rank, partition.ranks
+        self.layout = layout_of(partition)
         self.graph = fx.Graph()
-        self.constants: dict[str, torch.Tensor] = dict(program.constants)
+        self.constants: dict[str, torch.Tensor] = dict(partition.program.constants)
         self.sources: list[Source] = []
         self.own: dict[fx.Node, fx.Node] = {}
         self._form_constants: dict[str, dict[str, fx.Node]] = {}  # by table, what its form needs
         self.runtime = self.graph.placeholder("runtime")
         self._placeholders()
-        self.weights = {name: n for n in self.own if (name := program.parameter(n)) is not None}
+        self.weights = {name: n for n in self.own if (name := self.program.parameter(n)) is not None}
 
     def _placeholders(self) -> None:
         for n in self.program.graph.nodes:
             # inputs go by position; the reducer would wait for the gradient of a parameter that nobody uses
             if n.op == "placeholder" and (n.users or self.program.sources[n.name].kind == "input"):
                 self.own[n] = self._placeholder(n.name, self.program.sources[n.name])
-        for o in self.operators:
-            split = self.splits[o.name]
+        for o in self.partition.operators:
+            split = self.partition.splits[o.name]
             for what, tensor in form_named(split.form).constants(split, self.rank).items():
                 name = f"{what}_{o.name}"
                 self.constants[name] = tensor
@@ -97,7 +79,7 @@ class Emission:
 
     def lookup(self, n: fx.Node, ids: fx.Node, weight: fx.Node) -> fx.Node:
         """This rank's part of a lookup, as the table's form has it."""
-        o, x = self.lookups[n]
-        split, constants = self.splits[o.name], self._form_constants.get(o.name, {})
+        o, x = self.partition.lookups[n]
+        split, constants = self.partition.splits[o.name], self._form_constants.get(o.name, {})
         part = LookupPart(self.graph, self.runtime, self.rank, self.ranks, o, x, split, weight, ids, constants)
         return form_named(split.form).emit(part)

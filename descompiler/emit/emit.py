@@ -8,7 +8,7 @@ This file has the order; `descompiler.emit.region` and `descompiler.emit.outside
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,16 +19,13 @@ from descompiler.emit.emission import Emission
 from descompiler.emit.outside import OutsideEmitter
 from descompiler.emit.region import RegionEmitter
 from descompiler.graph.nodes import Source, aten
-from descompiler.graph.program import Program
 from descompiler.graph.rewrite import ancestors, descendants, eliminate_dead_code
 from descompiler.layout.id_checks import Check
 from descompiler.layout.layout import Layout
-from descompiler.layout.pieces import Pieces
 from descompiler.layout.rows import Rows
 from descompiler.model.attributes import Place
 from descompiler.model.inputs import Signature
-from descompiler.planning.exchanges import early_checks
-from descompiler.region.cut import Candidates, Cut
+from descompiler.region.partition import Partition
 from descompiler.runtime.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait
 from descompiler.runtime.leaf import LeafOnRanks
 from descompiler.tables.form import Split, form_named
@@ -66,41 +63,33 @@ class Emitted:
     signature: Signature | None = None
 
 
-def emit(
-    program: Program,
-    operators: Sequence[Operator],
-    splits: Mapping[str, Split],
-    pieces: Mapping[str, Pieces],
-    candidates: Candidates,
-    cut: Cut,
-    rank: int,
-    ranks: int,
-) -> Emitted:
+def emit(partition: Partition, rank: int) -> Emitted:
     """Emit one rank's program (see the module's text)."""
-    e = Emission(program, operators, splits, pieces, candidates, cut, rank, ranks)
+    program, inside = partition.program, partition.inside
+    e = Emission(partition, rank)
     region = RegionEmitter(e)
     outside = region.outside
     checks = _begin(e, outside)
     if e.layout.wholes:
         outside.gather_tables()
-    if e.inside:
+    if inside:
         region.enter_start()
     if e.layout.early:
         outside.fetch_rows(0)
-    if e.inside:
+    if inside:
         region.enter_wait()
         region.emit()
         region.exit_start()
-    dependent = descendants(program.graph, e.inside)
+    dependent = descendants(program.graph, inside)
     for n in program.graph.nodes:
-        if n.op == "call_function" and n not in dependent and n not in e.inside:
+        if n.op == "call_function" and n not in dependent and n not in inside:
             outside.emit(n)
-    if e.exits:
+    if partition.exits:
         region.exit_wait()
     for n in program.graph.nodes:
-        if n in e.inside:
+        if n in inside:
             region.local(n)
-            if n in e.exits:
+            if n in partition.exits:
                 outside.own(n)
         elif n.op == "call_function":
             outside.emit(n)
@@ -119,7 +108,7 @@ def emit(
 
 def _begin(e: Emission, outside: OutsideEmitter) -> tuple[Check, ...]:
     """The header: the rows of all ranks, and checks of what is known by then."""
-    lookups, targets = early_checks(e.program, e.operators, e.inside, e.layout.wholes, e.layout.fetches)
+    lookups, targets = e.partition.early_checks
     checked = [*(x.ids for _, x in lookups), *(n for n, _ in targets)]
     needed = ancestors(checked)
     for n in e.program.graph.nodes:
@@ -132,7 +121,7 @@ def _begin(e: Emission, outside: OutsideEmitter) -> tuple[Check, ...]:
         outside.begin_fetch(ids)
     else:
         e.rows = e.on_runtime("begin", e.rows_local, ids)
-    return (*(_check(e.splits[o.name], o, x) for o, x in lookups), *(c for _, c in targets))
+    return (*(_check(e.partition.splits[o.name], o, x) for o, x in lookups), *(c for _, c in targets))
 
 
 def _check(split: Split, o: Operator, x: Lookup) -> Check:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from descompiler.classify.coupling import CouplingStage, couple
+from descompiler.classify.coupling import CouplingStage
 from descompiler.classify.scope import CONSTANT, GLOBAL, OWN, OWN_ROWS, SIZE, SIZED, WHOLE, scope_of, size_terms
 from descompiler.emit.emission import Emission
 from descompiler.graph.arguments import operand, training_norm
@@ -23,10 +23,9 @@ from descompiler.graph.leaf import Leaf
 from descompiler.graph.nodes import aten, is_tensor, signature, value
 from descompiler.layout.rows import Rows
 from descompiler.ops.local import scale_grad
-from descompiler.planning.products import outputs_in_order
 from descompiler.runtime.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait, take
 from descompiler.runtime.leaf import LeafOnRanks
-from descompiler.tables.totals import divided, emit_total, find_totals
+from descompiler.tables.totals import emit_total
 
 
 class OutsideEmitter:
@@ -48,14 +47,11 @@ class OutsideEmitter:
     ):
         self.e, self.graph = emission, emission.graph
         self._arrived, self._piece = arrived, piece
-        program, ranks = emission.program, emission.ranks
-        self.coupling = couple(program, emission.inside)
+        self.coupling = emission.partition.coupling
         self._demands: dict[fx.Node, list[str]] = {}
         for n, version in self.coupling.demands:
             self._demands.setdefault(n, []).append(version)
         self._stage_of = {n: s for s in self.coupling.stages for n in s.members}
-        self._totals = {t.node: t for t in divided(find_totals(program), emission.splits)} if ranks > 1 else {}
-        self._products = outputs_in_order(program, emission.operators, emission.splits)
         self._whole: dict[fx.Node, Any] = {}  # original node -> emitted node holding the global batch
         self._sized: dict[fx.Node, Any] = {}  # original node -> emitted node made from the number of own rows
         # of a fetched lookup: the number of its fetch, and its own in there
@@ -91,19 +87,19 @@ class OutsideEmitter:
 
     def _emit_own(self, n: fx.Node) -> Any:
         e, scope = self.e, scope_of(n)
-        if n in e.inside:
+        if n in e.partition.inside:
             return self._arrived(n)
         if n.name in self._fetched:
             return self._emit_fetched(n)
-        if n in e.lookups and (scope.kind != GLOBAL or e.ranks == 1):
-            return e.lookup(n, self.version(n, e.lookups[n][1].ids), self.own(operand(n)))
-        if n in self._products:
+        if n in e.partition.lookups and (scope.kind != GLOBAL or e.ranks == 1):
+            return e.lookup(n, self.version(n, e.partition.lookups[n][1].ids), self.own(operand(n)))
+        if n in e.partition.products:
             return self._emit_product(n)
         if e.ranks == 1:
             return self._copy(n, self.own)
-        if n in self._totals:
-            t = self._totals[n]
-            return emit_total(self.graph, e.runtime, t, e.own[t.weight], e.pieces[t.table], e.rank)
+        if n in e.partition.totals:
+            t = e.partition.totals[n]
+            return emit_total(self.graph, e.runtime, t, e.own[t.weight], e.partition.pieces[t.table], e.rank)
         if scope.kind == SIZE:
             return self._size(n, OWN)
         if scope.kind == GLOBAL:
@@ -137,8 +133,8 @@ class OutsideEmitter:
         if scope.drawn and not isinstance(n.target, Leaf):
             args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), self.whole)
             return e.on_runtime("draw", n.target, *args, **kwargs)
-        if n in e.lookups:
-            return e.lookup(n, self.whole(e.lookups[n][1].ids), self.whole(operand(n)))
+        if n in e.partition.lookups:
+            return e.lookup(n, self.whole(e.partition.lookups[n][1].ids), self.whole(operand(n)))
         return self._copy(n, self.whole, scope.drawn)
 
     def sized(self, n: fx.Node) -> Any:
@@ -240,14 +236,15 @@ class OutsideEmitter:
         ]
 
     def _emit_product(self, n: fx.Node) -> fx.Node:
-        number = list(self._products).index(n)
-        o, x = self._products[n]
+        products = self.e.partition.products
+        number = list(products).index(n)
+        o, x = products[n]
         bias = x.bias
         weight = self._piece(x.weight, o.name, x.rows) if x.rows else self.own(x.weight)
         if bias is not None:
             name = self.e.program.parameter(bias)
             bias = self.own(bias)
-            if name is None or self.e.pieces[name].is_replicated:
+            if name is None or self.e.partition.pieces[name].is_replicated:
                 # each owner adds its part; the reducer divides by the number of ranks what the product has divided
                 start, size, _ = self.e.layout.vocabularies[number].parts.get(self.e.rank, (0, 0, 0))
                 bias = self.e.call(aten.narrow.default, bias, 0, start, size)
@@ -261,7 +258,7 @@ class OutsideEmitter:
         self.e.own.update({n: self.e.item(gathered, i) for i, n in enumerate(nodes)})
 
     def _fetch_ids(self, number: int) -> list[fx.Node]:
-        by_name = {n.name: x.ids for n, (_, x) in self.e.lookups.items()}
+        by_name = {n.name: x.ids for n, (_, x) in self.e.partition.lookups.items()}
         return [self.own(by_name[name]) for name in self.e.layout.fetches[number].names]
 
     def begin_fetch(self, ids: list[fx.Node]) -> None:
@@ -283,4 +280,4 @@ class OutsideEmitter:
             under_way = self._fetches[number]
             fetching = self.e.item(under_way, 0)
             self._fetched_rows[number] = fetching, self.e.call(fetch_wait, self.e.runtime, under_way)
-        return self.e.call(take, *self._fetched_rows[number], index, self.e.lookups[n][1].mode)
+        return self.e.call(take, *self._fetched_rows[number], index, self.e.partition.lookups[n][1].mode)

@@ -22,7 +22,6 @@ from descompiler.graph.slicing import emit_slice, follow
 from descompiler.layout.placement import LOCAL, Local, Partial, Shard, has_local
 from descompiler.layout.spans import at
 from descompiler.ops.local import join_local, scale_grad
-from descompiler.planning.exchanges import channels_by_rank, lookups_by_ids, norms_inside, shared_weights
 from descompiler.region.rule import Part
 
 
@@ -42,14 +41,12 @@ class RegionEmitter:
     # ---- stages
 
     def enter_start(self) -> None:
-        entry_ids = lookups_by_ids(self.e.program, self.e.operators, self.e.inside)
-        self._entering = self.e.on_runtime("enter_start", [self.outside.own(n) for n in entry_ids])
+        self._entering = self.e.on_runtime("enter_start", [self.outside.own(n) for n in self.e.partition.readers])
 
     def enter_wait(self) -> None:
         e = self.e
         arrived = e.on_runtime("enter_wait", self._entering)
-        entry_ids = lookups_by_ids(e.program, e.operators, e.inside)
-        for i, (n, entry) in enumerate(zip(entry_ids, e.layout.entries, strict=True)):
+        for i, (n, entry) in enumerate(zip(e.partition.readers, e.layout.entries, strict=True)):
             if entry.width(e.rank):
                 self._entered[n] = (e.item(arrived, i), entry.columns_on(e.rank))
 
@@ -58,26 +55,26 @@ class RegionEmitter:
         e = self.e
         part = self._part(e.rank, e.rows, self._values.get, self.given)
         for n in e.program.graph.nodes:
-            if n in e.inside and part.holds(e.placements[n]):
-                self._values[n] = self._lookup(n) if n in e.lookups else e.candidates.rules[n].emit(n, part)
+            if n in e.partition.inside and part.holds(e.partition.placements[n]):
+                self._values[n] = (
+                    self._lookup(n) if n in e.partition.lookups else e.partition.candidates.rules[n].emit(n, part)
+                )
         # running statistics that moved on one rank, to all
-        if norms := norms_inside(e.program, e.inside):
+        if norms := e.partition.norms:
             buffers = [[e.own[b] for b in norm.statistics if b is not None] for norm in norms]
-            channels = [channels_by_rank(norm.node, e.placements[norm.node], e.ranks) for norm in norms]
-            e.on_runtime("share_statistics", buffers, channels)
+            e.on_runtime("share_statistics", buffers, [e.partition.channels(norm) for norm in norms])
 
     def exit_start(self) -> None:
         e = self.e
-        placed = e.candidates.placed
+        placed = e.partition.candidates.placed
         unused = [
             e.own[e.weights[name]]
             for n in e.program.graph.nodes
-            if n in e.inside and n not in self._values
+            if n in e.partition.inside and n not in self._values
             for name in placed[n].replicated
         ]
         anchor = e.on_runtime("anchor", *dict.fromkeys(unused))
-        cut_weights = shared_weights(e.program, placed, e.inside)
-        if cut_weights:
+        if cut_weights := e.partition.shared_weights:
             slices = []
             for name, p in cut_weights.items():
                 weight = e.own[e.weights[name]]
@@ -85,15 +82,15 @@ class RegionEmitter:
             reduced = e.on_runtime("reduce_shared", anchor, *slices)
             anchor = e.item(reduced, 0)
             self._slices = {name: e.item(reduced, i + 1) for i, name in enumerate(cut_weights)}
-        self._started = e.on_runtime("exit_start", anchor, [self._values.get(n) for n in e.exits])
+        self._started = e.on_runtime("exit_start", anchor, [self._values.get(n) for n in e.partition.exits])
 
     def exit_wait(self) -> None:
         received = self.e.on_runtime("exit_wait", self._started)
-        self._received = {n: self.e.item(received, i) for i, n in enumerate(self.e.exits)}
+        self._received = {n: self.e.item(received, i) for i, n in enumerate(self.e.partition.exits)}
 
     def arrived(self, n: fx.Node) -> fx.Node:
         """A value that left the region, for own rows."""
-        placement, received = self.e.placements[n], self._received[n]
+        placement, received = self.e.partition.placements[n], self._received[n]
         assert not isinstance(placement, Local)
         if not has_local(placement):
             return received
@@ -114,20 +111,36 @@ class RegionEmitter:
     ) -> Part:
         """What rules emit a part of a value with; see `Part`."""
         e = self.e
-        return Part(e.graph, e.runtime, e.program, e.rank, e.ranks, owner, rows, e.placements, e.pieces, own, given)
+        return Part(
+            e.graph,
+            e.runtime,
+            e.program,
+            e.rank,
+            e.ranks,
+            owner,
+            rows,
+            e.partition.placements,
+            e.partition.pieces,
+            own,
+            given,
+        )
 
     def local(self, n: fx.Node) -> fx.Node | None:
         """The part of a value of the region that every rank computes from its own rows; None if there is none."""
         if n not in self._local:
             part = self._part(LOCAL, self.e.rows_local, self._local_operand, self._local_given)
-            self._local[n] = self.e.candidates.rules[n].emit(n, part) if part.holds(self.e.placements[n]) else None
+            self._local[n] = (
+                self.e.partition.candidates.rules[n].emit(n, part)
+                if part.holds(self.e.partition.placements[n])
+                else None
+            )
         return self._local[n]
 
     def _lookup(self, n: fx.Node) -> fx.Node:
         e = self.e
-        o, x = e.lookups[n]
+        o, x = e.partition.lookups[n]
         ids, arrived = self._entered[x.ids]
-        wanted = at(e.splits[o.name].columns(o, x), e.rank, ())
+        wanted = at(e.partition.splits[o.name].columns(o, x), e.rank, ())
         if wanted is not None and wanted != arrived:
             have = list(range(tail(x.ids)[0]) if arrived is None else arrived)
             ids = e.call(operator.getitem, ids, (slice(None), [have.index(c) for c in wanted]))
@@ -143,7 +156,7 @@ class RegionEmitter:
             return self.e.own[n]
         if n not in self._pieces:
             step = follow(n, dims)
-            own = self.e.pieces[table].own(self.e.rank)
+            own = self.e.partition.pieces[table].own(self.e.rank)
             first, size = (own[0].start, own[0].size) if own else (0, 0)
             assert step is not None and len(own) <= 1
 
@@ -166,14 +179,14 @@ class RegionEmitter:
         if node in self._entered:
             arrived, dtype = self._entered[node][0], value(node).dtype
             return arrived if dtype == torch.int64 else e.call(aten.to.dtype, arrived, dtype)
-        if node in e.candidates.givens.sized:
+        if node in e.partition.candidates.givens.sized:
             return self.outside.whole(node)
         if node.op == "call_function":
             return e.graph.node_copy(node, self.given)
         name = e.program.parameter(node)
         if name is None:  # a constant
             return e.own[node]
-        pieces = e.pieces[name]
+        pieces = e.partition.pieces[name]
         if pieces.is_replicated:
             # the reducer divides by the number of ranks what the exchange has divided already
             return e.call(scale_grad, e.own[node], e.ranks)
@@ -187,7 +200,7 @@ class RegionEmitter:
         return self._own_part(node) if name is None else self._slices.get(name, self.e.own[node])
 
     def _local_operand(self, node: fx.Node) -> fx.Node | None:
-        return self.local(node) if node in self.e.inside else self._own_part(node)
+        return self.local(node) if node in self.e.partition.inside else self._own_part(node)
 
     def _own_part(self, node: fx.Node) -> Any:
         """A value from outside the region, for own rows; of one that is made from the batch size, its own rows."""

@@ -12,7 +12,7 @@ are not counted.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -22,13 +22,13 @@ from torch import fx
 from descompiler.cost_models.memory import STATE, activation_bytes, gradient_bytes, state_bytes, weight_bytes
 from descompiler.errors import PlanError
 from descompiler.graph.nodes import elements_per_row, is_tensor, is_view, shape_of, tail, value
-from descompiler.graph.program import Program, rowwise
+from descompiler.graph.program import rowwise
 from descompiler.layout.pieces import ALL, Pieces
 from descompiler.layout.placement import LOCAL, Placement, Shard, ranks_of
 from descompiler.layout.spans import Spans
-from descompiler.region.cut import Cut, Weights
+from descompiler.region.cut import Weights
+from descompiler.region.partition import Partition
 from descompiler.tables.computed import groups_of
-from descompiler.tables.tables import Operator
 
 
 @dataclass(frozen=True)
@@ -58,26 +58,15 @@ def check_optimizer(name: str) -> str:
     return name
 
 
-def memory_of(
-    program: Program,
-    operators: Sequence[Operator],
-    pieces: Mapping[str, Pieces],
-    placements: Mapping[fx.Node, Placement],
-    cut: Cut,
-    w: Weights,
-    optimizer: str,
-    unique: Mapping[str, float],
-    wholes: Collection[str] = (),
-) -> Spans[Memory]:
+def memory_of(partition: Partition, w: Weights, optimizer: str, unique: Mapping[str, float]) -> Spans[Memory]:
     """Memory of every rank.
 
     Parameters
     ----------
     unique : mapping of str to float
         Expected unique ids of one rank's batch, for tables with sparse gradients.
-    wholes : collection of str
-        Tables that are gathered whole: they, and their gradients, are there during a step.
     """
+    program, operators, pieces = partition.program, partition.operators, partition.pieces
     sparse = {o.name for o in operators if o.sparse}
     tables = {o.name for o in operators}
     weights, gradients, state = (np.zeros(w.ranks, dtype=np.int64) for _ in range(3))
@@ -101,12 +90,13 @@ def memory_of(
     for node in program.graph.nodes:
         if node.op != "call_function" or not is_tensor(node) or not value(node).is_floating_point() or is_view(node):
             continue
-        if node in cut.inside:
-            _add_share(inside, node, placements[node])
+        if node in partition.inside:
+            _add_share(inside, node, partition.placements[node])
         elif rowwise(program, node):
             outside += prod(tail(node))
     activations = activation_bytes(w.rows, outside + inside * w.ranks, w.itemsize)
-    held = sum(p.numel() * (2 if p.requires_grad else 1) for n, p in program.parameters.items() if n in wholes)
+    gathered = [program.parameters[name] for name in partition.wholes]  # there, with their gradients, during a step
+    held = sum(p.numel() * (2 if p.requires_grad else 1) for p in gathered)
     activations = activations + activation_bytes(1, held, w.itemsize)
     for group in groups_of(operators):  # all rows of each computed table, in this rank's columns
         first = pieces[group.tables[0]]

@@ -21,16 +21,15 @@ from math import prod
 from descompiler.graph.nodes import tail
 from descompiler.graph.program import Program
 from descompiler.layout.layout import Layout
-from descompiler.layout.pieces import Pieces
 from descompiler.layout.spans import Spans
 from descompiler.layout.statistics import Statistics
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.exchanges import layout_of
 from descompiler.planning.memory import Memory, memory_of
 from descompiler.planning.pins import Forbidden
-from descompiler.planning.products import bias_pieces
-from descompiler.region.cut import Candidates, Cut, Weights, at_lookups, minimum_cut
+from descompiler.region.cut import Weights, at_lookups, minimum_cut
 from descompiler.region.flow import DEFAULT, SOLVERS
+from descompiler.region.partition import Partition
 from descompiler.region.place import place
 from descompiler.region.rule import Rule
 from descompiler.tables.form import Choice, Split, form_named, split_as
@@ -81,10 +80,7 @@ class Terms:
 class Trial:
     """One choice of forms, with all that follows from it."""
 
-    splits: dict[str, Split]
-    candidates: Candidates
-    cut: Cut
-    pieces: dict[str, Pieces]
+    partition: Partition
     layout: Layout
     aggregate: str
     score: Score
@@ -147,45 +143,30 @@ class Objective:
             cuts = {"cut": minimum_cut(self.program, candidates, self.w, solver=self.terms.solver)}
             if cuts["cut"].exits != (other := at_lookups(candidates)).exits:
                 cuts["lookups"] = other
-            found += [self._price(splits, candidates, cut, aggregate) for aggregate, cut in cuts.items()]
+            for aggregate, cut in cuts.items():
+                partition = Partition(self.program, self.operators, splits, candidates, cut, self.w.ranks)
+                found.append(self._price(partition, aggregate))
             best = min(found, key=lambda t: t.score)
             if not best.score.missing_bytes:
                 break
         return best
 
-    def _price(self, splits: dict[str, Split], candidates: Candidates, cut: Cut, aggregate: str) -> Trial:
-        w, limit = self.w, self.terms.limit_bytes
-        pieces = parameter_pieces(self.program, splits, candidates, cut, w.ranks)
-        pieces.update(bias_pieces(self.program, self.operators, splits))
-        layout = layout_of(self.program, self.operators, splits, pieces, candidates, cut, w.ranks)
-        every = layout.predict_kinds(w.rows, w.itemsize, self.statistics)
+    def _price(self, partition: Partition, aggregate: str) -> Trial:
+        limit, layout = self.terms.limit_bytes, layout_of(partition)
+        every = layout.predict_kinds(self.w.rows, self.w.itemsize, self.statistics)
         memory: Spans[Memory] = ()
         missing = 0
         if limit is not None:
-            memory = self.memory(pieces, candidates, cut, layout)
+            memory = self.memory(partition)
             missing = max(0, max(m.total for _, _, m in memory) - limit)
         price_bytes = max(t.total for t in every)
         cluster = self.terms.cluster
         price = float(price_bytes) if cluster is None else cluster.seconds(every)
         score = Score(missing, price, price_bytes, max(t.calls for t in every))
-        return Trial(splits, candidates, cut, pieces, layout, aggregate, score, memory)
+        return Trial(partition, layout, aggregate, score, memory)
 
-    def memory(self, pieces: Mapping[str, Pieces], candidates: Candidates, cut: Cut, layout: Layout) -> Spans[Memory]:
-        wholes = {t.name for t in layout.wholes}
-        placements = candidates.placements()
-        operators, w, optimizer = self.operators, self.w, self.terms.optimizer
-        return memory_of(self.program, operators, pieces, placements, cut, w, optimizer, self.unique, wholes)
-
-
-def parameter_pieces(
-    program: Program, splits: Mapping[str, Split], candidates: Candidates, cut: Cut, ranks: int
-) -> dict[str, Pieces]:
-    """Pieces of every parameter: tables by their splits, weights inside by co-location, the others replicated."""
-    result = {n: Pieces.replicate(tuple(p.shape), ranks) for n, p in program.parameters.items()}
-    result.update({n: s.pieces for n, s in splits.items()})
-    for node in cut.inside:
-        result.update(candidates.placed[node].pieces)
-    return result
+    def memory(self, partition: Partition) -> Spans[Memory]:
+        return memory_of(partition, self.w, self.terms.optimizer, self.unique)
 
 
 def assign(

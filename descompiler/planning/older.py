@@ -1,7 +1,8 @@
 """Plan files of earlier versions, as they would be written now.
 
-In version 2 a layout had a field for each kind of what crosses; since version 3 it has one list of transfers. Forms had
-other names in some files of version 2 (`descompiler.tables.aliases`); who edits a file may still write these.
+In version 2 a layout had a field for each kind of what crosses; since version 3 it has one list of transfers, of which
+one had another name at first. Forms had other names in some files of version 2 (`descompiler.tables.aliases`); who
+edits a file may still write these.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from descompiler.tables.aliases import current_name
 
 VERSION = 3
 """Of the plan files that are written."""
+
+
+RENAMED = {"Header": "StepHeader"}
+"""Kinds of transfers that had another name in some files of version 3."""
 
 
 def as_of_now(data: dict[str, Any]) -> dict[str, Any]:
@@ -28,8 +33,10 @@ def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
     def by_form(x: Mapping[str, Any]) -> dict[str, Any]:
         return {current_name(form): value for form, value in x.items()}
 
+    transfers = [{**t, "is": RENAMED.get(t["is"], t["is"])} for t in data["layout"]["transfers"]]
     return {
         **data,
+        "layout": {**data["layout"], "transfers": transfers},
         "forms": {table: current_name(form) for table, form in data["forms"].items()},
         "splits": {table: {**split, "form": current_name(split["form"])} for table, split in data["splits"].items()},
         "tables": [{**table, "refusals": by_form(table["refusals"])} for table in data["tables"]],
@@ -39,7 +46,7 @@ def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layout(old: Mapping[str, Any]) -> dict[str, Any]:
     """The layout of a file of version 2, as a list."""
-    transfers: list[dict[str, Any]] = [{"is": "Header"}]
+    transfers: list[dict[str, Any]] = [{"is": "StepHeader"}]
     if old["wholes"]:
         transfers.append({"is": "WholeTables", "tables": old["wholes"]})
     if old["entries"]:

@@ -23,16 +23,17 @@ from descompiler.errors import PlanError
 from descompiler.graph.nodes import tail, target_name, user_line
 from descompiler.graph.program import Program
 from descompiler.graph.text import fingerprint
+from descompiler.layout.layout import Layout
 from descompiler.layout.spans import summed
 from descompiler.planning.chosen import Crossing, Table
 from descompiler.planning.memory import check_optimizer
 from descompiler.planning.objective import Terms, Trial
 from descompiler.planning.pins import allowed_forms
 from descompiler.planning.plan import Plan
-from descompiler.planning.products import outputs_in_order
 from descompiler.planning.search import Search
 from descompiler.region.cut import Weights
 from descompiler.region.named import named_cut_graph
+from descompiler.region.partition import Partition
 from descompiler.region.rule import Rule
 from descompiler.tables.computed import groups_of, notes_of_computed, whole_notes
 from descompiler.tables.form import fallback, form_named
@@ -74,6 +75,7 @@ def choose(
     search = Search(program, operators, rules, w, allowed, terms, progress)
     forms, bound = search.run()
     best = search.objective.trial(forms)
+    partition = best.partition
     if best.score.missing_bytes:
         raise PlanError(_does_not_fit(search, forms, best, pins))
     prices, missing = _alternatives(search, forms, best.score.price_bytes)
@@ -82,10 +84,10 @@ def choose(
         rows=w.rows,
         itemsize=w.itemsize,
         tables=[_table(o) for o in operators],
-        splits=best.splits,
-        pieces=best.pieces,
+        splits=dict(partition.splits),
+        pieces=dict(partition.pieces),
         layout=best.layout,
-        crossings=_crossings(program, operators, best),
+        crossings=_crossings(partition, best.layout),
         price_bytes=best.score.price_bytes,
         prices=prices,
         fingerprint=fingerprint(program),
@@ -101,12 +103,12 @@ def choose(
         optimizer=terms.optimizer,
         limit_bytes=terms.limit_bytes,
         missing=missing,
-        memories=best.memory or search.objective.memory(best.pieces, best.candidates, best.cut, best.layout),
+        memories=best.memory or search.objective.memory(partition),
         notes=coupling_notes(program, best.layout.exchanges)
         + notes_of_computed(groups_of(operators), {n for n, f in forms.items() if form_named(f).by_columns})
-        + whole_notes(operators, best.splits),
+        + whole_notes(operators, partition.splits),
         replan=lambda changed: choose(program, operators, rules, w, changed, terms=terms),
-        graph_of_cut=lambda: named_cut_graph(program, best.candidates, w, best.cut.inside),
+        graph_of_cut=lambda: named_cut_graph(program, partition.candidates, w, partition.inside),
     )
 
 
@@ -171,26 +173,24 @@ def _table(o: Operator) -> Table:
     return Table(o.name, o.rows, o.dim, size, o.ids, vectors, o.sparse, tuple(uses), refused, o.line, outputs, whole)
 
 
-def _crossings(program: Program, operators: Sequence[Operator], best: Trial) -> list[Crossing]:
+def _crossings(partition: Partition, layout: Layout) -> list[Crossing]:
     """What crosses, with the tables that it comes from or goes to."""
-    sources: dict[fx.Node, set[str]] = {x.node: {o.name} for o in operators for x in o.lookups}
-    nodes = {n.name: n for n in program.graph.nodes}
-    for n in program.graph.nodes:
-        if n in best.cut.inside and n not in sources:
+    sources: dict[fx.Node, set[str]] = {x.node: {o.name} for o in partition.operators for x in o.lookups}
+    for n in partition.program.graph.nodes:
+        if n in partition.inside and n not in sources:
             sources[n] = set().union(*(sources.get(p, set()) for p in n.all_input_nodes))
-    readers: dict[str, set[str]] = {}
-    for o in operators:
+    reading: dict[fx.Node, set[str]] = {}
+    for o in partition.operators:
         for x in o.lookups:
-            if x.node in best.cut.inside:
-                readers.setdefault(x.ids.name, set()).add(o.name)
+            if x.node in partition.inside:
+                reading.setdefault(x.ids, set()).add(o.name)
     result = []
-    for e in best.layout.entries:
-        reads = tuple(sorted(readers[e.name]))
-        result.append(Crossing("ids", e.name, "Shard(0)", summed(e.widths), reads, user_line(nodes[e.name])))
-    for node, left in zip(best.cut.exits, best.layout.exits, strict=True):
-        placement, reads = str(best.candidates.placed[node].placement), tuple(sorted(sources[node]))
+    for ids, e in zip(partition.readers, layout.entries, strict=True):
+        reads = tuple(sorted(reading[ids]))
+        result.append(Crossing("ids", e.name, "Shard(0)", summed(e.widths), reads, user_line(ids)))
+    for node, left in zip(partition.exits, layout.exits, strict=True):
+        placement, reads = str(partition.placements[node]), tuple(sorted(sources[node]))
         result.append(Crossing("values", target_name(node), placement, summed(left.widths), reads, user_line(node)))
-    products = outputs_in_order(program, operators, best.splits)
-    for (node, (o, output)), v in zip(products.items(), best.layout.vocabularies, strict=True):
+    for (node, (o, output)), v in zip(partition.products.items(), layout.vocabularies, strict=True):
         result.append(Crossing("product", str(output), "Shard(0)", v.elements, (o.name,), user_line(node), v.ids))
     return result

@@ -69,11 +69,11 @@ def page(
     cluster : Cluster
         For seconds; its bandwidth is varied in the third chart.
     """
-    candidates, cut = captured.region(plan)
+    partition = captured.partition(plan)
     where = cluster.with_ranks(plan.ranks)
 
     def drawn(after: bool) -> str:
-        d = graphs.drawing(captured.program, captured.operators, plan, cut, after=after)
+        d = graphs.drawing(captured.program, captured.operators, plan, partition.cut, after=after)
         name = f"{title}, {'after' if after else 'before'}"
         return f"<div class='scroll'>{drawing.to_svg(d, name)}</div>"
 
@@ -101,7 +101,7 @@ def page(
         ),
         ("What crosses the wire", "".join(map(render.to_html, crossing))),
         ("Strategies", render.to_html(summary.strategies(plan, where))),
-        ("Operators that stay outside", render.to_html(declined(candidates))),
+        ("Operators that stay outside", render.to_html(declined(partition.candidates))),
     ]
     best = min(plan.priced(cluster=where), key=lambda x: x.sent_bytes)
     mine = summary.mean_bytes(plan)

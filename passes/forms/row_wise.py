@@ -2,7 +2,7 @@
 
 Contiguous ranges of rows to ranks. Each rank looks up all ids of the global batch, zeros for those that it doesn't own,
 so a result is non-zero on one rank (`Disjoint`), a bag a sum of terms (`Partial`). Products with the table are computed
-by the owners of its rows (`descompiler.planning.products`).
+by the owners of its rows (`descompiler.tables.products`).
 """
 
 from __future__ import annotations

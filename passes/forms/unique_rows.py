@@ -4,7 +4,7 @@ Contiguous ranges of rows to ranks, as in form row_wise, but each rank looks up 
 owner for its unique ids once, and returns each row's summed gradient once (a synchronous parameter server that
 deduplicates). The result is local, so any operator may follow, also one that no rule keeps in a region, and ids may be
 computed from other lookups. Products with the table are computed by the owners of its rows
-(`descompiler.planning.products`).
+(`descompiler.tables.products`).
 """
 
 from __future__ import annotations

@@ -30,14 +30,15 @@ def outputs_in_order(
     return {n: every[n] for n in program.graph.nodes if n in every}
 
 
-def layouts_of(program: Program, operators: Sequence[Operator], splits: Mapping[str, Split]) -> tuple[Vocabulary, ...]:
+def layouts_of(
+    program: Program, products: Mapping[fx.Node, tuple[Operator, Output]], splits: Mapping[str, Split]
+) -> tuple[Vocabulary, ...]:
     """What each product with a divided table exchanges."""
-    found = outputs_in_order(program, operators, splits)
-    if not found:
+    if not products:
         return ()
     trained = _trained(program)
     result = []
-    for node, (o, x) in found.items():
+    for node, (o, x) in products.items():
         backward_x = x.x in trained
         result.append(
             Vocabulary(
@@ -85,15 +86,16 @@ def _trained(program: Program) -> set[fx.Node]:
     return result
 
 
-def bias_pieces(program: Program, operators: Sequence[Operator], splits: Mapping[str, Split]) -> dict[str, Pieces]:
+def bias_pieces(
+    program: Program, products: Mapping[fx.Node, tuple[Operator, Output]], splits: Mapping[str, Split]
+) -> dict[str, Pieces]:
     """Biases that only products with one divided table add, cut like its rows: they need no all-reduce."""
     result: dict[str, Pieces] = {}
-    every = outputs_in_order(program, operators, splits)
-    for o, x in every.values():
+    for o, x in products.values():
         name = program.parameter(x.bias)
         if name is None or x.bias is None:
             continue
-        whole = all(u in every and every[u][0] is o and every[u][1].size == o.rows for u in x.bias.users)
+        whole = all(u in products and products[u][0] is o and products[u][1].size == o.rows for u in x.bias.users)
         if whole:
             p = splits[o.name].pieces
             result[name] = Pieces((o.rows,), 0, p.runs, p.ranks)

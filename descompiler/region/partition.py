@@ -1,0 +1,167 @@
+"""Partitions: one program, divided among ranks in one way. What is asked of it is found once, and only when asked.
+
+The planner makes one for every choice that it tries, to count what crosses (`descompiler.planning.exchanges`) and what
+ranks hold (`descompiler.planning.memory`); the chosen one is emitted (`descompiler.emit.emit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import fx
+
+from descompiler.classify.coupling import Coupling, couple
+from descompiler.classify.scope import GLOBAL, coupled_nodes, scope_of, trained_parameters
+from descompiler.graph.arguments import BatchNormCall, training_norm
+from descompiler.graph.nodes import tail
+from descompiler.graph.program import Program
+from descompiler.graph.rewrite import descendants
+from descompiler.layout.id_checks import Check
+from descompiler.layout.pieces import Pieces
+from descompiler.layout.placement import Owned, Placement, Shard
+from descompiler.region.cut import Candidates, Cut
+from descompiler.tables.form import Split, form_named
+from descompiler.tables.products import bias_pieces, checks_of, outputs_in_order
+from descompiler.tables.tables import Lookup, Operator, Output, lookups_by_node
+from descompiler.tables.totals import Total, divided, find_totals
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """A program with everything divided: each table's split, the pieces of each parameter, the region, for N ranks.
+
+    Attributes
+    ----------
+    candidates : Candidates
+        The nodes that rules can place, and where.
+    cut : Cut
+        Those that are in the region, and those that leave it.
+    planned : mapping of str to Pieces, optional
+        What ranks hold already, by a plan for another graph of the model (other training flags).
+    """
+
+    program: Program
+    operators: Sequence[Operator]
+    splits: Mapping[str, Split]
+    candidates: Candidates
+    cut: Cut
+    ranks: int
+    planned: Mapping[str, Pieces] | None = None
+
+    @cached_property
+    def pieces(self) -> Mapping[str, Pieces]:
+        """Of every parameter: tables by their splits, weights inside and biases of products by co-location, the others
+        replicated."""
+        if self.planned is not None:
+            return self.planned
+        result = {n: Pieces.replicate(tuple(p.shape), self.ranks) for n, p in self.program.parameters.items()}
+        result.update({n: s.pieces for n, s in self.splits.items()})
+        for node in self.inside:
+            result.update(self.candidates.placed[node].pieces)
+        return result | bias_pieces(self.program, self.products, self.splits)
+
+    # ---- the region
+
+    @property
+    def inside(self) -> frozenset[fx.Node]:
+        """The nodes of the region."""
+        return self.cut.inside
+
+    @property
+    def exits(self) -> tuple[fx.Node, ...]:
+        """The nodes whose values leave the region."""
+        return self.cut.exits
+
+    @cached_property
+    def placements(self) -> dict[fx.Node, Placement]:
+        """Where each node of the region has its value."""
+        return {n: self.candidates.placed[n].placement for n in self.inside}
+
+    @cached_property
+    def readers(self) -> dict[fx.Node, list[tuple[Operator, Lookup]]]:
+        """The ids that enter the region, and the lookups that read them, in the order of the graph."""
+        result: dict[fx.Node, list[tuple[Operator, Lookup]]] = {}
+        for n in self.program.graph.nodes:
+            if n in self.lookups and n in self.inside:
+                result.setdefault(self.lookups[n][1].ids, []).append(self.lookups[n])
+        return result
+
+    @cached_property
+    def norms(self) -> list[BatchNormCall]:
+        """Batch norms in the region whose running statistics move."""
+        norms = [training_norm(n) for n in self.program.graph.nodes if n in self.inside]
+        return [norm for norm in norms if norm is not None and norm.statistics[0] is not None]
+
+    def channels(self, norm: BatchNormCall) -> list[list[int]]:
+        """The channels of a batch norm in the region that each rank normalises."""
+        placement = self.placements[norm.node]
+        if isinstance(placement, Shard):
+            return [placement.positions(r) for r in range(self.ranks)]
+        return [list(range(tail(norm.node)[0])) if placement == Owned(r) else [] for r in range(self.ranks)]
+
+    @cached_property
+    def shared_weights(self) -> dict[str, Pieces]:
+        """Trained co-located weights of which every rank holds a slice."""
+        trained = trained_parameters(self.program)
+        return {
+            name: p
+            for node in self.program.graph.nodes
+            if node in self.inside
+            for name, p in self.candidates.placed[node].pieces.items()
+            if p.shared_size() and name in trained
+        }
+
+    # ---- outside of it
+
+    @cached_property
+    def coupling(self) -> Coupling:
+        """Which versions of values are computed, since rows of the batch mix."""
+        return couple(self.program, self.inside)
+
+    @cached_property
+    def lookups(self) -> dict[fx.Node, tuple[Operator, Lookup]]:
+        """Every lookup, with its table."""
+        return lookups_by_node(self.operators)
+
+    @cached_property
+    def fetched(self) -> tuple[list[tuple[Operator, Lookup]], list[tuple[Operator, Lookup]]]:
+        """The lookups that are fetched: those whose ids are known at the start, and the others."""
+        if self.ranks == 1:
+            return [], []
+        splits = self.splits
+        users = lookups_by_node([o for o in self.operators if form_named(splits[o.name].form).fetches(splits[o.name])])
+        late = descendants(self.program.graph, {*self.inside, *users}) | coupled_nodes(self.program)
+        order = [users[n] for n in self.program.graph.nodes if n in users]
+        return [u for u in order if u[1].ids not in late], [u for u in order if u[1].ids in late]
+
+    @cached_property
+    def wholes(self) -> dict[str, fx.Node]:
+        """The tables that the program uses, and ranks gather for that."""
+        if self.ranks == 1:
+            return {}
+        used = [(name, n) for n in self.program.graph.nodes if n.users and (name := self.program.parameter(n))]
+        return {name: n for name, n in used if name in self.splits and self.splits[name].whole}
+
+    @cached_property
+    def products(self) -> dict[fx.Node, tuple[Operator, Output]]:
+        """The products with divided tables, in the order of the graph."""
+        return outputs_in_order(self.program, self.operators, self.splits)
+
+    @cached_property
+    def totals(self) -> dict[fx.Node, Total]:
+        """Sums over all rows of divided tables."""
+        return {t.node: t for t in divided(find_totals(self.program), self.splits)}
+
+    @cached_property
+    def early_checks(self) -> tuple[list[tuple[Operator, Lookup]], list[tuple[fx.Node, Check]]]:
+        """Lookups whose ids, and targets that, are known before the header, and are checked then."""
+        sources = {*self.wholes.values(), *(x.node for lookups in self.fetched for _, x in lookups)}
+        late = descendants(self.program.graph, {*self.inside, *sources}) | coupled_nodes(self.program)
+        checked = [
+            (o, x)
+            for o, x in self.lookups.values()
+            if x.ids not in late and x.ids.op != "get_attr" and scope_of(x.node).kind != GLOBAL
+        ]
+        return checked, [(n, c) for n, c in checks_of(self.operators) if n not in late]
