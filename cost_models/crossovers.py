@@ -88,7 +88,7 @@ def crossovers(
     >>> from descompiler.cost_models.forms import ALL_TO_ALL, PARTIAL_SUMS, REPLICATE, UNIQUE_ROWS
     >>> from descompiler.cost_models.symbols import L, N, U, V, b, i, k, s, w
     >>> fields = {L: 24, k: 1, w: 1, b: 1024, s: 4, i: 4}
-    >>> print(crossovers(("all-to-all", ALL_TO_ALL), ("partial sums", PARTIAL), N, fields)[0])
+    >>> print(crossovers(("all-to-all", ALL_TO_ALL), ("partial sums", PARTIAL_SUMS), N, fields)[0])
     all-to-all beats partial sums from 25 ranks (N > L*k/w)
     >>> known = {U: 8000, k: 16, s: 4, i: 4, N: 8}
     >>> print(crossovers(("unique rows", UNIQUE_ROWS), ("replicate", REPLICATE), V, known)[0])

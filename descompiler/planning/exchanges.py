@@ -14,7 +14,7 @@ from descompiler.classify.coupling import couple
 from descompiler.classify.scope import GLOBAL, OWN, WHOLE, coupled_nodes, is_coupled, scope_of, trained_parameters
 from descompiler.graph.arguments import BatchNormCall, training_norm
 from descompiler.graph.leaf import Leaf
-from descompiler.graph.nodes import elements_per_row, tail
+from descompiler.graph.nodes import tail
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import ancestors, descendants
 from descompiler.layout.border import Columns, Entry, IdsIn, SharedColumns, ValuesOut
@@ -163,11 +163,9 @@ def _fetch(
 ) -> Fetch:
     """One fetch of some lookups; unique ids of the tables ``counted`` are counted by one before it."""
     tables: dict[str, FetchTable] = {}
-    for o, x in lookups:
-        s, before = splits[o.name], tables.get(o.name)
-        ids = elements_per_row(x.ids) + (before.ids if before else 0)
-        options = (o.padding_idx, o.sparse, o.trained, s.gathered, str(o.dtype), o.name not in counted)
-        tables[o.name] = FetchTable(o.name, s.pieces, ids, *options)
+    for o, _ in lookups:
+        split = splits[o.name]
+        tables[o.name] = FetchTable(o.table, split.pieces, split.gathered, o.name not in counted)
     ordered = sorted(tables.values(), key=lambda t: t.kind)
     position = {t.name: i for i, t in enumerate(ordered)}
     return Fetch(

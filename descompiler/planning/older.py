@@ -1,25 +1,46 @@
 """Plan files of earlier versions, as they would be written now.
 
 In version 2 a layout had a field for each kind of what crosses; since version 3 it has one list of transfers. Forms had
-other names in some files of version 2 (`descompiler.tables.aliases`); who edits a file may still write these.
+other names in some files of version 2 (`descompiler.tables.aliases`); who edits a file may still write these. Tables
+had fewer numbers in some files of version 3, and the header was named otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
+from descompiler.cost_models.table import Table
 from descompiler.tables.aliases import current_name
 
 VERSION = 3
 """Of the plan files that are written."""
+
+DTYPES = {2: "float16", 4: "float32", 8: "float64"}
+"""Of tables of which a file says no more than the bytes of an element."""
+
+NUMBERS = tuple(f.name for f in fields(Table))
 
 
 def as_of_now(data: dict[str, Any]) -> dict[str, Any]:
     """What a plan file of any version that can be read holds; one of another version as it is."""
     if data["version"] == 2:
         data = {**data, "version": VERSION, "layout": _layout(data["layout"])}
-    return _in_current_names(data) if data["version"] == VERSION else data
+    if data["version"] != VERSION:
+        return data
+    tables = [{"dtype": DTYPES.get(t.get("itemsize")), **t} for t in data["tables"]]
+    by_name = {t["name"]: {x: t[x] for x in NUMBERS if x in t} for t in tables}
+    transfers = [_transfer(t, by_name) for t in data["layout"]["transfers"]]
+    return _in_current_names({**data, "tables": tables, "layout": {**data["layout"], "transfers": transfers}})
+
+
+def _transfer(data: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A transfer, with the name that its kind has now, and with all numbers of tables whose rows are fetched."""
+    if data["is"] == "Fetch":
+        fetched = [{**tables[t["name"]], **t, "dtype": t["dtype"].removeprefix("torch.")} for t in data["tables"]]
+        data = {**data, "tables": fetched}
+    return {**data, "is": "StepHeader" if data["is"] == "Header" else data["is"]}
 
 
 def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +60,7 @@ def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layout(old: Mapping[str, Any]) -> dict[str, Any]:
     """The layout of a file of version 2, as a list."""
-    transfers: list[dict[str, Any]] = [{"is": "Header"}]
+    transfers: list[dict[str, Any]] = [{"is": "StepHeader"}]
     if old["wholes"]:
         transfers.append({"is": "WholeTables", "tables": old["wholes"]})
     if old["entries"]:
