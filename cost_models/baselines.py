@@ -34,6 +34,7 @@ import sympy
 
 from descompiler.cost_models.cost import Cost, fused
 from descompiler.cost_models.symbols import UG, L, N, P, U, V, b, c, g, i, k, l, p, s
+from descompiler.cost_models.table import OfTable, Table
 from descompiler.registry import Registry
 
 ALL_REDUCE = 2 * (N - 1) / N * V * k * s
@@ -183,25 +184,17 @@ MIN_COLUMNS = 128
 
 
 @dataclass(frozen=True)
-class TableUse:
-    """A table and its use.
+class ExpectedUse(OfTable):
+    """A table, and how many of its ids are expected to differ.
 
     Attributes
     ----------
-    ids : int
-        Per row of the batch, over all its lookups.
-    vectors : int, optional
-        That its lookups return per row of the batch; ``ids`` (no pooling) by default.
     unique : float, optional
         Expected unique ids in one rank's batch; by default all ids differ, as far as the table has rows.
     unique_global : float, optional
         The same in the global batch; by default ranks have no id in common.
     """
 
-    rows: int
-    dim: int
-    ids: int
-    vectors: int | None = None
     unique: float | None = None
     unique_global: float | None = None
 
@@ -209,9 +202,34 @@ class TableUse:
         """Its symbols' values for ``ranks`` ranks with ``rows`` rows each."""
         unique = min(rows * self.ids, self.rows) if self.unique is None else self.unique
         everywhere = min(ranks * unique, self.rows) if self.unique_global is None else self.unique_global
-        vectors = self.ids if self.vectors is None else self.vectors
         shards = min(ranks, max(1, self.dim // MIN_COLUMNS))
-        return {V: self.rows, k: self.dim, L: self.ids, p: vectors, U: unique, UG: everywhere, c: shards}
+        return {V: self.rows, k: self.dim, L: self.ids, p: self.vectors, U: unique, UG: everywhere, c: shards}
+
+
+class TableUse(ExpectedUse):
+    """The same of a table that is no model's.
+
+    Parameters
+    ----------
+    ids : int
+        Per row of the batch, over all its lookups.
+    vectors : int, optional
+        That its lookups return per row of the batch; ``ids`` (no pooling) by default.
+    unique, unique_global : float, optional
+        As `ExpectedUse` has them.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        dim: int,
+        ids: int,
+        vectors: int | None = None,
+        unique: float | None = None,
+        unique_global: float | None = None,
+    ):
+        table = Table("", rows, dim, ids=ids, vectors=ids if vectors is None else vectors)
+        super().__init__(table, unique, unique_global)
 
 
 @dataclass(frozen=True)
@@ -242,7 +260,7 @@ class Priced:
 
 
 def price(
-    tables: Sequence[TableUse],
+    tables: Sequence[ExpectedUse],
     dense_elements: int,
     *,
     ranks: int,
@@ -272,7 +290,7 @@ def price(
     """
     common = {N: ranks, b: rows, s: itemsize, i: id_bytes, l: LENGTH_BYTES, P: dense_elements}
     common[g] = min(ranks, ranks_per_node or ranks)
-    counts = Counter(tables)
+    alike = Counter(tuple(t.values(ranks, rows).items()) for t in tables)
     result = []
     for base in BASELINES:
         total = fused([base.table, base.dense]) if tables else base.dense
@@ -280,8 +298,8 @@ def price(
         memory = _number(base.dense.memory, common)
         for collective, payload in base.dense.payload.items():
             sent[collective] = _sent(collective, payload, backend, common)
-        for t, count in counts.items():
-            values = common | t.values(ranks, rows)
+        for own, count in alike.items():
+            values = common | dict(own)
             memory += count * _number(base.table.memory, values)
             for collective, payload in base.table.payload.items():
                 more = count * _sent(collective, payload, backend, values)
@@ -298,7 +316,7 @@ def price(
 
 
 def baselines(
-    tables: Sequence[TableUse], dense_elements: int, *, ranks: int, rows: int, itemsize: int, id_bytes: int = 8
+    tables: Sequence[ExpectedUse], dense_elements: int, *, ranks: int, rows: int, itemsize: int, id_bytes: int = 8
 ) -> dict[str, int]:
     """Bytes per rank and step of each baseline, the mean over ranks, dense parameters included.
 
@@ -324,7 +342,7 @@ def _sent(collective: str, payload: Any, backend: str, values: dict[sympy.Symbol
     return 0.0 if values[N] == 1 else _number(Cost({collective: payload}).sent_bytes(backend), values)
 
 
-def _owner_excess(base: Baseline, tables: Sequence[TableUse], values: dict[sympy.Symbol, Any]) -> float:
+def _owner_excess(base: Baseline, tables: Sequence[ExpectedUse], values: dict[sympy.Symbol, Any]) -> float:
     """What the busiest rank sends beyond the mean where whole tables, or column shards, have owners.
 
     The owner of w elements a row sends (N-1) b w s forward; backward every rank sends b s for the others' elements. So

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 import descompiler as des
+from descompiler.cost_models.table import Table
 from descompiler.layout.fetches import Fetch, FetchTable
 from descompiler.layout.pieces import Pieces
 from descompiler.runtime.fetch import pull
@@ -119,7 +120,7 @@ def _many_ranges(rank, ranks, sparse):
         owners = torch.randint(-1, ranks, (rows // 2,), generator=generator).tolist()
         whole = torch.randn(rows, dim, dtype=torch.float64, generator=generator).requires_grad_()
         pieces = Pieces.of((rows, dim), 0, [(2, owner) for owner in owners], ranks)
-        tables.append(FetchTable(name, pieces, 1, padding_idx=5, sparse=sparse, dtype="torch.float64"))
+        tables.append(FetchTable(Table(name, rows, dim, torch.float64, padding_idx=5, sparse=sparse), pieces))
         weights.append(pieces.cut(whole.detach(), rank).requires_grad_())
         expected.append(whole)
     tables.sort(key=lambda t: t.kind)
@@ -160,7 +161,7 @@ def _alone(rank, ranks):
     pieces = Pieces.by_sizes((10, 3), 0, [2, 5, 3], ranks)
     piece = pieces.cut(whole.detach(), rank).requires_grad_()
     runtime = Runtime(dist.group.WORLD, rank, ranks, "sum")
-    fetch = Fetch.of_table(FetchTable("table", pieces, 1))
+    fetch = Fetch.of_table(FetchTable(Table("table", 10, 3), pieces))
     every = [torch.randint(10, (n, 2), generator=torch.Generator().manual_seed(n)) for n in (0, 3, 4)]
     out = (
         pull(runtime, fetch, piece, every[rank]).sin().sum()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from descompiler.layout.pieces import ALL, Pieces, locate
 from descompiler.passes import FORMS
 from descompiler.tables.form import Choice
-from tests.harness.lookups import Looked, Table, fetched, patterns
+from tests.harness.lookups import Looked, LookupCase, fetched, patterns
 from tests.harness.parts import RANKS
 
 CHOICES = {
@@ -30,12 +30,12 @@ def tables():
     """Lookups of every kind, padded and not, in dense and sparse tables."""
     for padding, sparse in product((-1, 0, 4, 8), (False, True)):
         for ids in ((), (1,), (3,), (2, 3)):
-            yield Table(9, 4, ids, None, padding, sparse)
+            yield LookupCase(9, 4, ids, None, padding, sparse)
         for mode in ("sum", "mean", "max"):
             if not (mode == "max" and sparse):  # torch has none
-                yield Table(9, 4, (3,), mode, padding, sparse)
-        yield Table(9, 4, (3,), None, padding, sparse, starts=(0, 2, 7))
-        yield Table(9, 1, (3,), None, padding, sparse)
+                yield LookupCase(9, 4, (3,), mode, padding, sparse)
+        yield LookupCase(9, 4, (3,), None, padding, sparse, starts=(0, 2, 7))
+        yield LookupCase(9, 1, (3,), None, padding, sparse)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)
@@ -57,7 +57,12 @@ def test_lookups_with_one_key_have_one_pattern():
     row = next(f for f in FORMS if f.name == "row_wise")
     looked = {
         f"{table}, {sizes}": Looked(table, row, Choice(sizes=sizes))
-        for table in (Table(9, 4), Table(9, 2), Table(9, 4, padding=4), Table(9, 4, (3,)), Table(9, 1, (3,)))
+        for table in (
+            LookupCase(9, 4),
+            LookupCase(9, 2),
+            LookupCase(9, 4, padding=4),
+            *(LookupCase(9, k, (3,)) for k in (4, 1)),
+        )
         for sizes in ((3, 3, 3), (5, 0, 4), (4, 0, 5), (1, 7, 1))
     }
     assert not patterns(looked)
@@ -67,7 +72,7 @@ def test_lookups_with_one_key_have_one_pattern():
 def test_tables_that_are_fetched_together():
     """Rows of two tables are asked of their owners at once, and each table's padding is its own."""
     pull, hot = (next(f for f in FORMS if f.name == name) for name in ("unique_rows", "hot_rows"))
-    found = [Table(9, 4, (3,), "mean", 4), Table(7, 4, (), None, 0), Table(5, 4, (2,), None)]
+    found = [LookupCase(9, 4, (3,), "mean", 4), LookupCase(7, 4, (), None, 0), LookupCase(5, 4, (2,), None)]
     splits = [
         pull.split(found[0].operator, RANKS, Choice(sizes=(5, 0, 4))),
         hot.split(found[1].operator, RANKS, Choice(hot=((2, 4),))),

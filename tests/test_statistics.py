@@ -9,6 +9,7 @@ import descompiler as des
 from descompiler.capture.ladder import capture
 from descompiler.cost_models.forms import HOT_ROWS
 from descompiler.cost_models.symbols import UH, H, N, U, i, k, s
+from descompiler.cost_models.table import Table
 from descompiler.layout.pieces import ALL, Pieces
 from descompiler.layout.statistics import Statistics, zipf_unique
 from descompiler.model.probe import blueprint
@@ -108,11 +109,11 @@ def test_hot_rows_are_those_that_cost_less_replicated():
         assert pays == (row in hot)
     shares = statistics.shares("item.weight", split.pieces, BATCH)
     assert max(shares[:4]) < 1.1 * min(shares[:4])
-    assert form_named("hot_rows").choose(table, 4, Statistics.assumed([table]), BATCH).hot is None
+    assert form_named("hot_rows").choose(table, 4, Statistics.assumed([table.table]), BATCH).hot is None
 
 
 def test_shares_of_rows_that_all_hold():
-    statistics = Statistics.assumed([type("T", (), {"name": "t", "rows": 100, "ids": 1})])
+    statistics = Statistics.assumed([Table("t", 100, 2)])
     pieces = Pieces.of((100, 2), 0, [(10, ALL), (30, 1), (60, 0)], 2)
     assert statistics.shares("t", pieces, 50) == pytest.approx([0.6, 0.3, 0.1])
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import descompiler as des
+from descompiler.cost_models.table import Table
 from descompiler.layout.border import Entry, Exit, IdsIn, SharedColumns, ValuesOut
 from descompiler.layout.fetches import Fetch, FetchTable
 from descompiler.layout.global_values import (
@@ -36,9 +37,9 @@ from descompiler.runtime.carriers import CARRIERS
 from descompiler.tables import aliases
 
 VALUES = (GlobalValue("x", ((3,),)), GlobalValue("n", ((2,),), itemsize=8))
-ROWS = FetchTable("rows", Pieces.even((9, 4), 0, 3), 1)
-SHARED = FetchTable("shared", Pieces.replicate((9, 4), 3), 1, gathered=True)
-REDUCED = FetchTable("reduced", Pieces.replicate((9, 4), 3), 1, sparse=True)
+ROWS = FetchTable(Table("rows", 9, 4), Pieces.even((9, 4), 0, 3))
+SHARED = FetchTable(Table("shared", 9, 4), Pieces.replicate((9, 4), 3), gathered=True)
+REDUCED = FetchTable(Table("reduced", 9, 4, sparse=True), Pieces.replicate((9, 4), 3))
 
 # of three ranks with 2, 3 and 5 rows and elements of 4 bytes, what rank 1 sends by collective, worked out by hand
 EXAMPLES = [

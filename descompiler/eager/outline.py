@@ -21,7 +21,7 @@ from descompiler.eager.survey import Survey
 from descompiler.graph.nodes import Source, aten
 from descompiler.graph.program import Program
 from descompiler.layout.rows import Rows
-from descompiler.planning.plan import Table
+from descompiler.planning.chosen import PlannedTable
 from descompiler.tables.form import FORMS, fallback
 from descompiler.tables.tables import Lookup, Operator
 
@@ -40,13 +40,13 @@ class Outline:
     program : Program
         Tables have two dimensions here: rows, and all others.
     operators : list of Operator
-    tables : list of Table
+    tables : list of PlannedTable
         The same, for people: with ids of a rank's own rows.
     """
 
     program: Program
     operators: list[Operator]
-    tables: list[Table]
+    tables: list[PlannedTable]
 
 
 def outline_of(template: nn.Module, seen: Survey, ranks: int) -> Outline:
@@ -70,36 +70,25 @@ def outline_of(template: nn.Module, seen: Survey, ranks: int) -> Outline:
             node.meta.update(val=torch.empty((batch, *elements), dtype=dtype), scope=Scope(OWN_ROWS, Rows(), grad=True))
         return node
 
-    def per_row(count: int) -> int:
-        return -(-count * batches // max(seen.rows, 1))
-
     weights, ids = {}, {}
     looked_up = {n: p for n, p in template.named_parameters() if n in seen.uses and seen.uses[n].lookups}
+    tables = {n: seen.uses[n].table(n, p, seen.rows, batches) for n, p in looked_up.items()}
     for name, p in template.named_parameters():
-        shape = (p.shape[0], p.shape[1:].numel()) if name in looked_up else tuple(p.shape)
+        shape = tables[name].shape if name in tables else tuple(p.shape)
         parameters[name] = torch.empty(shape, dtype=p.dtype, device="meta", requires_grad=p.requires_grad)
         weights[name] = placeholder("parameter", name, shape, p.dtype)
         weights[name].meta["scope"] = Scope(CONSTANT, grad=name in seen.uses)
-    for name in looked_up:
-        ids[name] = placeholder("input", f"ids of {name}", (batch, per_row(seen.uses[name].ids)), torch.int64)
-    operators, kept = [], per_row(seen.kept * max(seen.rows, 1))
-    for name, p in looked_up.items():
-        use, (rows, width) = seen.uses[name], parameters[name].shape
-        vectors, sparse = per_row(use.vectors), use.sparse and not use.others  # other uses have dense gradients
-        node = call(aten.embedding.default, (weights[name], ids[name]), (vectors, width), p.dtype)
-        kept = max(0, kept - vectors * width)  # what is looked up is among it
-        refusals = refused(use, ranks)
+    for name, table in tables.items():
+        ids[name] = placeholder("input", f"ids of {name}", (batch, table.ids), torch.int64)
+    operators, kept = [], seen.kept * batches
+    for name, table in tables.items():
+        node = call(aten.embedding.default, (weights[name], ids[name]), (table.vectors, table.dim), table.dtype)
+        kept = max(0, kept - table.vectors * table.dim)  # what is looked up is among it
+        refusals = refused(seen.uses[name], ranks)
         operators.append(
             Operator(
-                name,
-                rows,
-                width,
-                p.dtype,
-                (Lookup(node, ids[name], sparse=sparse),),
-                padding_idx=-1,
-                sparse=sparse,
-                starts=None,
-                trained=p.requires_grad,
+                table,
+                (Lookup(node, ids[name], sparse=table.sparse),),
                 forms=tuple(f for f in FORMS.names if f not in refusals),
                 refusals=refusals,
             )
@@ -108,7 +97,7 @@ def outline_of(template: nn.Module, seen: Survey, ranks: int) -> Outline:
     inner = (*others, *(x.node for o in operators for x in o.lookups))
     graph.output([call(users_forward, inner, (kept,), torch.get_default_dtype())])
     program = Program(graph, sources, {}, parameters, template.training, batch.node.expr)
-    return Outline(program, operators, [_table(o, seen) for o in operators])
+    return Outline(program, operators, [_planned(o, seen, looked_up[o.name]) for o in operators])
 
 
 def fetched_form() -> str:
@@ -129,9 +118,7 @@ def refused(use: Use, ranks: int) -> dict[str, str]:
     return result
 
 
-def _table(o: Operator, seen: Survey) -> Table:
-    use, rows = seen.uses[o.name], max(seen.rows, 1)
-    uses = tuple(sorted(use.lookups | use.others))
+def _planned(o: Operator, seen: Survey, parameter: Tensor) -> PlannedTable:
+    use = seen.uses[o.name]
     refusals = {f: why for f, why in o.refusals.items() if f in (fallback().name, fetched_form())}
-    ids, vectors = -(-use.ids // rows), -(-use.vectors // rows)
-    return Table(o.name, o.rows, o.dim, o.dtype.itemsize, ids, vectors, o.sparse, uses, refusals, "")
+    return PlannedTable(use.table(o.name, parameter, seen.rows), tuple(sorted(use.lookups | use.others)), refusals)

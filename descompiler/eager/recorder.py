@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from descompiler.cost_models.table import Table
 from descompiler.errors import InputError, UnsupportedError
 from descompiler.model.float64 import InDouble, is_double_meant
 from descompiler.model.inputs import flatten, map_tensors, split_statics
@@ -25,13 +26,30 @@ from descompiler.ops.functions import DROPOUTS, LOOKUPS, function_name
 
 @dataclass
 class Use:
-    """How one parameter is used."""
+    """How a run uses one parameter."""
 
     ids: int = 0  # looked up per batch
     vectors: int = 0  # that lookups return
     sparse: bool = False
     lookups: set[str] = field(default_factory=set)
     others: set[str] = field(default_factory=set)
+
+    def table(self, name: str, parameter: Tensor, rows: int, batches: int = 1) -> Table:
+        """The parameter as a table, of which a run with ``rows`` rows told this, and each rank looks up ``batches``."""
+
+        def per_row(count: int) -> int:
+            return -(-count * batches // max(rows, 1))
+
+        return Table(
+            name,
+            len(parameter),
+            parameter.shape[1:].numel(),
+            parameter.dtype,
+            per_row(self.ids),
+            per_row(self.vectors),
+            sparse=self.sparse and not self.others,  # other uses have dense gradients
+            trained=parameter.requires_grad,
+        )
 
 
 class Recorder(TorchFunctionMode):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from descompiler.cost_models.table import OfTable
 from descompiler.layout.id_checks import Check
 from descompiler.layout.keys import KeySpace
 from descompiler.layout.pieces import ALL, Pieces
@@ -19,41 +20,25 @@ from descompiler.layout.transfer import Counts, Sent, Step, Transfer
 
 
 @dataclass(frozen=True)
-class FetchTable:
+class FetchTable(OfTable):
     """A table whose unique rows are fetched.
 
     Attributes
     ----------
-    ids : int
-        Per row of the batch, over all lookups of the fetch.
     gathered : bool
         Whether gradients of shared rows are gathered by unique row, not all-reduced.
     counted : bool
         Whether its unique ids, which are those of all its fetches together, are counted here: in the first.
     """
 
-    name: str
     pieces: Pieces
-    ids: int
-    padding_idx: int = -1
-    sparse: bool = False
-    trained: bool = True
     gathered: bool = False
-    dtype: str = "torch.float32"
     counted: bool = True
-
-    @property
-    def rows(self) -> int:
-        return self.pieces.shape[0]
-
-    @property
-    def dim(self) -> int:
-        return self.pieces.shape[1]
 
     @property
     def kind(self) -> tuple[bool, bool, bool, str, int]:
         """Tables of one kind are a class, whose rows are one tensor."""
-        return (not self.trained, self.gathered, self.sparse, self.dtype, self.dim)
+        return (not self.trained, self.gathered, self.sparse, str(self.dtype), self.dim)
 
     @property
     def sizes(self) -> np.ndarray:

@@ -89,7 +89,7 @@ class Layout:
         result: dict[str, Counts] = {}
         batches = Counter(rows)
         for t in {t.name: t for f in self.fetches for t in f.tables}.values():
-            stats = Statistics.assumed([t]) if statistics is None else statistics
+            stats = Statistics.assumed([t.table]) if statistics is None else statistics
             asked, served, shared = np.zeros((3, self.ranks))
             for batch, ranks in batches.items():
                 unique, shares = stats.unique(t.name, batch), stats.shares(t.name, t.pieces, batch)

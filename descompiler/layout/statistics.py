@@ -20,32 +20,20 @@ what was measured (tests/test_statistics.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from descompiler.cost_models.table import Table
 from descompiler.layout.pieces import ALL, Pieces, even_sizes
 
 ZIPF = 1.05
 """Exponent of the assumed frequencies of ids."""
-
-
-class Used(Protocol):
-    """A table: its name, rows, and how many ids each row of a batch draws of it."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def rows(self) -> int: ...
-
-    @property
-    def ids(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,30 +119,27 @@ class Statistics:
 
     Attributes
     ----------
-    tables : dict of str to (int, int)
-        Rows, and ids per row of the batch, of each table.
+    tables : dict of str to Table
     measured : dict of str to Measured
         Of the tables that samples say something about; the others are assumed.
     source : str
         Where the numbers are from, for people.
     """
 
-    tables: Mapping[str, tuple[int, int]]
+    tables: Mapping[str, Table]
     measured: Mapping[str, Measured] = field(default_factory=dict)
     zipf: float = ZIPF
     source: str = "assumed"
     _kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
-    def assumed(tables: Sequence[Used], zipf: float = ZIPF) -> Statistics:
+    def assumed(tables: Iterable[Table], zipf: float = ZIPF) -> Statistics:
         """Ids that nobody measured: frequencies fall as rank^-zipf.
 
-        >>> from descompiler.layout.fetches import FetchTable
-        >>> table = FetchTable("users", Pieces.replicate((1000, 4), 2), ids=2)
-        >>> round(Statistics.assumed([table]).unique("users", 100), 1)
+        >>> round(Statistics.assumed([Table("users", 1000, 4, ids=2)]).unique("users", 100), 1)
         100.0
         """
-        return Statistics({t.name: (t.rows, t.ids) for t in tables}, {}, zipf, f"assumed: Zipf({zipf}) ids")
+        return Statistics({t.name: t for t in tables}, {}, zipf, f"assumed: Zipf({zipf}) ids")
 
     def unique(self, table: str, batch_rows: int) -> float:
         """Expected unique ids of one rank's batch of ``batch_rows`` rows, over all lookups of the table."""
@@ -163,8 +148,8 @@ class Statistics:
             if table in self.measured:
                 self._kept[key] = self.measured[table].unique(batch_rows)
             else:
-                rows, ids = self.tables[table]
-                self._kept[key] = zipf_unique(rows, ids * batch_rows, self.zipf)
+                t = self.tables[table]
+                self._kept[key] = zipf_unique(t.rows, t.ids * batch_rows, self.zipf)
         return self._kept[key]
 
     def frequency(self, table: str) -> Tensor | None:
@@ -179,16 +164,15 @@ class Statistics:
 
     def pooling(self, table: str) -> float:
         """Ids per row of the batch that are not padding, over all lookups of the table."""
-        return self.measured[table].pooling if table in self.measured else float(self.tables[table][1])
+        return self.measured[table].pooling if table in self.measured else float(self.tables[table].ids)
 
     def presence(self, table: str, batch_rows: int) -> tuple[np.ndarray, np.ndarray, float]:
         """Rows of a table that are known to differ, the probability that one rank's batch has each, and any other row.
 
         Nothing is known of tables that were not measured: popular rows may be anywhere.
         """
-        rows, _ = self.tables[table]
         if table not in self.measured:
-            return np.empty(0, np.int64), np.empty(0), self.unique(table, batch_rows) / max(rows, 1)
+            return np.empty(0, np.int64), np.empty(0), self.unique(table, batch_rows) / max(self.tables[table].rows, 1)
         m = self.measured[table]
         p, other = m.probabilities()
         draws = batch_rows * m.ids_per_row()
@@ -216,7 +200,7 @@ class Statistics:
         Ranges end where the expected number of unique ids is cut into equal parts. Of a table that was not measured
         they are equally large. Rows in the ranges ``without`` weigh nothing.
         """
-        rows, _ = self.tables[table]
+        rows = self.tables[table].rows
         if table not in self.measured:
             return even_sizes(rows, ranks)
         ids, present, other = self.presence(table, batch_rows)

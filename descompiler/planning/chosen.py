@@ -13,9 +13,10 @@ from typing import Any
 import sympy
 
 from descompiler.cost_models import baselines
-from descompiler.cost_models.baselines import Priced, TableUse
+from descompiler.cost_models.baselines import ExpectedUse, Priced
 from descompiler.cost_models.exchange import IDS_IN, OUTPUTS, VALUES_OUT_AND_BACK
 from descompiler.cost_models.symbols import N, b, i, s
+from descompiler.cost_models.table import OfTable
 from descompiler.errors import PlanError
 from descompiler.layout.fetches import Counts
 from descompiler.layout.layout import Layout
@@ -31,15 +32,11 @@ NO_OPERATORS = "the model has no weights-rich operator (nn.Embedding, nn.Embeddi
 
 
 @dataclass(frozen=True)
-class Table:
-    """A weights-rich operator, for people and for prices.
+class PlannedTable(OfTable):
+    """A table of a plan, and what people are told of it.
 
     Attributes
     ----------
-    ids : int
-        Per row of the batch, over all lookups.
-    vectors : int
-        That lookups return per row of the batch: 1 for a bag.
     uses : tuple of str
         Operators that take its rows.
     refusals : dict of str to str
@@ -50,22 +47,10 @@ class Table:
         Whether every row is used in a step: products, graph propagation, anything else but lookups.
     """
 
-    name: str
-    rows: int
-    dim: int
-    itemsize: int
-    ids: int
-    vectors: int
-    sparse: bool
     uses: tuple[str, ...]
     refusals: Mapping[str, str]
-    line: str
     outputs: tuple[str, ...] = ()
     whole: bool = False
-
-    @property
-    def size_bytes(self) -> int:
-        return self.rows * self.dim * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -120,7 +105,7 @@ class Chosen:
     ranks : int
     rows : int
         Rows per rank that it was priced for.
-    tables : list of Table
+    tables : list of PlannedTable
         The weights-rich operators.
     splits : dict of str to Split
         By table.
@@ -158,7 +143,7 @@ class Chosen:
     ranks: int
     rows: int
     itemsize: int
-    tables: list[Table]
+    tables: list[PlannedTable]
     splits: dict[str, Split]
     pieces: dict[str, Pieces]
     layout: Layout
@@ -244,9 +229,9 @@ class Chosen:
         Ids are as wide as this plan's (or ``id_bytes``), and as many of them unique as its statistics say.
         """
         each = self.rows if rows is None else rows
-        ids = Statistics.assumed(self.tables)
+        ids = Statistics.assumed(t.table for t in self.tables)
         tables = [
-            TableUse(t.rows, t.dim, t.ids, t.vectors, ids.unique(t.name, each), ids.unique(t.name, each * self.ranks))
+            ExpectedUse(t.table, ids.unique(t.name, each), ids.unique(t.name, each * self.ranks))
             for t in self.tables
             if not t.whole
         ]
@@ -270,14 +255,14 @@ class Chosen:
         known.update({x: values[x.name] for x in formula.free_symbols if x.name in values})
         return int(formula.subs(known).round())
 
-    def numbers_of(self, t: Table) -> dict[str, float]:
+    def numbers_of(self, t: PlannedTable) -> dict[str, float]:
         """The symbols of a formula that are a table's own, of those that don't depend on other tables."""
-        pieces, statistics = self.splits[t.name].pieces, Statistics.assumed([t])
+        pieces, statistics = self.splits[t.name].pieces, Statistics.assumed([t.table])
         unique = self.unique.get(t.name, statistics.unique(t.name, self.rows))
         hot = unique * statistics.shares(t.name, pieces, self.rows)[-1]
         return {"V": t.rows, "k": t.dim, "U": unique, "H": pieces.shared_size(), "U_H": hot}
 
-    def sends(self, t: Table) -> dict[str, tuple[sympy.Expr, int]]:
+    def sends(self, t: PlannedTable) -> dict[str, tuple[sympy.Expr, int]]:
         """What a table sends by itself, outside the region: formula and bytes, by what is sent.
 
         A replicated table does, wherever its vectors go, one that is divided if its rows are fetched.

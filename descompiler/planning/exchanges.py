@@ -11,7 +11,7 @@ from math import prod
 from descompiler.classify.scope import GLOBAL, OWN, WHOLE, is_coupled, scope_of, trained_parameters
 from descompiler.graph.arguments import training_norm
 from descompiler.graph.leaf import Leaf
-from descompiler.graph.nodes import elements_per_row, tail
+from descompiler.graph.nodes import tail
 from descompiler.graph.rewrite import ancestors
 from descompiler.layout.border import Columns, Entry, IdsIn, SharedColumns, ValuesOut
 from descompiler.layout.fetches import Fetch, FetchTable
@@ -95,11 +95,9 @@ def _fetch(
 ) -> Fetch:
     """One fetch of some lookups; unique ids of the tables ``counted`` are counted by one before it."""
     tables: dict[str, FetchTable] = {}
-    for o, x in lookups:
-        s, before = splits[o.name], tables.get(o.name)
-        ids = elements_per_row(x.ids) + (before.ids if before else 0)
-        options = (o.padding_idx, o.sparse, o.trained, s.gathered, str(o.dtype), o.name not in counted)
-        tables[o.name] = FetchTable(o.name, s.pieces, ids, *options)
+    for o, _ in lookups:
+        split = splits[o.name]
+        tables[o.name] = FetchTable(o.table, split.pieces, split.gathered, o.name not in counted)
     ordered = sorted(tables.values(), key=lambda t: t.kind)
     position = {t.name: i for i, t in enumerate(ordered)}
     return Fetch(

@@ -2,7 +2,8 @@
 
 What a plan holds is made of frozen dataclasses, tuples, mappings with string keys, numbers and text; a field that one
 of them gains is written and read without a word here. An object of an abstract class's kinds has the name of its own
-class in front, as ``is``: a kind that is added is written and read, too.
+class in front, as ``is``: a kind that is added is written and read, too. What a field marked `INLINE` holds is written
+among the other fields.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+INLINE = "inline"
+"""In the metadata of such a field."""
+
 
 def encode(x: Any) -> Any:
     """What ``json.dumps`` takes.
@@ -25,11 +29,13 @@ def encode(x: Any) -> Any:
     {'shape': [3, 2], 'dim': 0, 'runs': [[3, 1, 1]], 'ranks': 2}
     """
     if is_dataclass(x) and not isinstance(x, type):
-        values = [encode(getattr(x, f.name)) for f in fields(x)]
-        named = dict(zip((f.name for f in fields(x)), values, strict=True))
+        named: dict[str, Any] = {}
+        for f in fields(x):
+            value = encode(getattr(x, f.name))
+            named.update(value if f.metadata.get(INLINE) else {f.name: value})
         if _of_a_kind(type(x)):
             return {"is": type(x).__name__, **named}
-        return values if _compact(type(x)) else named
+        return list(named.values()) if _compact(type(x)) else named
     if isinstance(x, Mapping):
         return {str(k): encode(v) for k, v in x.items()}
     if isinstance(x, list | tuple):
@@ -57,11 +63,15 @@ def decode(kind: Any, data: Any) -> Any:
     if isinstance(kind, type) and isabstract(kind):
         return decode(_kinds(kind)[data["is"]], data)
     if is_dataclass(kind) and isinstance(kind, type):
-        names = [f.name for f in fields(kind)]
         if _compact(kind):
-            data = dict(zip(names, data, strict=True))
-        hints = _hints(kind)
-        return kind(**{name: decode(hints[name], data[name]) for name in names if name in data})
+            data = dict(zip((f.name for f in fields(kind)), data, strict=True))
+        hints, given = _hints(kind), dict[str, Any]()
+        for f in fields(kind):
+            if f.metadata.get(INLINE):
+                given[f.name] = decode(hints[f.name], data)
+            elif f.name in data:
+                given[f.name] = decode(hints[f.name], data[f.name])
+        return kind(**given)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         if data is None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from descompiler.planning.chosen import Chosen, Table
+from descompiler.planning.chosen import Chosen, PlannedTable
 from descompiler.units import format_count
 
 
@@ -28,7 +28,7 @@ class TableKind:
     """
 
     pattern: str
-    tables: tuple[Table, ...]
+    tables: tuple[PlannedTable, ...]
     form: str
     price: int
     others: Sequence[tuple[int, str]]
@@ -69,7 +69,7 @@ def without_index(name: str) -> str:
 
 def kinds(plan: Chosen, only: str | None = None) -> list[TableKind]:
     """The plan's tables, those that are alike together, in the order of the model; or one table by itself."""
-    groups: dict[Any, list[Table]] = {}
+    groups: dict[Any, list[PlannedTable]] = {}
     for t in plan.tables:
         if only is not None and t.name != only:
             continue
@@ -79,7 +79,7 @@ def kinds(plan: Chosen, only: str | None = None) -> list[TableKind]:
     return [_kind(plan, tuple(group)) for group in groups.values()]
 
 
-def _kind(plan: Chosen, tables: tuple[Table, ...]) -> TableKind:
+def _kind(plan: Chosen, tables: tuple[PlannedTable, ...]) -> TableKind:
     name = tables[0].name
     form, prices = plan.splits[name].form, plan.prices.get(name, {})
     others = sorted((price, other) for other, price in prices.items() if other != form)

@@ -122,7 +122,7 @@ class Objective:
 
     @cached_property
     def statistics(self) -> Statistics:
-        return self.terms.statistics or Statistics.assumed(self.operators)
+        return self.terms.statistics or Statistics.assumed(o.table for o in self.operators)
 
     def _choice(self, o: Operator, form: str, by_memory: bool = False) -> Choice:
         """Boundaries of rows, and hot rows, by statistics; with ``by_memory``, ranks hold equally many rows."""

@@ -1,30 +1,49 @@
 """Plan files of earlier versions, as they would be written now.
 
 In version 2 a layout had a field for each kind of what crosses; since version 3 it has one list of transfers, of which
-one had another name at first. Forms had other names in some files of version 2 (`descompiler.tables.aliases`); who
-edits a file may still write these.
+one had another name at first, and tables had fewer numbers. Forms had other names in some files of version 2
+(`descompiler.tables.aliases`); who edits a file may still write these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
+from descompiler.cost_models.table import Table
 from descompiler.tables.aliases import current_name
 
 VERSION = 3
 """Of the plan files that are written."""
 
+DTYPES = {2: "float16", 4: "float32", 8: "float64"}
+"""Of tables of which a file says no more than the bytes of an element."""
 
 RENAMED = {"Header": "StepHeader"}
 """Kinds of transfers that had another name in some files of version 3."""
+
+NUMBERS = tuple(f.name for f in fields(Table))
 
 
 def as_of_now(data: dict[str, Any]) -> dict[str, Any]:
     """What a plan file of any version that can be read holds; one of another version as it is."""
     if data["version"] == 2:
         data = {**data, "version": VERSION, "layout": _layout(data["layout"])}
-    return _in_current_names(data) if data["version"] == VERSION else data
+    if data["version"] != VERSION:
+        return data
+    tables = [{"dtype": DTYPES.get(t.get("itemsize")), **t} for t in data["tables"]]
+    by_name = {t["name"]: {x: t[x] for x in NUMBERS if x in t} for t in tables}
+    transfers = [_transfer(t, by_name) for t in data["layout"]["transfers"]]
+    return _in_current_names({**data, "tables": tables, "layout": {**data["layout"], "transfers": transfers}})
+
+
+def _transfer(data: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A transfer, with the name that its kind has now, and with all numbers of tables whose rows are fetched."""
+    if data["is"] == "Fetch":
+        fetched = [{**tables[t["name"]], **t, "dtype": t["dtype"].removeprefix("torch.")} for t in data["tables"]]
+        data = {**data, "tables": fetched}
+    return {**data, "is": RENAMED.get(data["is"], data["is"])}
 
 
 def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,10 +52,8 @@ def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
     def by_form(x: Mapping[str, Any]) -> dict[str, Any]:
         return {current_name(form): value for form, value in x.items()}
 
-    transfers = [{**t, "is": RENAMED.get(t["is"], t["is"])} for t in data["layout"]["transfers"]]
     return {
         **data,
-        "layout": {**data["layout"], "transfers": transfers},
         "forms": {table: current_name(form) for table, form in data["forms"].items()},
         "splits": {table: {**split, "form": current_name(split["form"])} for table, split in data["splits"].items()},
         "tables": [{**table, "refusals": by_form(table["refusals"])} for table in data["tables"]],

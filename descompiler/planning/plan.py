@@ -15,7 +15,7 @@ from descompiler.errors import PlanError
 from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.spans import Spans
-from descompiler.planning.chosen import Chosen, Crossing, Table
+from descompiler.planning.chosen import Chosen, Crossing, PlannedTable
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.explain import explain
 from descompiler.planning.json import decode, encode
@@ -201,7 +201,7 @@ _FIELDS: dict[str, Any] = {
     "optimizer": str,
     "limit_bytes": int | None,
     "cluster": Cluster | None,
-    "tables": list[Table],
+    "tables": list[PlannedTable],
     "splits": dict[str, Split],
     "pieces": dict[str, Pieces],
     "layout": Layout,

@@ -14,18 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from math import prod
 
 from torch import fx
 
 from descompiler.classify.coupling import coupling_notes
 from descompiler.errors import PlanError
-from descompiler.graph.nodes import tail, target_name, user_line
+from descompiler.graph.nodes import target_name, user_line
 from descompiler.graph.program import Program
 from descompiler.graph.text import fingerprint
 from descompiler.layout.layout import Layout
 from descompiler.layout.spans import summed
-from descompiler.planning.chosen import Crossing, Table
+from descompiler.planning.chosen import Crossing, PlannedTable
 from descompiler.planning.memory import check_optimizer
 from descompiler.planning.objective import Terms, Trial
 from descompiler.planning.pins import allowed_forms
@@ -163,14 +162,10 @@ def _does_not_fit(search: Search, forms: Mapping[str, str], best: Trial, pins: M
     return "\n".join([*lines, f"not even {w.ranks * 64} ranks would; most of it is {largest}: {advice}"])
 
 
-def _table(o: Operator) -> Table:
+def _table(o: Operator) -> PlannedTable:
     uses = sorted({target_name(u) for x in o.lookups for u in x.node.users})
-    vectors = sum(1 if x.mode else prod(tail(x.ids)) for x in o.lookups)
-    outputs = tuple(str(x) for x in o.outputs)
-    size = o.dtype.itemsize
     whole = bool(o.outputs or o.other_uses or o.group is not None)
-    refused = dict(o.refusals)
-    return Table(o.name, o.rows, o.dim, size, o.ids, vectors, o.sparse, tuple(uses), refused, o.line, outputs, whole)
+    return PlannedTable(o.table, tuple(uses), dict(o.refusals), tuple(map(str, o.outputs)), whole)
 
 
 def _crossings(partition: Partition, layout: Layout) -> list[Crossing]:

@@ -85,7 +85,7 @@ def statistics_of(
     source = f"measured on {batches} batches, {rows:,} rows"
     if left := [o.name for o in operators if o.name not in measured]:
         source += f"; assumed Zipf({zipf}) for {', '.join(left[:3])}{' and others' if len(left) > 3 else ''}"
-    return Statistics({o.name: (o.rows, o.ids) for o in operators}, measured, zipf, source)
+    return Statistics({o.name: o.table for o in operators}, measured, zipf, source)
 
 
 def _measured(table_rows: int, batches: list[tuple[int, np.ndarray, int]]) -> Measured:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
-import torch
 from torch import fx
 
 from descompiler.classify.scope import GLOBAL, coupled_nodes, scope_of, trained_parameters
+from descompiler.cost_models.table import OfTable, Table
 from descompiler.errors import UnsupportedError
 from descompiler.graph.arguments import LookupCall, VocabularyCall
 from descompiler.graph.nodes import aten, elements_per_row, shape_of, tail, user_line, where
@@ -61,7 +62,7 @@ class Output(VocabularyCall):
 
 
 @dataclass(frozen=True)
-class Operator:
+class Operator(OfTable):
     """A table and all that the graph does with it.
 
     Attributes
@@ -88,16 +89,8 @@ class Operator:
         The forms that it can't take, and why.
     """
 
-    name: str
-    rows: int
-    dim: int
-    dtype: torch.dtype
     lookups: tuple[Lookup, ...]
-    padding_idx: int
-    sparse: bool
-    starts: tuple[int, ...] | None
-    line: str = ""
-    trained: bool = True
+    starts: tuple[int, ...] | None = None
     outputs: tuple[Output, ...] = ()
     other_uses: tuple[fx.Node, ...] = ()
     group: Group | None = None
@@ -109,27 +102,9 @@ class Operator:
     refusals: dict[str, str] = field(default_factory=dict, hash=False)
 
     @property
-    def size_bytes(self) -> int:
-        return self.rows * self.dim * self.dtype.itemsize
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return (self.rows, self.dim)
-
-    @property
     def uniform(self) -> bool:
         """Whether all lookups have the same padding row and kind of gradient."""
         return len({(x.padding_idx, x.sparse) for x in self.lookups}) <= 1
-
-    @property
-    def ids(self) -> int:
-        """Ids per row of the batch, over all lookups; those that are the same for every batch don't count."""
-        return sum(elements_per_row(x.ids) for x in self.lookups)
-
-    @property
-    def padding(self) -> int | None:
-        """The padding row as `nn.EmbeddingBag` names it: None for none."""
-        return self.padding_idx if self.padding_idx >= 0 else None
 
 
 def lookups_by_node(operators: Sequence[Operator]) -> dict[fx.Node, tuple[Operator, Lookup]]:
@@ -202,16 +177,20 @@ def find_operators(program: Program) -> list[Operator]:
             others = (*(u for u in others if u not in group.dims), *group.others)
         result.append(
             Operator(
-                name=name,
-                rows=parameter.shape[0],
-                dim=parameter.shape[1],
-                dtype=parameter.dtype,
-                lookups=lookups,
-                padding_idx=lookups[0].padding_idx if lookups else -1,
-                sparse=sparse,
-                starts=_starts(program, lookups),
-                line=user_line((*nodes, *others)[0]),
-                trained=name in trained,
+                Table(
+                    name,
+                    parameter.shape[0],
+                    parameter.shape[1],
+                    parameter.dtype,
+                    ids=sum(elements_per_row(x.ids) for x in lookups),
+                    vectors=sum(1 if x.mode else prod(tail(x.ids)) for x in lookups),
+                    padding_idx=lookups[0].padding_idx if lookups else -1,
+                    sparse=sparse,
+                    trained=name in trained,
+                    line=user_line((*nodes, *others)[0]),
+                ),
+                lookups,
+                _starts(program, lookups),
                 outputs=outputs,
                 other_uses=others,
                 group=group,

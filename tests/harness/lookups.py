@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from descompiler.cost_models.table import Table
 from descompiler.graph.nodes import aten
 from descompiler.layout.fetches import Fetch, FetchTable
 from descompiler.layout.placement import Disjoint, Region
@@ -24,7 +26,7 @@ from tests.harness.parts import BATCH, RANKS, Held, by_rank, join, own_rows, sup
 
 
 @dataclass(frozen=True)
-class Table:
+class LookupCase:
     """A table ``[rows, dim]`` and one lookup of it: ids ``[b, *ids]``, pooled if there is a mode; padding -1 is none.
 
     ``starts``: first rows of fields, of which each column of ids is one.
@@ -62,7 +64,11 @@ class Table:
 
     @cached_property
     def operator(self) -> Operator:
-        return Operator("w", self.rows, self.dim, torch.float64, (self.lookup,), self.padding, self.sparse, self.starts)
+        return Operator(self.table("w"), (self.lookup,), self.starts)
+
+    def table(self, name: str) -> Table:
+        options = {"padding_idx": self.padding, "sparse": self.sparse}
+        return Table(name, self.rows, self.dim, torch.float64, math.prod(self.ids), **options)
 
     @property
     def numbers(self) -> tuple[Tensor, Tensor]:
@@ -83,7 +89,7 @@ class Looked:
         Each rank's piece, with a gradient after `faults`.
     """
 
-    def __init__(self, table: Table, form: Form, choice: Choice):
+    def __init__(self, table: LookupCase, form: Form, choice: Choice):
         self.table, self.form = table, form
         self.split = form.split(table.operator, RANKS, choice)
         self.placement: Region | None = form.placement(self.split, table.operator, table.lookup)
@@ -172,12 +178,12 @@ class Looked:
 
 
 def fetched(
-    splits: list[Split], pieces: list[list[Tensor]], tables: list[Table], ids: list[Tensor]
+    splits: list[Split], pieces: list[list[Tensor]], tables: list[LookupCase], ids: list[Tensor]
 ) -> list[dict[int, Tensor]]:
     """Each lookup's result for own rows by rank, with rows from their owners' pieces; tables are of one kind."""
     fetch = Fetch(
         tuple(
-            FetchTable(f"t{i}", s.pieces, 1, t.padding, t.sparse, True, s.gathered, "torch.float64")
+            FetchTable(t.table(f"t{i}"), s.pieces, s.gathered)
             for i, (s, t) in enumerate(zip(splits, tables, strict=True))
         ),
         tuple(range(len(tables))),
