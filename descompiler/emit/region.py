@@ -87,7 +87,7 @@ class RegionEmitter:
         if isinstance(placement, Partial) and placement.local:
             return e.call(aten.add.Tensor, received, e.value(n, Version.LOCAL))
         if isinstance(placement, Shard) and placement.local:
-            segments = [[s.size, s.owner] for s in placement.segments]
+            segments = [list(x) for x in placement.division.pairs]
             return e.call(join_local, placement.dim, segments, received, e.value(n, Version.LOCAL))
         return received
 

@@ -1,8 +1,9 @@
 """Plan files of earlier versions, as they would be written now.
 
 In version 2 a layout had a field for each kind of what crosses; since version 3 it has one list of transfers, of which
-one had another name at first. Forms had other names in some files of version 2 (`descompiler.tables.aliases`); who
-edits a file may still write these.
+one had another name at first. Who has which part of a dimension was written in three ways; since version 4 it is in
+one. Forms had other names in some files of version 2 (`descompiler.tables.aliases`); who edits a file may still write
+these.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from descompiler.layout.division import Division
+from descompiler.planning.json import encode
 from descompiler.tables.aliases import current_name
 
-VERSION = 3
+VERSION = 4
 """Of the plan files that are written."""
 
 
@@ -23,7 +26,10 @@ RENAMED = {"Header": "StepHeader"}
 def as_of_now(data: dict[str, Any]) -> dict[str, Any]:
     """What a plan file of any version that can be read holds; one of another version as it is."""
     if data["version"] == 2:
-        data = {**data, "version": VERSION, "layout": _layout(data["layout"])}
+        data = {**data, "version": 3, "layout": _layout(data["layout"])}
+    if data["version"] == 3:
+        divided = {name: _divided(data[name]) for name in ("splits", "pieces", "layout")}
+        data = {**data, "version": VERSION, **divided}
     return _in_current_names(data) if data["version"] == VERSION else data
 
 
@@ -42,6 +48,25 @@ def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
         "tables": [{**table, "refusals": by_form(table["refusals"])} for table in data["tables"]],
         **{what: {table: by_form(x) for table, x in data[what].items()} for what in ("prices", "missing")},
     }
+
+
+def _divided(old: Any) -> Any:
+    """What a file of version 3 holds, where pieces, values that leave the region and products have a `Division`."""
+    if isinstance(old, list):
+        return [_divided(x) for x in old]
+    if not isinstance(old, dict):
+        return old
+    new = {name: _divided(x) for name, x in old.items()}
+    if "runs" in old and "shape" in old:  # pieces
+        new["division"] = {"runs": new.pop("runs")}
+    elif "segments" in old:  # (size, owner) of a value that leaves the region; none of a sum
+        segments = new.pop("segments")
+        new["division"] = segments and encode(Division.of(segments))
+    elif "ranges" in old:  # (owner, start, size, offset in the owner's piece) of the vocabulary of a product
+        ranges = new.pop("ranges")
+        first, rows = ranges[0][3], [(size + offset, owner) for owner, _, size, offset in ranges]
+        new |= {"division": encode(Division.of(rows)), "first": first, "size": sum(n for n, _ in rows) - first}
+    return new
 
 
 def _layout(old: Mapping[str, Any]) -> dict[str, Any]:
