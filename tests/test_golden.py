@@ -20,7 +20,7 @@ from descompiler.capture.ladder import capture
 from descompiler.emit.emit import Emitted, emit
 from descompiler.graph.program import Program
 from descompiler.graph.text import canonical, canonical_graph
-from descompiler.layout.pieces import Run
+from descompiler.layout.division import Run
 from descompiler.layout.placement import Disjoint
 from descompiler.model.probe import blueprint
 from descompiler.passes import NORMALISE, RULES

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from descompiler.layout.pieces import ALL, Pieces, Range, even_sizes
+from descompiler.layout.division import Range
+from descompiler.layout.pieces import ALL, Pieces, even_sizes
 
 RANKS = 4
 RANGES = st.lists(st.tuples(st.integers(0, 3), st.integers(ALL, RANKS - 1)), min_size=1, max_size=8)
@@ -19,7 +20,7 @@ def test_runs_are_the_ranges_that_they_were_made_of(held):
         expected.append(Range(rows, rows + size, owner))
         rows += size
     pieces = Pieces.of((rows, 2), 0, held, RANKS)
-    assert list(pieces.ranges()) == expected
+    assert list(pieces.division) == expected
     for rank in range(RANKS):
         assert pieces.own(rank) == [r for r in expected if r.owner == rank and r.size]
         assert pieces.own_size(rank) == sum(r.size for r in expected if r.owner == rank)
@@ -33,7 +34,7 @@ def test_runs_are_the_ranges_that_they_were_made_of(held):
 @pytest.mark.parametrize("ranks", [1, 7, 1024])
 def test_an_even_division_is_two_runs_at_most(rows, ranks):
     pieces = Pieces.even((rows, 8), 0, ranks)
-    assert pieces == Pieces.by_sizes((rows, 8), 0, even_sizes(rows, ranks), ranks) and len(pieces.runs) <= 2
+    assert pieces == Pieces.by_sizes((rows, 8), 0, even_sizes(rows, ranks), ranks) and len(pieces.division.runs) <= 2
 
 
 @pytest.mark.parametrize("held", [[(3, 0)], [(4, RANKS)], [(2, 0), (-1, 1), (3, 2)], [(4, -2)], [(2, 3), (2, 4)]])

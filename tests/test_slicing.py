@@ -164,12 +164,12 @@ def test_slices_of_what_is_computed_of_tables_are_right():
 def compared(node: fx.Node, at: Mapping[fx.Node, Region], placement: Region) -> str | None:
     """What slicing says of a rule's answer for values that are divided alike; None where one of them does not speak."""
     divided = [p for p in at.values() if isinstance(p, Shard)]
-    if len(divided) < len(at) or any(p.segments != divided[0].segments for p in divided):
+    if len(divided) < len(at) or any(p.division != divided[0].division for p in divided):
         return None
     step = follow(node, {n: p.dim for n, p in at.items()})
     if step is None or not isinstance(placement, Shard):
         return None
-    same = placement == Shard(step.dim, divided[0].segments)
+    same = placement == Shard(step.dim, divided[0].division)
     return (
         "" if same else f"{node.format_node()}, { ({n.name: str(p) for n, p in at.items()}) }: {placement} and {step}"
     )

@@ -82,7 +82,7 @@ def test_boundaries_are_balanced_on_what_was_measured():
     for sizes in (statistics.balanced_rows("item.weight", 4, BATCH), [250] * 4):
         pieces = Pieces.by_sizes((1000, 2), 0, sizes, 4)
         ids = [zipf_ids(1000, 1.2, (BATCH, 2), seed).unique() for seed in range(20, 30)]
-        ranges = list(pieces.ranges())
+        ranges = list(pieces.division)
         counts = torch.stack([torch.stack([(x >= r.start) & (x < r.stop) for r in ranges]).sum(1) for x in ids])
         shares.append((counts.double().mean(0) / counts.double().mean(0).sum()).max())
         expected = statistics.shares("item.weight", pieces, BATCH)

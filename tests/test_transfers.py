@@ -12,6 +12,7 @@ import pytest
 import descompiler as des
 from descompiler.cost_models.table import Table
 from descompiler.layout.border import Entry, Exit, IdsIn, SharedColumns, ValuesOut
+from descompiler.layout.division import Division
 from descompiler.layout.fetches import Fetch, FetchTable
 from descompiler.layout.global_values import (
     GatherRows,
@@ -64,7 +65,7 @@ EXAMPLES = [
     (WholeTables((Whole("w", Pieces.even((7, 2), 0, 3), False),)), {"GATHER": 2 * 2 * 2 * 4}),
     # an owner's 12 and 11 of 23 logits: the largest 2 of each, and one that is selected; two rows of x for each row
     (
-        Vocabulary("p", ((0, 0, 12, 0), (1, 12, 11, 0)), 5, 2, (("top", 2), ("select", 1))),
+        Vocabulary("p", Division.of([(12, 0), (11, 1)]), 0, 23, 5, 2, (("top", 2), ("select", 1))),
         {"ROWS": 6 * (5 * 4 + 4), "PARTIAL": 14 * (3 * 4 + 2 * 4), "GRADIENTS": 6 * 3 * 4, "TERMS": 14 * 5 * 4},
     ),
     (Fetch((ROWS,), (0,), early=True), {"IDS": 4 * 6, "ROWS": 4 * 4 * 7, "BACK": 4 * 4 * 6}),
@@ -172,6 +173,20 @@ def test_a_plan_file_of_version_2_is_read():
         assert found.calls_by_collective == expected["calls"]
     assert {type(t) for t in plan.layout.transfers} == set(kinds()) - {LeafStatus}
     again = json.loads(plan.to_json())
-    assert again["version"] == 3 and des.Plan.from_json(plan.to_json()) == plan
-    again["layout"]["transfers"][0]["is"] = "Header"  # as some files of version 3 name the first kind
+    assert again["version"] == 4 and des.Plan.from_json(plan.to_json()) == plan
+    again["layout"]["transfers"][0]["is"] = "Header"  # as some files of version 3 named the first kind
     assert des.Plan.from_json(json.dumps(again)) == plan
+
+
+def test_a_plan_file_of_version_3_is_read():
+    """Every kind, as version 3 wrote it: pieces, values that leave and products said in three ways who has what."""
+    plan = des.Plan.from_json((Path(__file__).parent / "plans" / "version_3_divisions.json").read_text())
+    found = plan.layout.transfers
+    assert {type(t) for t in found} == set(kinds()) and LeafStatus(2, True) in found
+    assert plan.splits["tables.3.weight"].pieces == Pieces.even((40, 6), 0, 3)
+    assert WholeTables((Whole("w", Pieces.even((7, 2), 0, 3)),)) in found
+    ranges = Division.of([(3, 0), (2, 1), (3, 0), (4, -1), (3, 1)])  # -1: own rows
+    assert ValuesOut((Exit("shard", ((0, 1, (6,)), (1, 2, (5,))), 1, ranges),)) in found
+    assert Vocabulary("narrowed", Division.of([(12, 0), (11, 1)]), 2, 21, 5, 2, (("top", 2),)) in found
+    assert found[-1].parts == {0: (0, 10, 2), 1: (10, 11, 0)}
+    assert des.Plan.from_json(plan.to_json()) == plan

@@ -1,8 +1,11 @@
 """Products with a table divided over the vocabulary equal those with the whole table, on real ranks."""
 
+import itertools
+
 import pytest
 import torch
 
+from descompiler.layout.division import Division
 from descompiler.layout.layout import Layout
 from descompiler.layout.traffic import Traffic
 from descompiler.layout.vocabulary import Vocabulary
@@ -52,25 +55,26 @@ def close(a, b):
         assert float((a - b).abs().max()) <= 1e-10 * max(1.0, float(b.abs().max()))
 
 
-def _case(rank, ranks, kinds, counts, ranges, first, kept):
+def _case(rank, ranks, kinds, counts, held, first, kept):
     if kept is not None:
         vocab.KEPT_ELEMENTS = kept
     x, weight, bias, ids = data(sum(counts))
-    size = sum(size for _, _, size, _ in ranges)
+    size = sum(size for size, _ in held) - first
     requests = requests_for(kinds, ids)
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
     expected = vocabulary(leaves[0], leaves[1], leaves[2][:size], first, size, requests)
     loss_of(expected, 0).backward()
 
     # the piece of a rank is its rows of the table; the part of the vocabulary may begin inside it
-    mine = next((r for r in ranges if r[0] == rank), (rank, 0, 0, 0))
-    piece = weight[first + mine[1] - mine[3] : first + mine[1] + mine[2]].clone().requires_grad_()
-    piece_bias = bias[mine[1] : mine[1] + mine[2]].clone().requires_grad_()
+    starts = itertools.accumulate((size for size, _ in held), initial=0)
+    mine = next((slice(a, a + n) for a, (n, owner) in zip(starts, held, strict=False) if owner == rank), slice(0, 0))
+    part = slice(max(mine.start - first, 0), max(mine.stop - first, 0))
+    piece, piece_bias = weight[mine].clone().requires_grad_(), bias[part].clone().requires_grad_()
     begin = sum(counts[:rank])
     rows = slice(begin, begin + counts[rank])
     own = x[rows].clone().requires_grad_()
     widths = kinds_of(requests, lambda i: i.shape[-1])
-    spec = Vocabulary("v", tuple(ranges), DIM, LENGTH, widths)
+    spec = Vocabulary("v", Division.of(held), first, size, DIM, LENGTH, widths)
     import torch.distributed as dist
 
     runtime = Runtime(dist.group.WORLD, rank, ranks, "sum", wire_dtype=torch.float64)
@@ -81,10 +85,9 @@ def _case(rank, ranks, kinds, counts, ranges, first, kept):
         close(a, b[rows])
     (loss_of(got, begin) * ranks).backward()  # a rank's gradients are those of the sum, times the ranks
     close(own.grad, leaves[0].grad[rows] * ranks)
-    if mine[2]:
-        whole = leaves[1].grad[first + mine[1] - mine[3] : first + mine[1] + mine[2]]
-        close(piece.grad, whole)
-        close(piece_bias.grad, leaves[2].grad[mine[1] : mine[1] + mine[2]])
+    if len(piece):
+        close(piece.grad, leaves[1].grad[mine])
+        close(piece_bias.grad, leaves[2].grad[part])
     predicted = Layout(ranks, (spec,)).predict(rank, counts, 8)
     sent = dict(runtime.traffic.bytes_by_collective)
     predicted.bytes_by_collective = {k: v for k, v in predicted.bytes_by_collective.items() if "vocabulary" in k}
@@ -93,19 +96,19 @@ def _case(rank, ranks, kinds, counts, ranges, first, kept):
 
 
 CASES = [
-    # rows of each rank, (owner, start, size, offset in its piece), first row of the vocabulary, logits to keep
-    ([4, 3], [(0, 0, 12, 0), (1, 12, 11, 0)], 0, None),
-    ([0, 5], [(0, 0, 12, 0), (1, 12, 11, 0)], 0, None),
-    ([5, 2], [(1, 0, 23, 0)], 0, None),  # one owner
-    ([5, 2], [(1, 0, 3, 0), (0, 3, 20, 0)], 0, 40),  # owners out of order; logits computed again, in chunks
-    ([3, 4], [(0, 0, 10, 2), (1, 10, 11, 0)], 2, None),  # without the first two rows
+    # rows of each rank, (size, owner) of the table's ranges, first row of the vocabulary, logits to keep
+    ([4, 3], [(12, 0), (11, 1)], 0, None),
+    ([0, 5], [(12, 0), (11, 1)], 0, None),
+    ([5, 2], [(23, 1)], 0, None),  # one owner
+    ([5, 2], [(3, 1), (20, 0)], 0, 40),  # owners out of order; logits computed again, in chunks
+    ([3, 4], [(12, 0), (11, 1)], 2, None),  # without the first two rows
 ]
 
 
 def _cases(rank, ranks):
     return [
-        _case(rank, ranks, kinds, counts, ranges, first, kept)
-        for counts, ranges, first, kept in CASES
+        _case(rank, ranks, kinds, counts, held, first, kept)
+        for counts, held, first, kept in CASES
         for kinds in REQUESTS.values()
     ]
 
@@ -116,8 +119,8 @@ def test_two_ranks_equal_one(on_ranks):
 
 
 def _three(rank, ranks):
-    ranges = [(0, 0, 8, 0), (2, 8, 15, 0)]  # a rank that owns nothing
-    return [_case(rank, ranks, kinds, [2, 3, 0], ranges, 0, None) for kinds in REQUESTS.values()]
+    held = [(8, 0), (15, 2)]  # a rank that owns nothing
+    return [_case(rank, ranks, kinds, [2, 3, 0], held, 0, None) for kinds in REQUESTS.values()]
 
 
 def test_a_rank_that_owns_nothing(on_ranks):
@@ -126,7 +129,7 @@ def test_a_rank_that_owns_nothing(on_ranks):
 
 @pytest.mark.parametrize("kind, expected", [("max", 1), ("top", 1)])
 def test_the_first_of_equal_logits_wins(kind, expected):
-    spec = Vocabulary("v", ((0, 0, 2, 0), (1, 2, 2, 0)), 1, 1, ((kind, 1),))
+    spec = Vocabulary("v", Division.of([(2, 0), (2, 1)]), 0, 4, 1, 1, ((kind, 1),))
     parts = [torch.tensor([[3.0]]), torch.tensor([[3.0]])]
     values, best = vocab._merge(spec, parts, [torch.tensor([[1]]), torch.tensor([[2]])])
     assert (values.item(), best.item()) == (3.0, expected)

@@ -1,22 +1,49 @@
-"""The state of one rank's emission: what its program is made from, and the graph under construction.
+"""The state of one rank's emission: what its program is made from, the graph under construction, the values in it.
 
 `descompiler.emit.emit` says in which order things are emitted, `descompiler.emit.region` and `descompiler.emit.outside`
-how.
+how: each makes some versions of values, and asks for those of the other here.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import fx
 
+from descompiler.classify import scope
 from descompiler.graph.nodes import Source
 from descompiler.planning.exchanges import layout_of
 from descompiler.region.partition import Partition
 from descompiler.tables.form import LookupPart, form_named
+
+
+class Version(StrEnum):
+    """What an emitted node holds of a node of the original graph. Coupling asks for the first three of them."""
+
+    OWN = scope.OWN
+    """The value for the rank's own rows; parameters, their pieces, and constants too."""
+    WHOLE = scope.WHOLE
+    """The value for the global batch, where rows mix: computed on every rank, gathered, or reduced from terms."""
+    SIZED = scope.SIZED
+    """A value that is made from the batch size alone, for the number of own rows."""
+    ENTERED = "entered"
+    """Ids of the global batch, in the region: the columns that this rank gets."""
+    GIVEN = "given"
+    """What the region's nodes take beside its values, for the global batch: of weights, ids and sizes alone."""
+    PIECE = "piece"
+    """This rank's piece of what is computed of a table along the dimension that it is cut in; of a table itself."""
+    PART = "part"
+    """This rank's part of a value of the region, for the global batch; None where it has none."""
+    RECEIVED = "received"
+    """What the ranks' parts of a value are, put together, for own rows."""
+    LOCAL = "local"
+    """What every rank computes of a value of the region from its own rows, None if nothing; and what that takes."""
+    ARRIVED = "arrived"
+    """A value that left the region, for own rows: what is received, with the local part."""
 
 
 class Emission:
@@ -26,8 +53,8 @@ class Emission:
     ----------
     graph : torch.fx.Graph
         The program under construction.
-    own : dict of node to node
-        Emitted nodes that hold own rows, by the node of the original program; parameters and constants too.
+    makers : dict of Version to callable
+        What makes each version of a node, when it is first asked for.
     weights : dict of str to node
         Original nodes of the parameters that are used.
     sources, constants
@@ -45,17 +72,18 @@ class Emission:
         self.graph = fx.Graph()
         self.constants: dict[str, torch.Tensor] = dict(partition.program.constants)
         self.sources: list[Source] = []
-        self.own: dict[fx.Node, fx.Node] = {}
+        self.makers: dict[Version, Callable[[fx.Node], Any]] = {}
+        self._values: dict[tuple[fx.Node, Version], Any] = {}
         self._form_constants: dict[str, dict[str, fx.Node]] = {}  # by table, what its form needs
         self.runtime = self.graph.placeholder("runtime")
         self._placeholders()
-        self.weights = {name: n for n in self.own if (name := self.program.parameter(n)) is not None}
+        self.weights = {name: n for n, _ in self._values if (name := self.program.parameter(n)) is not None}
 
     def _placeholders(self) -> None:
         for n in self.program.graph.nodes:
             # inputs go by position; the reducer would wait for the gradient of a parameter that nobody uses
             if n.op == "placeholder" and (n.users or self.program.sources[n.name].kind == "input"):
-                self.own[n] = self._placeholder(n.name, self.program.sources[n.name])
+                self.put(n, Version.OWN, self._placeholder(n.name, self.program.sources[n.name]))
         for o in self.partition.operators:
             split = self.partition.splits[o.name]
             for what, tensor in form_named(split.form).constants(split, self.rank).items():
@@ -67,6 +95,36 @@ class Emission:
     def _placeholder(self, name: str, source: Source) -> fx.Node:
         self.sources.append(source)
         return self.graph.placeholder(name)
+
+    # ---- values
+
+    def value(self, n: fx.Node, version: Version) -> Any:
+        """A version of a node's value, made when it is first asked for."""
+        if (n, version) not in self._values:
+            self._values[n, version] = self.makers[version](n)
+        return self._values[n, version]
+
+    def versions(self, version: Version) -> Callable[[fx.Node], Any]:
+        """What gives a version of any node."""
+        return lambda n: self.value(n, version)
+
+    def put(self, n: fx.Node, version: Version, emitted: Any) -> None:
+        """A version that comes with others, not by itself; in place of an earlier one."""
+        self._values[n, version] = emitted
+
+    def has(self, n: fx.Node, version: Version) -> bool:
+        """Whether a version has been made."""
+        return (n, version) in self._values
+
+    def own(self, n: fx.Node) -> Any:
+        """The value for the rank's own rows."""
+        return self.value(n, Version.OWN)
+
+    def weight(self, name: str) -> Any:
+        """What this rank has of a parameter."""
+        return self.own(self.weights[name])
+
+    # ---- nodes of the program
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(function, args, kwargs)

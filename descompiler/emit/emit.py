@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from descompiler.classify.scope import scope_of, trained_parameters
-from descompiler.emit.emission import Emission
+from descompiler.emit.emission import Emission, Version
 from descompiler.emit.outside import OutsideEmitter
 from descompiler.emit.region import RegionEmitter
 from descompiler.graph.nodes import Source, aten
@@ -67,8 +67,7 @@ def emit(partition: Partition, rank: int) -> Emitted:
     """Emit one rank's program (see the module's text)."""
     program, inside = partition.program, partition.inside
     e = Emission(partition, rank)
-    region = RegionEmitter(e)
-    outside = region.outside
+    region, outside = RegionEmitter(e), OutsideEmitter(e)
     checks = _begin(e, outside)
     if e.layout.wholes:
         outside.gather_tables()
@@ -88,9 +87,9 @@ def emit(partition: Partition, rank: int) -> Emitted:
         region.exit_wait()
     for n in program.graph.nodes:
         if n in inside:
-            region.local(n)
+            e.value(n, Version.LOCAL)
             if n in partition.exits:
-                outside.own(n)
+                e.own(n)
         elif n.op == "call_function":
             outside.emit(n)
         elif n.op == "output":
@@ -113,10 +112,10 @@ def _begin(e: Emission, outside: OutsideEmitter) -> tuple[Check, ...]:
     needed = ancestors(checked)
     for n in e.program.graph.nodes:
         if n in needed and n.op == "call_function":
-            outside.own(n)
+            e.own(n)
     first = next(n for n in e.program.graph.nodes if (s := e.program.source(n)) and s.kind == "input")
-    e.rows_local = e.call(aten.sym_size.int, e.own[first], 0)
-    ids = [e.own[n] for n in checked]
+    e.rows_local = e.call(aten.sym_size.int, e.own(first), 0)
+    ids = [e.own(n) for n in checked]
     if e.layout.early:
         outside.begin_fetch(ids)
     else:

@@ -1,23 +1,19 @@
 """Emission outside the region: values in the versions that `descompiler.classify.coupling` says are needed.
 
-    own     of the rank's own rows
-    whole   of the global batch, where rows mix: computed on every rank, gathered, or reduced from the ranks' terms
-    sized   made from the number of own rows alone
-
 Lookups here take rows that are at hand, or fetch them; products with divided tables exchange by themselves.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
 
 from descompiler.classify.coupling import CouplingStage
-from descompiler.classify.scope import CONSTANT, GLOBAL, OWN, OWN_ROWS, SIZE, SIZED, WHOLE, scope_of, size_terms
-from descompiler.emit.emission import Emission
+from descompiler.classify.scope import CONSTANT, GLOBAL, OWN_ROWS, SIZE, scope_of, size_terms
+from descompiler.emit.emission import Emission, Version
 from descompiler.graph.arguments import operand, training_norm
 from descompiler.graph.leaf import Leaf
 from descompiler.graph.nodes import aten, is_tensor, signature, value
@@ -29,31 +25,17 @@ from descompiler.tables.totals import emit_total
 
 
 class OutsideEmitter:
-    """Emits what is outside the region.
+    """Emits what is outside the region."""
 
-    Parameters
-    ----------
-    arrived : callable
-        A value that left the region, for own rows.
-    piece : callable
-        This rank's piece of what is computed of a table: see `descompiler.emit.region.RegionEmitter.piece`.
-    """
-
-    def __init__(
-        self,
-        emission: Emission,
-        arrived: Callable[[fx.Node], Any],
-        piece: Callable[[fx.Node, str, Mapping[fx.Node, int]], fx.Node],
-    ):
-        self.e, self.graph = emission, emission.graph
-        self._arrived, self._piece = arrived, piece
-        self.coupling = emission.partition.coupling
-        self._demands: dict[fx.Node, list[str]] = {}
+    def __init__(self, emission: Emission):
+        self.e, self.partition, self.graph = emission, emission.partition, emission.graph
+        self._global = emission.versions(Version.WHOLE)
+        emission.makers |= {Version.OWN: self._own, Version.WHOLE: self._whole, Version.SIZED: self._sized}
+        self.coupling = self.partition.coupling
+        self._demands: dict[fx.Node, list[Version]] = {}
         for n, version in self.coupling.demands:
-            self._demands.setdefault(n, []).append(version)
+            self._demands.setdefault(n, []).append(Version(version))
         self._stage_of = {n: s for s in self.coupling.stages for n in s.members}
-        self._whole: dict[fx.Node, Any] = {}  # original node -> emitted node holding the global batch
-        self._sized: dict[fx.Node, Any] = {}  # original node -> emitted node made from the number of own rows
         # of a fetched lookup: the number of its fetch, and its own in there
         self._fetched = {name: (f, i) for f, x in enumerate(emission.layout.fetches) for i, name in enumerate(x.names)}
         self._fetches: dict[int, fx.Node] = {}  # what is under way, by number of the fetch
@@ -65,84 +47,62 @@ class OutsideEmitter:
         """Every version of a node that is needed."""
         self._emit_versions(n, self._demands.get(n, []))
 
-    def _emit_versions(self, n: fx.Node, versions: Sequence[str]) -> None:
-        for version in versions if self.e.ranks > 1 else versions and [OWN]:
-            self._makers[version](n)
+    def _emit_versions(self, n: fx.Node, versions: Sequence[Version]) -> None:
+        for version in versions if self.e.ranks > 1 else versions and [Version.OWN]:
+            self.e.value(n, version)
 
-    @property
-    def _makers(self) -> dict[str, Callable[[fx.Node], Any]]:
-        return {OWN: self.own, WHOLE: self.whole, SIZED: self.sized}
-
-    def version(self, n: fx.Node, operand: fx.Node) -> Any:
+    def _operand(self, n: fx.Node, operand: fx.Node) -> Any:
         """An operand in the version that a node takes."""
         uses = scope_of(n).uses if self.e.ranks > 1 else ()
-        version = uses[n.all_input_nodes.index(operand)] if uses else OWN
-        return self._makers[version](operand)
+        return self.e.value(operand, Version(uses[n.all_input_nodes.index(operand)]) if uses else Version.OWN)
 
-    def own(self, n: fx.Node) -> Any:
-        """The value for the rank's own rows."""
-        if n not in self.e.own:
-            self.e.own[n] = self._emit_own(n)
-        return self.e.own[n]
-
-    def _emit_own(self, n: fx.Node) -> Any:
-        e, scope = self.e, scope_of(n)
-        if n in e.partition.inside:
-            return self._arrived(n)
+    def _own(self, n: fx.Node) -> Any:
+        e, p, scope = self.e, self.partition, scope_of(n)
+        if n in p.inside:
+            return e.value(n, Version.ARRIVED)
         if n.name in self._fetched:
             return self._emit_fetched(n)
-        if n in e.partition.lookups and (scope.kind != GLOBAL or e.ranks == 1):
-            return e.lookup(n, self.version(n, e.partition.lookups[n][1].ids), self.own(operand(n)))
-        if n in e.partition.products:
+        if n in p.lookups and (scope.kind != GLOBAL or e.ranks == 1):
+            return e.lookup(n, self._operand(n, p.lookups[n][1].ids), e.own(operand(n)))
+        if n in p.products:
             return self._emit_product(n)
         if e.ranks == 1:
-            return self._copy(n, self.own)
-        if n in e.partition.totals:
-            t = e.partition.totals[n]
-            return emit_total(self.graph, e.runtime, t, e.own[t.weight], e.partition.pieces[t.table], e.rank)
+            return self._copy(n, e.own)
+        if n in p.totals:
+            t = p.totals[n]
+            return emit_total(self.graph, e.runtime, t, e.own(t.weight), p.pieces[t.table], e.rank)
         if scope.kind == SIZE:
-            return self._size(n, OWN)
+            return self._size(n, Version.OWN)
         if scope.kind == GLOBAL:
-            return self._from_global(n, self.whole(n))
+            return self._from_global(n, self._global(n))
         if (norm := training_norm(n)) is not None and scope.kind == OWN_ROWS:
-            args = [None if a is None else self.own(a) for a in (norm.x, *norm.affine, *norm.statistics)]
+            args = [None if a is None else e.own(a) for a in (norm.x, *norm.affine, *norm.statistics)]
             return e.on_runtime("batch_norm", *args, *norm.options)
-        copied = self._copy(n, lambda a: self.version(n, a))
+        copied = self._copy(n, lambda a: self._operand(n, a))
         if scope.kind == OWN_ROWS and "spare_row" in n.meta:
             copied.target = n.meta["spare_row"]
         return copied
 
-    def whole(self, n: fx.Node) -> Any:
-        """The value for the global batch, as every rank computes it."""
-        if n not in self._whole:
-            if n in self._stage_of:
-                self._emit_stage(self._stage_of[n])
-            else:
-                self._whole[n] = self._emit_whole(n)
-        return self._whole[n]
-
-    def _emit_whole(self, n: fx.Node) -> Any:
+    def _whole(self, n: fx.Node) -> Any:
         e, scope = self.e, scope_of(n)
+        if n in self._stage_of:
+            return self._emit_stage(self._stage_of[n])[n]
         if scope.kind == CONSTANT:
-            own, name = self.own(n), e.program.parameter(n)
+            own, name = e.own(n), e.program.parameter(n)
             trained = scope.grad if name is None else e.program.parameters[name].requires_grad
             # every rank has all of its gradient, and the reducer averages over ranks
             return e.call(scale_grad, own, 1 / e.ranks) if trained else own
         if scope.kind == SIZE:
-            return self._size(n, WHOLE)
+            return self._size(n, Version.WHOLE)
         if scope.drawn and not isinstance(n.target, Leaf):
-            args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), self.whole)
+            args, kwargs = fx.map_arg((n.args, dict(n.kwargs)), self._global)
             return e.on_runtime("draw", n.target, *args, **kwargs)
-        if n in e.partition.lookups:
-            return e.lookup(n, self.whole(e.partition.lookups[n][1].ids), self.whole(operand(n)))
-        return self._copy(n, self.whole, scope.drawn)
+        if n in self.partition.lookups:
+            return e.lookup(n, self._global(self.partition.lookups[n][1].ids), self._global(operand(n)))
+        return self._copy(n, self._global, scope.drawn)
 
-    def sized(self, n: fx.Node) -> Any:
-        """A value made from the batch size, for the number of own rows."""
-        if n not in self._sized:
-            find = lambda a: self.sized(a) if scope_of(a).sized else self.own(a)  # noqa: E731
-            self._sized[n] = self._copy(n, find)
-        return self._sized[n]
+    def _sized(self, n: fx.Node) -> Any:
+        return self._copy(n, lambda a: self.e.value(a, Version.SIZED if scope_of(a).sized else Version.OWN))
 
     def _copy(self, n: fx.Node, find: Callable[[fx.Node], Any], drawn: bool = False) -> fx.Node:
         """A node outside the region as it is, with other operands."""
@@ -156,26 +116,30 @@ class OutsideEmitter:
 
     # ---- between versions
 
-    def _emit_stage(self, stage: CouplingStage) -> None:
-        """One collective for all values of a stage."""
+    def _emit_stage(self, stage: CouplingStage) -> dict[fx.Node, fx.Node]:
+        """One collective for all values of a stage: their versions for the global batch."""
+        e = self.e
         for n, version in self.coupling.before(stage):
-            self._emit_versions(n, [version])
+            self._emit_versions(n, [Version(version)])
+        result = {}
         if stage.kind == "gather":
             rows = [scope_of(n).rows or Rows() for n in stage.members]
             layouts = [[r.dim, r.outer, r.inner] for r in rows]
-            wholes = self.e.on_runtime("gather_rows", [self.own(n) for n in stage.members], layouts)
-            self._whole.update({n: self.e.item(wholes, i) for i, n in enumerate(stage.members)})
-            return
-        terms = []
-        for n in stage.members:
-            args, dtype = signature(n), {"dtype": value(n).dtype} if signature(n)["dtype"] is not None else {}
-            x, dims = self.own(n.all_input_nodes[0]), args.get("dim") or list(range(value(operand(n)).dim()))
-            terms.append(self.e.call(aten.sum.dim_IntList, x, dims, args.get("keepdim", False), **dtype))
-        totals = self.e.on_runtime("sum_terms", terms)
+            collected = e.on_runtime("gather_rows", [e.own(n) for n in stage.members], layouts)
+        else:
+            collected = e.on_runtime("sum_terms", [self._term(n) for n in stage.members])
         for i, n in enumerate(stage.members):
-            self._whole[n] = self.e.item(totals, i)
-            if n.target in (aten.mean.default, aten.mean.dim):
-                self._whole[n] = self.e.call(aten.div.Tensor, self._whole[n], self._count(n))
+            result[n] = e.item(collected, i)
+            if stage.kind != "gather" and n.target in (aten.mean.default, aten.mean.dim):
+                result[n] = e.call(aten.div.Tensor, result[n], self._count(n))
+            e.put(n, Version.WHOLE, result[n])
+        return result
+
+    def _term(self, n: fx.Node) -> fx.Node:
+        """A rank's term of a sum, or of a mean's."""
+        args, dtype = signature(n), {"dtype": value(n).dtype} if signature(n)["dtype"] is not None else {}
+        x, dims = self.e.own(n.all_input_nodes[0]), args.get("dim") or list(range(value(operand(n)).dim()))
+        return self.e.call(aten.sum.dim_IntList, x, dims, args.get("keepdim", False), **dtype)
 
     def _count(self, n: fx.Node) -> Any:
         """Elements of the global batch that a mean is over."""
@@ -188,7 +152,7 @@ class OutsideEmitter:
             if d == rows.dim:
                 continue
             size = value(x).shape[d]
-            factor = size if isinstance(size, int) else self.e.call(aten.sym_size.int, self.own(x), d)
+            factor = size if isinstance(size, int) else self.e.call(aten.sym_size.int, self.e.own(x), d)
             result = self.e.call(operator.mul, result, factor)
         return result
 
@@ -201,19 +165,19 @@ class OutsideEmitter:
             return self.e.on_runtime("slice_rows", whole, rows.dim, rows.outer, rows.inner)
         return self.e.on_runtime("spread", whole) if n in self.coupling.spreads and scope_of(n).grad else whole
 
-    def _size(self, n: fx.Node, version: str) -> Any:
+    def _size(self, n: fx.Node, version: Version) -> Any:
         """A number made from the batch size."""
-        find = self.own if version == OWN else self.whole
+        find = self.e.own if version == Version.OWN else self._global
         if n.target is not aten.sym_size.int:
             return self.graph.node_copy(n, find)
         x, terms = n.all_input_nodes[0], size_terms(self.e.program, n)
         if terms is None:
-            find = self.whole if scope_of(x).kind == GLOBAL else self.own
+            find = self._global if scope_of(x).kind == GLOBAL else self.e.own
             return self.graph.node_copy(n, find)
-        if version == OWN and (x in self.e.own or scope_of(x).kind == OWN_ROWS):
-            return self.graph.node_copy(n, self.own)
+        if version == Version.OWN and (self.e.has(x, version) or scope_of(x).kind == OWN_ROWS):
+            return self.graph.node_copy(n, self.e.own)
         result: Any = terms[-1]
-        rows = self.e.rows if version == WHOLE else self.e.on_runtime("own_rows")
+        rows = self.e.rows if version == Version.WHOLE else self.e.on_runtime("own_rows")
         for c in reversed(terms[:-1]):  # Horner
             result = self.e.call(operator.mul, rows, result) if result != 1 else rows
             result = self.e.call(operator.add, result, c) if c else result
@@ -222,7 +186,7 @@ class OutsideEmitter:
     # ---- outputs, tables that are gathered or fetched
 
     def outputs(self, outputs: Sequence[fx.Node]) -> list[Any]:
-        result = [self.own(o) for o in outputs]
+        result = [self.e.own(o) for o in outputs]
         joined = [i for i, o in enumerate(outputs) if scope_of(o).grad]
         several = len(joined) > 1 and (self.coupling.backward or self.e.layout.wholes)
         if self.e.ranks > 1 and (several or self.e.layout.leaves_backward):
@@ -236,30 +200,30 @@ class OutsideEmitter:
         ]
 
     def _emit_product(self, n: fx.Node) -> fx.Node:
-        products = self.e.partition.products
+        e, products = self.e, self.partition.products
         number = list(products).index(n)
-        o, x = products[n]
+        _, x = products[n]
         bias = x.bias
-        weight = self._piece(x.weight, o.name, x.rows) if x.rows else self.own(x.weight)
+        weight = e.value(x.weight, Version.PIECE if x.rows else Version.OWN)
         if bias is not None:
-            name = self.e.program.parameter(bias)
-            bias = self.own(bias)
-            if name is None or self.e.partition.pieces[name].is_replicated:
+            name = e.program.parameter(bias)
+            bias = e.own(bias)
+            if name is None or self.partition.pieces[name].is_replicated:
                 # each owner adds its part; the reducer divides by the number of ranks what the product has divided
-                start, size, _ = self.e.layout.vocabularies[number].parts.get(self.e.rank, (0, 0, 0))
-                bias = self.e.call(aten.narrow.default, bias, 0, start, size)
-                bias = self.e.call(scale_grad, bias, self.e.ranks)
-        ids = [self.version(n, r[1]) for r in x.requests if r[0] == "select"]
-        return self.e.on_runtime("vocabulary", number, self.version(n, x.x), weight, bias, ids)
+                start, size, _ = e.layout.vocabularies[number].parts.get(e.rank, (0, 0, 0))
+                bias = e.call(scale_grad, e.call(aten.narrow.default, bias, 0, start, size), e.ranks)
+        ids = [self._operand(n, r[1]) for r in x.requests if r[0] == "select"]
+        return e.on_runtime("vocabulary", number, self._operand(n, x.x), weight, bias, ids)
 
     def gather_tables(self) -> None:
-        nodes = [self.e.weights[t.name] for t in self.e.layout.wholes]
-        gathered = self.e.on_runtime("gather_tables", *(self.e.own[n] for n in nodes))
-        self.e.own.update({n: self.e.item(gathered, i) for i, n in enumerate(nodes)})
+        names = [t.name for t in self.e.layout.wholes]
+        gathered = self.e.on_runtime("gather_tables", *(self.e.weight(name) for name in names))
+        for i, name in enumerate(names):
+            self.e.put(self.e.weights[name], Version.OWN, self.e.item(gathered, i))
 
     def _fetch_ids(self, number: int) -> list[fx.Node]:
-        by_name = {n.name: x.ids for n, (_, x) in self.e.partition.lookups.items()}
-        return [self.own(by_name[name]) for name in self.e.layout.fetches[number].names]
+        by_name = {n.name: x.ids for n, (_, x) in self.partition.lookups.items()}
+        return [self.e.own(by_name[name]) for name in self.e.layout.fetches[number].names]
 
     def begin_fetch(self, ids: list[fx.Node]) -> None:
         begun = self.e.call(begin_fetch, self.e.runtime, self.e.rows_local, ids, self._fetch_ids(0))
@@ -267,7 +231,7 @@ class OutsideEmitter:
         self._fetches[0] = self.e.call(fetch_start, self.e.runtime, self.e.item(begun, 1))
 
     def fetch_rows(self, number: int) -> None:
-        weights = [self.e.own[self.e.weights[t.name]] for t in self.e.layout.fetches[number].tables]
+        weights = [self.e.weight(t.name) for t in self.e.layout.fetches[number].tables]
         self._fetches[number] = self.e.call(fetch_rows, self.e.runtime, self._fetches[number], *weights)
 
     def _emit_fetched(self, n: fx.Node) -> fx.Node:
@@ -280,4 +244,4 @@ class OutsideEmitter:
             under_way = self._fetches[number]
             fetching = self.e.item(under_way, 0)
             self._fetched_rows[number] = fetching, self.e.call(fetch_wait, self.e.runtime, under_way)
-        return self.e.call(take, *self._fetched_rows[number], index, self.e.partition.lookups[n][1].mode)
+        return self.e.call(take, *self._fetched_rows[number], index, self.partition.lookups[n][1].mode)

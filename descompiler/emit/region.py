@@ -1,210 +1,159 @@
 """Emission of the substituted region: its values for the global batch, what it is given, and what crosses its border.
 
-ids  ->  `enter_start`  ->  `enter_wait`  ->  `emit`  ->  `exit_start`  ->  `exit_wait`  ->  `arrived`, with the parts
-of the region's values that every rank computes from its own rows (`local`)
+ids  ->  `enter_start`  ->  `enter_wait`  ->  `emit`  ->  `exit_start`  ->  `exit_wait`  ->  values that have arrived,
+with the parts that every rank computes from its own rows
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from descompiler.classify.scope import scope_of
-from descompiler.emit.emission import Emission
-from descompiler.emit.outside import OutsideEmitter
+from descompiler.emit.emission import Emission, Version
 from descompiler.graph.arguments import operand
 from descompiler.graph.nodes import aten, tail, value
 from descompiler.graph.slicing import emit_slice, follow
-from descompiler.layout.placement import LOCAL, Local, Partial, Shard, has_local
+from descompiler.layout.placement import LOCAL, Partial, Shard
 from descompiler.layout.spans import at
 from descompiler.ops.local import join_local, scale_grad
 from descompiler.region.rule import Part
 
 
 class RegionEmitter:
-    """Emits the region; `outside` makes what it takes, and takes what leaves it."""
+    """Emits the region; what it takes from outside of it, and what is taken from it, are versions of values."""
 
     def __init__(self, emission: Emission):
-        self.e = emission
-        self.outside = OutsideEmitter(emission, self.arrived, self.piece)
-        self._values: dict[fx.Node, fx.Node] = {}  # original node -> emitted node holding the global part
-        self._local: dict[fx.Node, fx.Node | None] = {}  # original node -> emitted node holding the part of own rows
-        self._given: dict[fx.Node, Any] = {}  # original node -> emitted node: what the region's nodes are given
-        self._pieces: dict[fx.Node, fx.Node] = {}  # original node -> emitted node, of what is computed of tables
-        self._slices: dict[str, fx.Node] = {}  # weight name -> the slice that all ranks hold
-        self._entered: dict[fx.Node, tuple[fx.Node, tuple[int, ...] | None]] = {}  # ids -> those here, their columns
+        self.e, self.partition = emission, emission.partition
+        emission.makers |= {
+            Version.GIVEN: self._given,
+            Version.PIECE: self._piece,
+            Version.PART: self._part,
+            Version.LOCAL: self._local,
+            Version.ARRIVED: self._arrived,
+        }
 
     # ---- stages
 
     def enter_start(self) -> None:
-        self._entering = self.e.on_runtime("enter_start", [self.outside.own(n) for n in self.e.partition.readers])
+        self._entering = self.e.on_runtime("enter_start", [self.e.own(n) for n in self.partition.readers])
 
     def enter_wait(self) -> None:
         e = self.e
         arrived = e.on_runtime("enter_wait", self._entering)
-        for i, (n, entry) in enumerate(zip(e.partition.readers, e.layout.entries, strict=True)):
+        self._columns = {}
+        for i, (n, entry) in enumerate(zip(self.partition.readers, e.layout.entries, strict=True)):
             if entry.width(e.rank):
-                self._entered[n] = (e.item(arrived, i), entry.columns_on(e.rank))
+                e.put(n, Version.ENTERED, e.item(arrived, i))
+                self._columns[n] = entry.columns_on(e.rank)
 
     def emit(self) -> None:
         """Values of the global batch, where this rank has a part of them."""
         e = self.e
-        part = self._part(e.rank, e.rows, self._values.get, self.given)
-        for n in e.program.graph.nodes:
-            if n in e.partition.inside and part.holds(e.partition.placements[n]):
-                self._values[n] = (
-                    self._lookup(n) if n in e.partition.lookups else e.partition.candidates.rules[n].emit(n, part)
-                )
-        # running statistics that moved on one rank, to all
-        if norms := e.partition.norms:
-            buffers = [[e.own[b] for b in norm.statistics if b is not None] for norm in norms]
-            e.on_runtime("share_statistics", buffers, [e.partition.channels(norm) for norm in norms])
+        for n in self._nodes():
+            e.value(n, Version.PART)
+        if norms := self.partition.norms:  # running statistics that moved on one rank, to all
+            buffers = [[e.own(b) for b in norm.statistics if b is not None] for norm in norms]
+            e.on_runtime("share_statistics", buffers, [self.partition.channels(norm) for norm in norms])
 
     def exit_start(self) -> None:
-        e = self.e
-        placed = e.partition.candidates.placed
-        unused = [
-            e.own[e.weights[name]]
-            for n in e.program.graph.nodes
-            if n in e.partition.inside and n not in self._values
-            for name in placed[n].replicated
-        ]
-        anchor = e.on_runtime("anchor", *dict.fromkeys(unused))
-        if cut_weights := e.partition.shared_weights:
+        e, placed = self.e, self.partition.candidates.placed
+        unused = [n for n in self._nodes() if e.value(n, Version.PART) is None]
+        anchor = e.on_runtime("anchor", *dict.fromkeys(e.weight(name) for n in unused for name in placed[n].replicated))
+        if shared := self.partition.shared_weights:
             slices = []
-            for name, p in cut_weights.items():
-                weight = e.own[e.weights[name]]
-                slices.append(e.call(aten.narrow.default, weight, p.dim, p.own_size(e.rank), p.shared_size()))
+            for name, p in shared.items():
+                slices.append(e.call(aten.narrow.default, e.weight(name), p.dim, p.own_size(e.rank), p.shared_size()))
             reduced = e.on_runtime("reduce_shared", anchor, *slices)
             anchor = e.item(reduced, 0)
-            self._slices = {name: e.item(reduced, i + 1) for i, name in enumerate(cut_weights)}
-        self._started = e.on_runtime("exit_start", anchor, [self._values.get(n) for n in e.partition.exits])
+            for i, name in enumerate(shared):
+                e.put(e.weights[name], Version.LOCAL, e.item(reduced, i + 1))
+        self._started = e.on_runtime("exit_start", anchor, [e.value(n, Version.PART) for n in self.partition.exits])
 
     def exit_wait(self) -> None:
         received = self.e.on_runtime("exit_wait", self._started)
-        self._received = {n: self.e.item(received, i) for i, n in enumerate(self.e.partition.exits)}
+        for i, n in enumerate(self.partition.exits):
+            self.e.put(n, Version.RECEIVED, self.e.item(received, i))
 
-    def arrived(self, n: fx.Node) -> fx.Node:
-        """A value that left the region, for own rows."""
-        placement, received = self.e.partition.placements[n], self._received[n]
-        assert not isinstance(placement, Local)
-        if not has_local(placement):
-            return received
-        if isinstance(placement, Partial):
-            return self.e.call(aten.add.Tensor, received, self.local(n))
-        assert isinstance(placement, Shard)
-        segments = [[s.size, s.owner] for s in placement.segments]
-        return self.e.call(join_local, placement.dim, segments, received, self.local(n))
+    def _nodes(self) -> list[fx.Node]:
+        return [n for n in self.e.program.graph.nodes if n in self.partition.inside]
+
+    def _arrived(self, n: fx.Node) -> fx.Node:
+        e, placement = self.e, self.partition.placements[n]
+        received: fx.Node = e.value(n, Version.RECEIVED)
+        if isinstance(placement, Partial) and placement.local:
+            return e.call(aten.add.Tensor, received, e.value(n, Version.LOCAL))
+        if isinstance(placement, Shard) and placement.local:
+            segments = [list(x) for x in placement.division.pairs]
+            return e.call(join_local, placement.dim, segments, received, e.value(n, Version.LOCAL))
+        return received
 
     # ---- values
 
-    def _part(
-        self,
-        owner: int,
-        rows: fx.Node,
-        own: Callable[[fx.Node], fx.Node | None],
-        given: Callable[[fx.Node], Any],
-    ) -> Part:
-        """What rules emit a part of a value with; see `Part`."""
-        e = self.e
-        return Part(
-            e.graph,
-            e.runtime,
-            e.program,
-            e.rank,
-            e.ranks,
-            owner,
-            rows,
-            e.partition.placements,
-            e.partition.pieces,
-            own,
-            given,
-        )
+    def _by_rule(self, n: fx.Node, owner: int, rows: fx.Node, operands: Version, givens: Version) -> fx.Node | None:
+        """A part of a value of the region, made from those versions of its operands; None if there is none."""
+        e, p = self.e, self.partition
+        operand, given = e.versions(operands), e.versions(givens)
+        part = Part(e.graph, e.runtime, p.program, e.rank, e.ranks, owner, rows, p.placements, p.pieces, operand, given)
+        if not part.holds(p.placements[n]):
+            return None
+        return self._lookup(n) if n in p.lookups else p.candidates.rules[n].emit(n, part)
 
-    def local(self, n: fx.Node) -> fx.Node | None:
-        """The part of a value of the region that every rank computes from its own rows; None if there is none."""
-        if n not in self._local:
-            part = self._part(LOCAL, self.e.rows_local, self._local_operand, self._local_given)
-            self._local[n] = (
-                self.e.partition.candidates.rules[n].emit(n, part)
-                if part.holds(self.e.partition.placements[n])
-                else None
-            )
-        return self._local[n]
+    def _part(self, n: fx.Node) -> fx.Node | None:
+        if n not in self.partition.inside:
+            return None  # every rank has it for its own rows only
+        return self._by_rule(n, self.e.rank, self.e.rows, Version.PART, Version.GIVEN)
+
+    def _local(self, n: fx.Node) -> Any:
+        if n in self.partition.inside:
+            return self._by_rule(n, LOCAL, self.e.rows_local, Version.LOCAL, Version.LOCAL)
+        own, scope = self.e.own(n), scope_of(n)
+        if self.e.ranks == 1 or not scope.sized or scope.rows is None or n in self.partition.coupling.slices:
+            return own
+        return self.e.on_runtime("slice_rows", own, scope.rows.dim, scope.rows.outer, scope.rows.inner)
 
     def _lookup(self, n: fx.Node) -> fx.Node:
         e = self.e
-        o, x = e.partition.lookups[n]
-        ids, arrived = self._entered[x.ids]
-        wanted = at(e.partition.splits[o.name].columns(o, x), e.rank, ())
+        o, x = self.partition.lookups[n]
+        ids, arrived = e.value(x.ids, Version.ENTERED), self._columns[x.ids]
+        wanted = at(self.partition.splits[o.name].columns(o, x), e.rank, ())
         if wanted is not None and wanted != arrived:
             have = list(range(tail(x.ids)[0]) if arrived is None else arrived)
             ids = e.call(operator.getitem, ids, (slice(None), [have.index(c) for c in wanted]))
-        table = operand(n)
-        if x.computed is None:
-            return e.lookup(n, ids, self.outside.own(table))
-        assert o.group is not None
-        return e.lookup(n, ids, self.piece(table, o.group.tables[0], o.group.dims))
+        return e.lookup(n, ids, e.value(operand(n), Version.OWN if x.computed is None else Version.PIECE))
 
-    def piece(self, n: fx.Node, table: str, dims: Mapping[fx.Node, int]) -> fx.Node:
-        """This rank's piece of what is computed of a table along the dimension that it is cut in; of a table itself."""
-        if n.op == "placeholder":
-            return self.e.own[n]
-        if n not in self._pieces:
-            step = follow(n, dims)
-            own = self.e.partition.pieces[table].own(self.e.rank)
-            first, size = (own[0].start, own[0].size) if own else (0, 0)
-            assert step is not None and len(own) <= 1
-
-            def piece(a: fx.Node) -> fx.Node:
-                return self.piece(a, table, dims)
-
-            self._pieces[n] = emit_slice(self.e.graph, n, step, dims, piece, self.given, first, size)
-        return self._pieces[n]
-
-    # ---- what the region's nodes are given
-
-    def given(self, node: fx.Node) -> Any:
-        """An operand that depends on no batch, or on ids and sizes alone, for the global batch."""
-        if node not in self._given:
-            self._given[node] = self._emit_given(node)
-        return self._given[node]
-
-    def _emit_given(self, node: fx.Node) -> Any:
+    def _piece(self, n: fx.Node) -> Any:
         e = self.e
-        if node in self._entered:
-            arrived, dtype = self._entered[node][0], value(node).dtype
+        if n.op == "placeholder":
+            return e.own(n)
+        table, dims = self.partition.computed[n]
+        step = follow(n, dims)
+        own = self.partition.pieces[table].own(e.rank)
+        first, size = (own[0].start, own[0].size) if own else (0, 0)
+        assert step is not None and len(own) <= 1
+
+        piece, given = e.versions(Version.PIECE), e.versions(Version.GIVEN)
+        return emit_slice(e.graph, n, step, dims, piece, given, first, size)
+
+    def _given(self, n: fx.Node) -> Any:
+        e = self.e
+        if e.has(n, Version.ENTERED):
+            arrived, dtype = e.value(n, Version.ENTERED), value(n).dtype
             return arrived if dtype == torch.int64 else e.call(aten.to.dtype, arrived, dtype)
-        if node in e.partition.candidates.givens.sized:
-            return self.outside.whole(node)
-        if node.op == "call_function":
-            return e.graph.node_copy(node, self.given)
-        name = e.program.parameter(node)
+        if n in self.partition.candidates.givens.sized:
+            return e.value(n, Version.WHOLE)
+        if n.op == "call_function":
+            return e.graph.node_copy(n, e.versions(Version.GIVEN))
+        name = e.program.parameter(n)
         if name is None:  # a constant
-            return e.own[node]
-        pieces = e.partition.pieces[name]
+            return e.own(n)
+        pieces = self.partition.pieces[name]
         if pieces.is_replicated:
             # the reducer divides by the number of ranks what the exchange has divided already
-            return e.call(scale_grad, e.own[node], e.ranks)
+            return e.call(scale_grad, e.own(n), e.ranks)
         if not pieces.shared_size():
-            return e.own[node]
-        return e.call(aten.narrow.default, e.own[node], pieces.dim, 0, pieces.own_size(e.rank))
-
-    def _local_given(self, node: fx.Node) -> Any:
-        """The same for own rows."""
-        name = self.e.program.parameter(node)
-        return self._own_part(node) if name is None else self._slices.get(name, self.e.own[node])
-
-    def _local_operand(self, node: fx.Node) -> fx.Node | None:
-        return self.local(node) if node in self.e.partition.inside else self._own_part(node)
-
-    def _own_part(self, node: fx.Node) -> Any:
-        """A value from outside the region, for own rows; of one that is made from the batch size, its own rows."""
-        own, scope = self.outside.own(node), scope_of(node)
-        if self.e.ranks == 1 or not scope.sized or scope.rows is None or node in self.outside.coupling.slices:
-            return own
-        return self.e.on_runtime("slice_rows", own, scope.rows.dim, scope.rows.outer, scope.rows.inner)
+            return e.own(n)
+        return e.call(aten.narrow.default, e.own(n), pieces.dim, 0, pieces.own_size(e.rank))

@@ -9,6 +9,7 @@ from math import prod
 
 import numpy as np
 
+from descompiler.layout.division import Division
 from descompiler.layout.spans import Spans, at
 from descompiler.layout.traffic import Collective, Stage
 from descompiler.layout.transfer import Sent, Step, Transfer
@@ -64,13 +65,13 @@ class IdsIn(Transfer):
 class Exit:
     """A value that leaves the region: ranks send ``[rows, *tail]``, of the tail that ``tails`` has for them.
 
-    ``segments`` are the (size, owner) of the sharded dimension ``dim``; None: the ranks' terms are summed.
+    ``division`` is that of the sharded dimension ``dim``; None: the ranks' terms are summed.
     """
 
     name: str
     tails: Spans[tuple[int, ...]]
     dim: int = 0
-    segments: tuple[tuple[int, int], ...] | None = None
+    division: Division | None = None
 
     def tail_on(self, rank: int) -> tuple[int, ...]:
         """What a row of what ``rank`` sends is like, if it sends anything."""

@@ -56,7 +56,7 @@ class KeySpace:
         offset, offsets, firsts = 0, [0], [list(size)]
         starts, owners, bases = [], [], []
         for p in tables:
-            for r in p.ranges():
+            for r in p.division:
                 if r.size:
                     starts.append(offset + r.start)
                     owners.append(r.owner)

@@ -11,48 +11,27 @@ the ranges that all ranks hold, in order.
     columns        1     (0, 2, 0) (2, 4, 1)                                        (2, 0, 2)
     co-located     1     columns that follow the shards of a Linear's input; dense features' columns are ALL's
 
-Equal ranges of ranks that follow each other are kept as one `Run`: a table that is dealt out evenly takes two of them
-at most, whatever the number of ranks.
+The ranges are a `Division`, which keeps equal ones of ranks that follow each other as one run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
-ALL = -1
+from descompiler.layout.division import SHARED, Division, Range, Run
+
+ALL = SHARED
 """Owner of a range that every rank holds."""
 
 
 Index = tuple[slice, ...]
-
-
-@dataclass(frozen=True)
-class Range:
-    """A contiguous range ``[start, stop)`` of a dimension and the rank that owns it (or `ALL`)."""
-
-    start: int
-    stop: int
-    owner: int
-
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """``count`` ranges of one size, side by side, of the ranks ``owner``, ``owner + 1`` ...; or one range of `ALL`."""
-
-    size: int
-    owner: int
-    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -71,29 +50,19 @@ class Pieces:
 
     shape: tuple[int, ...]
     dim: int
-    runs: tuple[Run, ...]
+    division: Division
     ranks: int
 
     def __post_init__(self) -> None:
-        owned = all(r.count == 1 if r.owner == ALL else 0 <= r.owner <= self.ranks - r.count for r in self.runs)
-        tiled = sum(r.size * r.count for r in self.runs) == (self.shape[self.dim] if self.shape else 1)
-        if not owned or not tiled or any(r.size < 0 or r.count < 1 for r in self.runs):
-            raise ValueError(f"{self.runs} do not tile dimension {self.dim} of {self.shape} on {self.ranks} ranks")
+        tiled = self.division.size == (self.shape[self.dim] if self.shape else 1)
+        if not tiled or not self.division.fits(self.ranks):
+            runs = self.division.runs
+            raise ValueError(f"{runs} do not tile dimension {self.dim} of {self.shape} on {self.ranks} ranks")
 
     @staticmethod
     def of(shape: Sequence[int], dim: int, ranges: Iterable[tuple[int, int]], ranks: int) -> Pieces:
-        """The (size, owner) of consecutive ranges, or `ALL` for the owner.
-
-        >>> Pieces.of((9, 2), 0, [(2, 0), (2, 1), (1, ALL), (4, 0)], 2).runs
-        (Run(size=2, owner=0, count=2), Run(size=1, owner=-1, count=1), Run(size=4, owner=0, count=1))
-        """
-        runs: list[list[int]] = []
-        for size, owner in ranges:
-            if runs and ALL not in (owner, runs[-1][1]) and runs[-1][0] == size and sum(runs[-1][1:]) == owner:
-                runs[-1][2] += 1
-            else:
-                runs.append([size, owner, 1])
-        return Pieces(tuple(shape), dim, tuple(Run(*r) for r in runs), ranks)
+        """The (size, owner) of consecutive ranges, or `ALL` for the owner."""
+        return Pieces(tuple(shape), dim, Division.of(ranges), ranks)
 
     @staticmethod
     def replicate(shape: Sequence[int], ranks: int) -> Pieces:
@@ -103,7 +72,7 @@ class Pieces:
     @staticmethod
     def whole(shape: Sequence[int], owner: int, ranks: int) -> Pieces:
         """One rank holds everything."""
-        return Pieces(tuple(shape), 0, (Run(shape[0] if len(shape) else 1, owner),), ranks)
+        return Pieces(tuple(shape), 0, Division((Run(shape[0] if len(shape) else 1, owner),)), ranks)
 
     @staticmethod
     def by_sizes(shape: Sequence[int], dim: int, sizes: Sequence[int], ranks: int) -> Pieces:
@@ -113,65 +82,31 @@ class Pieces:
 
     @staticmethod
     def even(shape: Sequence[int], dim: int, ranks: int) -> Pieces:
-        """Ranks hold consecutive ranges as equal as can be, larger ones first.
-
-        >>> Pieces.even((7, 2), 0, 3) == Pieces.by_sizes((7, 2), 0, even_sizes(7, 3), 3)
-        True
-        """
-        small, larger = divmod(shape[dim], ranks)
-        runs = [Run(small + 1, 0, larger)] if larger else []
-        if small or not larger:
-            runs.append(Run(small, larger, ranks - larger if small else 1))
-        return Pieces(tuple(shape), dim, tuple(runs), ranks)
-
-    def ranges(self) -> Iterator[Range]:
-        """All ranges, in order."""
-        start = 0
-        for run in self.runs:
-            for i in range(run.count):
-                yield Range(start, start + run.size, run.owner if run.owner == ALL else run.owner + i)
-                start += run.size
-
-    def sizes_and_owners(self) -> tuple[np.ndarray, np.ndarray]:
-        """The size and the owner of each range, in order."""
-        sizes, owners, counts = np.array([(r.size, r.owner, r.count) for r in self.runs]).T
-        before = np.cumsum(counts) - counts
-        return np.repeat(sizes, counts), np.repeat(owners - before, counts) + np.arange(counts.sum())
+        """Ranks hold consecutive ranges as equal as can be, larger ones first."""
+        return Pieces(tuple(shape), dim, Division.even(shape[dim], ranks), ranks)
 
     @cached_property
     def is_replicated(self) -> bool:
-        return all(r.owner == ALL for r in self.runs)
+        return all(r.owner == ALL for r in self.division.runs)
 
-    @cached_property
+    @property
     def owners(self) -> tuple[int, ...]:
         """The ranks that own a non-empty range, in order."""
-        found = np.flatnonzero(self.sizes[:ALL])
-        if len(found) and found[-1] - found[0] == len(found) - 1:
-            return _consecutive(int(found[0]), int(found[-1]) + 1)
-        return tuple(found.tolist())
+        return self.division.owners
 
     @cached_property
     def sizes(self) -> np.ndarray:
         """Size of the divided dimension that each rank owns alone, ``[ranks + 1]``; that of all at the end."""
-        sizes, owners = self.sizes_and_owners()
+        sizes, owners = self.division.arrays()
         return np.bincount(np.where(owners == ALL, self.ranks, owners), sizes, minlength=self.ranks + 1).astype(int)
 
     def own(self, rank: int) -> list[Range]:
         """The ranges that belong to ``rank`` alone."""
-        return self._ranges_of(rank)
+        return self.division.of_owner(rank)
 
     def shared(self) -> list[Range]:
         """The ranges that every rank holds."""
-        return self._ranges_of(ALL)
-
-    def _ranges_of(self, owner: int) -> list[Range]:
-        result, start = [], 0
-        for run in self.runs:
-            if run.size and run.owner <= owner < run.owner + run.count:
-                first = start + (owner - run.owner) * run.size
-                result.append(Range(first, first + run.size, owner))
-            start += run.size * run.count
-        return result
+        return self.division.of_owner(ALL)
 
     def own_size(self, rank: int) -> int:
         return int(self.sizes[rank])
@@ -244,25 +179,18 @@ class Pieces:
         return full
 
 
-@cache
-def _consecutive(start: int, stop: int) -> tuple[int, ...]:
-    """Ranks side by side, once for all tables that they own."""
-    return tuple(range(start, stop))
-
-
 def even_sizes(size: int, parts: int) -> list[int]:
     """Sizes of ``parts`` consecutive ranges that tile ``size``, as equal as can be, larger ones first.
 
     >>> even_sizes(7, 3)
     [3, 2, 2]
     """
-    small, rest = divmod(size, parts)
-    return [small + (i < rest) for i in range(parts)]
+    return [size for size, _ in Division.even(size, parts).pairs]
 
 
 def locate(pieces: Pieces, ids: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Owner of each row, and its position in the owner's piece; rows that all ranks hold are taken from this one."""
-    held = [r for r in pieces.ranges() if r.size]
+    held = [r for r in pieces.division if r.size]
     offset = dict.fromkeys(range(pieces.ranks), 0)
     owners, bases = [], []
     for r in held:

@@ -4,8 +4,8 @@ The original graph's tensors have a leading batch dimension. Outside the substit
 (`Local`, torch's ``Shard(0)``). Inside it, ranks hold the *global* batch of what their weights produce:
 
     Owned(r)      rank r holds the tensor whole, the others nothing
-    Shard(d, s)   dimension d is divided into segments, each held by one rank (or, `LOCAL`, held by nobody for the
-                  global batch: every rank holds that segment for its own rows)
+    Shard(d, v)   dimension d is divided into ranges, each held by one rank (or, `LOCAL`, held by nobody for the
+                  global batch: every rank holds that range for its own rows)
     Partial(R)    the ranks of R hold terms whose sum is the tensor (`local`: plus a term that every rank holds for its
                   own rows: a bias, a product with dense features)
     Disjoint(R)   as Partial, and every row is non-zero on at most one rank; `key` names the pattern of rows, so that
@@ -18,18 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 
+from descompiler.layout.division import SHARED, Division
 from descompiler.layout.spans import alike
 
-LOCAL = -1
-"""Owner of a segment that every rank holds for its own rows only."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    size: int
-    owner: int
+LOCAL = SHARED
+"""Owner of a range that every rank holds for its own rows only."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +45,12 @@ class Owned:
 @dataclass(frozen=True)
 class Shard:
     dim: int
-    segments: tuple[Segment, ...]
+    division: Division
 
-    @cached_property
+    @property
     def widths(self) -> dict[int, int]:
         """Size of the sharded dimension by owner, `LOCAL` included."""
-        result: dict[int, int] = {}
-        for s in self.segments:
-            result[s.owner] = result.get(s.owner, 0) + s.size
-        return result
+        return self.division.widths
 
     def width(self, rank: int) -> int:
         """Size of the sharded dimension on a rank (``LOCAL`` for the local part)."""
@@ -67,27 +58,18 @@ class Shard:
 
     def positions(self, rank: int) -> list[int]:
         """Which elements of the sharded dimension a rank has (`LOCAL`: the local part), in order."""
-        return list(self._positions.get(rank, ()))
+        return list(self.division.positions(rank))
 
-    @cached_property
-    def _positions(self) -> dict[int, list[int]]:
-        result: dict[int, list[int]] = {}
-        position = 0
-        for s in self.segments:
-            result.setdefault(s.owner, []).extend(range(position, position + s.size))
-            position += s.size
-        return result
-
-    @cached_property
+    @property
     def ranks(self) -> tuple[int, ...]:
-        return tuple(sorted(owner for owner in self.widths if owner != LOCAL))
+        return self.division.owners
 
     @property
     def local(self) -> bool:
         return LOCAL in self.widths
 
     def __str__(self) -> str:
-        parts = ",".join(f"{s.size}@{'local' if s.owner == LOCAL else s.owner}" for s in self.segments)
+        parts = ",".join(f"{size}@{'local' if owner == LOCAL else owner}" for size, owner in self.division.pairs)
         return f"Shard({self.dim}: {parts})"
 
 
@@ -127,19 +109,22 @@ Region = Owned | Shard | Partial | Disjoint
 Placement = Local | Region
 
 
-def shard(dim: int, segments: Iterable[Segment]) -> Owned | Shard:
-    """A `Shard` in canonical form: empty segments dropped, neighbours of one owner merged, one owner is `Owned`."""
-    merged: list[Segment] = []
-    for s in segments:
-        if not s.size:
+def shard(dim: int, ranges: Iterable[tuple[int, int]]) -> Owned | Shard:
+    """A `Shard` of the (size, owner) of consecutive ranges, in canonical form.
+
+    Empty ranges are dropped, neighbours of one owner merged, and what one owner has whole is `Owned`.
+    """
+    merged: list[tuple[int, int]] = []
+    for size, owner in ranges:
+        if not size:
             continue
-        if merged and merged[-1].owner == s.owner:
-            merged[-1] = Segment(merged[-1].size + s.size, s.owner)
+        if merged and merged[-1][1] == owner:
+            merged[-1] = merged[-1][0] + size, owner
         else:
-            merged.append(s)
-    if len(merged) == 1 and merged[0].owner != LOCAL:
-        return Owned(merged[0].owner)
-    return Shard(dim, tuple(merged))
+            merged.append((size, owner))
+    if len(merged) == 1 and merged[0][1] != LOCAL:
+        return Owned(merged[0][1])
+    return Shard(dim, Division.of(merged))
 
 
 def ranks_of(placement: Region) -> tuple[int, ...]:

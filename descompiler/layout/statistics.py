@@ -183,7 +183,7 @@ class Statistics:
         key = (table, id(pieces), batch_rows)  # pieces have many ranges; kept, so that no other gets the same id
         if key not in self._kept:
             ids, present, other = self.presence(table, batch_rows)
-            sizes, owners = pieces.sizes_and_owners()
+            sizes, owners = pieces.division.arrays()
             starts = np.cumsum(sizes) - sizes
             at = np.searchsorted(starts, ids, side="right") - 1
             weight = sizes * other + np.bincount(at, present - other, minlength=len(starts))

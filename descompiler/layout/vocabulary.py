@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from descompiler.layout.division import Division
 from descompiler.layout.traffic import Collective, Stage
 from descompiler.layout.transfer import Sent, Step, Transfer
 
@@ -21,8 +22,10 @@ class Vocabulary(Transfer):
     Attributes
     ----------
     name : str
-    ranges : tuple of (int, int, int, int)
-        (rank, start, size, offset) of each owner, in order: the part of the vocabulary, and where it is in the piece.
+    division : Division
+        Of the table's rows: one range for each owner.
+    first, size : int
+        The rows that are the vocabulary.
     dim : int
         Elements of a row of x.
     per_row : int
@@ -43,7 +46,9 @@ class Vocabulary(Transfer):
     TERMS = Collective("all_to_all (vocabulary, gradients of rows)", Stage.GRADIENTS_BACK)
 
     name: str
-    ranges: tuple[tuple[int, int, int, int], ...]
+    division: Division
+    first: int
+    size: int
     dim: int
     per_row: int
     requests: tuple[tuple[str, int], ...]
@@ -57,8 +62,9 @@ class Vocabulary(Transfer):
 
     @cached_property
     def parts(self) -> dict[int, tuple[int, int, int]]:
-        """(start, size, offset) by owner, in the order of the vocabulary."""
-        return {rank: (start, size, offset) for rank, start, size, offset in self.ranges}
+        """By owner, in order: start and size of its part of the vocabulary, and where it is in the owner's piece."""
+        found = self.division.within(self.first, self.first + self.size)
+        return {r.owner: (r.start - self.first, r.size, offset) for r, offset in found}
 
     def widths(self, rank: int) -> list[int]:
         """Elements per row of x of each partial result of an owner, by request."""

@@ -26,7 +26,7 @@ def encode(x: Any) -> Any:
 
     >>> from descompiler.layout.pieces import Pieces
     >>> encode(Pieces.whole((3, 2), 1, 2))
-    {'shape': [3, 2], 'dim': 0, 'runs': [[3, 1, 1]], 'ranks': 2}
+    {'shape': [3, 2], 'dim': 0, 'division': {'runs': [[3, 1, 1]]}, 'ranks': 2}
     """
     if is_dataclass(x) and not isinstance(x, type):
         named: dict[str, Any] = {}

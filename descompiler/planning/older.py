@@ -1,8 +1,9 @@
 """Plan files of earlier versions, as they would be written now.
 
 In version 2 a layout had a field for each kind of what crosses; since version 3 it has one list of transfers, of which
-one had another name at first, and tables had fewer numbers. Forms had other names in some files of version 2
-(`descompiler.tables.aliases`); who edits a file may still write these.
+one had another name at first, and tables had fewer numbers. Who has which part of a dimension was written in three
+ways; since version 4 it is in one. Forms had other names in some files of version 2 (`descompiler.tables.aliases`); who
+edits a file may still write these.
 """
 
 from __future__ import annotations
@@ -12,38 +13,34 @@ from dataclasses import fields
 from typing import Any
 
 from descompiler.cost_models.table import Table
+from descompiler.layout.division import Division
+from descompiler.planning.json import encode
 from descompiler.tables.aliases import current_name
 
-VERSION = 3
+VERSION = 4
 """Of the plan files that are written."""
 
+
 DTYPES = {2: "float16", 4: "float32", 8: "float64"}
-"""Of tables of which a file says no more than the bytes of an element."""
+"""Of tables of which a file of version 3 says no more than the bytes of an element."""
+
+
+NUMBERS = tuple(f.name for f in fields(Table))
+
 
 RENAMED = {"Header": "StepHeader"}
 """Kinds of transfers that had another name in some files of version 3."""
-
-NUMBERS = tuple(f.name for f in fields(Table))
 
 
 def as_of_now(data: dict[str, Any]) -> dict[str, Any]:
     """What a plan file of any version that can be read holds; one of another version as it is."""
     if data["version"] == 2:
-        data = {**data, "version": VERSION, "layout": _layout(data["layout"])}
-    if data["version"] != VERSION:
-        return data
-    tables = [{"dtype": DTYPES.get(t.get("itemsize")), **t} for t in data["tables"]]
-    by_name = {t["name"]: {x: t[x] for x in NUMBERS if x in t} for t in tables}
-    transfers = [_transfer(t, by_name) for t in data["layout"]["transfers"]]
-    return _in_current_names({**data, "tables": tables, "layout": {**data["layout"], "transfers": transfers}})
-
-
-def _transfer(data: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A transfer, with the name that its kind has now, and with all numbers of tables whose rows are fetched."""
-    if data["is"] == "Fetch":
-        fetched = [{**tables[t["name"]], **t, "dtype": t["dtype"].removeprefix("torch.")} for t in data["tables"]]
-        data = {**data, "tables": fetched}
-    return {**data, "is": RENAMED.get(data["is"], data["is"])}
+        data = {**data, "version": 3, "layout": _layout(data["layout"])}
+    if data["version"] == 3:
+        data = _with_numbers(data)
+        divided = {name: _divided(data[name]) for name in ("splits", "pieces", "layout")}
+        data = {**data, "version": VERSION, **divided}
+    return _in_current_names(data) if data["version"] == VERSION else data
 
 
 def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,6 +56,41 @@ def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
         "tables": [{**table, "refusals": by_form(table["refusals"])} for table in data["tables"]],
         **{what: {table: by_form(x) for table, x in data[what].items()} for what in ("prices", "missing")},
     }
+
+
+def _with_numbers(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file of version 3 holds, with all numbers of its tables, and the names that transfers have now."""
+    tables = [{"dtype": DTYPES.get(t.get("itemsize")), **t} for t in data["tables"]]
+    by_name = {t["name"]: {x: t[x] for x in NUMBERS if x in t} for t in tables}
+    transfers = [_transfer(t, by_name) for t in data["layout"]["transfers"]]
+    return {**data, "tables": tables, "layout": {**data["layout"], "transfers": transfers}}
+
+
+def _transfer(data: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A transfer, with the name that its kind has now, and with all numbers of tables whose rows are fetched."""
+    if data["is"] == "Fetch":
+        fetched = [{**tables[t["name"]], **t, "dtype": t["dtype"].removeprefix("torch.")} for t in data["tables"]]
+        data = {**data, "tables": fetched}
+    return {**data, "is": RENAMED.get(data["is"], data["is"])}
+
+
+def _divided(old: Any) -> Any:
+    """What a file of version 3 holds, where pieces, values that leave the region and products have a `Division`."""
+    if isinstance(old, list):
+        return [_divided(x) for x in old]
+    if not isinstance(old, dict):
+        return old
+    new = {name: _divided(x) for name, x in old.items()}
+    if "runs" in old and "shape" in old:  # pieces
+        new["division"] = {"runs": new.pop("runs")}
+    elif "segments" in old:  # (size, owner) of a value that leaves the region; none of a sum
+        segments = new.pop("segments")
+        new["division"] = segments and encode(Division.of(segments))
+    elif "ranges" in old:  # (owner, start, size, offset in the owner's piece) of the vocabulary of a product
+        ranges = new.pop("ranges")
+        first, rows = ranges[0][3], [(size + offset, owner) for owner, _, size, offset in ranges]
+        new |= {"division": encode(Division.of(rows)), "first": first, "size": sum(n for n, _ in rows) - first}
+    return new
 
 
 def _layout(old: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def exit_of(node: fx.Node, placement: Region) -> Exit:
         return Exit(node.name, alike(ranks_of(placement), whole))
     before, behind = whole[: placement.dim - 1], whole[placement.dim :]
     tails = spans_of((r, (*before, placement.width(r), *behind)) for r in placement.ranks)
-    return Exit(node.name, tails, placement.dim, tuple((s.size, s.owner) for s in placement.segments))
+    return Exit(node.name, tails, placement.dim, placement.division)
 
 
 def exit_bytes(node: fx.Node, placement: Region, w: Weights) -> int:

@@ -150,6 +150,20 @@ class Partition:
         return outputs_in_order(self.program, self.operators, self.splits)
 
     @cached_property
+    def computed(self) -> dict[fx.Node, tuple[str, Mapping[fx.Node, int]]]:
+        """What is computed of divided tables and divided with them: by which of them, and along which dimensions.
+
+        Column by column, of tables whose computed rows are looked up in the region; row by row, for products.
+        """
+        result: dict[fx.Node, tuple[str, Mapping[fx.Node, int]]] = {}
+        for n, (o, x) in self.lookups.items():
+            if n in self.inside and x.computed is not None and o.group is not None:
+                result.update(dict.fromkeys(o.group.dims, (o.group.tables[0], o.group.dims)))
+        for o, product in self.products.values():
+            result.update(dict.fromkeys(product.rows, (o.name, product.rows)))
+        return result
+
+    @cached_property
     def totals(self) -> dict[fx.Node, Total]:
         """Sums over all rows of divided tables."""
         return {t.node: t for t in divided(find_totals(self.program), self.splits)}

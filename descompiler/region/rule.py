@@ -12,15 +12,15 @@ computed from them), or ranks can compute it from ids of the global batch that t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import fx
 
 from descompiler.graph.program import Program
-from descompiler.layout.pieces import ALL, Pieces
-from descompiler.layout.placement import LOCAL, Local, Owned, Partial, Placement, Region, Segment, Shard, ranks_of
+from descompiler.layout.pieces import Pieces
+from descompiler.layout.placement import LOCAL, Local, Owned, Partial, Placement, Region, Shard, ranks_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Situation:
         """How a given operand follows a divided value along ``dim``: (pieces of it if it may be cut, replicated)."""
         if (name := self.colocatable(weight)) is not None:
             shape = tuple(self.program.parameters[name].shape)
-            return {name: Pieces.of(shape, dim, ranges_of(placement.segments), self.ranks)}, ()
+            return {name: Pieces(shape, dim, placement.division, self.ranks)}, ()
         return {}, self.givens.parameters(weight)
 
 
@@ -193,8 +193,3 @@ class Rule(Protocol):
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined: ...
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node: ...
-
-
-def ranges_of(segments: Sequence[Segment]) -> Iterator[tuple[int, int]]:
-    """(size, owner) of the ranges of a weight that follow the segments of a value; local ones belong to all ranks."""
-    return ((s.size, ALL if s.owner == LOCAL else s.owner) for s in segments)

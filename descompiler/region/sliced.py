@@ -23,7 +23,7 @@ def place_slices(node: fx.Node, at: Situation, why: str = "it mixes what differe
     first = next(iter(values.values()))
     dims = {n: p.dim for n, p in values.items() if isinstance(p, Shard)}
     assert isinstance(first, Shard)
-    if any(not isinstance(p, Shard) or p.segments != first.segments for p in values.values()):
+    if any(not isinstance(p, Shard) or p.division != first.division for p in values.values()):
         return Declined("it combines values that are divided differently")
     tensors = [n for n in node.all_input_nodes if is_tensor(n)]
     step, rows = follow(node, dims), follow(node, {n: 0 for n in tensors if n not in at.givens.constants})
@@ -41,7 +41,7 @@ def place_slices(node: fx.Node, at: Situation, why: str = "it mixes what differe
         cut, whole = at.along(n, step.narrowed[n], first) if n in step.narrowed else ({}, at.givens.parameters(n))
         pieces.update(cut)
         replicated += whole
-    return Placed(Shard(step.dim, first.segments), pieces, tuple(dict.fromkeys(replicated)))
+    return Placed(Shard(step.dim, first.division), pieces, tuple(dict.fromkeys(replicated)))
 
 
 def emit_slices(node: fx.Node, part: Part) -> fx.Node:

@@ -80,14 +80,15 @@ class ExitWait(torch.autograd.Function):
 
 
 def put_together(e: Exit, parts: dict[int, Tensor]) -> Tensor:
-    if e.segments is None:
+    if e.division is None:
         ordered = [parts[r] for r in sorted(parts)]
         return functools.reduce(torch.add, ordered)
-    if len(parts) == 1 and all(owner in parts for _, owner in e.segments):
+    ranges = e.division.pairs
+    if len(parts) == 1 and all(owner in parts for _, owner in ranges):
         return next(iter(parts.values()))
-    sizes = {r: [size for size, owner in e.segments if owner == r] for r in parts}
+    sizes = {r: [x.size for x in e.division.of_owner(r)] for r in parts}
     queues = {r: iter(torch.split(p, sizes[r], e.dim)) for r, p in parts.items()}
-    return torch.cat([next(queues[owner]) for _, owner in e.segments if owner in queues], e.dim)
+    return torch.cat([next(queues[owner]) for _, owner in ranges if owner in queues], e.dim)
 
 
 class Anchor(torch.autograd.Function):

@@ -123,7 +123,7 @@ class Runtime(Agreement):
         return [handle, ExitStart.apply(self, transfer, handle, anchor, *present)]
 
     def exit_wait(self, started: list[Any]) -> list[Tensor]:
-        """The values for this rank's own rows: summed, or put together (LOCAL segments left out)."""
+        """The values for this rank's own rows: summed, or put together (`LOCAL` ranges left out)."""
         handle, buffer = started
         buffer = ExitWait.apply(self, handle, list(self.rows), buffer)
         mine, exits = self.rows[self.rank], self.layout.exits

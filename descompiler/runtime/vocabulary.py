@@ -47,7 +47,7 @@ def vocabulary_on_ranks(
     x : Tensor [..., k]
         This rank's rows.
     weight : Tensor
-        This rank's piece; `spec.ranges` says which rows of the vocabulary it is.
+        This rank's piece; `spec.parts` says which rows of the vocabulary it is.
     bias : Tensor or None
         The same piece of the bias.
     ids : sequence of Tensor

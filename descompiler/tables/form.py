@@ -87,11 +87,11 @@ class Split:
         if p.is_replicated:
             return f"{self.form}: E{list(p.shape)} on all {p.ranks} ranks".replace(", ", ",")
         shapes = []
-        for r in islice(p.ranges(), 8):
+        for r in islice(p.division, 8):
             shape = list(p.shape)
             shape[p.dim] = r.size
             shapes.append(f"E{shape}@{'all' if r.owner == ALL else r.owner}".replace(", ", ","))
-        more = ", ..." if sum(r.count for r in p.runs) > 8 else ""
+        more = ", ..." if p.division.count > 8 else ""
         whole = f"E{list(p.shape)}".replace(", ", ",")
         return f"{self.form}: {whole} -> cat_{p.dim}({', '.join(shapes)}{more})"
 

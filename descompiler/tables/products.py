@@ -14,6 +14,7 @@ from torch import fx
 
 from descompiler.graph.nodes import aten, shape_of, user_line
 from descompiler.graph.program import Program
+from descompiler.layout.division import Division
 from descompiler.layout.id_checks import Check
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.vocabulary import Vocabulary
@@ -43,7 +44,9 @@ def layouts_of(
         result.append(
             Vocabulary(
                 name=node.name,
-                ranges=tuple(_ranges(splits[o.name].pieces, x)),
+                division=_one_range_each(splits[o.name].pieces),
+                first=x.first,
+                size=x.size,
                 dim=int(shape_of(x.x)[-1]),
                 per_row=_per_row(program, x.x),
                 requests=kinds_of(x.requests, lambda ids: int(shape_of(ids)[-1])),
@@ -55,16 +58,11 @@ def layouts_of(
     return tuple(result)
 
 
-def _ranges(pieces: Pieces, x: Output) -> list[tuple[int, int, int, int]]:
-    """(owner, start in the vocabulary, size, offset in the owner's piece) of the parts of a product's vocabulary."""
-    held = [r for r in pieces.ranges() if r.size]
-    assert pieces.dim == 0 and len(pieces.owners) == len(held) and not pieces.shared_size()
-    result = []
-    for r in held:
-        start, stop = max(r.start, x.first), min(r.stop, x.first + x.size)
-        if stop > start:
-            result.append((r.owner, start - x.first, stop - start, start - r.start))
-    return result
+def _one_range_each(pieces: Pieces) -> Division:
+    """How the rows of a table that products are made with are divided."""
+    division = pieces.division
+    assert pieces.dim == 0 and len(pieces.owners) == sum(r.count for r in division.runs if r.size)
+    return division
 
 
 def _per_row(program: Program, x: fx.Node) -> int:
@@ -98,7 +96,7 @@ def bias_pieces(
         whole = all(u in products and products[u][0] is o and products[u][1].size == o.rows for u in x.bias.users)
         if whole:
             p = splits[o.name].pieces
-            result[name] = Pieces((o.rows,), 0, p.runs, p.ranks)
+            result[name] = Pieces((o.rows,), 0, p.division, p.ranks)
     return result
 
 

@@ -14,7 +14,7 @@ from torch import fx
 from descompiler.graph.nodes import tail
 from descompiler.graph.program import Program
 from descompiler.layout.pieces import Pieces
-from descompiler.layout.placement import Region, Segment, shard
+from descompiler.layout.placement import Region, shard
 from descompiler.ops.local import bag, lookup
 from descompiler.tables.form import Choice, InRegion, LookupPart, Split, not_in_region, whole_rows
 from descompiler.tables.tables import Lookup, Operator
@@ -32,7 +32,7 @@ class ColumnWise(InRegion):
         return Split(self.name, Pieces.even(operator.shape, 1, ranks))
 
     def placement(self, split: Split, operator: Operator, lookup: Lookup) -> Region | None:
-        return shard(len(tail(lookup.node)), [Segment(r.size, r.owner) for r in split.pieces.ranges()])
+        return shard(len(tail(lookup.node)), split.pieces.division.pairs)
 
     def emit(self, part: LookupPart) -> fx.Node:
         o, x = part.operator, part.lookup

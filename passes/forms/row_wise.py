@@ -41,7 +41,7 @@ class RowWise(ByRows, InRegion):
             return Owned(owners[0])
         if lookup.mode is not None:
             return Partial(owners)
-        return Disjoint(owners, (lookup.ids.name, split.pieces.runs), 1 + len(tail(lookup.ids)))
+        return Disjoint(owners, (lookup.ids.name, split.pieces.division.runs), 1 + len(tail(lookup.ids)))
 
     def emit(self, part: LookupPart) -> fx.Node:
         o, x, pieces = part.operator, part.lookup, part.split.pieces

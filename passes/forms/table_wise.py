@@ -18,7 +18,7 @@ from descompiler.graph.program import Program
 from descompiler.layout.border import Columns
 from descompiler.layout.id_checks import Check
 from descompiler.layout.pieces import Pieces
-from descompiler.layout.placement import Owned, Region, Segment, shard
+from descompiler.layout.placement import Owned, Region, shard
 from descompiler.layout.spans import Spans, spans_of
 from descompiler.ops.local import bag, lookup
 from descompiler.tables.form import Choice, InRegion, LookupPart, Split, not_in_region, whole_rows
@@ -44,13 +44,13 @@ class TableWise(InRegion):
         owners = split.pieces.owners
         if len(owners) == 1:
             return Owned(owners[0])
-        return shard(1, [Segment(1, r.owner) for r in split.pieces.ranges()])
+        return shard(1, [(1, r.owner) for r in split.pieces.division])
 
     def columns(self, split: Split, operator: Operator, lookup: Lookup) -> Spans[Columns]:
         if not _several(split):
             return super().columns(split, operator, lookup)
         fields: dict[int, list[int]] = {}
-        for i, r in enumerate(split.pieces.ranges()):
+        for i, r in enumerate(split.pieces.division):
             fields.setdefault(r.owner, []).append(i)
         return spans_of((owner, tuple(fields[owner])) for owner in sorted(fields))
 

@@ -1,7 +1,7 @@
 """concatenate: ``cat([x@0, y@1, dense], 1)  -->  gather_1([x@0, y@1, dense@local])``
 
 Values of different owners side by side are a divided value; what every rank computes from its own rows takes part as a
-local segment, and crosses nothing. Terms (`Partial`, `Disjoint`) are concatenated term by term.
+local range, and crosses nothing. Terms (`Partial`, `Disjoint`) are concatenated term by term.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from descompiler.layout.placement import (
     Local,
     Owned,
     Partial,
-    Segment,
     Shard,
     has_local,
     ranks_of,
@@ -46,13 +45,13 @@ class Concatenate:
             isinstance(p, Local | Owned) or (isinstance(p, Shard) and p.dim == dim and not stack) for p in places
         )
         if divided:
-            segments: list[Segment] = []
+            ranges: list[tuple[int, int]] = []
             for p, size in zip(places, sizes, strict=True):
                 if isinstance(p, Shard):
-                    segments += p.segments
+                    ranges += p.division.pairs
                 else:
-                    segments.append(Segment(size, p.rank if isinstance(p, Owned) else LOCAL))
-            return Placed(shard(dim, segments))
+                    ranges.append((size, p.rank if isinstance(p, Owned) else LOCAL))
+            return Placed(shard(dim, ranges))
         first = places[0]
         if any(isinstance(p, Shard) for p in places):
             if not all(p == first for p in places):

@@ -82,7 +82,7 @@ class Contract:
 def _letter(found: Contraction, at: Situation | Part) -> str | None:
     """The letter that ranks divide, alike in all values of the region; None if there is none."""
     values = [(at.at(n), t) for n, t in found.factors if n in at.placements]
-    divided = {(p.segments, t[p.dim]) for p, t in values if isinstance(p, Shard)}
+    divided = {(p.division, t[p.dim]) for p, t in values if isinstance(p, Shard)}
     if len(divided) != 1 or not all(isinstance(p, Shard) for p, _ in values):
         return None
     letter = next(iter(divided))[1]

@@ -15,7 +15,7 @@ from torch import fx
 from descompiler.graph.arguments import operand
 from descompiler.graph.nodes import aten, shape_of, signature
 from descompiler.graph.program import Program
-from descompiler.layout.placement import LOCAL, Disjoint, Partial, Segment, Shard, shard
+from descompiler.layout.placement import LOCAL, Disjoint, Partial, Shard, shard
 from descompiler.region.rule import Declined, Part, Placed, Situation
 from descompiler.region.sliced import place_slices
 
@@ -41,7 +41,7 @@ class IndexSelect:
         owners = _owners(x)
         if all(owners[i] == LOCAL for i in chosen):
             return Declined("selects what every rank has for its own rows")
-        return Placed(shard(dim, [Segment(1, owners[i]) for i in chosen]))
+        return Placed(shard(dim, [(1, owners[i]) for i in chosen]))
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
         x, dim = part.at(node.args[0]), _dim(node)
@@ -66,4 +66,4 @@ def _chosen(program: Program, node: fx.Node) -> list[int] | None:
 
 def _owners(x: Shard) -> list[int]:
     """The owner of each element of the divided dimension."""
-    return [s.owner for s in x.segments for _ in range(s.size)]
+    return [owner for size, owner in x.division.pairs for _ in range(size)]

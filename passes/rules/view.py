@@ -14,7 +14,7 @@ from torch import fx
 from descompiler.graph.arguments import operand
 from descompiler.graph.nodes import aten, shape_of, signature, tail
 from descompiler.graph.slicing import order_of, reshaped
-from descompiler.layout.placement import LOCAL, Disjoint, Partial, Region, Segment, Shard, shard
+from descompiler.layout.placement import LOCAL, Disjoint, Partial, Region, Shard, shard
 from descompiler.region.rule import Declined, Part, Placed, Situation
 from descompiler.region.sliced import place_slices
 
@@ -58,19 +58,20 @@ class Reshape:
 
 
 def reshape_shard(x: Shard, before: tuple[int, ...], after: tuple[int, ...]) -> Region | None:
-    """Where the segments of a sharded dimension are after a reshape of the dimensions behind the batch.
+    """Where the ranges of a sharded dimension are after a reshape of the dimensions behind the batch.
 
-    >>> x = Shard(1, (Segment(1, 0), Segment(2, 1)))
+    >>> from descompiler.layout.division import Division
+    >>> x = Shard(1, Division.of([(1, 0), (2, 1)]))
     >>> str(reshape_shard(x, (3, 4), (12,)))
     'Shard(1: 4@0,8@1)'
-    >>> str(reshape_shard(Shard(2, x.segments), (2, 3), (6,)))
+    >>> str(reshape_shard(Shard(2, x.division), (2, 3), (6,)))
     'Shard(1: 1@0,2@1,1@0,2@1)'
     """
     found = reshaped(before, after, x.dim - 1)
-    if found is None or any(s.size % found[3] for s in x.segments):
+    if found is None or any(r.size % found[3] for r in x.division.runs):
         return None
     dim, repeat, times, over = found
-    return shard(dim + 1, [Segment(s.size * times // over, s.owner) for _ in range(repeat) for s in x.segments])
+    return shard(dim + 1, [(size * times // over, owner) for _ in range(repeat) for size, owner in x.division.pairs])
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ class Narrow:
             return place_slices(node, at)
         if step != 1:
             return Declined("a slice with steps through ranks' segments")
-        kept = _overlaps(x, start, stop)
-        if all(s.owner == LOCAL for s in kept):
+        kept = [(r.size, r.owner) for r, _ in x.division.within(start, stop)]
+        if all(owner == LOCAL for _, owner in kept):
             return Declined("selects what every rank has for its own rows")
         if drops and len(kept) != 1:
             return Declined("selects nothing")
@@ -130,8 +131,8 @@ class Narrow:
         value = part.operand(operand(node))
         if isinstance(x, Shard) and x.dim == dim:
             # what lies before the interval on this part is where the part's share of the interval begins
-            before = sum(s.size for s in _overlaps(x, 0, start) if s.owner == part.owner)
-            size = sum(s.size for s in _overlaps(x, start, stop) if s.owner == part.owner)
+            before = sum(r.size for r, _ in x.division.within(0, start) if r.owner == part.owner)
+            size = sum(r.size for r, _ in x.division.within(start, stop) if r.owner == part.owner)
             start, stop = before, before + size
         if node.target is aten.select.int:
             return part.call(aten.select.int, value, dim, start)
@@ -151,14 +152,3 @@ def _interval(node: fx.Node) -> tuple[int, int, int, int]:
         return dim, index, index + 1, 1
     start, stop, _ = slice(args["start"], args["end"], 1).indices(size)
     return dim, start, max(start, stop), args["step"]
-
-
-def _overlaps(x: Shard, start: int, stop: int) -> list[Segment]:
-    """The parts of the segments that lie in an interval of the sharded dimension."""
-    kept, position = [], 0
-    for s in x.segments:
-        size = min(stop, position + s.size) - max(start, position)
-        if size > 0:
-            kept.append(Segment(size, s.owner))
-        position += s.size
-    return kept

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from itertools import product
 
 from descompiler.graph.nodes import aten
-from descompiler.layout.placement import LOCAL, Disjoint, Owned, Partial, Region, Segment, Shard
+from descompiler.layout.division import Division
+from descompiler.layout.placement import LOCAL, Disjoint, Owned, Partial, Region, Shard
 from tests.harness.calls import BUFFER, KNOWN, KNOWN_TO_ONE, OWN, PARAMETER, SHARED, Call, Operand, value
 
 X, Y, Z = value("x", 2, 3), value("y", 2, 3), value("z", 2, 3)
@@ -270,18 +271,18 @@ def placements(x: Operand) -> list[Region]:
     """Where a value may be: every kind of placement, every dimension; ``y`` also where ``x`` is not."""
     places: list[Region] = [Owned(1), Partial((0, 2)), Partial((0, 2), local=True)]
     for dim, size in enumerate(x.shape, 1):
-        places += [Shard(dim, tuple(segments)) for segments in _divisions(size)]
+        places += [Shard(dim, Division.of(ranges)) for ranges in _divisions(size)]
     places += [Disjoint((0, 2), "k", lead) for lead in range(1, len(x.shape) + 2)]
     return places if x.name == "x" else [*places, Owned(2), Partial((1, 2)), Disjoint((0, 2), "j", 1)]
 
 
-def _divisions(size: int) -> Iterator[list[Segment]]:
+def _divisions(size: int) -> Iterator[list[tuple[int, int]]]:
     if size >= 2:
-        yield [Segment(1, 0), Segment(size - 1, 2)]
-        yield [Segment(1, LOCAL), Segment(size - 1, 0)]
+        yield [(1, 0), (size - 1, 2)]
+        yield [(1, LOCAL), (size - 1, 0)]
     if size >= 3:
-        yield [Segment(1, 1), Segment(1, 0), Segment(size - 2, 1)]
-        yield [Segment(1, 2), Segment(size - 2, LOCAL), Segment(1, 0)]
+        yield [(1, 1), (1, 0), (size - 2, 1)]
+        yield [(1, 2), (size - 2, LOCAL), (1, 0)]
 
 
 def placed_values(call: Call) -> Iterator[dict[Operand, Region]]:
