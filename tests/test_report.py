@@ -98,7 +98,7 @@ def test_tables_that_fetch_rows_say_what_they_send(captured):
 
 def test_bytes_on_the_wire_are_those_that_the_plan_predicts(captured, plan):
     _, cut = captured.region(plan)
-    drawn = sum(size for _, size in graphs._wires(captured.program, captured.operators, plan, cut).values())
+    drawn = sum(size for _, size in graphs._wires(captured.program, plan).values())
     exchanged = 0.0
     for rank in range(plan.ranks):
         sent = plan.traffic(rank).bytes_by_collective

@@ -9,9 +9,9 @@ from math import prod
 
 import numpy as np
 
-from descompiler.layout.spans import Spans, at
+from descompiler.layout.spans import Spans, at, summed
 from descompiler.layout.traffic import Collective, Stage
-from descompiler.layout.transfer import Sent, Step, Transfer
+from descompiler.layout.transfer import Crossed, Sent, Step, Transfer
 
 Columns = tuple[int, ...] | None
 """Of dim 1 of some ids; None: all of them."""
@@ -58,6 +58,9 @@ class IdsIn(Transfer):
     def sent(self, step: Step) -> Iterator[Sent]:
         widths = by_rank([e.widths for e in self.entries], len(step.rows))
         yield Sent(self.SEND, self.id_bytes * step.rows * (widths.sum() - widths))
+
+    def crossed(self) -> Iterator[Crossed]:
+        return (Crossed("ids", e.name, summed(e.widths), 0) for e in self.entries)
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,9 @@ class ValuesOut(Transfer):
         yield Sent(self.SEND, step.itemsize * widths * step.rest)
         if self.exits:
             yield Sent(self.BACK, step.itemsize * step.rows * (widths.sum() - widths))
+
+    def crossed(self) -> Iterator[Crossed]:
+        return (Crossed("values", e.name, summed(e.widths), 0) for e in self.exits)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from descompiler.errors import PlanError
 from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.spans import Spans
-from descompiler.planning.chosen import Chosen, Crossing, PlannedTable
+from descompiler.planning.chosen import Chosen, Label, PlannedTable
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.explain import explain
 from descompiler.planning.json import decode, encode
@@ -69,7 +69,7 @@ class Plan(Chosen):
     def to_json(self) -> str:
         """As JSON, without loss. ``forms`` comes first: edit a form there, and `des.compile` re-prices the plan."""
         data = {"version": VERSION, "forms": {**self.forms, **self.changes}}
-        data.update({name: encode(getattr(self, name)) for name in _FIELDS})
+        data.update({name: encode(getattr(self, name)) for name in _FIELDS}, crossings=encode(self.crossings))
         return json.dumps(data, indent=None if self.ranks > 64 else 1) + "\n"
 
     @classmethod
@@ -85,7 +85,10 @@ class Plan(Chosen):
             data = as_of_now(json.loads(text))
             if data["version"] != VERSION:
                 raise PlanError(f"the plan file has version {data['version']}, this is version {VERSION}: plan again")
-            plan = cls(**{name: decode(kind, data[name]) for name, kind in _FIELDS.items()})
+            labels = decode(list[Label], data["crossings"])
+            plan = cls(labels=labels, **{name: decode(kind, data[name]) for name, kind in _FIELDS.items()})
+            if len(labels) != len(plan.layout.crossed):
+                raise PlanError(f"the plan file has {len(labels)} crossings, its layout {len(plan.layout.crossed)}")
             return replace(plan, changes={n: f for n, f in data["forms"].items() if plan.forms.get(n) != f})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PlanError(
@@ -205,7 +208,6 @@ _FIELDS: dict[str, Any] = {
     "splits": dict[str, Split],
     "pieces": dict[str, Pieces],
     "layout": Layout,
-    "crossings": list[Crossing],
     "notes": list[str],
     "prices": dict[str, dict[str, int]],
     "missing": dict[str, dict[str, int]],

@@ -22,13 +22,11 @@ from descompiler.errors import PlanError
 from descompiler.graph.nodes import target_name, user_line
 from descompiler.graph.program import Program
 from descompiler.graph.text import fingerprint
-from descompiler.layout.spans import summed
-from descompiler.planning.chosen import Crossing, PlannedTable
+from descompiler.planning.chosen import Label, PlannedTable
 from descompiler.planning.memory import check_optimizer
 from descompiler.planning.objective import Terms, Trial
 from descompiler.planning.pins import allowed_forms
 from descompiler.planning.plan import Plan
-from descompiler.planning.products import outputs_in_order
 from descompiler.planning.search import Search
 from descompiler.region.cut import Weights
 from descompiler.region.named import named_cut_graph
@@ -84,7 +82,7 @@ def choose(
         splits=best.splits,
         pieces=best.pieces,
         layout=best.layout,
-        crossings=_crossings(program, operators, best),
+        labels=_labels(program, operators, best),
         price_bytes=best.score.price_bytes,
         prices=prices,
         fingerprint=fingerprint(program),
@@ -166,10 +164,9 @@ def _table(o: Operator) -> PlannedTable:
     return PlannedTable(o.table, tuple(uses), dict(o.refusals), tuple(map(str, o.outputs)), whole)
 
 
-def _crossings(program: Program, operators: Sequence[Operator], best: Trial) -> list[Crossing]:
-    """What crosses, with the tables that it comes from or goes to."""
+def _labels(program: Program, operators: Sequence[Operator], best: Trial) -> list[Label]:
+    """Of what crosses: what it is, where, and the tables that it comes from or goes to."""
     sources: dict[fx.Node, set[str]] = {x.node: {o.name} for o in operators for x in o.lookups}
-    nodes = {n.name: n for n in program.graph.nodes}
     for n in program.graph.nodes:
         if n in best.cut.inside and n not in sources:
             sources[n] = set().union(*(sources.get(p, set()) for p in n.all_input_nodes))
@@ -178,14 +175,18 @@ def _crossings(program: Program, operators: Sequence[Operator], best: Trial) -> 
         for x in o.lookups:
             if x.node in best.cut.inside:
                 readers.setdefault(x.ids.name, set()).add(o.name)
+    nodes = {n.name: n for n in program.graph.nodes}
+    products = {x.node: (o.name, str(x)) for o in operators for x in o.outputs}
     result = []
-    for e in best.layout.entries:
-        reads = tuple(sorted(readers[e.name]))
-        result.append(Crossing("ids", e.name, "Shard(0)", summed(e.widths), reads, user_line(nodes[e.name])))
-    for node, left in zip(best.cut.exits, best.layout.exits, strict=True):
-        placement, reads = str(best.candidates.placed[node].placement), tuple(sorted(sources[node]))
-        result.append(Crossing("values", target_name(node), placement, summed(left.widths), reads, user_line(node)))
-    products = outputs_in_order(program, operators, best.splits)
-    for (node, (o, output)), v in zip(products.items(), best.layout.vocabularies, strict=True):
-        result.append(Crossing("product", str(output), "Shard(0)", v.elements, (o.name,), user_line(node), v.ids))
+    for crossed in best.layout.crossed:
+        node = nodes[crossed.value]
+        name, placement = node.name, "Shard(0)"
+        if crossed.kind == "ids":
+            tables = readers[name]
+        elif crossed.kind == "values":
+            name, placement, tables = target_name(node), str(best.candidates.placed[node].placement), sources[node]
+        else:
+            table, name = products[node]
+            tables = {table}
+        result.append(Label(name, placement, tuple(sorted(tables)), user_line(node)))
     return result
