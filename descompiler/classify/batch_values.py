@@ -16,7 +16,7 @@ from descompiler.classify.scope import SIZED, WHOLE
 from descompiler.graph.leaf import Leaf
 from descompiler.layout.rows import Rows
 from descompiler.model.folded import has_own_values
-from descompiler.model.reach import leaves_of
+from descompiler.model.reach import reached
 
 CHECK_ROWS = 7
 
@@ -144,8 +144,7 @@ class BatchValues:
         total = sum((x.double().sum() for x in ends[1:]), ends[0].double().sum())
         found = torch.autograd.grad(total, [x for _, x in small], allow_unused=True)
         received = {n for (n, _), g in zip(small, found, strict=True) if g is not None}
-        leaves = {id(x) for x in leaves_of(ends)}
-        received |= {n for n, x in trained if n in self.anchors and {id(x), id(getattr(x, "rows", x))} & leaves}
+        received |= reached(ends, {n: x for n, x in trained if n in self.anchors})
         several = [n for n, x in self.whole.items() if isinstance(x, tuple | list)]  # their elements are nodes too
         return received | {n for n in several if any(u in received for u in n.users)}
 

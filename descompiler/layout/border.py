@@ -55,12 +55,12 @@ class IdsIn(Transfer):
     entries: tuple[Entry, ...]
     id_bytes: int = 8
 
+    def crossed(self) -> Iterator[Crossed]:
+        return (Crossed("ids", e.name, summed(e.widths), 0) for e in self.entries)
+
     def sent(self, step: Step) -> Iterator[Sent]:
         widths = by_rank([e.widths for e in self.entries], len(step.rows))
         yield Sent(self.SEND, self.id_bytes * step.rows * (widths.sum() - widths))
-
-    def crossed(self) -> Iterator[Crossed]:
-        return (Crossed("ids", e.name, summed(e.widths), 0) for e in self.entries)
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,9 @@ class ValuesOut(Transfer):
 
     exits: tuple[Exit, ...]
 
+    def crossed(self) -> Iterator[Crossed]:
+        return (Crossed("values", e.name, summed(e.widths), 0) for e in self.exits)
+
     def widths(self, ranks: int) -> np.ndarray:
         """Elements per row that each rank sends."""
         return by_rank([e.widths for e in self.exits], ranks)
@@ -111,9 +114,6 @@ class ValuesOut(Transfer):
         yield Sent(self.SEND, step.itemsize * widths * step.rest)
         if self.exits:
             yield Sent(self.BACK, step.itemsize * step.rows * (widths.sum() - widths))
-
-    def crossed(self) -> Iterator[Crossed]:
-        return (Crossed("values", e.name, summed(e.widths), 0) for e in self.exits)
 
 
 @dataclass(frozen=True)

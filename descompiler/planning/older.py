@@ -26,7 +26,7 @@ NUMBERS = tuple(f.name for f in fields(Table))
 def as_of_now(data: dict[str, Any]) -> dict[str, Any]:
     """What a plan file of any version that can be read holds; one of another version as it is."""
     if data["version"] == 2:
-        data = {**data, "version": VERSION, "layout": _layout(data["layout"])}
+        data = {**data, "version": VERSION, "layout": _listed_layout(data["layout"])}
     if data["version"] != VERSION:
         return data
     tables = [{"dtype": DTYPES.get(t.get("itemsize")), **t} for t in data["tables"]]
@@ -58,7 +58,7 @@ def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _layout(old: Mapping[str, Any]) -> dict[str, Any]:
+def _listed_layout(old: Mapping[str, Any]) -> dict[str, Any]:
     """The layout of a file of version 2, as a list."""
     transfers: list[dict[str, Any]] = [{"is": "StepHeader"}]
     if old["wholes"]:

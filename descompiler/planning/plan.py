@@ -152,7 +152,7 @@ class Plan(Chosen):
                 lines.append(f"{name}: {x} -> {y}")
         for name in dict.fromkeys((*self.pieces, *other.pieces)):
             if name not in self.splits and name not in other.splits and self.pieces.get(name) != other.pieces.get(name):
-                before, after = (_held(p.get(name)) for p in (self.pieces, other.pieces))
+                before, after = (_pieces_text(p.get(name)) for p in (self.pieces, other.pieces))
                 lines.append(f"{name}: {before} -> {after}")
         mine, others = ({(c.kind, c.name, c.placement, c.width) for c in p.crossings} for p in (self, other))
         lines += [f"no longer crosses: {k} {n} {at}, {w_} a row" for k, n, at, w_ in sorted(mine - others)]
@@ -181,7 +181,7 @@ class Plan(Chosen):
         return explain(self, table)
 
 
-def _held(pieces: Pieces | None) -> str:
+def _pieces_text(pieces: Pieces | None) -> str:
     if pieces is None:
         return "absent"
     return "replicated" if pieces.is_replicated else f"cut along dim {pieces.dim} among {len(pieces.owners)} ranks"

@@ -44,7 +44,7 @@ def product_of(program: Program, node: fx.Node) -> Product | None:
         x, weight = _einsum(node)
     else:
         return None
-    found = _rows_of(program, weight)
+    found = _table_rows(program, weight)
     if found is None or not isinstance(x, fx.Node) or not is_tensor(x) or not value(x).is_floating_point():
         return None
     table, first, size = found
@@ -94,7 +94,7 @@ def _einsum(node: fx.Node) -> tuple[Any, Any]:
     return None, None
 
 
-def _rows_of(program: Program, node: Any) -> tuple[fx.Node, int, int] | None:
+def _table_rows(program: Program, node: Any) -> tuple[fx.Node, int, int] | None:
     """(table, first row, rows) of a 2-D parameter, of what is computed of one row by row, or of a range of its rows."""
     if not isinstance(node, fx.Node) or not is_tensor(node) or value(node).dim() != 2:
         return None
@@ -104,7 +104,7 @@ def _rows_of(program: Program, node: Any) -> tuple[fx.Node, int, int] | None:
         return node, 0, int(shape_of(node)[0])
     if node.target is aten.slice.Tensor:
         args = signature(node)
-        inner = _rows_of(program, args["self"])
+        inner = _table_rows(program, args["self"])
         if inner is not None and args["dim"] % 2 == 0 and args["step"] == 1:
             start, stop, _ = slice(args["start"], args["end"]).indices(inner[2])
             return inner[0], inner[1] + start, max(stop - start, 0)
