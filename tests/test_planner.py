@@ -73,7 +73,7 @@ def search_of(found, ranks, rows, **terms):
 def resized(found, sizes):
     """The same model with tables of other sizes, without capturing it again."""
     rows = dict(zip((o.name for o in found.operators), sizes, strict=True))
-    operators = [replace(o, rows=rows[o.name]) for o in found.operators]
+    operators = [replace(o, table=replace(o.table, rows=rows[o.name])) for o in found.operators]
     tables = {o.name: nn.Parameter(torch.empty(o.rows, o.dim, device="meta")) for o in operators}
     program = replace(found.program, parameters={**found.program.parameters, **tables})
     return replace(found, program=program, operators=operators)
