@@ -1,1 +1,1 @@
-"""What things cost, as formulas of `descompiler.cost_models.symbols`."""
+"""What things cost, as formulas of `descompiler.cost_models.symbols`; `table` is what all know of a table."""

@@ -87,7 +87,7 @@ class Builder:
         given : sequence of torch.dtype, optional
             By input; as the model was cast if not given. Of inputs that are no floats the example's are taken.
         """
-        before = {n: x.dtype for n, x in _held(self.template)}
+        before = {n: x.dtype for n, x in _parameters_and_buffers(self.template)}
         cast = {before[n]: d for n, d in held.items() if before[n] != d}
         leaves, spec = flatten(normalise_inputs(self.example_inputs, method_of(self.template, self.method)))
         tensors, statics = split_statics(leaves)
@@ -98,7 +98,7 @@ class Builder:
         key = (*held.values(), *wanted, *thawed, *changes)
         if key not in self._others:
             template = copy.deepcopy(self.template, copied(self.template))
-            for name, x in _held(template):
+            for name, x in _parameters_and_buffers(template):
                 x.data = x.data.to(held[name])
                 if name in thawed:
                     x.requires_grad_()
@@ -123,7 +123,7 @@ class Builder:
         return replace(emitted, signature=signature)
 
 
-def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
 

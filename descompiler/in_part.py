@@ -66,7 +66,7 @@ def distribute_in_part(
     values, buffers = initial_values(
         model, build.template, chosen.pieces, seed, build.device, ranks, in_place=host is not None
     )
-    return _module(build, build.template, seen, chosen, ranks.runtime(loss), values, buffers, coverage, host)
+    return _partial_module(build, build.template, seen, chosen, ranks.runtime(loss), values, buffers, coverage, host)
 
 
 def in_other_flags(
@@ -83,10 +83,10 @@ def in_other_flags(
     for name, m in template.named_modules():
         m.training = training[name]
     seen = survey(template, build.example_inputs, build.method)
-    return _module(build, template, seen, chosen, runtime, values, buffers, coverage, None)
+    return _partial_module(build, template, seen, chosen, runtime, values, buffers, coverage, None)
 
 
-def _module(
+def _partial_module(
     build: Builder,
     template: nn.Module,
     seen: Survey,

@@ -19,7 +19,8 @@ from descompiler.graph.program import Program
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.placement import Owned, Region
 from descompiler.ops.local import bag, lookup
-from descompiler.tables.form import Choice, InRegion, LookupPart, Split, not_in_region
+from descompiler.tables.blocks import InRegion, not_in_region
+from descompiler.tables.form import Choice, LookupPart, Split
 from descompiler.tables.tables import Lookup, Operator
 
 

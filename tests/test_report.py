@@ -60,7 +60,7 @@ def test_boxes_do_not_overlap_and_edges_go_down(seed):
     for a, b in itertools.combinations(range(25), 2):
         if rng.random() < 0.08:
             d.connect(str(a), str(b))
-    places, paths = drawing._layout(d)
+    places, paths = drawing._arrange(d)
     for p, q in itertools.combinations(places.values(), 2):
         apart_x = abs(p.x - q.x) >= (p.width + q.width) / 2 - 1e-6
         apart_y = p.y + p.height <= q.y or q.y + q.height <= p.y
@@ -98,7 +98,7 @@ def test_tables_that_fetch_rows_say_what_they_send(captured):
 
 def test_bytes_on_the_wire_are_those_that_the_plan_predicts(captured, plan):
     cut = captured.partition(plan).cut
-    drawn = sum(size for _, size in graphs._wires(captured.program, captured.operators, plan, cut).values())
+    drawn = sum(size for _, size in graphs._wires(captured.program, plan).values())
     exchanged = 0.0
     for rank in range(plan.ranks):
         sent = plan.traffic(rank).bytes_by_collective

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import descompiler as des
+from descompiler.cost_models.symbols import L, N, b, i, s, w
 from descompiler.cost_models.table import Table
 from descompiler.layout.border import Entry, Exit, IdsIn, SharedColumns, ValuesOut
 from descompiler.layout.division import Division
@@ -121,6 +122,20 @@ def test_a_layout_is_the_sum_of_its_list_in_order_of_stage():
     stage = {x: x.stage for k in kinds() for x in collectives(k).values()}
     order = [stage[name] for name in together.bytes_by_collective]
     assert order == sorted(order) and set(order) == set(Stage)
+
+
+def test_what_plans_tell_of_a_value_is_what_its_transfer_sends():
+    """The formula, in numbers of three ranks with 5 rows each, is the mean over ranks of what is predicted."""
+    told, own = set(), {"L": L, "w": w}
+    for transfer in (t for t, _ in EXAMPLES if list(t.crossed())):
+        told.add(type(transfer))
+        layout = Layout(3, (transfer,))
+        sent = sum(layout.predict(r, [5] * 3, 4).total for r in range(3)) / 3
+        id_bytes = getattr(transfer, "id_bytes", 4)
+        known = {N: 3, b: 5, s: 4, i: id_bytes}
+        numbers = ({**known, L: 0, w: 0, **{own[x]: n for x, n in c.symbols.items()}} for c in layout.crossed)
+        assert sum(c.formula.subs(n) for c, n in zip(layout.crossed, numbers, strict=True)) == pytest.approx(sent)
+    assert told == {IdsIn, ValuesOut, Vocabulary}
 
 
 def test_ranks_that_send_alike_are_predicted_once():

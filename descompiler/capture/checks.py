@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from descompiler.graph.program import Program
 from descompiler.graph.rewrite import copy_program, interpret
 from descompiler.model.folded import has_own_values
 from descompiler.model.probe import Flat, run_eager
-from descompiler.model.reach import leaves_of
+from descompiler.model.reach import reached
 from descompiler.model.sparse import equal
 
 CAPTURE_TOLERANCE = 1e-9
@@ -98,7 +98,7 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> se
         raise CaptureError(
             f"the model itself can't run on {len(tensors[0])} rows: {type(error).__name__}: {error}"
         ) from error
-    eager_gradients, eager_reach = _gradients(eager, list(params.values())), _reached(eager, large)
+    eager_gradients, eager_reach = _weighted_gradients(eager, list(params.values())), reached(eager, large)
     left = {n: b.clone() for n, b in probe.model.named_buffers()}
     for n, b in probe.model.named_buffers():
         b.copy_(state[n])
@@ -112,8 +112,8 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> se
         ) from error
     if len(eager) != len(graph):
         raise CaptureError(f"the captured graph returns {len(graph)} tensors, the model {len(eager)}")
-    graph_gradients = _gradients(graph, list(params.values()))
-    if differing := sorted(eager_reach ^ _reached(graph, large)):
+    graph_gradients = _weighted_gradients(graph, list(params.values()))
+    if differing := sorted(eager_reach ^ reached(graph, large)):
         raise CaptureError(f"the captured graph does not reproduce whether {differing[0]!r} gets a gradient")
     for i, (a, b) in enumerate(zip(eager, graph, strict=True)):
         if a.shape != b.shape or relative_error(a, b) > CAPTURE_TOLERANCE:
@@ -136,7 +136,7 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> se
     return {name for name, before, after in pairs if before is None and after is not None}
 
 
-def _gradients(outputs: list[Tensor], params: list[Tensor]) -> list[Tensor | None]:
+def _weighted_gradients(outputs: list[Tensor], params: list[Tensor]) -> list[Tensor | None]:
     terms = [(o * weights_like(o)).sum() for o in outputs if o.requires_grad]
     if not terms or not params:
         return [None] * len(params)
@@ -150,12 +150,6 @@ def weights_like(x: Tensor) -> Tensor:
     """
     generator = torch.Generator().manual_seed(x.numel())
     return (0.5 + torch.randn(x.shape, generator=generator, dtype=torch.float64)).to(x)
-
-
-def _reached(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> set[str]:
-    """Which parameters get a gradient, whose values would take the memory of all of their elements."""
-    leaves = {id(x) for x in leaves_of(outputs)}
-    return {n for n, p in parameters.items() if {id(p), id(getattr(p, "rows", p))} & leaves}
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

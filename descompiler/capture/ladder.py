@@ -70,7 +70,7 @@ def _in_double(probe: Flat) -> Flat:
     return probe
 
 
-def _check(program: Program, probe: Flat, batches: Sequence[list[Tensor]]) -> tuple[str, ...]:
+def _check_program(program: Program, probe: Flat, batches: Sequence[list[Tensor]]) -> tuple[str, ...]:
     """Raise unless the program reproduces the model; the parameters that only it gives a gradient, of zeros."""
     idle: set[str] = set()
     for batch in batches:
@@ -200,14 +200,14 @@ def capture(
             program = checked = run_passes(trace(flat(double=False), tensors, template), passes)
             used = probe
             try:
-                idle = _check(checked, used, batches)
+                idle = _check_program(checked, used, batches)
             except CannotRunError:
                 checked = program_in_float64(program)  # it makes or holds float32 tensors
-                idle = _check(checked, used, batches)
+                idle = _check_program(checked, used, batches)
             except CaptureError:
                 # a tracer leaves out casts that do nothing in float32, and bakes dtypes that forward asks for
                 checked, used = program_in_float64(program), _in_double(flat(double=True))
-                idle = _check(checked, used, batches)
+                idle = _check_program(checked, used, batches)
         except DescompilerError as error:
             failures.append(Failure(rung, str(error)))
             continue

@@ -139,7 +139,7 @@ def audit(
     if runtime.ranks == 1:
         raise InputError("audit times collectives: one rank makes none; run it under torchrun on two ranks at least")
     cluster = calibrate(runtime.group) if cluster is None else cluster
-    records: list[_Step] = []
+    records: list[_MeasuredStep] = []
     try:
         for number, batch in enumerate(batches):
             runtime.clock = Clock(runtime.device)
@@ -147,7 +147,7 @@ def audit(
             if number >= warm_up:
                 backward = any(p.grad is not None for p in module.parameters()) or step is None
                 rows, unique = list(runtime.rows), dict(module.unique())
-                records.append(_Step(rows, unique, module.traffic(), runtime.clock.seconds, backward))
+                records.append(_MeasuredStep(rows, unique, module.traffic(), runtime.clock.seconds, backward))
     finally:
         runtime.clock = None
     every: list[Any] = [None] * runtime.ranks
@@ -171,7 +171,7 @@ def _train(module: DistributedModule, batch: Any) -> None:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _MeasuredStep:
     """What one rank saw of a step."""
 
     rows: list[int]
@@ -181,11 +181,11 @@ class _Step:
     backward: bool
 
 
-def _report(module: DistributedModule, cluster: Cluster, mine: list[_Step]) -> Audit:
+def _report(module: DistributedModule, cluster: Cluster, mine: list[_MeasuredStep]) -> Audit:
     runtime, plan = module._runtime, module.plan
     every: list[Any] = [None] * runtime.ranks
     dist.all_gather_object(every, mine, group=runtime.group)
-    steps: list[list[_Step]] = [list(ranks) for ranks in zip(*every, strict=True)]
+    steps: list[list[_MeasuredStep]] = [list(ranks) for ranks in zip(*every, strict=True)]
     totals: dict[str, list[tuple[float, float, float, float]]] = {}
     mismatches = []
     for number, ranks in enumerate(steps):

@@ -143,7 +143,7 @@ def _optimizer(name: str, module: nn.Module, sparse: set[str]) -> list[torch.opt
     return chosen + ([OPTIMIZERS["adagrad"](rest)] if rest else [])
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
+def _output_tensors(outputs: Any) -> list[Tensor]:
     return split_statics(flatten(outputs)[0])[0]
 
 
@@ -154,7 +154,7 @@ def _loss(outputs: Any, layouts: Sequence[Rows | None], first: int) -> Tensor:
     within three steps, and beside weights of 1e11 any other tensor is rounding.
     """
     total = torch.zeros((), dtype=torch.float64)
-    for o, layout in zip(_tensors(outputs), layouts, strict=True):
+    for o, layout in zip(_output_tensors(outputs), layouts, strict=True):
         x = o.reshape(1, -1) if layout is None else layout.lead(o).unsqueeze(-1).flatten(1)
         rows = torch.arange(x.shape[0], dtype=torch.float64, device=o.device).reshape(-1, 1)
         rows = rows if layout is None else rows + first
@@ -180,7 +180,7 @@ def _near(a: Tensor, b: Tensor, difference: float) -> bool:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _OriginalStep:
     """What the original computes in one step, to compute it again with other weights."""
 
     before: nn.Module  # the original as forward found it: its parameters themselves, its other state as it was
@@ -287,7 +287,7 @@ def _case(
         for outputs, offset in ((expected, 0), (got, first)):
             if (loss := _loss(outputs, layouts, offset)).requires_grad:  # a model may have nothing to train
                 loss.backward()
-        for i, (a, b, layout) in enumerate(zip(_tensors(got), _tensors(expected), layouts, strict=True)):
+        for i, (a, b, layout) in enumerate(zip(_output_tensors(got), _output_tensors(expected), layouts, strict=True)):
             part = b if layout is None else layout.narrow(b, first, counts[rank])
             compare("output", str(i), a, part, _largest([b]), 0.0)
         grads = {n: p.grad.to_dense() for n, p in reference.named_parameters() if p.grad is not None}
@@ -316,7 +316,7 @@ def _case(
             for name, p in reference.named_parameters():
                 compare("weight", name, weights[name], p, _largest([p]), ROUNDING_FLOAT64 * start)
         if far:
-            again = _Step(before, args, kwargs, layouts, method, module.latest_draws if drawn else nullcontext)
+            again = _OriginalStep(before, args, kwargs, layouts, method, module.latest_draws if drawn else nullcontext)
             there, moved = again.gradients(weights), again.sensitivity(grads)
         for name, (own, part, size) in found.items():
             if name in far:

@@ -43,11 +43,11 @@ def backward_mixes(
     results : sequence of Rows
         Where rows are in what is returned.
     """
-    expected, rows = _gradients(call, whole, results, 0)
+    expected, rows = _gradients_of_rows(call, whole, results, 0)
     for parts in divisions:
         first, found = 0, []
         for part in parts:
-            gradients, count = _gradients(call, part, results, first)
+            gradients, count = _gradients_of_rows(call, part, results, first)
             first += count
             found.append(gradients)
         if first != rows or any(set(f) != set(expected) for f in found):
@@ -67,7 +67,7 @@ def backward_mixes(
     return False
 
 
-def _gradients(
+def _gradients_of_rows(
     call: Callable[[Values], Any], operands: Values, results: Sequence[Rows], first: int
 ) -> tuple[dict[fx.Node, Tensor], int]:
     """Gradients of a sum whose rows are weighed at random (row ``first`` onwards), and the number of rows."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections import ChainMap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from descompiler.classify.backward import ROW_TOLERANCE, backward_mixes
+from descompiler.classify.backward import backward_mixes
+from descompiler.classify.batch_values import BATCH_SPLITS, BatchValues, assembles, check_batch, detach, element
 from descompiler.classify.operator_kinds import DRAWN_BY_ROW, DROPPING, HEAVY, SUM_OPERATORS
 from descompiler.classify.scope import CONSTANT, GLOBAL, OWN, OWN_ROWS, SIZE, SIZED, WHOLE, Scope, polynomial
 from descompiler.classify.spare_row import OnSpareRow, runs_without_rows
@@ -28,15 +28,6 @@ from descompiler.graph.nodes import aten, is_random, is_tensor, value
 from descompiler.graph.program import Program
 from descompiler.graph.slicing import MIXES, along
 from descompiler.layout.rows import Rows
-from descompiler.model.folded import has_own_values
-from descompiler.model.reach import leaves_of
-
-CHECK_ROWS = 7
-
-
-BATCH_SPLITS = ((3, 4), (5, 2))
-"""The numbers are compared on a batch of 7 rows in two different uneven divisions."""
-
 
 JUDGED = ("scope", "spare_row")
 """What a node's meta has of it: a `Scope`, and an `OnSpareRow` where it can't run on no rows."""
@@ -53,36 +44,15 @@ def classify(program: Program, values_of: Callable[[list[Tensor]], dict[str, Any
         Example inputs, dim 0 the batch.
     """
     try:
-        _Classifier(program, values_of(_check_batch(tensors, move=True))).run()
+        _Classifier(program, values_of(check_batch(tensors, move=True))).run()
     except (RuntimeError, IndexError, ValueError):  # the model does not run on such features
-        _Classifier(program, values_of(_check_batch(tensors, move=False))).run()
-
-
-def _check_batch(tensors: Sequence[Tensor], *, move: bool) -> list[Tensor]:
-    """Rows drawn from the example's, each input on its own; ``move``: features that are no integers differ."""
-    rows, generator = tensors[0].shape[0], torch.Generator().manual_seed(23)
-    result = []
-    for t in tensors:
-        if rows >= CHECK_ROWS:
-            index = torch.randperm(rows, generator=generator)[:CHECK_ROWS]
-        else:
-            index = torch.randint(rows, (CHECK_ROWS,), generator=generator)
-        t = t.detach()[index.to(t.device)]
-        if move and t.is_floating_point() and not torch.equal(t, t.round()):
-            t = t * (1 - 0.1 * torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t))
-        result.append(t)
-    return result
+        _Classifier(program, values_of(check_batch(tensors, move=False))).run()
 
 
 class _Classifier:
     def __init__(self, program: Program, values: dict[str, Any]):
-        self.program, self.values = program, values
-        self.whole: dict[fx.Node, Any] = {}
-        # by division and part of it
-        self.parts = [[dict[fx.Node, Any]() for _ in s] for s in BATCH_SPLITS]
-        self.sized = [[dict[fx.Node, Any]() for _ in s] for s in BATCH_SPLITS]
+        self.program, self.given, self.batch = program, values, BatchValues()
         self.scopes: dict[fx.Node, Scope] = {}
-        self.anchors: dict[fx.Node, Tensor] = {}  # zeros that stand for parameters where gradients are concerned
         self.generator = torch.Generator().manual_seed(29)
         # sizes of inputs; a size with any other symbol depends on the values of data
         self.known = {s for n in program.graph.nodes if n.op == "placeholder" for s in _symbols(value(n))}
@@ -95,7 +65,8 @@ class _Classifier:
                     self._placeholder(node)
                 elif node.op == "call_function":
                     self._judge(node)
-            received = self._gradients()
+            (output,) = (n for n in self.program.graph.nodes if n.op == "output")
+            received = self.batch.received(output.all_input_nodes)
         for node, scope in self.scopes.items():
             node.meta["scope"] = Scope(**{**vars(scope), "grad": node in received})
 
@@ -116,52 +87,25 @@ class _Classifier:
     # ---- values
 
     def _placeholder(self, node: fx.Node) -> None:
-        source, x = self.program.sources[node.name], self.values[node.name]
+        source, x = self.program.sources[node.name], self.given[node.name]
+        if source.kind == "parameter":
+            self.batch.add_parameter(node, x, trained=self.program.parameters[source.name].requires_grad)
+        else:
+            self.batch.whole[node] = x
         if source.kind == "input":
-            self.whole[node] = x
             self._set_local(node, Rows(), ())
-            return
-        if source.kind == "parameter" and (trained := self.program.parameters[source.name].requires_grad):
-            x = x.detach().requires_grad_(trained)
-            self.anchors[node] = torch.zeros((), dtype=torch.float64, device=x.device, requires_grad=True)
-        elif source.kind == "parameter":
-            x = x.detach()
-        self.whole[node] = x
-        self._set_same(node, Scope(CONSTANT))
+        else:
+            self._set_same(node, Scope(CONSTANT))
 
     def _set_same(self, node: fx.Node, scope: Scope) -> None:
         """The parts see the whole's value."""
         self.scopes[node] = scope
-        for part in itertools.chain(*self.parts):
-            part[node] = _detach(self.whole[node])
+        self.batch.set_same(node)
 
     def _set_local(self, node: fx.Node, rows: Any, uses: tuple[str, ...], *, drawn: bool = False) -> None:
         """The parts see their rows of the whole's value; ``rows`` is a list if the value is one."""
         self.scopes[node] = Scope(OWN_ROWS, rows[0] if isinstance(rows, list) else rows, uses, drawn=drawn)
-        self._slice_parts(node, rows)
-
-    def _slice_parts(self, node: fx.Node, rows: Any) -> None:
-        whole = _detach(self.whole[node])
-        for sizes, parts in zip(BATCH_SPLITS, self.parts, strict=True):
-            for first, size, part in zip((0, sizes[0]), sizes, parts, strict=True):
-                if isinstance(rows, list):
-                    part[node] = tuple(r.narrow(x, first, size) for r, x in zip(rows, whole, strict=True))
-                else:
-                    part[node] = rows.narrow(whole, first, size)
-
-    def _call(self, node: fx.Node, find: Callable[[fx.Node], Any]) -> Any:
-        args: Any
-        args, kwargs = fx.map_arg((list(node.args), dict(node.kwargs)), find)
-        target: Any = node.target
-        if isinstance(target, Leaf):
-            return target.judged(*args)
-        if target in DROPPING:
-            for i, a in enumerate(target._schema.arguments):
-                if a.name in ("p", "dropout", "dropout_p") and (a.name in kwargs or i >= len(args)):
-                    kwargs = {**kwargs, a.name: 0.0}
-                elif a.name in ("p", "dropout", "dropout_p"):
-                    args = [*args[:i], 0.0, *args[i + 1 :]]
-        return target(*args, **kwargs)
+        self.batch.slice_parts(node, rows)
 
     def _global(self, node: fx.Node, *, reduced: bool = False, drawn: bool = False) -> None:
         operands = node.all_input_nodes
@@ -172,12 +116,10 @@ class _Classifier:
         if rows is None:
             self._set_same(node, Scope(GLOBAL))
         else:
-            self._slice_parts(node, rows)
+            self.batch.slice_parts(node, rows)
         self.scopes[node] = Scope(GLOBAL, rows, uses, sized=sized, reduced=reduced, drawn=drawn)
         if sized:
-            for parts, alone in zip(self.parts, self.sized, strict=True):
-                for part, values in zip(parts, alone, strict=True):
-                    values[node] = self._call(node, ChainMap(values, part).__getitem__)
+            self.batch.set_sized(node)
 
     # ---- judgement
 
@@ -189,7 +131,7 @@ class _Classifier:
             return
         if (lookup := LookupCall.of(node)) is not None and self._lookup(lookup, kinds):
             return
-        self.whole[node] = self._whole_value(node)
+        self.batch.whole[node] = self._whole_value(node)
         drops = random and _only_drops(node) and any(k != CONSTANT for k in kinds.values())
         if random and not drops:
             self._random(node, kinds)
@@ -208,9 +150,7 @@ class _Classifier:
                 self._global(node, drawn=drops)
                 return
             self.scopes[node] = Scope(OWN_ROWS, rows[0], uses, drawn=drops)
-            for division, results in zip(self.parts, parts, strict=True):
-                for part, result in zip(division, results, strict=True):
-                    part[node] = result
+            self.batch.set_parts(node, parts)
         else:
             self._global(node, drawn=drops)
 
@@ -219,32 +159,22 @@ class _Classifier:
         node, ids = call.node, call.ids
         if self.program.parameter(call.weight) is None or kinds[ids] != OWN_ROWS:
             return False
-        like = self._call(node, lambda a: _detach(self.whole[a]))
+        like = self.batch.call(node, lambda a: detach(self.batch.whole[a]))
         drawn = torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
-        self.whole[node] = self._reaching(drawn, [call.weight])
+        self.batch.whole[node] = self.batch.reaching(drawn, [call.weight])
         rows = self.scopes[ids].rows
         assert rows is not None
-        pooled = like.dim() == self.whole[ids].dim() and call.mode is not None
+        pooled = like.dim() == self.batch.whole[ids].dim() and call.mode is not None
         self._set_local(node, Rows() if pooled else rows, (OWN, OWN))
         return True
 
     def _whole_value(self, node: fx.Node) -> Any:
         if (norm := training_norm(node)) is not None:
-            return self._reaching(self.whole[norm.x].clone(), [a for a in norm.affine if a is not None])
-        result = self._call(node, lambda a: self.whole[a])
+            return self.batch.reaching(self.batch.whole[norm.x].clone(), [a for a in norm.affine if a is not None])
+        result = self.batch.call(node, lambda a: self.batch.whole[a])
         if isinstance(node.target, Leaf):  # all that it takes gets a gradient, zeros perhaps: other rows may use more
-            return [self._reaching(x, node.all_input_nodes) if x.requires_grad else x for x in result]
+            return [self.batch.reaching(x, node.all_input_nodes) if x.requires_grad else x for x in result]
         return result
-
-    def _reaching(self, x: Tensor, sources: Sequence[fx.Node]) -> Tensor:
-        """``x``, whose gradient also comes to sources, in this analysis."""
-        for a in sources:
-            s = self.whole[a]
-            if isinstance(s, Tensor) and s.requires_grad:
-                # a slice of a parameter would have a gradient of the parameter's size
-                s = self.anchors[a] if a in self.anchors else s.reshape(-1 if not s.dim() else s.shape)[:0].sum()
-                x = x + s.to(x)
-        return x
 
     def _size(self, node: fx.Node, kinds: dict[fx.Node, str]) -> bool:
         """A number made from the batch size: the parts see it for their rows."""
@@ -255,15 +185,15 @@ class _Classifier:
             return False
         if node.target is not aten.sym_size.int and not all(k in (CONSTANT, SIZE) for k in kinds.values()):
             return False
-        self.whole[node] = self._call(node, lambda a: self.whole[a])
+        self.batch.whole[node] = self.batch.call(node, lambda a: self.batch.whole[a])
         self.scopes[node] = Scope(SIZE)
-        for sizes, parts in zip(BATCH_SPLITS, self.parts, strict=True):
+        for sizes, parts in zip(BATCH_SPLITS, self.batch.parts, strict=True):
             for size, part in zip(sizes, parts, strict=True):
                 if node.target is aten.sym_size.int:
                     depends = self.program.batch in expr.free_symbols
-                    part[node] = int(expr.subs(self.program.batch, size)) if depends else self.whole[node]
+                    part[node] = int(expr.subs(self.program.batch, size)) if depends else self.batch.whole[node]
                 else:
-                    part[node] = self._call(node, part.__getitem__)
+                    part[node] = self.batch.call(node, part.__getitem__)
         return True
 
     def _random(self, node: fx.Node, kinds: dict[fx.Node, str]) -> None:
@@ -329,25 +259,20 @@ class _Classifier:
                 choices.append((OWN, SIZED))
             else:
                 choices.append((OWN,))
-        whole = self.whole[node]
+        whole = self.batch.whole[node]
         wanted = list(whole) if isinstance(whole, tuple | list) else [whole]
         fakes = list(value(node)) if isinstance(whole, tuple | list) else [value(node)]
         for uses in itertools.islice(itertools.product(*choices), 32):
             versions = dict(zip(kinds, uses, strict=True))
-            parts = []
             try:
-                with torch.no_grad():
-                    for division in range(len(BATCH_SPLITS)):
-                        parts.append(
-                            [self._part(node, division, k, versions) for k in range(len(BATCH_SPLITS[division]))]
-                        )
+                parts = self.batch.on_parts(node, versions)
             except (RuntimeError, IndexError, ValueError):
                 continue  # it does not run on these versions
             layouts = []
             for i, x in enumerate(wanted):
                 candidates = self._candidates(fakes[i])
-                results = [[_element(p, i, whole) for p in division] for division in parts]
-                layouts.append(next((c for c in candidates if all(_assembles(c, r, x) for r in results)), None))
+                results = [[element(p, i, whole) for p in division] for division in parts]
+                layouts.append(next((c for c in candidates if all(assembles(c, r, x) for r in results)), None))
             if all(c is not None for c in layouts):
                 return layouts, uses, parts
         return None
@@ -359,7 +284,7 @@ class _Classifier:
 
         def taken(a: fx.Node) -> Any:
             """Of no rows, and what one row would be; None if that is the same."""
-            scope, x = self.scopes[a], _detach(self.whole[a])
+            scope, x = self.scopes[a], detach(self.batch.whole[a])
             if versions[a] == OWN and isinstance(x, int):
                 size, batch = value(a).node.expr, self.program.batch
                 return tuple(int(size.subs(batch, n)) if batch in size.free_symbols else x for n in (0, 1))
@@ -370,7 +295,8 @@ class _Classifier:
         leaves, spec = pytree.tree_flatten((list(node.args), dict(node.kwargs)))
         found = [taken(a) if isinstance(a, fx.Node) else (a, None) for a in leaves]
         args, kwargs = pytree.tree_unflatten([x for x, _ in found], spec)
-        wholes = self.whole[node] if isinstance(self.whole[node], tuple | list) else [self.whole[node]]
+        whole = self.batch.whole[node]
+        wholes = whole if isinstance(whole, tuple | list) else [whole]
         shapes = [tuple(r.narrow(x, 0, 0).shape) for r, x in zip(results, wholes, strict=True)]
         target: Any = node.target
         if runs_without_rows(target, args, kwargs, shapes):
@@ -379,43 +305,17 @@ class _Classifier:
         node.meta["spare_row"] = spare
         return runs_without_rows(spare, args, kwargs, shapes)
 
-    def _part(self, node: fx.Node, division: int, part: int, versions: dict[fx.Node, str]) -> Any:
-        return self._call(node, lambda a: self._operand(a, division, part, versions[a]))
-
-    def _operand(self, a: fx.Node, division: int, part: int, version: str) -> Any:
-        if version == WHOLE:
-            return _detach(self.whole[a])
-        return (self.sized if version == SIZED else self.parts)[division][part][a]
-
     def _backward_mixes(self, node: fx.Node, versions: dict[fx.Node, str], rows: Sequence[Rows]) -> bool:
         """Whether a leaf, whose backward may be the user's own, makes other gradients of parts than of the whole."""
         if not isinstance(node.target, Leaf) or is_random(node):
             return False
-        wholes = {a: self.whole[a] for a in versions}
+        wholes = {a: self.batch.whole[a] for a in versions}
         parts = [
-            [{a: self._operand(a, d, k, kind) for a, kind in versions.items()} for k in range(len(BATCH_SPLITS[d]))]
-            for d in range(len(BATCH_SPLITS))
+            [{a: self.batch.operand(a, d, k, kind) for a, kind in versions.items()} for k in range(len(sizes))]
+            for d, sizes in enumerate(BATCH_SPLITS)
         ]
         layouts = {a: self.scopes[a].rows for a, kind in versions.items() if kind == OWN}
-        return backward_mixes(lambda given: self._call(node, given.__getitem__), wholes, parts, layouts, rows)
-
-    def _gradients(self) -> set[fx.Node]:
-        """The nodes that get a gradient from the outputs."""
-        output = next(n for n in self.program.graph.nodes if n.op == "output")
-        ends = [self.whole[o] for o in output.args[0]]
-        ends = [x for x in ends if isinstance(x, Tensor) and x.requires_grad]
-        trained = [(n, x) for n, x in self.whole.items() if isinstance(x, Tensor) and x.requires_grad]
-        if not ends or not trained:
-            return set()
-        # a gradient of the size of a large table is not asked for
-        small = [(n, x) for n, x in trained if n not in self.anchors or has_own_values(x)] + list(self.anchors.items())
-        total = sum((x.double().sum() for x in ends[1:]), ends[0].double().sum())
-        found = torch.autograd.grad(total, [x for _, x in small], allow_unused=True)
-        received = {n for (n, _), g in zip(small, found, strict=True) if g is not None}
-        leaves = {id(x) for x in leaves_of(ends)}
-        received |= {n for n, x in trained if n in self.anchors and {id(x), id(getattr(x, "rows", x))} & leaves}
-        several = [n for n, x in self.whole.items() if isinstance(x, tuple | list)]  # their elements are nodes too
-        return received | {n for n in several if any(u in received for u in n.users)}
+        return backward_mixes(lambda given: self.batch.call(node, given.__getitem__), wholes, parts, layouts, rows)
 
 
 def _symbols_of(size: Any) -> set[sympy.Symbol]:
@@ -428,36 +328,3 @@ def _symbols(x: Any) -> set[sympy.Symbol]:
 
 def _only_drops(node: fx.Node) -> bool:
     return node.target in DROPPING or isinstance(node.target, Leaf)
-
-
-def _detach(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return x.detach()
-    return type(x)(_detach(y) for y in x) if isinstance(x, tuple | list) else x
-
-
-def _element(x: Any, i: int, whole: Any) -> Any:
-    return x[i] if isinstance(whole, tuple | list) else x
-
-
-def _assembles(rows: Rows, parts: Sequence[Any], whole: Tensor) -> bool:
-    """Whether parts are the rows of the whole, in order."""
-    if not all(isinstance(p, Tensor) and p.dim() == whole.dim() for p in parts):
-        return False
-    multiple = rows.outer * rows.inner
-    if any(p.shape[rows.dim] % multiple for p in parts) or whole.shape[rows.dim] % multiple:
-        return False
-    leading = [rows.lead(p) for p in parts]
-    if len({x.shape[1:] for x in leading}) > 1:
-        return False
-    both, expected = torch.cat(leading), rows.lead(whole.detach())
-    if both.shape != expected.shape or both.dtype != expected.dtype:
-        return False
-    if not both.is_floating_point():
-        return bool(torch.equal(both, expected))
-    if not torch.equal(both.isfinite(), expected.isfinite()):
-        return False
-    both, expected = both.nan_to_num(), expected.nan_to_num()
-    if not both.numel():
-        return True
-    return bool((both - expected).abs().max() <= ROW_TOLERANCE * max(float(expected.abs().max()), 1e-30))

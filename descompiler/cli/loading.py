@@ -39,7 +39,7 @@ def load(spec: str, *, train: bool = False) -> tuple[Any, Any]:
         raise typer.BadParameter(
             f"{spec!r}: give FILE.py:factory, package.module:factory, or one of {', '.join(examples.CTR_MODELS)}"
         )
-    factory = getattr(_module(where), name, None)
+    factory = getattr(_imported_module(where), name, None)
     if not callable(factory):
         raise typer.BadParameter(f"{where} has no function {name!r}")
     try:
@@ -53,7 +53,7 @@ def load(spec: str, *, train: bool = False) -> tuple[Any, Any]:
     return made
 
 
-def _module(where: str) -> Any:
+def _imported_module(where: str) -> Any:
     if not where.endswith(".py"):
         try:
             return importlib.import_module(where)

@@ -18,6 +18,7 @@ from descompiler.errors import InputError, warn
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.pieces import locate
 from descompiler.runtime.agreement import Call, Kind
+from descompiler.runtime.carriers import carries
 
 SERVED = (Kind.FETCH, Kind.WHOLE)
 """Calls that a rank which does not make them can take part in, if it waits at one of `WAITING`."""
@@ -120,6 +121,7 @@ class PieceExchange:
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return rows, back[inverse].reshape(ids.shape), unique[order]
 
+    @carries(Fetch)
     def _fetched(
         self, parameter: ShardedParameter, wanted: Tensor, sent: list[int], asked: list[int], sparse: bool
     ) -> Tensor:

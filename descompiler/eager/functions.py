@@ -15,6 +15,7 @@ from descompiler.eager.gradients import GradientSync, UseOfPiece
 from descompiler.eager.parameters import ShardedParameter, plain
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import WholeTables
+from descompiler.runtime.carriers import carries
 from descompiler.runtime.runtime import Runtime
 
 
@@ -45,6 +46,7 @@ def _anchor(parameter: ShardedParameter) -> Tensor:
     return torch.zeros((), device=parameter.device, requires_grad=parameter.requires_grad)
 
 
+@carries(Fetch)
 class _Fetched(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sync: GradientSync, use: UseOfPiece, anchor: Tensor) -> Tensor:
@@ -58,6 +60,7 @@ class _Fetched(torch.autograd.Function):
         return None, None, None
 
 
+@carries(WholeTables)
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sync: GradientSync, use: UseOfPiece, anchor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import WholeTables
 from descompiler.layout.step import DenseGradients
 from descompiler.layout.traffic import all_reduce_bytes
+from descompiler.runtime.carriers import carries
 from descompiler.runtime.gradients import Caught, add_gradient, sum_of
 from descompiler.runtime.guard import Guard
 from descompiler.runtime.room import give_back
@@ -174,6 +175,7 @@ class GradientSync:
                 gradient = gradient if changed is None else changed
             add_gradient(parameter, gradient)
 
+    @carries(Fetch)
     def _returned(self, use: UseOfPiece) -> Tensor:
         """Of this rank's part, from every rank's use of it; the convention's share of a sum over ranks."""
         parameter, ranks = use.parameter, self.runtime.ranks
@@ -187,6 +189,7 @@ class GradientSync:
             return torch.sparse_coo_tensor(use.positions[None], received, parameter.shape).coalesce()
         return torch.zeros(parameter.shape, dtype=parameter.dtype).index_add_(0, use.positions, received)
 
+    @carries(WholeTables)
     def _scattered(self, use: UseOfPiece) -> Tensor:
         """The sum over ranks of this rank's part of a whole parameter's gradient."""
         parameter, pieces, runtime = use.parameter, use.parameter.pieces, self.runtime
@@ -202,6 +205,7 @@ class GradientSync:
         out = runtime.exchange_rows(flat, sizes, [mine.numel()] * runtime.ranks, WholeTables.BACK)
         return out.reshape(runtime.ranks, *mine.shape).sum(0)
 
+    @carries(DenseGradients)
     def _average(self, held: Mapping[int, Tensor], present: Sequence[int]) -> None:
         """Average the gradients of replicated parameters that any rank has."""
         by_dtype: dict[torch.dtype, list[int]] = {}

@@ -98,7 +98,7 @@ def substitute(p: nn.Parameter, name: str, pieces: Pieces, exchange: PieceTransp
 
 def _intercept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func in LOOKUPS:
-        result = _lookup(func, args, kwargs)
+        result = _fetched_lookup(func, args, kwargs)
         if result is not NotImplemented:
             return result
         return _on_whole(func, args, kwargs)
@@ -130,7 +130,7 @@ def _local(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
 
-def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+def _tensors_among(args: Any, kwargs: Any) -> list[Tensor]:
     found: list[Tensor] = []
     torch.utils._pytree.tree_map_only(Tensor, found.append, (args, kwargs))
     return found
@@ -138,7 +138,7 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
 
 def _common(args: Any, kwargs: Any) -> Any:
     """The piece that all tensors among the arguments are cut as; None if they are not (numbers may join)."""
-    cut: list[Any] = [x for x in _tensors(args, kwargs) if x.numel() != 1 or isinstance(x, SHARDED)]
+    cut: list[Any] = [x for x in _tensors_among(args, kwargs) if x.numel() != 1 or isinstance(x, SHARDED)]
     if all(isinstance(x, SHARDED) and x.pieces == cut[0].pieces and x.shape == cut[0].shape for x in cut):
         return cut[0]
     return None
@@ -186,7 +186,7 @@ def _on_whole(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*torch.utils._pytree.tree_map(gathered, args), **torch.utils._pytree.tree_map(gathered, kwargs))
 
 
-def _lookup(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _fetched_lookup(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """A lookup through fetched rows; NotImplemented if the call is none (a slice, ids that are no piece's)."""
     names: tuple[str, ...]
     if func is F.embedding:
@@ -199,7 +199,7 @@ def _lookup(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     elif func is torch.embedding:
         names = ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse")
     else:
-        return _index(func, args, kwargs)
+        return _index_rows(func, args, kwargs)
     call = dict(zip(names, args, strict=False)) | kwargs
     weight, ids = call["weight"], call["input"]
     if not isinstance(weight, ShardedParameter) or isinstance(ids, SHARDED) or weight.pieces.dim != 0:
@@ -223,7 +223,7 @@ def _lookup(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return func(**call)
 
 
-def _index(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _index_rows(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is Tensor.__getitem__:
         weight, ids = args
     else:

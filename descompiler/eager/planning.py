@@ -89,7 +89,7 @@ def _of_the_model(template: nn.Module, seen: Survey, outline: Outline, chosen: P
         splits=splits,
         pieces=pieces,
         fingerprint=_fingerprint(template),
-        notes=_notes(seen, ranks, rows),
+        notes=_notes_in_part(seen, ranks, rows),
         replan=lambda changed: plan_partial(template, seen, ranks, rows, changed, terms),
         graph_of_cut=None,
     )
@@ -100,7 +100,7 @@ def _fingerprint(template: nn.Module) -> str:
     return hashlib.sha256(f"partial {parameters}".encode()).hexdigest()[:16]
 
 
-def _notes(seen: Survey, ranks: int, rows: int) -> list[str]:
+def _notes_in_part(seen: Survey, ranks: int, rows: int) -> list[str]:
     if not seen.coupled or ranks == 1:
         return []
     note = (

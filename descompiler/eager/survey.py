@@ -97,7 +97,7 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
     rows = tensors[0].shape[0] if len(sizes) == 1 else next((o.shape[0] for o in whole if o.dim()), 0)
     if not rows:
         raise UnsupportedError("the inputs differ in dim 0 and forward returns a scalar: its rows are not known")
-    every = _kinds(double, rows, lambda x: run(x, skip_norms=True)[0], lambda: _renew(run.model))
+    every = _output_kinds(double, rows, lambda x: run(x, skip_norms=True)[0], lambda: _renew(run.model))
     kinds = every[: len(whole)]
     apart = [n for n, kind in zip(kept, every[len(whole) :], strict=True) if kind != SAME]
     if apart:
@@ -142,7 +142,7 @@ def _renew(model: nn.Module) -> None:
                 p.normal_(std=0.3)
 
 
-def _kinds(inputs: Any, rows: int, run: Any, renew: Any) -> tuple[str, ...]:
+def _output_kinds(inputs: Any, rows: int, run: Any, renew: Any) -> tuple[str, ...]:
     """What each output is, from batches of rows drawn from the example, divided unevenly, and turned round.
 
     One division could be a mean over rows by accident (a mean over valid positions is, where both parts have as many),
@@ -200,7 +200,7 @@ def _gradients_mix(inputs: Any, rows: int, run: Any, kinds: Sequence[str], model
 DRAWS, DRAWN_ROWS, DIVISIONS = 4, 7, ((3, 4), (5, 2))
 
 
-def _same(x: Tensor, y: Tensor) -> bool:
+def _close(x: Tensor, y: Tensor) -> bool:
     return x.shape == y.shape and relative_error(x.double(), y.double()) <= CAPTURE_TOLERANCE
 
 
@@ -209,14 +209,14 @@ def _kinds_of(whole: Tensor, turned: Tensor, parts: Sequence[Tensor], sizes: Seq
     if whole.dim():
         shapes = [(n, *whole.shape[1:]) for n in (*sizes, sum(sizes))]
         by_row = [tuple(x.shape) for x in (*parts, whole)] == shapes
-        return {ROWS} if by_row and _same(whole, torch.cat(list(parts))) and _same(whole.flip(0), turned) else set()
-    if any(p.dim() for p in parts) or not _same(whole, turned):
+        return {ROWS} if by_row and _close(whole, torch.cat(list(parts))) and _close(whole.flip(0), turned) else set()
+    if any(p.dim() for p in parts) or not _close(whole, turned):
         return set()
     together = torch.stack(list(parts)).double()
     shares = torch.tensor(sizes, dtype=torch.float64, device=together.device) / sum(sizes)
     found = {
-        SAME: all(_same(whole, p) for p in parts),
-        MEAN: _same(whole, together @ shares),
-        SUM: _same(whole, together.sum()),
+        SAME: all(_close(whole, p) for p in parts),
+        MEAN: _close(whole, together @ shares),
+        SUM: _close(whole, together.sum()),
     }
     return {kind for kind, holds in found.items() if holds}

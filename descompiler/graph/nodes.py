@@ -83,6 +83,11 @@ def signature(node: fx.Node) -> dict[str, Any]:
     return found
 
 
+def dim_of(node: fx.Node) -> int:
+    """The ``dim`` that a call is along, counted from the front of its result."""
+    return int(signature(node)["dim"]) % len(shape_of(node))
+
+
 UNTAGGED_POINTWISE = frozenset(
     {
         aten.to.dtype,

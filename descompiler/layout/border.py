@@ -10,9 +10,9 @@ from math import prod
 import numpy as np
 
 from descompiler.layout.division import Division
-from descompiler.layout.spans import Spans, at
+from descompiler.layout.spans import Spans, at, summed
 from descompiler.layout.traffic import Collective, Stage
-from descompiler.layout.transfer import Sent, Step, Transfer
+from descompiler.layout.transfer import Crossed, Sent, Step, Transfer
 
 Columns = tuple[int, ...] | None
 """Of dim 1 of some ids; None: all of them."""
@@ -55,6 +55,9 @@ class IdsIn(Transfer):
 
     entries: tuple[Entry, ...]
     id_bytes: int = 8
+
+    def crossed(self) -> Iterator[Crossed]:
+        return (Crossed("ids", e.name, summed(e.widths), 0) for e in self.entries)
 
     def sent(self, step: Step) -> Iterator[Sent]:
         widths = by_rank([e.widths for e in self.entries], len(step.rows))
@@ -99,6 +102,9 @@ class ValuesOut(Transfer):
     BACK = Collective("all_to_all (aggregation, backward)", Stage.GRADIENTS_BACK)
 
     exits: tuple[Exit, ...]
+
+    def crossed(self) -> Iterator[Crossed]:
+        return (Crossed("values", e.name, summed(e.widths), 0) for e in self.exits)
 
     def widths(self, ranks: int) -> np.ndarray:
         """Elements per row that each rank sends."""

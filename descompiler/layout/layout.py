@@ -17,7 +17,7 @@ from descompiler.layout.pieces import ALL
 from descompiler.layout.statistics import Statistics
 from descompiler.layout.step import LeafStatus
 from descompiler.layout.traffic import Traffic
-from descompiler.layout.transfer import Counts, Sent, Step, Transfer
+from descompiler.layout.transfer import Counts, Crossed, Sent, Step, Transfer
 from descompiler.layout.vocabulary import Vocabulary
 
 K = TypeVar("K", bound=Transfer)
@@ -77,6 +77,11 @@ class Layout:
     def wholes(self) -> tuple[Whole, ...]:
         """Tables that are gathered whole."""
         return tuple(w for t in self.of(WholeTables) for w in t.tables)
+
+    @cached_property
+    def crossed(self) -> tuple[Crossed, ...]:
+        """Values that plans tell of one by one, in the order of the list."""
+        return tuple(x for t in self.transfers for x in t.crossed())
 
     @cached_property
     def leaves_backward(self) -> bool:

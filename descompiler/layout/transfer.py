@@ -18,7 +18,9 @@ from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+import sympy
 
+from descompiler.cost_models.exchange import IDS_IN, OUTPUTS, VALUES_OUT_AND_BACK
 from descompiler.layout.traffic import Collective
 
 
@@ -92,6 +94,41 @@ class Sent(NamedTuple):
     calls: int = 1
 
 
+@dataclass(frozen=True)
+class Crossed:
+    """One value of a transfer, of which people are told by itself.
+
+    Attributes
+    ----------
+    kind : {"ids", "values", "product"}
+        Ids into the region; values out of it, whose gradients come back; rows to the owners of a table that they are
+        multiplied with, and results back.
+    value : str
+        Its name in the program.
+    width : int
+        Ids, or elements, per row of the batch, over all ranks that receive, or send, them.
+    ids : int
+        Ids per row of the batch that a product sends, besides the elements.
+    """
+
+    kind: str
+    value: str
+    width: int
+    ids: int
+
+    @property
+    def formula(self) -> sympy.Expr:
+        """Bytes per rank and step, the mean over ranks."""
+        return {"ids": IDS_IN, "values": VALUES_OUT_AND_BACK, "product": OUTPUTS}[self.kind]
+
+    @property
+    def symbols(self) -> dict[str, int]:
+        """The formula's symbols that are this value's own."""
+        return {"ids": {"L": self.width}, "values": {"w": self.width}, "product": {"w": self.width, "L": self.ids}}[
+            self.kind
+        ]
+
+
 class Transfer(ABC):
     """Values of one kind that cross together.
 
@@ -106,3 +143,7 @@ class Transfer(ABC):
     @abstractmethod
     def sent(self, step: Step) -> Iterator[Sent]:
         """What ranks send in a step with gradients, forward and backward."""
+
+    def crossed(self) -> Iterator[Crossed]:
+        """Its values that plans tell of one by one."""
+        return iter(())

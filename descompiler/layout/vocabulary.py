@@ -10,7 +10,7 @@ import numpy as np
 
 from descompiler.layout.division import Division
 from descompiler.layout.traffic import Collective, Stage
-from descompiler.layout.transfer import Sent, Step, Transfer
+from descompiler.layout.transfer import Crossed, Sent, Step, Transfer
 
 
 @dataclass(frozen=True)
@@ -118,3 +118,6 @@ class Vocabulary(Transfer):
             yield Sent(self.GRADIENTS, mine * step.itemsize * (self.total_width - width))
             if self.backward_x:
                 yield Sent(self.TERMS, own * rest * self.dim * step.itemsize)
+
+    def crossed(self) -> Iterator[Crossed]:
+        yield Crossed("product", self.name, self.elements, self.ids)

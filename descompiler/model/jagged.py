@@ -54,7 +54,7 @@ def _keyed_parts(x: Any) -> tuple[list[Tensor | None], tuple[str, ...]]:
     return _parts(x), tuple(x.keys())
 
 
-def _take(parts: Sequence[Tensor | None], segments: Tensor) -> list[Tensor | None]:
+def _taken_parts(parts: Sequence[Tensor | None], segments: Tensor) -> list[Tensor | None]:
     values, lengths, weights = parts
     assert values is not None and lengths is not None
     weights = None if weights is None else take_segments(weights, lengths, segments)
@@ -74,7 +74,7 @@ def _take_rows(x: Any, index: Tensor) -> Any:
     parts, keys = _flatten(x)
     if keys is not None:  # lengths are those of the first key's rows, then of the second's
         index = (torch.arange(len(keys), device=index.device)[:, None] * x.stride() + index).reshape(-1)
-    return _put_together(type(x), _take(parts, index), keys)
+    return _put_together(type(x), _taken_parts(parts, index), keys)
 
 
 def adapter_of(cls: type) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]] | None:

@@ -40,7 +40,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[Callable[[], bool]]:
     with generators_kept(device):
         seed_generators(seed)
         before = taken(device)
-        yield lambda: not _same(before, taken(device))
+        yield lambda: not _same_state(before, taken(device))
 
 
 def seed_generators(seed: int) -> None:
@@ -55,7 +55,7 @@ def taken(device: torch.device) -> tuple[Any, ...]:
     return torch.get_rng_state(), on_device, random.getstate(), np.random.get_state()
 
 
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+def _same_state(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     on_device = a[1] is b[1] is None or torch.equal(a[1], b[1])
     by_numpy = all(np.array_equal(x, y) for x, y in zip(a[3], b[3], strict=True))
     return torch.equal(a[0], b[0]) and on_device and a[2] == b[2] and by_numpy

@@ -1,12 +1,14 @@
-"""The leaves of an autograd graph."""
+"""The leaves of an autograd graph, and which parameters are among them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+
+K = TypeVar("K")
 
 
 def leaves_of(ends: Sequence[Tensor]) -> list[Tensor]:
@@ -29,3 +31,9 @@ def leaves_of(ends: Sequence[Tensor]) -> list[Tensor]:
                 seen.add(other)
                 nodes.append(other)
     return list(found.values())
+
+
+def reached(ends: Sequence[Tensor], parameters: Mapping[K, Tensor]) -> set[K]:
+    """Which parameters, folded ones (`descompiler.model.folded`) among them, would get a gradient of some tensors."""
+    leaves = {id(x) for x in leaves_of(ends)}
+    return {name for name, p in parameters.items() if {id(p), id(getattr(p, "rows", p))} & leaves}

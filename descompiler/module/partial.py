@@ -69,7 +69,7 @@ class PartialModule(DistributedModule):
             tensors, statics = split_statics(leaves)
             self._check_outputs(tensors)
             tensors = tensors if guard is None else guard.leave(tensors)
-            rows = 0 if spare else _rows_of(tensors, self._outputs, (args, kwargs))
+            rows = 0 if spare else _batch_rows(tensors, self._outputs, (args, kwargs))
             if spare:
                 drop = {ROWS: lambda x: x[:0], MEAN: lambda x: x * 0, SUM: lambda x: x * 0, SAME: lambda x: x}
                 tensors = [drop[kind](x) for x, kind in zip(tensors, self._outputs, strict=True)]
@@ -200,7 +200,7 @@ class PartialModule(DistributedModule):
         raise InputError("the model was captured in part: its own forward runs, and there is no program to print")
 
 
-def _rows_of(tensors: Sequence[Tensor], kinds: Sequence[str], inputs: Any) -> int:
+def _batch_rows(tensors: Sequence[Tensor], kinds: Sequence[str], inputs: Any) -> int:
     for x, kind in zip(tensors, kinds, strict=True):
         if kind == ROWS:
             return x.shape[0]

@@ -87,7 +87,7 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank
             pieces, value = module.plan.pieces.get(_canonical(module, name)), state.get(name)
             if ranks.count == 1:
                 assert value is not None
-                _take(local, value, pieces, runtime.rank)
+                _copy_piece(local, value, pieces, runtime.rank)
             elif pieces is None or pieces.is_replicated:
                 whole = local.detach().clone() if value is None or ranks.rank else value.to(local, copy=True)
                 local.copy_(broadcast(whole, ranks.group))
@@ -95,7 +95,7 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank
                 local.copy_(scatter(local if value is None else value, local, pieces, ranks, local.device))
 
 
-def _take(local: Tensor, value: Tensor, pieces: Pieces | None, rank: int) -> None:
+def _copy_piece(local: Tensor, value: Tensor, pieces: Pieces | None, rank: int) -> None:
     """Copy a rank's piece of a value to where it is held."""
     if pieces is None:
         local.copy_(value)

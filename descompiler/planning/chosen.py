@@ -14,7 +14,6 @@ import sympy
 
 from descompiler.cost_models import baselines
 from descompiler.cost_models.baselines import ExpectedUse, Priced
-from descompiler.cost_models.exchange import IDS_IN, OUTPUTS, VALUES_OUT_AND_BACK
 from descompiler.cost_models.symbols import N, b, i, s
 from descompiler.cost_models.table import OfTable
 from descompiler.errors import PlanError
@@ -24,6 +23,7 @@ from descompiler.layout.pieces import Pieces
 from descompiler.layout.spans import Spans, at
 from descompiler.layout.statistics import Statistics
 from descompiler.layout.traffic import Traffic
+from descompiler.layout.transfer import Crossed
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.memory import Memory
 from descompiler.tables.form import Split, form_named
@@ -54,46 +54,31 @@ class PlannedTable(OfTable):
 
 
 @dataclass(frozen=True)
-class Crossing:
-    """One thing that crosses the wire.
+class Label:
+    """What people are told of a value that crosses, besides what its transfer says.
 
     Attributes
     ----------
-    kind : {"ids", "values", "product"}
-        Ids into the region; values out of it, whose gradients come back; rows to the owners of a table that they are
-        multiplied with, and results back.
-    width : int
-        Ids, or elements, per row of the batch, over all ranks that receive, or send, them.
+    name : str
+        Of the operator that makes it, or of the ids, or what is asked of a product.
     tables : tuple of str
         Which tables read the ids, or are in the values.
-    ids : int
-        Ids per row of the batch that a product sends, besides the elements.
     """
 
-    kind: str
     name: str
     placement: str
-    width: int
     tables: tuple[str, ...]
     line: str
-    ids: int = 0
+
+
+@dataclass(frozen=True)
+class Crossing(Label, Crossed):
+    """One value that crosses the wire: what its transfer says of it, and its label."""
 
     @property
     def sums(self) -> bool:
         """Whether ranks send terms of it, which their receiver adds."""
         return self.placement.startswith(("Partial", "Disjoint"))
-
-    @property
-    def formula(self) -> sympy.Expr:
-        """Bytes per rank and step, the mean over ranks."""
-        return {"ids": IDS_IN, "values": VALUES_OUT_AND_BACK, "product": OUTPUTS}[self.kind]
-
-    @property
-    def symbols(self) -> dict[str, int]:
-        """The formula's symbols that are this crossing's own."""
-        return {"ids": {"L": self.width}, "values": {"w": self.width}, "product": {"w": self.width, "L": self.ids}}[
-            self.kind
-        ]
 
 
 @dataclass
@@ -111,6 +96,8 @@ class Chosen:
         By table.
     pieces : dict of str to Pieces
         By parameter, co-located and replicated ones included.
+    labels : list of Label
+        Of what crosses, in the order of ``layout.crossed``.
     price_bytes : int
         Bytes that the busiest rank sends in a training step.
     prices : dict of str to dict of str to int
@@ -147,7 +134,7 @@ class Chosen:
     splits: dict[str, Split]
     pieces: dict[str, Pieces]
     layout: Layout
-    crossings: list[Crossing]
+    labels: list[Label]
     price_bytes: int
     prices: dict[str, dict[str, int]] = field(default_factory=dict)
     fingerprint: str = ""
@@ -176,6 +163,12 @@ class Chosen:
     def forms(self) -> dict[str, str]:
         """The form of each table."""
         return {name: split.form for name, split in self.splits.items()}
+
+    @property
+    def crossings(self) -> list[Crossing]:
+        """What crosses the border of the region, or for a product with a divided table: the layout's list, labelled."""
+        pairs = zip(self.layout.crossed, self.labels, strict=True)
+        return [Crossing(**vars(crossed), **vars(label)) for crossed, label in pairs]
 
     @property
     def exits(self) -> list[str]:

@@ -108,10 +108,10 @@ def coverage_of(program: Program, operators: Sequence[Operator], plan: Plan) -> 
             uses = ", ".join(sorted(set(users[name])))
             form, why, choice = fallback().name, f"used by {uses}, not by a lookup", False
         found.append(Covered(name, size, form, program.rung, why, choice))
-    return Coverage(program.rung, program.failures, tuple(found), "; ".join(_notes(program)))
+    return Coverage(program.rung, program.failures, tuple(found), "; ".join(_graph_notes(program)))
 
 
-def _notes(program: Program) -> Iterator[str]:
+def _graph_notes(program: Program) -> Iterator[str]:
     if program.idle:
         yield (
             f"{', '.join(program.idle)}: gradients of zero where the original has none, as an opaque leaf holds them; "

@@ -61,7 +61,7 @@ def decode(kind: Any, data: Any) -> Any:
         If the data is not of that type.
     """
     if isinstance(kind, type) and isabstract(kind):
-        return decode(_kinds(kind)[data["is"]], data)
+        return decode(_classes_of(kind)[data["is"]], data)
     if is_dataclass(kind) and isinstance(kind, type):
         if _compact(kind):
             data = dict(zip((f.name for f in fields(kind)), data, strict=True))
@@ -103,12 +103,12 @@ def _of_a_kind(kind: type) -> bool:
     return any(isabstract(base) for base in kind.__mro__)
 
 
-def _kinds(base: type) -> dict[str, type]:
+def _classes_of(base: type) -> dict[str, type]:
     """The classes of an abstract class that are not abstract, by name."""
     result: dict[str, type] = {} if isabstract(base) else {base.__name__: base}
     below: list[type] = base.__subclasses__()
     for kind in below:
-        result.update(_kinds(kind))
+        result.update(_classes_of(kind))
     return result
 
 

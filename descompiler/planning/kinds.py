@@ -76,10 +76,10 @@ def kinds(plan: Chosen, only: str | None = None) -> list[TableKind]:
         of = (without_index(t.name), t.dim, t.ids, t.itemsize, t.sparse, t.uses, plan.splits[t.name].form)
         said = (t.refusals, plan.prices.get(t.name, {}), plan.missing.get(t.name, {}))
         groups.setdefault((*of, *(tuple(sorted(x.items())) for x in said)), []).append(t)
-    return [_kind(plan, tuple(group)) for group in groups.values()]
+    return [_table_kind(plan, tuple(group)) for group in groups.values()]
 
 
-def _kind(plan: Chosen, tables: tuple[PlannedTable, ...]) -> TableKind:
+def _table_kind(plan: Chosen, tables: tuple[PlannedTable, ...]) -> TableKind:
     name = tables[0].name
     form, prices = plan.splits[name].form, plan.prices.get(name, {})
     others = sorted((price, other) for other, price in prices.items() if other != form)

@@ -71,7 +71,7 @@ def memory_of(partition: Partition, w: Weights, optimizer: str, unique: Mapping[
     tables = {o.name for o in operators}
     weights, gradients, state = (np.zeros(w.ranks, dtype=np.int64) for _ in range(3))
     for name, p in program.parameters.items():
-        rows, width = _held(pieces[name])
+        rows, width = _held_elements(pieces[name])
         itemsize = p.dtype.itemsize
         weights += weight_bytes(rows, width, itemsize)
         if not p.requires_grad:
@@ -100,7 +100,7 @@ def memory_of(partition: Partition, w: Weights, optimizer: str, unique: Mapping[
     activations = activations + activation_bytes(1, held, w.itemsize)
     for group in groups_of(operators):  # all rows of each computed table, in this rank's columns
         first = pieces[group.tables[0]]
-        share = _held(first)[0] / first.shape[first.dim]
+        share = _held_elements(first)[0] / first.shape[first.dim]
         elements = sum(prod(shape_of(n)) for n in group.nodes if not is_view(n))
         activations = activations + activation_bytes(1, np.ceil(elements * share).astype(np.int64), w.itemsize)
     every = np.stack([weights, gradients, state, activations])
@@ -109,7 +109,7 @@ def memory_of(partition: Partition, w: Weights, optimizer: str, unique: Mapping[
     return tuple((first, stop, Memory(*every[:, first].tolist())) for first, stop in borders)
 
 
-def _held(pieces: Pieces) -> tuple[np.ndarray, int]:
+def _held_elements(pieces: Pieces) -> tuple[np.ndarray, int]:
     """Elements of the divided dimension that each rank holds, and how large the others are together."""
     whole = pieces.shape[pieces.dim] if pieces.shape else 1
     return pieces.sizes[:ALL] + pieces.sizes[ALL], prod(pieces.shape) // max(whole, 1)

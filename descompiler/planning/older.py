@@ -35,7 +35,7 @@ RENAMED = {"Header": "StepHeader"}
 def as_of_now(data: dict[str, Any]) -> dict[str, Any]:
     """What a plan file of any version that can be read holds; one of another version as it is."""
     if data["version"] == 2:
-        data = {**data, "version": 3, "layout": _layout(data["layout"])}
+        data = {**data, "version": 3, "layout": _listed_layout(data["layout"])}
     if data["version"] == 3:
         data = _with_numbers(data)
         divided = {name: _divided(data[name]) for name in ("splits", "pieces", "layout")}
@@ -93,7 +93,7 @@ def _divided(old: Any) -> Any:
     return new
 
 
-def _layout(old: Mapping[str, Any]) -> dict[str, Any]:
+def _listed_layout(old: Mapping[str, Any]) -> dict[str, Any]:
     """The layout of a file of version 2, as a list."""
     transfers: list[dict[str, Any]] = [{"is": "StepHeader"}]
     if old["wholes"]:

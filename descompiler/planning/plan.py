@@ -15,7 +15,7 @@ from descompiler.errors import PlanError
 from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.spans import Spans
-from descompiler.planning.chosen import Chosen, Crossing, PlannedTable
+from descompiler.planning.chosen import Chosen, Label, PlannedTable
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.explain import explain
 from descompiler.planning.json import decode, encode
@@ -69,7 +69,7 @@ class Plan(Chosen):
     def to_json(self) -> str:
         """As JSON, without loss. ``forms`` comes first: edit a form there, and `des.compile` re-prices the plan."""
         data = {"version": VERSION, "forms": {**self.forms, **self.changes}}
-        data.update({name: encode(getattr(self, name)) for name in _FIELDS})
+        data.update({name: encode(getattr(self, name)) for name in _FIELDS}, crossings=encode(self.crossings))
         return json.dumps(data, indent=None if self.ranks > 64 else 1) + "\n"
 
     @classmethod
@@ -85,7 +85,10 @@ class Plan(Chosen):
             data = as_of_now(json.loads(text))
             if data["version"] != VERSION:
                 raise PlanError(f"the plan file has version {data['version']}, this is version {VERSION}: plan again")
-            plan = cls(**{name: decode(kind, data[name]) for name, kind in _FIELDS.items()})
+            labels = decode(list[Label], data["crossings"])
+            plan = cls(labels=labels, **{name: decode(kind, data[name]) for name, kind in _FIELDS.items()})
+            if len(labels) != len(plan.layout.crossed):
+                raise PlanError(f"the plan file has {len(labels)} crossings, its layout {len(plan.layout.crossed)}")
             return replace(plan, changes={n: f for n, f in data["forms"].items() if plan.forms.get(n) != f})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PlanError(
@@ -149,7 +152,7 @@ class Plan(Chosen):
                 lines.append(f"{name}: {x} -> {y}")
         for name in dict.fromkeys((*self.pieces, *other.pieces)):
             if name not in self.splits and name not in other.splits and self.pieces.get(name) != other.pieces.get(name):
-                before, after = (_held(p.get(name)) for p in (self.pieces, other.pieces))
+                before, after = (_pieces_text(p.get(name)) for p in (self.pieces, other.pieces))
                 lines.append(f"{name}: {before} -> {after}")
         mine, others = ({(c.kind, c.name, c.placement, c.width) for c in p.crossings} for p in (self, other))
         lines += [f"no longer crosses: {k} {n} {at}, {w_} a row" for k, n, at, w_ in sorted(mine - others)]
@@ -178,7 +181,7 @@ class Plan(Chosen):
         return explain(self, table)
 
 
-def _held(pieces: Pieces | None) -> str:
+def _pieces_text(pieces: Pieces | None) -> str:
     if pieces is None:
         return "absent"
     return "replicated" if pieces.is_replicated else f"cut along dim {pieces.dim} among {len(pieces.owners)} ranks"
@@ -205,7 +208,6 @@ _FIELDS: dict[str, Any] = {
     "splits": dict[str, Split],
     "pieces": dict[str, Pieces],
     "layout": Layout,
-    "crossings": list[Crossing],
     "notes": list[str],
     "prices": dict[str, dict[str, int]],
     "missing": dict[str, dict[str, int]],

@@ -23,8 +23,7 @@ from descompiler.graph.nodes import target_name, user_line
 from descompiler.graph.program import Program
 from descompiler.graph.text import fingerprint
 from descompiler.layout.layout import Layout
-from descompiler.layout.spans import summed
-from descompiler.planning.chosen import Crossing, PlannedTable
+from descompiler.planning.chosen import Label, PlannedTable
 from descompiler.planning.memory import check_optimizer
 from descompiler.planning.objective import Terms, Trial
 from descompiler.planning.pins import allowed_forms
@@ -86,7 +85,7 @@ def choose(
         splits=dict(partition.splits),
         pieces=dict(partition.pieces),
         layout=best.layout,
-        crossings=_crossings(partition, best.layout),
+        labels=_labels(partition, best.layout),
         price_bytes=best.score.price_bytes,
         prices=prices,
         fingerprint=fingerprint(program),
@@ -168,24 +167,30 @@ def _table(o: Operator) -> PlannedTable:
     return PlannedTable(o.table, tuple(uses), dict(o.refusals), tuple(map(str, o.outputs)), whole)
 
 
-def _crossings(partition: Partition, layout: Layout) -> list[Crossing]:
-    """What crosses, with the tables that it comes from or goes to."""
-    sources: dict[fx.Node, set[str]] = {x.node: {o.name} for o in partition.operators for x in o.lookups}
-    for n in partition.program.graph.nodes:
+def _labels(partition: Partition, layout: Layout) -> list[Label]:
+    """Of what crosses: what it is, where, and the tables that it comes from or goes to."""
+    program, operators = partition.program, partition.operators
+    sources: dict[fx.Node, set[str]] = {x.node: {o.name} for o in operators for x in o.lookups}
+    for n in program.graph.nodes:
         if n in partition.inside and n not in sources:
             sources[n] = set().union(*(sources.get(p, set()) for p in n.all_input_nodes))
-    reading: dict[fx.Node, set[str]] = {}
-    for o in partition.operators:
+    readers: dict[str, set[str]] = {}
+    for o in operators:
         for x in o.lookups:
             if x.node in partition.inside:
-                reading.setdefault(x.ids, set()).add(o.name)
+                readers.setdefault(x.ids.name, set()).add(o.name)
+    nodes = {n.name: n for n in program.graph.nodes}
+    products = {x.node: (o.name, str(x)) for o in operators for x in o.outputs}
     result = []
-    for ids, e in zip(partition.readers, layout.entries, strict=True):
-        reads = tuple(sorted(reading[ids]))
-        result.append(Crossing("ids", e.name, "Shard(0)", summed(e.widths), reads, user_line(ids)))
-    for node, left in zip(partition.exits, layout.exits, strict=True):
-        placement, reads = str(partition.placements[node]), tuple(sorted(sources[node]))
-        result.append(Crossing("values", target_name(node), placement, summed(left.widths), reads, user_line(node)))
-    for (node, (o, output)), v in zip(partition.products.items(), layout.vocabularies, strict=True):
-        result.append(Crossing("product", str(output), "Shard(0)", v.elements, (o.name,), user_line(node), v.ids))
+    for crossed in layout.crossed:
+        node = nodes[crossed.value]
+        name, placement = node.name, "Shard(0)"
+        if crossed.kind == "ids":
+            tables = readers[name]
+        elif crossed.kind == "values":
+            name, placement, tables = target_name(node), str(partition.placements[node]), sources[node]
+        else:
+            table, name = products[node]
+            tables = {table}
+        result.append(Label(name, placement, tuple(sorted(tables)), user_line(node)))
     return result

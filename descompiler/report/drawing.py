@@ -22,7 +22,7 @@ class _Place:
 
 def to_svg(d: Drawing, title: str) -> str:
     """The drawing, laid out."""
-    places, paths = _layout(d)
+    places, paths = _arrange(d)
     tip = f"tip-{zlib.crc32(title.encode()):08x}"  # one page has several drawings
     if not places:
         return f"<p class='note'>{html.escape(title)}: nothing to draw.</p>"
@@ -80,7 +80,7 @@ def _free_spot(
     return x, y
 
 
-def _layout(d: Drawing) -> tuple[dict[str, _Place], dict[tuple[str, str], list[tuple[float, float]]]]:
+def _arrange(d: Drawing) -> tuple[dict[str, _Place], dict[tuple[str, str], list[tuple[float, float]]]]:
     places = {
         name: _Place(
             max(CHAR_PX * max(map(len, box.lines)), 40) + 2 * PAD_PX + (12 if box.kind == "wire" else 0),

@@ -209,7 +209,7 @@ def drawing(program: Program, operators: Sequence[Operator], plan: Plan, cut: Cu
             kind = "outside" if g.kind == "region" and not after else g.kind
             box = Box(kind, _chain_lines(chains[g.name]))
         result.boxes[name] = box
-    wires = _wires(program, operators, plan, cut) if after else {}
+    wires = _wires(program, plan) if after else {}
     for n in program.graph.nodes:
         if n not in groups:
             continue
@@ -230,18 +230,18 @@ def drawing(program: Program, operators: Sequence[Operator], plan: Plan, cut: Cu
     return result
 
 
-def _wires(program: Program, operators: Sequence[Operator], plan: Plan, cut: Cut) -> dict[fx.Node, tuple[str, int]]:
-    """By node that crosses: what crosses, and bytes per rank and step."""
+def _wires(program: Program, plan: Plan) -> dict[fx.Node, tuple[str, int]]:
+    """By node that crosses the border of the region: what crosses, and bytes per rank and step."""
     nodes = {n.name: n for n in program.graph.nodes}
-    result: dict[fx.Node, tuple[str, int]] = {}
-    values = iter([c for c in plan.crossings if c.kind == "values"])
-    for c in plan.crossings:
-        if c.kind == "ids":
-            result[nodes[c.name]] = ("ids to owners", plan.bytes_of(c.formula, L=c.width))
-    for node, c in zip(cut.exits, values, strict=True):
-        what = "partial sums" if c.sums else "values"
-        result[node] = (f"{what} out, gradients back", plan.bytes_of(c.formula, w=c.width))
-    return result
+    what = {"ids": "ids to owners", "values": "values out, gradients back"}
+    return {
+        nodes[c.value]: (
+            "partial sums out, gradients back" if c.sums else what[c.kind],
+            plan.bytes_of(c.formula, **c.symbols),
+        )
+        for c in plan.crossings
+        if c.kind in what
+    }
 
 
 CHAR_PX, LINE_PX, PAD_PX = 7.0, 16, 9

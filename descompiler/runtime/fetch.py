@@ -271,7 +271,7 @@ class _FetchWait(torch.autograd.Function):
         fetch = fetching.fetch
         own = [g[: len(k)] for g, k in zip(grads, fetching.shared_keys, strict=True)]
         if fetch.divided:
-            asked, served = (_trained(fetch, x) for x in (fetching.asked, fetching.served))
+            asked, served = (_counts_of_trained(fetch, x) for x in (fetching.asked, fetching.served))
             others = [g[len(k) :] for g, k in zip(grads, fetching.shared_keys, strict=True)]
             others = [g if t else g[:0] for g, t in zip(others, fetch.trained, strict=True)]
             buffer, sent = dealt(others, asked, dtype)
@@ -285,7 +285,7 @@ class _FetchWait(torch.autograd.Function):
         return None, None, *(z.expand(shape) for z, shape in zip(*ctx.like, strict=True))
 
 
-def _trained(fetch: Fetch, counts: list[list[int]]) -> list[list[int]]:
+def _counts_of_trained(fetch: Fetch, counts: list[list[int]]) -> list[list[int]]:
     return [[n if t else 0 for n, t in zip(row, fetch.trained, strict=True)] for row in counts]
 
 
@@ -294,7 +294,7 @@ def _arrived(fetching: Fetching) -> list[Tensor]:
     if fetching.returning is None:
         return []
     buffer = fetching.returning.wait()
-    served = _trained(fetching.fetch, fetching.served)
+    served = _counts_of_trained(fetching.fetch, fetching.served)
     return [torch.cat(parts) for parts in collected(buffer, served, fetching.fetch.dims)]
 
 

@@ -213,7 +213,7 @@ def buckets_of(parameters: Sequence[Tensor]) -> list[list[int]]:
     for i in reversed(range(len(parameters))):
         p = parameters[i]
         limit = FIRST_BUCKET_BYTES if len(result) == 1 else BUCKET_BYTES
-        if result and size < limit and (p.dtype, p.device) == _kind(parameters[result[-1][0]]):
+        if result and size < limit and (p.dtype, p.device) == _dtype_and_device(parameters[result[-1][0]]):
             result[-1].append(i)
             size += p.nbytes
         else:
@@ -222,5 +222,5 @@ def buckets_of(parameters: Sequence[Tensor]) -> list[list[int]]:
     return result
 
 
-def _kind(p: Tensor) -> tuple[torch.dtype, torch.device]:
+def _dtype_and_device(p: Tensor) -> tuple[torch.dtype, torch.device]:
     return p.dtype, p.device

@@ -137,7 +137,7 @@ def find_operators(program: Program) -> list[Operator]:
                     f"embedding with scale_grad_by_freq ({where(node)}, table {name!r}): it counts ids within one "
                     "rank's batch; leave it out, or scale the loss"
                 )
-            found.setdefault(name, []).append(_lookup(call))
+            found.setdefault(name, []).append(_lookup_of(call))
         own_rows = scope_of(node).kind != GLOBAL  # what every rank repeats on the global batch needs the whole table
         if (product := VocabularyCall.of(node)) is not None and own_rows:
             rows = {} if program.parameter(product.weight) else computed_by_rows(program, product.weight) or {}
@@ -153,7 +153,7 @@ def find_operators(program: Program) -> list[Operator]:
     found_groups = find_groups(program)
     groups = {name: g for g in found_groups for name in g.tables}
     for name, g in groups.items():
-        of_computed = [_lookup(LookupCall(n), computed=True) for n in g.lookups]
+        of_computed = [_lookup_of(LookupCall(n), computed=True) for n in g.lookups]
         found.setdefault(name, []).extend(of_computed)
     result, trained = [], trained_parameters(program)
     in_region = {name for g in found_groups for name in g.replicated}
@@ -203,7 +203,7 @@ def find_operators(program: Program) -> list[Operator]:
     return result
 
 
-def _lookup(call: LookupCall, *, computed: bool = False) -> Lookup:
+def _lookup_of(call: LookupCall, *, computed: bool = False) -> Lookup:
     rows = int(shape_of(call.weight)[0]) if computed else None
     return Lookup(call.node, call.ids, call.mode, call.padding_idx, call.sparse, rows)
 

@@ -72,7 +72,7 @@ def find_totals(program: Program) -> list[Total]:
             continue
         steps: dict[fx.Node, None] = {}
         totals: list[fx.Node] = []
-        for n in sorted(_reached(weight), key=order.__getitem__):
+        for n in sorted(_elementwise_users(weight), key=order.__getitem__):
             known = (
                 n.op == "call_function"
                 and n.all_input_nodes
@@ -95,7 +95,7 @@ def find_totals(program: Program) -> list[Total]:
     return sorted(result, key=lambda t: order[t.node])
 
 
-def _reached(weight: fx.Node) -> set[fx.Node]:
+def _elementwise_users(weight: fx.Node) -> set[fx.Node]:
     """What elementwise operators lead to from a parameter: all that can be a step or a total of it."""
     found: set[fx.Node] = set()
     stack = [weight]

@@ -16,7 +16,8 @@ from descompiler.graph.program import Program
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.placement import Region, shard
 from descompiler.ops.local import bag, lookup
-from descompiler.tables.form import Choice, InRegion, LookupPart, Split, not_in_region, whole_rows
+from descompiler.tables.blocks import InRegion, not_in_region, whole_rows
+from descompiler.tables.form import Choice, LookupPart, Split
 from descompiler.tables.tables import Lookup, Operator
 
 

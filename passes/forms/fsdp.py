@@ -16,7 +16,8 @@ import sympy
 
 from descompiler.cost_models.forms import FSDP
 from descompiler.graph.program import Program
-from descompiler.tables.form import Choice, OwnRows, Split, by_rows, not_fetched
+from descompiler.tables.blocks import OwnRows, by_rows, not_fetched
+from descompiler.tables.form import Choice, Split
 from descompiler.tables.tables import Operator
 
 

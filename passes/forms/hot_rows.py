@@ -23,7 +23,8 @@ from descompiler.cost_models.forms import HOT_ROWS, hot_threshold
 from descompiler.graph.program import Program
 from descompiler.layout.pieces import ALL, Pieces, even_sizes
 from descompiler.layout.statistics import Statistics
-from descompiler.tables.form import Choice, OwnRows, Split, not_fetched, whole_rows
+from descompiler.tables.blocks import OwnRows, not_fetched, whole_rows
+from descompiler.tables.form import Choice, Split
 from descompiler.tables.tables import Operator
 
 MOST_RANGES = 4096

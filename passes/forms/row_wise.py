@@ -16,7 +16,8 @@ from descompiler.graph.nodes import tail
 from descompiler.graph.program import Program
 from descompiler.layout.placement import Disjoint, Owned, Partial, Region
 from descompiler.ops.local import bag_rows, lookup_rows
-from descompiler.tables.form import ByRows, Choice, InRegion, LookupPart, Split, by_rows, not_in_region
+from descompiler.tables.blocks import ByRows, InRegion, by_rows, not_in_region
+from descompiler.tables.form import Choice, LookupPart, Split
 from descompiler.tables.tables import Lookup, Operator
 
 

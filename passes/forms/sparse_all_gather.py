@@ -16,7 +16,8 @@ import sympy
 from descompiler.cost_models.forms import SPARSE_ALL_GATHER
 from descompiler.graph.program import Program
 from descompiler.layout.pieces import Pieces
-from descompiler.tables.form import Choice, OwnRows, Split, not_fetched
+from descompiler.tables.blocks import OwnRows, not_fetched
+from descompiler.tables.form import Choice, Split
 from descompiler.tables.tables import Operator
 
 

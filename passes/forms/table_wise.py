@@ -21,7 +21,8 @@ from descompiler.layout.pieces import Pieces
 from descompiler.layout.placement import Owned, Region, shard
 from descompiler.layout.spans import Spans, spans_of
 from descompiler.ops.local import bag, lookup
-from descompiler.tables.form import Choice, InRegion, LookupPart, Split, not_in_region, whole_rows
+from descompiler.tables.blocks import InRegion, not_in_region, whole_rows
+from descompiler.tables.form import Choice, LookupPart, Split
 from descompiler.tables.tables import Lookup, Operator
 
 

@@ -17,7 +17,8 @@ import sympy
 
 from descompiler.cost_models.forms import UNIQUE_ROWS
 from descompiler.graph.program import Program
-from descompiler.tables.form import ByRows, Choice, OwnRows, Split, by_rows, not_fetched
+from descompiler.tables.blocks import ByRows, OwnRows, by_rows, not_fetched
+from descompiler.tables.form import Choice, Split
 from descompiler.tables.tables import Operator
 
 

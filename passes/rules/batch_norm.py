@@ -30,7 +30,7 @@ class BatchNorm:
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
         norm = BatchNormCall(node)
-        x, weights, buffers = at.at(norm.x), _tensors(norm.affine), _tensors(norm.statistics)
+        x, weights, buffers = at.at(norm.x), _present(norm.affine), _present(norm.statistics)
         if not isinstance(x, Owned | Shard):
             return Declined("the variance of a sum is not the sum of the terms'")
         if isinstance(x, Shard) and (x.dim != 1 or x.local):
@@ -66,5 +66,5 @@ class BatchNorm:
         return part.graph.call_method("norm_inside", (part.runtime, operand, *weights, *buffers, mine, *norm.options))
 
 
-def _tensors(nodes: Iterable[fx.Node | None]) -> list[fx.Node]:
+def _present(nodes: Iterable[fx.Node | None]) -> list[fx.Node]:
     return [n for n in nodes if n is not None]

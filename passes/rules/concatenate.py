@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from descompiler.graph.nodes import aten, shape_of, signature, tail
+from descompiler.graph.nodes import aten, dim_of, shape_of, signature, tail
 from descompiler.layout.placement import (
     LOCAL,
     Disjoint,
@@ -35,7 +35,7 @@ class Concatenate:
     targets: ClassVar[frozenset[Any]] = frozenset({aten.cat.default, aten.stack.default})
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
-        tensors, dim = _tensors(node), _dim(node)
+        tensors, dim = _joined(node), dim_of(node)
         if dim == 0:
             return Declined("concatenates batches")
         stack = node.target is aten.stack.default
@@ -74,19 +74,15 @@ class Concatenate:
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
         placement, parts = part.at(node), []
         terms = isinstance(placement, Partial | Disjoint)
-        like = next(x for t in _tensors(node) if (x := part.operand(t)) is not None)
-        for t in _tensors(node):
+        like = next(x for t in _joined(node) if (x := part.operand(t)) is not None)
+        for t in _joined(node):
             x = part.operand(t)
             if x is not None:
                 parts.append(x)
             elif terms:
                 parts.append(part.call(aten.new_zeros.default, like, [part.rows, *tail(t)]))
-        return part.call(node.target, parts, _dim(node))
+        return part.call(node.target, parts, dim_of(node))
 
 
-def _tensors(node: fx.Node) -> list[fx.Node]:
+def _joined(node: fx.Node) -> list[fx.Node]:
     return list(signature(node)["tensors"])
-
-
-def _dim(node: fx.Node) -> int:
-    return int(signature(node)["dim"]) % len(shape_of(node))

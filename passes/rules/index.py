@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from descompiler.graph.arguments import operand
-from descompiler.graph.nodes import aten, shape_of, signature
+from descompiler.graph.nodes import aten, dim_of
 from descompiler.graph.program import Program
 from descompiler.layout.placement import LOCAL, Disjoint, Partial, Shard, shard
 from descompiler.region.rule import Declined, Part, Placed, Situation
@@ -26,7 +26,7 @@ class IndexSelect:
     targets: ClassVar[frozenset[Any]] = frozenset({aten.index_select.default})
 
     def place(self, node: fx.Node, at: Situation) -> Placed | Declined:
-        x, dim, chosen = at.at(node.args[0]), _dim(node), _chosen(at.program, node)
+        x, dim, chosen = at.at(node.args[0]), dim_of(node), _chosen(at.program, node)
         if dim == 0:
             return Declined("selects rows of the batch")
         if chosen is None:
@@ -44,17 +44,13 @@ class IndexSelect:
         return Placed(shard(dim, [(1, owners[i]) for i in chosen]))
 
     def emit(self, node: fx.Node, part: Part) -> fx.Node:
-        x, dim = part.at(node.args[0]), _dim(node)
+        x, dim = part.at(node.args[0]), dim_of(node)
         if not isinstance(x, Shard) or x.dim != dim:
             return part.call(aten.index_select.default, part.operand(operand(node)), dim, part.given(operand(node, 2)))
         chosen, mine = _chosen(part.program, node), x.positions(part.owner)
         assert chosen is not None
         positions = [mine.index(i) for i in chosen if i in mine]
         return part.call(operator.getitem, part.operand(operand(node)), (*[slice(None)] * dim, positions))
-
-
-def _dim(node: fx.Node) -> int:
-    return int(signature(node)["dim"]) % len(shape_of(node))
 
 
 def _chosen(program: Program, node: fx.Node) -> list[int] | None:
