@@ -37,6 +37,7 @@ from descompiler.passes.rules.independent import Independent
 from descompiler.passes.rules.index import IndexSelect
 from descompiler.passes.rules.linear import Linear
 from descompiler.passes.rules.owner import OnOwner
+from descompiler.passes.rules.pairs import Pairs
 from descompiler.passes.rules.reduce import Reduce
 from descompiler.passes.rules.view import Narrow, Permute, Reshape
 from descompiler.region.rule import Rule
@@ -78,6 +79,7 @@ RULES: Registry[Rule] = Registry(
         Independent(),
         BatchNorm(),
         IndexSelect(),
+        Pairs(),
         Expand(),
     ),
 )
