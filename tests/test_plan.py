@@ -136,6 +136,11 @@ def test_a_file_with_the_names_that_forms_had_is_the_same_plan():
     assert again.forms == loaded.forms and again.pieces == loaded.pieces
 
 
+def test_a_file_with_the_name_that_the_header_had_is_the_same_plan():
+    plan = des.plan(make(), INPUTS, ranks=2)
+    assert des.Plan.from_json(plan.to_json().replace('"StepHeader"', '"Header"')) == des.Plan.from_json(plan.to_json())
+
+
 def test_forbidden_forms():
     plan = des.plan(make(), INPUTS, ranks=2, forbid={"*": ["replicate"]})
     assert "replicate" not in plan.forms.values()

@@ -14,6 +14,9 @@ from descompiler.tables.aliases import current_name
 VERSION = 3
 """Of the plan files that are written."""
 
+KINDS = {"Header": "StepHeader"}
+"""Names that kinds of transfers had, to those that they have: the name of the class is in the file."""
+
 
 def as_of_now(data: dict[str, Any]) -> dict[str, Any]:
     """What a plan file of any version that can be read holds; one of another version as it is."""
@@ -23,13 +26,15 @@ def as_of_now(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a plan file holds, with the names that forms have now."""
+    """What a plan file holds, with the names that forms and kinds of transfers have now."""
 
     def by_form(x: Mapping[str, Any]) -> dict[str, Any]:
         return {current_name(form): value for form, value in x.items()}
 
+    transfers = [{**x, "is": KINDS.get(x["is"], x["is"])} for x in data["layout"]["transfers"]]
     return {
         **data,
+        "layout": {**data["layout"], "transfers": transfers},
         "forms": {table: current_name(form) for table, form in data["forms"].items()},
         "splits": {table: {**split, "form": current_name(split["form"])} for table, split in data["splits"].items()},
         "tables": [{**table, "refusals": by_form(table["refusals"])} for table in data["tables"]],

@@ -93,7 +93,7 @@ class HotRows(OwnRows):
 def hot_ranges(rows: np.ndarray) -> tuple[tuple[int, int], ...]:
     """Sorted rows as ranges ``[start, stop)``.
 
-    >>> ranges_of(np.array([1, 2, 3, 7]))
+    >>> hot_ranges(np.array([1, 2, 3, 7]))
     ((1, 4), (7, 8))
     """
     if not len(rows):
