@@ -55,7 +55,10 @@ def decode(kind: Any, data: Any) -> Any:
         If the data is not of that type.
     """
     if isinstance(kind, type) and isabstract(kind):
-        return decode(_kinds(kind)[data["is"]], data)
+        name, kinds = data["is"], _kinds(kind)
+        if name not in kinds:
+            raise ValueError(f"no {kind.__name__} is named {name!r}")
+        return decode(kinds[name], data)
     if is_dataclass(kind) and isinstance(kind, type):
         names = [f.name for f in fields(kind)]
         if _compact(kind):
