@@ -15,6 +15,8 @@ ids a row, p vectors a row that lookups return (1 for a bag), U unique ids in a 
     TorchRec table-row-wise             all-to-all b (L i + g l); between nodes of g ranks, 2 (N-g)/N b p k s sent; in
                                         the owner's node, reduce-scatter and all-gather, 2 (g-1) b p k s sent, the mean
                                         over all ranks                                          `TABLE_ROW_WISE`
+    TorchRec 2D, table-wise in nodes    in a node of g ranks as table-wise, (g-1)/g b (L i + l + 2 p k s) sent; weights
+                                        averaged over N/g nodes, 2 (N-g)/N V k s/g sent         `TWO_D`
     TorchRec data-parallel              as data parallel, dense gradients                       `DATA_PARALLEL`
 
 Dense parameters, P elements: all-reduce P s; parameter server: pushed and pulled, all-to-all 2 P s; mesh: all-gather
@@ -154,6 +156,22 @@ TABLE_ROW_WISE = Baseline(
     _ALL_REDUCED,
     "torchrec/distributed/sharding/twrw_sharding.py: rows over one node's ranks, summed there, then table-wise",
 )
+TWO_D = Baseline(
+    "TorchRec 2D, table-wise in nodes",
+    Cost(
+        {
+            # S such that (N-1)/N S is sent, or 2 (N-1)/N S: between the g ranks of a node, and between N/g nodes
+            "all_to_all": b * (L * i + l + 2 * p * k * s) * N * (g - 1) / (g * (N - 1)),
+            "all_reduce": V * k * s * (N - g) / (g * (N - 1)),
+        },
+        {"all_to_all": 4, "all_reduce": 2},  # the weights', and beside it the dense gradients' own
+        memory=V * k * s / g,
+    ),
+    _ALL_REDUCED,
+    "torchrec/distributed/model_parallel.py, DMPCollection with use_inter_host_allreduce: every node holds all tables, "
+    "and sync() averages their weights over nodes after each step; not the same training, and without the optimiser's "
+    "state, which it averages too by default",
+)
 DATA_PARALLEL = Baseline(
     "TorchRec data-parallel",
     DDP_DENSE.table,
@@ -174,6 +192,7 @@ BASELINES: Registry[Baseline] = Registry(
         COLUMN_WISE,
         ROW_WISE,
         TABLE_ROW_WISE,
+        TWO_D,
         DATA_PARALLEL,
     ),
 )
@@ -346,10 +365,11 @@ def _owner_excess(base: Baseline, tables: Sequence[ExpectedUse], values: dict[sy
     """What the busiest rank sends beyond the mean where whole tables, or column shards, have owners.
 
     The owner of w elements a row sends (N-1) b w s forward; backward every rank sends b s for the others' elements. So
-    a rank with w elements sends ((N-2) w + W) b s of W in all. Owners are chosen greedily, the widest first.
+    a rank with w elements sends ((N-2) w + W) b s of W in all. Owners are chosen greedily, the widest first. Where
+    every node holds all tables, N is a node's ranks.
     """
-    ranks = values[N]
-    if base not in (TABLE_WISE, COLUMN_WISE) or ranks == 1:
+    ranks = values[g] if base is TWO_D else values[N]
+    if base not in (TABLE_WISE, COLUMN_WISE, TWO_D) or ranks == 1:
         return 0.0
     widths: list[float] = []
     ids: list[float] = []

@@ -8,6 +8,7 @@ May import: runtime (its names, which emitted programs call) and below.
 
 from descompiler.graph.rewrite import Pass
 from descompiler.passes.forms.column_wise import ColumnWise
+from descompiler.passes.forms.cyclic_rows import CyclicRows
 from descompiler.passes.forms.fsdp import FullySharded
 from descompiler.passes.forms.hot_rows import HotRows
 from descompiler.passes.forms.replicate import Replicate
@@ -37,6 +38,7 @@ from descompiler.passes.rules.independent import Independent
 from descompiler.passes.rules.index import IndexSelect
 from descompiler.passes.rules.linear import Linear
 from descompiler.passes.rules.owner import OnOwner
+from descompiler.passes.rules.pairs import Pairs
 from descompiler.passes.rules.reduce import Reduce
 from descompiler.passes.rules.view import Narrow, Permute, Reshape
 from descompiler.region.rule import Rule
@@ -78,6 +80,7 @@ RULES: Registry[Rule] = Registry(
         Independent(),
         BatchNorm(),
         IndexSelect(),
+        Pairs(),
         Expand(),
     ),
 )
@@ -90,6 +93,7 @@ for _form in (
     RowWise(),
     ColumnWise(),
     UniqueRows(),
+    CyclicRows(),
     HotRows(),
     FullySharded(),
 ):

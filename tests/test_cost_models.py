@@ -51,13 +51,25 @@ def test_limits_of_table_row_wise():
     assert between == pytest.approx(26 * 1024 * (ids + inside + across))
 
 
-def test_the_busiest_rank_of_table_wise_by_brute_force():
+def test_limits_of_2d():
+    """On one node it is table-wise; with one rank a node it is data parallel."""
+    name, between = "TorchRec 2D, table-wise in nodes", of("TorchRec 2D, table-wise in nodes", ranks_per_node=2)
+    one_node, table_wise = of(name, ranks_per_node=4), of("TorchRec table-wise")
+    assert (one_node.sent_bytes, one_node.busiest_bytes) == (table_wise.sent_bytes, table_wise.busiest_bytes)
+    replicas, dense_gradients = of(name, ranks_per_node=1), of("data parallel, dense gradients")
+    assert (replicas.sent_bytes, replicas.busiest_bytes) == (dense_gradients.sent_bytes, dense_gradients.busiest_bytes)
+    # 13 tables a rank: half of its batch to the other rank of the node, and each half of the weights to the other node
+    inside, weights = 1024 / 2 * (8 + 4 + 2 * 64), 38_462 * 64 / 2
+    assert between.sent_bytes == pytest.approx(26 * (inside + weights)) == between.busiest_bytes
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("TorchRec table-wise", 3), ("TorchRec 2D, table-wise in nodes", 6)])
+def test_the_busiest_rank_of_table_wise_by_brute_force(name, ranks):
+    """Also of each node of 3 ranks, which holds all tables; between two nodes a rank sends its third of the weights."""
     widths = [40, 8, 8, 8, 4]
-    (x,) = (
-        x
-        for x in price([TableUse(100, k, 2, 1) for k in widths], 0, ranks=3, rows=10)
-        if x.name == "TorchRec table-wise"
-    )
+    uses = [TableUse(100, k, 2, 1) for k in widths]
+    (x,) = (x for x in price(uses, 0, ranks=ranks, rows=10, ranks_per_node=3) if x.name == name)
+    weights = 100 * sum(widths) * 4 / 3 if ranks == 6 else 0
     owners = [0, 1, 2, 1, 2]  # the widest first, to the least loaded
     sent = []
     for rank in range(3):
@@ -67,9 +79,9 @@ def test_the_busiest_rank_of_table_wise_by_brute_force():
                 total += 2 * 10 * k_ * 4  # vectors to two other ranks
             else:
                 total += 10 * (2 * 8 + 4) + 10 * k_ * 4  # ids and lengths, gradients
-        sent.append(total)
+        sent.append(total + weights)
     assert x.sent_bytes == round(sum(sent) / 3)
-    assert x.busiest_bytes == max(sent)
+    assert x.busiest_bytes == round(max(sent))
 
 
 def test_what_a_strategy_costs_is_a_sum_over_tables_and_the_dense_parameters():
@@ -146,7 +158,12 @@ def test_scaling_laws(name):
     formula = BYTES[name]
     per_batch = formula.subs({U: b * U, UG: b * UG}).subs(dense, 0)
     grows_with_batch = sympy.simplify(per_batch.subs(b, 2 * b) - 2 * per_batch) == 0
-    weights = name in ("data parallel, dense gradients", "mesh, whole weights gathered", "TorchRec data-parallel")
+    weights = name in (
+        "data parallel, dense gradients",
+        "mesh, whole weights gathered",
+        "TorchRec 2D, table-wise in nodes",
+        "TorchRec data-parallel",
+    )
     assert grows_with_batch == (not weights and name != "replicate")
     free = sympy.Symbol("n", positive=True)
     limit = sympy.limit(formula.subs({x: v for x, v in SMALL.items() if x is not N}).subs(N, free), free, sympy.oo)

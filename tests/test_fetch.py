@@ -11,6 +11,7 @@ from descompiler.layout.fetches import Fetch, FetchTable
 from descompiler.layout.pieces import Pieces
 from descompiler.runtime.fetch import pull
 from descompiler.runtime.runtime import Runtime
+from tests.harness.plans import FETCHED
 
 
 class Everything(nn.Module):
@@ -53,8 +54,26 @@ MIXED = {
 def test_every_use_of_a_table(on_ranks, optimizer):
     torch.manual_seed(0)
     model = Everything(sparse=optimizer == "sparse_adam")
-    plans = [{"*": "unique_rows"}, {"*": "sparse_all_gather"}, {"*": "hot_rows"}, MIXED]
+    plans = [*FETCHED, MIXED]
     des.verify(model, (ids_of(9),), ranks=3, plans=plans, optimizers=[optimizer], launch=on_ranks)
+
+
+def served(rank, ranks, form):
+    """On every rank: how many rows others ask it for, of a table that is sorted by frequency, and how many it has."""
+    generator = torch.Generator().manual_seed(rank)
+    frequencies = torch.arange(1, 10_001, dtype=torch.float64) ** -1.05
+    ids = torch.multinomial(frequencies, 2000, True, generator=generator)
+    model = nn.Sequential(nn.Embedding(10_000, 2), nn.Linear(2, 1)).double()
+    module = des.compile(model, (ids,), plan={"*": form})
+    module(ids).sum().backward()
+    return module.unique()["0.weight"].served, module.plan.pieces["0.weight"].own_size(rank)
+
+
+def test_rows_that_are_dealt_out_load_ranks_evenly(on_ranks):
+    asked, held = zip(*on_ranks(served, 3, "cyclic_rows"), strict=True)
+    assert max(asked) < 1.1 * min(asked) and max(held) <= min(held) + 1
+    asked, held = zip(*on_ranks(served, 3, "unique_rows"), strict=True)
+    assert max(asked) > 3 * min(asked) and max(held) <= min(held) + 1
 
 
 def test_what_is_sent_for_unique_ids(on_ranks):

@@ -112,6 +112,13 @@ class Select(Tables):
         return (v[:, [2, 1]] * v[:, [0, 1]]).sum((1, 2)).unsqueeze(1)
 
 
+class Pairs(Tables):
+    def f(self, a, b, dense):
+        v = torch.stack([a, b, a], 1)
+        z = torch.bmm(v, v.transpose(1, 2))[:, [1, 2, 2], [0, 0, 1]]
+        return z.sum(1) + v[:, [1, 2], [0, 3]].tanh().sum(1)
+
+
 class Chunks(Tables):
     def f(self, a, b, dense):
         first, second = torch.stack([a, b], 1).chunk(2, -1)
@@ -285,6 +292,8 @@ CASES = [
     (Normalise, "table_wise"),
     (Select, "table_wise"),
     (Select, "column_wise"),
+    (Pairs, "row_wise"),
+    (Pairs, "column_wise"),
     (Chunks, "table_wise"),
     (Expand, "column_wise"),
     (Weighted, "table_wise"),

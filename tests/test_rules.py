@@ -34,6 +34,7 @@ ALWAYS = {
     "scales of equal size",
     "split and joined",
     "target attention",
+    "triangle of products",
 }
 
 

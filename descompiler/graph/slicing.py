@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import torch
 from torch import fx
 
 from descompiler.graph.arguments import operand
 from descompiler.graph.contractions import CONTRACTIONS, contraction
-from descompiler.graph.nodes import aten, is_pointwise, is_tensor, shape_of, signature
+from descompiler.graph.nodes import aten, is_pointwise, is_tensor, shape_of, signature, value
 
 Divided = Mapping[fx.Node, int]
 """The divided dimension of values that are known to be divided, all into the same slices."""
@@ -283,11 +284,21 @@ def _pick(node: fx.Node, dims: Divided) -> SliceStep | None:
 
 
 def _index(node: fx.Node, dims: Divided) -> SliceStep | None:
-    """Rows at constant indices, of a value that is divided by columns."""
-    indices: Any = node.args[1] if node.target is aten.index.Tensor else [node.args[1]]
-    if _alone(node, dims) != 1 or len(indices) != 1 or indices[0] is None:
+    """Positions in other dimensions: the dimensions of the indices are in their place."""
+    dim, over = _alone(node, dims), indexed(node)
+    if dim is None or over is None or dim in over:
         return None
-    return SliceStep(len(shape_of(indices[0])))
+    return SliceStep(dim if dim < over.start else dim + len(shape_of(node)) - len(shape_of(operand(node))))
+
+
+def indexed(node: fx.Node) -> range | None:
+    """The dimensions in which ``x[:, i, j]`` picks; None if these are not side by side, or a mask picks."""
+    indices: Any = node.args[1] if node.target is aten.index.Tensor else [node.args[1]]
+    given = [d for d, i in enumerate(indices) if i is not None]
+    if not given or given[-1] - given[0] != len(given) - 1:
+        return None
+    masks = any(value(indices[d]).dtype in (torch.bool, torch.uint8) for d in given)
+    return None if masks else range(given[0], given[-1] + 1)
 
 
 def _gather(node: fx.Node, dims: Divided) -> SliceStep | None:

@@ -151,6 +151,11 @@ class Division:
         return tuple(found.tolist())
 
     @cached_property
+    def owner_of_each(self) -> tuple[int, ...]:
+        """The owner of each element of the dimension."""
+        return tuple(owner for size, owner in self.pairs for _ in range(size))
+
+    @cached_property
     def _positions(self) -> dict[int, tuple[int, ...]]:
         found: dict[int, list[int]] = {}
         for r in self:

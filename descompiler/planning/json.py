@@ -61,7 +61,10 @@ def decode(kind: Any, data: Any) -> Any:
         If the data is not of that type.
     """
     if isinstance(kind, type) and isabstract(kind):
-        return decode(_classes_of(kind)[data["is"]], data)
+        name, kinds = data["is"], _classes_of(kind)
+        if name not in kinds:
+            raise ValueError(f"no {kind.__name__} is named {name!r}")
+        return decode(kinds[name], data)
     if is_dataclass(kind) and isinstance(kind, type):
         if _compact(kind):
             data = dict(zip((f.name for f in fields(kind)), data, strict=True))

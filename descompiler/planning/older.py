@@ -20,7 +20,6 @@ from descompiler.tables.aliases import current_name
 VERSION = 4
 """Of the plan files that are written."""
 
-
 DTYPES = {2: "float16", 4: "float32", 8: "float64"}
 """Of tables of which a file of version 3 says no more than the bytes of an element."""
 
@@ -44,13 +43,15 @@ def as_of_now(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a plan file holds, with the names that forms have now."""
+    """What a plan file holds, with the names that forms and kinds of transfers have now."""
 
     def by_form(x: Mapping[str, Any]) -> dict[str, Any]:
         return {current_name(form): value for form, value in x.items()}
 
+    transfers = [{**x, "is": RENAMED.get(x["is"], x["is"])} for x in data["layout"]["transfers"]]
     return {
         **data,
+        "layout": {**data["layout"], "transfers": transfers},
         "forms": {table: current_name(form) for table, form in data["forms"].items()},
         "splits": {table: {**split, "form": current_name(split["form"])} for table, split in data["splits"].items()},
         "tables": [{**table, "refusals": by_form(table["refusals"])} for table in data["tables"]],
@@ -59,19 +60,18 @@ def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_numbers(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file of version 3 holds, with all numbers of its tables, and the names that transfers have now."""
+    """What a file of version 3 holds, with all numbers of its tables, those whose rows are fetched too."""
     tables = [{"dtype": DTYPES.get(t.get("itemsize")), **t} for t in data["tables"]]
     by_name = {t["name"]: {x: t[x] for x in NUMBERS if x in t} for t in tables}
-    transfers = [_transfer(t, by_name) for t in data["layout"]["transfers"]]
+
+    def fetched(table: Mapping[str, Any]) -> dict[str, Any]:
+        return {**by_name[table["name"]], **table, "dtype": table["dtype"].removeprefix("torch.")}
+
+    transfers = [
+        {**x, "tables": list(map(fetched, x["tables"]))} if x["is"] == "Fetch" else x
+        for x in data["layout"]["transfers"]
+    ]
     return {**data, "tables": tables, "layout": {**data["layout"], "transfers": transfers}}
-
-
-def _transfer(data: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A transfer, with the name that its kind has now, and with all numbers of tables whose rows are fetched."""
-    if data["is"] == "Fetch":
-        fetched = [{**tables[t["name"]], **t, "dtype": t["dtype"].removeprefix("torch.")} for t in data["tables"]]
-        data = {**data, "tables": fetched}
-    return {**data, "is": RENAMED.get(data["is"], data["is"])}
 
 
 def _divided(old: Any) -> Any:

@@ -38,7 +38,7 @@ class IndexSelect:
         assert isinstance(x, Shard)
         if x.dim != dim:
             return place_slices(node, at)
-        owners = _owners(x)
+        owners = x.division.owner_of_each
         if all(owners[i] == LOCAL for i in chosen):
             return Declined("selects what every rank has for its own rows")
         return Placed(shard(dim, [(1, owners[i]) for i in chosen]))
@@ -58,8 +58,3 @@ def _chosen(program: Program, node: fx.Node) -> list[int] | None:
     if source is None or source.name not in program.constants:
         return None
     return [int(i) for i in program.constants[source.name].tolist()]
-
-
-def _owners(x: Shard) -> list[int]:
-    """The owner of each element of the divided dimension."""
-    return [owner for size, owner in x.division.pairs for _ in range(size)]

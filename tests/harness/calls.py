@@ -160,8 +160,11 @@ class Site:
             self.nodes[x] = node
         args, kwargs = self.call.bound(self.nodes)
         self.node = graph.call_function(self.call.target, tuple(args), kwargs)
-        with _MODE:
-            self.node.meta["val"] = self.call({x: n.meta["val"] for x, n in self.nodes.items()})
+        try:
+            with _MODE:
+                self.node.meta["val"] = self.call({x: n.meta["val"] for x, n in self.nodes.items()})
+        except Exception as error:
+            raise ValueError(f"torch itself refuses the call {self.call}: {error}") from error
         others = [
             graph.call_function(aten.neg.default, (self.nodes[x],)) for x in self.call.operands if x.kind == SHARED
         ]

@@ -20,6 +20,11 @@ def weight(*shape: int, name: str = "w") -> Operand:
     return Operand(name, PARAMETER, shape)
 
 
+def at(name: str, *positions: int) -> Operand:
+    """Positions that every rank has."""
+    return Operand(name, BUFFER, (len(positions),), positions)
+
+
 MASK, SHORT_MASK = Operand("m", KNOWN, (2, 1), "mask"), Operand("m", KNOWN_TO_ONE, (2, 1), "mask")
 NUMBERS = (
     Operand("n", KNOWN, (2, 1)),
@@ -164,6 +169,13 @@ def _views() -> Iterator[Call]:
 def _selections() -> Iterator[Call]:
     for x, dim, chosen in ((X, 1, (1, 0)), (X, 2, (2, 0, 0)), (ROW, 1, (3, 1, 1, 0)), (ROW, 1, (2,)), (CUBE, 1, (1,))):
         yield Call(aten.index_select.default, (x, dim, Operand("chosen", BUFFER, (len(chosen),), chosen)))
+    first, second, wide = at("i", 1, 0, -1), at("j", 0, 2, 2), Operand("i", BUFFER, (1, 3), (1, 0, 1))
+    for indices in ([None, first, second], [None, first], [None, None, second], [None, wide, second], [None, wide]):
+        yield Call(aten.index.Tensor, (X, indices))
+    yield Call(aten.index.Tensor, (X, [None, Operand("i", KNOWN, (), "index")]))
+    yield Call(aten.index.Tensor, (X, [Operand("i", KNOWN, (), "index"), at("j", 1)]))
+    for indices in ([None, first, at("j", 0, 1, 1)], [None, first, None, second], [None, None, first, second]):
+        yield Call(aten.index.Tensor, (CUBE, indices))
     yield Call(aten.gather.default, (X, 1, Operand("i", KNOWN, (1, 3), "index")))
     grown, tiled = value("x", 1, 3), value("x", 3, 1)
     for x, sizes in ((grown, (4, -1)), (tiled, (-1, 2)), (X, (-1, -1)), (value("x", 2, 1, 3), (-1, 2, -1))):

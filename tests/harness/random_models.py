@@ -84,6 +84,11 @@ CONSUMERS: dict[str, tuple[str, str]] = {
         "",
         "(v[:, [i for i in range({F}) for _ in range({F})]] * v[:, list(range({F})) * {F}]).sum(-1)",
     ),
+    "triangle of products": (
+        "",
+        "torch.bmm(v, v.transpose(1, 2))[:, [i for i in range({F}) for _ in range(i + 1)], "
+        "[j for i in range({F}) for j in range(i + 1)]].tanh()",
+    ),
     "split and joined": ("", "torch.cat(torch.chunk(v, 2, -1)[::-1], -1).sum(1)"),
     "unbound": ("", "torch.stack(torch.unbind(v, 1)[::-1], 1)[:, 0]"),
     "broadcast": ("", "(u.unsqueeze(1).expand(-1, {F}, -1) - v).abs().sum(1)"),
