@@ -76,6 +76,15 @@ def test_rows_that_are_dealt_out_load_ranks_evenly(on_ranks):
     assert max(asked) > 3 * min(asked) and max(held) <= min(held) + 1
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_blocks_of_many_rows_train_as_the_original(on_ranks, sparse):
+    """97 rows on 3 ranks are dealt out in blocks of one to six rows; the last round is no whole one."""
+    model = nn.Sequential(nn.EmbeddingBag(97, 4, mode="mean", padding_idx=41, sparse=sparse), nn.Linear(4, 1))
+    ids = torch.arange(97).repeat(2)[: 12 * 16].reshape(12, 16)
+    report = des.verify(model, (ids,), ranks=3, plans=[{"*": "cyclic_rows"}], launch=on_ranks)
+    assert max(report.worst.values()) <= 1e-10
+
+
 def test_what_is_sent_for_unique_ids(on_ranks):
     """2 ranks, one row each: the expected counts are those of the formula, not those of the runtime."""
     for unique, sent in on_ranks(_counted, 2):
