@@ -24,6 +24,17 @@ def test_runs_are_the_ranges_that_they_were_made_of(held):
     for rank in range(RANKS):
         assert pieces.own(rank) == [r for r in expected if r.owner == rank and r.size]
         assert pieces.own_size(rank) == sum(r.size for r in expected if r.owner == rank)
+    division, before = pieces.division, dict.fromkeys(range(ALL, RANKS), 0)
+    for r, offset in zip(expected, division.offsets().tolist(), strict=True):
+        assert offset == before[r.owner]
+        before[r.owner] += r.size
+    assert all(division.widths.get(owner, 0) == size for owner, size in before.items())
+    for first, last in ((0, rows), (1, rows - 1), (2, 3)):
+        parts = list(division.within(first, last))
+        for owner in range(ALL, RANKS):
+            mine = [i for i in division.positions(owner) if first <= i < last]
+            assert mine == [i for r, _ in parts if r.owner == owner for i in range(r.start, r.stop)]
+        assert {(r.start - offset, r.owner) for r, offset in parts} <= {(r.start, r.owner) for r in expected}
     assert pieces.shared() == [r for r in expected if r.owner == ALL and r.size]
     assert pieces.owners == tuple(sorted({r.owner for r in expected if r.size} - {ALL}))
     weight = torch.randn(rows, 2)

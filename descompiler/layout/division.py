@@ -50,6 +50,8 @@ class Division:
     (Run(size=2, owner=0, count=2), Run(size=1, owner=-1, count=1), Run(size=4, owner=0, count=1))
     >>> division.size, division.owners, division.widths, division.positions(0)
     (9, (0, 1), {0: 6, 1: 2, -1: 1}, (0, 1, 5, 6, 7, 8))
+    >>> division.offsets().tolist()
+    [0, 0, 0, 2]
     """
 
     runs: tuple[Run, ...]
@@ -120,6 +122,16 @@ class Division:
         sizes, owners, counts = np.array([(r.size, r.owner, r.count) for r in self.runs]).T
         before = np.cumsum(counts) - counts
         return np.repeat(sizes, counts), np.repeat(owners - before, counts) + np.arange(counts.sum())
+
+    def offsets(self) -> np.ndarray:
+        """Where each range begins in what its owner has, side by side."""
+        sizes, owners = self.arrays()
+        order = np.argsort(owners, kind="stable")
+        before = np.cumsum(sizes[order]) - sizes[order]  # of all ranges that come first by owner
+        of_owner = np.searchsorted(owners[order], owners[order])
+        result = np.empty_like(sizes)
+        result[order] = before - before[of_owner]
+        return result
 
     # ---- by owner
 

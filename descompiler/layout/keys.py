@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,29 +52,19 @@ class KeySpace:
         >>> owner.tolist(), key.tolist()
         ([0, 1, 0, 1], [0, 1, 3, 3])
         """
-        ranks = tables[0].ranks
-        size = [0] * (ranks + 1)  # rows so far of each rank; of ALL, which is -1, at the end
-        offset, offsets, firsts = 0, [0], [list(size)]
-        starts, owners, bases = [], [], []
+        rows = np.zeros(tables[0].ranks + 1, np.int64)  # so far of each rank; of ALL, which is -1, at the end
+        offsets, firsts = [0], [rows]
+        columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for p in tables:
-            for r in p.division:
-                if r.size:
-                    starts.append(offset + r.start)
-                    owners.append(r.owner)
-                    bases.append(size[r.owner])
-                    size[r.owner] += r.size
-            offset += p.shape[0]
-            offsets.append(offset)
-            firsts.append(list(size))
-        first = torch.tensor(firsts).T.contiguous()
-        return KeySpace(
-            torch.tensor(offsets),
-            torch.tensor(starts, dtype=torch.int64),
-            torch.tensor(owners, dtype=torch.int64),
-            torch.tensor(bases, dtype=torch.int64),
-            first[:-1],
-            first[-1],
-        )
+            sizes, owners = p.division.arrays()
+            starts, held = offsets[-1] + np.cumsum(sizes) - sizes, sizes > 0
+            columns.append((starts[held], owners[held], (rows[owners] + p.division.offsets())[held]))
+            rows = rows + p.sizes
+            offsets.append(offsets[-1] + p.shape[0])
+            firsts.append(rows)
+        first = torch.from_numpy(np.stack(firsts, 1))
+        begins, ranks, bases = (torch.from_numpy(np.concatenate(x)) for x in zip(*columns, strict=True))
+        return KeySpace(torch.tensor(offsets), begins, ranks, bases, first[:-1], first[-1])
 
     def locate(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Rank (`ALL` for shared rows) of each key, and its key there, or its shared key."""

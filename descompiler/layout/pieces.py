@@ -182,26 +182,19 @@ class Pieces:
 def even_sizes(size: int, parts: int) -> list[int]:
     """Sizes of ``parts`` consecutive ranges that tile ``size``, as equal as can be, larger ones first.
 
-    >>> even_sizes(7, 3)
-    [3, 2, 2]
+    >>> even_sizes(7, 3), even_sizes(1, 2)
+    ([3, 2, 2], [1, 0])
     """
-    return [size for size, _ in Division.even(size, parts).pairs]
+    small, rest = divmod(size, parts)
+    return [small + (i < rest) for i in range(parts)]
 
 
 def locate(pieces: Pieces, ids: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Owner of each row, and its position in the owner's piece; rows that all ranks hold are taken from this one."""
-    held = [r for r in pieces.division if r.size]
-    offset = dict.fromkeys(range(pieces.ranks), 0)
-    owners, bases = [], []
-    for r in held:
-        if r.owner == ALL:
-            position = pieces.own_size(rank) + sum(s.size for s in pieces.shared() if s.stop <= r.start)
-            owners.append(rank)
-        else:
-            position = offset[r.owner]
-            offset[r.owner] += r.size
-            owners.append(r.owner)
-        bases.append(position - r.start)
-    starts = torch.tensor([r.start for r in held], dtype=torch.int64, device=ids.device)
-    index = torch.bucketize(ids.long(), starts, right=True) - 1
-    return torch.tensor(owners, device=ids.device)[index], ids.long() + torch.tensor(bases, device=ids.device)[index]
+    sizes, owners = pieces.division.arrays()
+    starts, shared, held = np.cumsum(sizes) - sizes, owners == ALL, sizes > 0
+    positions = pieces.division.offsets() + np.where(shared, pieces.own_size(rank), 0)
+    columns = (starts, np.where(shared, rank, owners), positions - starts)
+    first, owner, base = (torch.from_numpy(x[held]).to(ids.device) for x in columns)
+    index = torch.bucketize(ids.long(), first, right=True) - 1
+    return owner[index], ids.long() + base[index]
