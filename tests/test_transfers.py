@@ -188,3 +188,27 @@ def test_a_plan_file_of_version_2_is_read():
     assert {type(t) for t in plan.layout.transfers} == set(kinds()) - {LeafStatus}
     again = json.loads(plan.to_json())
     assert again["version"] == 3 and des.Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_plan_file_from_when_tables_had_fewer_numbers_is_read():
+    """Of version 3 too: the header had another name, tables an itemsize, fetched ones neither shape nor line."""
+    data = json.loads((Path(__file__).parent / "plans" / "version_2_layout.json").read_text())
+    with pytest.warns(UserWarning, match="is named"):
+        aliases._note.cache_clear()
+        plan = des.Plan.from_json(json.dumps(data))
+    old = json.loads(plan.to_json())
+    old["tables"] = [{**without(t, "dtype", "padding_idx", "trained"), "itemsize": 4} for t in old["tables"]]
+    old["crossings"] = [without(c, "value") for c in old["crossings"]]
+    for t in old["layout"]["transfers"]:
+        t["is"] = t["is"].replace("StepHeader", "Header")
+        if t["is"] == "Fetch":
+            t["tables"] = [
+                {**without(x, "rows", "dim", "vectors", "line"), "dtype": "torch.float32"} for x in t["tables"]
+            ]
+    assert des.Plan.from_json(json.dumps(old)) == plan
+    with pytest.raises(des.PlanError, match="crossings"):
+        des.Plan.from_json(json.dumps({**old, "crossings": old["crossings"][1:]}))
+
+
+def without(data, *names):
+    return {n: x for n, x in data.items() if n not in names}
