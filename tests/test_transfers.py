@@ -205,3 +205,28 @@ def test_a_plan_file_of_version_3_is_read():
     assert Vocabulary("narrowed", Division.of([(12, 0), (11, 1)]), 2, 21, 5, 2, (("top", 2),)) in found
     assert found[-1].parts == {0: (0, 10, 2), 1: (10, 11, 0)}
     assert des.Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_plan_file_from_when_tables_had_fewer_numbers_is_read():
+    """Of version 3 too: the header had another name, tables an itemsize, fetched ones neither shape nor line."""
+    data = json.loads((Path(__file__).parent / "plans" / "version_2_layout.json").read_text())
+    with pytest.warns(UserWarning, match="is named"):
+        aliases._note.cache_clear()
+        plan = des.Plan.from_json(json.dumps(data))
+    old = json.loads(plan.to_json())
+    old["version"] = 3
+    old["tables"] = [{**without(t, "dtype", "padding_idx", "trained"), "itemsize": 4} for t in old["tables"]]
+    old["crossings"] = [without(c, "value") for c in old["crossings"]]
+    for t in old["layout"]["transfers"]:
+        t["is"] = t["is"].replace("StepHeader", "Header")
+        if t["is"] == "Fetch":
+            t["tables"] = [
+                {**without(x, "rows", "dim", "vectors", "line"), "dtype": "torch.float32"} for x in t["tables"]
+            ]
+    assert des.Plan.from_json(json.dumps(old)) == plan
+    with pytest.raises(des.PlanError, match="crossings"):
+        des.Plan.from_json(json.dumps({**old, "crossings": old["crossings"][1:]}))
+
+
+def without(data, *names):
+    return {n: x for n, x in data.items() if n not in names}

@@ -65,7 +65,8 @@ def _with_numbers(data: Mapping[str, Any]) -> dict[str, Any]:
     by_name = {t["name"]: {x: t[x] for x in NUMBERS if x in t} for t in tables}
 
     def fetched(table: Mapping[str, Any]) -> dict[str, Any]:
-        return {**by_name[table["name"]], **table, "dtype": table["dtype"].removeprefix("torch.")}
+        numbers = by_name.get(table["name"]) or dict(zip(("rows", "dim"), table["pieces"]["shape"], strict=True))
+        return {**numbers, **table, "dtype": table["dtype"].removeprefix("torch.")}
 
     transfers = [
         {**x, "tables": list(map(fetched, x["tables"]))} if x["is"] == "Fetch" else x
