@@ -75,7 +75,8 @@ class RegionEmitter:
             if n in e.inside and n not in self._values
             for name in placed[n].replicated
         ]
-        anchor = e.on_runtime("anchor", *dict.fromkeys(unused))
+        region = self._parameters()
+        anchor = e.on_runtime("anchor", list(dict.fromkeys(unused)), list(region), list(region.values()))
         cut_weights = shared_weights(e.program, placed, e.inside)
         if cut_weights:
             slices = []
@@ -86,6 +87,18 @@ class RegionEmitter:
             anchor = e.item(reduced, 0)
             self._slices = {name: e.item(reduced, i + 1) for i, name in enumerate(cut_weights)}
         self._started = e.on_runtime("exit_start", anchor, [self._values.get(n) for n in e.exits])
+
+    def _parameters(self) -> dict[fx.Node, bool]:
+        """The parameters that any rank uses inside, tables and weights; whether their gradients are sparse."""
+        e = self.e
+        names: dict[str, bool] = {}
+        for n in e.program.graph.nodes:
+            if n in e.inside:
+                names |= dict.fromkeys((*e.candidates.placed[n].pieces, *e.candidates.placed[n].replicated), False)
+                if n in e.lookups:
+                    o, _ = e.lookups[n]
+                    names |= dict.fromkeys((o.name,) if o.group is None else o.group.tables, o.sparse)
+        return {e.own[e.weights[n]]: sparse for n, sparse in names.items() if n in e.weights}
 
     def exit_wait(self) -> None:
         received = self.e.on_runtime("exit_wait", self._started)

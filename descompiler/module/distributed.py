@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -29,6 +30,7 @@ from descompiler.module.parts import Parts
 from descompiler.planning.coverage import Coverage
 from descompiler.planning.plan import Plan
 from descompiler.runtime.agreement import Call, Kind
+from descompiler.runtime.backward import behind
 from descompiler.runtime.gradients import Reducer
 
 
@@ -80,7 +82,7 @@ class DistributedModule(nn.Module):
         parts.fill(self)
         runtime.wire_dtype = next((p.dtype for p in self.parameters()), torch.float32)
         self._attributes = Watch(host) if self._in_place and host is not None else None
-        self._gradients = GradientSync(runtime)
+        self._gradients = GradientSync(runtime, in_part=not self.predicts_traffic)
         self._exchange = PieceExchange(self._gradients)
         for name, p in self.named_parameters():
             if not plan.pieces[name].is_replicated:
@@ -133,6 +135,7 @@ class DistributedModule(nn.Module):
             text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             runtime.header(0, text)
             raise
+        outputs = self._noticing(outputs)
         assert emitted.signature is not None
         return emitted.signature.unflatten(self._finishing(outputs) if self._in_place else outputs)
 
@@ -171,6 +174,11 @@ class DistributedModule(nn.Module):
             )
         return self._forwards[key]
 
+    def _noticing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs, so that ranks agree which gradients a backward is asked for."""
+        parameters = weakref.WeakMethod(self.named_parameters)
+        return behind(self._runtime, outputs, lambda: parameters()())
+
     def _finishing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, so that every rank's backward ends with the exchange of gradients."""
         outputs = list(outputs)
@@ -178,7 +186,10 @@ class DistributedModule(nn.Module):
             # on every rank, also where an empty batch or a branch left an output without a gradient
             floating = [i for i, x in enumerate(outputs) if x.is_floating_point()]
             anchor = torch.zeros((), device=self._runtime.device, requires_grad=True)
-            finished = Finish.apply(self._gradients, anchor, *(outputs[i] for i in floating))
+            with torch._C.DisableTorchFunctionSubclass():
+                sharded = self._gradients.watch_sharded()
+                chosen = (outputs[i] for i in floating)
+                finished = Finish.apply(self._gradients, anchor, len(sharded), *sharded, *chosen)
             for i, x in zip(floating, finished, strict=True):
                 outputs[i] = x
         return outputs

@@ -227,6 +227,12 @@ class Agreement(Communicator):
         self.call = Call.named(name)
         return [m.asked for m in self.header(rows, problem, tell)]
 
+    def meet_in_backward(self, what: str) -> None:
+        """Every rank begins the same backward."""
+        self.call = Call.named(what)
+        if len({m.call for m in self.header(self.rows[self.rank], None, same_call=False)}) > 1:
+            self.raise_everywhere(what, RankError, "ranks begin different backwards")
+
     @carries(LeafStatus)
     def agree(self, problem: str | None) -> None:
         """Every rank calls this after code of the user's has run, also when that has failed: then all ranks raise.
