@@ -22,7 +22,6 @@ from descompiler.errors import DescompilerError, UnsupportedError, raised_at
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import WholeTables
 from descompiler.layout.step import DenseGradients
-from descompiler.layout.traffic import all_reduce_bytes
 from descompiler.runtime.backward import NO_BACKWARD, is_returned, leaf_of
 from descompiler.runtime.gradients import Caught, add_gradient, sum_of
 from descompiler.runtime.guard import Guard
@@ -86,6 +85,8 @@ class GradientSync:
         """A forward begins."""
         self.runtime.failed = False
         self.runtime.forwards += 1
+        if self.runtime.channels is not None:
+            self.runtime.channels.watch.begin(self.runtime.forwards)
         if self.runtime.ranks > 1:
             give_back(self.runtime.forwards)
         if torch._C._current_graph_task_id() == NO_BACKWARD:  # what a backward that was broken off has left
@@ -199,7 +200,9 @@ class GradientSync:
         """A backward has ended: users' hooks are on their parameters again."""
         self._entered, self._to_fill = False, {}
         for position, hooks in self._users_hooks.items():
-            self.sharded[position]._backward_hooks.update(hooks)
+            live = self.sharded[position]._backward_hooks
+            assert live is not None  # they were taken from it
+            live.update(hooks)
         self._users_hooks = {}
 
     def finish(self) -> None:
@@ -229,9 +232,7 @@ class GradientSync:
         runtime, flags = self.runtime, torch.tensor(mine, dtype=torch.uint8)
         if runtime.ranks > 1 and len(flags):
             flags = flags.to(runtime.header_device())
-            size = all_reduce_bytes(len(flags), runtime.ranks)
-            largest = dist.ReduceOp.MAX
-            runtime.collective(FLAGS, size, lambda: dist.all_reduce(flags, op=largest, group=runtime.group))
+            runtime.all_reduce_start(FLAGS, flags, dist.ReduceOp.MAX).wait()
         return flags.tolist()
 
     def _return(self, present: Sequence[int], returned: Mapping[int, Tensor], asked: frozenset[str] | None) -> None:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from descompiler.eager.exchange import PieceExchange
@@ -130,6 +129,8 @@ class DistributedModule(nn.Module):
             outputs = self._run(tensors)
         except Exception as error:
             if runtime.started:
+                if not runtime.failed and runtime.channels is not None:  # the others go on
+                    runtime.channels.watch.failed(error)
                 raise
             # the other ranks wait for this one's header: tell them, then everyone raises
             text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
@@ -176,8 +177,13 @@ class DistributedModule(nn.Module):
 
     def _noticing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, so that ranks agree which gradients a backward is asked for."""
-        parameters = weakref.WeakMethod(self.named_parameters)
-        return behind(self._runtime, outputs, lambda: parameters()())
+        me = weakref.ref(self)
+
+        def parameters() -> list[tuple[str, Tensor]]:
+            module = me()
+            return [] if module is None else list(module.named_parameters())
+
+        return behind(self._runtime, outputs, parameters)
 
     def _finishing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, so that every rank's backward ends with the exchange of gradients."""
@@ -284,15 +290,11 @@ class DistributedModule(nn.Module):
         if self._reducer is None or self._reducer_key != key:
             if self._reducer is not None:
                 self._reducer.caught.close()
-            self._reducer, self._reducer_key = Reducer(self._runtime, self._reducer_group(), replicas), key
+            assert self._runtime.channels is not None
+            # its own group: its all-reduces run in any order with respect to the exchange
+            self._reducer = Reducer(self._runtime, self._runtime.channels.reducer, replicas)
+            self._reducer_key = key
         return self._reducer
-
-    def _reducer_group(self) -> Any:
-        # its own group: the reducer's all-reduces run in any order with respect to the exchange
-        if not hasattr(self, "_reducer_process_group"):
-            group = dist.new_group(dist.get_process_group_ranks(self._runtime.group), use_local_synchronization=True)
-            object.__setattr__(self, "_reducer_process_group", group)
-        return self._reducer_process_group
 
     # ---- copies
 

@@ -34,7 +34,8 @@ def full_state_dict(module: nn.Module, *, rank0_only: bool = False) -> dict[str,
     """
     module = module_of(module)
     runtime = module._runtime
-    ranks = Ranks(runtime.group, runtime.rank, runtime.ranks)
+    ranks = Ranks(runtime.group, runtime.rank, runtime.ranks, runtime.channels)
+    ranks.name_next("full_state_dict")
     held = module.state_dict()
     cut = {name: module.plan.pieces.get(_canonical(module, name)) for name in held}
     takes = not rank0_only or ranks.rank == 0

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
@@ -24,6 +23,7 @@ from descompiler.layout.step import DenseGradients
 from descompiler.layout.traffic import all_reduce_bytes
 from descompiler.runtime.backward import is_returned
 from descompiler.runtime.carriers import carries
+from descompiler.runtime.collectives import all_reduce
 from descompiler.runtime.communicator import Communicator
 
 FIRST_BUCKET_BYTES = 1 << 20
@@ -210,7 +210,8 @@ class Reducer:
         runtime.traffic.add(DenseGradients.AVERAGE, size, calls=int(not self._started))
         # Under a clock collectives are waited for. To wait for these as they come could wait for ever, since they come
         # in another order with respect to those of the exchange on each rank.
-        work = None if runtime.clock is not None else dist.all_reduce(flat, group=self.group, async_op=True)
+        runtime.name_next(DenseGradients.AVERAGE)
+        work = None if runtime.clock is not None else all_reduce(flat, self.group)
         self._started.append((positions, flat, work))
 
     def _finish(self) -> None:
@@ -234,7 +235,7 @@ class Reducer:
 
 
 def _all_reduce(started: Sequence[tuple[list[int], Tensor, Any]], group: Any) -> None:
-    for work in [dist.all_reduce(flat, group=group, async_op=True) for _, flat, _ in started]:
+    for work in [all_reduce(flat, group) for _, flat, _ in started]:
         work.wait()
 
 

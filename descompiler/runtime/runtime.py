@@ -61,7 +61,7 @@ class Runtime(Agreement):
 
     def anew(self) -> Runtime:
         """Of another module on the same ranks."""
-        return Runtime(self.group, self.rank, self.ranks, self.loss)
+        return Runtime(self.group, self.rank, self.ranks, self.loss, channels=self.channels)
 
     def begin(self, rows: int, ids: Sequence[Tensor]) -> int:
         """Check ids, exchange row counts, agree with the other ranks; returns the rows of the global batch."""
@@ -156,7 +156,7 @@ class Runtime(Agreement):
             one of them comes to the exchange on all.
         """
         anchor = torch.zeros((), dtype=self.wire_dtype, device=self.device, requires_grad=True)
-        kinds = [torch.strided] * len(used_elsewhere)
+        kinds: list[torch.layout | None] = [torch.strided] * len(used_elsewhere)
         for x, s in zip(region, sparse, strict=True):  # one that this rank uses gets its gradient there
             kinds.append(None if x.numel() else torch.sparse_coo if s else torch.strided)
         return Anchor.apply(anchor, kinds, *used_elsewhere, *region)
