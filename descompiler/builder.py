@@ -14,6 +14,7 @@ from descompiler.capture.checks import asks_for
 from descompiler.capture.ladder import capture
 from descompiler.emit.emit import Emitted, emit
 from descompiler.errors import CaptureError, PlanError
+from descompiler.graph.fits import Fits
 from descompiler.graph.program import Program
 from descompiler.layout.statistics import Statistics
 from descompiler.model.attributes import Place, copied
@@ -121,7 +122,7 @@ class Builder:
         candidates, cut = region_of(program, operators, plan, self.kit.rules, solver)
         splits = splits_of(operators, plan)
         emitted = emit(program, operators, splits, plan.pieces, candidates, cut, rank, plan.ranks)
-        return replace(emitted, signature=signature)
+        return replace(emitted, signature=signature, fits=Fits(program))
 
 
 def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

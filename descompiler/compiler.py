@@ -177,10 +177,8 @@ def distribute(
     ranks, terms = Ranks.of(process_group, timeout), terms or Terms()
     ranks.name_next("des.compile")
     ranks.same("option", f"loss={loss!r}, in_place={host is not None}, timeout={timeout:g}")
-    ranks.same(
-        "version",
-        f"descompiler {version('descompiler')}, torch {torch.__version__}, Python {platform.python_version()}",
-    )
+    versions = f"descompiler {version('descompiler')}, torch {torch.__version__}, Python {platform.python_version()}"
+    ranks.same("version", versions)
     _warn_of_what_is_lost(model, host, ranks)
     # capture, classify (what mixes rows), normalise, find tables
     build, captured, failures = ranks.everywhere(lambda: _capture(builder()))

@@ -115,6 +115,8 @@ class DistributedModule(nn.Module):
                 users = self._users_forward(error)
                 runtime.started = True  # the users' forward tells the other ranks what fails in it
                 return users.follow(self, args, kwargs)
+            if emitted.fits is not None and (problem := emitted.fits.problem(tensors)) is not None:
+                raise InputError(problem)
             changes = self._changes()  # of what the program is known to read by now
             runtime.call = self._call_of(changes)
             runtime.layout, runtime.checks = emitted.layout, emitted.checks
@@ -142,8 +144,12 @@ class DistributedModule(nn.Module):
 
     def _call_of(self, changes: Sequence[tuple[Place, Any]]) -> Call:
         """Which program this forward runs."""
-        number = zlib.crc32(bytes((*self._training_flags(), *self._trained())) + repr(changes).encode())
+        dtypes = [str(d).removeprefix("torch.") for d in self._given or () if d.is_floating_point or d.is_complex]
+        said = repr((changes, dtypes)).encode()  # a program is another one for inputs of other dtypes
+        number = zlib.crc32(bytes((*self._training_flags(), *self._trained())) + said)
         name = f"{'training' if self.training else 'evaluation'}, {self._gradients_mode()}"
+        if dtypes:
+            name += f", {', '.join(dtypes)} inputs"
         if changes and self._attributes is not None:
             name += f", {self._attributes.told(changes)}"
         return Call(Kind.PROGRAM, 2 * number + torch.is_grad_enabled(), name)

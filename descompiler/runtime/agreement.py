@@ -204,6 +204,8 @@ class Agreement(Communicator):
             told = [Header(False, rows=rows, call=self.call)]  # it asks nobody
         else:
             asked, failed = [0] * self.ranks if asked is None else asked, problem is not None
+            if self.channels is not None:
+                self.channels.watch.call = self.call.name
             told = self.tell(
                 step.StepHeader.SEND, [Header(failed, n, gathered, rows, self.call) for n in asked], problem
             )

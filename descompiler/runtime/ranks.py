@@ -79,14 +79,14 @@ class Ranks:
         """What every rank says."""
         return say(value, self.group, self.count)
 
-    def same(self, what: str, value: str, told: str = "") -> None:
+    def same(self, what: str, value: str, told: str = "", *, doing: str = "compile") -> None:
         """Raise on every rank unless all have the same value; ``told``: more of it, for people."""
         every = self.of_every((value, f"{value} {told}".rstrip()))
         if len({v for v, _ in every}) > 1:
             lines = "\n".join(f"rank {r}: {text}" for r, (_, text) in enumerate(every))
-            raise RankError(f"ranks compile different {what}s:\n{lines}")
+            raise RankError(f"ranks {doing} different {what}s:\n{lines}")
 
-    def everywhere(self, step: Callable[[], T]) -> T:
+    def everywhere(self, step: Callable[[], T], what: str = "could not compile") -> T:
         """What ``step()`` returns; if it raises on any rank, every rank raises, and none waits in a collective."""
         result: T | None = None
         error: Exception | None = None
@@ -96,7 +96,7 @@ class Ranks:
             error = e
         try:
             text = None if error is None else f"{type(error).__name__}: {error}"
-            settle(text, self.group, self.count, RankError, what=" could not compile")
+            settle(text, self.group, self.count, RankError, what=f" {what}")
         except RankError:
             if error is not None:
                 raise error from None

@@ -14,8 +14,10 @@ What a rank writes last stays, so that those which meet its closed connection kn
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import queue
+import re
 import sys
 import threading
 import time
@@ -131,16 +133,24 @@ class Watch:
         Forwards begun.
     name : str
         What the next collective is.
+    call : str
+        What this rank tells the others that it does, in the latest header.
     broken : str or None
         Why no more collectives can be made here: this rank left one that others are in.
+    entered : dict of str to int
+        Collectives, by channel.
+    groups : tuple of process groups
+        Of all channels.
     """
 
     board: Board
     timeout: float
     step: int = 0
     name: str = "a collective"
+    call: str = ""
     broken: str | None = None
     entered: dict[str, int] = field(default_factory=dict)
+    groups: tuple[Any, ...] = ()
     _looks: int = 0
     _failure: str | None = None  # what this rank raised on its own
     _written: bool = True  # others would read what an earlier job wrote in this store
@@ -162,7 +172,7 @@ class Watch:
         if self.broken is not None:
             raise RankError(f"an earlier step has failed, and its collectives can't go on: start anew. {self.broken}")
         index = self.entered[channel] = self.entered.get(channel, 0) + 1
-        return Entered(self, channel, index, self.name)
+        return Entered(self, channel, index, f"{self.name}: {self.call}" if channel == "control" else self.name)
 
     def wait(self, work: Any, entered: Entered) -> None:
         """See `Entered.wait`."""
@@ -177,7 +187,7 @@ class Watch:
                     self._give_up(entered.name, f"nothing came for {self.timeout:g} s")
                 before = notes
         except RuntimeError as error:  # gloo's
-            self._give_up(entered.name, str(error).splitlines()[0], error)
+            self._give_up(entered.name, _said(error), error)
         if self._written:
             self._write("goes on")
 
@@ -194,7 +204,7 @@ class Watch:
         try:
             yield
         except RuntimeError as error:
-            self._give_up(name, str(error).splitlines()[0], error)
+            self._give_up(name, _said(error), error)
 
     # ---- what ranks say
 
@@ -246,9 +256,17 @@ class Watch:
         self._break("\n".join(lines), cause)
 
     def _break(self, text: str, cause: BaseException | None = None) -> None:
+        if self.broken is None:
+            for group in self.groups:  # its end would wait for the collective that this rank leaves
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         self.broken = text
         self._write("gave up", text=text)
         raise RankError(text) from cause
+
+
+def _said(error: RuntimeError) -> str:
+    """What gloo says, without its source file and its advice."""
+    return re.sub(r"^\[\S*\.cc:\d+\] ", "", str(error).splitlines()[0]).partition(". This is typically")[0]
 
 
 def _is_done(work: Any, seconds: float) -> bool:
@@ -339,7 +357,8 @@ class Channels:
                 dist.new_group(members, timeout=limit, backend=kind, use_local_synchronization=True) for _ in range(3)
             )
             store = dist.PrefixStore(f"descompiler/{control.group_name}", dist.distributed_c10d._get_default_store())
-            watch = Watch(Board(store, dist.get_rank(parent), dist.get_world_size(parent)), timeout)
+            board = Board(store, dist.get_rank(parent), dist.get_world_size(parent))
+            watch = Watch(board, timeout, groups=(data, control, reducer))
             watch.begin(0)
             _CHANNELS[key] = cls(parent, data, control, reducer, watch)
             for channel, group in (("data", data), ("control", control), ("reducer", reducer)):
