@@ -149,7 +149,7 @@ class GradientSync:
         result: list[Tensor | None] = [None] * sharded
         for i, p in enumerate(self.sharded[:sharded]):
             self._quiet(p)
-            if p.requires_grad and self.runtime.returns and is_returned(leaf_of(p)):
+            if p.requires_grad and self.runtime.asked.returns and is_returned(leaf_of(p)):
                 result[i] = torch.zeros(p.shape, dtype=p.dtype, device=p.device)
         return result
 
@@ -208,7 +208,7 @@ class GradientSync:
     def finish(self) -> None:
         """Exchange the gradients of this backward."""
         self._scheduled = False
-        returned, asked = self._to_fill, self.runtime.asked if self._entered else None
+        returned, asked = self._to_fill, self.runtime.asked.names if self._entered else None
         self._calm()
         cause, problem = self._failure, None
         if cause is not None:

@@ -189,7 +189,7 @@ class DistributedModule(nn.Module):
             module = me()
             return [] if module is None else list(module.named_parameters())
 
-        return behind(self._runtime, outputs, parameters)
+        return behind(self._runtime, self._runtime.asked, self._runtime.forwards, outputs, parameters)
 
     def _finishing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, so that every rank's backward ends with the exchange of gradients."""

@@ -8,19 +8,43 @@ for the same, of the same forward. `Begin` stands behind every output and sees w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from descompiler.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from descompiler.runtime.runtime import Runtime
+from descompiler.runtime.agreement import Agreement
 
 NO_BACKWARD = -1
 """What torch calls the backward that is under way where there is none."""
+
+
+@dataclass
+class Asked:
+    """What the latest backward through a module was asked for.
+
+    Attributes
+    ----------
+    backward : int
+        As torch numbers them.
+    forward : int
+        That it went through last.
+    latest : int
+        Of all forwards.
+    names : frozenset of str or None
+        Of parameters; None: all.
+    returns : bool
+        Whether it returns their gradients.
+    """
+
+    backward: int = NO_BACKWARD
+    forward: int = 0
+    latest: int = 0
+    names: frozenset[str] | None = None
+    returns: bool = False
 
 
 def is_returned(leaf: Any) -> bool:
@@ -47,54 +71,58 @@ def _asks_for(x: Tensor) -> bool:
 
 
 def behind(
-    runtime: Runtime, outputs: Sequence[Tensor], parameters: Callable[[], Iterable[tuple[str, Tensor]]]
+    ranks: Agreement,
+    asked: Asked,
+    forward: int,
+    outputs: Sequence[Tensor],
+    parameters: Callable[[], Iterable[tuple[str, Tensor]]],
 ) -> list[Tensor]:
     """The outputs of a forward; when a backward through any of them begins, ranks agree what it asks for."""
-    if runtime.ranks == 1 or not torch.is_grad_enabled():
+    if ranks.ranks == 1 or not torch.is_grad_enabled():
         return list(outputs)
-    sentinel, forward = torch.zeros((), requires_grad=True), runtime.forwards
-    return [_Begin.apply(runtime, forward, parameters, sentinel, x) if x.requires_grad else x for x in outputs]
+    asked.latest, sentinel = forward, torch.zeros((), requires_grad=True)
+    return [_Begin.apply(ranks, asked, forward, parameters, sentinel, x) if x.requires_grad else x for x in outputs]
 
 
 class _Begin(torch.autograd.Function):
     """Identity; the sentinel is a leaf that nobody asks for by name, so it is left out unless all is asked for."""
 
     @staticmethod
-    def forward(ctx: Any, runtime: Runtime, forward: int, parameters: Any, sentinel: Tensor, x: Tensor) -> Tensor:
-        ctx.runtime, ctx.forward, ctx.parameters = runtime, forward, parameters
+    def forward(
+        ctx: Any, ranks: Agreement, asked: Asked, forward: int, parameters: Any, sentinel: Tensor, x: Tensor
+    ) -> Tensor:
+        ctx.ranks, ctx.asked, ctx.forward, ctx.parameters = ranks, asked, forward, parameters
         ctx.sentinel = get_gradient_edge(sentinel).node
         ctx.set_materialize_grads(False)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        runtime, task = ctx.runtime, torch._C._current_graph_task_id()
-        if runtime.begun != (task, ctx.forward):
-            # newer forwards are gone through first
-            latest = ctx.forward == runtime.forwards or runtime.begun[0] == task
-            if runtime.begun[0] != task:
-                runtime.asked, runtime.returns = None, False
-            runtime.begun = task, ctx.forward
+        asked, backward = ctx.asked, torch._C._current_graph_task_id()
+        if (asked.backward, asked.forward) != (backward, ctx.forward):
+            is_first = asked.backward != backward
+            if is_first:
+                asked.names, asked.returns = None, False
+            asked.backward, asked.forward = backward, ctx.forward
             if not torch._C._will_engine_execute_node(ctx.sentinel):
-                _agree(runtime, ctx.forward, ctx.parameters)
-            elif not latest:
-                runtime.meet_in_backward(f"backward of forward {ctx.forward} of {runtime.forwards}")
-        return None, None, None, None, *grads
+                _agree(ctx.ranks, asked, ctx.parameters)
+            elif is_first and ctx.forward != asked.latest:  # a backward goes through the newest of its forwards first
+                ctx.ranks.meet_in_backward(f"backward of forward {ctx.forward} of {asked.latest}")
+        return None, None, None, None, None, *grads
 
 
-def _agree(runtime: Runtime, forward: int, parameters: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
+def _agree(ranks: Agreement, asked: Asked, parameters: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
     """Raise on every rank unless all ask for the gradients of the same parameters, which can be told."""
-    trained = [(n, p) for n, p in parameters() if p.requires_grad]
-    asked = [(n, p) for n, p in trained if _asks_for(p)]
-    names = ", ".join(n for n, _ in asked) or "no parameter"
+    wanted = [(n, p) for n, p in parameters() if p.requires_grad and _asks_for(p)]
+    names = ", ".join(n for n, _ in wanted) or "no parameter"
     twice = torch.is_grad_enabled()
-    runtime.asked = frozenset(n for n, _ in asked)
-    runtime.returns = any(is_returned(leaf_of(p)) for _, p in asked)
-    how = "torch.autograd.grad" if runtime.returns else "backward(inputs=...)"
-    what = f"gradients of {names} by {how}{', with create_graph' * twice}, of forward {forward}"
-    runtime.meet_in_backward(what)
-    if asked and twice:
+    asked.names = frozenset(n for n, _ in wanted)
+    asked.returns = any(is_returned(leaf_of(p)) for _, p in wanted)
+    how = "torch.autograd.grad" if asked.returns or not wanted else "backward(inputs=...)"
+    what = f"gradients of {names} by {how}{', with create_graph' * twice}, of forward {asked.forward}"
+    ranks.meet_in_backward(what)
+    if wanted and twice:
         raise UnsupportedError(
-            f"{what}: gradients of gradients with respect to parameters are not computed on {runtime.ranks} ranks. "
+            f"{what}: gradients of gradients with respect to parameters are not computed on {ranks.ranks} ranks. "
             "Gradients with respect to inputs are (torch.autograd.grad(outputs, inputs, create_graph=True))"
         )

@@ -24,7 +24,7 @@ from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows
 from descompiler.ops.local import scale_grad
 from descompiler.runtime.agreement import Agreement
-from descompiler.runtime.backward import NO_BACKWARD
+from descompiler.runtime.backward import Asked
 from descompiler.runtime.border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, put_together
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.draws import Draws
@@ -51,9 +51,7 @@ class Runtime(Agreement):
     layout: Layout = field(default_factory=lambda: Layout(1))
     checks: tuple[Check, ...] = ()
     forwards: int = 0
-    begun: tuple[int, int] = (NO_BACKWARD, 0)  # the latest backward, and the forward that it went through last
-    asked: frozenset[str] | None = None  # the parameters that it asks for; None: all
-    returns: bool = False  # whether it returns their gradients
+    asked: Asked = field(default_factory=Asked)
     failures: list[tuple[str, Exception]] = field(default_factory=list)  # of backwards of the latest forward's leaves
 
     def __post_init__(self) -> None:
