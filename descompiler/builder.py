@@ -14,6 +14,7 @@ from descompiler.capture.checks import asks_for
 from descompiler.capture.ladder import capture
 from descompiler.emit.emit import Emitted, emit
 from descompiler.errors import CaptureError, PlanError
+from descompiler.graph.fits import Fits
 from descompiler.graph.program import Program
 from descompiler.layout.statistics import Statistics
 from descompiler.model.attributes import Place, copied
@@ -120,7 +121,7 @@ class Builder:
         program, signature = self.capture(training)
         operators = find_tables(program, self.kit.forms)
         emitted = emit(partition_of(program, operators, plan, self.kit.rules, solver), rank)
-        return replace(emitted, signature=signature)
+        return replace(emitted, signature=signature, fits=Fits(program))
 
 
 def _parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import nn
 
 from descompiler.builder import Builder
@@ -29,6 +32,7 @@ from descompiler.plugins import Kit
 from descompiler.region.flow import DEFAULT
 from descompiler.region.rule import Rule
 from descompiler.runtime.ranks import Ranks
+from descompiler.runtime.watch import TIMEOUT_S
 from descompiler.tables.form import Form
 
 LOSSES = ("rank_mean", "row_mean", "sum")
@@ -53,6 +57,7 @@ def compile(
     rules: Sequence[Rule] = (),
     forms: Sequence[Form] = (),
     solver: str = DEFAULT,
+    timeout: float = TIMEOUT_S,
 ) -> Any:
     """Compile a model into this rank's part of an equivalent distributed module.
 
@@ -107,6 +112,11 @@ def compile(
         Forms that tables may take beside those; see `descompiler.tables.form`.
     solver : {"dinic", "networkx"}
         Who finds the minimum cuts that decide where values are aggregated. Both find the same; networkx takes longer.
+    timeout : float
+        Seconds that a rank waits for the others, in this call and in every step, before it raises `RankError` with the
+        step, the collective and the ranks that did not come (under gloo; NCCL's watchdog has the same time). It has to
+        be longer than what one rank does alone, such as to write a checkpoint: five minutes by default. Ranks that wait
+        for each other, or for one that has raised, don't wait for it: they raise within seconds.
 
     Returns
     -------
@@ -131,6 +141,7 @@ def compile(
             terms=terms,
             samples=samples,
             host=model if in_place else None,
+            timeout=timeout,
         )
 
     if not in_place:
@@ -153,6 +164,7 @@ def distribute(
     terms: Terms | None = None,
     samples: Iterable[Any] | None = None,
     host: nn.Module | None = None,
+    timeout: float = TIMEOUT_S,
 ) -> DistributedModule:
     """The pipeline of `compile`, given what captures the model: one builder serves many compilations of a model.
 
@@ -160,7 +172,13 @@ def distribute(
     """
     if loss not in LOSSES:
         raise PlanError(f"loss={loss!r}; it is one of {', '.join(LOSSES)}")
-    ranks, terms = Ranks.of(process_group), terms or Terms()
+    if not timeout > 0:
+        raise InputError(f"timeout={timeout!r}; it is a number of seconds")
+    ranks, terms = Ranks.of(process_group, timeout), terms or Terms()
+    ranks.name_next("des.compile")
+    ranks.same("option", f"loss={loss!r}, in_place={host is not None}, timeout={timeout:g}")
+    versions = f"descompiler {version('descompiler')}, torch {torch.__version__}, Python {platform.python_version()}"
+    ranks.same("version", versions)
     _warn_of_what_is_lost(model, host, ranks)
     # capture, classify (what mixes rows), normalise, find tables
     build, captured, failures = ranks.everywhere(lambda: _capture(builder()))

@@ -5,6 +5,7 @@ import random
 import secrets
 from collections import Counter
 
+import hypothesis
 import pytest
 
 from tests.harness.pool import RankPools
@@ -13,6 +14,11 @@ from tests.harness.pool import RankPools
 # proxy that nobody serves refuses the question at once, in this process and in the ranks that it starts.
 os.environ["HTTP_PROXY"] = os.environ["HTTPS_PROXY"] = "http://127.0.0.1:9"
 os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"
+
+
+# A test that took long on a busy machine has not failed.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -40,7 +40,7 @@ class PieceExchange:
 
     def __init__(self, gradients: GradientSync):
         self.gradients, self.runtime = gradients, gradients.runtime
-        self.parameters: list[ShardedParameter] = []
+        self.parameters: list[ShardedParameter] = gradients.sharded
         self._noted: set[tuple[str, str]] = set()
 
     # ---- agreement

@@ -1,7 +1,7 @@
 """Autograd functions of the eager rung: what crosses in forward, and what happens when backward comes back to it.
 
-A use of a sharded parameter is reached through an anchor, a scalar: were it the parameter itself, autograd would call
-its users' hooks without a gradient.
+A use of a sharded parameter is reached through an anchor, a scalar made of it, so that a backward which asks for the
+parameter comes to the use. What autograd brings the parameter through it is nothing: `GradientSync` has the gradient.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from descompiler.runtime.runtime import Runtime
 
 def fetched(sync: GradientSync, use: UseOfPiece) -> Tensor:
     """The rows that this rank has asked for; it sends those that it was asked for."""
-    return _Fetched.apply(sync, use, _anchor(use.parameter))
+    return _Fetched.apply(sync, use, _anchor(sync, use.parameter))
 
 
 def gathered(sync: GradientSync, use: UseOfPiece) -> Tensor:
     """The whole parameter, of all ranks' parts."""
-    return _Gathered.apply(sync, use, _anchor(use.parameter))
+    return _Gathered.apply(sync, use, _anchor(sync, use.parameter))
 
 
 def scalars(runtime: Runtime, x: Tensor, what: str) -> Tensor:
@@ -42,8 +42,21 @@ def total(runtime: Runtime, x: Tensor, what: str) -> Tensor:
     return _Total.apply(runtime, x, what)
 
 
-def _anchor(parameter: ShardedParameter) -> Tensor:
-    return torch.zeros((), device=parameter.device, requires_grad=parameter.requires_grad)
+def _anchor(sync: GradientSync, parameter: ShardedParameter) -> Tensor:
+    if not sync.in_part:  # autograd would call users' hooks without a gradient
+        return torch.zeros((), device=parameter.device, requires_grad=parameter.requires_grad)
+    with torch._C.DisableTorchFunctionSubclass():
+        return _Anchor.apply(parameter)
+
+
+class _Anchor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        return torch.zeros((), device=parameter.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None
 
 
 @carries(Fetch)
@@ -111,14 +124,16 @@ class _Total(torch.autograd.Function):
 
 
 class Finish(torch.autograd.Function):
-    """Identity on a forward's outputs; in backward it makes sure that the gradients' exchange takes place."""
+    """Identity on a forward's outputs; in backward it makes sure that the gradients' exchange takes place.
+
+    Sharded parameters are among its inputs, so that one whose gradient is to be returned has one, to be filled in.
+    """
 
     @staticmethod
-    def forward(ctx: Any, sync: GradientSync, anchor: Tensor, *tensors: Tensor) -> Any:
-        ctx.sync = sync
-        return tuple(t.view_as(t) for t in tensors)
+    def forward(ctx: Any, sync: GradientSync, anchor: Tensor, sharded: int, *tensors: Tensor) -> Any:
+        ctx.sync, ctx.sharded = sync, sharded
+        return tuple(t.view_as(t) for t in tensors[sharded:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        ctx.sync.schedule()
-        return None, None, *grads
+        return None, None, None, *ctx.sync.enter_backward(ctx.sharded), *grads

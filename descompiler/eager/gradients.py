@@ -7,9 +7,11 @@ average those of replicated parameters.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +22,7 @@ from descompiler.errors import DescompilerError, UnsupportedError, raised_at
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import WholeTables
 from descompiler.layout.step import DenseGradients
-from descompiler.layout.traffic import all_reduce_bytes
+from descompiler.runtime.backward import NO_BACKWARD, is_returned, leaf_of
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.gradients import Caught, add_gradient, sum_of
 from descompiler.runtime.guard import Guard
@@ -28,10 +30,6 @@ from descompiler.runtime.room import give_back
 from descompiler.runtime.runtime import Runtime
 
 FLAGS = "all_reduce (which gradients there are)"
-
-
-NO_BACKWARD = -1
-"""What torch calls the backward that is under way where there is none."""
 
 
 KEPT_FORWARDS = 8
@@ -58,13 +56,21 @@ class GradientSync:
     ----------
     uses : deque of Use
         Of the latest forwards, in their order, which is the same on every rank.
+    sharded : list of ShardedParameter
+        In an order that is the same on every rank. If ``in_part``, their gradients come from their uses alone, and
+        autograd is not to call users' hooks on them.
     caught : Caught
         The gradients of replicated parameters that backward has brought.
     """
 
-    def __init__(self, runtime: Runtime):
-        self.runtime = runtime
+    def __init__(self, runtime: Runtime, *, in_part: bool = False):
+        self.runtime, self.in_part = runtime, in_part
         self.uses: deque[UseOfPiece] = deque()
+        self.sharded: list[ShardedParameter] = []
+        self._givers: dict[int, Any] = {}  # hooks on sharded parameters, by position
+        self._users_hooks: dict[int, dict[int, Any]] = {}  # that autograd is not to call, by position
+        self._to_fill: dict[int, Tensor] = {}  # what the backward under way returns, by position
+        self._entered = False  # whether that backward goes through a forward's outputs
         self._scheduled = False
         self._failure: Exception | None = None  # of the user's code in the backward that is under way
         self.watch([])
@@ -80,6 +86,8 @@ class GradientSync:
         """A forward begins."""
         self.runtime.failed = False
         self.runtime.forwards += 1
+        if self.runtime.channels is not None:
+            self.runtime.channels.watch.begin(self.runtime.forwards)
         if self.runtime.ranks > 1:
             give_back(self.runtime.forwards)
         if torch._C._current_graph_task_id() == NO_BACKWARD:  # what a backward that was broken off has left
@@ -105,10 +113,68 @@ class GradientSync:
 
     # ---- backward
 
+    def watch_sharded(self) -> list[Tensor]:
+        """The sharded parameters, for `Finish`; a gradient of theirs that backward returns is filled in at its end."""
+
+        def give(position: int, gradient: Tensor | None) -> Tensor | None:
+            sync = me()
+            if sync is None or gradient is None:
+                return None
+            if not is_returned(leaf_of(sync.sharded[position])):
+                return sync._hooked(position, gradient)
+            sync._to_fill[position] = gradient.clone()
+            return sync._to_fill[position]
+
+        if not self.in_part:  # the program brings their gradients
+            return []
+        me = weakref.ref(self)
+        for i, p in enumerate(self.sharded):
+            if p.requires_grad and i not in self._givers:
+                self._givers[i] = p.register_hook(lambda gradient, i=i: give(i, gradient))
+        return list(self.sharded)
+
+    def _hooked(self, position: int, gradient: Tensor) -> Tensor:
+        """A sharded parameter's gradient, as users' hooks change it."""
+        giver = self._givers.get(position)
+        hooks = {**(self.sharded[position]._backward_hooks or {}), **self._users_hooks.get(position, {})}
+        for key, hook in hooks.items():
+            if giver is None or key != giver.id:
+                changed = hook(gradient)
+                gradient = gradient if changed is None else changed
+        return gradient
+
+    def enter_backward(self, sharded: int) -> list[Tensor | None]:
+        """Backward goes through outputs of a forward: gradients of sharded parameters to fill in, if returned."""
+        self.schedule()
+        self._entered = True
+        result: list[Tensor | None] = [None] * sharded
+        for i, p in enumerate(self.sharded[:sharded]):
+            self._quiet(p)
+            if p.requires_grad and self.runtime.asked.returns and is_returned(leaf_of(p)):
+                result[i] = torch.zeros(p.shape, dtype=p.dtype, device=p.device)
+        return result
+
+    def _quiet(self, p: ShardedParameter) -> None:
+        """Keep users' hooks from autograd, which has no gradient for them; `finish` calls them with it."""
+        if (live := p._backward_hooks) and p.position not in self._users_hooks:
+            giver = self._givers.get(p.position)
+            users = {k: h for k, h in live.items() if giver is None or k != giver.id}
+            self._users_hooks[p.position] = users
+            for k in users:
+                del live[k]
+
     def hold(self, use: UseOfPiece, gradient: Tensor) -> None:
         """Take a use's gradient, as backward brings it."""
         if not any(u is use for u in self.uses):
             raise UnsupportedError(f"backward through a forward that ended more than {KEPT_FORWARDS} forwards ago")
+        if not self._entered:
+            if self.in_part:
+                self._quiet(use.parameter)
+            if is_returned(leaf_of(use.parameter)):
+                raise UnsupportedError(
+                    f"torch.autograd.grad of {use.parameter.original!r}, of which each rank holds a part, through a "
+                    "use outside of forward: use it in forward, or call backward"
+                )
         use.gradient = gradient
         self.schedule()
 
@@ -126,13 +192,25 @@ class GradientSync:
     def _forget(self) -> None:
         """Forget what the latest backward held."""
         self._scheduled, self._failure = False, None
+        self._calm()
         self.caught.take()
         for use in self.uses:
             use.gradient = None
 
+    def _calm(self) -> None:
+        """A backward has ended: users' hooks are on their parameters again."""
+        self._entered, self._to_fill = False, {}
+        for position, hooks in self._users_hooks.items():
+            live = self.sharded[position]._backward_hooks
+            assert live is not None  # they were taken from it
+            live.update(hooks)
+        self._users_hooks = {}
+
     def finish(self) -> None:
         """Exchange the gradients of this backward."""
         self._scheduled = False
+        returned, asked = self._to_fill, self.runtime.asked.names if self._entered else None
+        self._calm()
         cause, problem = self._failure, None
         if cause is not None:
             place = raised_at(cause) or "an operator of torch"
@@ -147,7 +225,7 @@ class GradientSync:
             [u.gradient is not None for u in self.uses] + [i in held for i in range(len(self.caught.parameters))]
         )
         with torch.no_grad():
-            self._return(some[: len(self.uses)])
+            self._return(some[: len(self.uses)], returned, asked)
             self._average(held, some[len(self.uses) :])
 
     def _known_to_any(self, mine: Sequence[bool]) -> list[int]:
@@ -155,13 +233,11 @@ class GradientSync:
         runtime, flags = self.runtime, torch.tensor(mine, dtype=torch.uint8)
         if runtime.ranks > 1 and len(flags):
             flags = flags.to(runtime.header_device())
-            size = all_reduce_bytes(len(flags), runtime.ranks)
-            largest = dist.ReduceOp.MAX
-            runtime.collective(FLAGS, size, lambda: dist.all_reduce(flags, op=largest, group=runtime.group))
+            runtime.all_reduce_start(FLAGS, flags, dist.ReduceOp.MAX).wait()
         return flags.tolist()
 
-    def _return(self, present: Sequence[int]) -> None:
-        """Return the gradients of sharded parameters to their owners."""
+    def _return(self, present: Sequence[int], returned: Mapping[int, Tensor], asked: frozenset[str] | None) -> None:
+        """Return the gradients of sharded parameters to their owners; of those that are ``asked`` for, or all."""
         totals: dict[ShardedParameter, Tensor] = {}
         for use, some in zip(self.uses, present, strict=True):
             if some:
@@ -170,10 +246,11 @@ class GradientSync:
                 before = totals.get(use.parameter)
                 totals[use.parameter] = gradient if before is None else sum_of(before, gradient)
         for parameter, gradient in totals.items():
-            for hook in (parameter._backward_hooks or {}).values():  # users', which autograd would call
-                changed = hook(gradient)
-                gradient = gradient if changed is None else changed
-            add_gradient(parameter, gradient)
+            if parameter.position not in returned and (asked is None or parameter.original in asked):
+                add_gradient(parameter, self._hooked(parameter.position, gradient))
+        for position, result in returned.items():
+            gradient = totals.get(self.sharded[position], result)
+            result.copy_(self._hooked(position, gradient if gradient is result else gradient + result))
 
     @carries(Fetch)
     def _returned(self, use: UseOfPiece) -> Tensor:

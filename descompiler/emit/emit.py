@@ -18,6 +18,7 @@ from descompiler.classify.scope import scope_of, trained_parameters
 from descompiler.emit.emission import Emission, Version
 from descompiler.emit.outside import OutsideEmitter
 from descompiler.emit.region import RegionEmitter
+from descompiler.graph.fits import Fits
 from descompiler.graph.nodes import Source, aten
 from descompiler.graph.rewrite import ancestors, descendants, eliminate_dead_code
 from descompiler.layout.id_checks import Check
@@ -50,6 +51,8 @@ class Emitted:
         See `Program`.
     signature : Signature or None
         How forward is called, and what it returns, in the training flags of the program.
+    fits : Fits or None
+        Which shapes its inputs may have.
     """
 
     module: fx.GraphModule
@@ -61,6 +64,7 @@ class Emitted:
     untrained: frozenset[str]
     reads: frozenset[Place]
     signature: Signature | None = None
+    fits: Fits | None = None
 
 
 def emit(partition: Partition, rank: int) -> Emitted:

@@ -62,7 +62,9 @@ class RegionEmitter:
     def exit_start(self) -> None:
         e, placed = self.e, self.partition.candidates.placed
         unused = [n for n in self._nodes() if e.value(n, Version.PART) is None]
-        anchor = e.on_runtime("anchor", *dict.fromkeys(e.weight(name) for n in unused for name in placed[n].replicated))
+        weights = dict.fromkeys(e.weight(name) for n in unused for name in placed[n].replicated)
+        region = self._parameters()
+        anchor = e.on_runtime("anchor", list(weights), list(region), list(region.values()))
         if shared := self.partition.shared_weights:
             slices = []
             for name, p in shared.items():
@@ -72,6 +74,17 @@ class RegionEmitter:
             for i, name in enumerate(shared):
                 e.put(e.weights[name], Version.LOCAL, e.item(reduced, i + 1))
         self._started = e.on_runtime("exit_start", anchor, [e.value(n, Version.PART) for n in self.partition.exits])
+
+    def _parameters(self) -> dict[fx.Node, bool]:
+        """The parameters that any rank uses inside, tables and weights; whether their gradients are sparse."""
+        e, placed = self.e, self.partition.candidates.placed
+        names: dict[str, bool] = {}
+        for n in self._nodes():
+            names |= dict.fromkeys((*placed[n].pieces, *placed[n].replicated), False)
+            if n in self.partition.lookups:
+                o, _ = self.partition.lookups[n]
+                names |= dict.fromkeys((o.name,) if o.group is None else o.group.tables, o.sparse)
+        return {e.weight(name): sparse for name, sparse in names.items() if name in e.weights}
 
     def exit_wait(self) -> None:
         received = self.e.on_runtime("exit_wait", self._started)

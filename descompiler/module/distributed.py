@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -9,7 +10,6 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from descompiler.eager.exchange import PieceExchange
@@ -29,6 +29,7 @@ from descompiler.module.parts import Parts
 from descompiler.planning.coverage import Coverage
 from descompiler.planning.plan import Plan
 from descompiler.runtime.agreement import Call, Kind
+from descompiler.runtime.backward import behind
 from descompiler.runtime.gradients import Reducer
 
 
@@ -80,7 +81,7 @@ class DistributedModule(nn.Module):
         parts.fill(self)
         runtime.wire_dtype = next((p.dtype for p in self.parameters()), torch.float32)
         self._attributes = Watch(host) if self._in_place and host is not None else None
-        self._gradients = GradientSync(runtime)
+        self._gradients = GradientSync(runtime, in_part=not self.predicts_traffic)
         self._exchange = PieceExchange(self._gradients)
         for name, p in self.named_parameters():
             if not plan.pieces[name].is_replicated:
@@ -114,6 +115,8 @@ class DistributedModule(nn.Module):
                 users = self._users_forward(error)
                 runtime.started = True  # the users' forward tells the other ranks what fails in it
                 return users.follow(self, args, kwargs)
+            if emitted.fits is not None and (problem := emitted.fits.problem(tensors)) is not None:
+                raise InputError(problem)
             changes = self._changes()  # of what the program is known to read by now
             runtime.call = self._call_of(changes)
             runtime.layout, runtime.checks = emitted.layout, emitted.checks
@@ -128,18 +131,25 @@ class DistributedModule(nn.Module):
             outputs = self._run(tensors)
         except Exception as error:
             if runtime.started:
+                if not runtime.failed and runtime.channels is not None:  # the others go on
+                    runtime.channels.watch.failed(error)
                 raise
             # the other ranks wait for this one's header: tell them, then everyone raises
             text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             runtime.header(0, text)
             raise
+        outputs = self._noticing(outputs)
         assert emitted.signature is not None
         return emitted.signature.unflatten(self._finishing(outputs) if self._in_place else outputs)
 
     def _call_of(self, changes: Sequence[tuple[Place, Any]]) -> Call:
         """Which program this forward runs."""
-        number = zlib.crc32(bytes((*self._training_flags(), *self._trained())) + repr(changes).encode())
+        dtypes = [str(d).removeprefix("torch.") for d in self._given or () if d.is_floating_point or d.is_complex]
+        said = repr((changes, dtypes)).encode()  # a program is another one for inputs of other dtypes
+        number = zlib.crc32(bytes((*self._training_flags(), *self._trained())) + said)
         name = f"{'training' if self.training else 'evaluation'}, {self._gradients_mode()}"
+        if dtypes:
+            name += f", {', '.join(dtypes)} inputs"
         if changes and self._attributes is not None:
             name += f", {self._attributes.told(changes)}"
         return Call(Kind.PROGRAM, 2 * number + torch.is_grad_enabled(), name)
@@ -171,6 +181,16 @@ class DistributedModule(nn.Module):
             )
         return self._forwards[key]
 
+    def _noticing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs, so that ranks agree which gradients a backward is asked for."""
+        me = weakref.ref(self)
+
+        def parameters() -> list[tuple[str, Tensor]]:
+            module = me()
+            return [] if module is None else list(module.named_parameters())
+
+        return behind(self._runtime, self._runtime.asked, self._runtime.forwards, outputs, parameters)
+
     def _finishing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, so that every rank's backward ends with the exchange of gradients."""
         outputs = list(outputs)
@@ -178,7 +198,10 @@ class DistributedModule(nn.Module):
             # on every rank, also where an empty batch or a branch left an output without a gradient
             floating = [i for i, x in enumerate(outputs) if x.is_floating_point()]
             anchor = torch.zeros((), device=self._runtime.device, requires_grad=True)
-            finished = Finish.apply(self._gradients, anchor, *(outputs[i] for i in floating))
+            with torch._C.DisableTorchFunctionSubclass():
+                sharded = self._gradients.watch_sharded()
+                chosen = (outputs[i] for i in floating)
+                finished = Finish.apply(self._gradients, anchor, len(sharded), *sharded, *chosen)
             for i, x in zip(floating, finished, strict=True):
                 outputs[i] = x
         return outputs
@@ -273,15 +296,11 @@ class DistributedModule(nn.Module):
         if self._reducer is None or self._reducer_key != key:
             if self._reducer is not None:
                 self._reducer.caught.close()
-            self._reducer, self._reducer_key = Reducer(self._runtime, self._reducer_group(), replicas), key
+            assert self._runtime.channels is not None
+            # its own group: its all-reduces run in any order with respect to the exchange
+            self._reducer = Reducer(self._runtime, self._runtime.channels.reducer, replicas)
+            self._reducer_key = key
         return self._reducer
-
-    def _reducer_group(self) -> Any:
-        # its own group: the reducer's all-reduces run in any order with respect to the exchange
-        if not hasattr(self, "_reducer_process_group"):
-            group = dist.new_group(dist.get_process_group_ranks(self._runtime.group), use_local_synchronization=True)
-            object.__setattr__(self, "_reducer_process_group", group)
-        return self._reducer_process_group
 
     # ---- copies
 

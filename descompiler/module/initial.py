@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
+from descompiler.runtime import collectives
 from descompiler.runtime.blocks import broadcast, scatter
 from descompiler.runtime.ranks import Ranks
 from descompiler.runtime.room import check_room
@@ -97,7 +97,7 @@ def send_from_first(
             if ranks.rank == 0 and not reused:
                 result[name].copy_(own)
             if ranks.count > 1:
-                dist.broadcast(result[name], group_src=0, group=ranks.group)
+                collectives.broadcast(result[name], 0, ranks.group)
         else:
             result[name] = scatter(own, p, pieces[name], ranks, device)
         if in_place and not own.is_meta:

@@ -79,7 +79,7 @@ class PartialModule(DistributedModule):
                 runtime.header(0, str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}")
             raise
         tensors = [self._output(x, kind) for x, kind in zip(tensors, self._outputs, strict=True)]
-        return unflatten_with(self._finishing(tensors), spec, statics)
+        return unflatten_with(self._noticing(self._finishing(tensors)), spec, statics)
 
     def _copied(self, memo: dict[int, Any]) -> PartialModule:
         host, call = vars(self)["_host"], vars(self)["_call"]
@@ -135,7 +135,7 @@ class PartialModule(DistributedModule):
             if x.requires_grad:
                 x = scale_grad(x, 1 / runtime.ranks)
             outputs.append(runtime.output(runtime.slice_rows(x, 0, 1, 1)) if kind == ROWS else runtime.spread(x))
-        return unflatten_with(self._finishing(outputs), spec, statics)
+        return unflatten_with(self._noticing(self._finishing(outputs)), spec, statics)
 
     def _guard(self) -> Guard | None:
         return self._gradients.guard() if self._runtime.ranks > 1 and torch.is_grad_enabled() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from math import prod
 
@@ -34,7 +35,8 @@ def full_state_dict(module: nn.Module, *, rank0_only: bool = False) -> dict[str,
     """
     module = module_of(module)
     runtime = module._runtime
-    ranks = Ranks(runtime.group, runtime.rank, runtime.ranks)
+    ranks = Ranks(runtime.group, runtime.rank, runtime.ranks, runtime.channels)
+    ranks.name_next("full_state_dict")
     held = module.state_dict()
     cut = {name: module.plan.pieces.get(_canonical(module, name)) for name in held}
     takes = not rank0_only or ranks.rank == 0
@@ -65,27 +67,36 @@ def full_state_dict(module: nn.Module, *, rank0_only: bool = False) -> dict[str,
 def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank0_only: bool = False) -> None:
     """Load the original model's ``state_dict``; each rank takes its pieces.
 
+    Collective: every rank calls it.
+
     Parameters
     ----------
     state : mapping of str to Tensor
-        On every rank; it is not collective then.
+        The same on every rank.
     rank0_only : bool
-        Only rank 0's ``state`` is read, and streamed to the others, which may pass an empty one. Collective.
+        Only rank 0's ``state`` is read, and streamed to the others, which may pass an empty one.
 
     Raises
     ------
     InputError
-        If names or shapes differ; nothing is loaded then. On every rank, if ``rank0_only``.
+        If names or shapes differ on any rank; nothing is loaded then, on any.
+    RankError
+        If ranks load different values.
     """
     module = module_of(module)
     runtime = module._runtime
-    ranks = Ranks(runtime.group, runtime.rank, runtime.ranks) if rank0_only else Ranks(None, runtime.rank, 1)
+    ranks = Ranks(runtime.group, runtime.rank, runtime.ranks, runtime.channels)
+    ranks.name_next("load_full_state_dict")
     mine = module.state_dict()
-    ranks.everywhere(lambda: _check_state(module, mine, state) if not rank0_only or ranks.rank == 0 else None)
+    ranks.everywhere(
+        lambda: _check_state(module, mine, state) if not rank0_only or ranks.rank == 0 else None, "could not load"
+    )
+    if not rank0_only:
+        ranks.same("state_dict", _digest(module, state), doing="load")
     with torch.no_grad():
         for name, local in mine.items():
             pieces, value = module.plan.pieces.get(_canonical(module, name)), state.get(name)
-            if ranks.count == 1:
+            if not rank0_only or ranks.count == 1:
                 assert value is not None
                 _copy_piece(local, value, pieces, runtime.rank)
             elif pieces is None or pieces.is_replicated:
@@ -102,6 +113,21 @@ def _copy_piece(local: Tensor, value: Tensor, pieces: Pieces | None, rank: int) 
         return
     for there, here in pieces.blocks(rank, BLOCK_ELEMENTS):
         local[here] = value[there].to(local)
+
+
+def _digest(module: DistributedModule, state: Mapping[str, Tensor]) -> str:
+    """A number that tells states apart: of all that each rank reads, and of the ends of what ranks read in part."""
+    result = 0
+    for name, value in sorted(state.items()):
+        pieces, flat = module.plan.pieces.get(_canonical(module, name)), value.detach().reshape(-1)
+        if value.layout is torch.strided and (pieces is None or pieces.is_replicated):
+            parts = list(flat.split(BLOCK_ELEMENTS))
+        else:
+            parts = [flat[:1024], flat[-1024:]] if value.layout is torch.strided else []
+        for part in parts:
+            result = zlib.crc32(part.cpu().contiguous().view(torch.uint8).numpy().tobytes(), result)
+        result = zlib.crc32(f"{name} {value.dtype}".encode(), result)
+    return f"{result:08x}"
 
 
 def _check_state(module: DistributedModule, mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

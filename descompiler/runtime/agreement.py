@@ -19,12 +19,12 @@ from enum import IntEnum
 from typing import Any, Self, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from descompiler.errors import InputError, RankError
 from descompiler.layout import step
 from descompiler.layout.step import LeafStatus
 from descompiler.runtime.carriers import carries
+from descompiler.runtime.collectives import gather_objects
 from descompiler.runtime.communicator import Communicator
 
 T = TypeVar("T")
@@ -34,9 +34,7 @@ def say(value: T, group: Any, ranks: int) -> list[T]:
     """What every rank says. Collective."""
     if ranks == 1:
         return [value]
-    every: list[Any] = [None] * ranks
-    dist.all_gather_object(every, value, group=group)
-    return every
+    return gather_objects(value, group)
 
 
 def settle(problem: str | None, group: Any, ranks: int, kind: type[Exception], title: str = "", what: str = "") -> None:
@@ -168,7 +166,7 @@ class Agreement(Communicator):
         kind = type(mine[0])
         send = torch.tensor([m.encode() for m in mine], dtype=torch.int64, device=self.header_device())
         sizes = [send.shape[1]] * self.ranks
-        table = self.exchange(send.reshape(-1), sizes, sizes, name).wait().reshape(send.shape)
+        table = self.exchange(send.reshape(-1), sizes, sizes, name, control=True).wait().reshape(send.shape)
         told = [kind.decode(numbers) for numbers in table.tolist()]
         if any(m.failed for m in told):
             self.raise_everywhere(problem, InputError)
@@ -206,6 +204,8 @@ class Agreement(Communicator):
             told = [Header(False, rows=rows, call=self.call)]  # it asks nobody
         else:
             asked, failed = [0] * self.ranks if asked is None else asked, problem is not None
+            if self.channels is not None:
+                self.channels.watch.call = self.call.name
             told = self.tell(
                 step.StepHeader.SEND, [Header(failed, n, gathered, rows, self.call) for n in asked], problem
             )
@@ -226,6 +226,12 @@ class Agreement(Communicator):
         """
         self.call = Call.named(name)
         return [m.asked for m in self.header(rows, problem, tell)]
+
+    def meet_in_backward(self, what: str) -> None:
+        """Every rank begins the same backward."""
+        self.call = Call.named(what)
+        if len({m.call for m in self.header(self.rows[self.rank], None, same_call=False)}) > 1:
+            self.raise_everywhere(what, RankError, "ranks begin different backwards")
 
     @carries(LeafStatus)
     def agree(self, problem: str | None) -> None:

@@ -10,22 +10,23 @@ from torch import Tensor
 
 from descompiler.layout.pieces import Pieces
 from descompiler.model.sparse import parts_of, with_parts
-from descompiler.runtime.collectives import receive, send
+from descompiler.runtime import collectives
+from descompiler.runtime.collectives import broadcast_object, receive, send
 from descompiler.runtime.ranks import Ranks
 
 
 def broadcast(x: Tensor, group: Any) -> Tensor:
     """Rank 0's tensor on every rank. Collective; ``x`` has its shape and layout, perhaps with more or fewer values."""
-    sizes = [[list(p.shape) for p in parts_of(x)]]
+    sizes = [list(p.shape) for p in parts_of(x)]
     if x.layout is not torch.strided:
-        dist.broadcast_object_list(sizes, group_src=0, group=group)
+        sizes = broadcast_object(sizes, group)
     mine = dist.get_rank(group) == 0
     parts = [
         p.contiguous() if mine or list(p.shape) == size else p.new_empty(size)
-        for p, size in zip(parts_of(x), sizes[0], strict=True)
+        for p, size in zip(parts_of(x), sizes, strict=True)
     ]
     for p in parts:
-        dist.broadcast(p, group_src=0, group=group)
+        collectives.broadcast(p, 0, group)
     return with_parts(x, parts)
 
 
@@ -64,5 +65,5 @@ def gather(mine: Tensor, pieces: Pieces, ranks: Ranks, full: Tensor) -> None:
     for r in range(ranks.count):
         for there, here in pieces.blocks(r, BLOCK_ELEMENTS):
             part = mine[here].contiguous() if r == ranks.rank else torch.empty_like(full[there]).contiguous()
-            dist.broadcast(part, group_src=r, group=ranks.group)
+            collectives.broadcast(part, r, ranks.group)
             full[there] = part

@@ -7,6 +7,7 @@ where a rank owns nothing, and the all-reduce of the columns that all ranks shar
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,14 +93,17 @@ def put_together(e: Exit, parts: dict[int, Tensor]) -> Tensor:
 
 
 class Anchor(torch.autograd.Function):
+    """Identity; weights get zeros in a layout, or nothing (None)."""
+
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *weights: Tensor) -> Tensor:
-        ctx.like = [(w.shape, w.dtype, w.device) for w in weights]
+    def forward(ctx: Any, anchor: Tensor, kinds: Sequence[torch.layout | None], *weights: Tensor) -> Tensor:
+        ctx.like = [(w.shape, w.dtype, w.device, k) for k, w in zip(kinds, weights, strict=True)]
         return anchor.view_as(anchor)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], *(torch.zeros(s, dtype=t, device=d) for s, t, d in ctx.like)
+        zeros = [k if k is None else torch.zeros(s, dtype=t, device=d, layout=k) for s, t, d, k in ctx.like]
+        return grads[0], None, *zeros
 
 
 @carries(SharedColumns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from descompiler.runtime.watch import Entered, entered, over
 
 T = TypeVar("T")
 
@@ -37,7 +40,7 @@ class Clock:
         self._synchronize()
         begin = time.perf_counter()
         work = call()
-        if isinstance(work, dist.Work | Pending):
+        if isinstance(work, Pending):
             work.wait()
         self._synchronize()
         self.seconds.setdefault(name, []).append(time.perf_counter() - begin)
@@ -63,9 +66,13 @@ class Pending:
     work: Any
     out: Tensor
     host: Tensor | None = None
+    entered: Entered | None = None
 
     def wait(self) -> Tensor:
-        self.work.wait()
+        if self.entered is None:
+            self.work.wait()
+        else:
+            self.entered.wait(self.work)
         if self.host is not None:
             self.out.copy_(self.host)
             self.host = None
@@ -77,27 +84,65 @@ def all_to_all(send: Tensor, sent: Sequence[int], received: Sequence[int], group
     out = send.new_empty(sum(received))
     host = torch.empty(out.shape, dtype=out.dtype) if through_host(send, group) else None
     source = send if host is None else send.cpu()
-    target = out if host is None else host
+    target, mark = out if host is None else host, entered(group)
     work = dist.all_to_all_single(target, source, list(received), list(sent), group=group, async_op=True)
-    return Pending(work, out, host)
+    return Pending(work, out, host, mark)
 
 
 def all_gather(mine: Tensor, group: Any) -> Tensor:
     """All ranks' tensors of one size, one after another: ``[ranks * n]`` of ``[n]``."""
     mine = mine.contiguous().reshape(-1)
     source = mine.cpu() if through_host(mine, group) else mine
-    every = source.new_empty(dist.get_world_size(group) * source.numel())
-    _all_gather_single(every, source, group=group)
-    return every.to(mine.device)
+    every, mark = source.new_empty(dist.get_world_size(group) * source.numel()), entered(group)
+    work = _all_gather_single(every, source, group=group, async_op=True)
+    return Pending(work, every, entered=mark).wait().to(mine.device)
+
+
+def all_reduce(x: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> Pending:
+    """Start a sum, or another reduction, over ranks, in place."""
+    mark = entered(group)
+    return Pending(dist.all_reduce(x, op=op, group=group, async_op=True), x, entered=mark)
+
+
+def broadcast(x: Tensor, rank: int, group: Any) -> Tensor:
+    """Give every rank a rank's tensor, in place."""
+    mark = entered(group)
+    return Pending(dist.broadcast(x, group_src=rank, group=group, async_op=True), x, entered=mark).wait()
+
+
+def gather_objects(value: Any, group: Any) -> list[Any]:
+    """Every rank's object, which is pickled."""
+    mine = _pickled(value, group)
+    sizes = all_gather(torch.tensor([len(mine)], device=mine.device), group).tolist()
+    padded = mine.new_zeros(max(sizes))
+    padded[: len(mine)] = mine
+    every = all_gather(padded, group).cpu().reshape(len(sizes), -1)
+    return [pickle.loads(row[:n].numpy().tobytes()) for row, n in zip(every, sizes, strict=True)]
+
+
+def broadcast_object(value: Any, group: Any) -> Any:
+    """The first rank's object, which is pickled; the others' are not looked at."""
+    first = dist.get_rank(group) == 0
+    mine = _pickled(value if first else None, group)
+    size = int(broadcast(torch.tensor([len(mine)], device=mine.device), 0, group))
+    told = broadcast(mine if first else mine.new_empty(size), 0, group)
+    return value if first else pickle.loads(told.cpu().numpy().tobytes())
+
+
+def _pickled(value: Any, group: Any) -> Tensor:
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
 
 
 def send(x: Tensor, rank: int, group: Any) -> None:
     """Send a tensor to a rank of the group; it calls `receive`."""
-    dist.send(x.cpu() if through_host(x, group) else x.contiguous(), group_dst=rank, group=group)
+    with over(group):
+        dist.send(x.cpu() if through_host(x, group) else x.contiguous(), group_dst=rank, group=group)
 
 
 def receive(out: Tensor, rank: int, group: Any) -> Tensor:
     """Receive into ``out`` what a rank of the group sends."""
     host = torch.empty(out.shape, dtype=out.dtype) if through_host(out, group) else out
-    dist.recv(host, group_src=rank, group=group)
+    with over(group):
+        dist.recv(host, group_src=rank, group=group)
     return out if host is out else out.copy_(host)

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from descompiler.layout.traffic import Traffic, all_gather_bytes, all_reduce_bytes
-from descompiler.runtime.collectives import Clock, Pending, all_gather, all_to_all
+from descompiler.runtime.collectives import Clock, Pending, all_gather, all_reduce, all_to_all
+from descompiler.runtime.watch import Channels
 
 T = TypeVar("T")
 
@@ -37,10 +38,12 @@ class Communicator:
     wire_dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     clock: Clock | None = None
+    channels: Channels | None = None
 
     def collective(self, name: str, sent_bytes: int | Fraction, call: Callable[[], T]) -> T:
         """Make a collective, ``call()``: count it, and time it under a clock."""
         self.traffic.add(name, sent_bytes)
+        self.name_next(name)
         return call() if self.clock is None else self.clock.time(name, self.group, call)
 
     def gather(self, name: str, mine: Tensor) -> Tensor:
@@ -62,16 +65,21 @@ class Communicator:
         """Sum over ranks, in place."""
         self.all_reduce_start(name, x).wait()
 
-    def all_reduce_start(self, name: str, x: Tensor) -> dist.Work:
-        """Start a sum over ranks, in place."""
+    def all_reduce_start(self, name: str, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Pending:
+        """Start a sum, or another reduction, over ranks, in place."""
         size = all_reduce_bytes(x.numel() * x.element_size(), self.ranks)
-        work: dist.Work = self.collective(name, size, lambda: dist.all_reduce(x, group=self.group, async_op=True))
-        return work
+        return self.collective(name, size, lambda: all_reduce(x, self.group, op))
 
-    def exchange(self, send: Tensor, sent: list[int], received: list[int], name: str) -> Pending:
-        """Start an all-to-all of flat tensors; ``sent`` and ``received`` are elements by rank."""
+    def exchange(
+        self, send: Tensor, sent: list[int], received: list[int], name: str, *, control: bool = False
+    ) -> Pending:
+        """Start an all-to-all of flat tensors; ``sent`` and ``received`` are elements by rank.
+
+        ``control``: it is what ranks agree by, which no other collective may be taken for.
+        """
         size = (sum(sent) - sent[self.rank]) * send.element_size()
-        return self.collective(name, size, lambda: all_to_all(send, sent, received, self.group))
+        group = self.channels.control if control and self.channels is not None else self.group
+        return self.collective(name, size, lambda: all_to_all(send, sent, received, group))
 
     def exchange_rows(self, send: Tensor, sent: Sequence[int], received: Sequence[int], name: str) -> Tensor:
         """All-to-all of rows: ``sent[r]`` rows of ``send`` to rank r, ``received[r]`` from it."""
@@ -81,6 +89,11 @@ class Communicator:
         counts = [n * width for n in sent], [n * width for n in received]
         out = self.exchange(send.contiguous().reshape(-1), *counts, name).wait()
         return out.reshape(sum(received), *send.shape[1:])
+
+    def name_next(self, name: str) -> None:
+        """What the next collective is, for those that wait in it."""
+        if self.channels is not None:
+            self.channels.watch.name = name
 
     def header_device(self) -> torch.device:
         """Where small control tensors live: NCCL needs them on the GPU."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from descompiler.model.random_state import generators_kept, put_back, seed_generators, taken
+from descompiler.runtime.collectives import broadcast_object
 
 
 @dataclass
@@ -35,10 +35,8 @@ class Draws:
     def of_forward(self, forward: int, device: torch.device) -> Iterator[None]:
         """The generators as the draws of a forward, from its first, find them. Collective, once."""
         if self.seed is None:
-            box = [torch.initial_seed()]
-            if self.ranks > 1:
-                dist.broadcast_object_list(box, group_src=0, group=self.group)
-            self.seed = box[0]
+            seed = torch.initial_seed()
+            self.seed = seed if self.ranks == 1 else broadcast_object(seed, self.group)
         with generators_kept(device):
             seed_generators(hash((self.seed, forward)) & ((1 << 63) - 1))
             yield

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.distributed import Work
 
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.keys import KeySpace
@@ -50,7 +49,7 @@ class Fetching:
     returning: Pending | None = None  # gradients of rows
     telling: Pending | None = None  # shared keys of the other ranks
     gathering: Gathering | None = None
-    reducing: tuple[Work, Tensor] | None = None  # gradients of shared rows
+    reducing: tuple[Pending, Tensor] | None = None  # gradients of shared rows
 
     def hear(self, told: Sequence[Message]) -> None:
         """Take in what each rank will ask of this one, and send to it."""

@@ -15,14 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from descompiler.errors import UnsupportedError
 from descompiler.layout.step import DenseGradients
 from descompiler.layout.traffic import all_reduce_bytes
+from descompiler.runtime.backward import is_returned
 from descompiler.runtime.carriers import carries
+from descompiler.runtime.collectives import all_reduce
 from descompiler.runtime.communicator import Communicator
 
 FIRST_BUCKET_BYTES = 1 << 20
@@ -43,6 +44,9 @@ class Caught:
     parameters : list of nn.Parameter
     local : dict of int to Tensor
         By position in ``parameters``.
+
+    Where the backward returns gradients (``torch.autograd.grad``) it is given a tensor that holds the average when it
+    ends.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], arrived: Callable[[int, Tensor], None]):
@@ -51,7 +55,10 @@ class Caught:
         self.local: dict[int, Tensor] = {}
         self._nodes: list[Any] = [None] * len(self.parameters)
         self._handles: list[Any] = [None] * len(self.parameters)
+        self._givers: list[Any] = [None] * len(self.parameters)
         self._waiting: dict[int, dict[int, Any]] = {}  # users' hooks, by position, that the node is not to call
+        self._returned: dict[int, Tensor] = {}  # by position, what the backward returns
+        self._returns = False  # whether it returns gradients
 
     def hook(self) -> None:
         """Watch the nodes that accumulate gradients.
@@ -69,18 +76,33 @@ class Caught:
             if live := caught.parameters[position]._post_accumulate_grad_hooks:
                 caught._waiting[position] = dict(live)
                 live.clear()
+            caught._returns = False
             caught._arrived(position, gradient.to_dense() if gradient.is_sparse else gradient)
             return (None,)
 
+        def give(position: int, gradient: Tensor | None) -> Tensor | None:
+            caught = me()
+            if caught is None or gradient is None or not is_returned(caught._nodes[position]):
+                return None
+            gradient = gradient.to_dense() if gradient.is_sparse else gradient
+            caught._returns, caught._returned[position] = True, torch.empty_like(gradient)
+            caught._arrived(position, gradient)
+            return caught._returned[position]
+
         for i, p in enumerate(self.parameters):
-            if p.requires_grad and (node := get_gradient_edge(p).node) is not self._nodes[i]:
+            if not p.requires_grad:
+                continue
+            if (node := get_gradient_edge(p).node) is not self._nodes[i]:
                 self._nodes[i] = node
                 self._handles[i] = node.register_prehook(lambda gradients, i=i: hold(i, gradients))
+            if self._givers[i] is None:
+                self._givers[i] = p.register_hook(lambda gradient, i=i: give(i, gradient))
+            call_last(p, self._givers[i].id)
 
     def close(self) -> None:
         """Catch no more: another object will, on the same nodes perhaps."""
         self.take()
-        for handle in filter(None, self._handles):
+        for handle in filter(None, (*self._handles, *self._givers)):
             handle.remove()
 
     def take(self) -> dict[int, Tensor]:
@@ -97,9 +119,25 @@ class Caught:
         return torch.cat([g.reshape(-1) for g in parts]).div_(ranks)
 
     def accumulate(self, positions: Sequence[int], flat: Tensor) -> None:
-        """Add averages, one after another, to the parameters' gradients."""
+        """Add averages, one after another, to the parameters' gradients, or to what backward returns."""
         for i, g in zip(positions, flat.split([self.parameters[i].numel() for i in positions]), strict=True):
-            add_gradient(self.parameters[i], g.reshape(self.parameters[i].shape))
+            if (returned := self._returned.pop(i, None)) is not None:
+                returned.copy_(g.reshape(returned.shape))
+            elif self._returns:
+                raise UnsupportedError(
+                    f"torch.autograd.grad: other ranks have a gradient of a parameter of shape "
+                    f"{tuple(self.parameters[i].shape)} that this rank's loss does not come to, and can't return here: "
+                    "let the loss of every rank use it"
+                )
+            else:
+                add_gradient(self.parameters[i], g.reshape(self.parameters[i].shape))
+
+
+def call_last(p: Tensor, hook: int) -> None:
+    """Let users' hooks on a tensor come before one of ours; autograd calls them as the dict took them in."""
+    hooks = p._backward_hooks
+    if hooks is not None and next(reversed(hooks)) != hook:
+        hooks[hook] = hooks.pop(hook)
 
 
 def add_gradient(p: Tensor, gradient: Tensor) -> None:
@@ -172,7 +210,8 @@ class Reducer:
         runtime.traffic.add(DenseGradients.AVERAGE, size, calls=int(not self._started))
         # Under a clock collectives are waited for. To wait for these as they come could wait for ever, since they come
         # in another order with respect to those of the exchange on each rank.
-        work = None if runtime.clock is not None else dist.all_reduce(flat, group=self.group, async_op=True)
+        runtime.name_next(DenseGradients.AVERAGE)
+        work = None if runtime.clock is not None else all_reduce(flat, self.group)
         self._started.append((positions, flat, work))
 
     def _finish(self) -> None:
@@ -196,7 +235,7 @@ class Reducer:
 
 
 def _all_reduce(started: Sequence[tuple[list[int], Tensor, Any]], group: Any) -> None:
-    for work in [dist.all_reduce(flat, group=group, async_op=True) for _, flat, _ in started]:
+    for work in [all_reduce(flat, group) for _, flat, _ in started]:
         work.wait()
 
 

@@ -24,6 +24,7 @@ from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows
 from descompiler.ops.local import scale_grad
 from descompiler.runtime.agreement import Agreement
+from descompiler.runtime.backward import Asked
 from descompiler.runtime.border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, put_together
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.draws import Draws
@@ -50,6 +51,7 @@ class Runtime(Agreement):
     layout: Layout = field(default_factory=lambda: Layout(1))
     checks: tuple[Check, ...] = ()
     forwards: int = 0
+    asked: Asked = field(default_factory=Asked)
     failures: list[tuple[str, Exception]] = field(default_factory=list)  # of backwards of the latest forward's leaves
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ class Runtime(Agreement):
 
     def anew(self) -> Runtime:
         """Of another module on the same ranks."""
-        return Runtime(self.group, self.rank, self.ranks, self.loss)
+        return Runtime(self.group, self.rank, self.ranks, self.loss, channels=self.channels)
 
     def begin(self, rows: int, ids: Sequence[Tensor]) -> int:
         """Check ids, exchange row counts, agree with the other ranks; returns the rows of the global batch."""
@@ -140,12 +142,22 @@ class Runtime(Agreement):
         """The slices, and a token; in backward the slices' gradients are averaged over ranks, after the exchange."""
         return list(ReduceShared.apply(self, anchor, *slices))
 
-    def anchor(self, *weights: Tensor) -> Tensor:
+    def anchor(self, used_elsewhere: Sequence[Tensor], region: Sequence[Tensor], sparse: Sequence[bool]) -> Tensor:
         """A scalar that requires a gradient, so that backward runs on ranks that own nothing.
 
-        ``weights`` are replicated weights that only other ranks use: they get zero gradients here, for the reducer.
+        Parameters
+        ----------
+        used_elsewhere : sequence of Tensor
+            Replicated weights that only other ranks use: they get zero gradients here, for the reducer.
+        region : sequence of Tensor
+            Parameters that any rank uses inside, and whether their gradients are ``sparse``: a backward that asks for
+            one of them comes to the exchange on all.
         """
-        return Anchor.apply(torch.zeros((), dtype=self.wire_dtype, device=self.device, requires_grad=True), *weights)
+        anchor = torch.zeros((), dtype=self.wire_dtype, device=self.device, requires_grad=True)
+        kinds: list[torch.layout | None] = [torch.strided] * len(used_elsewhere)
+        for x, s in zip(region, sparse, strict=True):  # one that this rank uses gets its gradient there
+            kinds.append(None if x.numel() else torch.sparse_coo if s else torch.strided)
+        return Anchor.apply(anchor, kinds, *used_elsewhere, *region)
 
     def vocabulary(
         self, number: int, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Sequence[Tensor]

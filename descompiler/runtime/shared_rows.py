@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed import Work
 
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.pieces import ALL
@@ -66,7 +65,7 @@ def gathered_gradients(runtime: Communicator, fetching: Fetching) -> dict[int, t
 @carries(Fetch)
 def start_reducing(
     runtime: Communicator, fetching: Fetching, own: Sequence[Tensor], dtype: torch.dtype
-) -> tuple[Work, Tensor]:
+) -> tuple[Pending, Tensor]:
     """Sum dense gradients of shared rows over ranks; a table with sparse gradients adds who looked a row up."""
     fetch, shared = fetching.fetch, fetching.space.shared
     parts = []
