@@ -125,7 +125,7 @@ def paper_table(ranks: int, batch: int, style: Style) -> None:
             typer.echo(f"- {note}")
 
 
-@app.command()
+@app.command("explain")
 @grouped
 def explain_command(
     spec: Spec,
@@ -207,7 +207,7 @@ def plan_diff(file: PlanFile, other: PlanFile) -> None:
     typer.echo(Plan.load(file).diff(Plan.load(other)) or "the plans are equal")
 
 
-@app.command()
+@app.command("calibrate")
 @grouped
 def calibrate_command(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="the cluster file to write")],
@@ -247,7 +247,7 @@ def calibrate_command(
         show([measured.links(found)], style, cluster=str(out))
 
 
-@app.command()
+@app.command("audit")
 @grouped
 def audit_command(
     spec: Spec,
