@@ -9,7 +9,7 @@ This file has the order; `descompiler.emit.region` and `descompiler.emit.outside
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -51,8 +51,12 @@ class Emitted:
         Parameters that require gradients and get none.
     reads : frozenset of (str, str)
         See `Program`.
+    total : torch.fx.Node
+        Of the module's graph: the rows of the global batch.
     signature : Signature or None
         How forward is called, and what it returns, in the training flags of the program.
+    mixed : mapping of str to str
+        See `descompiler.emit.by_size.mixed_sizes`.
     """
 
     module: fx.GraphModule
@@ -63,7 +67,14 @@ class Emitted:
     outputs: tuple[Rows | None, ...]
     untrained: frozenset[str]
     reads: frozenset[Place]
+    total: fx.Node
     signature: Signature | None = None
+    mixed: Mapping[str, str] = field(default_factory=dict)
+
+    def constant(self, name: str, device: torch.device) -> torch.Tensor:
+        """A constant where it is needed, and stays."""
+        found = self.constants[name] = self.constants[name].to(device)
+        return found
 
 
 def emit(
@@ -107,14 +118,14 @@ def emit(
         elif n.op == "output":
             outputs: Sequence[fx.Node] = n.args[0]
     e.graph.output(outside.outputs(outputs))
-    eliminate_dead_code(e.graph, keep=_is_collective)
+    eliminate_dead_code(e.graph, keep=is_collective)
     _reach_fetches(e, [scope_of(o).grad for o in outputs])
     e.graph.lint()
     rows = tuple(scope_of(o).rows for o in outputs)
     module = fx.GraphModule(torch.nn.Module(), e.graph)
     wanted = frozenset(n for n, p in program.parameters.items() if p.requires_grad)
     untrained = wanted - trained_parameters(program)
-    return Emitted(module, e.sources, e.constants, e.layout, checks, rows, untrained, program.reads)
+    return Emitted(module, e.sources, e.constants, e.layout, checks, rows, untrained, program.reads, e.rows)
 
 
 def _begin(e: Emission, outside: OutsideEmitter) -> tuple[Check, ...]:
@@ -143,7 +154,7 @@ def _check(split: Split, o: Operator, x: Lookup) -> Check:
     return replace(found, table=f"computed of {', '.join(o.group.tables)}", rows=x.computed)
 
 
-def _is_collective(n: fx.Node) -> bool:
+def is_collective(n: fx.Node) -> bool:
     """Every rank makes it, and the plan counts it, also where nobody reads what it brings."""
     return isinstance(n.target, LeafOnRanks) or n.target in FETCHING
 

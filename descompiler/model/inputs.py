@@ -313,3 +313,41 @@ def split_statics(leaves: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]
 def unflatten_with(tensors: Sequence[Tensor], spec: pytree.TreeSpec, statics: Sequence[Any]) -> Any:
     queue = iter(tensors)
     return pytree.tree_unflatten([next(queue) if s is Ellipsis else s for s in statics], spec)
+
+
+MOST_KEPT = 128
+"""Programs of one model, for inputs of other sizes, or as it was changed: the oldest go first."""
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """What a program is captured for: the tensors of a call, apart from their values and the number of rows.
+
+    Attributes
+    ----------
+    dtypes : tuple of torch.dtype
+    sizes : tuple of tuple of int
+        Of each tensor, beyond dim 0.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    sizes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Kinds:
+        return cls(tuple(x.dtype for x in tensors), tuple(tuple(x.shape[1:]) for x in tensors))
+
+    def of_example(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of an example in these kinds: repeated or cut along each dimension that has another size."""
+        result = []
+        for x, dtype, sizes in zip(tensors, self.dtypes, self.sizes, strict=True):
+            if len(sizes) != x.dim() - 1 or (0 in x.shape[1:] and x.shape[1:].numel() != torch.Size(sizes).numel()):
+                raise InputError(
+                    f"an input has the sizes {list(sizes)} for each row, and in example_inputs "
+                    f"{list(x.shape[1:])}: compile again"
+                )
+            for dim, size in enumerate(sizes, 1):
+                if size != x.shape[dim]:
+                    x = x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
+            result.append(x.to(dtype))
+        return result

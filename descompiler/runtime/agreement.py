@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Self, TypeVar
 
@@ -58,6 +58,17 @@ class Kind(IntEnum):
     WHOLE = 5
 
 
+class OtherProgramError(Exception):
+    """Ranks know from the header that this program is not the step's; all raise, and begin the step with another.
+
+    It is caught where programs are chosen (`descompiler.module.sizes`).
+    """
+
+
+SIZES = 33
+"""From this bit of a call's number on it is a digest of the sizes of a rank's inputs."""
+
+
 @dataclass(frozen=True)
 class Call:
     """What a rank is about to do.
@@ -79,6 +90,13 @@ class Call:
     def named(name: str, kind: Kind = Kind.POINT) -> Call:
         """A call that is known by its name."""
         return Call(kind, zlib.crc32(name.encode()), name)
+
+    def with_sizes(self, sizes: object) -> Call:
+        """The call for inputs of some sizes: another one for others."""
+        return replace(self, number=self.number | zlib.crc32(repr(sizes).encode()) >> 5 << SIZES)
+
+    def without_sizes(self) -> Call:
+        return replace(self, number=self.number & (1 << SIZES) - 1)
 
     def encode(self) -> int:
         return self.number << 3 | self.kind
@@ -197,6 +215,11 @@ class Agreement(Communicator):
         -------
         list of Header
             What each rank told this one.
+
+        Raises
+        ------
+        OtherProgramError
+            If calls differ in nothing but the sizes of inputs.
         """
         self.started = True
         if self.ranks == 1:
@@ -211,6 +234,8 @@ class Agreement(Communicator):
             )
         self.rows = [m.rows for m in told]
         if same_call and len({m.call for m in told}) > 1:
+            if len({m.call.without_sizes() for m in told}) == 1:
+                raise OtherProgramError
             self.raise_different()
         return told
 
