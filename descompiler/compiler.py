@@ -17,8 +17,9 @@ from descompiler.model.attributes import unregistered
 from descompiler.model.inputs import map_tensors
 from descompiler.model.probe import CALL, blueprint
 from descompiler.module.deferred import DeferredModule
-from descompiler.module.distributed import DistributedModule, install
+from descompiler.module.distributed import DistributedModule
 from descompiler.module.initial import initial_values
+from descompiler.module.installed import install
 from descompiler.module.parts import Parts
 from descompiler.planning.chosen import NO_OPERATORS
 from descompiler.planning.cluster import Cluster
@@ -164,12 +165,12 @@ def distribute(
     ranks, terms = Ranks.of(process_group), terms or Terms()
     _warn_of_what_is_lost(model, host, ranks)
     # capture, classify (what mixes rows), normalise, find tables
-    build = ranks.everywhere(builder)
+    build, captured, failures = ranks.everywhere(lambda: _capture(builder()))
     if len(set(ranks.of_every(build.sizes))) > 1:  # ranks pad their examples differently: one plan, for the first's
         first = ranks.of_first(map_tensors(Tensor.cpu, build.example_inputs))
-        example = build.example_inputs if ranks.rank == 0 else map_tensors(lambda x: x.to(build.device), first)
-        build = Builder(build.template, example, build.method, build.kit)
-    captured, failures = ranks.everywhere(lambda: _capture(build))
+        example = map_tensors(lambda x: x.to(build.device), first)
+        same = Builder(build.template, example, build.method, build.kit)
+        build, captured, failures = ranks.everywhere(lambda: _capture(same))
     rows = ranks.of_first(batch or build.rows)  # ranks may have examples of different sizes
     everywhere = all(ranks.of_every(captured is not None))
     if captured is None or not everywhere:
@@ -210,13 +211,13 @@ def distribute(
     )
 
 
-def _capture(build: Builder) -> tuple[Captured | None, tuple[Failure, ...]]:
+def _capture(build: Builder) -> tuple[Builder, Captured | None, tuple[Failure, ...]]:
     """What a rank captured, and why not by the tracers before."""
     try:
         captured = Captured.by(build)
     except CaptureError as error:
-        return None, error.failures
-    return captured, captured.program.failures
+        return build, None, error.failures
+    return build, captured, captured.program.failures
 
 
 def _warn_of_what_is_lost(model: nn.Module, host: nn.Module | None, ranks: Ranks) -> None:
