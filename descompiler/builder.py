@@ -115,10 +115,10 @@ class Builder:
         expected = [cast.get(x.dtype, x.dtype) for x in tensors]
         given = given or Kinds(tuple(expected), self.sizes)
         wanted = [g if x.is_floating_point() else x.dtype for g, x in zip(given.dtypes, tensors, strict=True)]
-        same = given.sizes == self.sizes and not thawed and not changes and wanted == expected
+        same = given.rows is None and given.sizes == self.sizes and not thawed and not changes and wanted == expected
         if same and not asks_for(self.capture(training)[0], cast):
             return self
-        key = (*held.values(), *wanted, *thawed, *changes, given.sizes)
+        key = (*held.values(), *wanted, *thawed, *changes, given.sizes, given.rows)
         if key not in self._others or sample is not None:
             template = copy.deepcopy(self.template, copied(self.template))
             for name, x in _held(template):
@@ -129,7 +129,7 @@ class Builder:
                 setattr(template.get_submodule(path), name, x)
             if sample is not None:
                 tensors = [x.to(self.device) for x in sample]
-            inputs = unflatten_with(Kinds(tuple(wanted), given.sizes).of_example(tensors), spec, statics)
+            inputs = unflatten_with(replace(given, dtypes=tuple(wanted)).of_example(tensors), spec, statics)
             resized_of = None if given.sizes == self.sizes else self
             if len(self._others) == MOST_KEPT:
                 self._others.pop(next(iter(self._others)))
@@ -151,7 +151,7 @@ class Builder:
         candidates, cut = region_of(program, operators, plan, self.kit.rules, solver, like)
         splits = splits_of(operators, plan)
         emitted = emit(program, operators, splits, plan.pieces, candidates, cut, rank, plan.ranks)
-        return replace(emitted, signature=signature, mixed=mixed_sizes(program))
+        return replace(emitted, signature=signature, mixed=mixed_sizes(program), accepts=program.accepts)
 
     def inside(self, plan: Plan, training: dict[str, bool], solver: str) -> frozenset[str]:
         """Names of the nodes that the plan keeps inside the region."""

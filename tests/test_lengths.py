@@ -164,3 +164,53 @@ def test_many_lengths_are_told_of():
     with pytest.warns(UserWarning, match="captured for inputs of 8 sizes.*Pad histories to a few lengths"):
         for longest in range(8, 16):
             module(*_batch(3, longest, 0)[:2])
+
+
+class Threshold(Pool):
+    def forward(self, history: Tensor, user: Tensor) -> Tensor:
+        x = super().forward(history, user)
+        return x * 2 if x.shape[0] > 8 else x
+
+
+class Parity(Pool):
+    def forward(self, history: Tensor, user: Tensor) -> Tensor:
+        x = super().forward(history, user)
+        return x * 2 if len(user) % 2 else x
+
+
+class FirstRows(Pool):
+    """Rows of the global batch, which every rank has."""
+
+    def forward(self, history: Tensor, user: Tensor) -> Tensor:
+        return super().forward(history, user)[:8]
+
+
+class Best(Pool):
+    def forward(self, history: Tensor, user: Tensor) -> Tensor:
+        return super().forward(history, user).topk(5, 0).values
+
+
+ROWS = ((4, 6), (2, 4), (3, 4), (0, 12))
+
+
+def _branches(rank, ranks, model):
+    """As `_train`, with the rows of `ROWS`."""
+    torch.set_default_dtype(torch.float64)
+    reference = type(model)()
+    reference.load_state_dict(model.state_dict())
+    module = des.compile(model, _batch(6, 4, 99)[:2], plan={"item": "row_wise"}, loss="sum")
+    optimisers = [torch.optim.SGD(m.parameters(), 0.01) for m in (reference, module)]
+    for step, rows in enumerate(ROWS):
+        parts = [_batch(n, 4, 2 * step + r)[:2] for r, n in enumerate(rows)]
+        whole = [torch.cat(x) for x in zip(*parts, strict=True)]
+        for net, optimiser, batch in zip((reference, module), optimisers, (whole, parts[rank]), strict=True):
+            optimiser.zero_grad()
+            (net(*batch) ** 2).sum().backward()
+            optimiser.step()
+    state = des.full_state_dict(module)
+    return max(float((x - state[n]).abs().max()) for n, x in reference.state_dict().items())
+
+
+@pytest.mark.parametrize("model", [Threshold, Parity, FirstRows, Best])
+def test_a_branch_on_the_batch_size_is_that_of_the_global_batch(model, on_ranks):
+    assert max(on_ranks(_branches, 2, model().double())) < 1e-12

@@ -191,14 +191,14 @@ def capture(
     left = tuple(left_behind(probe.model))
     assert probe.out_spec is not None  # from the eager run: export undoes what forward writes to its module
     signature = Signature(spec, probe.out_spec, statics, probe.out_statics)
-    batches = [double_all(batch) for batch in (tensors, other_batch(tensors))]
-    _refuse_numbers(signature, probe, batches[1])
+    _refuse_numbers(signature, probe, double_all(other_batch(tensors)))
     failures: list[Failure] = []
     for rung, trace in RUNGS:
         try:
             # of a copy each: a trace that fails may leave it broken
             program = checked = run_passes(trace(flat(double=False), tensors, template), passes)
             used = probe
+            batches = [double_all(batch) for batch in (tensors, other_batch(tensors, program.accepts))]
             try:
                 idle = _check(checked, used, batches)
             except CannotRunError:

@@ -162,7 +162,7 @@ class _Trace:
         with self._patched(lambda name: partial(self._enter, name, iter(self.leaves[name]))):
             try:
                 with traceable_len(self.work):
-                    program = export_program(self.work, self.work, self.tensors, self.template)
+                    program = export_program(self.work, self.work, self.tensors, self.template, guarded=True)
             finally:
                 _CALLS.clear()
         self._finish(program.graph)

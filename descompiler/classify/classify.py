@@ -32,10 +32,15 @@ from descompiler.model.folded import has_own_values
 from descompiler.model.reach import leaves_of
 
 CHECK_ROWS = 7
+"""The numbers are compared on a batch of so many rows, or as near above as a program's guards accept."""
 
 
-BATCH_SPLITS = ((3, 4), (5, 2))
-"""The numbers are compared on a batch of 7 rows in two different uneven divisions."""
+MOST_ROWS = 1 << 12
+
+
+def batch_splits(rows: int) -> tuple[tuple[int, int], ...]:
+    """Two different uneven divisions of that batch: of 7 rows, 3 and 4, and 5 and 2."""
+    return tuple((n, rows - n) for n in ((3, 5) if rows >= CHECK_ROWS else (1, rows - 1)))
 
 
 JUDGED = ("scope", "spare_row")
@@ -52,21 +57,23 @@ def classify(program: Program, values_of: Callable[[list[Tensor]], dict[str, Any
     tensors : sequence of Tensor
         Example inputs, dim 0 the batch.
     """
+    near = (*range(CHECK_ROWS, MOST_ROWS), *range(CHECK_ROWS - 1, 1, -1))
+    rows = next((n for n in near if program.accepts(n)), tensors[0].shape[0])
     try:
-        _Classifier(program, values_of(_check_batch(tensors, move=True))).run()
+        _Classifier(program, values_of(_check_batch(tensors, rows, move=True)), rows).run()
     except (RuntimeError, IndexError, ValueError):  # the model does not run on such features
-        _Classifier(program, values_of(_check_batch(tensors, move=False))).run()
+        _Classifier(program, values_of(_check_batch(tensors, rows, move=False)), rows).run()
 
 
-def _check_batch(tensors: Sequence[Tensor], *, move: bool) -> list[Tensor]:
+def _check_batch(tensors: Sequence[Tensor], count: int, *, move: bool) -> list[Tensor]:
     """Rows drawn from the example's, each input on its own; ``move``: features that are no integers differ."""
     rows, generator = tensors[0].shape[0], torch.Generator().manual_seed(23)
     result = []
     for t in tensors:
-        if rows >= CHECK_ROWS:
-            index = torch.randperm(rows, generator=generator)[:CHECK_ROWS]
+        if rows >= count:
+            index = torch.randperm(rows, generator=generator)[:count]
         else:
-            index = torch.randint(rows, (CHECK_ROWS,), generator=generator)
+            index = torch.randint(rows, (count,), generator=generator)
         t = t.detach()[index.to(t.device)]
         if move and t.is_floating_point() and not torch.equal(t, t.round()):
             t = t * (1 - 0.1 * torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t))
@@ -75,12 +82,12 @@ def _check_batch(tensors: Sequence[Tensor], *, move: bool) -> list[Tensor]:
 
 
 class _Classifier:
-    def __init__(self, program: Program, values: dict[str, Any]):
-        self.program, self.values = program, values
+    def __init__(self, program: Program, values: dict[str, Any], rows: int):
+        self.program, self.values, self.splits = program, values, batch_splits(rows)
         self.whole: dict[fx.Node, Any] = {}
         # by division and part of it
-        self.parts = [[dict[fx.Node, Any]() for _ in s] for s in BATCH_SPLITS]
-        self.sized = [[dict[fx.Node, Any]() for _ in s] for s in BATCH_SPLITS]
+        self.parts = [[dict[fx.Node, Any]() for _ in s] for s in self.splits]
+        self.sized = [[dict[fx.Node, Any]() for _ in s] for s in self.splits]
         self.scopes: dict[fx.Node, Scope] = {}
         self.anchors: dict[fx.Node, Tensor] = {}  # zeros that stand for parameters where gradients are concerned
         self.generator = torch.Generator().manual_seed(29)
@@ -142,7 +149,7 @@ class _Classifier:
 
     def _slice_parts(self, node: fx.Node, rows: Any) -> None:
         whole = _detach(self.whole[node])
-        for sizes, parts in zip(BATCH_SPLITS, self.parts, strict=True):
+        for sizes, parts in zip(self.splits, self.parts, strict=True):
             for first, size, part in zip((0, sizes[0]), sizes, parts, strict=True):
                 if isinstance(rows, list):
                     part[node] = tuple(r.narrow(x, first, size) for r, x in zip(rows, whole, strict=True))
@@ -257,7 +264,7 @@ class _Classifier:
             return False
         self.whole[node] = self._call(node, lambda a: self.whole[a])
         self.scopes[node] = Scope(SIZE)
-        for sizes, parts in zip(BATCH_SPLITS, self.parts, strict=True):
+        for sizes, parts in zip(self.splits, self.parts, strict=True):
             for size, part in zip(sizes, parts, strict=True):
                 if node.target is aten.sym_size.int:
                     depends = self.program.batch in expr.free_symbols
@@ -337,9 +344,9 @@ class _Classifier:
             parts = []
             try:
                 with torch.no_grad():
-                    for division in range(len(BATCH_SPLITS)):
+                    for division in range(len(self.splits)):
                         parts.append(
-                            [self._part(node, division, k, versions) for k in range(len(BATCH_SPLITS[division]))]
+                            [self._part(node, division, k, versions) for k in range(len(self.splits[division]))]
                         )
             except (RuntimeError, IndexError, ValueError):
                 continue  # it does not run on these versions
@@ -393,8 +400,8 @@ class _Classifier:
             return False
         wholes = {a: self.whole[a] for a in versions}
         parts = [
-            [{a: self._operand(a, d, k, kind) for a, kind in versions.items()} for k in range(len(BATCH_SPLITS[d]))]
-            for d in range(len(BATCH_SPLITS))
+            [{a: self._operand(a, d, k, kind) for a, kind in versions.items()} for k in range(len(self.splits[d]))]
+            for d in range(len(self.splits))
         ]
         layouts = {a: self.scopes[a].rows for a, kind in versions.items() if kind == OWN}
         return backward_mixes(lambda given: self._call(node, given.__getitem__), wholes, parts, layouts, rows)

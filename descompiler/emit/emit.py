@@ -8,7 +8,7 @@ This file has the order; `descompiler.emit.region` and `descompiler.emit.outside
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,6 +29,7 @@ from descompiler.model.attributes import Place
 from descompiler.model.inputs import Signature
 from descompiler.planning.exchanges import early_checks
 from descompiler.region.cut import Candidates, Cut
+from descompiler.runtime.agreement import any_rows
 from descompiler.runtime.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait
 from descompiler.runtime.leaf import LeafOnRanks
 from descompiler.tables.form import Split, form_named
@@ -57,6 +58,8 @@ class Emitted:
         How forward is called, and what it returns, in the training flags of the program.
     mixed : mapping of str to str
         See `descompiler.emit.by_size.mixed_sizes`.
+    accepts : callable
+        Whether it is the program for so many rows of the global batch.
     """
 
     module: fx.GraphModule
@@ -70,6 +73,7 @@ class Emitted:
     total: fx.Node
     signature: Signature | None = None
     mixed: Mapping[str, str] = field(default_factory=dict)
+    accepts: Callable[[int], bool] = any_rows
 
     def constant(self, name: str, device: torch.device) -> torch.Tensor:
         """A constant where it is needed, and stays."""

@@ -321,17 +321,20 @@ MOST_KEPT = 128
 
 @dataclass(frozen=True)
 class Kinds:
-    """What a program is captured for: the tensors of a call, apart from their values and the number of rows.
+    """What a program is captured for: the tensors of a call, apart from their values.
 
     Attributes
     ----------
     dtypes : tuple of torch.dtype
     sizes : tuple of tuple of int
         Of each tensor, beyond dim 0.
+    rows : int, optional
+        Of the global batch, where forward branches on it.
     """
 
     dtypes: tuple[torch.dtype, ...]
     sizes: tuple[tuple[int, ...], ...]
+    rows: int | None = None
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Kinds:
@@ -346,7 +349,7 @@ class Kinds:
                     f"an input has the sizes {list(sizes)} for each row, and in example_inputs "
                     f"{list(x.shape[1:])}: compile again"
                 )
-            for dim, size in enumerate(sizes, 1):
+            for dim, size in enumerate((self.rows or x.shape[0], *sizes)):
                 if size != x.shape[dim]:
                     x = x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
             result.append(x.to(dtype))

@@ -173,11 +173,21 @@ def double_all(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.detach().double() if t.is_floating_point() else t.detach() for t in tensors]
 
 
-def other_batch(tensors: list[Tensor]) -> list[Tensor]:
-    """Another size and other values: rows drawn from the example's, each input on its own."""
+def other_batch(tensors: list[Tensor], accepts: Callable[[int], bool] = lambda rows: True) -> list[Tensor]:
+    """Another size and other values: rows drawn from the example's, each input on its own.
+
+    Raises
+    ------
+    CaptureError
+        If no other size near is accepted.
+    """
     rows = tensors[0].shape[0]
     generator = torch.Generator().manual_seed(7)
     size = 2 * rows + 1 if rows < 64 else rows // 2 + 1
+    near = sorted(range(2, 2 * rows + 16), key=lambda n: abs(n - rows))
+    size = next((n for n in (size, *near) if n != rows and accepts(n)), 0)
+    if not size:
+        raise CaptureError(f"forward is another for every batch size but {rows}")
     return [t[torch.randint(rows, (size,), generator=generator).to(t.device)] for t in tensors]
 
 

@@ -120,7 +120,7 @@ class DistributedModule(nn.Module):
                 return users.follow(self, args, kwargs)
             changes = self._changes()  # of what the program is known to read by now
             runtime.call = self._call_of(changes).with_sizes(self._given.sizes)
-            runtime.layout, runtime.checks = emitted.layout, emitted.checks
+            runtime.layout, runtime.checks, runtime.accepts = emitted.layout, emitted.checks, emitted.accepts
             reference = next(self.parameters())
             runtime.device = reference.device
             if reference.dtype != runtime.wire_dtype:  # it was cast: other bytes cross
@@ -132,9 +132,8 @@ class DistributedModule(nn.Module):
             try:
                 outputs = self._run(tensors, emitted, emitted.module)
             except OtherProgramError:
-                other = self._begin_again(tensors)
-                emitted = other.emitted
-                outputs = self._run(tensors, emitted, other.module)
+                emitted, graph = self._begin_again(tensors)
+                outputs = self._run(tensors, emitted, graph)
         except Exception as error:
             if runtime.started:
                 raise
@@ -218,12 +217,12 @@ class DistributedModule(nn.Module):
         except InputError:
             return self._program([x[:SAMPLE_ROWS] for x in tensors])
 
-    def _begin_again(self, tensors: Sequence[Tensor]) -> Sized:
-        """What this rank runs where ranks' inputs have other sizes. Collective."""
+    def _begin_again(self, tensors: Sequence[Tensor]) -> tuple[Emitted, nn.Module]:
+        """What this rank runs where ranks' inputs have other sizes, or their rows are others. Collective."""
         dtypes = Kinds.of(tensors).dtypes
 
-        def program(sizes: Sizes, sample: Sequence[Tensor] | None) -> Sized:
-            self._given = Kinds(dtypes, sizes)
+        def program(sizes: Sizes, rows: int, sample: Sequence[Tensor] | None) -> Sized:
+            self._given = Kinds(dtypes, sizes, rows)
             return self._sized(sample)
 
         try:
@@ -281,7 +280,7 @@ class DistributedModule(nn.Module):
             training = dict(zip(self._flags, flags, strict=True))
             return self._program_for(training, held, thawed, changes, self._given, sample)
 
-        return self._programs.get(key, None if self._given is None else self._given.sizes, make)
+        return self._programs.get(key, self._given, make)
 
     def _averages(self) -> bool:
         """Whether any parameter that is whole on every rank is trained."""

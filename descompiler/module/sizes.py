@@ -29,6 +29,10 @@ SAMPLE_ROWS = 8
 """Rows of a batch on which a program is captured, where the example can't be given its sizes."""
 
 
+MOST_BRANCHES = 8
+"""Programs of one size that are kept, each for other rows of the global batch."""
+
+
 MANY_SIZES = 8
 """Sizes of inputs from which on users are told what each costs."""
 
@@ -52,34 +56,41 @@ class Programs:
     """What a module has captured so far: by training flags, dtypes, parameters that were frozen, and sizes."""
 
     def __init__(self) -> None:
-        self._programs: dict[Any, Sized] = {}
+        self._programs: dict[Any, list[Sized]] = {}
 
-    def get(self, key: Any, sizes: Sizes | None, make: Callable[[], Emitted]) -> Sized:
-        """A program, made if there is none."""
-        if (key, sizes) not in self._programs:
+    def get(self, key: Any, given: Kinds | None, make: Callable[[], Emitted]) -> Sized:
+        """A program, made if there is none; of several, which are for other rows, the one that was asked for last."""
+        sizes, rows = (None, None) if given is None else (given.sizes, given.rows)
+        found = self._programs.get((key, sizes), [])
+        fitting = [p for p in found if rows is None or p.emitted.accepts(rows)]
+        if not fitting:
             if len(self._programs) == MOST_KEPT:
                 del self._programs[next(iter(self._programs))]
-            self._programs[key, sizes] = Sized(make())
-            if len({s for _, s in self._programs}) == MANY_SIZES:
+            fitting = [Sized(make())]
+            if not found and len({s for _, s in self._programs} | {sizes}) == MANY_SIZES:
                 warn(
                     f"the model was captured for inputs of {MANY_SIZES} sizes, the latest {sizes}: it is captured anew "
                     "for each. Pad histories to a few lengths (8, 16, 32 ...) if that takes too long"
                 )
-        return self._programs[key, sizes]
+        self._programs[key, sizes] = [fitting[0], *(p for p in found if p is not fitting[0])][:MOST_BRANCHES]
+        return fitting[0]
 
 
 def begin_again(
     runtime: Runtime,
     tensors: Sequence[Tensor],
-    program: Callable[[Sizes, Sequence[Tensor] | None], Sized],
+    program: Callable[[Sizes, int, Sequence[Tensor] | None], Sized],
     values: Callable[[Emitted, Sequence[Source]], Sequence[Any]],
-) -> Sized:
-    """What this rank runs where ranks' inputs have other sizes, with the runtime set for it. Collective.
+) -> tuple[Emitted, fx.GraphModule]:
+    """What this rank runs where ranks' inputs have other sizes, or their rows are others. Collective.
+
+    The runtime is set for it.
 
     Parameters
     ----------
     program : callable
-        The program for some sizes, captured on a sample where the example can't be given them.
+        The program for some sizes and the rows of all ranks, captured on a sample where the example can't be given
+        them.
     values : callable
         Of what a program takes, inputs aside.
 
@@ -89,24 +100,25 @@ def begin_again(
         On every rank, if any can't capture a program, or what mixes rows would mix other sizes.
     """
     programs, every = _programs_of_all(runtime, tensors, program)
-    runtime.regions = _regions(runtime, programs, every, values)
-    mine = programs[every[runtime.rank]]
-    runtime.layout, runtime.checks = mine.emitted.layout, mine.emitted.checks
+    runtime.regions = _regions(runtime, programs, every, values) if len(programs) > 1 else None
+    mine = programs[every[runtime.rank]].emitted
+    runtime.layout, runtime.checks, runtime.accepts = mine.layout, mine.checks, mine.accepts
     runtime.call = runtime.call.without_sizes().with_sizes(every)
-    return mine
+    return mine, programs[every[runtime.rank]].module if len(programs) > 1 else mine.module
 
 
 def _programs_of_all(
-    runtime: Runtime, tensors: Sequence[Tensor], program: Callable[[Sizes, Sequence[Tensor] | None], Sized]
+    runtime: Runtime, tensors: Sequence[Tensor], program: Callable[[Sizes, int, Sequence[Tensor] | None], Sized]
 ) -> tuple[dict[Sizes, Sized], list[Sizes]]:
     """The program for each of the sizes that ranks have, and the sizes of each rank."""
-    every = say(Kinds.of(tensors).sizes, runtime.group, runtime.ranks)
+    told = say((Kinds.of(tensors).sizes, tensors[0].shape[0]), runtime.group, runtime.ranks)
+    every, rows = [sizes for sizes, _ in told], sum(n for _, n in told)
     programs: dict[Sizes, Sized] = {}
     unlike: list[Sizes] = []
     problem = None
     for sizes in dict.fromkeys(every):
         try:
-            programs[sizes] = program(sizes, None)
+            programs[sizes] = program(sizes, rows, None)
         except InputError:
             unlike.append(sizes)
         except Exception as error:  # whatever capture and emission raise
@@ -117,11 +129,11 @@ def _programs_of_all(
         samples = say(sample, runtime.group, runtime.ranks)
         for sizes in unlike:
             try:
-                programs[sizes] = program(sizes, samples[every.index(sizes)])
+                programs[sizes] = program(sizes, rows, samples[every.index(sizes)])
             except Exception as error:  # as above
                 problem = f"{type(error).__name__}: {error}"
     try:
-        problem = problem or _mixes(programs)
+        problem = problem or _mixes(programs) or _branches(programs, rows)
         settle(problem, runtime.group, runtime.ranks, InputError)
     except InputError:
         runtime.failed = True
@@ -140,6 +152,13 @@ def _mixes(programs: dict[Sizes, Sized]) -> str | None:
                     "mixes the rows of all ranks over them: pad to one length on all ranks"
                 )
     return None
+
+
+def _branches(programs: dict[Sizes, Sized], rows: int) -> str | None:
+    """Which program is not that for so many rows, though it was captured on them; None if all are."""
+    if all(p.emitted.accepts(rows) for p in programs.values()):
+        return None
+    return f"forward branches on the size of the batch, and no program for {rows} rows was captured"
 
 
 def _regions(

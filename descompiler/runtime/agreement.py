@@ -13,7 +13,7 @@ they tell numbers, and words follow only where all raise; when they compile, whi
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Self, TypeVar
@@ -63,6 +63,11 @@ class OtherProgramError(Exception):
 
     It is caught where programs are chosen (`descompiler.module.sizes`).
     """
+
+
+def any_rows(rows: int) -> bool:
+    """Of a program in which forward does not branch on the rows of the batch."""
+    return True
 
 
 SIZES = 33
@@ -173,6 +178,8 @@ class Agreement(Communicator):
         Whether the step's header was sent.
     failed : bool
         Whether all ranks have raised since the latest forward began.
+    accepts : callable
+        Whether the program under way is that for so many rows of the global batch.
     """
 
     _: KW_ONLY
@@ -180,6 +187,7 @@ class Agreement(Communicator):
     rows: list[int] = field(default_factory=list)
     started: bool = False
     failed: bool = False
+    accepts: Callable[[int], bool] = any_rows
 
     def tell(self, name: str, mine: Sequence[M], problem: str | None) -> list[M]:
         """Send ``mine[r]`` to rank r; returns what each told this one. Unless none has failed, all raise."""
@@ -219,7 +227,7 @@ class Agreement(Communicator):
         Raises
         ------
         OtherProgramError
-            If calls differ in nothing but the sizes of inputs.
+            If calls differ in nothing but the sizes of inputs, or the program is not that for so many rows.
         """
         self.started = True
         if self.ranks == 1:
@@ -237,6 +245,8 @@ class Agreement(Communicator):
             if len({m.call.without_sizes() for m in told}) == 1:
                 raise OtherProgramError
             self.raise_different()
+        if not self.accepts(sum(self.rows)):
+            raise OtherProgramError
         return told
 
     def meet(
