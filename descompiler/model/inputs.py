@@ -260,17 +260,30 @@ def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
     return pytree.tree_unflatten([function(x) if isinstance(x, Tensor) else x for x in leaves], spec)
 
 
+ArgumentPath = tuple[Any, ...]
+"""Keys of torch's pytree that lead to something in ``(args, kwargs)``."""
+
+
+def argument_at(given: Any, path: ArgumentPath) -> Any:
+    """What is at a path in ``(args, kwargs)``."""
+    for key in path:
+        given = key.get(given)
+    return given
+
+
 @dataclass(frozen=True)
 class Signature:
     """How forward is called: the nesting of its inputs, and of its outputs.
 
     ``statics`` and ``output_statics`` hold the leaves that are no tensors, by position, `Ellipsis` where a tensor goes.
+    ``updates`` is where forward replaces tensors of its arguments; the new ones follow the tensors that it returns.
     """
 
     inputs: pytree.TreeSpec
     outputs: pytree.TreeSpec
     statics: tuple[Any, ...]
     output_statics: tuple[Any, ...]
+    updates: tuple[ArgumentPath, ...] = ()
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Tensor leaves of a call, in the order of the graph's inputs.
@@ -299,6 +312,14 @@ class Signature:
         if len(set(sizes)) > 1:
             raise InputError(f"dim 0 of every input is the batch; the inputs' sizes there are {sizes}")
         return tensors
+
+    def update(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> None:
+        """Replace in the caller's lists and dicts what forward replaces."""
+        if self.updates:
+            for path, x in zip(self.updates, tensors[-len(self.updates) :], strict=True):
+                last: Any = path[-1]
+                holder = argument_at((args, kwargs), path[:-1])
+                holder[last.idx if isinstance(last, pytree.SequenceKey) else last.key] = x
 
     def unflatten(self, tensors: Sequence[Tensor]) -> Any:
         """What forward returns, from its tensors."""

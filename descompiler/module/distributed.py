@@ -142,7 +142,9 @@ class DistributedModule(nn.Module):
             runtime.header(0, text)
             raise
         assert emitted.signature is not None
-        return emitted.signature.unflatten(self._finishing(outputs) if self._in_place else outputs)
+        outputs = self._finishing(outputs) if self._in_place else outputs
+        emitted.signature.update(args, kwargs, outputs)
+        return emitted.signature.unflatten(outputs)
 
     def _call_of(self, changes: Sequence[tuple[Place, Any]]) -> Call:
         """Which program this forward runs."""

@@ -15,7 +15,7 @@ from descompiler.eager.functions import total
 from descompiler.eager.parameters import SynchroniseNorms, plain
 from descompiler.eager.survey import MEAN, ROWS, SAME, SUM
 from descompiler.emit.emit import Emitted
-from descompiler.errors import InputError
+from descompiler.errors import InputError, UnsupportedError
 from descompiler.layout.rows import Rows
 from descompiler.layout.traffic import Traffic
 from descompiler.model.attributes import copied
@@ -130,7 +130,13 @@ class PartialModule(DistributedModule):
         args, kwargs = self._cut(guard, *unflatten_with(self._gathered(tensors), spec, statics))
         arithmetic = InDouble if self._means_double else nullcontext
         with arithmetic():
+            held = flatten((args, kwargs))[0]
             out = runtime.draw(vars(self)["_call"], *args, **kwargs)
+        if any(x is not y for x, y in zip(held, flatten((args, kwargs))[0], strict=False)):
+            raise UnsupportedError(
+                "forward replaces what is in a list or dict that it is given, and no tracer captured it: return the "
+                "new values from forward"
+            )
         leaves, spec = flatten(out)
         tensors, statics = split_statics(leaves)
         self._check_outputs(tensors)
