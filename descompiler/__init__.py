@@ -17,7 +17,8 @@ from descompiler.errors import (
 )
 from descompiler.layout.traffic import Traffic
 from descompiler.model.inputs import register_input
-from descompiler.module.distributed import DistributedModule, module_of
+from descompiler.module.distributed import DistributedModule
+from descompiler.module.installed import module_of
 from descompiler.module.state import full_state_dict, load_full_state_dict
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.plan import Plan

@@ -12,17 +12,26 @@ from torch import Tensor, nn
 
 from descompiler.capture.checks import asks_for
 from descompiler.capture.ladder import capture
+from descompiler.emit.by_size import mixed_sizes
 from descompiler.emit.emit import Emitted, emit
-from descompiler.errors import CaptureError, PlanError
-from descompiler.graph.fits import Fits
+from descompiler.errors import CaptureError, OtherShapesError, PlanError
 from descompiler.graph.program import Program
 from descompiler.layout.statistics import Statistics
 from descompiler.model.attributes import Place, copied
-from descompiler.model.inputs import Signature, flatten, normalise_inputs, split_statics, unflatten_with
+from descompiler.model.inputs import (
+    MOST_KEPT,
+    Kinds,
+    Signature,
+    flatten,
+    normalise_inputs,
+    shapes_text,
+    split_statics,
+    unflatten_with,
+)
 from descompiler.model.probe import CALL, method_of
 from descompiler.planning.plan import Plan
 from descompiler.plugins import Kit
-from descompiler.region.cut import Weights, at_lookups, minimum_cut
+from descompiler.region.cut import Weights, at_lookups, cut_as, minimum_cut
 from descompiler.region.flow import DEFAULT
 from descompiler.region.partition import Partition
 from descompiler.region.place import place
@@ -36,11 +45,20 @@ from descompiler.tables.tables import Operator
 class Builder:
     """Programs of one model, by the training flags of its modules."""
 
-    def __init__(self, template: nn.Module, example_inputs: Any, method: str = CALL, kit: Kit | None = None):
+    def __init__(
+        self,
+        template: nn.Module,
+        example_inputs: Any,
+        method: str = CALL,
+        kit: Kit | None = None,
+        resized_of: Builder | None = None,
+    ):
         self.template, self.example_inputs, self.method = template, example_inputs, method
+        self.resized_of = resized_of  # the same model, with inputs of other sizes
         self.kit = Kit.of() if kit is None else kit
         leaves, _ = split_statics(flatten(normalise_inputs(example_inputs, method_of(template, method)))[0])
         self.rows = max((x.shape[0] for x in leaves if x.dim()), default=1)
+        self.sizes = Kinds.of(leaves).sizes
         self.device = leaves[0].device if leaves else torch.device("cpu")
         self._others: dict[tuple[object, ...], Builder] = {}
         self._captured: dict[tuple[tuple[str, bool], ...], tuple[Program, Signature]] = {}
@@ -51,7 +69,7 @@ class Builder:
         flags = {n: m.training for n, m in self.template.named_modules()} if training is None else training
         key = tuple(flags.items())
         if key in self._failed:
-            raise CaptureError(str(self._failed[key]), self._failed[key].failures)
+            raise type(self._failed[key])(str(self._failed[key]), self._failed[key].failures)
         if key not in self._captured:
             # an evaluation program is first wanted where the user has gradients off; the checks need them, and random
             # weights may give NaN, which is compared, and which the user's anomaly detection must not stop
@@ -61,9 +79,17 @@ class Builder:
                         self.template, self.example_inputs, training=flags, passes=self.kit.passes, method=self.method
                     )
                 except CaptureError as error:
-                    self._failed[key] = error
-                    raise
+                    self._failed[key] = self._named(error)
+                    raise self._failed[key] from error
         return self._captured[key]
+
+    def _named(self, error: CaptureError) -> CaptureError:
+        """The error, which says so if it is for the sizes of inputs that there is no program."""
+        if self.resized_of is None:
+            return error
+        given, compiled = shapes_text(self.sizes), shapes_text(self.resized_of.sizes)
+        text = f"inputs of shapes {given} don't fit the model, which was compiled for {compiled}"
+        return OtherShapesError(f"{text}: {error}", error.failures)
 
     def of_now(
         self,
@@ -71,7 +97,8 @@ class Builder:
         held: Mapping[str, torch.dtype],
         thawed: Collection[str],
         changes: Sequence[tuple[Place, Any]],
-        given: Sequence[torch.dtype] | None,
+        given: Kinds | None,
+        sample: Sequence[Tensor] | None = None,
     ) -> Builder:
         """Of the model as it is now: cast, or given inputs in other dtypes (a graph has no casts that did nothing).
 
@@ -85,19 +112,24 @@ class Builder:
             Parameters that require a gradient now, and did not: the graph's programs send none to them.
         changes : sequence of ((str, str), value)
             Plain attributes that have another value now, by path and name.
-        given : sequence of torch.dtype, optional
-            By input; as the model was cast if not given. Of inputs that are no floats the example's are taken.
+        given : Kinds, optional
+            Of the inputs; as the model was cast if not given. Of inputs that are no floats the example's dtypes are
+            taken.
+        sample : sequence of Tensor, optional
+            Inputs of those kinds, if the example's can't be made so.
         """
         before = {n: x.dtype for n, x in _parameters_and_buffers(self.template)}
         cast = {before[n]: d for n, d in held.items() if before[n] != d}
         leaves, spec = flatten(normalise_inputs(self.example_inputs, method_of(self.template, self.method)))
         tensors, statics = split_statics(leaves)
         expected = [cast.get(x.dtype, x.dtype) for x in tensors]
-        wanted = [g if x.is_floating_point() else x.dtype for g, x in zip(given or expected, tensors, strict=True)]
-        if not thawed and not changes and wanted == expected and not asks_for(self.capture(training)[0], cast):
+        given = given or Kinds(tuple(expected), self.sizes)
+        wanted = [g if x.is_floating_point() else x.dtype for g, x in zip(given.dtypes, tensors, strict=True)]
+        same = given.rows is None and given.sizes == self.sizes and not thawed and not changes and wanted == expected
+        if same and not asks_for(self.capture(training)[0], cast):
             return self
-        key = (*held.values(), *wanted, *thawed, *changes)
-        if key not in self._others:
+        key = (*held.values(), *wanted, *thawed, *changes, given.sizes, given.rows)
+        if key not in self._others or sample is not None:
             template = copy.deepcopy(self.template, copied(self.template))
             for name, x in _parameters_and_buffers(template):
                 x.data = x.data.to(held[name])
@@ -105,8 +137,13 @@ class Builder:
                     x.requires_grad_()
             for (path, name), x in changes:
                 setattr(template.get_submodule(path), name, x)
-            tensors = [x.to(d) for x, d in zip(tensors, wanted, strict=True)]
-            self._others[key] = Builder(template, unflatten_with(tensors, spec, statics), self.method, self.kit)
+            if sample is not None:
+                tensors = [x.to(self.device) for x in sample]
+            inputs = unflatten_with(replace(given, dtypes=tuple(wanted)).of_example(tensors), spec, statics)
+            resized_of = None if given.sizes == self.sizes else self
+            if len(self._others) == MOST_KEPT:
+                self._others.pop(next(iter(self._others)))
+            self._others[key] = Builder(template, inputs, self.method, self.kit, resized_of)
         return self._others[key]
 
     def measure(
@@ -120,8 +157,15 @@ class Builder:
     def emit(self, plan: Plan, training: dict[str, bool], rank: int, solver: str = DEFAULT) -> Emitted:
         program, signature = self.capture(training)
         operators = find_tables(program, self.kit.forms)
-        emitted = emit(partition_of(program, operators, plan, self.kit.rules, solver), rank)
-        return replace(emitted, signature=signature, fits=Fits(program))
+        like = None if self.resized_of is None else self.resized_of.inside(plan, training, solver)
+        emitted = emit(partition_of(program, operators, plan, self.kit.rules, solver, like), rank)
+        return replace(emitted, signature=signature, mixed=mixed_sizes(program), accepts=program.accepts)
+
+    def inside(self, plan: Plan, training: dict[str, bool], solver: str) -> frozenset[str]:
+        """Names of the nodes that the plan keeps inside the region."""
+        program, _ = self.capture(training)
+        partition = partition_of(program, find_tables(program, self.kit.forms), plan, self.kit.rules, solver)
+        return frozenset(n.name for n in partition.inside)
 
 
 def _parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -130,9 +174,17 @@ def _parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def partition_of(
-    program: Program, operators: list[Operator], plan: Plan, rules: Sequence[Rule], solver: str = DEFAULT
+    program: Program,
+    operators: list[Operator],
+    plan: Plan,
+    rules: Sequence[Rule],
+    solver: str = DEFAULT,
+    like: frozenset[str] | None = None,
 ) -> Partition:
-    """What a plan makes of a graph of the planned model, which need not be the one that was planned."""
+    """What a plan makes of a graph of the planned model, which need not be the one that was planned.
+
+    ``like``: names of what is inside in the graph for inputs of other sizes; weights are cut as they are there.
+    """
     w = Weights(plan.ranks, plan.rows, plan.itemsize).worth(
         plan.cluster.flops_per_byte if plan.cluster is not None else None
     )
@@ -144,8 +196,10 @@ def partition_of(
     candidates = place(program, operators, splits, rules, plan.ranks, colocated)
     if plan.aggregate == "lookups":
         cut = at_lookups(candidates)
-    else:
+    elif like is None or (found := cut_as(candidates, like)) is None:
         cut = minimum_cut(program, candidates, w, colocated, solver)
+    else:
+        cut = found
     inside = {n for node in cut.inside for n in candidates.placed[node].pieces}
     if lost := set(colocated) - inside:
         raise PlanError(f"weights {sorted(lost)} were cut for another graph (training flags differ); plan again")

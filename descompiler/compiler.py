@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from descompiler.builder import Builder
 from descompiler.captured import Captured
@@ -17,10 +17,12 @@ from descompiler.errors import CaptureError, InputError, PlanError
 from descompiler.graph.program import Failure
 from descompiler.in_part import distribute_in_part, in_other_flags
 from descompiler.model.attributes import unregistered
+from descompiler.model.inputs import map_tensors
 from descompiler.model.probe import CALL, blueprint
 from descompiler.module.deferred import DeferredModule
-from descompiler.module.distributed import DistributedModule, install
+from descompiler.module.distributed import DistributedModule
 from descompiler.module.initial import initial_values
+from descompiler.module.installed import install
 from descompiler.module.parts import Parts
 from descompiler.planning.chosen import NO_OPERATORS
 from descompiler.planning.cluster import Cluster
@@ -182,6 +184,11 @@ def distribute(
     _warn_of_what_is_lost(model, host, ranks)
     # capture, classify (what mixes rows), normalise, find tables
     build, captured, failures = ranks.everywhere(lambda: _capture(builder()))
+    if len(set(ranks.of_every(build.sizes))) > 1:  # ranks pad their examples differently: one plan, for the first's
+        first = ranks.of_first(map_tensors(Tensor.cpu, build.example_inputs))
+        example = map_tensors(lambda x: x.to(build.device), first)
+        same = Builder(build.template, example, build.method, build.kit)
+        build, captured, failures = ranks.everywhere(lambda: _capture(same))
     rows = ranks.of_first(batch or build.rows)  # ranks may have examples of different sizes
     everywhere = all(ranks.of_every(captured is not None))
     if captured is None or not everywhere:

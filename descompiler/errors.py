@@ -46,6 +46,10 @@ class InputError(DescompilerError, ValueError):
     """The inputs of a forward are not what the compiled model takes."""
 
 
+class OtherShapesError(CaptureError, InputError):
+    """There is no graph for the sizes of the inputs, which are not those of the example."""
+
+
 class RankError(DescompilerError):
     """Ranks disagree, or another rank failed; the text says which rank and why."""
 

@@ -190,3 +190,83 @@ class Hooked(Table):
 @pytest.mark.parametrize("model", [Mixing, MixingInPart, Hooked])
 def test_a_backward_that_mixes_rows_is_that_of_the_global_batch(model, on_ranks):
     des.verify(model(), (IDS,), plans=[None, {"*": "row_wise"}], launch=on_ranks)
+
+
+class Clicks(nn.Module):
+    """Hidden states of sessions, which forward replaces in the caller's list (GRU4Rec) and dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.cell, self.head = nn.Embedding(50, 6), nn.GRUCell(6, 6), nn.Linear(6, 50)
+
+    def forward(self, ids: Tensor, state: list[Tensor], more: dict[str, Tensor]) -> Tensor:
+        state[0] = self.cell(self.table(ids), state[0])
+        more["steps"] = more["steps"] + 1
+        return self.head(state[0])
+
+
+def _clicks(net: nn.Module, ids: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Two clicks of each session, the second with the state of the first."""
+    state, more = [torch.zeros(len(ids), 6, dtype=torch.float64)], {"steps": torch.zeros(len(ids))}
+    net(ids[:, 0], state, more)
+    out = net(ids[:, 1], state, more)
+    (out.logsumexp(1).mean() + state[0].pow(2).mean()).backward()
+    return state, more
+
+
+def _sessions(rank, ranks, model):
+    state, more = [torch.zeros(6, 6, dtype=torch.float64)], {"steps": torch.zeros(6)}
+    module = des.compile(model, (IDS[:, 0], state, more), plan={"*": "row_wise"})
+    state, more = _clicks(module, IDS[rank * 3 : rank * 3 + 3])
+    torch.optim.SGD(module.parameters(), 0.1).step()
+    return state[0].detach(), more["steps"], des.full_state_dict(module)
+
+
+def test_lists_and_dicts_that_forward_updates_are_the_callers(on_ranks):
+    model = Clicks().double()
+    found = on_ranks(_sessions, 2, model)
+    state, more = _clicks(model, IDS)
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    torch.testing.assert_close(torch.cat([x for x, _, _ in found]), state[0].detach())
+    assert all(torch.equal(steps, more["steps"][:3]) for _, steps, _ in found)
+    for name, x in model.state_dict().items():
+        torch.testing.assert_close(found[0][2][name], x)
+
+
+class AddsToItsInput(Table):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        batch["features"] = self.features(batch["ids"])
+        return self.head(batch["features"])
+
+
+def test_what_forward_adds_to_its_arguments_is_told_of():
+    with pytest.warns(UserWarning, match="adds to a list or dict that it is given"):
+        des.compile(AddsToItsInput(), ({"ids": IDS},))
+
+
+class SqueezesItsInput(Table):
+    """A branch on a shape that forward changes in place: probes must not share it."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        ids = torch.from_numpy(np.sort(ids.numpy(), axis=1))
+        x = self.head(self.features(ids))
+        if mask.dim() == 2:
+            mask.squeeze_(-1)
+            x = x * 2
+        return (x * mask.unsqueeze(-1)).sum()
+
+
+MASK = torch.tensor([1.0, 0, 1, 1, 0, 1])
+
+
+def _squeezed(rank, ranks, model):
+    module = des.compile(model, (IDS, MASK[:, None].clone()))
+    mine = slice(rank * 2, 2 + rank * 4)
+    return module(IDS[mine], MASK[mine, None].clone()).detach()
+
+
+def test_probes_share_no_input_that_forward_changes(on_ranks):
+    model = SqueezesItsInput()
+    expected = model(IDS, MASK[:, None].clone())
+    for found in on_ranks(_squeezed, 2, model):
+        torch.testing.assert_close(found, expected.detach())

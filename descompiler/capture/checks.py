@@ -41,7 +41,7 @@ def probe_values(program: Program, probe: Flat, tensors: list[Tensor]) -> dict[s
         if node.op == "placeholder":
             source = program.sources[node.name]
             if source.kind == "input":
-                values[node.name] = next(queue)
+                values[node.name] = next(queue).clone()  # forward may change it in place
             elif source.kind == "parameter":
                 values[node.name] = params[source.name]
             elif source.kind == "buffer":

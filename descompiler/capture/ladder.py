@@ -27,7 +27,7 @@ from descompiler.graph.program import Failure, Program
 from descompiler.graph.rewrite import Pass, run_passes
 from descompiler.model.attributes import Place, left_behind, reads_of
 from descompiler.model.float64 import InDouble
-from descompiler.model.inputs import Signature, flatten, normalise_inputs, split_statics
+from descompiler.model.inputs import ArgumentPath, Signature, flatten, normalise_inputs, split_statics
 from descompiler.model.probe import (
     CALL,
     Flat,
@@ -38,6 +38,7 @@ from descompiler.model.probe import (
     move_parameters,
     other_batch,
     run_eager,
+    updated_arguments,
 )
 
 RUNGS: tuple[tuple[str, Callable[[Flat, list[Tensor], nn.Module], Program]], ...] = (
@@ -172,12 +173,14 @@ def capture(
     tensors = at_least_two_rows(tensors)
     device = tensors[0].device
 
+    updates: tuple[ArgumentPath, ...] = ()
+
     def flat(double: bool) -> Flat:
         model = materialise(template, device, double=double)
         for name, module in model.named_modules():
             module.training = module.training if training is None else training[name]
         result = Flat(model, spec, statics, method)
-        result.training = model.training
+        result.training, result.updates = model.training, updates
         return result
 
     try:
@@ -190,15 +193,16 @@ def capture(
         ) from error
     left = tuple(left_behind(probe.model))
     assert probe.out_spec is not None  # from the eager run: export undoes what forward writes to its module
-    signature = Signature(spec, probe.out_spec, statics, probe.out_statics)
-    batches = [double_all(batch) for batch in (tensors, other_batch(tensors))]
-    _refuse_numbers(signature, probe, batches[1])
+    probe.updates = updates = updated_arguments(probe, double_all(tensors))
+    signature = Signature(spec, probe.out_spec, statics, probe.out_statics, updates)
+    _refuse_numbers(signature, probe, double_all(other_batch(tensors)))
     failures: list[Failure] = []
     for rung, trace in RUNGS:
         try:
             # of a copy each: a trace that fails may leave it broken
             program = checked = run_passes(trace(flat(double=False), tensors, template), passes)
             used = probe
+            batches = [double_all(batch) for batch in (tensors, other_batch(tensors, program.accepts))]
             try:
                 idle = _check_program(checked, used, batches)
             except CannotRunError:

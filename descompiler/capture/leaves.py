@@ -162,7 +162,7 @@ class _Trace:
         with self._patched(lambda name: partial(self._enter, name, iter(self.leaves[name]))):
             try:
                 with traceable_len(self.work):
-                    program = export_program(self.work, self.work, self.tensors, self.template)
+                    program = export_program(self.work, self.work, self.tensors, self.template, guarded=True)
             finally:
                 _CALLS.clear()
         self._finish(program.graph)
@@ -230,6 +230,8 @@ class _Trace:
         buffers = [b.clone() for b in module.buffers()]
         with DrawSeen() as random, Quiet() as quiet, Lookups(tables_of(module), answer) as seeing, tape:
             out = self.forwards[name](*args, **kwargs)
+        if [id(x) for x in flat_of(name, (args, kwargs))[0]] != [id(x) for x in tensors]:
+            raise NotALeafError(name, "it replaces what is in a list or dict that it is given")
         if random.drawn:
             raise NotALeafError(name, f"it draws random numbers ({random.drawn})")
         if not all(map(torch.equal, tensors, before)):

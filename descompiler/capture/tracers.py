@@ -15,11 +15,14 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.export import _trace
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, ShapeEnv
 
 from descompiler.errors import CaptureError, innermost
 from descompiler.graph.nodes import Source, aten
@@ -78,7 +81,23 @@ def trace_dynamo(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Pr
         raise CaptureError(first_line(error)) from error
     if len(graphs) != 1 or len(calls) != 1:
         raise CaptureError(f"forward became {len(graphs)} graphs")
-    return export_program(_Replay(traced.model, graphs[0], calls[0], inputs), traced, tensors, template)
+    replay = _Replay(traced.model, graphs[0], calls[0], inputs)
+    program = export_program(replay, traced, tensors, template, guarded=True)
+    return replace(program, guards=(*program.guards, *_dynamo_guards(graphs[0], program.batch)))
+
+
+def _dynamo_guards(graph: fx.GraphModule, batch: sympy.Symbol | None) -> list[sympy.Basic]:
+    """What Dynamo has assumed of the batch size: its graph has one way through each branch on it."""
+    values = (n.meta.get("example_value") for n in graph.graph.nodes if n.op == "placeholder")
+    sizes: list[Any] = [s for x in values if isinstance(x, Tensor) for s in x.shape]
+    nodes = [s.node for s in sizes if isinstance(s, torch.SymInt)]
+    return _guards_of(nodes[0].shape_env, batch, {s for n in nodes for s in n.expr.free_symbols}) if nodes else []
+
+
+def _guards_of(env: ShapeEnv, batch: sympy.Symbol | None, symbols: set[sympy.Symbol]) -> list[sympy.Basic]:
+    """Conditions on the batch size; ``symbols`` are all that stand for it."""
+    found = [g.expr for g in env.guards if g.expr.free_symbols <= symbols]
+    return [g for g in (x.subs(dict.fromkeys(x.free_symbols, batch)) for x in found) if g not in (True, sympy.true)]
 
 
 class _Replay(nn.Module):
@@ -126,11 +145,20 @@ class _Replay(nn.Module):
             return list(fx.Interpreter(self._graph[0]).run(*values))
 
 
-def export_program(module: nn.Module, traced: Flat, tensors: list[Tensor], template: nn.Module) -> Program:
+def export_program(
+    module: nn.Module, traced: Flat, tensors: list[Tensor], template: nn.Module, *, guarded: bool = False
+) -> Program:
+    """Export; ``guarded``: conditions on the batch size are the program's guards, and no failure.
+
+    Raises
+    ------
+    CaptureError
+        Whatever export raises.
+    """
     batch = torch.export.Dim("batch", min=2)
     registered = register_compressed(traced.model)
     try:
-        with _quiet(), _specialised() as fixed:
+        with _quiet(), _specialised() as fixed, _conditions(guarded) as environments:
             exported = torch.export.export(
                 module, tuple(tensors), dynamic_shapes=(tuple({0: batch} for _ in tensors),), strict=False
             )
@@ -141,7 +169,30 @@ def export_program(module: nn.Module, traced: Flat, tensors: list[Tensor], templ
                 "a number in it); take sizes from the inputs as they are"
             ) from error
         raise CaptureError(first_line(error)) from error
-    return _program_of(exported, template, traced, registered)
+    program = _program_of(exported, template, traced, registered)
+    guards = [g for env in environments for g in _guards_of(env, program.batch, set(env.var_to_val))]
+    return replace(program, guards=tuple(guards))
+
+
+@contextlib.contextmanager
+def _conditions(kept: bool) -> Iterator[list[ShapeEnv]]:
+    """Export goes on where forward branches on the batch size; the environments that have the conditions."""
+    environments: list[ShapeEnv] = []
+    solve = _trace.produce_guards_and_solve_constraints
+
+    def solving(fake_mode: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return solve(fake_mode, *args, **kwargs)
+        except ConstraintViolationError as error:
+            if not kept or "specialized it to be a constant" in str(error):
+                raise
+            environments.append(fake_mode.shape_env)
+
+    _trace.produce_guards_and_solve_constraints = solving
+    try:
+        yield environments
+    finally:
+        _trace.produce_guards_and_solve_constraints = solve
 
 
 @contextlib.contextmanager
@@ -169,18 +220,18 @@ def traceable_len(model: nn.Module) -> Iterator[None]:
 def _specialised() -> Iterator[list[str]]:
     """The user's lines at which a symbolic size becomes a number: torch keeps the first library's line only."""
     places: list[str] = []
-    replace = ShapeEnv._set_replacement
+    unwatched = ShapeEnv._set_replacement
 
     def watching(env: ShapeEnv, symbol: Any, target: Any, message: str) -> None:
         if getattr(target, "is_Integer", False) and (place := innermost(traceback.extract_stack())) is not None:
             places.append(place)
-        replace(env, symbol, target, message)
+        unwatched(env, symbol, target, message)
 
     ShapeEnv._set_replacement = watching  # type: ignore[assignment,method-assign]
     try:
         yield places
     finally:
-        ShapeEnv._set_replacement = replace  # type: ignore[method-assign]
+        ShapeEnv._set_replacement = unwatched  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -19,20 +19,26 @@ from descompiler.model.folded import has_own_values
 from descompiler.model.reach import reached
 
 CHECK_ROWS = 7
-
-BATCH_SPLITS = ((3, 4), (5, 2))
-"""The numbers are compared on a batch of 7 rows in two different uneven divisions."""
+"""The numbers are compared on a batch of so many rows, or as near above as a program's guards accept."""
 
 
-def check_batch(tensors: Sequence[Tensor], *, move: bool) -> list[Tensor]:
+MOST_ROWS = 1 << 12
+
+
+def batch_splits(rows: int) -> tuple[tuple[int, int], ...]:
+    """Two different uneven divisions of that batch: of 7 rows, 3 and 4, and 5 and 2."""
+    return tuple((n, rows - n) for n in ((3, 5) if rows >= CHECK_ROWS else (1, rows - 1)))
+
+
+def check_batch(tensors: Sequence[Tensor], count: int, *, move: bool) -> list[Tensor]:
     """Rows drawn from the example's, each input on its own; ``move``: features that are no integers differ."""
     rows, generator = tensors[0].shape[0], torch.Generator().manual_seed(23)
     result = []
     for t in tensors:
-        if rows >= CHECK_ROWS:
-            index = torch.randperm(rows, generator=generator)[:CHECK_ROWS]
+        if rows >= count:
+            index = torch.randperm(rows, generator=generator)[:count]
         else:
-            index = torch.randint(rows, (CHECK_ROWS,), generator=generator)
+            index = torch.randint(rows, (count,), generator=generator)
         t = t.detach()[index.to(t.device)]
         if move and t.is_floating_point() and not torch.equal(t, t.round()):
             t = t * (1 - 0.1 * torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t))
@@ -48,16 +54,17 @@ class BatchValues:
     whole : dict of torch.fx.Node to value
         Of the whole batch.
     parts, sized : list of list of dict
-        By division of `BATCH_SPLITS` and part of it: what a rank has of the node; and what a node that knows of the
+        By division (``splits``) and part of it: what a rank has of the node; and what a node that knows of the
         batch no more than its size would be of the part alone.
     anchors : dict of torch.fx.Node to Tensor
         Zeros that stand for parameters where gradients are concerned.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, splits: Sequence[tuple[int, int]]) -> None:
+        self.splits = splits
         self.whole: dict[fx.Node, Any] = {}
-        self.parts = [[dict[fx.Node, Any]() for _ in s] for s in BATCH_SPLITS]
-        self.sized = [[dict[fx.Node, Any]() for _ in s] for s in BATCH_SPLITS]
+        self.parts = [[dict[fx.Node, Any]() for _ in s] for s in splits]
+        self.sized = [[dict[fx.Node, Any]() for _ in s] for s in splits]
         self.anchors: dict[fx.Node, Tensor] = {}
 
     def add_parameter(self, node: fx.Node, x: Tensor, *, trained: bool) -> None:
@@ -74,7 +81,7 @@ class BatchValues:
     def slice_parts(self, node: fx.Node, rows: Any) -> None:
         """The parts see their rows of the whole's value; ``rows`` is a list if the value is one."""
         whole = detach(self.whole[node])
-        for sizes, parts in zip(BATCH_SPLITS, self.parts, strict=True):
+        for sizes, parts in zip(self.splits, self.parts, strict=True):
             for first, size, part in zip((0, sizes[0]), sizes, parts, strict=True):
                 if isinstance(rows, list):
                     part[node] = tuple(r.narrow(x, first, size) for r, x in zip(rows, whole, strict=True))
@@ -115,7 +122,7 @@ class BatchValues:
             return self.call(node, lambda a: self.operand(a, division, part, versions[a]))
 
         with torch.no_grad():
-            return [[value_on(d, k) for k in range(len(sizes))] for d, sizes in enumerate(BATCH_SPLITS)]
+            return [[value_on(d, k) for k in range(len(sizes))] for d, sizes in enumerate(self.splits)]
 
     def operand(self, a: fx.Node, division: int, part: int, version: str) -> Any:
         """A version of a value, as a part is given it."""

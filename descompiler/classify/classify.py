@@ -18,7 +18,16 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from descompiler.classify.backward import backward_mixes
-from descompiler.classify.batch_values import BATCH_SPLITS, BatchValues, assembles, check_batch, detach, element
+from descompiler.classify.batch_values import (
+    CHECK_ROWS,
+    MOST_ROWS,
+    BatchValues,
+    assembles,
+    batch_splits,
+    check_batch,
+    detach,
+    element,
+)
 from descompiler.classify.operator_kinds import DRAWN_BY_ROW, DROPPING, HEAVY, SUM_OPERATORS
 from descompiler.classify.scope import CONSTANT, GLOBAL, OWN, OWN_ROWS, SIZE, SIZED, WHOLE, Scope, polynomial
 from descompiler.classify.spare_row import OnSpareRow, runs_without_rows
@@ -43,15 +52,17 @@ def classify(program: Program, values_of: Callable[[list[Tensor]], dict[str, Any
     tensors : sequence of Tensor
         Example inputs, dim 0 the batch.
     """
+    near = (*range(CHECK_ROWS, MOST_ROWS), *range(CHECK_ROWS - 1, 1, -1))
+    rows = next((n for n in near if program.accepts(n)), tensors[0].shape[0])
     try:
-        _Classifier(program, values_of(check_batch(tensors, move=True))).run()
+        _Classifier(program, values_of(check_batch(tensors, rows, move=True)), rows).run()
     except (RuntimeError, IndexError, ValueError):  # the model does not run on such features
-        _Classifier(program, values_of(check_batch(tensors, move=False))).run()
+        _Classifier(program, values_of(check_batch(tensors, rows, move=False)), rows).run()
 
 
 class _Classifier:
-    def __init__(self, program: Program, values: dict[str, Any]):
-        self.program, self.given, self.batch = program, values, BatchValues()
+    def __init__(self, program: Program, values: dict[str, Any], rows: int):
+        self.program, self.given, self.batch = program, values, BatchValues(batch_splits(rows))
         self.scopes: dict[fx.Node, Scope] = {}
         self.generator = torch.Generator().manual_seed(29)
         # sizes of inputs; a size with any other symbol depends on the values of data
@@ -187,7 +198,7 @@ class _Classifier:
             return False
         self.batch.whole[node] = self.batch.call(node, lambda a: self.batch.whole[a])
         self.scopes[node] = Scope(SIZE)
-        for sizes, parts in zip(BATCH_SPLITS, self.batch.parts, strict=True):
+        for sizes, parts in zip(self.batch.splits, self.batch.parts, strict=True):
             for size, part in zip(sizes, parts, strict=True):
                 if node.target is aten.sym_size.int:
                     depends = self.program.batch in expr.free_symbols
@@ -312,7 +323,7 @@ class _Classifier:
         wholes = {a: self.batch.whole[a] for a in versions}
         parts = [
             [{a: self.batch.operand(a, d, k, kind) for a, kind in versions.items()} for k in range(len(sizes))]
-            for d, sizes in enumerate(BATCH_SPLITS)
+            for d, sizes in enumerate(self.batch.splits)
         ]
         layouts = {a: self.scopes[a].rows for a, kind in versions.items() if kind == OWN}
         return backward_mixes(lambda given: self.batch.call(node, given.__getitem__), wholes, parts, layouts, rows)

@@ -175,6 +175,7 @@ class Runs:
     def _run(self, inputs: Any, recorder: Recorder) -> list[Tensor]:
         for n, b in self.model.named_buffers():
             b.copy_(self._state[n])
+        inputs = map_tensors(torch.clone, inputs)  # forward may change them in place, or what holds them
         arithmetic: AbstractContextManager[Any] = InDouble() if self._double_meant else nullcontext()
         with seeded(11, self.device) as has_drawn, arithmetic, recorder:
             out = call_of(self.model, self.method)(*inputs[0], **inputs[1])

@@ -8,8 +8,8 @@ This file has the order; `descompiler.emit.region` and `descompiler.emit.outside
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -18,7 +18,6 @@ from descompiler.classify.scope import scope_of, trained_parameters
 from descompiler.emit.emission import Emission, Version
 from descompiler.emit.outside import OutsideEmitter
 from descompiler.emit.region import RegionEmitter
-from descompiler.graph.fits import Fits
 from descompiler.graph.nodes import Source, aten
 from descompiler.graph.rewrite import ancestors, descendants, eliminate_dead_code
 from descompiler.layout.id_checks import Check
@@ -27,6 +26,7 @@ from descompiler.layout.rows import Rows
 from descompiler.model.attributes import Place
 from descompiler.model.inputs import Signature
 from descompiler.region.partition import Partition
+from descompiler.runtime.agreement import any_rows
 from descompiler.runtime.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait
 from descompiler.runtime.leaf import LeafOnRanks
 from descompiler.tables.form import Split, form_named
@@ -49,10 +49,14 @@ class Emitted:
         Parameters that require gradients and get none.
     reads : frozenset of (str, str)
         See `Program`.
+    total : torch.fx.Node
+        Of the module's graph: the rows of the global batch.
     signature : Signature or None
         How forward is called, and what it returns, in the training flags of the program.
-    fits : Fits or None
-        Which shapes its inputs may have.
+    mixed : mapping of str to str
+        See `descompiler.emit.by_size.mixed_sizes`.
+    accepts : callable
+        Whether it is the program for so many rows of the global batch.
     """
 
     module: fx.GraphModule
@@ -63,8 +67,15 @@ class Emitted:
     outputs: tuple[Rows | None, ...]
     untrained: frozenset[str]
     reads: frozenset[Place]
+    total: fx.Node
     signature: Signature | None = None
-    fits: Fits | None = None
+    mixed: Mapping[str, str] = field(default_factory=dict)
+    accepts: Callable[[int], bool] = any_rows
+
+    def constant(self, name: str, device: torch.device) -> torch.Tensor:
+        """A constant where it is needed, and stays."""
+        found = self.constants[name] = self.constants[name].to(device)
+        return found
 
 
 def emit(partition: Partition, rank: int) -> Emitted:
@@ -99,14 +110,14 @@ def emit(partition: Partition, rank: int) -> Emitted:
         elif n.op == "output":
             outputs: Sequence[fx.Node] = n.args[0]
     e.graph.output(outside.outputs(outputs))
-    eliminate_dead_code(e.graph, keep=_is_collective)
+    eliminate_dead_code(e.graph, keep=is_collective)
     _reach_fetches(e, [scope_of(o).grad for o in outputs])
     e.graph.lint()
     rows = tuple(scope_of(o).rows for o in outputs)
     module = fx.GraphModule(torch.nn.Module(), e.graph)
     wanted = frozenset(n for n, p in program.parameters.items() if p.requires_grad)
     untrained = wanted - trained_parameters(program)
-    return Emitted(module, e.sources, e.constants, e.layout, checks, rows, untrained, program.reads)
+    return Emitted(module, e.sources, e.constants, e.layout, checks, rows, untrained, program.reads, e.rows)
 
 
 def _begin(e: Emission, outside: OutsideEmitter) -> tuple[Check, ...]:
@@ -135,7 +146,7 @@ def _check(split: Split, o: Operator, x: Lookup) -> Check:
     return replace(found, table=f"computed of {', '.join(o.group.tables)}", rows=x.computed)
 
 
-def _is_collective(n: fx.Node) -> bool:
+def is_collective(n: fx.Node) -> bool:
     """Every rank makes it, and the plan counts it, also where nobody reads what it brings."""
     return isinstance(n.target, LeafOnRanks) or n.target in FETCHING
 

@@ -58,6 +58,8 @@ class Program:
         Attributes of the model in which its forward leaves values with a history; the graph does not.
     reads : frozenset of (str, str)
         Numbers and flags that forward reads: a module's path, and its attribute's name. The graph has their values.
+    guards : tuple of sympy.Basic
+        Conditions on the rows of the global batch, in ``batch``: forward branches on it, and the graph has one way.
     """
 
     graph: fx.Graph
@@ -73,6 +75,11 @@ class Program:
     idle: tuple[str, ...] = ()
     left_behind: tuple[str, ...] = ()
     reads: frozenset[Place] = frozenset()
+    guards: tuple[sympy.Basic, ...] = ()
+
+    def accepts(self, rows: int) -> bool:
+        """Whether the graph is that of batches of so many rows; of one as of two, which it was traced on at least."""
+        return all(bool(g.subs(self.batch, max(rows, 2))) for g in self.guards)
 
     def source(self, node: Any) -> Source | None:
         """The source of a placeholder node; None for any other node."""

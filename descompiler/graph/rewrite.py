@@ -47,15 +47,15 @@ def copy_program(program: Program) -> Program:
     return replace(program, graph=graph, journal=list(program.journal))
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Nodes and all that they are computed from."""
+def ancestors(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """Nodes and all that they are computed from; of those in ``stop``, what they are computed from is left out."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         n = stack.pop()
         if n not in found:
             found.add(n)
-            stack.extend(n.all_input_nodes)
+            stack.extend(() if n in stop else n.all_input_nodes)
     return found
 
 

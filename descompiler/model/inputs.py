@@ -260,17 +260,30 @@ def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
     return pytree.tree_unflatten([function(x) if isinstance(x, Tensor) else x for x in leaves], spec)
 
 
+ArgumentPath = tuple[Any, ...]
+"""Keys of torch's pytree that lead to something in ``(args, kwargs)``."""
+
+
+def argument_at(given: Any, path: ArgumentPath) -> Any:
+    """What is at a path in ``(args, kwargs)``."""
+    for key in path:
+        given = key.get(given)
+    return given
+
+
 @dataclass(frozen=True)
 class Signature:
     """How forward is called: the nesting of its inputs, and of its outputs.
 
     ``statics`` and ``output_statics`` hold the leaves that are no tensors, by position, `Ellipsis` where a tensor goes.
+    ``updates`` is where forward replaces tensors of its arguments; the new ones follow the tensors that it returns.
     """
 
     inputs: pytree.TreeSpec
     outputs: pytree.TreeSpec
     statics: tuple[Any, ...]
     output_statics: tuple[Any, ...]
+    updates: tuple[ArgumentPath, ...] = ()
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Tensor leaves of a call, in the order of the graph's inputs.
@@ -300,6 +313,14 @@ class Signature:
             raise InputError(f"dim 0 of every input is the batch; the inputs' sizes there are {sizes}")
         return tensors
 
+    def update(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> None:
+        """Replace in the caller's lists and dicts what forward replaces."""
+        if self.updates:
+            for path, x in zip(self.updates, tensors[-len(self.updates) :], strict=True):
+                last: Any = path[-1]
+                holder = argument_at((args, kwargs), path[:-1])
+                holder[last.idx if isinstance(last, pytree.SequenceKey) else last.key] = x
+
     def unflatten(self, tensors: Sequence[Tensor]) -> Any:
         """What forward returns, from its tensors."""
         return unflatten_with(tensors, self.outputs, self.output_statics)
@@ -313,3 +334,53 @@ def split_statics(leaves: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]
 def unflatten_with(tensors: Sequence[Tensor], spec: pytree.TreeSpec, statics: Sequence[Any]) -> Any:
     queue = iter(tensors)
     return pytree.tree_unflatten([next(queue) if s is Ellipsis else s for s in statics], spec)
+
+
+MOST_KEPT = 128
+"""Programs of one model, for inputs of other sizes, or as it was changed: the oldest go first."""
+
+
+def shapes_text(sizes: Sequence[Sequence[int]]) -> str:
+    """Shapes of inputs, of their sizes beyond the rows.
+
+    >>> shapes_text([(3,), ()])
+    '(rows, 3), (rows)'
+    """
+    return ", ".join(f"({', '.join(['rows', *map(str, x)])})" for x in sizes)
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """What a program is captured for: the tensors of a call, apart from their values.
+
+    Attributes
+    ----------
+    dtypes : tuple of torch.dtype
+    sizes : tuple of tuple of int
+        Of each tensor, beyond dim 0.
+    rows : int, optional
+        Of the global batch, where forward branches on it.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    sizes: tuple[tuple[int, ...], ...]
+    rows: int | None = None
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Kinds:
+        return cls(tuple(x.dtype for x in tensors), tuple(tuple(x.shape[1:]) for x in tensors))
+
+    def of_example(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of an example in these kinds: repeated or cut along each dimension that has another size."""
+        result = []
+        for x, dtype, sizes in zip(tensors, self.dtypes, self.sizes, strict=True):
+            if len(sizes) != x.dim() - 1 or (0 in x.shape[1:] and x.shape[1:].numel() != torch.Size(sizes).numel()):
+                raise InputError(
+                    f"an input has the sizes {list(sizes)} for each row, and in example_inputs "
+                    f"{list(x.shape[1:])}: compile again"
+                )
+            for dim, size in enumerate((self.rows or x.shape[0], *sizes)):
+                if size != x.shape[dim]:
+                    x = x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
+            result.append(x.to(dtype))
+        return result

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from descompiler.errors import CaptureError, InputError, UnsupportedError
+from descompiler.errors import CaptureError, InputError, UnsupportedError, warn
 from descompiler.model.attributes import copied, held_values
 from descompiler.model.float64 import InDouble, is_double_meant, widen, widen_attributes
 from descompiler.model.folded import Folded, probe_parameters
-from descompiler.model.inputs import flatten, split_statics, unflatten_with
+from descompiler.model.inputs import ArgumentPath, argument_at, flatten, split_statics, unflatten_with
 
 
 def blueprint(model: nn.Module) -> nn.Module:
@@ -132,25 +132,28 @@ class Flat(nn.Module):
         self.out_statics: tuple[Any, ...] = ()
         self.means_double = is_double_meant()
         self.arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext  # or InDouble, for a probe in float64
+        self.updates: tuple[ArgumentPath, ...] = ()  # what forward replaces in its arguments: outputs too
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Flat:
         result = Flat(copy.deepcopy(self.model, memo | copied(self.model)), self.spec, self.statics, self.method)
         result.training, result.means_double = self.training, self.means_double
-        result.arithmetic = self.arithmetic
+        result.arithmetic, result.updates = self.arithmetic, self.updates
         return result
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         args, kwargs = unflatten_with(tensors, self.spec, self.statics)
         if torch.compiler.is_dynamo_compiling():  # it replays assignments itself, and reads no more than it has to
-            returned = self._call(args, kwargs)
+            returned = self.call(args, kwargs)
         else:
             with assignments_written(self.model):
-                returned = self._call(args, kwargs)
+                returned = self.call(args, kwargs)
         leaves, self.out_spec = flatten(returned)
         out, self.out_statics = split_statics(leaves)
+        if self.updates:
+            out = [*out, *(argument_at((args, kwargs), path) for path in self.updates)]
         return out
 
-    def _call(self, args: Any, kwargs: Any) -> Any:
+    def call(self, args: Any, kwargs: Any) -> Any:
         call = self.model if self.method == CALL else getattr(self.model, self.method)
         if not self.means_double:  # Dynamo reads this code: as few contexts as can be
             return call(*args, **kwargs)
@@ -173,11 +176,21 @@ def double_all(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.detach().double() if t.is_floating_point() else t.detach() for t in tensors]
 
 
-def other_batch(tensors: list[Tensor]) -> list[Tensor]:
-    """Another size and other values: rows drawn from the example's, each input on its own."""
+def other_batch(tensors: list[Tensor], accepts: Callable[[int], bool] = lambda rows: True) -> list[Tensor]:
+    """Another size and other values: rows drawn from the example's, each input on its own.
+
+    Raises
+    ------
+    CaptureError
+        If no other size near is accepted.
+    """
     rows = tensors[0].shape[0]
     generator = torch.Generator().manual_seed(7)
     size = 2 * rows + 1 if rows < 64 else rows // 2 + 1
+    near = sorted(range(2, 2 * rows + 16), key=lambda n: abs(n - rows))
+    size = next((n for n in (size, *near) if n != rows and accepts(n)), 0)
+    if not size:
+        raise CaptureError(f"forward is another for every batch size but {rows}")
     return [t[torch.randint(rows, (size,), generator=generator).to(t.device)] for t in tensors]
 
 
@@ -192,4 +205,28 @@ def move_parameters(probe: Flat) -> None:
 def run_eager(probe: Flat, tensors: list[Tensor]) -> list[Tensor]:
     torch.manual_seed(11)
     with probe.arithmetic():
-        return probe(*tensors)
+        return probe(*(t.clone() for t in tensors))  # forward may change them in place
+
+
+def updated_arguments(probe: Flat, tensors: list[Tensor]) -> tuple[ArgumentPath, ...]:
+    """Where forward replaces a tensor in a list or dict that it is given (``H[0] = cell(x, H[0])``).
+
+    Warns if it changes more of them: the caller's stay as they were.
+    """
+    given = unflatten_with([t.clone() for t in tensors], probe.spec, probe.statics)
+    before = dict(pytree.tree_flatten_with_path(given)[0])
+    with probe.arithmetic(), torch.no_grad():
+        probe.call(*given)
+    after = dict(pytree.tree_flatten_with_path(given)[0])
+    changed = [path for path in before.keys() | after.keys() if before.get(path) is not after.get(path)]
+    found = [path for path in before if path in changed and _are_tensors(before[path], after.get(path))]
+    if len(found) < len(changed):
+        warn(
+            "forward adds to a list or dict that it is given, takes from it, or changes what is no tensor in it: the "
+            "compiled model leaves the caller's as it was. Return the new values from forward"
+        )
+    return tuple(found)
+
+
+def _are_tensors(*values: Any) -> bool:
+    return all(isinstance(x, Tensor) for x in values)

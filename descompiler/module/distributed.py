@@ -17,18 +17,20 @@ from descompiler.eager.functions import Finish
 from descompiler.eager.gradients import GradientSync
 from descompiler.eager.parameters import plain, substitute
 from descompiler.emit.emit import Emitted
-from descompiler.errors import CaptureError, InputError, UnsupportedError, warn
+from descompiler.errors import CaptureError, InputError, OtherShapesError, UnsupportedError, warn
+from descompiler.graph.nodes import Source
 from descompiler.layout.fetches import Counts
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.rows import Rows
 from descompiler.layout.step import DenseGradients
 from descompiler.layout.traffic import Traffic
 from descompiler.model.attributes import Place, Watch
-from descompiler.model.inputs import Signature
+from descompiler.model.inputs import Kinds, Signature
 from descompiler.module.parts import Parts
+from descompiler.module.sizes import SAMPLE_ROWS, Programs, Sized, Sizes, begin_again
 from descompiler.planning.coverage import Coverage
 from descompiler.planning.plan import Plan
-from descompiler.runtime.agreement import Call, Kind
+from descompiler.runtime.agreement import Call, Kind, OtherProgramError
 from descompiler.runtime.backward import behind
 from descompiler.runtime.gradients import Reducer
 
@@ -70,12 +72,11 @@ class DistributedModule(nn.Module):
         vars(self)["_host"] = host  # no submodule: its parts are this module's own
         self._runtime, self._coverage, self._in_place = runtime, parts.coverage, parts.in_place
         self._signature, self._program_for, self._forward_for = signature, program_for, forward_for
-        self._programs: dict[Any, Emitted] = {}  # by training flags, dtypes, and parameters that were frozen
+        self._programs = Programs()
         self._forwards: dict[tuple[bool, ...], UsersForward] = {}  # by training flags
         self._flags = [name for name, _ in parts.template.named_modules()]
         self._frozen = frozenset(n for n, p in parts.template.named_parameters() if not p.requires_grad)
-        self._given: tuple[torch.dtype, ...] | None = None  # of the latest forward's inputs
-        self._constants: dict[str, Tensor] = {}
+        self._given: Kinds | None = None  # of the latest forward's inputs
         self._reducer: Reducer | None = None
         self._reducer_key: Any = None
         parts.fill(self)
@@ -102,24 +103,23 @@ class DistributedModule(nn.Module):
         """The original's forward on this rank's rows: outputs for them."""
         runtime = self._runtime
         runtime.traffic, runtime.unique, runtime.started, runtime.failures = Traffic(), {}, False, []
+        runtime.regions = None
         self._gradients.begin()
         self._same_flags()
         grad = torch.is_grad_enabled()
         try:
             assert self._signature is not None
             tensors = self._signature.flatten(args, kwargs)
-            self._given = tuple(x.dtype for x in tensors)
+            self._given = Kinds.of(tensors)
             try:
-                emitted = self._program()
+                emitted = self._program_for_inputs(tensors)
             except CaptureError as error:
                 users = self._users_forward(error)
                 runtime.started = True  # the users' forward tells the other ranks what fails in it
                 return users.follow(self, args, kwargs)
-            if emitted.fits is not None and (problem := emitted.fits.problem(tensors)) is not None:
-                raise InputError(problem)
             changes = self._changes()  # of what the program is known to read by now
-            runtime.call = self._call_of(changes)
-            runtime.layout, runtime.checks = emitted.layout, emitted.checks
+            runtime.call = self._call_of(changes).with_sizes(self._given.sizes)
+            runtime.layout, runtime.checks, runtime.accepts = emitted.layout, emitted.checks, emitted.accepts
             reference = next(self.parameters())
             runtime.device = reference.device
             if reference.dtype != runtime.wire_dtype:  # it was cast: other bytes cross
@@ -128,7 +128,11 @@ class DistributedModule(nn.Module):
             reduced = grad and runtime.ranks > 1 and emitted.layout.of(DenseGradients) and not self._in_place
             if reduced and (reducer := self._reducer_now()) is not None:
                 reducer.begin()
-            outputs = self._run(tensors)
+            try:
+                outputs = self._run(tensors, emitted, emitted.module)
+            except OtherProgramError:
+                emitted, graph = self._begin_again(tensors)
+                outputs = self._run(tensors, emitted, graph)
         except Exception as error:
             if runtime.started:
                 if not runtime.failed and runtime.channels is not None:  # the others go on
@@ -140,11 +144,14 @@ class DistributedModule(nn.Module):
             raise
         outputs = self._noticing(outputs)
         assert emitted.signature is not None
-        return emitted.signature.unflatten(self._finishing(outputs) if self._in_place else outputs)
+        outputs = self._finishing(outputs) if self._in_place else outputs
+        emitted.signature.update(args, kwargs, outputs)
+        return emitted.signature.unflatten(outputs)
 
     def _call_of(self, changes: Sequence[tuple[Place, Any]]) -> Call:
         """Which program this forward runs."""
-        dtypes = [str(d).removeprefix("torch.") for d in self._given or () if d.is_floating_point or d.is_complex]
+        given = () if self._given is None else self._given.dtypes
+        dtypes = [str(d).removeprefix("torch.") for d in given if d.is_floating_point or d.is_complex]
         said = repr((changes, dtypes)).encode()  # a program is another one for inputs of other dtypes
         number = zlib.crc32(bytes((*self._training_flags(), *self._trained())) + said)
         name = f"{'training' if self.training else 'evaluation'}, {self._gradients_mode()}"
@@ -161,10 +168,14 @@ class DistributedModule(nn.Module):
         ------
         CaptureError
             If gradients are on: those of the pieces are the other graph's business.
+        OtherShapesError
+            If they are on, and it is for these sizes of inputs that there is no graph.
         """
         if torch.is_grad_enabled():
+            if isinstance(error, OtherShapesError):
+                raise error
             raise CaptureError(
-                f"the model was captured in other training flags (or dtypes) only, not in these ({error}). Its own "
+                f"the model was captured in other training flags (dtypes, sizes) only, not in these ({error}). Its own "
                 "forward can run in these with gradients off: call it within torch.no_grad()",
                 error.failures,
             ) from error
@@ -206,28 +217,46 @@ class DistributedModule(nn.Module):
                 outputs[i] = x
         return outputs
 
-    def _run(self, tensors: Any) -> list[Tensor]:
-        emitted = self._program()
+    def _run(self, tensors: Any, emitted: Emitted, module: nn.Module) -> list[Tensor]:
+        values = self._values(emitted, emitted.sources, tensors)
+        with torch._C.DisableTorchFunctionSubclass():  # the program knows that it holds pieces
+            return module(self._runtime, *values)
+
+    def _values(self, emitted: Emitted, sources: Sequence[Source], tensors: Sequence[Tensor] = ()) -> list[Tensor]:
         parameters = dict(self.named_parameters(remove_duplicate=False))
         buffers = dict(self.named_buffers(remove_duplicate=False))
         queue = iter(tensors)
         values = []
-        for s in emitted.sources:
+        for s in sources:
             if s.kind == "input":
                 values.append(next(queue))
             elif s.kind == "constant":
-                values.append(self._constant(emitted, s.name))
+                values.append(emitted.constant(s.name, self._runtime.device))
             else:
                 values.append((parameters if s.kind == "parameter" else buffers)[s.name])
-        with torch._C.DisableTorchFunctionSubclass():  # the program knows that it holds pieces
-            return emitted.module(self._runtime, *values)
+        return values
 
-    def _constant(self, emitted: Emitted, name: str) -> Tensor:
-        device = self._runtime.device
-        kept = self._constants.get(name)
-        if kept is None or kept.device != device:
-            kept = self._constants[name] = emitted.constants[name].to(device)
-        return kept
+    def _program_for_inputs(self, tensors: Sequence[Tensor]) -> Emitted:
+        """The program; captured on these inputs, if the example's can't be given their sizes."""
+        try:
+            return self._program()
+        except OtherShapesError:
+            raise
+        except InputError:
+            return self._program([x[:SAMPLE_ROWS] for x in tensors])
+
+    def _begin_again(self, tensors: Sequence[Tensor]) -> tuple[Emitted, nn.Module]:
+        """What this rank runs where ranks' inputs have other sizes, or their rows are others. Collective."""
+        dtypes = Kinds.of(tensors).dtypes
+
+        def program(sizes: Sizes, rows: int, sample: Sequence[Tensor] | None) -> Sized:
+            self._given = Kinds(dtypes, sizes, rows)
+            return self._sized(sample)
+
+        try:
+            return begin_again(self._runtime, tensors, program, self._values)
+        finally:
+            self._given = Kinds.of(tensors)
 
     def _same_flags(self) -> None:
         """This module and its host are one module under two names; users switch one of them to evaluation."""
@@ -250,31 +279,36 @@ class DistributedModule(nn.Module):
         modules = dict(self.named_modules(remove_duplicate=False))
         return tuple(modules[name].training for name in self._flags)
 
-    def _program(self) -> Emitted:
-        emitted = self._program_now()
-        if self._attributes is not None and self._attributes.add(emitted.reads):
-            emitted = self._program_now()  # it is the first, or the first in these training flags
-        return emitted
+    def _program(self, sample: Sequence[Tensor] | None = None) -> Emitted:
+        return self._sized(sample).emitted
+
+    def _sized(self, sample: Sequence[Tensor] | None) -> Sized:
+        found = self._program_now(sample)
+        if self._attributes is not None and self._attributes.add(found.emitted.reads):
+            found = self._program_now(sample)  # it is the first, or the first in these training flags
+        return found
 
     def _changes(self) -> tuple[tuple[Place, Any], ...]:
         """What users changed of the plain attributes that forward reads, in a model that was compiled in place."""
         return () if self._attributes is None else self._attributes.changes()
 
-    def _program_now(self) -> Emitted:
+    def _program_now(self, sample: Sequence[Tensor] | None) -> Sized:
         flags, changes = self._training_flags(), self._changes()
         held = {n: x.dtype for n, x in (*self.named_parameters(), *self.named_buffers())}
         thawed = tuple(n for n, p in self.named_parameters() if p.requires_grad and n in self._frozen)
-        key = flags, tuple(held.values()), thawed, changes, self._given
-        if key not in self._programs:
+        key = flags, tuple(held.values()), thawed, changes, self._given and self._given.dtypes
+
+        def make() -> Emitted:
             assert self._program_for is not None
-            training = dict(zip(self._flags, flags, strict=True))
             if changes and self._attributes is not None:
                 warn(
                     f"{self._attributes.told(changes)}: the model is captured anew, as it will be for every other "
                     "value. A buffer may change without that"
                 )
-            self._programs[key] = self._program_for(training, held, thawed, changes, self._given)
-        return self._programs[key]
+            training = dict(zip(self._flags, flags, strict=True))
+            return self._program_for(training, held, thawed, changes, self._given, sample)
+
+        return self._programs.get(key, self._given, make)
 
     def _replicas(self) -> dict[str, nn.Parameter]:
         """The parameters whose gradients the reducer averages: whole on every rank, trained, and used."""
@@ -377,26 +411,3 @@ class DistributedModule(nn.Module):
     def pieces(self, name: str) -> Pieces:
         """Which part of an original parameter this rank holds."""
         return self.plan.pieces[name]
-
-
-def install(model: nn.Module, module: DistributedModule, method: str) -> nn.Module:
-    """Let ``model.method`` call the compiled module, whose host the model is."""
-    vars(model)[method] = module.forward
-    vars(model)["_descompiler"] = module  # no submodule
-    return model
-
-
-def module_of(model: nn.Module) -> DistributedModule:
-    """The `DistributedModule` of a model that was compiled in place: its plan, traffic, coverage.
-
-    Raises
-    ------
-    InputError
-        If the model was not compiled.
-    """
-    found = model if isinstance(model, DistributedModule) else vars(model).get("_descompiler")
-    if found is None:
-        raise InputError(
-            f"this {type(model).__name__} was not compiled in place: des.compile(model, in_place=True, ...)"
-        )
-    return found

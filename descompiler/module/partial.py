@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -14,12 +15,12 @@ from descompiler.eager.functions import total
 from descompiler.eager.parameters import SynchroniseNorms, plain
 from descompiler.eager.survey import MEAN, ROWS, SAME, SUM
 from descompiler.emit.emit import Emitted
-from descompiler.errors import InputError
+from descompiler.errors import InputError, UnsupportedError
 from descompiler.layout.rows import Rows
 from descompiler.layout.traffic import Traffic
 from descompiler.model.attributes import copied
 from descompiler.model.float64 import InDouble, is_double_meant
-from descompiler.model.inputs import flatten, split_statics, unflatten_with
+from descompiler.model.inputs import Kinds, flatten, split_statics, unflatten_with
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.parts import Parts
 from descompiler.ops.local import scale_grad
@@ -119,12 +120,23 @@ class PartialModule(DistributedModule):
         sizes = {x.shape[0] if x.dim() else None for x in tensors}
         problem = None if len(sizes) == 1 and None not in sizes else f"the inputs' sizes of dim 0 are {sizes}, not one"
         rows = tensors[0].shape[0] if problem is None else 0
-        runtime.meet(f"the start of forward, {mode}", rows=rows, problem=problem)
+        inner = Kinds.of(tensors).sizes
+        digest = zlib.crc32(repr(inner).encode())
+        told = runtime.meet(f"the start of forward, {mode}", rows=rows, problem=problem, tell=[digest] * runtime.ranks)
+        if len(set(told)) > 1:
+            title = "forward mixes the rows of all ranks, and no tracer captured it: pad to one length on all ranks"
+            runtime.raise_everywhere(f"inputs have the sizes {inner} for each row", InputError, title)
         guard = self._guard()
         args, kwargs = self._cut(guard, *unflatten_with(self._gathered(tensors), spec, statics))
         arithmetic = InDouble if self._means_double else nullcontext
         with arithmetic():
+            held = flatten((args, kwargs))[0]
             out = runtime.draw(vars(self)["_call"], *args, **kwargs)
+        if any(x is not y for x, y in zip(held, flatten((args, kwargs))[0], strict=False)):
+            raise UnsupportedError(
+                "forward replaces what is in a list or dict that it is given, and no tracer captured it: return the "
+                "new values from forward"
+            )
         leaves, spec = flatten(out)
         tensors, statics = split_statics(leaves)
         self._check_outputs(tensors)
@@ -196,7 +208,7 @@ class PartialModule(DistributedModule):
         """Where a rank's own rows are in each output tensor; None: it is the global batch's, equal on all ranks."""
         return tuple(Rows() if kind == ROWS else None for kind in self._outputs)
 
-    def _program(self) -> Emitted:
+    def _program(self, sample: Sequence[Tensor] | None = None) -> Emitted:
         raise InputError("the model was captured in part: its own forward runs, and there is no program to print")
 
 

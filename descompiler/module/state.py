@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from descompiler.errors import InputError
 from descompiler.layout.pieces import Pieces
-from descompiler.module.distributed import DistributedModule, module_of
+from descompiler.module.distributed import DistributedModule
+from descompiler.module.installed import module_of
 from descompiler.runtime.blocks import BLOCK_ELEMENTS, broadcast, collect, gather, scatter
 from descompiler.runtime.ranks import Ranks
 from descompiler.runtime.room import check_room

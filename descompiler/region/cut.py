@@ -18,7 +18,7 @@ source's side. `descompiler.region.named` gives the same graph to people.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -231,7 +231,18 @@ def minimum_cut(
     found = flow.solve(cut_graph(program, candidates, w, colocated), solver)
     assert found is not None  # aggregation at the lookups is finite
     cost, side = found
-    inside = frozenset(v for v in candidates.placed if v in side)
+    return _cut(candidates, frozenset(v for v in candidates.placed if v in side), cost)
+
+
+def cut_as(candidates: Candidates, names: Collection[str]) -> Cut | None:
+    """The cut of another graph of the model, whose nodes inside have these names; None if this one can't have it."""
+    inside = frozenset(v for v in candidates.placed if v.name in names)
+    if len(inside) < len(names) or not candidates.lookups <= inside:
+        return None
+    return _cut(candidates, inside, 0)
+
+
+def _cut(candidates: Candidates, inside: frozenset[fx.Node], cost: int) -> Cut:
     exits = tuple(v for v in candidates.placed if v in inside and any(u not in inside for u in v.users))
     return Cut(inside, cost, exits)
 

@@ -13,8 +13,8 @@ they tell numbers, and words follow only where all raise; when they compile, whi
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Self, TypeVar
 
@@ -56,6 +56,22 @@ class Kind(IntEnum):
     WHOLE = 5
 
 
+class OtherProgramError(Exception):
+    """Ranks know from the header that this program is not the step's; all raise, and begin the step with another.
+
+    It is caught where programs are chosen (`descompiler.module.sizes`).
+    """
+
+
+def any_rows(rows: int) -> bool:
+    """Of a program in which forward does not branch on the rows of the batch."""
+    return True
+
+
+SIZES = 33
+"""From this bit of a call's number on it is a digest of the sizes of a rank's inputs."""
+
+
 @dataclass(frozen=True)
 class Call:
     """What a rank is about to do.
@@ -77,6 +93,13 @@ class Call:
     def named(name: str, kind: Kind = Kind.POINT) -> Call:
         """A call that is known by its name."""
         return Call(kind, zlib.crc32(name.encode()), name)
+
+    def with_sizes(self, sizes: object) -> Call:
+        """The call for inputs of some sizes: another one for others."""
+        return replace(self, number=self.number | zlib.crc32(repr(sizes).encode()) >> 5 << SIZES)
+
+    def without_sizes(self) -> Call:
+        return replace(self, number=self.number & (1 << SIZES) - 1)
 
     def encode(self) -> int:
         return self.number << 3 | self.kind
@@ -153,6 +176,8 @@ class Agreement(Communicator):
         Whether the step's header was sent.
     failed : bool
         Whether all ranks have raised since the latest forward began.
+    accepts : callable
+        Whether the program under way is that for so many rows of the global batch.
     """
 
     _: KW_ONLY
@@ -160,6 +185,7 @@ class Agreement(Communicator):
     rows: list[int] = field(default_factory=list)
     started: bool = False
     failed: bool = False
+    accepts: Callable[[int], bool] = any_rows
 
     def tell(self, name: str, mine: Sequence[M], problem: str | None) -> list[M]:
         """Send ``mine[r]`` to rank r; returns what each told this one. Unless none has failed, all raise."""
@@ -195,6 +221,11 @@ class Agreement(Communicator):
         -------
         list of Header
             What each rank told this one.
+
+        Raises
+        ------
+        OtherProgramError
+            If calls differ in nothing but the sizes of inputs, or the program is not that for so many rows.
         """
         self.started = True
         if self.ranks == 1:
@@ -211,7 +242,11 @@ class Agreement(Communicator):
             )
         self.rows = [m.rows for m in told]
         if same_call and len({m.call for m in told}) > 1:
+            if len({m.call.without_sizes() for m in told}) == 1:
+                raise OtherProgramError
             self.raise_different()
+        if not self.accepts(sum(self.rows)):
+            raise OtherProgramError
         return told
 
     def meet(

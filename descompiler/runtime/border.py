@@ -31,20 +31,31 @@ class Handle:
 
 @carries(ValuesOut)
 class ExitStart(torch.autograd.Function):
+    """``covers``: the ranks whose rows are in each value, one after another."""
+
     @staticmethod
     def forward(
-        ctx: Any, runtime: Agreement, out: ValuesOut, handle: Handle, anchor: Tensor, *values: Tensor
+        ctx: Any,
+        runtime: Agreement,
+        out: ValuesOut,
+        handle: Handle,
+        covers: Sequence[Sequence[int]],
+        anchor: Tensor,
+        *values: Tensor,
     ) -> Tensor:
-        ctx.runtime, ctx.handle, ctx.rows = runtime, handle, list(runtime.rows)
+        ctx.runtime, ctx.handle, ctx.rows, ctx.covers = runtime, handle, list(runtime.rows), covers
         ctx.shapes = [(v.shape[1:], v.dtype) for v in values]
         ctx.anchor = anchor
-        dtype, width = runtime.wire_dtype, sum(v.shape[1:].numel() for v in values)
-        parts = [torch.split(v.to(dtype), ctx.rows) for v in values]
-        chunks = [p[r].reshape(-1) for r in range(runtime.ranks) for p in parts]
-        send = torch.cat(chunks) if chunks else torch.empty(0, dtype=dtype, device=runtime.device)
+        dtype = runtime.wire_dtype
+        chunks: list[list[Tensor]] = [[] for _ in ctx.rows]
+        for v, ranks in zip(values, covers, strict=True):
+            for r, part in zip(ranks, torch.split(v.to(dtype), [ctx.rows[r] for r in ranks]), strict=True):
+                chunks[r].append(part.reshape(-1))
+        every = [c for of_rank in chunks for c in of_rank]
+        send = torch.cat(every) if every else torch.empty(0, dtype=dtype, device=runtime.device)
         mine = ctx.rows[runtime.rank]
         received = [mine * sum(e.width(r) for e in out.exits) for r in range(runtime.ranks)]
-        ctx.received, ctx.sent = received, [b * width for b in ctx.rows]
+        ctx.received, ctx.sent = received, [sum(c.numel() for c in of_rank) for of_rank in chunks]
         handle.forward = runtime.exchange(send, ctx.sent, received, out.SEND)
         handle.sizes = (ctx.received, ctx.sent)
         return handle.forward.out.detach()  # another tensor: what ctx holds must not have ctx in its history
@@ -52,14 +63,14 @@ class ExitStart(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         buffer = ctx.handle.backward.wait()
-        widths = [shape.numel() for shape, _ in ctx.shapes]
-        parts = torch.split(buffer, [b * w for b in ctx.rows for w in widths])
-        result = []
-        for i, (shape, dtype) in enumerate(ctx.shapes):
-            pieces = [p.reshape(b, *shape) for b, p in zip(ctx.rows, parts[i :: len(widths)], strict=True)]
-            # Gradients are averaged over ranks; what the region's owner receives is the sum.
-            result.append(torch.cat(pieces).div_(ctx.runtime.ranks).to(dtype))
-        return None, None, None, torch.zeros_like(ctx.anchor), *result
+        shapes, pieces = ctx.shapes, [list[Tensor]() for _ in ctx.shapes]
+        here = [(i, r) for r in range(len(ctx.rows)) for i, ranks in enumerate(ctx.covers) if r in ranks]
+        parts = torch.split(buffer, [ctx.rows[r] * shapes[i][0].numel() for i, r in here])
+        for (i, r), part in zip(here, parts, strict=True):
+            pieces[i].append(part.reshape(ctx.rows[r], *shapes[i][0]))
+        # Gradients are averaged over ranks; what the region's owner receives is the sum.
+        result = [torch.cat(p).div_(ctx.runtime.ranks).to(dtype) for p, (_, dtype) in zip(pieces, shapes, strict=True)]
+        return None, None, None, None, torch.zeros_like(ctx.anchor), *result
 
 
 @carries(ValuesOut)

@@ -41,6 +41,25 @@ from descompiler.runtime.global_values import (
 from descompiler.runtime.vocabulary import vocabulary_on_ranks
 
 
+@dataclass(frozen=True)
+class Regions:
+    """The regions of a step in which ranks' inputs have other sizes than each other.
+
+    Attributes
+    ----------
+    layouts : sequence of Layout
+        Of each rank's program.
+    groups : sequence of sequence of int
+        Ranks whose inputs have the same sizes.
+    run : sequence of callable
+        Of each group: from the number of its rows, and their ids by entry, the values of its region.
+    """
+
+    layouts: Sequence[Layout]
+    groups: Sequence[Sequence[int]]
+    run: Sequence[Callable[[int, list[Tensor | None]], Sequence[Tensor]]]
+
+
 @dataclass
 class Runtime(Agreement):
     """What emitted operators know at run time. One per compiled module; programs set their layout before they run."""
@@ -53,6 +72,7 @@ class Runtime(Agreement):
     forwards: int = 0
     asked: Asked = field(default_factory=Asked)
     failures: list[tuple[str, Exception]] = field(default_factory=list)  # of backwards of the latest forward's leaves
+    regions: Regions | None = None  # of this step, where ranks' inputs have other sizes
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.group, self.ranks)
@@ -94,35 +114,65 @@ class Runtime(Agreement):
                     chunks.append(part.to(dtype).reshape(-1))
                     size += mine * e.width(r)
             sent.append(size)
-        width = sum(e.width(self.rank) for e in entries)
+        received = [b * sum(e.width(self.rank) for e in self.layout_of(r).entries) for r, b in enumerate(self.rows)]
         send = torch.cat(chunks) if chunks else torch.empty(0, dtype=dtype, device=self.device)
-        return Handle(self.exchange(send, sent, [b * width for b in self.rows], IdsIn.SEND))
+        return Handle(self.exchange(send, sent, received, IdsIn.SEND))
 
     def enter_wait(self, handle: Handle) -> list[Tensor | None]:
         """Ids of the global batch ``[rows, ...]`` for this rank's tables, by entry; None where it needs none."""
+        return _joined(self._entered(handle))
+
+    def _entered(self, handle: Handle) -> list[list[Tensor | None]]:
+        """The ids that each rank has sent, by entry; None where this rank needs none."""
         assert handle.forward is not None
-        arrived = handle.forward.wait()
-        entries = self.layout.entries
-        widths = [e.width(self.rank) for e in entries]
-        parts = torch.split(arrived, [b * w for b in self.rows for w in widths])
-        result: list[Tensor | None] = []
-        for i, e in enumerate(entries):
-            if not widths[i]:
-                result.append(None)
-                continue
-            tail = e.tail_on(self.rank)
-            pieces = [p.reshape(b, *tail) for b, p in zip(self.rows, parts[i :: len(entries)], strict=True)]
-            result.append(torch.cat(pieces).long())
+        entries = [self.layout_of(r).entries for r in range(self.ranks)]
+        widths = [[e.width(self.rank) for e in of_rank] for of_rank in entries]
+        sizes = [b * w for b, ws in zip(self.rows, widths, strict=True) for w in ws]
+        parts = iter(torch.split(handle.forward.wait(), sizes))
+        result: list[list[Tensor | None]] = []
+        for b, of_rank, ws in zip(self.rows, entries, widths, strict=True):
+            ids = [(next(parts), e.tail_on(self.rank), w) for e, w in zip(of_rank, ws, strict=True)]
+            result.append([part.reshape(b, *tail) if w else None for part, tail, w in ids])
         return result
+
+    def layout_of(self, rank: int) -> Layout:
+        """What crosses in the program that a rank runs."""
+        return self.layout if self.regions is None else self.regions.layouts[rank]
+
+    def run_regions(self, handle: Handle) -> list[list[Tensor]]:
+        """Each group's region on its ranks' rows: its values, by group."""
+        assert self.regions is not None
+        entered, found = self._entered(handle), []
+        for group, run in zip(self.regions.groups, self.regions.run, strict=True):
+            found.append(run(sum(self.rows[r] for r in group), _joined([entered[r] for r in group])))
+        return [list(values) for values in zip(*found, strict=True)]
+
+    def in_rank_order(self, values: Sequence[Tensor]) -> Tensor:
+        """The global batch of a value that is there by group."""
+        assert self.regions is not None
+        parts: dict[int, Tensor] = {}
+        for group, x in zip(self.regions.groups, values, strict=True):
+            parts.update(zip(group, torch.split(x, [self.rows[r] for r in group]), strict=True))
+        return torch.cat([parts[r] for r in range(self.ranks)])
 
     # ---- values out of the region, their gradients back
 
-    def exit_start(self, anchor: Tensor, values: Sequence[Tensor | None]) -> list[Any]:
-        """Send each rank its rows of every value; ``values`` follow ``layout.exits`` (None: this rank has no part)."""
+    def exit_start(self, anchor: Tensor, values: Sequence[Tensor | Sequence[Tensor] | None]) -> list[Any]:
+        """Send each rank its rows of every value; ``values`` follow ``layout.exits`` (None: this rank has no part).
+
+        A value is a tensor of the global batch, or one for each group of ranks (`Regions`).
+        """
         handle = Handle()
-        present = [v for v in values if v is not None]
+        present: list[tuple[Sequence[int], Tensor]] = []
+        for v in values:
+            if isinstance(v, Tensor):
+                present.append((range(self.ranks), v))
+            elif v is not None:
+                assert self.regions is not None
+                present.extend(zip(self.regions.groups, v, strict=True))
         (transfer,) = self.layout.of(ValuesOut)
-        return [handle, ExitStart.apply(self, transfer, handle, anchor, *present)]
+        covers = [ranks for ranks, _ in present]
+        return [handle, ExitStart.apply(self, transfer, handle, covers, anchor, *(v for _, v in present))]
 
     def exit_wait(self, started: list[Any]) -> list[Tensor]:
         """The values for this rank's own rows: summed, or put together (`LOCAL` ranges left out)."""
@@ -163,7 +213,8 @@ class Runtime(Agreement):
         self, number: int, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Sequence[Tensor]
     ) -> list[Tensor]:
         """What is asked of a product with a table whose rows are divided: ``layout.vocabularies[number]``."""
-        return vocabulary_on_ranks(self, self.layout.vocabularies[number], x, weight, bias, ids)
+        counts = [b * self.layout_of(r).vocabularies[number].per_row for r, b in enumerate(self.rows)]
+        return vocabulary_on_ranks(self, self.layout.vocabularies[number], counts, x, weight, bias, ids)
 
     def batch_norm(
         self,
@@ -264,3 +315,8 @@ class Runtime(Agreement):
         if self.loss == "sum":
             return scale_grad(x, self.ranks)
         return scale_grad(x, self.ranks * self.rows[self.rank] / max(sum(self.rows), 1))
+
+
+def _joined(ids: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """By entry, the ids of several ranks, one after another."""
+    return [None if parts[0] is None else torch.cat(parts).long() for parts in zip(*ids, strict=True)]

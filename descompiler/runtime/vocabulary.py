@@ -37,13 +37,21 @@ KEPT_ELEMENTS = 1 << 24
 
 
 def vocabulary_on_ranks(
-    runtime: Any, spec: Vocabulary, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Sequence[Tensor]
+    runtime: Any,
+    spec: Vocabulary,
+    counts: list[int],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Sequence[Tensor],
 ) -> list[Tensor]:
     """`vocabulary` where each rank has a piece of the table, and its own rows of x.
 
     Parameters
     ----------
     runtime : Runtime
+    counts : list of int
+        Rows of x that each rank has: several for a row of the batch where x has them for each position.
     x : Tensor [..., k]
         This rank's rows.
     weight : Tensor
@@ -56,7 +64,7 @@ def vocabulary_on_ranks(
     rows = x.reshape(-1, spec.dim)
     dtype = torch.int32 if spec.id_bytes == 4 else torch.int64
     flat_ids = torch.cat([i.reshape(len(rows), i.shape[-1]) for i in ids], 1).to(dtype) if ids else None
-    values, best = _Exchange.apply(runtime, spec, flat_ids, rows, weight, bias)
+    values, best = _Exchange.apply(runtime, spec, counts, flat_ids, rows, weight, bias)
     parts = _by_owner(values, len(rows), spec.owners, spec.width)
     best_of = _by_owner(best.long(), len(rows), spec.owners, spec.ids_width)
     return shaped(_merge(spec, parts, best_of), x.shape[:-1], spec.requests)
@@ -98,10 +106,16 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, runtime: Any, spec: Vocabulary, ids: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any,
+        runtime: Any,
+        spec: Vocabulary,
+        counts: list[int],
+        ids: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         rank, wire_dtype = runtime.rank, runtime.wire_dtype
-        counts = [b * spec.per_row for b in runtime.rows]
         owns, mine = rank in spec.owners, counts[rank]
         sent = [x.to(wire_dtype)] + ([] if ids is None else [ids])
         outgoing: list[Sequence[Tensor]] = [sent if r in spec.owners else () for r in range(runtime.ranks)]
@@ -141,11 +155,11 @@ class _Exchange(torch.autograd.Function):
             outgoing[r] = [p]
         incoming = [[(empty, (n, spec.width(rank)))] if ctx.owns else [] for n in counts]
         arrived = _exchange(runtime, outgoing, incoming, spec.GRADIENTS)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[4] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[5] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[5] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[6] else None
         back: list[Sequence[Tensor]] = [()] * runtime.ranks
         if ctx.owns:
-            wanted = ctx.needs_input_grad[3:6]
+            wanted = ctx.needs_input_grad[4:7]
             gradient = torch.cat([a[0] for a in arrived]).to(dtype)
             terms, found_weight, found_bias = ctx.slice.backward(gradient, wanted)
             if found_weight is not None:
@@ -155,11 +169,11 @@ class _Exchange(torch.autograd.Function):
             if terms is not None:
                 back = [[t] for t in terms.to(runtime.wire_dtype).split(counts)]
         grad_x = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[4]:
             incoming = [[(empty, (mine, spec.dim))] if r in spec.owners else [] for r in range(runtime.ranks)]
             terms_of = _exchange(runtime, back, incoming, spec.TERMS)
             grad_x = torch.stack([terms_of[r][0] for r in spec.owners]).sum(0).to(dtype)
-        return None, None, None, grad_x, grad_weight, grad_bias
+        return None, None, None, None, grad_x, grad_weight, grad_bias
 
 
 class _Slice:

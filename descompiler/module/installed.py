@@ -1,0 +1,31 @@
+"""A model that was compiled in place: the user's own object, of which one method is the compiled one."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from descompiler.errors import InputError
+from descompiler.module.distributed import DistributedModule
+
+
+def install(model: nn.Module, module: DistributedModule, method: str) -> nn.Module:
+    """Let ``model.method`` call the compiled module, whose host the model is."""
+    vars(model)[method] = module.forward
+    vars(model)["_descompiler"] = module  # no submodule
+    return model
+
+
+def module_of(model: nn.Module) -> DistributedModule:
+    """The `DistributedModule` of a model that was compiled in place: its plan, traffic, coverage.
+
+    Raises
+    ------
+    InputError
+        If the model was not compiled.
+    """
+    found = model if isinstance(model, DistributedModule) else vars(model).get("_descompiler")
+    if found is None:
+        raise InputError(
+            f"this {type(model).__name__} was not compiled in place: des.compile(model, in_place=True, ...)"
+        )
+    return found
