@@ -37,6 +37,7 @@ def full_state_dict(module: nn.Module, *, rank0_only: bool = False) -> dict[str,
     module = module_of(module)
     runtime = module._runtime
     ranks = Ranks(runtime.group, runtime.rank, runtime.ranks, runtime.channels)
+    runtime.meet_between_steps("full_state_dict")
     ranks.name_next("full_state_dict")
     held = module.state_dict()
     cut = {name: module.plan.pieces.get(_canonical(module, name)) for name in held}
@@ -87,6 +88,7 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank
     module = module_of(module)
     runtime = module._runtime
     ranks = Ranks(runtime.group, runtime.rank, runtime.ranks, runtime.channels)
+    runtime.meet_between_steps("load_full_state_dict")
     ranks.name_next("load_full_state_dict")
     mine = module.state_dict()
     ranks.everywhere(

@@ -23,6 +23,7 @@ import torch
 from descompiler.errors import InputError, RankError
 from descompiler.layout import step
 from descompiler.layout.step import LeafStatus
+from descompiler.layout.traffic import Traffic
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.collectives import gather_objects
 from descompiler.runtime.communicator import Communicator
@@ -267,6 +268,14 @@ class Agreement(Communicator):
         self.call = Call.named(what)
         if len({m.call for m in self.header(self.rows[self.rank], None, same_call=False)}) > 1:
             self.raise_everywhere(what, RankError, "ranks begin different backwards")
+
+    def meet_between_steps(self, what: str) -> None:
+        """Every rank begins the same, which is part of no step. A header, too: those of a step may be on their way."""
+        traffic, self.traffic = self.traffic, Traffic()
+        try:
+            self.meet(what, rows=self.rows[self.rank] if self.rows else 0)
+        finally:
+            self.traffic = traffic
 
     @carries(LeafStatus)
     def agree(self, problem: str | None) -> None:

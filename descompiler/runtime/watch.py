@@ -164,7 +164,7 @@ class Watch:
     def begin(self, step: int) -> None:
         """A forward begins."""
         self.step = step
-        if self._written:  # what was raised before was not the end
+        if self._written and self.broken is None:  # what was raised before was not the end
             self._write("goes on")
 
     def enter(self, channel: str) -> Entered:
