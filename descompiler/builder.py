@@ -14,7 +14,7 @@ from descompiler.capture.checks import asks_for
 from descompiler.capture.ladder import capture
 from descompiler.emit.by_size import mixed_sizes
 from descompiler.emit.emit import Emitted, emit
-from descompiler.errors import CaptureError, OtherShapesError, PlanError
+from descompiler.errors import CaptureError, InputError, OtherShapesError, PlanError
 from descompiler.graph.program import Program
 from descompiler.layout.statistics import Statistics
 from descompiler.model.attributes import Place, copied
@@ -81,15 +81,20 @@ class Builder:
                 except CaptureError as error:
                     self._failed[key] = self._named(error)
                     raise self._failed[key] from error
+                except InputError as error:
+                    if self.resized_of is None:
+                        raise
+                    raise InputError(self._other_shapes(error)) from error
         return self._captured[key]
 
     def _named(self, error: CaptureError) -> CaptureError:
         """The error, which says so if it is for the sizes of inputs that there is no program."""
-        if self.resized_of is None:
-            return error
+        return error if self.resized_of is None else OtherShapesError(self._other_shapes(error), error.failures)
+
+    def _other_shapes(self, error: Exception) -> str:
+        assert self.resized_of is not None
         given, compiled = shapes_text(self.sizes), shapes_text(self.resized_of.sizes)
-        text = f"inputs of shapes {given} don't fit the model, which was compiled for {compiled}"
-        return OtherShapesError(f"{text}: {error}", error.failures)
+        return f"inputs of shapes {given} don't fit the model, which was compiled for {compiled}: {error}"
 
     def of_now(
         self,
