@@ -1,5 +1,7 @@
 """What a user would not notice: state that forward keeps, numbers that it returns, names, gradients of another kind."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -270,3 +272,23 @@ def test_probes_share_no_input_that_forward_changes(on_ranks):
     expected = model(IDS, MASK[:, None].clone())
     for found in on_ranks(_squeezed, 2, model):
         torch.testing.assert_close(found, expected.detach())
+
+
+class Counting(Table):
+    """Counts its forwards, in Python that a tracer can't go through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.steps += 1
+        rare = torch.from_numpy(np.array([float(x) for x in self.steps * np.ones(1)]))
+        return self.head(self.features(ids)) * rare.to(self.head.weight.dtype)
+
+
+def test_a_count_that_forward_keeps_begins_where_the_models_does():
+    model = Counting()
+    module = des.compile(copy.deepcopy(model), (IDS,))
+    for _ in range(3):
+        torch.testing.assert_close(module(IDS), model(IDS))

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from descompiler.errors import CaptureError
+from descompiler.graph.leaf import Leaf
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import copy_program, interpret
 from descompiler.model.folded import has_own_values
@@ -71,6 +72,13 @@ def program_in_float64(program: Program) -> Program:
         node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), wide)
     constants = {n: c.double() if c.is_floating_point() else c for n, c in program.constants.items()}
     return replace(copied, constants=constants, recipes={})
+
+
+def renew_leaves(program: Program) -> None:
+    """Let opaque leaves begin anew, as after no run."""
+    for node in program.graph.nodes:
+        if isinstance(node.target, Leaf):
+            node.target.renew()
 
 
 def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> set[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from descompiler.capture.checks import CannotRunError, check_reproduces, probe_values, program_in_float64
+from descompiler.capture.checks import CannotRunError, check_reproduces, probe_values, program_in_float64, renew_leaves
 from descompiler.capture.leaves import trace_leaves, trace_whole
 from descompiler.capture.tracers import trace_dynamo, trace_export
 from descompiler.classify.classify import JUDGED, classify
@@ -25,7 +25,7 @@ from descompiler.errors import CaptureError, DescompilerError, InputError, Unsup
 from descompiler.graph.leaf import Leaf, LeafError
 from descompiler.graph.program import Failure, Program
 from descompiler.graph.rewrite import Pass, run_passes
-from descompiler.model.attributes import Place, left_behind, reads_of
+from descompiler.model.attributes import Place, left_behind, reads_of, set_attributes
 from descompiler.model.float64 import InDouble
 from descompiler.model.inputs import ArgumentPath, Signature, flatten, normalise_inputs, split_statics
 from descompiler.model.probe import (
@@ -74,6 +74,8 @@ def _in_double(probe: Flat) -> Flat:
 def _check_program(program: Program, probe: Flat, batches: Sequence[list[Tensor]]) -> tuple[str, ...]:
     """Raise unless the program reproduces the model; the parameters that only it gives a gradient, of zeros."""
     idle: set[str] = set()
+    set_attributes(probe.model, probe.attributes)
+    renew_leaves(program)
     for batch in batches:
         idle |= check_reproduces(program, probe, batch)
         move_parameters(probe)
@@ -222,6 +224,7 @@ def capture(
         except LeafError as error:
             failures.append(Failure(rung, str(error)))
             continue
+        renew_leaves(checked)
         metas = {n.name: n.meta for n in checked.graph.nodes}
         for n in program.graph.nodes:
             n.meta.update({k: x for k, x in metas[n.name].items() if k in JUDGED})

@@ -35,6 +35,7 @@ from descompiler.graph.leaf import Leaf, LeafCall, Lookups, Quiet, Result
 from descompiler.graph.nodes import mutates, storage_roots
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import eliminate_dead_code
+from descompiler.model.attributes import plain_attributes, set_attributes
 from descompiler.model.inputs import unflatten_with
 from descompiler.model.probe import Flat, other_batch
 
@@ -152,6 +153,7 @@ class _Trace:
         self.work, self.names, self.tensors, self.template = work, names, tensors, template
         self.modules = {n: work.get_submodule(n) for n in names}
         self.forwards = {n: m.forward for n, m in self.modules.items()}
+        self.attributes = plain_attributes(work)
         self.leaves: dict[str, list[Leaf]] = {}
         self.traced: list[Leaf] = []
         self.recipes: dict[Leaf, list[TapeStep | None]] = {}  # of what its lookups return, for any batch
@@ -197,6 +199,7 @@ class _Trace:
             except Exception as error:  # whatever forward raises
                 if i < len(batches):
                     raise CaptureError(f"forward fails on {len(batch[0])} rows: {first_line(error)}") from error
+        set_attributes(self.work, self.attributes)  # leaves begin as the model does
         for name in self.names:
             counts = {len(calls[name]) for _, calls in seen}
             if counts == {0}:
@@ -207,6 +210,7 @@ class _Trace:
 
     def _run(self, batch: list[Tensor]) -> dict[str, list[Seen]]:
         seen: dict[str, list[Seen]] = {n: [] for n in self.names}
+        set_attributes(self.work, self.attributes)
         with self._patched(lambda name: partial(self._record, name, seen[name])), torch.no_grad():
             self.work(*[t.clone() for t in batch])
         return seen

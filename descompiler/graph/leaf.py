@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from descompiler.errors import CaptureError, UnsupportedError, raised_at
-from descompiler.model.attributes import copied
+from descompiler.model.attributes import copied, plain_attributes, set_attributes
 from descompiler.model.float64 import InDouble
 from descompiler.model.inputs import flatten, split_statics, unflatten_with
 from descompiler.ops.functions import DROPOUTS, LOOKUPS, function_name
@@ -161,6 +161,7 @@ class Leaf:
         self.__name__ = self.__qualname__ = f"leaf_{name.replace('.', '_')}"
         self.__module__ = __name__
         self.runs_empty = False
+        self._attributes = plain_attributes(self.module)
         every: list[tuple[str, Tensor]] = list(self.module.named_parameters(remove_duplicate=False))
         every += list(self.module.named_buffers(remove_duplicate=False))
         held = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
@@ -168,6 +169,10 @@ class Leaf:
 
     def __repr__(self) -> str:
         return self.__name__
+
+    def renew(self) -> None:
+        """Begin anew: what forward counted in plain attributes while the model was captured is undone."""
+        set_attributes(self.module, self._attributes)
 
     def judged(self, tensors: Sequence[Tensor], rows: Sequence[Tensor], state: Sequence[Tensor]) -> list[Tensor]:
         """As a call, where dropout and batch norm in training pass their input on.
@@ -177,6 +182,7 @@ class Leaf:
         LeafError
             Whatever forward raises.
         """
+        self.renew()
         try:
             return self._call(tensors, rows, state, Quiet, own_rows=True)
         except LeafError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,6 +108,13 @@ def plain_attributes(model: nn.Module) -> dict[Place, Any]:
         for name, x in vars(module).items()
         if name not in BARE and isinstance(x, PLAIN)
     }
+
+
+def set_attributes(model: nn.Module, values: Mapping[Place, Any]) -> None:
+    """Give plain attributes the values that `plain_attributes` has seen: forward may count in them."""
+    for (path, name), x in values.items():
+        if vars(module := model.get_submodule(path)).get(name) is not x:
+            setattr(module, name, x)
 
 
 @contextmanager

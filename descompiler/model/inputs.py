@@ -261,13 +261,28 @@ def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
 
 
 ArgumentPath = tuple[Any, ...]
-"""Keys of torch's pytree that lead to something in ``(args, kwargs)``."""
+"""Indices and keys of tuples, lists and dicts that lead to something in ``(args, kwargs)``."""
+
+
+def by_path(given: Any, path: ArgumentPath = ()) -> dict[ArgumentPath, Any]:
+    """What is in tuples, lists and dicts, and is none of them.
+
+    >>> by_path(([1, 2], {"x": 3}))
+    {(0, 0): 1, (0, 1): 2, (1, 'x'): 3}
+    """
+    if isinstance(given, tuple | list):
+        items: Any = enumerate(given)
+    elif isinstance(given, dict):
+        items = given.items()
+    else:
+        return {path: given}
+    return {p: x for key, inner in items for p, x in by_path(inner, (*path, key)).items()}
 
 
 def argument_at(given: Any, path: ArgumentPath) -> Any:
     """What is at a path in ``(args, kwargs)``."""
     for key in path:
-        given = key.get(given)
+        given = given[key]
     return given
 
 
@@ -317,9 +332,7 @@ class Signature:
         """Replace in the caller's lists and dicts what forward replaces."""
         if self.updates:
             for path, x in zip(self.updates, tensors[-len(self.updates) :], strict=True):
-                last: Any = path[-1]
-                holder = argument_at((args, kwargs), path[:-1])
-                holder[last.idx if isinstance(last, pytree.SequenceKey) else last.key] = x
+                argument_at((args, kwargs), path[:-1])[path[-1]] = x
 
     def unflatten(self, tensors: Sequence[Tensor]) -> Any:
         """What forward returns, from its tensors."""

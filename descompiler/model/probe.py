@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from descompiler.errors import CaptureError, InputError, UnsupportedError, warn
-from descompiler.model.attributes import copied, held_values
+from descompiler.model.attributes import copied, held_values, plain_attributes
 from descompiler.model.float64 import InDouble, is_double_meant, widen, widen_attributes
 from descompiler.model.folded import Folded, probe_parameters
-from descompiler.model.inputs import ArgumentPath, argument_at, flatten, split_statics, unflatten_with
+from descompiler.model.inputs import ArgumentPath, argument_at, by_path, flatten, split_statics, unflatten_with
 
 
 def blueprint(model: nn.Module) -> nn.Module:
@@ -132,6 +132,7 @@ class Flat(nn.Module):
         self.out_statics: tuple[Any, ...] = ()
         self.means_double = is_double_meant()
         self.arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext  # or InDouble, for a probe in float64
+        self.attributes = plain_attributes(model)  # as they are before the first run
         self.updates: tuple[ArgumentPath, ...] = ()  # what forward replaces in its arguments: outputs too
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Flat:
@@ -214,10 +215,10 @@ def updated_arguments(probe: Flat, tensors: list[Tensor]) -> tuple[ArgumentPath,
     Warns if it changes more of them: the caller's stay as they were.
     """
     given = unflatten_with([t.clone() for t in tensors], probe.spec, probe.statics)
-    before = dict(pytree.tree_flatten_with_path(given)[0])
+    before = by_path(given)
     with probe.arithmetic(), torch.no_grad():
         probe.call(*given)
-    after = dict(pytree.tree_flatten_with_path(given)[0])
+    after = by_path(given)
     changed = [path for path in before.keys() | after.keys() if before.get(path) is not after.get(path)]
     found = [path for path in before if path in changed and _are_tensors(before[path], after.get(path))]
     if len(found) < len(changed):
