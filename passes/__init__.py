@@ -8,7 +8,6 @@ May import: runtime (its names, which emitted programs call) and below.
 
 from descompiler.graph.rewrite import Pass
 from descompiler.passes.forms.column_wise import ColumnWise
-from descompiler.passes.forms.cyclic_rows import CyclicRows
 from descompiler.passes.forms.fsdp import FullySharded
 from descompiler.passes.forms.hot_rows import HotRows
 from descompiler.passes.forms.replicate import Replicate
@@ -93,7 +92,6 @@ for _form in (
     RowWise(),
     ColumnWise(),
     UniqueRows(),
-    CyclicRows(),
     HotRows(),
     FullySharded(),
 ):

@@ -11,7 +11,6 @@ from descompiler.layout.fetches import Fetch, FetchTable
 from descompiler.layout.pieces import Pieces
 from descompiler.runtime.fetch import pull
 from descompiler.runtime.runtime import Runtime
-from tests.harness.plans import FETCHED
 
 
 class Everything(nn.Module):
@@ -54,35 +53,8 @@ MIXED = {
 def test_every_use_of_a_table(on_ranks, optimizer):
     torch.manual_seed(0)
     model = Everything(sparse=optimizer == "sparse_adam")
-    plans = [*FETCHED, MIXED]
+    plans = [{"*": "unique_rows"}, {"*": "sparse_all_gather"}, {"*": "hot_rows"}, MIXED]
     des.verify(model, (ids_of(9),), ranks=3, plans=plans, optimizers=[optimizer], launch=on_ranks)
-
-
-def served(rank, ranks, form):
-    """On every rank: how many rows others ask it for, of a table that is sorted by frequency, and how many it has."""
-    generator = torch.Generator().manual_seed(rank)
-    frequencies = torch.arange(1, 10_001, dtype=torch.float64) ** -1.05
-    ids = torch.multinomial(frequencies, 2000, True, generator=generator)
-    model = nn.Sequential(nn.Embedding(10_000, 2), nn.Linear(2, 1)).double()
-    module = des.compile(model, (ids,), plan={"*": form})
-    module(ids).sum().backward()
-    return module.unique()["0.weight"].served, module.plan.pieces["0.weight"].own_size(rank)
-
-
-def test_rows_that_are_dealt_out_load_ranks_evenly(on_ranks):
-    asked, held = zip(*on_ranks(served, 3, "cyclic_rows"), strict=True)
-    assert max(asked) < 1.1 * min(asked) and max(held) <= min(held) + 1
-    asked, held = zip(*on_ranks(served, 3, "unique_rows"), strict=True)
-    assert max(asked) > 3 * min(asked) and max(held) <= min(held) + 1
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-def test_blocks_of_many_rows_train_as_the_original(on_ranks, sparse):
-    """97 rows on 3 ranks are dealt out in blocks of one to six rows; the last round is no whole one."""
-    model = nn.Sequential(nn.EmbeddingBag(97, 4, mode="mean", padding_idx=41, sparse=sparse), nn.Linear(4, 1))
-    ids = torch.arange(97).repeat(2)[: 12 * 16].reshape(12, 16)
-    report = des.verify(model, (ids,), ranks=3, plans=[{"*": "cyclic_rows"}], launch=on_ranks)
-    assert max(report.worst.values()) <= 1e-10
 
 
 def test_what_is_sent_for_unique_ids(on_ranks):

@@ -5,7 +5,7 @@
 A rank deduplicates its ids over all tables at once, asks each row's owner for it once (one all-to-all of ids, one of
 rows for all tables together), looks the rows up as if they were a small table, and so has one summed gradient for each
 row, which it sends back once. Rows that every rank holds are read where they are; their gradients are gathered, each
-unique row once, or all-reduced. Four forms are made of this: unique_rows and cyclic_rows (no
+unique row once, or all-reduced. Three forms are made of this: unique_rows (no
 shared rows), sparse_all_gather (all rows shared) and hot_rows (both). The results are ordinary `Local` values, so
 anything may follow them.
 
