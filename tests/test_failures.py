@@ -109,7 +109,10 @@ def _apart(rank, ranks, what):
 
 @pytest.mark.parametrize("what", ["skips", "asks", "saves"])
 def test_ranks_that_wait_for_each_other(on_ranks, what):
-    rank_1 = {"skips": "rank 1: step 2, all_to_all (header)", "saves": "rank 1: step 1, all_to_all (header): full_state_dict"}
+    rank_1 = {
+        "skips": "rank 1: step 2, all_to_all (header)",
+        "saves": "rank 1: step 1, all_to_all (header): full_state_dict",
+    }
     for text, seconds, after in on_ranks(_apart, 2, what):
         assert text.startswith("RankError: ranks wait for each other")
         assert "rank 0: step 1, " in text
