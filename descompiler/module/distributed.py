@@ -194,13 +194,9 @@ class DistributedModule(nn.Module):
 
     def _noticing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, so that ranks agree which gradients a backward is asked for."""
-        me = weakref.ref(self)
-
-        def parameters() -> list[tuple[str, Tensor]]:
-            module = me()
-            return [] if module is None else list(module.named_parameters())
-
-        return behind(self._runtime, self._runtime.asked, self._runtime.forwards, outputs, parameters)
+        me, r = weakref.ref(self), self._runtime
+        parameters = lambda: [] if (module := me()) is None else list(module.named_parameters())  # noqa: E731
+        return behind(r, r.asked, r.forwards, outputs, parameters)
 
     def _finishing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, so that every rank's backward ends with the exchange of gradients."""
