@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +26,13 @@ from descompiler.layout.step import DenseGradients
 from descompiler.layout.traffic import Traffic
 from descompiler.model.attributes import Place, Watch
 from descompiler.model.inputs import Kinds, Signature
-from descompiler.module.parts import Parts
+from descompiler.module.parts import Parts, UsersForward
 from descompiler.module.sizes import SAMPLE_ROWS, Programs, Sized, Sizes, begin_again
 from descompiler.planning.coverage import Coverage
 from descompiler.planning.plan import Plan
 from descompiler.runtime.agreement import Call, Kind, OtherProgramError
 from descompiler.runtime.backward import behind
 from descompiler.runtime.gradients import Reducer
-
-
-class UsersForward(Protocol):
-    """What runs the user's own forward with another module's parameters (`descompiler.module.partial`)."""
-
-    @property
-    def output_rows(self) -> tuple[Rows | None, ...]: ...
-
-    def follow(self, owner: DistributedModule, args: Any, kwargs: Any) -> Any: ...
 
 
 class DistributedModule(nn.Module):

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from descompiler.layout.rows import Rows
 from descompiler.planning.coverage import Coverage
 from descompiler.planning.plan import Plan
 from descompiler.runtime.runtime import Runtime
+
+
+class UsersForward(Protocol):
+    """What runs the user's own forward with another module's parameters (`descompiler.module.partial`)."""
+
+    @property
+    def output_rows(self) -> tuple[Rows | None, ...]: ...
+
+    def follow(self, owner: Any, args: Any, kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
