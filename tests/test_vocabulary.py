@@ -79,7 +79,8 @@ def _case(rank, ranks, kinds, counts, held, first, kept):
 
     runtime = Runtime(dist.group.WORLD, rank, ranks, "sum", wire_dtype=torch.float64)
     runtime.rows, runtime.traffic = list(counts), Traffic()
-    got = vocabulary_on_ranks(runtime, spec, own, piece, piece_bias, [ids[rows]] if "select" in kinds else [])
+    asked = [ids[rows]] if "select" in kinds else []
+    got = vocabulary_on_ranks(runtime, spec, [n * LENGTH for n in counts], own, piece, piece_bias, asked)
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
         close(a, b[rows])

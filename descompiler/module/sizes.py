@@ -6,7 +6,7 @@ and begin the step again. See `descompiler.emit.by_size` for what they run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -57,6 +57,9 @@ class Programs:
 
     def __init__(self) -> None:
         self._programs: dict[Any, list[Sized]] = {}
+
+    def __iter__(self) -> Iterator[Emitted]:
+        return (sized.emitted for programs in self._programs.values() for sized in programs)
 
     def get(self, key: Any, given: Kinds | None, make: Callable[[], Emitted]) -> Sized:
         """A program, made if there is none; of several, which are for other rows, the one that was asked for last."""
