@@ -26,7 +26,7 @@ from descompiler.graph.nodes import Source, aten, is_tensor, shape_of
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import ancestors, descendants, eliminate_dead_code
 
-SUMS = frozenset({aten.sum.default, aten.sum.dim_IntList})
+BATCH_SUMS = frozenset({aten.sum.default, aten.sum.dim_IntList})
 """Ranks' terms of these are summed, of however many elements they are."""
 
 
@@ -51,7 +51,7 @@ def mixed_sizes(program: Program) -> dict[str, str]:
         scope = scope_of(n)
         norm = scope.kind == OWN_ROWS and training_norm(n) is not None
         if norm or (scope.kind == GLOBAL and not scope.sized):
-            taken = [n] if scope.reduced and n.target in SUMS else [n, *n.all_input_nodes]
+            taken = [n] if scope.reduced and n.target in BATCH_SUMS else [n, *n.all_input_nodes]
             shapes = [shape_of(x) for x in taken if is_tensor(x) and scope_of(x).kind in (GLOBAL, OWN_ROWS)]
             result[n.name] = str([[_told(s, program.batch) for s in shape] for shape in shapes])
     return result

@@ -160,11 +160,11 @@ def _watching(cls: Any, path: str, names: set[str], reads: set[Place]) -> Any:
     return type(cls)(cls.__name__, (cls,), {"__getattribute__": read, "__module__": cls.__module__})
 
 
-class Watch:
+class AttributeWatch:
     """Plain attributes of a model that may change, and with them what a graph of it should be.
 
     >>> layer = nn.Dropout(0.5)
-    >>> watch = Watch(layer)
+    >>> watch = AttributeWatch(layer)
     >>> watch.add({("", "p")})
     True
     >>> watch.changes()

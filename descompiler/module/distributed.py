@@ -24,7 +24,7 @@ from descompiler.layout.pieces import Pieces
 from descompiler.layout.rows import Rows
 from descompiler.layout.step import DenseGradients
 from descompiler.layout.traffic import Traffic
-from descompiler.model.attributes import Place, Watch
+from descompiler.model.attributes import AttributeWatch, Place
 from descompiler.model.inputs import Kinds, Signature
 from descompiler.module.parts import Parts, UsersForward
 from descompiler.module.sizes import SAMPLE_ROWS, Programs, Sized, Sizes, begin_again
@@ -72,7 +72,7 @@ class DistributedModule(nn.Module):
         self._reducer_key: Any = None
         parts.fill(self)
         runtime.wire_dtype = next((p.dtype for p in self.parameters()), torch.float32)
-        self._attributes = Watch(host) if self._in_place and host is not None else None
+        self._attributes = AttributeWatch(host) if self._in_place and host is not None else None
         self._gradients = GradientSync(runtime, in_part=not self.predicts_traffic)
         self._exchange = PieceExchange(self._gradients)
         for name, p in self.named_parameters():

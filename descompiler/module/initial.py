@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
 from descompiler.runtime import collectives
-from descompiler.runtime.blocks import broadcast, scatter
+from descompiler.runtime.blocks import broadcast_tensor, scatter
 from descompiler.runtime.ranks import Ranks
 from descompiler.runtime.room import check_room
 
@@ -112,7 +112,7 @@ def send_buffers(model: nn.Module, template: nn.Module, group: Any, rank: int, r
     sources = dict(model.named_buffers(remove_duplicate=False))
     for name, b in template.named_buffers(remove_duplicate=False):
         value = b.detach().clone() if sources[name].is_meta else sources[name].detach().clone()
-        result[name] = broadcast(value, group) if ranks > 1 else value
+        result[name] = broadcast_tensor(value, group) if ranks > 1 else value
     return result
 
 

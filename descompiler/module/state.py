@@ -13,7 +13,7 @@ from descompiler.errors import InputError
 from descompiler.layout.pieces import Pieces
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.installed import module_of
-from descompiler.runtime.blocks import BLOCK_ELEMENTS, broadcast, collect, gather, scatter
+from descompiler.runtime.blocks import BLOCK_ELEMENTS, broadcast_tensor, collect, gather, scatter
 from descompiler.runtime.ranks import Ranks
 from descompiler.runtime.room import check_room
 
@@ -104,7 +104,7 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank
                 _copy_piece(local, value, pieces, runtime.rank)
             elif pieces is None or pieces.is_replicated:
                 whole = local.detach().clone() if value is None or ranks.rank else value.to(local, copy=True)
-                local.copy_(broadcast(whole, ranks.group))
+                local.copy_(broadcast_tensor(whole, ranks.group))
             else:
                 local.copy_(scatter(local if value is None else value, local, pieces, ranks, local.device))
 

@@ -15,7 +15,7 @@ from descompiler.runtime.collectives import broadcast_object, receive, send
 from descompiler.runtime.ranks import Ranks
 
 
-def broadcast(x: Tensor, group: Any) -> Tensor:
+def broadcast_tensor(x: Tensor, group: Any) -> Tensor:
     """Rank 0's tensor on every rank. Collective; ``x`` has its shape and layout, perhaps with more or fewer values."""
     sizes = [list(p.shape) for p in parts_of(x)]
     if x.layout is not torch.strided:

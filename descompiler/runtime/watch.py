@@ -1,6 +1,6 @@
 """The watch: no rank waits for ever, and each that gives up says for what, for whom, and why if that is known.
 
-A collective that is there within `LOOK_S` seconds costs nothing here. A rank that waits longer writes in the job's
+A collective that is there within `WAIT_LOOK_S` seconds costs nothing here. A rank that waits longer writes in the job's
 store where it waits, and reads what the others wrote:
 
     a rank has failed                      its words are raised here too
@@ -32,11 +32,11 @@ import torch.distributed as dist
 
 from descompiler.errors import RankError
 
-LOOK_S = 1.0
+WAIT_LOOK_S = 1.0
 """Seconds between two looks at what the others wrote; a rank that is seen twice in one place waits there."""
 
 
-GRACE_S = 3.0
+LAST_WORDS_S = 3.0
 """How long a rank that gives up looks for what the others say."""
 
 
@@ -179,7 +179,7 @@ class Watch:
         deadline = time.monotonic() + self.timeout
         before: Notes = {}
         try:
-            while not _is_done(work, min(LOOK_S, max(deadline - time.monotonic(), 0.01))):
+            while not _is_done(work, min(WAIT_LOOK_S, max(deadline - time.monotonic(), 0.01))):
                 self._write("waits", entered)
                 notes = self.board.read()
                 self._judge(notes, before)
@@ -237,12 +237,12 @@ class Watch:
             self._break("ranks wait for each other, since they do different things:\n" + "\n".join(lines))
 
     def _give_up(self, name: str, why: str, cause: BaseException | None = None) -> None:
-        """Raise, with what the other ranks say of it within `GRACE_S`."""
+        """Raise, with what the other ranks say of it within `LAST_WORDS_S`."""
         self._write("leaves")
         first, others = self.board.read(), set(range(self.board.ranks)) - {self.board.rank}
-        deadline, heard, notes = time.monotonic() + GRACE_S, set[int](), first
+        deadline, heard, notes = time.monotonic() + LAST_WORDS_S, set[int](), first
         while heard != others and time.monotonic() < deadline:
-            time.sleep(LOOK_S / 4)
+            time.sleep(WAIT_LOOK_S / 4)
             notes = self.board.read()
             heard = {r for r in others & notes.keys() if _is_alive(notes[r], first.get(r))}
         lines = [f"rank {self.board.rank} waited in step {self.step}, {name}: {why}"]
@@ -352,7 +352,7 @@ class Channels:
             if parent is not dist.group.WORLD:
                 kind = dist.get_backend(parent)
             # gloo's own end comes after the watch's
-            limit = timedelta(seconds=timeout + 10 * GRACE_S)
+            limit = timedelta(seconds=timeout + 10 * LAST_WORDS_S)
             data, control, reducer = (
                 dist.new_group(members, timeout=limit, backend=kind, use_local_synchronization=True) for _ in range(3)
             )
