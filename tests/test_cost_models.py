@@ -116,6 +116,7 @@ def test_costs_compose():
     assert total.payload == {"all_reduce": 2 * S} and total.calls == {"all_reduce": 2}
     assert total.flops == 12 * b * k * w and total.memory == 2 * V * k * s
     together = fused([first, first])
+    assert total.messages() == 2 * first.messages() and together.messages() == first.messages()
     assert together.payload == total.payload and together.calls == {"all_reduce": 1}
     assert (3 * first).payload == {"all_reduce": 3 * S} and (3 * first).calls == {"all_reduce": 1}
     a, be = alpha("all_reduce", "inter"), beta("all_reduce", "inter")

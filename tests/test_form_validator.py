@@ -4,13 +4,16 @@ In one process: what ranks hold is cut, each rank's part of a lookup is emitted 
 as the form's placement says (`tests.harness.lookups`). Fetches take rows from the owners' pieces where they are.
 """
 
+import re
 from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import descompiler as des
 from descompiler.layout.pieces import ALL, Pieces, locate
 from descompiler.passes import FORMS
 from descompiler.tables.form import Choice
@@ -131,3 +134,57 @@ def test_rows_are_where_they_are_located(pieces):
     for rank in range(pieces.ranks):
         owners, positions = locate(pieces, rows, rank)
         assert [int(parts[o][p]) for o, p in zip(owners.tolist(), positions.tolist(), strict=True)] == rows.tolist()
+
+
+class Whole(nn.Module):
+    """A table of which every row is used, and some are looked up."""
+
+    def __init__(self, sparse: bool):
+        super().__init__()
+        self.item = nn.Embedding(9, 4, sparse=sparse)
+
+    def forward(self, ids):
+        x = self.item(ids)
+        return x if self.item.sparse else x @ self.item.weight.t()
+
+
+@pytest.mark.parametrize(
+    ("form", "sparse", "trained", "reason"),
+    [
+        ("fsdp", False, True, None),
+        ("sparse_all_gather", True, True, None),
+        ("sparse_all_gather", True, False, "it is not trained: no gradient is exchanged"),
+        ("sparse_all_gather", False, True, "products with it have gradients of every row"),
+        ("hot_rows", True, False, "it is not trained: hot rows would save nothing"),
+        ("unique_rows", True, True, None),
+    ],
+)
+def test_what_forms_refuse(form, sparse, trained, reason):
+    model = Whole(sparse).requires_grad_(trained)
+    (table,) = des.plan(model, (torch.zeros(4, dtype=torch.int64),), ranks=2).tables
+    if reason is None:
+        assert form not in table.refusals
+    else:
+        assert re.search(reason, table.refusals[form])
+
+
+class Squared(Whole):
+    def forward(self, ids):
+        return self.item(ids).sum(1) + self.item.weight.square().sum()
+
+
+def test_a_table_with_sparse_gradients_is_not_gathered_whole():
+    (table,) = des.plan(Squared(sparse=True), (torch.zeros(4, dtype=torch.int64),), ranks=2).tables
+    assert "its gradients are sparse" in table.refusals["fsdp"]
+
+
+class Looks(Whole):
+    def forward(self, ids):
+        return self.item(ids)
+
+
+@pytest.mark.parametrize(("sparse", "trained"), product((False, True), (False, True)))
+def test_gradients_of_a_replicated_table_are_gathered_if_they_are_sparse(sparse, trained):
+    model = Looks(sparse).requires_grad_(trained)
+    plan = des.plan(model, (torch.zeros(4, dtype=torch.int64),), ranks=2, pins={"*": "replicate"})
+    assert plan.splits["item.weight"].gathered == (sparse and trained)

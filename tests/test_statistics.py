@@ -107,6 +107,9 @@ def test_hot_rows_are_those_that_cost_less_replicated():
         q = everything.get(row, other)
         pays = HOT_ROWS.subs({**values, UH: 50 + q, H: 21}) < HOT_ROWS.subs(values)
         assert pays == (row in hot)
+    # the least that any hot rows cost: each row the cheaper way, q (i + 2 k s) fetched or 2 k s reduced
+    least = 3 * sum(min(everything.get(row, other) * 20, 16) for row in range(1000))
+    assert form_named("hot_rows").least_bytes(table, 4, statistics, BATCH, 4) == pytest.approx(least)
     shares = statistics.shares("item.weight", split.pieces, BATCH)
     assert max(shares[:4]) < 1.1 * min(shares[:4])
     assert form_named("hot_rows").choose(table, 4, Statistics.assumed([table.table]), BATCH).hot is None
