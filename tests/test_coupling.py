@@ -295,11 +295,11 @@ def test_verify_gives_the_original_what_is_drawn_for_the_whole_batch(on_ranks):
 
 
 class Shuffled(TwoTower):
-    """Negatives drawn from the batch, and one draw of weights for all rows."""
+    """Negatives drawn from the batch, one draw of weights for all rows, and another order."""
 
     def f(self, u, v, x):
         order = torch.randperm(x.shape[0])
-        return v[order], order, x * torch.rand(1)
+        return v[order], order, x * torch.rand(1), torch.randperm(x.shape[0])
 
 
 def _shuffled(rank, ranks):
@@ -318,8 +318,9 @@ def test_draws_for_the_whole_batch_are_equal_on_all_ranks(on_ranks):
     _, items, x = double()
     orders = []
     for step in range(2):
-        rows, order, scaled = ([x for runs, _ in results for x in runs[step][i]] for i in range(3))
-        assert sorted(order) == list(range(8))
+        rows, order, scaled, other = ([x for runs, _ in results for x in runs[step][i]] for i in range(4))
+        assert sorted(order) == sorted(other) == list(range(8))
+        assert order != other
         assert torch.equal(torch.tensor(rows), results[0][1][items[order]])
         assert torch.allclose(torch.tensor(scaled).double(), x * (scaled[0] / x[0]))
         orders.append(order)

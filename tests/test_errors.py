@@ -36,6 +36,20 @@ def test_inputs_that_do_not_fit():
         module(torch.tensor([1]), torch.tensor([1]))
     with pytest.raises(des.InputError, match="can't run example_inputs"):
         des.compile(Table(), (torch.randn(3, 2),))
+    module = des.compile(MODELS["fm"]("fields"), make_inputs("fm", "fields", 8))
+    dense, ids = make_inputs("fm", "fields", 8)
+    with pytest.raises(des.InputError, match=r"dim 0 of every input is the batch.*\[8, 7\]"):
+        module(dense, ids[:7])
+
+
+@pytest.mark.parametrize("rows", [4, 6])
+def test_states_that_do_not_fit(rows):
+    """Of more rows too, of which the first could be taken."""
+    module = des.compile(Table(), (torch.tensor([1, 2, 3]),))
+    before = module.users.weight.clone()
+    with pytest.raises(des.InputError, match=rf"'users.weight' has shape \({rows}, "):
+        des.load_full_state_dict(module, {"users.weight": torch.zeros(rows, before.shape[1])})
+    assert torch.equal(module.users.weight, before)
 
 
 def test_unknown_tables_and_forms():
