@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from descompiler.planning.coverage import coverage_of
 from descompiler.planning.given import GivenPlan, agree, follow_or_choose
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
+from descompiler.planning.plan import Plan
 from descompiler.plugins import Kit
 from descompiler.region.flow import DEFAULT
 from descompiler.region.rule import Rule
@@ -211,6 +213,8 @@ def distribute(
     # propose splits, price them, choose with a cut
     program, operators, w = captured.program, captured.operators, captured.weights(ranks.count, rows)
     chosen = ranks.everywhere(lambda: follow_or_choose(program, operators, build.kit.rules, w, plan, terms))
+    if isinstance(plan, Plan | str | Path):
+        ranks.everywhere(lambda: build.follow(chosen, terms.solver))
     agree(chosen, ranks)
     coverage = coverage_of(program, operators, chosen)
     for text in (None if operators else NO_OPERATORS, coverage.warning()):

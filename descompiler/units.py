@@ -18,6 +18,10 @@ _BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
 _PER_SECOND = {"s": 1.0, "ms": 1e3, "us": 1e6, "µs": 1e6, "μs": 1e6, "ns": 1e9}  # micro sign, and Greek mu
 
 
+MOST_RANKS, MOST_ROWS = 1 << 18, 1 << 32
+"""Ranks, and rows of one rank, that anything is planned for: bytes are counted in 64 bits."""
+
+
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?|\.[0-9]+)\s*([^\s0-9]*)\s*", re.IGNORECASE)
 
 
