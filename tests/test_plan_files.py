@@ -2,19 +2,28 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import descompiler as des
 from descompiler.captured import Captured
+from descompiler.cost_models.table import Table
 from descompiler.eager.planning import follow_or_choose_in_part
 from descompiler.eager.survey import survey
+from descompiler.layout.pieces import Pieces
 from descompiler.model.probe import CALL
+from descompiler.passes import FORMS
+from descompiler.passes.forms.hot_rows import hot_ranges
 from descompiler.planning.objective import Terms
+from descompiler.tables.form import Choice, split_as
+from descompiler.tables.made import made_by_its_form
+from descompiler.tables.tables import Operator
 from examples.models import MODELS, make_inputs
 
 IDS = torch.arange(24).reshape(8, 3) % 12
@@ -36,7 +45,7 @@ class Four(nn.Module):
         return x @ self.items.weight.T + self.bias
 
 
-FORMS = {"tables.0": "row_wise", "tables.1": "unique_rows", "tables.2": "column_wise", "items": "row_wise"}
+PINS = {"tables.0": "row_wise", "tables.1": "unique_rows", "tables.2": "column_wise", "items": "row_wise"}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +54,7 @@ def texts() -> list[str]:
     old = (Path(__file__).parent / "plans" / "version_2_names.json").read_text()
     where = des.Cluster.builtin("ethernet-25g", 2)
     priced = des.plan(MODELS["fm"]("fields"), make_inputs("fm", "fields", 8), ranks=2, cluster=where)
-    return [des.plan(Four(), (IDS,), ranks=3, pins=FORMS).to_json(), priced.to_json(), old]
+    return [des.plan(Four(), (IDS,), ranks=3, pins=PINS).to_json(), priced.to_json(), old]
 
 
 def mutated(text: str, draws: random.Random) -> str:
@@ -269,3 +278,21 @@ def test_mutated_clusters_are_refused_or_whole(draws):
             continue
         assert des.Cluster.from_json(cluster.to_json()) == cluster
         assert cluster.seconds_of("all_to_all", 1e6) >= 0 and cluster.with_ranks(3).ranks == 3
+
+
+def test_what_forms_make_is_recognised(draws):
+    """Of any choice; the same ranges dealt out from the last rank to the first are made by none."""
+    for _ in range(200):
+        rows, ranks = draws.randint(1, 12), draws.randint(1, 5)
+        cuts = sorted(draws.randint(0, rows) for _ in range(ranks - 1))
+        sizes = tuple(b - a for a, b in zip([0, *cuts], [*cuts, rows], strict=True))
+        some = np.array([row for row in range(rows) if draws.random() < 0.4], dtype=int)
+        choice = Choice(draws.randrange(ranks), None, sizes, hot_ranges(some))
+        o = Operator(Table("users", rows, draws.randint(1, 4)), ())
+        for form in [f.name for f in FORMS]:
+            split = split_as(o, form, ranks, choice)
+            assert made_by_its_form(o, split), (form, choice)
+            if len(split.pieces.owners) > 1 and not split.pieces.shared_size():
+                turned = [(r.size, ranks - 1 - r.owner) for r in split.pieces.division]
+                other = replace(split, pieces=Pieces.of(o.shape, split.pieces.dim, turned, ranks))
+                assert not made_by_its_form(o, other), (form, choice)
