@@ -29,6 +29,8 @@ from descompiler.model.inputs import (
     unflatten_with,
 )
 from descompiler.model.probe import CALL, method_of
+from descompiler.planning.checked import EDITED, check_pieces
+from descompiler.planning.exchanges import layout_of
 from descompiler.planning.plan import Plan
 from descompiler.plugins import Kit
 from descompiler.region.cut import Weights, at_lookups, cut_as, minimum_cut
@@ -37,6 +39,7 @@ from descompiler.region.partition import Partition
 from descompiler.region.place import place
 from descompiler.region.rule import Rule
 from descompiler.tables.form import Split, fallback, find_tables, split_as
+from descompiler.tables.made import made_by_its_form
 from descompiler.tables.measure import measure
 from descompiler.tables.products import bias_pieces, outputs_in_order
 from descompiler.tables.tables import Operator
@@ -158,6 +161,48 @@ class Builder:
         called = method_of(self.template, self.method)
         batches = (signature.flatten(*normalise_inputs(x, called)) for x in samples)
         return measure(program, operators, batches)
+
+    def follow(self, plan: Plan, solver: str = DEFAULT) -> Plan:
+        """The plan, if it is one of this model: its pieces, splits and layout are those that the model's programs have.
+
+        A plan does not say in which training flags it was made: it has to be right in some.
+
+        Raises
+        ------
+        PlanError
+            If a file's plan was edited beside its forms, or a plan in memory.
+        """
+        every = [n for n, _ in self.template.named_modules()]
+        first: PlanError | None = None
+        for training in (None, dict.fromkeys(every, True), dict.fromkeys(every, False)):
+            try:
+                program, _ = self.capture(training)
+                self._check(plan, program, solver)
+                return plan
+            except PlanError as error:
+                first = first or error
+            except CaptureError:  # in these flags there is no program that it could be for
+                continue
+        assert first is not None
+        raise first
+
+    def _check(self, plan: Plan, program: Program, solver: str) -> None:
+        operators = find_tables(program, self.kit.forms)
+        check_pieces(plan, {n: tuple(p.shape) for n, p in program.parameters.items()})
+        for o in operators:
+            if o.name in plan.splits and not made_by_its_form(o, plan.splits[o.name]):
+                raise PlanError(
+                    f"the plan's split of table {o.name!r} is none that form {plan.splits[o.name].form!r} makes "
+                    f"({plan.splits[o.name]}): {EDITED}"
+                )
+        partition = partition_of(program, operators, plan, self.kit.rules, solver)
+        for name, pieces in bias_pieces(program, partition.products, partition.splits).items():
+            if plan.pieces[name] != pieces:
+                raise PlanError(
+                    f"the plan's pieces of {name!r} are not those of the table that it is added to: {EDITED}"
+                )
+        if not layout_of(partition).sends_as(plan.layout, plan.rows, plan.itemsize):
+            raise PlanError(f"the plan's layout is not what the model's programs send: {EDITED}")
 
     def emit(self, plan: Plan, training: dict[str, bool], rank: int, solver: str = DEFAULT) -> Emitted:
         program, signature = self.capture(training)

@@ -13,13 +13,13 @@ from descompiler.builder import Builder, partition_of
 from descompiler.eager.measure import measure_in_part
 from descompiler.eager.planning import plan_partial
 from descompiler.eager.survey import survey
-from descompiler.errors import CaptureError
+from descompiler.errors import CaptureError, explained
 from descompiler.graph.program import Program
 from descompiler.layout.statistics import Statistics
 from descompiler.model.inputs import Signature
 from descompiler.model.probe import CALL, blueprint
 from descompiler.planning.cluster import Cluster
-from descompiler.planning.given import setting_of
+from descompiler.planning.given import check_counts, setting_of
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
 from descompiler.planning.plan import Plan
@@ -138,13 +138,17 @@ def plan(
     kit = Kit.of(rules, forms)
     terms: dict[str, Any] = {"forbid": forbid or {}, "cluster": cluster}
     terms |= {"memory_bytes": memory_bytes, "optimizer": optimizer, "solver": solver}
+    check_counts(ranks, batch)
     try:
-        captured = Captured.of(model, example_inputs, method, kit)
+        with explained("capturing the model"):
+            captured = Captured.of(model, example_inputs, method, kit)
     except CaptureError:  # in part, as `compile` does
-        build = Builder(blueprint(model), example_inputs, method, kit)
-        seen = survey(build.template, example_inputs, method)
-        ranks, batch, pins = setting_of(ranks, batch, pins, plan, cluster)
-        if samples is not None:
-            terms["statistics"] = measure_in_part(build.template, seen, samples, ranks, method)
-        return plan_partial(build.template, seen, ranks, batch or build.rows, pins, Terms(**terms))
-    return captured.plan(ranks=ranks, batch=batch, pins=pins, plan=plan, samples=samples, **terms)
+        with explained("planning for the user's own forward"):
+            build = Builder(blueprint(model), example_inputs, method, kit)
+            seen = survey(build.template, example_inputs, method)
+            ranks, batch, pins = setting_of(ranks, batch, pins, plan, cluster)
+            if samples is not None:
+                terms["statistics"] = measure_in_part(build.template, seen, samples, ranks, method)
+            return plan_partial(build.template, seen, ranks, batch or build.rows, pins, Terms(**terms))
+    with explained("planning"):
+        return captured.plan(ranks=ranks, batch=batch, pins=pins, plan=plan, samples=samples, **terms)

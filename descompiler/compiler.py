@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from descompiler.builder import Builder
 from descompiler.captured import Captured
-from descompiler.errors import CaptureError, InputError, PlanError
+from descompiler.errors import CaptureError, InputError, PlanError, step_of
 from descompiler.graph.program import Failure
 from descompiler.in_part import distribute_in_part, in_other_flags
 from descompiler.model.attributes import unregistered
 from descompiler.model.inputs import map_tensors
-from descompiler.model.probe import CALL, blueprint
+from descompiler.model.probe import CALL, blueprint, check_model
 from descompiler.module.deferred import DeferredModule
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.initial import initial_values
@@ -27,9 +28,10 @@ from descompiler.module.parts import Parts
 from descompiler.planning.chosen import NO_OPERATORS
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.coverage import coverage_of
-from descompiler.planning.given import GivenPlan, agree, follow_or_choose
+from descompiler.planning.given import GivenPlan, agree, check_counts, follow_or_choose
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
+from descompiler.planning.plan import Plan
 from descompiler.plugins import Kit
 from descompiler.region.flow import DEFAULT
 from descompiler.region.rule import Rule
@@ -129,6 +131,7 @@ def compile(
     CaptureError, UnsupportedError, PlanError, InputError, RankError
     """
 
+    check_model(model)
     terms = Terms(forbid or {}, cluster, memory_bytes, optimizer, solver=solver)
 
     def compile_for(inputs: Any) -> DistributedModule:
@@ -172,9 +175,10 @@ def distribute(
 
     ``host``: the model whose parameters become pieces, in place.
     """
+    check_counts(None, batch)
     if loss not in LOSSES:
         raise PlanError(f"loss={loss!r}; it is one of {', '.join(LOSSES)}")
-    if not timeout > 0:
+    if not isinstance(timeout, int | float) or not timeout > 0:
         raise InputError(f"timeout={timeout!r}; it is a number of seconds")
     ranks, terms = Ranks.of(process_group, timeout), terms or Terms()
     ranks.name_next("des.compile")
@@ -183,7 +187,7 @@ def distribute(
     ranks.same("version", versions)
     _warn_of_what_is_lost(model, host, ranks)
     # capture, classify (what mixes rows), normalise, find tables
-    build, captured, failures = ranks.everywhere(lambda: _capture(builder()))
+    build, captured, failures = ranks.everywhere(step_of("capturing the model", lambda: _capture(builder())))
     if len(set(ranks.of_every(build.sizes))) > 1:  # ranks pad their examples differently: one plan, for the first's
         first = ranks.of_first(map_tensors(Tensor.cpu, build.example_inputs))
         example = map_tensors(lambda x: x.to(build.device), first)
@@ -210,7 +214,10 @@ def distribute(
         terms = replace(terms, statistics=ranks.of_first(measured))
     # propose splits, price them, choose with a cut
     program, operators, w = captured.program, captured.operators, captured.weights(ranks.count, rows)
-    chosen = ranks.everywhere(lambda: follow_or_choose(program, operators, build.kit.rules, w, plan, terms))
+    choose = step_of("planning", lambda: follow_or_choose(program, operators, build.kit.rules, w, plan, terms))
+    chosen = ranks.everywhere(choose)
+    if isinstance(plan, Plan | str | Path):
+        ranks.everywhere(step_of("following the plan", lambda: build.follow(chosen, terms.solver)))
     agree(chosen, ranks)
     coverage = coverage_of(program, operators, chosen)
     for text in (None if operators else NO_OPERATORS, coverage.warning()):

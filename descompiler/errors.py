@@ -9,11 +9,16 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+T = TypeVar("T")
+
 
 LIBRARIES = tuple(f"{Path(f).parent}/" for f in (__file__, torch.__file__, np.__file__))
 """Folders of code that is not the user's."""
@@ -56,6 +61,33 @@ class RankError(DescompilerError):
 
 class EquivalenceError(DescompilerError, AssertionError):
     """`des.verify` found a difference between the distributed module and the original model."""
+
+
+@contextmanager
+def explained(doing: str) -> Iterator[None]:
+    """What is not meant to be raised, raised as what says in which step, where in the user's code, and what to do."""
+    try:
+        yield
+    except DescompilerError:
+        raise
+    except Exception as error:
+        first, *_ = str(error).splitlines() or [""]
+        place = raised_at(error)
+        raise UnsupportedError(
+            f"{doing} failed with {type(error).__name__}: {first[:300]}{f' ({place})' if place else ''}. Check the "
+            "arguments of the call; if they are right, descompiler does not know what the model does there: please "
+            "report it, with the traceback and the model's forward"
+        ) from error
+
+
+def step_of(doing: str, step: Callable[[], T]) -> Callable[[], T]:
+    """The step, whose errors are `explained`."""
+
+    def run() -> T:
+        with explained(doing):
+            return step()
+
+    return run
 
 
 def warn(text: str) -> None:

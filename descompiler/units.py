@@ -18,6 +18,10 @@ _BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
 _PER_SECOND = {"s": 1.0, "ms": 1e3, "us": 1e6, "µs": 1e6, "μs": 1e6, "ns": 1e9}  # micro sign, and Greek mu
 
 
+MOST_RANKS, MOST_ROWS = 1 << 18, 1 << 32
+"""Ranks, and rows of one rank, that anything is planned for: bytes are counted in 64 bits."""
+
+
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?|\.[0-9]+)\s*([^\s0-9]*)\s*", re.IGNORECASE)
 
 
@@ -82,6 +86,7 @@ def parse_counts(text: str, what: str = "ranks") -> tuple[int, ...]:
             first, last = (int(x) for x in text.split(":"))
             if not 0 < first <= last:
                 raise ValueError
+            _at_most((last,), text, what)
             powers = (1 << e for e in range(first.bit_length(), last.bit_length()))
             return tuple(sorted({first, *(p for p in powers if p < last), last}))
         result = tuple(int(x) for x in text.split(","))
@@ -91,7 +96,14 @@ def parse_counts(text: str, what: str = "ranks") -> tuple[int, ...]:
         raise InputError(
             f"{text!r} is no number of {what}: give one (8), a list (2,4,6) or first:last (2:256, powers of two)"
         ) from None
-    return result
+    return _at_most(result, text, what)
+
+
+def _at_most(counts: tuple[int, ...], text: str, what: str) -> tuple[int, ...]:
+    most = MOST_RANKS if what == "ranks" else MOST_ROWS
+    if max(counts) > most:
+        raise InputError(f"{text[:40]!r}: at most {most:,} {what}")
+    return counts
 
 
 def format_bytes(size_bytes: float) -> str:

@@ -101,3 +101,21 @@ def test_a_wrong_model_is_found():
 
     with pytest.raises(des.EquivalenceError, match=r"initial '.*' is not the original's, bit for bit"):
         des.verify(MODELS["fm"]("fields"), make_inputs("fm", "fields", 8), plans=[{"*": "row_wise"}], launch=launch)
+
+
+def _under_torch_compile(rank, ranks, in_place):
+    model, (dense, ids) = MODELS["fm"]("fields").double(), make_inputs("fm", "fields", 8)
+    original, rows = copy.deepcopy(model), slice(4 * rank, 4 * rank + 4)
+    module = des.compile(model, (dense.double(), ids), in_place=in_place, plan={"*": "row_wise"})
+    torch.compile(module, backend="eager")(dense[rows].double(), ids[rows]).pow(2).mean().backward()
+    original(dense.double(), ids).pow(2).mean().backward()
+    given = {n: p.grad for n, p in module.named_parameters()}
+    replicated = [n for n, p in original.named_parameters() if given[n].shape == p.shape]
+    wanted = dict(original.named_parameters())
+    return len(replicated), all(torch.allclose(given[n], wanted[n].grad) for n in replicated)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_torch_compile_leaves_a_compiled_model_as_it_is(in_place, on_ranks):
+    for count, equal in on_ranks(_under_torch_compile, 2, in_place):
+        assert count and equal

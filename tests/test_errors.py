@@ -23,6 +23,79 @@ def test_options_that_depend_on_the_batch_are_refused(option):
         des.compile(Table(**option), (torch.tensor([1, 2, 3]),))
 
 
+class Tagged(Table):
+    """Reads what it has set on a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.users.weight.fast = None
+
+    def forward(self, x):
+        return super().forward(x) if self.users.weight.fast is None else self.users.weight.fast[x].sum(-1)
+
+
+def with_parameter(p):
+    model = Table()
+    model.kept = nn.Parameter(p, requires_grad=False)
+    return model
+
+
+IDS = (torch.tensor([1, 2, 3]),)
+
+REFUSED = {
+    "a model's class": (lambda: des.compile(Table, IDS), des.InputError, "the class Table: pass an object"),
+    "a sparse parameter": (
+        lambda: des.plan(with_parameter(torch.eye(3).to_sparse()), IDS, ranks=2),
+        des.UnsupportedError,
+        r"'kept' is sparse_coo.*register_buffer\('kept'",
+    ),
+    "an integer parameter": (
+        lambda: des.compile(with_parameter(torch.tensor(1)), IDS),
+        des.UnsupportedError,
+        r"'kept' is int64.*register_buffer\('kept'",
+    ),
+    "an attribute of a parameter": (
+        lambda: des.plan(Tagged(), IDS, ranks=2),
+        des.InputError,
+        r"no attribute 'fast' at .*test_errors.py:\d+\); .*keep it on the module",
+    ),
+    "half a rank": (lambda: des.plan(Table(), IDS, ranks=2.5), des.PlanError, "ranks=2.5; it is a whole number"),
+    "many ranks": (lambda: des.plan(Table(), IDS, ranks=10**12), des.PlanError, "ranks=1000000000000; .* to 262,144"),
+    "many rows": (lambda: des.plan(Table(), IDS, ranks=2, batch=10**21), des.PlanError, "batch=1000"),
+    "no batch": (lambda: des.compile(Table(), IDS, batch=0), des.PlanError, "batch=0"),
+    "no timeout": (lambda: des.compile(Table(), IDS, timeout="long"), des.InputError, "timeout='long'"),
+    "no cluster": (
+        lambda: des.plan(Table(), IDS, ranks=2, cluster="ethernet"),
+        des.UnsupportedError,
+        "planning failed with AttributeError.*Check the arguments",
+    ),
+    "torch.compile's": (
+        lambda: des.compile(torch.compile(Table()), IDS),
+        des.UnsupportedError,
+        r"write des.compile\(model",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused_says_what_it_is_and_what_to_do(what):
+    call, kind, text = REFUSED[what]
+    with pytest.raises(kind, match=text):
+        call()
+
+
+class CrossProduct(Table):
+    """A product of the batch with itself, which has no rows; a sum of it, which is no tensor of any dimension."""
+
+    def forward(self, x):
+        h = self.users(x)
+        return torch.einsum("bk,bj->kj", h, h).diagonal().sum() + h.sum(-1)
+
+
+def test_numbers_of_the_whole_batch_are_planned_with():
+    assert des.plan(CrossProduct(), IDS, ranks=2).explain()
+
+
 @pytest.mark.parametrize("bad", [-1, 5])
 def test_ids_out_of_range(bad):
     module = des.compile(Table(), (torch.tensor([1, 2, 3]),))

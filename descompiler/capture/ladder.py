@@ -21,7 +21,7 @@ from descompiler.capture.leaves import trace_leaves, trace_whole
 from descompiler.capture.tracers import trace_dynamo, trace_export
 from descompiler.classify.classify import JUDGED, classify
 from descompiler.classify.scope import OWN_ROWS, scope_of
-from descompiler.errors import CaptureError, DescompilerError, InputError, UnsupportedError
+from descompiler.errors import CaptureError, DescompilerError, InputError, UnsupportedError, raised_at
 from descompiler.graph.leaf import Leaf, LeafError
 from descompiler.graph.program import Failure, Program
 from descompiler.graph.rewrite import Pass, run_passes
@@ -190,8 +190,13 @@ def capture(
     except UnsupportedError:
         raise
     except Exception as error:
+        place = raised_at(error)
+        where = f" at {place}" if place else ""
+        todo = "pass what its forward takes"
+        if isinstance(error, AttributeError) and "'Parameter' object" in str(error):
+            todo = "what a model sets on a parameter is not copied with it: keep it on the module"
         raise InputError(
-            f"the model can't run example_inputs ({type(error).__name__}: {error}); pass what its forward takes"
+            f"the model can't run example_inputs ({type(error).__name__}: {error}{where}); {todo}"
         ) from error
     left = tuple(left_behind(probe.model))
     assert probe.out_spec is not None  # from the eager run: export undoes what forward writes to its module

@@ -41,7 +41,7 @@ from descompiler.planning.summary import summary_of
 from descompiler.report import measured, paper
 from descompiler.report import page as pages
 from descompiler.report.sweep import sweep
-from descompiler.units import format_bytes, parse_size
+from descompiler.units import MOST_RANKS, format_bytes, parse_size
 
 
 class _Commands(TyperGroup):
@@ -52,6 +52,11 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except des.DescompilerError as error:
             typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+        except OSError as error:
+            if error.filename is None:
+                raise
+            typer.echo(f"error: {error.filename}: {error.strerror}; give a path that can be read or written", err=True)
             raise typer.Exit(1) from None
 
 
@@ -308,7 +313,7 @@ def verify_command(
 def report(
     spec: Spec,
     html: Annotated[Path, typer.Option("--html", metavar="FILE", help="the page to write")] = Path("report.html"),
-    ranks: Annotated[int, typer.Option(min=2)] = 8,
+    ranks: Annotated[int, typer.Option(min=2, max=MOST_RANKS)] = 8,
     batch: OneBatch = None,
     place: PlaceOptions = PlaceOptions(),
     terms: PlanTerms = PlanTerms(),

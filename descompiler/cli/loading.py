@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 
 import descompiler as des
@@ -50,6 +51,8 @@ def load(spec: str, *, train: bool = False) -> tuple[Any, Any]:
         raise des.InputError(text) from error
     if not isinstance(made, tuple) or len(made) != 2:
         raise des.InputError(f"{spec} must return (model, example_inputs); it returned {type(made).__name__}")
+    if not isinstance(made[0], torch.nn.Module):
+        raise des.InputError(f"{spec} must return (model, example_inputs); the first is a {type(made[0]).__name__}")
     return made
 
 

@@ -114,10 +114,12 @@ Markdown = Annotated[bool, typer.Option("--markdown", help="print Markdown table
 Latex = Annotated[bool, typer.Option("--latex", help="print LaTeX tables (booktabs)")]
 
 
-OneRanks = Annotated[int, typer.Option(min=1)]
+OneRanks = Annotated[int, typer.Option(min=1, max=units.MOST_RANKS)]
 
 
-OneBatch = Annotated[int | None, typer.Option(min=1, help="rows per rank; the example's by default")]
+OneBatch = Annotated[
+    int | None, typer.Option(min=1, max=units.MOST_ROWS, help="rows per rank; the example's by default")
+]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from descompiler.errors import PlanError
 from descompiler.graph.program import Failure
 from descompiler.layout.pieces import Pieces
 from descompiler.model.random_state import ONE_DRAW
+from descompiler.planning.checked import EDITED, check_pieces
 from descompiler.planning.coverage import IN_PART, Coverage, Covered
 from descompiler.planning.given import GivenPlan, check_ranks, loaded
 from descompiler.planning.objective import Terms
@@ -22,6 +23,7 @@ from descompiler.planning.plan import Plan
 from descompiler.planning.planner import choose
 from descompiler.region.cut import Weights
 from descompiler.tables.form import Split, fallback, form_named
+from descompiler.tables.made import made_by_its_form
 from descompiler.tables.tables import WEIGHTS_RICH_ELEMENTS
 
 
@@ -40,7 +42,24 @@ def follow_or_choose_in_part(
         )
     if plan.changes:
         return plan_partial(template, seen, ranks, plan.rows, {**plan.forms, **plan.changes}, terms)
+    _check(template, plan, outline_of(template, seen, ranks))
     return plan
+
+
+def _check(template: nn.Module, plan: Plan, outline: Outline) -> None:
+    """Raise unless the pieces of a plan are those that its forms make of the model."""
+    check_pieces(plan, {n: tuple(p.shape) for n, p in template.named_parameters()})
+    operators = {o.name: o for o in outline.operators}
+    for name, pieces in plan.pieces.items():
+        split, o = plan.splits.get(name), operators.get(name)
+        if split is None or o is None:
+            right = pieces.is_replicated
+        else:
+            known = form_named(split.form).fallback or split.form == fetched_form()
+            rows = not pieces.dim or pieces.is_replicated
+            right = known and rows and made_by_its_form(o, replace(split, pieces=replace(pieces, shape=o.shape)))
+        if not right:
+            raise PlanError(f"the plan's pieces of {name!r} are none that its form makes: {EDITED}")
 
 
 def plan_partial(

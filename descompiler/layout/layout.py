@@ -142,6 +142,21 @@ class Layout:
         sent = self._sent(rows, itemsize, self.expected(rows) if unique is None else unique)
         return self._traffic(rank, [s for s in sent if backward or not s.collective.trained])
 
+    def sends_as(self, other: Layout, rows: int, itemsize: int) -> bool:
+        """Whether another layout sends the same, whatever the ids: what people are told besides may differ."""
+        if self.ranks != other.ranks or self.id_bytes != other.id_bytes:
+            return False
+        crossed, others = (Counter((c.kind, c.width, c.ids) for c in x.crossed) for x in (self, other))
+        tables = {t.name for x in (self, other) for f in x.fetches for t in f.tables}
+        ranks = np.arange(1, self.ranks + 1)
+        unique = {n: Counts(ranks * i, ranks * (i + 7), ranks + i) for i, n in enumerate(sorted(tables), start=2)}
+        every = [rows + i % 3 for i in range(self.ranks)]
+        mine, its = (
+            [(collective, np.asarray(size).tolist(), calls) for collective, size, calls in sent]
+            for sent in (x._sent(every, itemsize, unique) for x in (self, other))
+        )
+        return crossed == others and mine == its
+
     def _sent(self, rows: Sequence[int], itemsize: int, unique: Mapping[str, Counts]) -> list[Sent]:
         """What all ranks send, in order of stage."""
         if self.ranks == 1:

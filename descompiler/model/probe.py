@@ -18,6 +18,30 @@ from descompiler.model.folded import Folded, probe_parameters
 from descompiler.model.inputs import ArgumentPath, argument_at, by_path, flatten, split_statics, unflatten_with
 
 
+def check_model(model: nn.Module) -> None:
+    """Raise unless it is a model whose parameters can be trained.
+
+    Raises
+    ------
+    InputError, UnsupportedError
+    """
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise InputError(f"the model is {kind}: pass an object of a torch.nn.Module")
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise UnsupportedError(
+            "the model is torch.compile's, whose program is for one process: write des.compile(model, ...), of the "
+            "model itself"
+        )
+    for name, p in model.named_parameters():
+        if p.layout is not torch.strided or not (p.is_floating_point() or p.is_complex()):
+            kind = str(p.dtype if p.layout is torch.strided else p.layout).removeprefix("torch.")
+            raise UnsupportedError(
+                f"parameter {name!r} is {kind}, which is not trained here: keep it in a buffer, "
+                f"register_buffer({name.rpartition('.')[2]!r}, ...)"
+            )
+
+
 def blueprint(model: nn.Module) -> nn.Module:
     """A copy of the module whose parameters are on the meta device; buffers keep their values.
 
@@ -27,6 +51,7 @@ def blueprint(model: nn.Module) -> nn.Module:
         If the values of buffers or attributes are not known because they are on the meta device, batch statistics
         aside.
     """
+    check_model(model)
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in model.parameters()

@@ -9,6 +9,7 @@ from torch import nn
 
 from descompiler.errors import InputError
 from descompiler.module.distributed import DistributedModule
+from descompiler.runtime.untraced import untraced
 
 
 class DeferredModule(DistributedModule):
@@ -19,6 +20,7 @@ class DeferredModule(DistributedModule):
         self.training, self._compile_for = model.training, compile_for
         object.__setattr__(self, "_model", model)  # not a submodule
 
+    @untraced
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         compiled = self._compile_for((args, kwargs))
         hooks = {name: x for name, x in vars(self).items() if "_hook" in name}  # users', which this call runs

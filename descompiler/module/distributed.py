@@ -33,6 +33,7 @@ from descompiler.planning.plan import Plan
 from descompiler.runtime.agreement import Call, Kind, OtherProgramError
 from descompiler.runtime.backward import behind
 from descompiler.runtime.gradients import Reducer
+from descompiler.runtime.untraced import untraced
 
 
 class DistributedModule(nn.Module):
@@ -90,6 +91,7 @@ class DistributedModule(nn.Module):
 
     # ---- calls
 
+    @untraced
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward on this rank's rows: outputs for them."""
         runtime = self._runtime

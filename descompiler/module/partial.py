@@ -26,6 +26,7 @@ from descompiler.module.parts import Parts
 from descompiler.ops.local import scale_grad
 from descompiler.runtime.agreement import Kind
 from descompiler.runtime.guard import Guard
+from descompiler.runtime.untraced import untraced
 
 
 class PartialModule(DistributedModule):
@@ -50,6 +51,7 @@ class PartialModule(DistributedModule):
         if not self._in_place:
             self._watch()
 
+    @untraced
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward on this rank's rows: outputs for them."""
         runtime = self._runtime

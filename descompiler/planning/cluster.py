@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from descompiler.cost_models.collectives import BACKENDS, GLOO, seconds
 from descompiler.errors import PlanError
 from descompiler.layout.traffic import Traffic, kind_of
+from descompiler.planning.json import BROKEN, decode
 from descompiler.registry import Registry
+from descompiler.units import MOST_RANKS
 
 COLLECTIVES = tuple(GLOO)
 """The kinds of collectives that a cluster has numbers for."""
@@ -67,8 +70,11 @@ class Link:
         return first[1] + (sent_bytes - first[0]) / self.bytes_per_s
 
     def __post_init__(self) -> None:
-        if not (self.alpha_s >= 0 and self.bytes_per_s > 0 and self.start_s >= 0):
+        if not (0 <= self.alpha_s < inf and self.bytes_per_s > 0 and 0 <= self.start_s < inf):
             raise PlanError(f"a link needs alpha_s >= 0, bytes_per_s > 0 and start_s >= 0: {self}")
+        rising = all(a < b for (a, _), (b, _) in pairwise(self.curve))
+        if not rising or not all(0 <= x < inf and 0 <= t < inf for x, t in self.curve):
+            raise PlanError(f"a link's curve needs rising bytes, and seconds that are not negative: {self}")
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,11 @@ class Cluster:
     def __post_init__(self) -> None:
         if self.ranks < 1 or self.ranks_per_node < 1:
             raise PlanError(f"cluster {self.name!r}: ranks and ranks_per_node must be at least 1")
+        if max(self.ranks, self.ranks_per_node) > MOST_RANKS:
+            raise PlanError(f"cluster {self.name!r}: more than {MOST_RANKS:,} ranks")
+        for what, number in (("memory_bytes", self.memory_bytes), ("flops_per_s", self.flops_per_s)):
+            if number is not None and not 0 < number < inf:
+                raise PlanError(f"cluster {self.name!r}: {what} must be more than 0, not {number}")
         if self.backend not in BACKENDS:
             raise PlanError(f"cluster {self.name!r}: backend {self.backend!r} is not one of {', '.join(BACKENDS)}")
         if set(self.links) - {"intra", "inter"} or not self.links:
@@ -207,9 +218,12 @@ class Cluster:
         """
         try:
             data = json.loads(text)
-            links = {link: {c: _link(x) for c, x in of.items()} for link, of in data.pop("links").items()}
-            return cls(links=links, **data)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            known = {f.name for f in fields(cls)}
+            if unknown := [name for name in data if name not in known]:
+                raise ValueError(f"a cluster has no {', '.join(unknown)}")
+            found: Cluster = decode(cls, data)
+            return found
+        except BROKEN as error:
             raise PlanError(f"this is no cluster file ({error}); Cluster.builtin(...).save(path) writes one") from None
 
     def save(self, path: str | Path) -> None:
@@ -218,8 +232,18 @@ class Cluster:
 
     @classmethod
     def load(cls, path: str | Path) -> Cluster:
-        """Read a JSON file."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """Read a JSON file.
+
+        Raises
+        ------
+        PlanError
+            If there is none, or it is no cluster.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise PlanError(f"no cluster in {str(path)!r}: {error}") from None
+        return cls.from_json(text)
 
     @classmethod
     def builtin(cls, name: str, ranks: int = 8, ranks_per_node: int | None = None) -> Cluster:
@@ -238,10 +262,6 @@ class Cluster:
         links = {link: dict.fromkeys(COLLECTIVES, value) for link, value in kind.links.items()}
         per_node = min(ranks, ranks_per_node or kind.ranks_per_node)
         return cls(name, ranks, per_node, links, kind.memory_bytes, None, kind.backend, dict(kind.sources))
-
-
-def _link(data: dict[str, Any]) -> Link:
-    return Link(**{**data, "curve": tuple((x, t) for x, t in data.get("curve", ()))})
 
 
 @dataclass(frozen=True)

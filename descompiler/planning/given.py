@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from descompiler.errors import PlanError
 from descompiler.graph.program import Program
@@ -18,8 +19,13 @@ from descompiler.region.cut import Weights
 from descompiler.region.rule import Rule
 from descompiler.runtime.ranks import Ranks
 from descompiler.tables.tables import Operator
+from descompiler.units import MOST_RANKS, MOST_ROWS
 
 T = TypeVar("T", Mapping[str, str] | None, None)
+
+
+MOST_TOLD = 8
+"""Tables that an error lists."""
 
 
 GivenPlan = Plan | str | Path | Mapping[str, str] | None
@@ -52,6 +58,13 @@ def follow_or_choose(
         w = replace(w, rows=plan.rows)
         return choose(program, operators, rules, w, {**plan.forms, **plan.changes}, terms=terms)
     return plan
+
+
+def check_counts(ranks: Any, batch: Any) -> None:
+    """Raise unless they are whole numbers of ranks, and of rows of each, that anything can be planned for."""
+    for what, number, most in (("ranks", ranks, MOST_RANKS), ("batch", batch, MOST_ROWS)):
+        if number is not None and (type(number) is not int or not 1 <= number <= most):
+            raise PlanError(f"{what}={number!r}; it is a whole number from 1 to {most:,}")
 
 
 def check_ranks(plan: Plan, ranks: int) -> None:
@@ -99,5 +112,7 @@ def setting_of(
 
 def agree(plan: Plan, ranks: Ranks) -> None:
     """Every rank raises if any rank has another model or plan."""
-    ranks.same("model", plan.fingerprint)
+    tables = ", ".join(f"{t.name} [{t.rows}, {t.dim}]" for t in plan.tables[:MOST_TOLD]) or "none"
+    elements = sum(prod(p.shape) for p in plan.pieces.values())
+    ranks.same("model", plan.fingerprint, f"({elements:,} elements in {len(plan.pieces)} parameters; tables {tables})")
     ranks.same("plan", plan.digest(), str(dict(sorted(plan.forms.items()))))

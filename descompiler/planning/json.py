@@ -8,6 +8,7 @@ among the other fields.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -19,6 +20,18 @@ import torch
 
 INLINE = "inline"
 """In the metadata of such a field."""
+
+
+LARGEST = 1 << 62
+"""Of whole numbers: what is counted with them fits 64 bits, or says that it does not."""
+
+
+DEEPEST = 32
+"""How deep what may be anything is nested at most."""
+
+
+BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError)
+"""What reading a file raises that is not what it should be."""
 
 
 def encode(x: Any) -> Any:
@@ -58,22 +71,23 @@ def decode(kind: Any, data: Any) -> Any:
     Raises
     ------
     TypeError, ValueError, KeyError
-        If the data is not of that type.
+        If the data is not of that type. Nothing is taken for something near it: 2.5 and "2" are no whole numbers.
     """
     if isinstance(kind, type) and isabstract(kind):
-        name, kinds = data["is"], _classes_of(kind)
+        name, kinds = _of(dict, data).get("is"), _classes_of(kind)
         if name not in kinds:
             raise ValueError(f"no {kind.__name__} is named {name!r}")
         return decode(kinds[name], data)
     if is_dataclass(kind) and isinstance(kind, type):
         if _compact(kind):
-            data = dict(zip((f.name for f in fields(kind)), data, strict=True))
+            data = dict(zip((f.name for f in fields(kind)), _of(list, data), strict=True))
+        _of(dict, data)
         hints, given = _hints(kind), dict[str, Any]()
         for f in fields(kind):
             if f.metadata.get(INLINE):
                 given[f.name] = decode(hints[f.name], data)
             elif f.name in data:
-                given[f.name] = decode(hints[f.name], data[f.name])
+                given[f.name] = _named(f.name, hints[f.name], data[f.name])
         return kind(**given)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
@@ -81,23 +95,73 @@ def decode(kind: Any, data: Any) -> Any:
             return None
         (only,) = [a for a in arguments if a is not type(None)]
         return decode(only, data)
+    if origin in (tuple, list, Sequence):
+        _of(list, data)
     if origin is tuple:
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             if arguments[0] is int:  # a layout for a thousand ranks holds millions
+                if not set(map(type, data)) <= {int} or not all(-LARGEST < x < LARGEST for x in data):
+                    raise ValueError("these are no whole numbers")
                 return tuple(data)
             return tuple(decode(arguments[0], x) for x in data)
         return tuple(decode(a, x) for a, x in zip(arguments, data, strict=True))
     if origin is list or origin is Sequence:
         return [decode(arguments[0], x) for x in data]
     if origin in (dict, Mapping):
-        return {decode(arguments[0], k): decode(arguments[1], v) for k, v in data.items()}
+        return {decode(arguments[0], k): _named(k, arguments[1], v) for k, v in _of(dict, data).items()}
     if kind is torch.dtype:
-        return getattr(torch, data)
-    if kind in (int, float, str, bool):
-        return kind(data)
-    if kind is Any:
+        dtype = getattr(torch, _of(str, data), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"no dtype is named {data!r}")
+        return dtype
+    if kind is float:
+        number = float(data) if type(data) is int else _of(float, data)
+        if math.isnan(number):
+            raise ValueError("NaN is no number")
+        return number
+    if kind in (int, str, bool):
+        if type(_of(kind, data)) is int and not -LARGEST < data < LARGEST:
+            raise ValueError(f"{data} is too large")
         return data
+    if kind is Any:
+        return _anything(data)
     raise TypeError(f"{kind} can't be read from JSON")
+
+
+def decode_fields(kinds: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The objects under some names, all of which have to be there."""
+    if missing := [name for name in kinds if name not in data]:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    return {name: _named(name, kind, data[name]) for name, kind in kinds.items()}
+
+
+def _named(name: str, kind: Any, data: Any) -> Any:
+    """What is under a name; errors say the name."""
+    try:
+        return decode(kind, data)
+    except BROKEN as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _of(kind: type, data: Any) -> Any:
+    """The data, if it is of exactly that type: True is no 1."""
+    if type(data) is not kind:
+        raise TypeError(f"{_short(data)} is no {kind.__name__}")
+    return data
+
+
+def _short(data: Any, most: int = 60) -> str:
+    text = repr(data) if isinstance(data, str | int | float | None) else f"a {type(data).__name__}"
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _anything(data: Any, depth: int = 0) -> Any:
+    """The data, unless it is nested so deep that nothing can be done with it."""
+    if depth > DEEPEST:
+        raise ValueError(f"it is nested deeper than {DEEPEST}")
+    for x in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+        _anything(x, depth + 1)
+    return data
 
 
 @cache

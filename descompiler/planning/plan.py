@@ -15,10 +15,11 @@ from descompiler.errors import PlanError
 from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.spans import Spans
+from descompiler.planning.checked import check_file
 from descompiler.planning.chosen import Chosen, Label, PlannedTable
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.explain import explain
-from descompiler.planning.json import decode, encode
+from descompiler.planning.json import BROKEN, decode, decode_fields, encode
 from descompiler.planning.memory import Memory
 from descompiler.planning.older import VERSION, as_of_now
 from descompiler.tables.form import Split
@@ -82,15 +83,17 @@ class Plan(Chosen):
             If the text is no plan, or one of another version.
         """
         try:
-            data = as_of_now(json.loads(text))
+            data = as_of_now(_object(text))
             if data["version"] != VERSION:
                 raise PlanError(f"the plan file has version {data['version']}, this is version {VERSION}: plan again")
             labels = decode(list[Label], data["crossings"])
-            plan = cls(labels=labels, **{name: decode(kind, data[name]) for name, kind in _FIELDS.items()})
+            plan = cls(labels=labels, **decode_fields(_FIELDS, data))
             if len(labels) != len(plan.layout.crossed):
                 raise PlanError(f"the plan file has {len(labels)} crossings, its layout {len(plan.layout.crossed)}")
-            return replace(plan, changes={n: f for n, f in data["forms"].items() if plan.forms.get(n) != f})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            forms = decode(dict[str, str], data["forms"])
+            check_file(plan, forms)
+            return replace(plan, changes={n: f for n, f in forms.items() if plan.forms.get(n) != f})
+        except BROKEN as error:
             raise PlanError(
                 f"this is no plan file ({type(error).__name__}: {error}); Plan.save(path) writes one"
             ) from None
@@ -109,9 +112,10 @@ class Plan(Chosen):
             If there is none, or it is no plan.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
             raise PlanError(f"no plan in {str(path)!r}: {error}") from None
+        return cls.from_json(text)
 
     def digest(self) -> str:
         """Equal on two ranks exactly if they have the same plan."""
@@ -179,6 +183,13 @@ class Plan(Chosen):
             If there is no such table.
         """
         return explain(self, table)
+
+
+def _object(text: str) -> dict[str, Any]:
+    data = json.loads(text)
+    if not isinstance(data, dict):
+        raise TypeError(f"it is a {type(data).__name__}, not an object")
+    return data
 
 
 def _pieces_text(pieces: Pieces | None) -> str:

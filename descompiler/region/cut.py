@@ -152,7 +152,7 @@ def product_flops(node: fx.Node, rows: int) -> int:
     x = node.args[0]
     if not isinstance(x, fx.Node) or not is_tensor(x):
         return 0
-    inner = shape_of(x)[-1]
+    inner = shape_of(x)[-1] if shape_of(x) else 1
     if node.target in (aten.linear.default, aten.bmm.default, aten.matmul.default):
         return int(linear_flops(rows, inner, elements_per_row(node)))
     if node.target in (aten.gru.input, aten.lstm.input):
