@@ -47,6 +47,18 @@ class Attention(Pool):
         return self.head(torch.cat([(scores.unsqueeze(1) @ items).squeeze(1), query], 1))
 
 
+class Positioned(Pool):
+    """Positions, of which a program knows how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(1, 8, 1))
+
+    def pooled(self, history: Tensor) -> Tensor:
+        mask = (history != 0).unsqueeze(-1).to(self.item.weight.dtype)
+        return (self.item(history) * self.position[:, : history.shape[1]] * mask).sum(1)
+
+
 class NextItem(Pool):
     """Logits at every position, against the table itself."""
 
@@ -115,7 +127,7 @@ def _train(rank, ranks, model, forms, same):
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["example of one length", "examples of each rank"])
-@pytest.mark.parametrize("model", [Pool, Normed, Attention, NextItem, Last])
+@pytest.mark.parametrize("model", [Pool, Normed, Attention, Positioned, NextItem, Last])
 def test_each_rank_pads_to_its_own_longest(model, same, on_ranks):
     torch.manual_seed(0)
     forms = FORMS if same and model is Normed else (None, "row_wise")
