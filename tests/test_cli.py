@@ -40,6 +40,9 @@ def fails():
 
 def half():
     return Tiny()
+
+def numbers():
+    return 1, 2
 """
 
 
@@ -286,7 +289,11 @@ def test_wrong_usage_is_status_2(arguments, text):
 
 @pytest.mark.parametrize(
     ("factory", "text"),
-    [("fails", r"ZeroDivisionError: division by zero \(.*mine\.py:\d+\)"), ("half", "must return")],
+    [
+        ("fails", r"ZeroDivisionError: division by zero \(.*mine\.py:\d+\)"),
+        ("half", "must return"),
+        ("numbers", "the first is a int"),
+    ],
 )
 def test_a_broken_factory_is_one_line_and_status_1(file, factory, text):
     result = run("cost", f"{file}:{factory}", status=1)
@@ -299,3 +306,23 @@ def test_as_a_process(file):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["model"] == f"{file}:tiny"
     assert done.stderr == ""  # progress is for terminals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["cost", "lr", "--ranks", "1000000000"], "at most 262,144 ranks"),
+        (["cost", "lr", "--ranks", "2:1000000000"], "at most 262,144 ranks"),
+        (["cost", "lr", "--batch", "1" + "0" * 21], "at most 4,294,967,296 rows"),
+        (["explain", "lr", "--ranks", "1000000000"], "262144"),
+    ],
+)
+def test_counts_without_an_end_are_wrong_usage(arguments, says):
+    result = run(*arguments, status=2)
+    assert says in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    for arguments in (["plan", "write", "lr", "--ranks", "2", "--out"], ["report", "lr", "--ranks", "2", "--html"]):
+        result = run(*arguments, str(tmp_path / "none" / "x"), status=1)
+        assert result.stderr.startswith("error: ") and "No such file" in result.stderr
