@@ -86,10 +86,10 @@ def parse_counts(text: str, what: str = "ranks") -> tuple[int, ...]:
             first, last = (int(x) for x in text.split(":"))
             if not 0 < first <= last:
                 raise ValueError
-            _at_most((last,), text, what)
             powers = (1 << e for e in range(first.bit_length(), last.bit_length()))
-            return tuple(sorted({first, *(p for p in powers if p < last), last}))
-        result = tuple(int(x) for x in text.split(","))
+            result = tuple(sorted({first, *(p for p in powers if p < last), last}))
+        else:
+            result = tuple(int(x) for x in text.split(","))
         if min(result) < 1:
             raise ValueError
     except ValueError:
