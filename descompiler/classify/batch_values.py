@@ -22,7 +22,7 @@ CHECK_ROWS = 7
 """The numbers are compared on a batch of so many rows, or as near above as a program's guards accept."""
 
 
-MOST_ROWS = 1 << 12
+MOST_CHECK_ROWS = 1 << 12
 
 
 def batch_splits(rows: int) -> tuple[tuple[int, int], ...]:

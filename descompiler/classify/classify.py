@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from descompiler.classify.backward import backward_mixes
 from descompiler.classify.batch_values import (
     CHECK_ROWS,
-    MOST_ROWS,
+    MOST_CHECK_ROWS,
     BatchValues,
     assembles,
     batch_splits,
@@ -52,7 +52,7 @@ def classify(program: Program, values_of: Callable[[list[Tensor]], dict[str, Any
     tensors : sequence of Tensor
         Example inputs, dim 0 the batch.
     """
-    near = (*range(CHECK_ROWS, MOST_ROWS), *range(CHECK_ROWS - 1, 1, -1))
+    near = (*range(CHECK_ROWS, MOST_CHECK_ROWS), *range(CHECK_ROWS - 1, 1, -1))
     rows = next((n for n in near if program.accepts(n)), tensors[0].shape[0])
     try:
         _Classifier(program, values_of(check_batch(tensors, rows, move=True)), rows).run()

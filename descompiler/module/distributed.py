@@ -95,8 +95,8 @@ class DistributedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward on this rank's rows: outputs for them."""
         runtime = self._runtime
-        runtime.traffic, runtime.unique, runtime.started, runtime.failures = Traffic(), {}, False, []
-        runtime.regions = None
+        runtime.traffic, runtime.unique, runtime.failures = Traffic(), {}, []
+        runtime.started, runtime.regions = False, None
         self._gradients.begin()
         self._same_flags()
         grad = torch.is_grad_enabled()
@@ -135,8 +135,8 @@ class DistributedModule(nn.Module):
             text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             runtime.header(0, text)
             raise
-        outputs = self._noticing(outputs)
         assert emitted.signature is not None
+        outputs = self._noticing(outputs)
         outputs = self._finishing(outputs) if self._in_place else outputs
         emitted.signature.update(args, kwargs, outputs)
         return emitted.signature.unflatten(outputs)
@@ -228,11 +228,11 @@ class DistributedModule(nn.Module):
     def _program_for_inputs(self, tensors: Sequence[Tensor]) -> Emitted:
         """The program; captured on these inputs, if the example's can't be given their sizes."""
         try:
-            return self._program()
+            return self._sized().emitted
         except OtherShapesError:
             raise
         except InputError:
-            return self._program([x[:SAMPLE_ROWS] for x in tensors])
+            return self._sized([x[:SAMPLE_ROWS] for x in tensors]).emitted
 
     def _begin_again(self, tensors: Sequence[Tensor]) -> tuple[Emitted, nn.Module]:
         """What this rank runs where ranks' inputs have other sizes, or their rows are others. Collective."""
@@ -268,10 +268,7 @@ class DistributedModule(nn.Module):
         modules = dict(self.named_modules(remove_duplicate=False))
         return tuple(modules[name].training for name in self._flags)
 
-    def _program(self, sample: Sequence[Tensor] | None = None) -> Emitted:
-        return self._sized(sample).emitted
-
-    def _sized(self, sample: Sequence[Tensor] | None) -> Sized:
+    def _sized(self, sample: Sequence[Tensor] | None = None) -> Sized:
         found = self._program_now(sample)
         if self._attributes is not None and self._attributes.add(found.emitted.reads):
             found = self._program_now(sample)  # it is the first, or the first in these training flags
@@ -301,7 +298,7 @@ class DistributedModule(nn.Module):
 
     def _replicas(self) -> dict[str, nn.Parameter]:
         """The parameters whose gradients the reducer averages: whole on every rank, trained, and used."""
-        pieces, splits, program = self.plan.pieces, self.plan.splits, self._program()
+        pieces, splits, program = self.plan.pieces, self.plan.splits, self._sized().emitted
         used = {s.name for s in program.sources if s.kind == "parameter"} - program.untrained
         gathered = {n for n, s in splits.items() if s.gathered}
         return {
@@ -374,7 +371,7 @@ class DistributedModule(nn.Module):
     def output_rows(self) -> tuple[Rows | None, ...]:
         """Where a rank's own rows are in each output tensor; None: it is the global batch's, equal on all ranks."""
         try:
-            return self._program().outputs
+            return self._sized().emitted.outputs
         except CaptureError:
             if (users := self._forwards.get(self._training_flags())) is None:
                 raise
@@ -393,7 +390,7 @@ class DistributedModule(nn.Module):
 
     def print_readable(self) -> str:
         """Print (and return) this rank's program for the current mode."""
-        text = self._program().module.print_readable(print_output=False)
+        text = self._sized().emitted.module.print_readable(print_output=False)
         print(text)
         return text
 
