@@ -15,7 +15,7 @@ from descompiler.eager.functions import total
 from descompiler.eager.parameters import SynchroniseNorms, plain
 from descompiler.eager.survey import MEAN, ROWS, SAME, SUM
 from descompiler.emit.emit import Emitted
-from descompiler.errors import InputError, UnsupportedError
+from descompiler.errors import InputError, warn
 from descompiler.layout.rows import Rows
 from descompiler.layout.traffic import Traffic
 from descompiler.model.attributes import copied
@@ -135,9 +135,9 @@ class PartialModule(DistributedModule):
             held = flatten((args, kwargs))[0]
             out = runtime.draw(vars(self)["_call"], *args, **kwargs)
         if any(x is not y for x, y in zip(held, flatten((args, kwargs))[0], strict=False)):
-            raise UnsupportedError(
-                "forward replaces what is in a list or dict that it is given, and no tracer captured it: return the "
-                "new values from forward"
+            warn(
+                "forward replaces what is in a list or dict that it is given, here the rows of all ranks; the compiled "
+                "model leaves the caller's as it was. Return the new values from forward"
             )
         leaves, spec = flatten(out)
         tensors, statics = split_statics(leaves)

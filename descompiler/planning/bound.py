@@ -165,7 +165,7 @@ class Relaxation:
 
     @cached_property
     def _saved(self) -> list[tuple[int, fx.Node, str | None]]:
-        """Bytes saved by cutting a weight for one part of its node's operand: (bytes, node, table or None for any)."""
+        """Bytes saved by cutting a weight for one part of its node's operand: (bytes, node, part or None for any)."""
         result: list[tuple[int, fx.Node, str | None]] = []
         names = [o.name for o in self.operators]
         for node, together in self._together.placed.items():
@@ -179,6 +179,9 @@ class Relaxation:
                     result.append((self._all_reduce(pieces, own), node, None))
                 else:
                     result += [(self._all_reduce(cut, cut.own_size(r)), node, names[r]) for r in cut.owners]
+                    # what is mixed of several tables: if each is divided by columns, so may be its part of the weight
+                    if shared := cut.shared_size():
+                        result.append((self._all_reduce(cut, shared), node, MIXED))
         return result
 
     def _all_reduce(self, pieces: Pieces, size: int) -> int:
@@ -250,7 +253,7 @@ class Relaxation:
             parts = self.parts[node]
             for part in parts if of is None else (p for p in (of, MIXED) if p in parts):
                 graph.add_edge(("saved", number), ("in", node, part))
-            if of is not None:
+            if of not in (None, MIXED):
                 graph.add_edge(("saved", number), ("table", of))
         return graph
 
