@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import descompiler as des
+from descompiler.classify.backward import backward_mixes
+from descompiler.layout.rows import Rows
 
 IDS = torch.randint(0, 50, (6, 3), generator=torch.Generator().manual_seed(5))
 
@@ -292,3 +294,22 @@ def test_a_count_that_forward_keeps_begins_where_the_models_does():
     module = des.compile(copy.deepcopy(model), (IDS,))
     for _ in range(3):
         torch.testing.assert_close(module(IDS), model(IDS))
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_mixes_no_rows():
+    """That of a bias in front of a softmax: what is left of it is another rounding on each part of a batch."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((7, 5, 4), (4,), ()))
+
+    def attend(values):
+        scores = (values["x"] @ values["w"] + values["bias"]).softmax(1)
+        return (scores.unsqueeze(-1) * values["x"]).sum(1)
+
+    divisions = [[{"x": x[a:b], "w": w, "bias": bias} for a, b in ((0, n), (n, 7))] for n in (3, 5)]
+    assert not backward_mixes(attend, {"x": x, "w": w, "bias": bias}, divisions, {"x": Rows()}, [Rows()])
+
+    def centred(values):
+        y = attend(values)
+        return y + (y - y.detach()).mean(0)  # in its backward alone
+
+    assert backward_mixes(centred, {"x": x, "w": w, "bias": bias}, divisions, {"x": Rows()}, [Rows()])

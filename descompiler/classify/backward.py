@@ -18,6 +18,10 @@ from descompiler.layout.rows import Rows
 ROW_TOLERANCE = 1e-9
 """Relative error allowed between a whole batch's value and its parts', in float64."""
 
+ROW_ROUNDING = 64 * torch.finfo(torch.float64).eps
+"""Of the largest gradient, what the others may differ by: one that is zero but for rounding (of a bias in front of a
+softmax) has no relative error."""
+
 Values = Mapping[fx.Node, Any]
 
 
@@ -44,6 +48,7 @@ def backward_mixes(
         Where rows are in what is returned.
     """
     expected, rows = _gradients_of_rows(call, whole, results, 0)
+    rounding = ROW_ROUNDING * max((float(g.abs().max()) for g in expected.values() if g.numel()), default=0.0)
     for parts in divisions:
         first, found = 0, []
         for part in parts:
@@ -62,7 +67,7 @@ def backward_mixes(
             if g.shape != together.shape:
                 return True
             size = float(g.abs().max()) if g.numel() else 0.0
-            if g.numel() and not float((g - together).abs().max()) <= ROW_TOLERANCE * size:
+            if g.numel() and not float((g - together).abs().max()) <= max(ROW_TOLERANCE * size, rounding):
                 return True
     return False
 
