@@ -49,10 +49,10 @@ demo: $(INSTALLED)  ## train a CTR model on RANKS local ranks (RANKS=2, DATA=, A
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED_DEV)  ## run the tests that are not marked slow (WORKERS=2)
-	$(RUN) -m pytest $(PARALLEL) $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PARALLEL) $(ARGS)
 
 test-all: $(INSTALLED_DEV)  ## run every test
-	$(RUN) -m pytest -m "" $(PARALLEL) $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "" $(PARALLEL) $(ARGS)
 
 # Doctests run on descompiler alone: its links reach passes/ and cost_models/ under their import names, once.
 # pytest's exit status 5 says that there was no doctest, which is not a failure.
