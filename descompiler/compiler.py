@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +28,9 @@ from descompiler.module.parts import Parts
 from descompiler.planning.chosen import NO_OPERATORS
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.coverage import coverage_of
-from descompiler.planning.given import GivenPlan, agree, check_counts, follow_or_choose
+from descompiler.planning.given import GivenPlan, agreed, asked_of, check_counts
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
-from descompiler.planning.plan import Plan
 from descompiler.plugins import Kit
 from descompiler.region.flow import DEFAULT
 from descompiler.region.rule import Rule
@@ -214,11 +213,8 @@ def distribute(
         terms = replace(terms, statistics=ranks.of_first(measured))
     # propose splits, price them, choose with a cut
     program, operators, w = captured.program, captured.operators, captured.weights(ranks.count, rows)
-    choose = step_of("planning", lambda: follow_or_choose(program, operators, build.kit.rules, w, plan, terms))
-    chosen = ranks.everywhere(choose)
-    if isinstance(plan, Plan | str | Path):
-        ranks.everywhere(step_of("following the plan", lambda: build.follow(chosen, terms.solver)))
-    agree(chosen, ranks)
+    follow = partial(build.follow, solver=terms.solver)
+    chosen = agreed(asked_of(program, operators, build.kit.rules, w, terms, follow), plan, rows, terms, ranks)
     coverage = coverage_of(program, operators, chosen)
     for text in (None if operators else NO_OPERATORS, coverage.warning()):
         if text:

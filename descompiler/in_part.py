@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from descompiler.builder import Builder
 from descompiler.eager.measure import measure_in_part
-from descompiler.eager.planning import coverage_partial, follow_or_choose_in_part
+from descompiler.eager.planning import asked_in_part, coverage_partial
 from descompiler.eager.survey import Survey, survey
 from descompiler.graph.program import Failure
 from descompiler.layout.statistics import Statistics
@@ -23,7 +23,7 @@ from descompiler.module.initial import initial_values
 from descompiler.module.partial import PartialModule
 from descompiler.module.parts import Parts
 from descompiler.planning.coverage import Coverage
-from descompiler.planning.given import GivenPlan, agree
+from descompiler.planning.given import GivenPlan, agreed
 from descompiler.planning.objective import Terms
 from descompiler.planning.plan import Plan
 from descompiler.runtime.ranks import Ranks
@@ -56,8 +56,7 @@ def distribute_in_part(
             return measure_in_part(build.template, seen, samples, ranks.count, build.method)
 
         terms = replace(terms, statistics=ranks.of_first(ranks.everywhere(measured)))
-    chosen = ranks.everywhere(lambda: follow_or_choose_in_part(build.template, seen, ranks.count, rows, plan, terms))
-    agree(chosen, ranks)
+    chosen = agreed(asked_in_part(build.template, seen, ranks.count, terms), plan, rows, terms, ranks)
     coverage = coverage_partial(build.template, seen, chosen, failures)
     if text := coverage.warning():
         ranks.warn(text)

@@ -14,7 +14,7 @@ from torch import nn
 import descompiler as des
 from descompiler.captured import Captured
 from descompiler.cost_models.table import Table
-from descompiler.eager.planning import follow_or_choose_in_part
+from descompiler.eager.planning import asked_in_part
 from descompiler.eager.survey import survey
 from descompiler.layout.pieces import Pieces
 from descompiler.model.probe import CALL
@@ -218,10 +218,12 @@ def test_edits_are_refused_where_the_users_forward_runs():
             x |= {"dim": 1, "division": {"runs": [[4, 0, 2]]}}
 
     plan = des.Plan.from_json(text)
-    assert follow_or_choose_in_part(model, seen, 2, 8, plan, Terms()) is plan
+    asked = asked_in_part(model, seen, 2, Terms())
+    assert asked.read(plan, 2) is plan
+    asked.check(plan)
     for change in (turned, cut, columns):
         with pytest.raises(des.PlanError, match=r"the plan's pieces of .* are none that its form makes"):
-            follow_or_choose_in_part(model, seen, 2, 8, des.Plan.from_json(edited(text, change)), Terms())
+            asked.check(des.Plan.from_json(edited(text, change)))
 
 
 class InPart(nn.Module):

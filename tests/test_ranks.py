@@ -84,6 +84,36 @@ def test_ranks_that_compile_different_things(on_ranks, what):
         assert text.startswith(f"RankError: ranks compile different {what}s") and "rank 1" in text
 
 
+def _other_terms(rank, ranks):
+    return raised(lambda: des.compile(make(), inputs_of(), optimizer="adam" if rank else "sgd"))
+
+
+def test_ranks_that_plan_for_different_terms(on_ranks):
+    for text in on_ranks(_other_terms, 2):
+        assert text.startswith("RankError: ranks compile different options") and "adam" in text
+
+
+def _without_a_plan(rank, ranks):
+    return raised(lambda: des.compile(make(), inputs_of(), memory_bytes=1000))
+
+
+def test_what_the_first_rank_can_not_plan_is_raised_by_every_rank(on_ranks):
+    first, second = on_ranks(_without_a_plan, 2)
+    assert first == second and first.startswith("PlanError: no plan fits 1,000 B a rank")
+
+
+def _plan_of(rank, ranks):
+    plan = des.compile(make(), inputs_of()).plan
+    name = plan.tables[0].name
+    edited = plan.edit({name: "replicate"})
+    return plan.digest(), edited.digest(), plan.cut_graph().graph["cost"], plan.explain()
+
+
+def test_every_rank_has_the_first_ranks_plan_whole(on_ranks):
+    first, second = on_ranks(_plan_of, 2)
+    assert first == second and first[0] != first[1]
+
+
 def _other_world(rank, ranks):
     plan = des.plan(make(), inputs_of(), ranks=ranks + 1)
     return raised(lambda: des.compile(make(), inputs_of(), plan=plan))

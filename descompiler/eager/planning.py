@@ -16,7 +16,7 @@ from descompiler.layout.pieces import Pieces
 from descompiler.model.random_state import ONE_DRAW
 from descompiler.planning.checked import EDITED, check_pieces
 from descompiler.planning.coverage import IN_PART, Coverage, Covered
-from descompiler.planning.given import GivenPlan, check_ranks, loaded
+from descompiler.planning.given import Asked
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import allowed_forms, form_name
 from descompiler.planning.plan import Plan
@@ -27,23 +27,16 @@ from descompiler.tables.made import made_by_its_form
 from descompiler.tables.tables import WEIGHTS_RICH_ELEMENTS
 
 
-def follow_or_choose_in_part(
-    template: nn.Module, seen: Survey, ranks: int, rows: int, plan: GivenPlan, terms: Terms
-) -> Plan:
-    """As `follow_or_choose`, for a model of which the user's forward runs."""
-    plan = loaded(plan)
-    if not isinstance(plan, Plan):
-        return plan_partial(template, seen, ranks, rows, plan, terms)
-    check_ranks(plan, ranks)
-    if plan.fingerprint != (fingerprint := _fingerprint(template)):
-        raise PlanError(
-            f"the plan is for another model ({plan.fingerprint}), or for a graph of this one; it is captured in part "
-            f"({fingerprint}): plan again with des.plan(model, inputs, ranks={plan.ranks})"
-        )
-    if plan.changes:
-        return plan_partial(template, seen, ranks, plan.rows, {**plan.forms, **plan.changes}, terms)
-    _check(template, plan, outline_of(template, seen, ranks))
-    return plan
+def asked_in_part(template: nn.Module, seen: Survey, ranks: int, terms: Terms) -> Asked:
+    """What is asked for a model of which the user's forward runs."""
+    mine, parameters = _fingerprint(template), list(template.parameters())
+    return Asked(
+        mine,
+        f"({sum(p.numel() for p in parameters):,} elements in {len(parameters)} parameters)",
+        lambda other: f"({other.fingerprint}), or for a graph of this one; it is captured in part ({mine})",
+        lambda pins, rows: plan_partial(template, seen, ranks, rows, pins, terms),
+        lambda plan: _check(template, plan, outline_of(template, seen, ranks)),
+    )
 
 
 def _check(template: nn.Module, plan: Plan, outline: Outline) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
-from descompiler.errors import PlanError
+from descompiler.errors import PlanError, step_of
 from descompiler.graph.program import Program
 from descompiler.graph.text import fingerprint
 from descompiler.planning.cluster import Cluster
@@ -36,28 +36,108 @@ def loaded(plan: Plan | str | Path | T) -> Plan | T:
     return Plan.load(plan) if isinstance(plan, str | Path) else plan
 
 
-def follow_or_choose(
+Pins = Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one rank asks a plan for: its model, in whatever way it was captured.
+
+    Attributes
+    ----------
+    fingerprint, told : str
+        Of the model, and more about it for people.
+    differs : callable
+        How the model of a plan with another fingerprint is not this one.
+    search : callable
+        The best plan that satisfies pins, for so many rows.
+    check : callable
+        Raises unless a plan that was not made here is one of this rank's program.
+    """
+
+    fingerprint: str
+    told: str
+    differs: Callable[[Plan], str]
+    search: Callable[[Pins, int], Plan]
+    check: Callable[[Plan], Any]
+
+    def read(self, plan: GivenPlan, ranks: int) -> Plan | Pins:
+        """What is given, from its file, if it is for this model and so many ranks."""
+        given = loaded(plan)
+        if isinstance(given, Plan):
+            check_ranks(given, ranks)
+            if given.fingerprint != self.fingerprint:
+                raise PlanError(
+                    f"the plan is for another model {self.differs(given)}; plan again with des.plan(model, inputs, "
+                    f"ranks={given.ranks})"
+                )
+        return given
+
+
+def asked_of(
     program: Program,
     operators: list[Operator],
     rules: Sequence[Rule],
     w: Weights,
-    plan: GivenPlan,
-    terms: Terms | None,
-) -> Plan:
-    """The given plan, or the best that satisfies what is given."""
-    plan = loaded(plan)
-    if not isinstance(plan, Plan):
-        return choose(program, operators, rules, w, plan, terms=terms)
-    check_ranks(plan, w.ranks)
-    if plan.fingerprint != fingerprint(program):
-        raise PlanError(
-            f"the plan is for another model ({plan.fingerprint}, this one is {fingerprint(program)}): "
-            f"{_what_differs(plan, operators)}; plan again with des.plan(model, inputs, ranks={plan.ranks})"
+    terms: Terms,
+    check: Callable[[Plan], Any],
+) -> Asked:
+    """What is asked for a captured model."""
+    mine = fingerprint(program)
+    tables = ", ".join(f"{o.name} [{o.rows}, {o.dim}]" for o in operators[:MOST_TOLD]) or "none"
+    elements = sum(prod(p.shape) for p in program.parameters.values())
+    return Asked(
+        mine,
+        f"({elements:,} elements in {len(program.parameters)} parameters; tables {tables})",
+        lambda other: f"({other.fingerprint}, this one is {mine}): {_what_differs(other, operators)}",
+        lambda pins, rows: choose(program, operators, rules, replace(w, rows=rows), pins, terms=terms),
+        check,
+    )
+
+
+def agreed(asked: Asked, plan: GivenPlan, rows: int, terms: Terms, ranks: Ranks) -> Plan:
+    """The one plan of all ranks: the given one, or the best of the first rank's search. Collective.
+
+    Searching takes processor time, which ranks of one machine share, and every rank would find the same. The others
+    get the plan as they would read it from a file, and check it as they check one.
+
+    Raises
+    ------
+    RankError
+        If any rank has another model, or is given another plan or other terms.
+    PlanError
+        On every rank, if the given plan is wrong or there is none that satisfies what is given.
+    """
+    given = ranks.everywhere(step_of("reading the plan", lambda: asked.read(plan, ranks.count)))
+    ranks.same("model", asked.fingerprint, asked.told)
+    if isinstance(given, Plan):
+        ranks.same("plan", given.digest(), str(dict(sorted(given.forms.items()))))
+    else:
+        ranks.same("plan", f"plan={sorted((given or {}).items())}")
+    ranks.same("option", str(replace(terms, statistics=None)))
+    pins: Pins
+    if not isinstance(given, Plan):
+        pins = given
+    elif given.changes:  # edited in the file: the other tables keep their forms
+        pins, rows = {**given.forms, **given.changes}, given.rows
+    else:
+        ranks.everywhere(step_of("following the plan", lambda: asked.check(given)))
+        return given
+    found = ranks.by_first(step_of("planning", lambda: asked.search(pins, rows)))
+    text = ranks.of_first(found.to_json() if found is not None and ranks.count > 1 else "")
+
+    def follow() -> Plan:
+        if found is not None:
+            return found
+        plan = Plan.from_json(text)
+        asked.check(plan)
+        return replace(
+            plan,
+            replan=lambda changed: asked.search(changed, rows),
+            graph_of_cut=lambda: asked.search(plan.forms, rows).cut_graph(),
         )
-    if plan.changes:  # edited in the file: the other tables keep their forms
-        w = replace(w, rows=plan.rows)
-        return choose(program, operators, rules, w, {**plan.forms, **plan.changes}, terms=terms)
-    return plan
+
+    return ranks.everywhere(step_of("following the first rank's plan", follow))
 
 
 def check_counts(ranks: Any, batch: Any) -> None:
@@ -108,11 +188,3 @@ def setting_of(
     if given is not None:
         batch, pins = batch or given.rows, {**given.forms, **given.changes, **(pins or {})}
     return ranks, batch, pins
-
-
-def agree(plan: Plan, ranks: Ranks) -> None:
-    """Every rank raises if any rank has another model or plan."""
-    tables = ", ".join(f"{t.name} [{t.rows}, {t.dim}]" for t in plan.tables[:MOST_TOLD]) or "none"
-    elements = sum(prod(p.shape) for p in plan.pieces.values())
-    ranks.same("model", plan.fingerprint, f"({elements:,} elements in {len(plan.pieces)} parameters; tables {tables})")
-    ranks.same("plan", plan.digest(), str(dict(sorted(plan.forms.items()))))

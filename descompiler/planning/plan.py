@@ -85,7 +85,8 @@ class Plan(Chosen):
         try:
             data = as_of_now(_object(text))
             if data["version"] != VERSION:
-                raise PlanError(f"the plan file has version {data['version']}, this is version {VERSION}: plan again")
+                its = repr(data["version"])[:40]
+                raise PlanError(f"the plan file has version {its}, this is version {VERSION}: plan again")
             labels = decode(list[Label], data["crossings"])
             plan = cls(labels=labels, **decode_fields(_FIELDS, data))
             if len(labels) != len(plan.layout.crossed):

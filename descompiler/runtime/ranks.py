@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from descompiler.errors import RankError, warn
+from descompiler.errors import DescompilerError, RankError, warn
 from descompiler.runtime.agreement import say, settle
 from descompiler.runtime.collectives import broadcast_object
 from descompiler.runtime.runtime import Runtime
@@ -102,6 +102,19 @@ class Ranks:
                 raise error from None
             raise
         return cast(T, result)
+
+    def by_first(self, step: Callable[[], T]) -> T | None:
+        """What ``step()`` returns, on the first rank; None on the others. What it raises there, every rank raises."""
+        result: T | None = None
+        error: DescompilerError | None = None
+        if self.rank == 0:
+            try:
+                result = step()
+            except DescompilerError as e:  # raised below, once the other ranks know
+                error = e
+        if raised := self.of_first(error):
+            raise raised
+        return result
 
     def warn(self, text: str) -> None:
         """Warn on one rank."""
