@@ -87,6 +87,7 @@ def compile(
         rank's rows, ranks are averaged (as DistributedDataParallel). "row_mean": the same mean, weighted by each rank's
         rows: the mean over the global batch also where ranks have different batch sizes. "sum": a sum over rows.
         Outputs without rows (a loss computed in the model) are the global batch's on every rank, and count once.
+        Inputs that require a gradient get that of the losses as ranks compute them, in units of their own rank's.
     batch : int, optional
         Rows per rank to plan for; the example's by default.
     seed : int, optional

@@ -214,7 +214,7 @@ class DistributedModule(nn.Module):
     def _values(self, emitted: Emitted, sources: Sequence[Source], tensors: Sequence[Tensor] = ()) -> list[Tensor]:
         parameters = dict(self.named_parameters(remove_duplicate=False))
         buffers = dict(self.named_buffers(remove_duplicate=False))
-        queue = iter(tensors)
+        queue = iter(self._runtime.inputs(tensors))
         values = []
         for s in sources:
             if s.kind == "input":

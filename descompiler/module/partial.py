@@ -160,7 +160,7 @@ class PartialModule(DistributedModule):
         tensors, statics = split_statics(leaves)
         if guard is None or not any(x.requires_grad for x in tensors):
             return args, kwargs
-        return unflatten_with(guard.enter(tensors), spec, statics)
+        return unflatten_with(guard.enter(self._runtime.inputs(tensors)), spec, statics)
 
     def _gathered(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """All ranks' rows of each tensor; one collective for each dtype."""

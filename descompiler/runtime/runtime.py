@@ -22,7 +22,6 @@ from descompiler.layout.global_values import NormsInside, WholeTables
 from descompiler.layout.id_checks import Check
 from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows
-from descompiler.ops.local import scale_grad
 from descompiler.runtime.agreement import Agreement
 from descompiler.runtime.backward import Asked
 from descompiler.runtime.border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, put_together
@@ -38,6 +37,7 @@ from descompiler.runtime.global_values import (
     SyncBatchNorm,
     Together,
 )
+from descompiler.runtime.loss_scale import LossScale
 from descompiler.runtime.vocabulary import vocabulary_on_ranks
 
 
@@ -72,6 +72,7 @@ class Runtime(Agreement):
     forwards: int = 0
     asked: Asked = field(default_factory=Asked)
     failures: list[tuple[str, Exception]] = field(default_factory=list)  # of backwards of the latest forward's leaves
+    loss_scale: LossScale = field(default_factory=LossScale)  # of this forward
     regions: Regions | None = None  # of this step, where ranks' inputs have other sizes
 
     def __post_init__(self) -> None:
@@ -312,9 +313,16 @@ class Runtime(Agreement):
         """Scale the gradient that the user's loss sends in to the convention of averaging over ranks."""
         if self.ranks == 1 or not x.requires_grad or self.loss == "rank_mean":
             return x
-        if self.loss == "sum":
-            return scale_grad(x, self.ranks)
-        return scale_grad(x, self.ranks * self.rows[self.rank] / max(sum(self.rows), 1))
+        weight = 1.0 if self.loss == "sum" else self.rows[self.rank] / max(sum(self.rows), 1)
+        self.loss_scale.factor = self.ranks * weight
+        return self.loss_scale.multiply(x)
+
+    def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """A forward's inputs, whose gradients are those of the loss that the user's code computes."""
+        self.loss_scale = LossScale()
+        if self.ranks == 1 or self.loss == "rank_mean" or not torch.is_grad_enabled():
+            return list(tensors)
+        return [self.loss_scale.divide(x) if x.requires_grad else x for x in tensors]
 
 
 def _joined(ids: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
