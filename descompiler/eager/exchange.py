@@ -51,7 +51,7 @@ class PieceExchange:
         kind: Kind,
         parameter: ShardedParameter | None = None,
         *,
-        rows: int = 0,
+        rows: int | None = None,
         problem: str | None = None,
         tell: Sequence[int] | None = None,
     ) -> list[int]:
@@ -60,9 +60,10 @@ class PieceExchange:
         A rank that has reached a batch norm or the end of forward, or wants another parameter's rows, takes part in the
         lookups of the others with no ids of its own; the lowest rank's call comes first. Any other difference raises on
         every rank.
-        ``tell[r]`` is a number for rank r; returns what each rank told this one.
+        ``tell[r]`` is a number for rank r; returns what each rank told this one. ``rows``: as `Agreement.meet`'s.
         """
         runtime = self.runtime
+        rows = runtime.known_rows() if rows is None else rows
         runtime.call = mine = Call.named(what, kind) if parameter is None else Call(kind, parameter.position, what)
         while True:
             told = runtime.header(rows, problem, tell, same_call=False)
