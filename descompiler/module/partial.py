@@ -25,6 +25,7 @@ from descompiler.module.distributed import DistributedModule
 from descompiler.module.parts import Parts
 from descompiler.ops.local import scale_grad
 from descompiler.runtime.agreement import Kind
+from descompiler.runtime.backward import Used
 from descompiler.runtime.guard import Guard
 from descompiler.runtime.untraced import untraced
 
@@ -58,6 +59,7 @@ class PartialModule(DistributedModule):
         runtime.traffic = Traffic()
         self._gradients.begin()
         self._same_flags()
+        self._used = Used(len(self._outputs) > 1 and runtime.ranks > 1 and torch.is_grad_enabled())
         reference = next(self.parameters(), torch.zeros(()))
         runtime.device, runtime.wire_dtype = reference.device, reference.dtype
         flags = "".join(str(int(f)) for f in self._training_flags())
