@@ -15,12 +15,13 @@ from descompiler.eager.functions import total
 from descompiler.eager.parameters import SynchroniseNorms, plain
 from descompiler.eager.survey import MEAN, ROWS, SAME, SUM
 from descompiler.emit.emit import Emitted
-from descompiler.errors import InputError, warn
+from descompiler.errors import InputError, UnsupportedError, warn
 from descompiler.layout.rows import Rows
 from descompiler.layout.traffic import Traffic
 from descompiler.model.attributes import copied
 from descompiler.model.float64 import InDouble, is_double_meant
 from descompiler.model.inputs import Kinds, flatten, split_statics, unflatten_with
+from descompiler.model.random_state import drawn_by_python
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.parts import Parts
 from descompiler.ops.local import scale_grad
@@ -43,9 +44,10 @@ class PartialModule(DistributedModule):
         spare: tuple[tuple[Any, ...], dict[str, Any]],
         *,
         coupled: bool = False,
+        draws: bool = False,
     ):
         super().__init__(parts)
-        self._coupled = coupled
+        self._coupled, self._drawing = coupled, draws  # draws: each rank its own, which users were told of
         self._outputs, self._means_double = tuple(outputs), is_double_meant()
         self._spare = spare  # rows of inputs
         vars(self)["_call"] = call  # perhaps the host itself, which is no submodule
@@ -68,8 +70,14 @@ class PartialModule(DistributedModule):
         try:
             if self._coupled and runtime.ranks > 1:
                 return self._run_global_batch(args, kwargs, mode)
-            guard = self._guard()
+            guard, before = self._guard(), drawn_by_python()
             out, spare = self._run_host(*self._cut(guard, args, kwargs))
+            if runtime.ranks > 1 and not self._drawing and before != drawn_by_python():
+                raise UnsupportedError(
+                    "forward draws random numbers of NumPy's or Python's here, which it did not on example_inputs: "
+                    "this rank's are not those of one process on the global batch. Pass example_inputs on which it "
+                    "draws, and every rank draws the same for the global batch"
+                )
             leaves, spec = flatten(out)
             tensors, statics = split_statics(leaves)
             self._check_outputs(tensors)
@@ -93,7 +101,7 @@ class PartialModule(DistributedModule):
         buffers = dict(other.named_buffers(remove_duplicate=False))
         parts = Parts(other, self.plan, self._runtime.anew(), values, buffers, self._coverage, other)
         calls = other if call is host else getattr(other, call.__name__)
-        result = PartialModule(parts, calls, self._outputs, self._spare, coupled=self._coupled)
+        result = PartialModule(parts, calls, self._outputs, self._spare, coupled=self._coupled, draws=self._drawing)
         result._means_double = self._means_double
         return result
 
