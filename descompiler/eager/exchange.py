@@ -36,12 +36,22 @@ class PieceExchange:
         Gets each use, for its gradient.
     parameters : list of ShardedParameter
         In an order that is the same on every rank.
+    weighs : bool
+        Whether uses outside of the compiled method weigh as its outputs do (`eager.parameters.OfParameters`).
+    inside : bool
+        Whether the method runs, as the user's own Python.
     """
 
     def __init__(self, gradients: GradientSync):
         self.gradients, self.runtime = gradients, gradients.runtime
         self.parameters: list[ShardedParameter] = gradients.sharded
         self._noted: set[tuple[str, str]] = set()
+        self.weighs = self.inside = False
+
+    @property
+    def outside(self) -> bool:
+        """Whether what uses a parameter now is to weigh as the method's outputs do."""
+        return self.weighs and not self.inside
 
     # ---- agreement
 

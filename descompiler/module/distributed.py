@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from descompiler.eager.exchange import PieceExchange
 from descompiler.eager.functions import Finish
 from descompiler.eager.gradients import GradientSync
-from descompiler.eager.parameters import plain, substitute
+from descompiler.eager.parameters import plain, substitute, weigh_outside
 from descompiler.emit.emit import Emitted
 from descompiler.errors import CaptureError, InputError, OtherShapesError, UnsupportedError, warn
 from descompiler.graph.nodes import Source
@@ -77,9 +77,12 @@ class DistributedModule(nn.Module):
         self._attributes = AttributeWatch(host) if self._in_place and host is not None else None
         self._gradients = GradientSync(runtime, in_part=not self.predicts_traffic)
         self._exchange = PieceExchange(self._gradients)
+        self._exchange.weighs = self._in_place and runtime.loss != "rank_mean" and runtime.ranks > 1
         for name, p in self.named_parameters():
             if not plan.pieces[name].is_replicated:
                 substitute(p, name, plan.pieces[name], self._exchange)
+            elif self._exchange.weighs:
+                weigh_outside(p, self._exchange)
         if self._in_place:
             self._watch()
 

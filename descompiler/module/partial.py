@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -143,7 +143,8 @@ class PartialModule(DistributedModule):
         arithmetic = InDouble if self._means_double else nullcontext
         with arithmetic():
             held = flatten((args, kwargs))[0]
-            out = runtime.draw(vars(self)["_call"], *args, **kwargs)
+            with self._inside():
+                out = runtime.draw(vars(self)["_call"], *args, **kwargs)
         if any(x is not y for x, y in zip(held, flatten((args, kwargs))[0], strict=False)):
             warn(
                 "forward replaces what is in a list or dict that it is given, here the rows of all ranks; the compiled "
@@ -160,6 +161,15 @@ class PartialModule(DistributedModule):
                 x = scale_grad(x, 1 / runtime.ranks)
             outputs.append(runtime.output(runtime.slice_rows(x, 0, 1, 1)) if kind == ROWS else runtime.spread(x))
         return unflatten_with(self._noticing(self._finishing(outputs)), spec, statics)
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """What the user's forward uses weighs as its outputs do, and not once more."""
+        self._exchange.inside = True
+        try:
+            yield
+        finally:
+            self._exchange.inside = False
 
     def _guard(self) -> Guard | None:
         return self._gradients.guard() if self._runtime.ranks > 1 and torch.is_grad_enabled() else None
@@ -202,7 +212,7 @@ class PartialModule(DistributedModule):
         call = vars(self)["_call"]
         arithmetic = InDouble if self._means_double else nullcontext
         try:
-            with arithmetic(), SynchroniseNorms(self._exchange):
+            with arithmetic(), self._inside(), SynchroniseNorms(self._exchange):
                 return call(*args, **kwargs), False
         except Exception:
             empty = any(x.dim() and not x.shape[0] for x in split_statics(flatten((args, kwargs))[0])[0])
@@ -212,7 +222,7 @@ class PartialModule(DistributedModule):
         tensors, statics = split_statics(leaves)
         given = split_statics(flatten((args, kwargs))[0])[0]
         spare = unflatten_with([x.to(y.dtype) for x, y in zip(tensors, given, strict=True)], spec, statics)
-        with arithmetic(), SynchroniseNorms(self._exchange, spare=True):
+        with arithmetic(), self._inside(), SynchroniseNorms(self._exchange, spare=True):
             return call(*spare[0], **spare[1]), True
 
     @property
