@@ -32,6 +32,7 @@ USES = {
     "lookup alone": lambda m, h, y: h.sum(1) + m.table(y).pow(2).sum(1),
     "layer": lambda m, h, y: m.out(h).pow(2).sum(1),
     "whole": lambda m, h, y: F.cross_entropy(h @ m.table.weight.t(), y, reduction="none"),
+    "offset": lambda m, h, y: (h.sum(1) + m.alpha).pow(2),
     "number": lambda m, h, y: (m.alpha * h).sum(1) * m.alpha.exp(),
     "layer of labels": lambda m, h, y: h.sum(1) + m.out(F.one_hot(y, 4).to(h) if y.max() < 4 else h.detach()).sum(1),
 }
@@ -39,6 +40,7 @@ USES = {
 PENALTIES = {
     "none": lambda m: 0.0,
     "sum": lambda m: 0.1 * m.table.weight.pow(2).sum() + m.out.weight.norm(),
+    "in turn": lambda m: torch.zeros(1, dtype=torch.float64) + m.out.weight.pow(2).sum(),
     "learnt": lambda m: (m.alpha * m.table.weight).pow(2).sum() + m.alpha.pow(2) + m.out.bias.pow(2).sum() * m.alpha,
     "gram": lambda m: (m.out.weight @ m.out.weight.t() - torch.eye(4, dtype=torch.float64)).pow(2).sum(),
 }
@@ -56,7 +58,7 @@ def _trained(rank, ranks, model, kind, form, cases):
     mine, found = IDS[:6] if rank == 0 else IDS[6:], []
     for use, penalty in cases:
         module.zero_grad()
-        _total(module, mine, kind, use, penalty).backward()
+        _total(module, mine, kind, use, penalty).sum().backward()
         pieces = des.module_of(module).plan.pieces
         found.append({n: (pieces[n], p.grad) for n, p in module.named_parameters()})
     return found
@@ -81,7 +83,7 @@ def test_uses_outside_of_the_method_weigh_as_its_outputs(model, kind, form, on_r
     found = on_ranks(_trained, 2, copy.deepcopy(model), kind, form, CASES)
     for i, (use, penalty) in enumerate(CASES):
         model.zero_grad()
-        _total(model, IDS, kind, use, penalty).backward()
+        _total(model, IDS, kind, use, penalty).sum().backward()
         for rank, of_rank in enumerate(found):
             for name, p in model.named_parameters():
                 pieces, grad = of_rank[i][name]
@@ -89,3 +91,21 @@ def test_uses_outside_of_the_method_weigh_as_its_outputs(model, kind, form, on_r
                 assert (grad is None) == (expected is None), (use, penalty, name)
                 if expected is not None:
                     assert torch.allclose(grad, expected, rtol=1e-9, atol=1e-12), (use, penalty, name)
+
+
+class Cached(Towers):
+    """Its prediction reads what forward left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache, self.is_fresh = None, False
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = super().forward(ids)
+        self.cache, self.is_fresh = x.detach(), True
+        return x
+
+
+def test_attributes_that_the_graph_does_not_set_are_named():
+    with pytest.warns(UserWarning, match="cache, is_fresh: the method that is compiled sets what its graph does not"):
+        des.compile(Cached(), (IDS[:, 0],), in_place=True)

@@ -140,8 +140,9 @@ def _in_users_code(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not own or not torch.is_grad_enabled() or not own[0].exchange.outside:
         return _local(func, args, kwargs)
     exchange = own[0].exchange
-    if any(_of_batch(x, exchange) for x in tensors if not isinstance(x, WHOLE)):
-        if not (func in TERMS and all(not x.dim() for x in own)):
+    if batch := [x for x in tensors if not isinstance(x, WHOLE) and _of_batch(x, exchange)]:
+        terms = func in TERMS and all(x.numel() == 1 for x in own) and not any(x.dim() for x in batch)
+        if not terms:
             args, kwargs = torch.utils._pytree.tree_map(
                 lambda x: exchange.runtime.output(plain(x)) if isinstance(x, WHOLE) else x, (args, kwargs)
             )
