@@ -120,6 +120,14 @@ class Opaque(Towers):
         return self.top(torch.cat([u, self.item(ids[:, 1])], 1)).squeeze(1)
 
 
+class Tasks(Towers):
+    """Two outputs, of which one has a layer of its own behind it: ranks tell which of them losses use."""
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        u, v = self.user(ids[:, 0]), self.item(ids[:, 1])
+        return self.top(torch.cat([u, v], 1)), (u * v).sum(1)
+
+
 def loss_of(outputs: Any) -> Tensor:
     """A number that every output has a part in."""
     return sum(x.square().mean() for x in (outputs if isinstance(outputs, tuple) else (outputs,)))
@@ -207,6 +215,7 @@ SCENARIOS: dict[str, Scenario] = {
     "regularised": Scenario(Partial, {"plan": {"*": "row_wise"}}, regularised),
     "partial mean": Scenario(PartialMean, {"plan": {"*": "row_wise"}}),
     "leaf": Scenario(Opaque, {"plan": {"*": "unique_rows"}}),
+    "tasks": Scenario(Tasks, {"plan": {"*": "row_wise"}}),
     "in place": Scenario(Towers, {"plan": {"*": "row_wise"}, "in_place": True}),
     "accumulation": Scenario(Towers, {"plan": {"*": "unique_rows"}}, accumulated),
     "two forwards": Scenario(Towers, {"plan": {"*": "hot_rows"}}, two_forwards),

@@ -220,6 +220,11 @@ def distribute(
     for text in (None if operators else NO_OPERATORS, coverage.warning()):
         if text:
             ranks.warn(text)
+    if host is not None and program.written:
+        ranks.warn(
+            f"{', '.join(program.written)}: the method that is compiled sets what its graph does not, so the "
+            "model's other methods find what was there before. Set it in a method that they call, or let it be a buffer"
+        )
     values, buffers = initial_values(
         model, build.template, chosen.pieces, seed, build.device, ranks, in_place=host is not None
     )

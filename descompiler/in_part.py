@@ -19,6 +19,7 @@ from descompiler.layout.statistics import Statistics
 from descompiler.model.attributes import copied
 from descompiler.model.inputs import normalise_inputs, take_rows
 from descompiler.model.probe import call_of, method_of
+from descompiler.model.random_state import own_generators
 from descompiler.module.initial import initial_values
 from descompiler.module.partial import PartialModule
 from descompiler.module.parts import Parts
@@ -62,6 +63,8 @@ def distribute_in_part(
         ranks.warn(text)
     if seen.unchecked:
         ranks.warn(f"rows of a batch were not checked for independence: {seen.unchecked}")
+    if seen.coupled:  # each rank draws with its own, and the draws have to be one
+        ranks.same("generator state (seed alike what the model keeps)", repr(own_generators(model)))
     values, buffers = initial_values(
         model, build.template, chosen.pieces, seed, build.device, ranks, in_place=host is not None
     )
@@ -101,7 +104,8 @@ def _partial_module(
     # two rows: forwards that squeeze can't run on one
     spare = inputs if seen.unchecked else take_rows(inputs, torch.zeros(2, dtype=torch.int64, device=build.device))
     parts = Parts(template, chosen, runtime, values, buffers, coverage, runs, in_place=host is not None)
-    return PartialModule(parts, call_of(runs, build.method), seen.outputs, spare, coupled=bool(seen.coupled))
+    calls = call_of(runs, build.method)
+    return PartialModule(parts, calls, seen.outputs, spare, coupled=bool(seen.coupled), draws=seen.random)
 
 
 def _copy_with(template: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:

@@ -29,7 +29,7 @@ from descompiler.layout.global_values import (
 )
 from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
-from descompiler.layout.step import DenseGradients, LeafStatus, StepHeader
+from descompiler.layout.step import DenseGradients, LeafStatus, StepHeader, UsedOutputs
 from descompiler.layout.traffic import Collective, Stage, kind_of
 from descompiler.layout.transfer import Counts, Step, Transfer
 from descompiler.layout.vocabulary import Vocabulary
@@ -47,6 +47,7 @@ REDUCED = FetchTable(Table("reduced", 9, 4, sparse=True), Pieces.replicate((9, 4
 EXAMPLES = [
     (StepHeader(), {"SEND": 2 * 40}),
     (LeafStatus(2, True), {"RUN": 2 * 2, "BACKWARD": 2}),
+    (UsedOutputs(3), {"GATHER": 2 * 3}),
     (DenseGradients(30), {"AVERAGE": Fraction(2 * 2 * 120, 3)}),
     # its 3 rows' ids: two columns to rank 0, all four to rank 2
     (IdsIn((Entry("ids", (4,), ((0, 1, (0, 2)), (1, 3, None))),), 8), {"SEND": 8 * 3 * (2 + 4)}),
@@ -186,7 +187,7 @@ def test_a_plan_file_of_version_2_is_read():
         found = plan.traffic(rank)
         assert {n: str(x) for n, x in found.bytes_by_collective.items()} == expected["bytes"]
         assert found.calls_by_collective == expected["calls"]
-    assert {type(t) for t in plan.layout.transfers} == set(kinds()) - {LeafStatus}
+    assert {type(t) for t in plan.layout.transfers} == set(kinds()) - {LeafStatus, UsedOutputs}
     again = json.loads(plan.to_json())
     assert again["version"] == 4 and des.Plan.from_json(plan.to_json()) == plan
     again["layout"]["transfers"][0]["is"] = "Header"  # as some files of version 3 named the first kind
@@ -197,7 +198,7 @@ def test_a_plan_file_of_version_3_is_read():
     """Every kind, as version 3 wrote it: pieces, values that leave and products said in three ways who has what."""
     plan = des.Plan.from_json((Path(__file__).parent / "plans" / "version_3_divisions.json").read_text())
     found = plan.layout.transfers
-    assert {type(t) for t in found} == set(kinds()) and LeafStatus(2, True) in found
+    assert {type(t) for t in found} == set(kinds()) - {UsedOutputs} and LeafStatus(2, True) in found
     assert plan.splits["tables.3.weight"].pieces == Pieces.even((40, 6), 0, 3)
     assert WholeTables((Whole("w", Pieces.even((7, 2), 0, 3)),)) in found
     ranges = Division.of([(3, 0), (2, 1), (3, 0), (4, -1), (3, 1)])  # -1: own rows

@@ -25,7 +25,7 @@ from descompiler.errors import CaptureError, DescompilerError, InputError, Unsup
 from descompiler.graph.leaf import Leaf, LeafError
 from descompiler.graph.program import Failure, Program
 from descompiler.graph.rewrite import Pass, run_passes
-from descompiler.model.attributes import Place, left_behind, reads_of, set_attributes
+from descompiler.model.attributes import Place, left_behind, reads_of, set_attributes, set_by_forward
 from descompiler.model.float64 import InDouble
 from descompiler.model.inputs import ArgumentPath, Signature, flatten, normalise_inputs, split_statics
 from descompiler.model.probe import (
@@ -198,7 +198,7 @@ def capture(
         raise InputError(
             f"the model can't run example_inputs ({type(error).__name__}: {error}{where}); {todo}"
         ) from error
-    left = tuple(left_behind(probe.model))
+    left, written = tuple(left_behind(probe.model)), tuple(set_by_forward(template, probe.model))
     assert probe.out_spec is not None  # from the eager run: export undoes what forward writes to its module
     probe.updates = updates = updated_arguments(probe, double_all(tensors))
     signature = Signature(spec, probe.out_spec, statics, probe.out_statics, updates)
@@ -233,6 +233,7 @@ def capture(
         metas = {n.name: n.meta for n in checked.graph.nodes}
         for n in program.graph.nodes:
             n.meta.update({k: x for k, x in metas[n.name].items() if k in JUDGED})
-        program = replace(program, rung=rung, failures=tuple(failures), idle=idle, left_behind=left, reads=reads)
+        program = replace(program, rung=rung, failures=tuple(failures), idle=idle)
+        program = replace(program, left_behind=left, written=written, reads=reads)
         return program, signature
     raise CaptureError("\n".join([NOT_CAPTURED, *(f"  {f}" for f in failures)]), tuple(failures))

@@ -28,12 +28,12 @@ from descompiler.classify.batch_values import (
     detach,
     element,
 )
-from descompiler.classify.operator_kinds import DRAWN_BY_ROW, DROPPING, HEAVY, SUM_OPERATORS
+from descompiler.classify.operator_kinds import DRAWN_BY_ROW, DROPPING, HEAVY, SEARCHED, SUM_OPERATORS
 from descompiler.classify.scope import CONSTANT, GLOBAL, OWN, OWN_ROWS, SIZE, SIZED, WHOLE, Scope, polynomial
 from descompiler.classify.spare_row import OnSpareRow, runs_without_rows
 from descompiler.graph.arguments import LookupCall, operand, training_norm
 from descompiler.graph.leaf import Leaf
-from descompiler.graph.nodes import aten, is_random, is_tensor, value
+from descompiler.graph.nodes import aten, is_random, is_tensor, signature, value
 from descompiler.graph.program import Program
 from descompiler.graph.slicing import MIXES, along
 from descompiler.layout.rows import Rows
@@ -209,7 +209,7 @@ class _Classifier:
 
     def _random(self, node: fx.Node, kinds: dict[fx.Node, str]) -> None:
         operands = [self.scopes[a] for a in node.all_input_nodes]
-        by_row = node.target in DRAWN_BY_ROW and all(s.kind != GLOBAL for s in operands)
+        by_row = self._draws_by_row(node) and all(s.kind != GLOBAL for s in operands)
         rows = [s.rows for s in operands if s.kind == OWN_ROWS]
         several = isinstance(value(node), tuple | list)
         layouts = [self._candidates(x) for x in (value(node) if several else [value(node)])]
@@ -218,6 +218,15 @@ class _Classifier:
             self._set_local(node, found if several else found[0], (OWN,) * len(operands), drawn=True)
             return
         self._global(node, drawn=True)
+
+    def _draws_by_row(self, node: fx.Node) -> bool:
+        """Whether a row's draw is independent of the others, and from numbers that are a rank's as the batch's."""
+        args = signature(node) if node.target in DRAWN_BY_ROW else {}
+        of_size = any(isinstance(a := args.get(n), fx.Node) and self.scopes[a].kind == SIZE for n in ("low", "high"))
+        if node.target is not aten.multinomial.default:
+            return node.target in DRAWN_BY_ROW and not of_size
+        own = self.scopes[operand(node)].rows  # of which each row is a distribution
+        return bool(args["replacement"]) if own is None else own.dim == 0 and value(operand(node)).dim() == 2
 
     def _batch_norm(self, node: fx.Node, kinds: dict[fx.Node, str]) -> bool:
         """Statistics over the global batch from the ranks' own: `Runtime.batch_norm`."""
@@ -247,11 +256,21 @@ class _Classifier:
             return False
         if (lookup := LookupCall.of(node)) is not None and kinds[lookup.weight] != CONSTANT:
             return False
+        if node.target in SEARCHED and self._searches_rows(node):
+            return False
         if node.target in MIXES:
             rows = self.scopes[node.all_input_nodes[0]].rows
             if rows is not None and rows.dim in along(node):
                 return False
         return not (node.target is aten.index.Tensor and self._indexes_rows(node))
+
+    def _searches_rows(self, node: fx.Node) -> bool:
+        """Whether elements are looked for in what other rows have, too."""
+        found = signature(node)[SEARCHED[node.target]]
+        if not isinstance(found, fx.Node) or self.scopes[found].kind == CONSTANT:
+            return False
+        by_row = node.target in (aten.searchsorted.Tensor, aten.searchsorted.Scalar) and value(found).dim() > 1
+        return not by_row
 
     def _indexes_rows(self, node: fx.Node) -> bool:
         """Whether data of the batch choose rows of the batch."""

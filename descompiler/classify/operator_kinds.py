@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from descompiler.graph.arguments import LOOKUP_OPERATORS
 from descompiler.graph.nodes import aten
 from descompiler.ops.vocabulary import vocabulary
@@ -54,6 +56,17 @@ DRAWN_BY_ROW = frozenset(
     }
 )
 """Random operators that draw independently for each row of their operand, or of their shape."""
+
+
+SEARCHED: dict[Any, str] = {
+    aten.isin.Tensor_Tensor: "test_elements",
+    aten.isin.Scalar_Tensor: "test_elements",
+    aten.searchsorted.Tensor: "sorted_sequence",
+    aten.searchsorted.Scalar: "sorted_sequence",
+    aten.bucketize.Tensor: "boundaries",
+    aten.bucketize.Scalar: "boundaries",
+}
+"""Operators that look for each element in all of an operand. Numbers of a few rows don't show it: few are found."""
 
 
 SHAPE_ONLY = frozenset({aten.expand_as.default, aten.view_as.default, aten.reshape_as.default, aten.type_as.default})

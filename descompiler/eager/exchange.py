@@ -36,12 +36,22 @@ class PieceExchange:
         Gets each use, for its gradient.
     parameters : list of ShardedParameter
         In an order that is the same on every rank.
+    weighs : bool
+        Whether uses outside of the compiled method weigh as its outputs do (`eager.parameters.OfParameters`).
+    inside : bool
+        Whether the method runs, as the user's own Python.
     """
 
     def __init__(self, gradients: GradientSync):
         self.gradients, self.runtime = gradients, gradients.runtime
         self.parameters: list[ShardedParameter] = gradients.sharded
         self._noted: set[tuple[str, str]] = set()
+        self.weighs = self.inside = False
+
+    @property
+    def outside(self) -> bool:
+        """Whether what uses a parameter now is to weigh as the method's outputs do."""
+        return self.weighs and not self.inside
 
     # ---- agreement
 
@@ -51,7 +61,7 @@ class PieceExchange:
         kind: Kind,
         parameter: ShardedParameter | None = None,
         *,
-        rows: int = 0,
+        rows: int | None = None,
         problem: str | None = None,
         tell: Sequence[int] | None = None,
     ) -> list[int]:
@@ -60,9 +70,10 @@ class PieceExchange:
         A rank that has reached a batch norm or the end of forward, or wants another parameter's rows, takes part in the
         lookups of the others with no ids of its own; the lowest rank's call comes first. Any other difference raises on
         every rank.
-        ``tell[r]`` is a number for rank r; returns what each rank told this one.
+        ``tell[r]`` is a number for rank r; returns what each rank told this one. ``rows``: as `Agreement.meet`'s.
         """
         runtime = self.runtime
+        rows = runtime.known_rows() if rows is None else rows
         runtime.call = mine = Call.named(what, kind) if parameter is None else Call(kind, parameter.position, what)
         while True:
             told = runtime.header(rows, problem, tell, same_call=False)

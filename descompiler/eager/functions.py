@@ -6,6 +6,7 @@ parameter comes to the use. What autograd brings the parameter through it is not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from descompiler.eager.gradients import GradientSync, UseOfPiece
 from descompiler.eager.parameters import ShardedParameter, plain
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import WholeTables
+from descompiler.runtime.backward import Used
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.runtime import Runtime
 
@@ -116,24 +118,42 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runtime: Runtime, x: Tensor, what: str) -> Tensor:
         ctx.ranks = runtime.ranks
+        ctx.set_materialize_grads(False)
         return _of_every_rank(runtime, x, what).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, grads[0] * ctx.ranks, None  # averaged over ranks below
+        return None, None if grads[0] is None else grads[0] * ctx.ranks, None  # averaged over ranks below
 
 
 class Finish(torch.autograd.Function):
     """Identity on a forward's outputs; in backward it makes sure that the gradients' exchange takes place.
 
+    Outputs that any rank's loss uses have a gradient on every rank, so that all make the same collectives; the others
+    have none. ``positions``: of the tensors, among the outputs.
+
     Sharded parameters are among its inputs, so that one whose gradient is to be returned has one, to be filled in.
     """
 
     @staticmethod
-    def forward(ctx: Any, sync: GradientSync, anchor: Tensor, sharded: int, *tensors: Tensor) -> Any:
-        ctx.sync, ctx.sharded = sync, sharded
+    def forward(
+        ctx: Any,
+        sync: GradientSync,
+        used: Used,
+        positions: Sequence[int],
+        anchor: Tensor,
+        sharded: int,
+        *tensors: Tensor,
+    ) -> Any:
+        ctx.sync, ctx.sharded, ctx.used, ctx.positions = sync, sharded, used, positions
+        ctx.like = [(t.shape, t.dtype, t.device) for t in tensors[sharded:]]
+        ctx.set_materialize_grads(False)
         return tuple(t.view_as(t) for t in tensors[sharded:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, None, None, *ctx.sync.enter_backward(ctx.sharded), *grads
+        every = [
+            torch.zeros(s, dtype=t, device=d) if g is None and ctx.used.has(i) else g
+            for i, g, (s, t, d) in zip(ctx.positions, grads, ctx.like, strict=True)
+        ]
+        return *(None,) * 5, *ctx.sync.enter_backward(ctx.sharded), *every

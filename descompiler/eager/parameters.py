@@ -6,8 +6,13 @@ A `ShardedParameter` is an ordinary parameter (this rank's part, for optimisers)
     reduction   W.sum(), W.mean(), norms, also of f(W) elementwise     local terms, then every rank's
     the rest    W @ x, cat([W, V]), ...                                the whole parameter is gathered, with a note
 
-so each means what it means in the original model. What crosses for that is the business of
-`descompiler.eager.exchange`.
+so each means what it means in the original model.
+
+Outside of the compiled method the user's loss is of this rank's rows alone. Where it is a sum over rows, or a mean of
+which ranks have unlike shares, what parameters do to rows (`h @ w`) weighs as the method's outputs do; what is computed
+of parameters alone (a regulariser) is a term of the loss, and counts once. See `OfParameters`.
+
+What crosses for that is the business of `descompiler.eager.exchange`.
 """
 
 from __future__ import annotations
@@ -21,7 +26,8 @@ from torch.overrides import TorchFunctionMode
 
 from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
-from descompiler.ops.functions import ELEMENTWISE, LOOKUPS, NORMS, PRODUCTS, SUM_FUNCTIONS, function_name
+from descompiler.ops.functions import ELEMENTWISE, LOOKUPS, NORMS, PRODUCTS, SUM_FUNCTIONS, TERMS, function_name
+from descompiler.ops.local import scale_grad
 from descompiler.runtime.agreement import Kind
 from descompiler.runtime.runtime import Runtime
 from descompiler.tables.form import fallback
@@ -32,6 +38,10 @@ class PieceTransport(Protocol):
 
     runtime: Runtime
     parameters: list[ShardedParameter]
+
+    @property
+    def outside(self) -> bool:
+        """Whether uses are to weigh as the outputs of the compiled method do."""
 
     def fetch(self, parameter: ShardedParameter, ids: Tensor, sparse: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Unique rows of a table, where each id's is among them, and their ids."""
@@ -87,6 +97,81 @@ SHARDED = (ShardedParameter, Tracked)
 """What is cut, and knows how."""
 
 
+class OfParameters(Tensor):
+    """Computed of parameters alone, in the user's code outside of the compiled method."""
+
+    exchange: PieceTransport
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _in_users_code(func, args, kwargs or {})
+
+
+class WholeParameter(nn.Parameter):
+    """A parameter that every rank holds, whose uses outside of the compiled method weigh as its outputs do."""
+
+    exchange: PieceTransport
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _in_users_code(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        return memo.setdefault(id(self), nn.Parameter(plain(self).detach().clone(), self.requires_grad))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(plain(self).detach(), self.requires_grad).__reduce_ex__(protocol)
+
+
+WHOLE = (WholeParameter, OfParameters)
+
+
+def weigh_outside(p: nn.Parameter, exchange: PieceTransport) -> None:
+    """Let uses of a parameter that every rank holds weigh as the compiled method's outputs do."""
+    p.__class__ = WholeParameter
+    p.exchange = exchange  # type: ignore[attr-defined]
+
+
+def _in_users_code(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    tensors = _tensors_among(args, kwargs)
+    if any(isinstance(x, SHARDED) for x in tensors):
+        return _intercept(func, args, kwargs)
+    own: list[Any] = [x for x in tensors if isinstance(x, WHOLE)]
+    if not own or not torch.is_grad_enabled() or not own[0].exchange.outside:
+        return _local(func, args, kwargs)
+    exchange = own[0].exchange
+    if batch := [x for x in tensors if not isinstance(x, WHOLE) and _of_batch(x, exchange)]:
+        terms = func in TERMS and all(x.numel() == 1 for x in own) and not any(x.dim() for x in batch)
+        if not terms:
+            args, kwargs = torch.utils._pytree.tree_map(
+                lambda x: exchange.runtime.output(plain(x)) if isinstance(x, WHOLE) else x, (args, kwargs)
+            )
+        return _local(func, args, kwargs)
+    return _of_parameters(_local(func, args, kwargs), exchange)
+
+
+def _of_batch(x: Tensor, exchange: PieceTransport) -> bool:
+    """Whether a tensor that no parameter is has rows of this rank: the method's outputs, or inputs and labels."""
+    rows = exchange.runtime.known_rows()
+    if x.grad_fn is not None or not x.dim():
+        return x.grad_fn is not None
+    several = rows > 1 and not x.is_floating_point()  # ids of several columns, one after another
+    return x.shape[0] == rows or (several and x.shape[0] % rows == 0)
+
+
+def _of_parameters(result: Any, exchange: PieceTransport) -> Any:
+    def mark(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.grad_fn is None:
+            return x
+        marked = plain(x).as_subclass(OfParameters)
+        marked.exchange = exchange
+        return marked
+
+    if not exchange.outside:
+        return result
+    return type(result)(map(mark, result)) if type(result) in (tuple, list) else mark(result)
+
+
 def substitute(p: nn.Parameter, name: str, pieces: Pieces, exchange: PieceTransport) -> ShardedParameter:
     """Make a parameter that holds this rank's part a `ShardedParameter`, in place: optimisers keep their reference."""
     p.__class__ = ShardedParameter
@@ -100,20 +185,21 @@ def _intercept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func in LOOKUPS:
         result = _fetched_lookup(func, args, kwargs)
         if result is not NotImplemented:
-            return result
+            return _looked_up(result, args, kwargs)
         return _on_whole(func, args, kwargs)
     if func in PRODUCTS:
         return _on_whole(func, args, kwargs)
     if not torch.is_grad_enabled():  # optimisers, initialisers, copies: this rank's part
         return _local(func, args, kwargs)
-    first = args[0] if args else None
+    first: Any = args[0] if args else None
     if func in SUM_FUNCTIONS or func in NORMS:
         result = _reduce(func, first, args[1:], kwargs)
         if result is not NotImplemented:
-            return result
+            return _of_parameters(result, first.exchange)
         return _on_whole(func, args, kwargs)
     if func in ELEMENTWISE and (kind := _common(args, kwargs)) is not None:
-        result = _local(func, args, kwargs)
+        joined = torch.utils._pytree.tree_map(lambda x: _beside_part(x, kind), (args, kwargs))
+        result = _local(func, *joined)
         if isinstance(result, Tensor) and result.shape == kind.shape:
             tracked = result.as_subclass(Tracked)
             tracked.pieces, tracked.original, tracked.exchange = kind.pieces, kind.original, kind.exchange
@@ -142,6 +228,25 @@ def _common(args: Any, kwargs: Any) -> Any:
     if all(isinstance(x, SHARDED) and x.pieces == cut[0].pieces and x.shape == cut[0].shape for x in cut):
         return cut[0]
     return None
+
+
+def _beside_part(x: Any, part: Any) -> Any:
+    """A trained number that meets a part: each rank has the gradient of its own rows, all that of rows all hold."""
+    ranks = part.exchange.runtime.ranks
+    if not isinstance(x, Tensor) or isinstance(x, SHARDED) or not x.requires_grad or ranks == 1:
+        return x
+    own, shared = (y.shape for y in _own_and_shared(part))
+    x = plain(x)
+    return torch.cat([scale_grad(x, ranks).expand(own), x.expand(shared)], part.pieces.dim)
+
+
+def _looked_up(result: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What was fetched, which outside of the compiled method weighs as its outputs do if the ids are the batch's."""
+    tensors: list[Any] = _tensors_among(args, kwargs)
+    exchange = next(x.exchange for x in tensors if isinstance(x, SHARDED))
+    if exchange.outside and any(_of_batch(x, exchange) for x in tensors if not isinstance(x, (*SHARDED, *WHOLE))):
+        return exchange.runtime.output(result)
+    return _of_parameters(result, exchange)
 
 
 def _own_and_shared(x: Any) -> tuple[Tensor, Tensor]:
@@ -174,7 +279,7 @@ def _reduce(func: Any, x: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _on_whole(func: Any, args: Any, kwargs: Any) -> Any:
     def gathered(x: Any) -> Any:
         if isinstance(x, ShardedParameter):
-            return x.exchange.whole(x, function_name(func))
+            return _of_parameters(x.exchange.whole(x, function_name(func)), x.exchange)
         if isinstance(x, Tracked):
             raise UnsupportedError(
                 f"{function_name(func)} takes an elementwise function of {x.original!r}, of which each rank holds a "

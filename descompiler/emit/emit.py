@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from descompiler.classify.scope import scope_of, trained_parameters
+from descompiler.classify.scope import parameters_behind, scope_of, trained_parameters
 from descompiler.emit.emission import Emission, Version
 from descompiler.emit.outside import OutsideEmitter
 from descompiler.emit.region import RegionEmitter
@@ -47,6 +47,8 @@ class Emitted:
         Where a rank's own rows are in each output; None: the output is the global batch's, equal on all ranks.
     untrained : frozenset of str
         Parameters that require gradients and get none.
+    behind : tuple of frozenset of str
+        By output, the parameters that may be behind it.
     reads : frozenset of (str, str)
         See `Program`.
     total : torch.fx.Node
@@ -66,6 +68,7 @@ class Emitted:
     checks: tuple[Check, ...]
     outputs: tuple[Rows | None, ...]
     untrained: frozenset[str]
+    behind: tuple[frozenset[str], ...]
     reads: frozenset[Place]
     total: fx.Node
     signature: Signature | None = None
@@ -117,7 +120,8 @@ def emit(partition: Partition, rank: int) -> Emitted:
     module = fx.GraphModule(torch.nn.Module(), e.graph)
     wanted = frozenset(n for n, p in program.parameters.items() if p.requires_grad)
     untrained = wanted - trained_parameters(program)
-    return Emitted(module, e.sources, e.constants, e.layout, checks, rows, untrained, program.reads, e.rows)
+    behind = parameters_behind(program)
+    return Emitted(module, e.sources, e.constants, e.layout, checks, rows, untrained, behind, program.reads, e.rows)
 
 
 def _begin(e: Emission, outside: OutsideEmitter) -> tuple[Check, ...]:

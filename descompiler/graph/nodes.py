@@ -123,6 +123,20 @@ def is_random(node: fx.Node) -> bool:
     return bool(args.get("train", True)) and rate != 0
 
 
+def stops_gradients(n: fx.Node) -> bool:
+    """Whether no gradient goes through a node, whatever its operands are: numbers, integers, what is detached.
+
+    >>> n = fx.Graph().placeholder("x")
+    >>> n.meta["val"] = torch.zeros(2, dtype=torch.int64)
+    >>> stops_gradients(n)
+    True
+    """
+    x = value(n)
+    if isinstance(x, Tensor):
+        return n.target is aten.detach.default or not (x.is_floating_point() or x.is_complex())
+    return x is not None and not isinstance(x, tuple | list)
+
+
 def mutates(node: fx.Node) -> bool:
     """Whether an operator writes to an operand."""
     schema = getattr(node.target, "_schema", None)

@@ -56,6 +56,8 @@ class Program:
         Parameters that have no gradient in the model on some batch, and one of zeros here (leaves reach all they hold).
     left_behind : tuple of str
         Attributes of the model in which its forward leaves values with a history; the graph does not.
+    written : tuple of str
+        Attributes of the model that its forward sets; the graph sets none.
     reads : frozenset of (str, str)
         Numbers and flags that forward reads: a module's path, and its attribute's name. The graph has their values.
     guards : tuple of sympy.Basic
@@ -74,6 +76,7 @@ class Program:
     failures: tuple[Failure, ...] = ()
     idle: tuple[str, ...] = ()
     left_behind: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
     reads: frozenset[Place] = frozenset()
     guards: tuple[sympy.Basic, ...] = ()
 

@@ -48,6 +48,25 @@ class LeafStatus(Transfer):
 
 
 @dataclass(frozen=True)
+class UsedOutputs(Transfer):
+    """used outputs: which outputs this rank's loss comes to --> those that any rank's does.
+
+    Attributes
+    ----------
+    outputs : int
+        Of forward; there are none to tell where the same parameters are behind all of them.
+    """
+
+    kind = "used outputs"
+    GATHER = Collective("all_gather (outputs that losses use)", Stage.GRADIENTS_BACK)
+
+    outputs: int
+
+    def sent(self, step: Step) -> Iterator[Sent]:
+        yield Sent(self.GATHER, self.outputs)
+
+
+@dataclass(frozen=True)
 class DenseGradients(Transfer):
     """dense gradients: every rank's terms --> their mean on every rank.
 

@@ -62,6 +62,30 @@ def left_behind(model: nn.Module) -> list[str]:
     ]
 
 
+def set_by_forward(before: nn.Module, after: nn.Module) -> list[str]:
+    """Plain attributes that a copy's forward has set: numbers, flags and tensors that are new, or others than before.
+
+    >>> module, run = nn.Linear(1, 1), nn.Linear(1, 1)
+    >>> module.cache, run.cache, run.seen = None, torch.zeros(1), True
+    >>> set_by_forward(module, run)
+    ['cache', 'seen']
+    """
+    found, modules = [], dict(before.named_modules())
+    for path, module in after.named_modules():
+        held = vars(modules[path]) if path in modules else {}
+        for name, x in vars(module).items():
+            if name in BARE or not isinstance(x, (*PLAIN, Tensor)):
+                continue
+            was = held.get(name, BARE)
+            if isinstance(x, Tensor) and isinstance(was, Tensor):
+                same = x.shape == was.shape and (was.is_meta or x.is_sparse or torch.equal(x.to(was), was))
+            else:
+                same = type(x) is type(was) and x == was
+            if not same:
+                found.append(dotted((path, name)))
+    return found
+
+
 def held_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Tensors that are plain attributes themselves: module, name, tensor."""
     for module in model.modules():

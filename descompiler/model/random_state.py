@@ -7,13 +7,16 @@ same forward follow, and the generators are put back, so that ranks' own numbers
 
 from __future__ import annotations
 
+import pickle
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 ONE_DRAW = "one draw, equal on all ranks"
 
@@ -59,6 +62,37 @@ def _same_state(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     on_device = a[1] is b[1] is None or torch.equal(a[1], b[1])
     by_numpy = all(np.array_equal(x, y) for x, y in zip(a[3], b[3], strict=True))
     return torch.equal(a[0], b[0]) and on_device and a[2] == b[2] and by_numpy
+
+
+def drawn_by_python() -> tuple[Any, ...]:
+    """The states of Python's and NumPy's generators, to be compared: who draws moves them."""
+    _, keys, *rest = np.random.get_state()
+    return random.getstate(), bytes(np.asarray(keys)), rest
+
+
+def own_generators(model: nn.Module) -> dict[str, str]:
+    """Generators that a model keeps as plain attributes, by name: a digest of the state of each.
+
+    >>> module = nn.Linear(1, 1)
+    >>> module.rng = random.Random(3)
+    >>> list(own_generators(module))
+    ['rng']
+    """
+    found = {}
+    for path, module in model.named_modules():
+        for name, x in vars(module).items():
+            if isinstance(x, np.random.Generator):
+                state: Any = x.bit_generator.state
+            elif isinstance(x, np.random.RandomState):
+                state = x.get_state(legacy=False)
+            elif isinstance(x, random.Random):
+                state = x.getstate()
+            elif isinstance(x, torch.Generator):
+                state = x.get_state().tolist()
+            else:
+                continue
+            found[f"{path}.{name}".lstrip(".")] = f"{zlib.crc32(pickle.dumps(state)):08x}"
+    return found
 
 
 def put_back(states: tuple[Any, ...], device: torch.device) -> None:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from descompiler.eager.exchange import PieceExchange
 from descompiler.eager.functions import Finish
 from descompiler.eager.gradients import GradientSync
-from descompiler.eager.parameters import plain, substitute
+from descompiler.eager.parameters import plain, substitute, weigh_outside
 from descompiler.emit.emit import Emitted
 from descompiler.errors import CaptureError, InputError, OtherShapesError, UnsupportedError, warn
 from descompiler.graph.nodes import Source
 from descompiler.layout.fetches import Counts
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.rows import Rows
-from descompiler.layout.step import DenseGradients
+from descompiler.layout.step import DenseGradients, UsedOutputs
 from descompiler.layout.traffic import Traffic
 from descompiler.model.attributes import AttributeWatch, Place
 from descompiler.model.inputs import Kinds, Signature
@@ -31,7 +31,7 @@ from descompiler.module.sizes import SAMPLE_ROWS, Programs, Sized, Sizes, begin_
 from descompiler.planning.coverage import Coverage
 from descompiler.planning.plan import Plan
 from descompiler.runtime.agreement import Call, Kind, OtherProgramError
-from descompiler.runtime.backward import behind
+from descompiler.runtime.backward import Used, behind
 from descompiler.runtime.gradients import Reducer
 from descompiler.runtime.untraced import untraced
 
@@ -69,6 +69,7 @@ class DistributedModule(nn.Module):
         self._flags = [name for name, _ in parts.template.named_modules()]
         self._frozen = frozenset(n for n, p in parts.template.named_parameters() if not p.requires_grad)
         self._given: Kinds | None = None  # of the latest forward's inputs
+        self._used = Used()  # of the latest forward's outputs
         self._reducer: Reducer | None = None
         self._reducer_key: Any = None
         parts.fill(self)
@@ -76,9 +77,12 @@ class DistributedModule(nn.Module):
         self._attributes = AttributeWatch(host) if self._in_place and host is not None else None
         self._gradients = GradientSync(runtime, in_part=not self.predicts_traffic)
         self._exchange = PieceExchange(self._gradients)
+        self._exchange.weighs = self._in_place and runtime.loss != "rank_mean" and runtime.ranks > 1
         for name, p in self.named_parameters():
             if not plan.pieces[name].is_replicated:
                 substitute(p, name, plan.pieces[name], self._exchange)
+            elif self._exchange.weighs:
+                weigh_outside(p, self._exchange)
         if self._in_place:
             self._watch()
 
@@ -121,6 +125,7 @@ class DistributedModule(nn.Module):
             reduced = grad and runtime.ranks > 1 and emitted.layout.of(DenseGradients) and not self._in_place
             if reduced and (reducer := self._reducer_now()) is not None:
                 reducer.begin()
+            self._used = Used(grad and bool(emitted.layout.of(UsedOutputs)) and runtime.ranks > 1, emitted.behind)
             try:
                 outputs = self._run(tensors, emitted, emitted.module)
             except OtherProgramError:
@@ -136,8 +141,7 @@ class DistributedModule(nn.Module):
             runtime.header(0, text)
             raise
         assert emitted.signature is not None
-        outputs = self._noticing(outputs)
-        outputs = self._finishing(outputs) if self._in_place else outputs
+        outputs = self._noticing(self._finishing(outputs) if self._in_place else outputs)
         emitted.signature.update(args, kwargs, outputs)
         return emitted.signature.unflatten(outputs)
 
@@ -189,7 +193,7 @@ class DistributedModule(nn.Module):
         """The outputs, so that ranks agree which gradients a backward is asked for."""
         me, r = weakref.ref(self), self._runtime
         parameters = lambda: [] if (module := me()) is None else list(module.named_parameters())  # noqa: E731
-        return behind(r, r.asked, r.forwards, outputs, parameters)
+        return behind(r, r.asked, r.forwards, outputs, parameters, self._used)
 
     def _finishing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, so that every rank's backward ends with the exchange of gradients."""
@@ -201,7 +205,8 @@ class DistributedModule(nn.Module):
             with torch._C.DisableTorchFunctionSubclass():
                 sharded = self._gradients.watch_sharded()
                 chosen = (outputs[i] for i in floating)
-                finished = Finish.apply(self._gradients, anchor, len(sharded), *sharded, *chosen)
+                step = self._gradients, self._used, floating, anchor
+                finished = Finish.apply(*step, len(sharded), *sharded, *chosen)
             for i, x in zip(floating, finished, strict=True):
                 outputs[i] = x
         return outputs
@@ -222,7 +227,7 @@ class DistributedModule(nn.Module):
             elif s.kind == "constant":
                 values.append(emitted.constant(s.name, self._runtime.device))
             else:
-                values.append((parameters if s.kind == "parameter" else buffers)[s.name])
+                values.append(self._used.gate(s.name, parameters[s.name]) if s.kind == "parameter" else buffers[s.name])
         return values
 
     def _program_for_inputs(self, tensors: Sequence[Tensor]) -> Emitted:

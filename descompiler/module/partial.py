@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,16 +15,18 @@ from descompiler.eager.functions import total
 from descompiler.eager.parameters import SynchroniseNorms, plain
 from descompiler.eager.survey import MEAN, ROWS, SAME, SUM
 from descompiler.emit.emit import Emitted
-from descompiler.errors import InputError, warn
+from descompiler.errors import InputError, UnsupportedError, warn
 from descompiler.layout.rows import Rows
 from descompiler.layout.traffic import Traffic
 from descompiler.model.attributes import copied
 from descompiler.model.float64 import InDouble, is_double_meant
 from descompiler.model.inputs import Kinds, flatten, split_statics, unflatten_with
+from descompiler.model.random_state import drawn_by_python
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.parts import Parts
 from descompiler.ops.local import scale_grad
 from descompiler.runtime.agreement import Kind
+from descompiler.runtime.backward import Used
 from descompiler.runtime.guard import Guard
 from descompiler.runtime.untraced import untraced
 
@@ -42,9 +44,10 @@ class PartialModule(DistributedModule):
         spare: tuple[tuple[Any, ...], dict[str, Any]],
         *,
         coupled: bool = False,
+        draws: bool = False,
     ):
         super().__init__(parts)
-        self._coupled = coupled
+        self._coupled, self._drawing = coupled, draws  # draws: each rank its own, which users were told of
         self._outputs, self._means_double = tuple(outputs), is_double_meant()
         self._spare = spare  # rows of inputs
         vars(self)["_call"] = call  # perhaps the host itself, which is no submodule
@@ -58,6 +61,7 @@ class PartialModule(DistributedModule):
         runtime.traffic = Traffic()
         self._gradients.begin()
         self._same_flags()
+        self._used = Used(len(self._outputs) > 1 and runtime.ranks > 1 and torch.is_grad_enabled())
         reference = next(self.parameters(), torch.zeros(()))
         runtime.device, runtime.wire_dtype = reference.device, reference.dtype
         flags = "".join(str(int(f)) for f in self._training_flags())
@@ -66,8 +70,14 @@ class PartialModule(DistributedModule):
         try:
             if self._coupled and runtime.ranks > 1:
                 return self._run_global_batch(args, kwargs, mode)
-            guard = self._guard()
+            guard, before = self._guard(), drawn_by_python()
             out, spare = self._run_host(*self._cut(guard, args, kwargs))
+            if runtime.ranks > 1 and not self._drawing and before != drawn_by_python():
+                raise UnsupportedError(
+                    "forward draws random numbers of NumPy's or Python's here, which it did not on example_inputs: "
+                    "this rank's are not those of one process on the global batch. Pass example_inputs on which it "
+                    "draws, and every rank draws the same for the global batch"
+                )
             leaves, spec = flatten(out)
             tensors, statics = split_statics(leaves)
             self._check_outputs(tensors)
@@ -91,7 +101,7 @@ class PartialModule(DistributedModule):
         buffers = dict(other.named_buffers(remove_duplicate=False))
         parts = Parts(other, self.plan, self._runtime.anew(), values, buffers, self._coverage, other)
         calls = other if call is host else getattr(other, call.__name__)
-        result = PartialModule(parts, calls, self._outputs, self._spare, coupled=self._coupled)
+        result = PartialModule(parts, calls, self._outputs, self._spare, coupled=self._coupled, draws=self._drawing)
         result._means_double = self._means_double
         return result
 
@@ -133,7 +143,8 @@ class PartialModule(DistributedModule):
         arithmetic = InDouble if self._means_double else nullcontext
         with arithmetic():
             held = flatten((args, kwargs))[0]
-            out = runtime.draw(vars(self)["_call"], *args, **kwargs)
+            with self._inside():
+                out = runtime.draw(vars(self)["_call"], *args, **kwargs)
         if any(x is not y for x, y in zip(held, flatten((args, kwargs))[0], strict=False)):
             warn(
                 "forward replaces what is in a list or dict that it is given, here the rows of all ranks; the compiled "
@@ -150,6 +161,15 @@ class PartialModule(DistributedModule):
                 x = scale_grad(x, 1 / runtime.ranks)
             outputs.append(runtime.output(runtime.slice_rows(x, 0, 1, 1)) if kind == ROWS else runtime.spread(x))
         return unflatten_with(self._noticing(self._finishing(outputs)), spec, statics)
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """What the user's forward uses weighs as its outputs do, and not once more."""
+        self._exchange.inside = True
+        try:
+            yield
+        finally:
+            self._exchange.inside = False
 
     def _guard(self) -> Guard | None:
         return self._gradients.guard() if self._runtime.ranks > 1 and torch.is_grad_enabled() else None
@@ -192,7 +212,7 @@ class PartialModule(DistributedModule):
         call = vars(self)["_call"]
         arithmetic = InDouble if self._means_double else nullcontext
         try:
-            with arithmetic(), SynchroniseNorms(self._exchange):
+            with arithmetic(), self._inside(), SynchroniseNorms(self._exchange):
                 return call(*args, **kwargs), False
         except Exception:
             empty = any(x.dim() and not x.shape[0] for x in split_statics(flatten((args, kwargs))[0])[0])
@@ -202,7 +222,7 @@ class PartialModule(DistributedModule):
         tensors, statics = split_statics(leaves)
         given = split_statics(flatten((args, kwargs))[0])[0]
         spare = unflatten_with([x.to(y.dtype) for x, y in zip(tensors, given, strict=True)], spec, statics)
-        with arithmetic(), SynchroniseNorms(self._exchange, spare=True):
+        with arithmetic(), self._inside(), SynchroniseNorms(self._exchange, spare=True):
             return call(*spare[0], **spare[1]), True
 
     @property

@@ -22,6 +22,13 @@ ELEMENTWISE = {
 }
 
 
+_TERM_NAMES = "add sub subtract stack __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ add_ sub_"
+
+
+TERMS = {getattr(home, name) for home in (torch, Tensor) for name in _TERM_NAMES.split() if hasattr(home, name)}
+"""What puts terms of a loss side by side."""
+
+
 SUM_FUNCTIONS = {torch.sum: "sum", Tensor.sum: "sum", torch.mean: "mean", Tensor.mean: "mean"}
 
 

@@ -72,11 +72,12 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
+        ctx.set_materialize_grads(False)  # of an output that no loss uses
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0] * ctx.factor, None
+        return None if grads[0] is None else grads[0] * ctx.factor, None
 
 
 def scale_grad(x: Tensor, factor: float) -> Tensor:

@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
-from descompiler.classify.scope import GLOBAL, OWN, WHOLE, is_coupled, scope_of, trained_parameters
+from descompiler.classify.scope import (
+    GLOBAL,
+    OWN,
+    WHOLE,
+    is_coupled,
+    parameters_behind,
+    scope_of,
+    trained_parameters,
+)
 from descompiler.graph.arguments import training_norm
 from descompiler.graph.leaf import Leaf
 from descompiler.graph.nodes import tail
@@ -18,7 +26,7 @@ from descompiler.layout.fetches import Fetch, FetchTable
 from descompiler.layout.global_values import CoupledValues, NormOutside, NormsInside, Whole, WholeTables
 from descompiler.layout.layout import Layout
 from descompiler.layout.spans import union
-from descompiler.layout.step import DenseGradients, LeafStatus, StepHeader
+from descompiler.layout.step import DenseGradients, LeafStatus, StepHeader, UsedOutputs
 from descompiler.layout.transfer import Transfer
 from descompiler.region.cut import exit_of
 from descompiler.region.partition import Partition
@@ -48,6 +56,9 @@ def layout_of(partition: Partition) -> Layout:
     transfers += layouts_of(p.program, p.products, p.splits)
     totals = [t for t in p.totals.values() if t.node.users]
     transfers += [*coupled, *total_exchanges(totals, lambda n: scope_of(n).grad)]
+    behind = parameters_behind(p.program)
+    if len(set(filter(None, behind))) > 1:
+        transfers.append(UsedOutputs(len(behind)))
     if dense := _dense_elements(p):
         transfers.append(DenseGradients(dense))
     return Layout(p.ranks, tuple(transfers), id_bytes)

@@ -250,10 +250,16 @@ class Agreement(Communicator):
             raise OtherProgramError
         return told
 
+    def known_rows(self) -> int:
+        """This rank's rows at the latest header: one that is about something else tells them again."""
+        return self.rows[self.rank] if self.rows else 0
+
     def meet(
-        self, name: str, *, rows: int = 0, problem: str | None = None, tell: Sequence[int] | None = None
+        self, name: str, *, rows: int | None = None, problem: str | None = None, tell: Sequence[int] | None = None
     ) -> list[int]:
         """Every rank comes to the same point, and none has failed; ``tell[r]`` is a number for rank r.
+
+        ``rows``: those that ranks know of already, by default.
 
         Returns
         -------
@@ -261,19 +267,19 @@ class Agreement(Communicator):
             What each rank told this one.
         """
         self.call = Call.named(name)
-        return [m.asked for m in self.header(rows, problem, tell)]
+        return [m.asked for m in self.header(self.known_rows() if rows is None else rows, problem, tell)]
 
     def meet_in_backward(self, what: str) -> None:
         """Every rank begins the same backward."""
         self.call = Call.named(what)
-        if len({m.call for m in self.header(self.rows[self.rank], None, same_call=False)}) > 1:
+        if len({m.call for m in self.header(self.known_rows(), None, same_call=False)}) > 1:
             self.raise_everywhere(what, RankError, "ranks begin different backwards")
 
     def meet_between_steps(self, what: str) -> None:
         """Every rank begins the same, which is part of no step. A header, too: those of a step may be on their way."""
         traffic, self.traffic = self.traffic, Traffic()
         try:
-            self.meet(what, rows=self.rows[self.rank] if self.rows else 0)
+            self.meet(what)
         finally:
             self.traffic = traffic
 

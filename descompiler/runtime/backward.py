@@ -7,8 +7,8 @@ for the same, of the same forward. `Begin` stands behind every output and sees w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from descompiler.errors import UnsupportedError
+from descompiler.layout.step import UsedOutputs
 from descompiler.runtime.agreement import Agreement
+from descompiler.runtime.carriers import carries
 
 NO_BACKWARD = -1
 """What torch calls the backward that is under way where there is none."""
@@ -70,29 +72,106 @@ def _asks_for(x: Tensor) -> bool:
     return is_returned(node) or torch._C._will_engine_execute_node(node)
 
 
+@carries(UsedOutputs)
+@dataclass
+class Used:
+    """Which outputs of one forward the losses of the ranks use, in the latest backward through it.
+
+    A loss that ignores an output gives what is behind it no gradient, where an exchange that outputs share would bring
+    one of zeros, which optimisers with weight decay or momentum act upon.
+
+    Attributes
+    ----------
+    told : bool
+        Whether ranks tell each other; where the same parameters are behind all outputs, they need not.
+    behind : sequence of set of str, optional
+        By output, the parameters that may be behind it.
+    outputs : set of int
+        Those that any rank uses.
+    """
+
+    told: bool = False
+    behind: Sequence[Collection[str]] | None = None
+    outputs: set[int] = field(default_factory=set)
+
+    def reaches(self, name: str) -> bool:
+        """Whether a gradient comes to a parameter through forward."""
+        return not self.told or self.behind is None or any(name in self.behind[i] for i in self.outputs)
+
+    def has(self, output: int) -> bool:
+        return not self.told or output in self.outputs
+
+    def agree(self, ranks: Agreement, sentinels: Sequence[Any], *, some: bool) -> None:
+        """Tell the others which outputs the backward under way comes to; if it asks for ``some``, that can't be seen.
+
+        Collective.
+        """
+        every = range(len(sentinels))
+        self.outputs = set(every)
+        if self.told and not some:
+            mine = torch.tensor([s is not None and torch._C._will_engine_execute_node(s) for s in sentinels])
+            told = ranks.gather(UsedOutputs.GATHER, mine.to(torch.uint8).to(ranks.header_device()))
+            found = told.reshape(ranks.ranks, len(sentinels)).any(0).tolist()
+            self.outputs = {i for i in every if found[i]}
+
+    def gate(self, name: str, p: Tensor) -> Tensor:
+        """A parameter, as forward is to take it: what it is given by outputs that no loss uses is no gradient."""
+        return _Gate.apply(self, name, p) if self.told and p.requires_grad else p
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, used: Used, name: str, p: Tensor) -> Tensor:
+        ctx.used, ctx.name, ctx.parameter = used, name, p
+        return p.view_as(p)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        # autograd calls hooks on a leaf without a gradient, too, and users' take none
+        reaches = ctx.used.reaches(ctx.name) or _has_users_hooks(ctx.parameter)
+        return None, None, grads[0] if reaches else None
+
+
+def _has_users_hooks(p: Tensor) -> bool:
+    own = __name__.partition(".")[0]
+    return any(getattr(hook, "__module__", "").partition(".")[0] != own for hook in (p._backward_hooks or {}).values())
+
+
 def behind(
     ranks: Agreement,
     asked: Asked,
     forward: int,
     outputs: Sequence[Tensor],
     parameters: Callable[[], Iterable[tuple[str, Tensor]]],
+    used: Used,
 ) -> list[Tensor]:
     """The outputs of a forward; when a backward through any of them begins, ranks agree what it asks for."""
     if ranks.ranks == 1 or not torch.is_grad_enabled():
         return list(outputs)
-    asked.latest, sentinel = forward, torch.zeros((), requires_grad=True)
-    return [_Begin.apply(ranks, asked, forward, parameters, sentinel, x) if x.requires_grad else x for x in outputs]
+    asked.latest = forward
+    sentinels = [torch.zeros((), requires_grad=True) if x.requires_grad else None for x in outputs]
+    nodes = [None if s is None else get_gradient_edge(s).node for s in sentinels]
+    step = ranks, asked, forward, parameters, used, nodes
+    return [x if s is None else _Begin.apply(*step, s, x) for s, x in zip(sentinels, outputs, strict=True)]
 
 
 class _Begin(torch.autograd.Function):
-    """Identity; the sentinel is a leaf that nobody asks for by name, so it is left out unless all is asked for."""
+    """Identity; sentinels are leaves that nobody asks for by name, so they are left out unless all is asked for."""
 
     @staticmethod
     def forward(
-        ctx: Any, ranks: Agreement, asked: Asked, forward: int, parameters: Any, sentinel: Tensor, x: Tensor
+        ctx: Any,
+        ranks: Agreement,
+        asked: Asked,
+        forward: int,
+        parameters: Any,
+        used: Used,
+        sentinels: Sequence[Any],
+        sentinel: Tensor,
+        x: Tensor,
     ) -> Tensor:
         ctx.ranks, ctx.asked, ctx.forward, ctx.parameters = ranks, asked, forward, parameters
-        ctx.sentinel = get_gradient_edge(sentinel).node
+        ctx.used, ctx.sentinels, ctx.sentinel = used, sentinels, get_gradient_edge(sentinel).node
         ctx.set_materialize_grads(False)
         return x.view_as(x)
 
@@ -104,11 +183,13 @@ class _Begin(torch.autograd.Function):
             if is_first:
                 asked.names, asked.returns = None, False
             asked.backward, asked.forward = backward, ctx.forward
-            if not torch._C._will_engine_execute_node(ctx.sentinel):
+            some = not torch._C._will_engine_execute_node(ctx.sentinel)
+            if some:
                 _agree(ctx.ranks, asked, ctx.parameters)
             elif is_first and ctx.forward != asked.latest:  # a backward goes through the newest of its forwards first
                 ctx.ranks.meet_in_backward(f"backward of forward {ctx.forward} of {asked.latest}")
-        return None, None, None, None, None, *grads
+            ctx.used.agree(ctx.ranks, ctx.sentinels, some=some)
+        return *(None,) * 7, *grads
 
 
 def _agree(ranks: Agreement, asked: Asked, parameters: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:

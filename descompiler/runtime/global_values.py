@@ -64,10 +64,13 @@ class Slice(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runtime: Agreement, rows: Rows, x: Tensor) -> Tensor:
         ctx.runtime, ctx.layout, ctx.rows = runtime, rows, list(runtime.rows)
+        ctx.set_materialize_grads(False)  # no rank's loss uses an output that has none
         return rows.narrow(x, sum(ctx.rows[: runtime.rank]), ctx.rows[runtime.rank]).clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        if grads[0] is None:
+            return None, None, None
         own = ctx.layout.lead(grads[0])
         (whole,) = _gather_rows(ctx.runtime, ctx.rows, [own], SliceRows.BACK)
         return None, None, ctx.layout.restore(whole)
@@ -78,10 +81,13 @@ class Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runtime: Agreement, x: Tensor) -> Tensor:
         ctx.runtime = runtime
+        ctx.set_materialize_grads(False)  # as above
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        if grads[0] is None:
+            return None, None
         grad = grads[0].clone(memory_format=torch.contiguous_format)
         ctx.runtime.all_reduce(SpreadValue.BACK, grad)
         return None, grad

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from descompiler.errors import UnsupportedError
 from descompiler.layout.step import DenseGradients
 from descompiler.layout.traffic import all_reduce_bytes
-from descompiler.runtime.backward import is_returned
+from descompiler.runtime.backward import is_returned, leaf_of
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.collectives import all_reduce
 from descompiler.runtime.communicator import Communicator
@@ -92,7 +91,7 @@ class Caught:
         for i, p in enumerate(self.parameters):
             if not p.requires_grad:
                 continue
-            if (node := get_gradient_edge(p).node) is not self._nodes[i]:
+            if (node := leaf_of(p)) is not self._nodes[i]:
                 self._nodes[i] = node
                 self._handles[i] = node.register_prehook(lambda gradients, i=i: hold(i, gradients))
             if self._givers[i] is None:

@@ -69,15 +69,17 @@ class _Leave(torch.autograd.Function):
         ctx: Any, failed: Callable[[Exception], None], ends: list[Tensor], sources: list[Tensor], *given: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.failed, ctx.ends, ctx.sources = failed, ends, sources
+        ctx.set_materialize_grads(False)  # what no loss uses has no gradient
         return tuple(x.detach() for x in ends)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        ends, given = zip(*((x, g) for x, g in zip(ctx.ends, grads, strict=True) if g is not None), strict=True)
         try:
             with _without_hooks(ctx.sources), torch._C.DisableTorchFunctionSubclass():
-                found = torch.autograd.grad(ctx.ends, ctx.sources, grads, retain_graph=keep, allow_unused=True)
+                found = torch.autograd.grad(ends, ctx.sources, given, retain_graph=keep, allow_unused=True)
         except Exception as error:  # whatever the user's code raises
             ctx.failed(error)
             with torch._C.DisableTorchFunctionSubclass():
