@@ -94,6 +94,11 @@ def join_local(dim: int, segments: Sequence[Sequence[int]], region: Tensor | Non
     return torch.cat([next(own if owner == -1 else exchanged) for _, owner in segments], dim)
 
 
+def differentiable(x: Tensor) -> bool:
+    """Whether it can have a gradient: real and complex numbers do, integers don't."""
+    return x.is_floating_point() or x.is_complex()
+
+
 def sqrt_or_zero(x: Tensor) -> Tensor:
     """The square root; its gradient at 0 is 0, as a norm's."""
     positive = x > 0
