@@ -28,6 +28,7 @@ from descompiler.model.attributes import AttributeWatch, Place
 from descompiler.model.inputs import Kinds, Signature
 from descompiler.module.parts import Parts, UsersForward
 from descompiler.module.sizes import SAMPLE_ROWS, Programs, Sized, Sizes, begin_again
+from descompiler.ops.local import differentiable
 from descompiler.planning.coverage import Coverage
 from descompiler.planning.plan import Plan
 from descompiler.runtime.agreement import Call, Kind, OtherProgramError
@@ -196,7 +197,7 @@ class DistributedModule(nn.Module):
         outputs = list(outputs)
         if torch.is_grad_enabled() and self._runtime.ranks > 1:
             # on every rank, also where an empty batch or a branch left an output without a gradient
-            floating = [i for i, x in enumerate(outputs) if x.is_floating_point()]
+            floating = [i for i, x in enumerate(outputs) if differentiable(x)]
             anchor = torch.zeros((), device=self._runtime.device, requires_grad=True)
             with torch._C.DisableTorchFunctionSubclass():
                 sharded = self._gradients.watch_sharded()

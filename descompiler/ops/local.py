@@ -99,6 +99,11 @@ def differentiable(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
+def real_parts(x: Tensor) -> Tensor:
+    """``x``; a complex one's real and imaginary parts, in one more dimension."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
 def sqrt_or_zero(x: Tensor) -> Tensor:
     """The square root; its gradient at 0 is 0, as a norm's."""
     positive = x > 0
