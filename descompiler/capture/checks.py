@@ -68,7 +68,8 @@ def program_in_float64(program: Program) -> Program:
     copied = copy_program(program)
 
     def wide(x: Any) -> Any:
-        return {torch.float32: torch.float64, torch.complex64: torch.complex128}.get(x, x)
+        wider = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+        return wider.get(x, x) if isinstance(x, torch.dtype) else x
 
     for node in copied.graph.nodes:
         node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), wide)
