@@ -58,3 +58,28 @@ class ComplexTable(nn.Module):
 @pytest.mark.parametrize("model", [RotatE, ComplEx, InBatch, ComplexTable])
 def test_complex_values_train_as_the_original(model, on_ranks):
     des.verify(model(), (TRIPLES,), plans=EVERY_FORM, launch=on_ranks)
+
+
+class Mixed(nn.Module):
+    """A small 16-bit table comes first; the numbers of all others are float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Embedding(40, 4, dtype=torch.bfloat16)
+        self.table, self.head = nn.Embedding(40, 6), nn.Linear(10, 1)
+
+    def forward(self, triples: Tensor) -> Tensor:
+        return self.head(torch.cat([self.first(triples[:, 0]).float(), self.table(triples[:, 1])], 1))
+
+
+def _loses(rank, ranks, form):
+    model = Mixed()
+    expected = model(TRIPLES)[rank * 3 : rank * 3 + 3].detach()
+    module = des.compile(model, (TRIPLES,), plan={"*": form})
+    return float((module(TRIPLES[rank * 3 : rank * 3 + 3]).detach() - expected).abs().max())
+
+
+@pytest.mark.parametrize("form", ["row_wise", "unique_rows", "fsdp"])
+def test_a_16_bit_table_in_front_makes_nothing_else_16_bit(form, on_ranks):
+    assert max(on_ranks(_loses, 2, form)) < 1e-6

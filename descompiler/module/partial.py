@@ -23,7 +23,7 @@ from descompiler.model.float64 import InDouble, is_double_meant
 from descompiler.model.inputs import Kinds, flatten, split_statics, unflatten_with
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.parts import Parts
-from descompiler.ops.local import scale_grad
+from descompiler.ops.local import scale_grad, widest
 from descompiler.runtime.agreement import Kind
 from descompiler.runtime.guard import Guard
 from descompiler.runtime.untraced import untraced
@@ -59,7 +59,7 @@ class PartialModule(DistributedModule):
         self._gradients.begin()
         self._same_flags()
         reference = next(self.parameters(), torch.zeros(()))
-        runtime.device, runtime.wire_dtype = reference.device, reference.dtype
+        runtime.device, runtime.wire_dtype = reference.device, widest(self.parameters())
         flags = "".join(str(int(f)) for f in self._training_flags())
         trained = "".join(str(int(f)) for f in self._trained())
         mode = f"training flags {flags}, trained parameters {trained}, {self._gradients_mode()}"
