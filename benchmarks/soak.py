@@ -128,6 +128,24 @@ class Tasks(Towers):
         return self.top(torch.cat([u, v], 1)), (u * v).sum(1)
 
 
+class Critic(Towers):
+    """Rows that depend on each other, and on features, whose gradient is penalised."""
+
+    def mixed(self, ids: Tensor, features: Tensor) -> Tensor:
+        return self.user(ids[:, 0]) * features.sin()
+
+    def forward(self, ids: Tensor, features: Tensor) -> Tensor:
+        u = self.mixed(ids, features)
+        return (u * u.mean(0)).sum(1)
+
+
+class CriticOfProduct(Critic):
+    """A product with a table, whose gradient is not differentiated again."""
+
+    def forward(self, ids: Tensor, features: Tensor) -> Tensor:
+        return F.cross_entropy(self.mixed(ids, features) @ self.item.weight.t(), ids[:, 1], reduction="none")
+
+
 def loss_of(outputs: Any) -> Tensor:
     """A number that every output has a part in."""
     return sum(x.square().mean() for x in (outputs if isinstance(outputs, tuple) else (outputs,)))
@@ -189,6 +207,24 @@ def evaluated(module: Any, ids: Tensor) -> None:
         module(ids)
 
 
+def features_of(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids, and a feature of each row."""
+    return ids, ids[:, :1].to(torch.get_default_dtype())
+
+
+def penalised(module: Any, ids: Tensor) -> None:
+    ids, features = features_of(ids)
+    outputs = module(ids, features.requires_grad_())
+    (gradient,) = torch.autograd.grad(outputs.sum(), features, create_graph=True)
+    (loss_of(outputs) + gradient.square().mean()).backward()
+
+
+def refused_penalty(module: Any, ids: Tensor) -> None:
+    with contextlib.suppress(des.UnsupportedError):
+        penalised(module, ids)
+    loss_of(module(*features_of(ids))).backward()
+
+
 @dataclass(frozen=True)
 class Scenario:
     """What is trained, how it is compiled, and a step."""
@@ -196,6 +232,7 @@ class Scenario:
     model: Callable[[int], nn.Module]
     options: dict[str, Any] = field(default_factory=dict)
     step: Callable[[Any, Tensor], None] = once
+    inputs: Callable[[Tensor], tuple[Tensor, ...]] = lambda ids: (ids,)
 
 
 FORMS = ("row_wise", "column_wise", "table_wise", "unique_rows", "hot_rows", "sparse_all_gather", "fsdp", "replicate")
@@ -222,6 +259,8 @@ SCENARIOS: dict[str, Scenario] = {
     "backward twice": Scenario(Towers, {"plan": {"*": "unique_rows"}}, twice_backward),
     "dropped graphs": Scenario(Towers, {"plan": {"*": "unique_rows"}}, dropped),
     "evaluation": Scenario(Towers, {"plan": {"*": "row_wise"}}, evaluated),
+    "penalty": Scenario(Critic, {"plan": {"*": "row_wise"}}, penalised, features_of),
+    "refused penalty": Scenario(CriticOfProduct, {"plan": {"*": "row_wise"}}, refused_penalty, features_of),
     "errors in forward": Scenario(Towers, {"plan": {"*": "row_wise"}}, failing_forward),
     "errors in backward": Scenario(Towers, {"plan": {"*": "unique_rows"}}, failing_backward),
 }
@@ -233,7 +272,7 @@ def prepared(scenario: Scenario, rows: int, dim: int) -> tuple[Any, Tensor]:
     ids = torch.randint(0, ITEMS, (rows, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return des.compile(scenario.model(dim), (ids[:8],), **scenario.options), ids
+        return des.compile(scenario.model(dim), scenario.inputs(ids[:8]), **scenario.options), ids
 
 
 class _Mallinfo(ctypes.Structure):

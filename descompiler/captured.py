@@ -18,6 +18,7 @@ from descompiler.graph.program import Program
 from descompiler.layout.statistics import Statistics
 from descompiler.model.inputs import Signature
 from descompiler.model.probe import CALL, blueprint
+from descompiler.ops.local import widest
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.given import check_counts, setting_of
 from descompiler.planning.objective import Terms
@@ -84,9 +85,8 @@ class Captured:
         return choose(self.program, self.operators, self.build.kit.rules, w, pins, terms=Terms(**terms))
 
     def weights(self, ranks: int, rows: int) -> Weights:
-        """What the cut weighs with; an element is the tables', or the model's without any."""
-        dtypes = [o.dtype for o in self.operators] or [p.dtype for p in self.program.parameters.values()]
-        return Weights(ranks, rows, max((dtype.itemsize for dtype in dtypes), default=4))
+        """What the cut weighs with; an element is of the dtype that holds all of the model's numbers."""
+        return Weights(ranks, rows, widest(self.program.parameters.values()).itemsize)
 
     def measure(self, samples: Iterable[Any]) -> Statistics:
         """Statistics of the ids of sample batches."""

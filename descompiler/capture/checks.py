@@ -14,10 +14,12 @@ from descompiler.errors import CaptureError
 from descompiler.graph.leaf import Leaf
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import copy_program, interpret
+from descompiler.model.float64 import widen
 from descompiler.model.folded import has_own_values
 from descompiler.model.probe import Flat, run_eager
 from descompiler.model.reach import reached
 from descompiler.model.sparse import equal
+from descompiler.ops.local import real_parts
 
 CAPTURE_TOLERANCE = 1e-9
 """Relative error allowed between the module and its captured graph: operators are the same, their order may not be."""
@@ -66,11 +68,12 @@ def program_in_float64(program: Program) -> Program:
     copied = copy_program(program)
 
     def wide(x: Any) -> Any:
-        return torch.float64 if x is torch.float32 else x
+        wider = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+        return wider.get(x, x) if isinstance(x, torch.dtype) else x
 
     for node in copied.graph.nodes:
         node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), wide)
-    constants = {n: c.double() if c.is_floating_point() else c for n, c in program.constants.items()}
+    constants = {n: widen(c) for n, c in program.constants.items()}
     return replace(copied, constants=constants, recipes={})
 
 
@@ -145,7 +148,7 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> se
 
 
 def _weighted_gradients(outputs: list[Tensor], params: list[Tensor]) -> list[Tensor | None]:
-    terms = [(o * weights_like(o)).sum() for o in outputs if o.requires_grad]
+    terms = [(o * weights_like(o)).sum() for o in map(real_parts, outputs) if o.requires_grad]
     if not terms or not params:
         return [None] * len(params)
     return list(torch.autograd.grad(sum(terms[1:], terms[0]), params, allow_unused=True))
@@ -163,6 +166,7 @@ def weights_like(x: Tensor) -> Tensor:
 def relative_error(a: Tensor, b: Tensor) -> float:
     if not a.numel() and not b.numel():
         return 0.0
+    a, b = real_parts(a), real_parts(b)
     if not a.is_floating_point():
         return 0.0 if torch.equal(a, b) else float("inf")
     if not torch.equal(a.isfinite(), b.isfinite().expand_as(a) if b.shape != a.shape else b.isfinite()):

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from descompiler.capture.tape import TapeStep
 from descompiler.errors import CaptureError, InputError
 from descompiler.graph.leaf import Size
+from descompiler.graph.nodes import draws
 from descompiler.model.inputs import flatten, split_statics
 
 WHOLE_FORWARD = ""
@@ -90,6 +90,6 @@ class DrawSeen(TorchDispatchMode):
     drawn = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if draws(func, args, kwargs or {}):
             self.drawn = str(func)
         return func(*args, **(kwargs or {}))

@@ -29,6 +29,7 @@ from descompiler.graph.nodes import Source, aten
 from descompiler.graph.program import Program
 from descompiler.model.probe import Flat
 from descompiler.model.sparse import register_compressed
+from descompiler.ops.local import differentiable
 
 
 def trace_export(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Program:
@@ -289,7 +290,7 @@ def _copy_inline(source: fx.GraphModule, graph: fx.Graph, found: dict[fx.Node, A
 
 
 def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    if not isinstance(node.meta.get("val"), Tensor) or not node.meta["val"].is_floating_point():
+    if not isinstance(node.meta.get("val"), Tensor) or not differentiable(node.meta["val"]):
         return node
     detached = graph.call_function(aten.detach.default, (node,))
     detached.meta = dict(node.meta)

@@ -25,6 +25,7 @@ from descompiler.model.random_state import ONE_DRAW
 from descompiler.model.sparse import equal
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.state import full_state_dict
+from descompiler.ops.local import real_parts
 from descompiler.plugins import Kit
 from descompiler.region.rule import Rule
 from descompiler.tables.form import Form
@@ -155,7 +156,8 @@ def _loss(outputs: Any, layouts: Sequence[Rows | None], first: int) -> Tensor:
     """
     total = torch.zeros((), dtype=torch.float64)
     for o, layout in zip(_output_tensors(outputs), layouts, strict=True):
-        x = o.reshape(1, -1) if layout is None else layout.lead(o).unsqueeze(-1).flatten(1)
+        o = o if layout is None else layout.lead(o)
+        x = real_parts(o.reshape(1, -1) if layout is None else o.unsqueeze(-1).flatten(1)).flatten(1)
         rows = torch.arange(x.shape[0], dtype=torch.float64, device=o.device).reshape(-1, 1)
         rows = rows if layout is None else rows + first
         if x.is_floating_point():

@@ -14,7 +14,7 @@ from descompiler.check.processes import on_ranks
 from descompiler.check.smaller import smaller
 from descompiler.errors import InputError, warn
 from descompiler.model.attributes import copied
-from descompiler.model.float64 import widen_attributes
+from descompiler.model.float64 import widen, widen_attributes
 from descompiler.model.inputs import map_tensors, normalise_inputs
 from descompiler.model.probe import CALL, method_of
 from descompiler.region.rule import Rule
@@ -91,7 +91,7 @@ def verify(
         elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
             module.dropout = 0.0
     inputs = map_tensors(
-        lambda x: (x.double() if x.is_floating_point() else x).cpu(),
+        lambda x: widen(x).cpu(),
         normalise_inputs(example_inputs, method_of(model, method)),
     )
     report = Report(ranks)

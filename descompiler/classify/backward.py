@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from descompiler.layout.rows import Rows
+from descompiler.ops.local import differentiable, real_parts
 
 ROW_TOLERANCE = 1e-9
 """Relative error allowed between a whole batch's value and its parts', in float64."""
@@ -77,7 +78,7 @@ def _gradients_of_rows(
 ) -> tuple[dict[fx.Node, Tensor], int]:
     """Gradients of a sum whose rows are weighed at random (row ``first`` onwards), and the number of rows."""
     given = {a: x.detach().clone() if isinstance(x, Tensor) else x for a, x in operands.items()}
-    trained = {a: x.requires_grad_() for a, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    trained = {a: x.requires_grad_() for a, x in given.items() if isinstance(x, Tensor) and differentiable(x)}
     returned = call(given)
     leading = [
         r.lead(x) for r, x in zip(results, returned if isinstance(returned, tuple | list) else [returned], strict=True)
@@ -85,7 +86,8 @@ def _gradients_of_rows(
     count = len(leading[0])
     generator = torch.Generator().manual_seed(31)
     weights = (0.5 + torch.randn(first + count, generator=generator, dtype=torch.float64))[first:]
-    terms = [(x * weights.to(x).reshape(-1, *[1] * (x.dim() - 1))).sum() for x in leading if x.requires_grad]
+    leading = [real_parts(x) for x in leading if x.requires_grad]
+    terms = [(x * weights.to(x).reshape(-1, *[1] * (x.dim() - 1))).sum() for x in leading]
     if not terms or not trained:
         return {}, count
     found = torch.autograd.grad(sum(terms[1:], terms[0]), list(trained.values()), allow_unused=True)

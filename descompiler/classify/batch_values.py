@@ -17,6 +17,7 @@ from descompiler.graph.leaf import Leaf
 from descompiler.layout.rows import Rows
 from descompiler.model.folded import has_own_values
 from descompiler.model.reach import reached
+from descompiler.ops.local import differentiable, real_parts
 
 CHECK_ROWS = 7
 """The numbers are compared on a batch of so many rows, or as near above as a program's guards accept."""
@@ -40,7 +41,7 @@ def check_batch(tensors: Sequence[Tensor], count: int, *, move: bool) -> list[Te
         else:
             index = torch.randint(rows, (count,), generator=generator)
         t = t.detach()[index.to(t.device)]
-        if move and t.is_floating_point() and not torch.equal(t, t.round()):
+        if move and differentiable(t) and not torch.equal(real_parts(t), real_parts(t).round()):
             t = t * (1 - 0.1 * torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t))
         result.append(t)
     return result
@@ -148,7 +149,7 @@ class BatchValues:
             return set()
         # a gradient of the size of a large table is not asked for
         small = [(n, x) for n, x in trained if n not in self.anchors or has_own_values(x)] + list(self.anchors.items())
-        total = sum((x.double().sum() for x in ends[1:]), ends[0].double().sum())
+        total = torch.stack([real_parts(x).double().sum() for x in ends]).sum()
         found = torch.autograd.grad(total, [x for _, x in small], allow_unused=True)
         received = {n for (n, _), g in zip(small, found, strict=True) if g is not None}
         received |= reached(ends, {n: x for n, x in trained if n in self.anchors})
@@ -179,6 +180,7 @@ def assembles(rows: Rows, parts: Sequence[Any], whole: Tensor) -> bool:
     both, expected = torch.cat(leading), rows.lead(whole.detach())
     if both.shape != expected.shape or both.dtype != expected.dtype:
         return False
+    both, expected = real_parts(both), real_parts(expected)
     if not both.is_floating_point():
         return bool(torch.equal(both, expected))
     if not torch.equal(both.isfinite(), expected.isfinite()):

@@ -171,7 +171,8 @@ class _Classifier:
         if self.program.parameter(call.weight) is None or kinds[ids] != OWN_ROWS:
             return False
         like = self.batch.call(node, lambda a: detach(self.batch.whole[a]))
-        drawn = torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
+        dtype = torch.complex128 if like.is_complex() else torch.float64
+        drawn = torch.randn(like.shape, generator=self.generator, dtype=dtype).to(like)
         self.batch.whole[node] = self.batch.reaching(drawn, [call.weight])
         rows = self.scopes[ids].rows
         assert rows is not None

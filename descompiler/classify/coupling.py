@@ -39,6 +39,7 @@ from descompiler.graph.program import Program
 from descompiler.graph.rewrite import descendants
 from descompiler.layout.global_values import CoupledValues, GatherRows, GlobalValue, SliceRows, SpreadValue, SumTerms
 from descompiler.model.random_state import EACH_ITS_OWN, ONE_DRAW
+from descompiler.ops.local import widest
 from descompiler.ops.vocabulary import vocabulary
 
 COLLECTED = {k.kind: k for k in (GatherRows, SumTerms)}
@@ -103,6 +104,7 @@ def couple(program: Program, inside: frozenset[fx.Node]) -> Coupling:
 class _Coupler:
     def __init__(self, program: Program, inside: frozenset[fx.Node]):
         self.program, self.inside = program, inside
+        self.dtype = widest(program.parameters.values())
         self.free: set[fx.Node] = set()
         self.after = inside | descendants(program.graph, inside)
         candidates = []
@@ -245,7 +247,7 @@ class _Coupler:
 
     def _value(self, n: fx.Node, by_row: bool) -> GlobalValue:
         scope, fake = scope_of(n), value(n)
-        itemsize = None if fake.is_floating_point() and fake.dtype == self._float() else fake.dtype.itemsize
+        itemsize = None if fake.is_floating_point() and fake.dtype == self.dtype else fake.dtype.itemsize
         if by_row:
             assert scope.rows is not None
             shape = [size_of(s) for s in fake.shape]
@@ -259,9 +261,6 @@ class _Coupler:
                 raise UnsupportedError(f"{where(n)}: a gradient of a size that depends on data crosses between ranks")
             terms = tuple(f for f in found if f is not None)
         return GlobalValue(n.name, terms, itemsize)
-
-    def _float(self) -> torch.dtype:
-        return next((p.dtype for p in self.program.parameters.values() if p.is_floating_point()), torch.float32)
 
 
 def _writes(n: fx.Node) -> bool:

@@ -16,9 +16,11 @@ from descompiler.eager.gradients import GradientSync, UseOfPiece
 from descompiler.eager.parameters import ShardedParameter, plain
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import WholeTables
-from descompiler.runtime.backward import Used
+from descompiler.runtime.backward import Used, differentiable_once
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.runtime import Runtime
+
+TRACE = "write forward so that it can be traced, or compile a part of the model"
 
 
 def fetched(sync: GradientSync, use: UseOfPiece) -> Tensor:
@@ -110,6 +112,7 @@ class _Scalars(torch.autograd.Function):
         return x.reshape(1).clone() if runtime.ranks == 1 else _of_every_rank(runtime, x, what)
 
     @staticmethod
+    @differentiable_once("a value of every rank in a forward that is not traced", TRACE)
     def backward(ctx: Any, *grads: Any) -> Any:
         return None, grads[0][ctx.rank].reshape(ctx.shape), None
 
@@ -122,6 +125,7 @@ class _Total(torch.autograd.Function):
         return _of_every_rank(runtime, x, what).sum()
 
     @staticmethod
+    @differentiable_once("a value of every rank in a forward that is not traced", TRACE)
     def backward(ctx: Any, *grads: Any) -> Any:
         return None, None if grads[0] is None else grads[0] * ctx.ranks, None  # averaged over ranks below
 

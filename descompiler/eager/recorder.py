@@ -16,12 +16,13 @@ from torch.utils import _pytree as pytree
 
 from descompiler.cost_models.table import Table
 from descompiler.errors import InputError, UnsupportedError
-from descompiler.model.float64 import InDouble, is_double_meant
+from descompiler.model.float64 import InDouble, is_double_meant, widen
 from descompiler.model.inputs import flatten, map_tensors, split_statics
 from descompiler.model.probe import call_of, materialise
 from descompiler.model.random_state import seeded
 from descompiler.model.sparse import equal
 from descompiler.ops.functions import DROPOUTS, LOOKUPS, function_name
+from descompiler.ops.local import differentiable
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Recorder(TorchFunctionMode):
 
     def keep(self, x: Tensor) -> Tensor:
         """Count what autograd keeps, each memory once."""
-        if x.layout is torch.strided and x.is_floating_point():
+        if x.layout is torch.strided and differentiable(x):
             place = x.untyped_storage().data_ptr()
             if place not in self._counted:
                 self._counted.add(place)
@@ -185,4 +186,4 @@ class Runs:
 
 def in_float64(inputs: Any) -> Any:
     """Inputs, floats among them as float64."""
-    return map_tensors(lambda x: x.double() if x.is_floating_point() else x, inputs)
+    return map_tensors(widen, inputs)

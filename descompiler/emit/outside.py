@@ -18,7 +18,7 @@ from descompiler.graph.arguments import operand, training_norm
 from descompiler.graph.leaf import Leaf
 from descompiler.graph.nodes import aten, is_tensor, signature, value
 from descompiler.layout.rows import Rows
-from descompiler.ops.local import scale_grad
+from descompiler.ops.local import differentiable, scale_grad
 from descompiler.runtime.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait, take
 from descompiler.runtime.leaf import LeafOnRanks
 from descompiler.tables.totals import emit_total
@@ -160,7 +160,7 @@ class OutsideEmitter:
         """What local nodes and the user take of a value that every rank has."""
         if n in self.coupling.slices:
             rows = scope_of(n).rows or Rows()
-            if not scope_of(n).grad and is_tensor(n) and value(n).is_floating_point():
+            if not scope_of(n).grad and is_tensor(n) and differentiable(value(n)):
                 whole = self.e.call(aten.detach.default, whole)
             return self.e.on_runtime("slice_rows", whole, rows.dim, rows.outer, rows.inner)
         return self.e.on_runtime("spread", whole) if n in self.coupling.spreads and scope_of(n).grad else whole

@@ -25,6 +25,7 @@ from descompiler.model.attributes import copied, plain_attributes, set_attribute
 from descompiler.model.float64 import InDouble
 from descompiler.model.inputs import flatten, split_statics, unflatten_with
 from descompiler.ops.functions import DROPOUTS, LOOKUPS, function_name
+from descompiler.ops.local import differentiable
 
 
 class LeafError(UnsupportedError, ValueError):
@@ -255,7 +256,7 @@ class Leaf:
         if not torch.is_grad_enabled() or not nothing:
             return out
         anchor = sum(nothing[1:], nothing[0])
-        return [x + anchor.to(x) if x.is_floating_point() else x for x in out]
+        return [x + anchor.to(x) if differentiable(x) else x for x in out]
 
     def _with_spare(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -72,12 +73,17 @@ def elements_per_row(node: fx.Node) -> int:
 def signature(node: fx.Node) -> dict[str, Any]:
     """Arguments of an ATen call by the names of its schema, defaults filled in."""
     target: Any = node.target
+    return named_arguments(target, node.args, node.kwargs)
+
+
+def named_arguments(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """As `signature`, of a call that is no node."""
     found: dict[str, Any] = {}
     for i, a in enumerate(target._schema.arguments):
-        if a.name in node.kwargs:
-            found[a.name] = node.kwargs[a.name]
-        elif i < len(node.args):
-            found[a.name] = node.args[i]
+        if a.name in kwargs:
+            found[a.name] = kwargs[a.name]
+        elif i < len(args):
+            found[a.name] = args[i]
         elif a.has_default_value():
             found[a.name] = a.default_value
     return found
@@ -116,11 +122,16 @@ def is_random(node: fx.Node) -> bool:
     target = node.target
     if isinstance(target, Leaf):
         return target.call.drops
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+    return isinstance(target, torch._ops.OpOverload) and draws(target, node.args, node.kwargs)
+
+
+def draws(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of an operator draws random numbers (dropout of nothing does not)."""
+    if torch.Tag.nondeterministic_seeded not in target.tags:
         return False
-    args = signature(node)
-    rate = args.get("p", args.get("dropout_p", args.get("dropout", 1.0)))
-    return bool(args.get("train", True)) and rate != 0
+    found = named_arguments(target, args, kwargs)
+    rate = found.get("p", found.get("dropout_p", found.get("dropout", 1.0)))
+    return bool(found.get("train", True)) and rate != 0
 
 
 def stops_gradients(n: fx.Node) -> bool:

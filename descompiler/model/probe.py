@@ -199,7 +199,7 @@ def at_least_two_rows(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def double_all(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [t.detach().double() if t.is_floating_point() else t.detach() for t in tensors]
+    return [widen(t.detach()) for t in tensors]
 
 
 def other_batch(tensors: list[Tensor], accepts: Callable[[int], bool] = lambda rows: True) -> list[Tensor]:

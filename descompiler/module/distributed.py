@@ -28,6 +28,7 @@ from descompiler.model.attributes import AttributeWatch, Place
 from descompiler.model.inputs import Kinds, Signature
 from descompiler.module.parts import Parts, UsersForward
 from descompiler.module.sizes import SAMPLE_ROWS, Programs, Sized, Sizes, begin_again
+from descompiler.ops.local import differentiable, widest
 from descompiler.planning.coverage import Coverage
 from descompiler.planning.plan import Plan
 from descompiler.runtime.agreement import Call, Kind, OtherProgramError
@@ -73,7 +74,7 @@ class DistributedModule(nn.Module):
         self._reducer: Reducer | None = None
         self._reducer_key: Any = None
         parts.fill(self)
-        runtime.wire_dtype = next((p.dtype for p in self.parameters()), torch.float32)
+        runtime.wire_dtype = widest(self.parameters())
         self._attributes = AttributeWatch(host) if self._in_place and host is not None else None
         self._gradients = GradientSync(runtime, in_part=not self.predicts_traffic)
         self._exchange = PieceExchange(self._gradients)
@@ -117,11 +118,10 @@ class DistributedModule(nn.Module):
             changes = self._changes()  # of what the program is known to read by now
             runtime.call = self._call_of(changes).with_sizes(self._given.sizes)
             runtime.layout, runtime.checks, runtime.accepts = emitted.layout, emitted.checks, emitted.accepts
-            reference = next(self.parameters())
-            runtime.device = reference.device
-            if reference.dtype != runtime.wire_dtype:  # it was cast: other bytes cross
-                runtime.wire_dtype = reference.dtype
-                object.__setattr__(self, "plan", replace(self.plan, itemsize=reference.dtype.itemsize))
+            runtime.device, dtype = next(self.parameters()).device, widest(self.parameters())
+            if dtype != runtime.wire_dtype:  # it was cast: other bytes cross
+                runtime.wire_dtype = dtype
+                object.__setattr__(self, "plan", replace(self.plan, itemsize=dtype.itemsize))
             reduced = grad and runtime.ranks > 1 and emitted.layout.of(DenseGradients) and not self._in_place
             if reduced and (reducer := self._reducer_now()) is not None:
                 reducer.begin()
@@ -200,7 +200,7 @@ class DistributedModule(nn.Module):
         outputs = list(outputs)
         if torch.is_grad_enabled() and self._runtime.ranks > 1:
             # on every rank, also where an empty batch or a branch left an output without a gradient
-            floating = [i for i, x in enumerate(outputs) if x.is_floating_point()]
+            floating = [i for i, x in enumerate(outputs) if differentiable(x)]
             anchor = torch.zeros((), device=self._runtime.device, requires_grad=True)
             with torch._C.DisableTorchFunctionSubclass():
                 sharded = self._gradients.watch_sharded()

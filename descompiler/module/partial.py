@@ -24,7 +24,7 @@ from descompiler.model.inputs import Kinds, flatten, split_statics, unflatten_wi
 from descompiler.model.random_state import drawn_by_python
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.parts import Parts
-from descompiler.ops.local import scale_grad
+from descompiler.ops.local import scale_grad, widest
 from descompiler.runtime.agreement import Kind
 from descompiler.runtime.backward import Used
 from descompiler.runtime.guard import Guard
@@ -63,7 +63,7 @@ class PartialModule(DistributedModule):
         self._same_flags()
         self._used = Used(len(self._outputs) > 1 and runtime.ranks > 1 and torch.is_grad_enabled())
         reference = next(self.parameters(), torch.zeros(()))
-        runtime.device, runtime.wire_dtype = reference.device, reference.dtype
+        runtime.device, runtime.wire_dtype = reference.device, widest(self.parameters())
         flags = "".join(str(int(f)) for f in self._training_flags())
         trained = "".join(str(int(f)) for f in self._trained())
         mode = f"training flags {flags}, trained parameters {trained}, {self._gradients_mode()}"

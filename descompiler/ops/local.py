@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +94,26 @@ def join_local(dim: int, segments: Sequence[Sequence[int]], region: Tensor | Non
     exchanged = iter(torch.split(region, sizes, dim))
     own = iter(torch.split(local, [size for size, owner in segments if owner == -1], dim))
     return torch.cat([next(own if owner == -1 else exchanged) for _, owner in segments], dim)
+
+
+def widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The dtype that holds the numbers of all of them without loss; float32 if none has a gradient.
+
+    >>> widest([torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.float16)])
+    torch.float32
+    """
+    dtypes = [x.dtype for x in tensors if differentiable(x)]
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+
+
+def differentiable(x: Tensor) -> bool:
+    """Whether it can have a gradient: real and complex numbers do, integers don't."""
+    return x.is_floating_point() or x.is_complex()
+
+
+def real_parts(x: Tensor) -> Tensor:
+    """``x``; a complex one's real and imaginary parts, in one more dimension."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def sqrt_or_zero(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ for the same, of the same forward. `Begin` stands behind every output and sees w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,53 @@ def leaf_of(x: Tensor) -> Any:
     """The node of a leaf, also of one that intercepts its uses."""
     with torch._C.DisableTorchFunctionSubclass():
         return get_gradient_edge(x).node
+
+
+KEEP_WHOLE = "keep the table replicated: plan={table: form}, with a form of docs/forms.md that every rank holds whole"
+"""What to do about a table."""
+
+
+def differentiable_once(what: str, instead: str = KEEP_WHOLE) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Mark a ``backward`` whose result can't be differentiated again: who comes to it by a second one is refused.
+
+    Torch's `once_differentiable` says neither what it was nor what to do, and goes by whether gradients have a history:
+    that of a product of two values depends on both where the gradient that comes in is a constant. ``instead`` is what
+    to do.
+    """
+
+    def mark(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def once(ctx: Any, *grads: Any) -> Any:
+            twice = torch.is_grad_enabled()
+            with torch.no_grad():
+                result = backward(ctx, *grads)
+            if not twice:
+                return result
+            several = result if isinstance(result, tuple) else (result,)
+            there = [i for i, g in enumerate(several) if g is not None]
+            marked = _Once.apply(what, instead, torch.zeros((), requires_grad=True), *(several[i] for i in there))
+            found = dict(zip(there, marked, strict=True))
+            return tuple(found.get(i, g) for i, g in enumerate(several))
+
+        return once
+
+    return mark
+
+
+class _Once(torch.autograd.Function):
+    """Identity, which refuses to go back; the anchor requires a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, what: str, instead: str, anchor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        ctx.what, ctx.instead = what, instead
+        return tuple(g.detach() for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise UnsupportedError(
+            f"the gradient of {ctx.what} is differentiated again (create_graph=True): that is not computed on several "
+            f"ranks; {ctx.instead}"
+        )
 
 
 def _asks_for(x: Tensor) -> bool:
@@ -186,6 +234,8 @@ class _Begin(torch.autograd.Function):
             some = not torch._C._will_engine_execute_node(ctx.sentinel)
             if some:
                 _agree(ctx.ranks, asked, ctx.parameters)
+            elif torch.is_grad_enabled():
+                _refuse_twice("backward(create_graph=True)", ctx.ranks)
             elif is_first and ctx.forward != asked.latest:  # a backward goes through the newest of its forwards first
                 ctx.ranks.meet_in_backward(f"backward of forward {ctx.forward} of {asked.latest}")
             ctx.used.agree(ctx.ranks, ctx.sentinels, some=some)
@@ -203,7 +253,11 @@ def _agree(ranks: Agreement, asked: Asked, parameters: Callable[[], Iterable[tup
     what = f"gradients of {names} by {how}{', with create_graph' * twice}, of forward {asked.forward}"
     ranks.meet_in_backward(what)
     if wanted and twice:
-        raise UnsupportedError(
-            f"{what}: gradients of gradients with respect to parameters are not computed on {ranks.ranks} ranks. "
-            "Gradients with respect to inputs are (torch.autograd.grad(outputs, inputs, create_graph=True))"
-        )
+        _refuse_twice(what, ranks)
+
+
+def _refuse_twice(what: str, ranks: Agreement) -> None:
+    raise UnsupportedError(
+        f"{what}: gradients of gradients with respect to parameters are not computed on {ranks.ranks} ranks. "
+        "Gradients with respect to inputs are (torch.autograd.grad(outputs, inputs, create_graph=True))"
+    )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from descompiler.layout.border import Exit, SharedColumns, ValuesOut
 from descompiler.runtime.agreement import Agreement
+from descompiler.runtime.backward import differentiable_once
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.collectives import Pending
 
@@ -61,6 +62,7 @@ class ExitStart(torch.autograd.Function):
         return handle.forward.out.detach()  # another tensor: what ctx holds must not have ctx in its history
 
     @staticmethod
+    @differentiable_once("lookups in tables that ranks hold in part")
     def backward(ctx: Any, *grads: Any) -> Any:
         buffer = ctx.handle.backward.wait()
         shapes, pieces = ctx.shapes, [list[Tensor]() for _ in ctx.shapes]
@@ -83,6 +85,7 @@ class ExitWait(torch.autograd.Function):
         return buffer.view_as(buffer)
 
     @staticmethod
+    @differentiable_once("lookups in tables that ranks hold in part")
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         received, sent = ctx.handle.sizes
@@ -131,6 +134,7 @@ class ReduceShared(torch.autograd.Function):
         return tuple(x.view_as(x) for x in (anchor, *slices))
 
     @staticmethod
+    @differentiable_once("columns of weights that every rank holds")
     def backward(ctx: Any, *grads: Any) -> Any:
         runtime = ctx.runtime
         anchor, *rest = grads

@@ -31,6 +31,7 @@ from torch import Tensor
 from descompiler.layout.fetches import Counts, Fetch
 from descompiler.ops.local import bag, lookup
 from descompiler.runtime.agreement import Message
+from descompiler.runtime.backward import differentiable_once
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.fetching import Fetching, collected, dealt, prepare
 from descompiler.runtime.runtime import Runtime
@@ -203,6 +204,7 @@ class _FetchRows(torch.autograd.Function):
         return shared[0].new_empty(0), *shared
 
     @staticmethod
+    @differentiable_once("lookups in tables that ranks hold in part")
     def backward(ctx: Any, *grads: Any) -> Any:
         runtime, fetching = ctx.runtime, ctx.fetching
         fetch, space, rank = fetching.fetch, fetching.space, runtime.rank
@@ -266,6 +268,7 @@ class _FetchWait(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
+    @differentiable_once("lookups in tables that ranks hold in part")
     def backward(ctx: Any, *grads: Any) -> Any:
         runtime, fetching, dtype = ctx.runtime, ctx.fetching, ctx.dtype
         fetch = fetching.fetch

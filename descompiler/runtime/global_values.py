@@ -2,6 +2,10 @@
 
 What is computed from gathered and summed values has equal gradients on every rank, so only the borders of that
 computation send anything in backward: see `descompiler.classify.coupling`.
+
+Gradients of gradients (a penalty on the gradient of an input) are exact: the backward of each function here is made of
+these functions, of which gather and slice, and reduce and spread, are each other's. What pieces of tables get is not
+differentiated again (`descompiler.runtime.backward.differentiable_once`).
 """
 
 from __future__ import annotations
@@ -22,58 +26,62 @@ from descompiler.layout.global_values import (
     WholeTables,
 )
 from descompiler.layout.rows import Rows
+from descompiler.ops.local import differentiable
 from descompiler.runtime.agreement import Agreement
+from descompiler.runtime.backward import differentiable_once
 from descompiler.runtime.carriers import carries
 
 
 @carries(GatherRows)
 class Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, runtime: Agreement, layouts: list[Rows], *values: Tensor) -> tuple[Tensor, ...]:
-        rows = list(runtime.rows)
-        ctx.layouts, ctx.first, ctx.mine = layouts, sum(rows[: runtime.rank]), rows[runtime.rank]
+    def forward(
+        ctx: Any, runtime: Agreement, name: str, rows: Sequence[int], layouts: list[Rows], *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.runtime, ctx.rows, ctx.layouts = runtime, rows, layouts
         leading = [r.lead(x) for r, x in zip(layouts, values, strict=True)]
-        wholes = _gather_rows(runtime, rows, leading, GatherRows.GATHER)
+        wholes = _gather_rows(runtime, rows, leading, name)
         result = tuple(r.restore(x) for r, x in zip(layouts, wholes, strict=True))
-        ctx.mark_non_differentiable(*(x for x in result if not x.is_floating_point()))
+        ctx.mark_non_differentiable(*(x for x in result if not differentiable(x)))
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, None, *(r.narrow(g, ctx.first, ctx.mine) for r, g in zip(ctx.layouts, grads, strict=True))
+        own = (Slice.apply(ctx.runtime, ctx.rows, r, g) for r, g in zip(ctx.layouts, grads, strict=True))
+        return None, None, None, None, *own
 
 
 @carries(SumTerms)
 class ReduceTerms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, runtime: Agreement, *terms: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, runtime: Agreement, name: str, *terms: Tensor) -> tuple[Tensor, ...]:
         flat = torch.cat([x.reshape(-1) for x in terms])
-        runtime.all_reduce(SumTerms.SUM, flat)
+        runtime.all_reduce(name, flat)
         parts = torch.split(flat, [x.numel() for x in terms])
         result = tuple(p.reshape(x.shape) for p, x in zip(parts, terms, strict=True))
-        ctx.mark_non_differentiable(*(x for x in result if not x.is_floating_point()))
+        ctx.runtime = runtime
+        ctx.mark_non_differentiable(*(x for x in result if not differentiable(x)))
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, *grads
+        return None, None, *(Spread.apply(ctx.runtime, g) for g in grads)
 
 
 @carries(SliceRows)
 class Slice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, runtime: Agreement, rows: Rows, x: Tensor) -> Tensor:
-        ctx.runtime, ctx.layout, ctx.rows = runtime, rows, list(runtime.rows)
+    def forward(ctx: Any, runtime: Agreement, rows: Sequence[int], layout: Rows, x: Tensor) -> Tensor:
+        ctx.runtime, ctx.rows, ctx.layout = runtime, rows, layout
         ctx.set_materialize_grads(False)  # no rank's loss uses an output that has none
-        return rows.narrow(x, sum(ctx.rows[: runtime.rank]), ctx.rows[runtime.rank]).clone()
+        return layout.narrow(x, sum(rows[: runtime.rank]), rows[runtime.rank]).clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         if grads[0] is None:
-            return None, None, None
-        own = ctx.layout.lead(grads[0])
-        (whole,) = _gather_rows(ctx.runtime, ctx.rows, [own], SliceRows.BACK)
-        return None, None, ctx.layout.restore(whole)
+            return None, None, None, None
+        (whole,) = Gather.apply(ctx.runtime, SliceRows.BACK, ctx.rows, [ctx.layout], *grads)
+        return None, None, None, whole
 
 
 @carries(SpreadValue)
@@ -88,9 +96,14 @@ class Spread(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         if grads[0] is None:
             return None, None
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        ctx.runtime.all_reduce(SpreadValue.BACK, grad)
-        return None, grad
+        (whole,) = ReduceTerms.apply(ctx.runtime, SpreadValue.BACK, *grads)
+        return None, whole
+
+
+def _sum_of_all(runtime: Agreement, name: str, x: Tensor) -> Tensor:
+    """The sum of the ranks' values, for own rows; its gradient is the sum of theirs."""
+    (whole,) = ReduceTerms.apply(runtime, name, x)
+    return Spread.apply(runtime, whole)
 
 
 def _gather_rows(runtime: Agreement, rows: Sequence[int], values: Sequence[Tensor], name: str) -> list[Tensor]:
@@ -118,9 +131,7 @@ class SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad = grads[0].clone()
-        ctx.runtime.all_reduce(TableTotal.BACK, grad)
-        grad /= ctx.runtime.ranks
+        grad = _sum_of_all(ctx.runtime, TableTotal.BACK, grads[0]) / ctx.runtime.ranks
         return None, grad, grad if ctx.shared else None
 
 
@@ -159,6 +170,7 @@ class GatherTables(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
+    @differentiable_once("a table that ranks hold in part and use whole")
     def backward(ctx: Any, *grads: Any) -> Any:
         runtime, wholes, sizes = ctx.runtime, ctx.whole.tables, ctx.whole.elements.tolist()
         ranks, mine = runtime.ranks, sizes[runtime.rank]
@@ -204,19 +216,23 @@ class SyncBatchNorm(torch.autograd.Function):
         if running_mean is not None and running_var is not None:
             running_mean.mul_(1 - momentum).add_(momentum * mean)
             running_var.mul_(1 - momentum).add_(momentum * m2 / (total - 1))
+        ctx.runtime, ctx.dims, ctx.shape, ctx.eps = runtime, dims, shape, eps
+        ctx.save_for_backward(x, mean, scale, weight, total)
         normal = (x - mean.reshape(shape)) * scale.reshape(shape)
-        ctx.runtime, ctx.dims, ctx.shape = runtime, dims, shape
-        ctx.save_for_backward(normal, scale, weight, total)
         out = normal if weight is None else normal * weight.reshape(shape)
         return out if bias is None else out + bias.reshape(shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,), runtime, shape = grads, ctx.runtime, ctx.shape
-        normal, scale, weight, total = ctx.saved_tensors
+        x, mean, scale, weight, total = ctx.saved_tensors
+        if torch.is_grad_enabled():  # it will be differentiated: the statistics are made of x
+            mean = _sum_of_all(runtime, NormOutside.GATHER, x.sum(ctx.dims)) / total
+            m2 = ((x - mean.reshape(shape)) ** 2).sum(ctx.dims)
+            scale = torch.rsqrt(_sum_of_all(runtime, NormOutside.GATHER, m2) / total + ctx.eps)
+        normal = (x - mean.reshape(shape)) * scale.reshape(shape)
         grad_bias, grad_weight = grad.sum(ctx.dims), (grad * normal).sum(ctx.dims)
-        inner = torch.cat([grad_bias, grad_weight])
-        runtime.all_reduce(NormOutside.BACK, inner)
+        inner = _sum_of_all(runtime, NormOutside.BACK, torch.cat([grad_bias, grad_weight]))
         sum_grad, sum_product = inner.split(grad_bias.numel())
         grad_x = grad - (sum_grad.reshape(shape) + normal * sum_product.reshape(shape)) / total
         grad_x = grad_x * scale.reshape(shape)

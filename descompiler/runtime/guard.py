@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from descompiler.model.reach import leaves_of
+from descompiler.runtime.backward import differentiable_once
 
 
 class Guard:
@@ -73,7 +73,7 @@ class _Leave(torch.autograd.Function):
         return tuple(x.detach() for x in ends)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("a module that is not traced", "write it with operators of torch that can be traced")
     def backward(ctx: Any, *grads: Any) -> Any:
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         ends, given = zip(*((x, g) for x, g in zip(ctx.ends, grads, strict=True) if g is not None), strict=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from descompiler.layout.border import IdsIn, ValuesOut
 from descompiler.layout.fetches import Counts
-from descompiler.layout.global_values import NormsInside, WholeTables
+from descompiler.layout.global_values import GatherRows, NormsInside, SumTerms, WholeTables
 from descompiler.layout.id_checks import Check
 from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows
@@ -266,20 +266,22 @@ class Runtime(Agreement):
 
     # ---- values that mix the rows of the batch: every rank computes them, from the global batch
 
+    @carries(GatherRows)
     def gather_rows(self, values: Sequence[Tensor], layouts: Sequence[Sequence[int]]) -> list[Tensor]:
         """The global batch of each value, on every rank; ``layouts`` are the fields of each value's `Rows`.
 
         What is computed from the results has the same gradients on every rank, so backward sends nothing.
         """
-        return list(Gather.apply(self, [Rows(*x) for x in layouts], *values))
+        return list(Gather.apply(self, GatherRows.GATHER, list(self.rows), [Rows(*x) for x in layouts], *values))
 
+    @carries(SumTerms)
     def sum_terms(self, terms: Sequence[Tensor]) -> list[Tensor]:
         """Sums over ranks of each term, on every rank. Backward sends nothing, as in `gather_rows`."""
-        return list(ReduceTerms.apply(self, *terms))
+        return list(ReduceTerms.apply(self, SumTerms.SUM, *terms))
 
     def slice_rows(self, x: Tensor, dim: int, outer: int, inner: int) -> Tensor:
         """Own rows of a value that every rank has; backward gathers the gradients of all ranks' rows."""
-        return Slice.apply(self, Rows(dim, outer, inner), x)
+        return Slice.apply(self, list(self.rows), Rows(dim, outer, inner), x)
 
     def spread(self, x: Tensor) -> Tensor:
         """A value that every rank has, for its own rows; backward sums the gradients of all ranks."""

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from descompiler.layout.vocabulary import Vocabulary
 from descompiler.ops.vocabulary import bytes_of, partial_of, shaped
+from descompiler.runtime.backward import differentiable_once
 from descompiler.runtime.carriers import carries
 
 KEPT_ELEMENTS = 1 << 24
@@ -145,6 +146,7 @@ class _Exchange(torch.autograd.Function):
         return values, best
 
     @staticmethod
+    @differentiable_once("a product with a table that ranks hold in part")
     def backward(ctx: Any, *grads: Any) -> Any:
         runtime, spec, counts, rank = ctx.runtime, ctx.spec, ctx.counts, ctx.runtime.rank
         (dtype, weight, bias), mine = ctx.like, counts[rank]

@@ -1,0 +1,134 @@
+"""Gradients of gradients: penalties on the gradient of an input, against one process's on the global batch."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import descompiler as des
+from tests.harness.failures import raised
+
+GENERATOR = torch.Generator().manual_seed(3)
+BATCH = torch.randint(50, (10, 3), generator=GENERATOR), torch.randn(10, 4, dtype=torch.float64, generator=GENERATOR)
+SIZES = (6, 4)
+
+
+class Critic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.dense, self.head = nn.Embedding(50, 6), nn.Linear(4, 5), nn.Linear(23, 6)
+        self.norm = nn.BatchNorm1d(6)
+
+    def score(self, ids: Tensor, dense: Tensor) -> Tensor:
+        return self.head(torch.cat([self.table(ids).flatten(1), torch.sin(self.dense(dense))], 1))
+
+    def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
+        return torch.tanh(self.mixed(self.score(ids, dense)))
+
+
+class Centred(Critic):
+    """A sum over the batch, used on own rows: reduce, and spread."""
+
+    def mixed(self, z: Tensor) -> Tensor:
+        return z - z.mean(0) * z
+
+
+class Normed(Critic):
+    def mixed(self, z: Tensor) -> Tensor:
+        return self.norm(z) * self.norm(z * z)
+
+
+class Pairs(Critic):
+    """Every row with every other: gather, and slice."""
+
+    def mixed(self, z: Tensor) -> Tensor:
+        return (z @ z.T).softmax(1) @ z
+
+
+class Opaque(nn.Module):
+    """A branch on values keeps tracers out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.linear(z).pow(2) if (z == z).all() else z
+
+
+class WithLeaf(Critic):
+    def __init__(self) -> None:
+        super().__init__()
+        self.opaque = Opaque()
+
+    def mixed(self, z: Tensor) -> Tensor:
+        return self.opaque(z)
+
+
+class Product(Critic):
+    """A product with a table that ranks hold in part."""
+
+    def mixed(self, z: Tensor) -> Tensor:
+        return (z.pow(2) @ self.table.weight.T).logsumexp(1)
+
+
+def penalised(model: nn.Module, ids: Tensor, dense: Tensor) -> Tensor:
+    """A sum over rows of the output and of its gradient."""
+    dense = dense.clone().requires_grad_()
+    out = model(ids, dense)
+    (gradient,) = torch.autograd.grad(out.square().sum(), dense, create_graph=True)
+    return out.square().sum() + (gradient.norm(dim=1) - 1).square().sum()
+
+
+def _trained(rank, ranks, cls, form):
+    mine = slice(0, SIZES[0]) if rank == 0 else slice(SIZES[0], None)
+    module = des.compile(cls().double(), BATCH, plan=form and {"*": form})
+    optimizer = torch.optim.SGD(module.parameters(), 0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (ranks * penalised(module, *(x[mine] for x in BATCH))).backward()  # gradients are means over ranks
+        optimizer.step()
+    return des.full_state_dict(module)
+
+
+@pytest.mark.parametrize("cls", [Centred, Normed, Pairs])
+@pytest.mark.parametrize("form", [None, "row_wise", "unique_rows"])
+def test_a_penalty_on_gradients_is_that_of_the_global_batch(cls, form, on_ranks):
+    model = cls().double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        penalised(model, *BATCH).backward()
+        optimizer.step()
+    for state in on_ranks(_trained, 2, cls, form):
+        for name, x in model.state_dict().items():
+            torch.testing.assert_close(state[name], x, rtol=1e-9, atol=1e-11)
+
+
+def _refused(rank, ranks, cls):
+    module = des.compile(cls().double(), BATCH, plan={"*": "row_wise"})
+    return raised(lambda: penalised(module, *BATCH).backward())
+
+
+@pytest.mark.parametrize(
+    ("cls", "what"),
+    [
+        (WithLeaf, "a module that is not traced is differentiated again.*operators of torch"),
+        (Product, "a product with a table that ranks hold in part is differentiated again.*replicate"),
+    ],
+)
+def test_what_is_not_differentiated_twice_is_refused(cls, what, on_ranks):
+    for error in on_ranks(_refused, 2, cls):
+        assert re.search(f"^UnsupportedError: .*{what}", error)
+
+
+def _with_graph(rank, ranks):
+    module = des.compile(Centred().double(), BATCH)
+    return raised(lambda: module(*BATCH).sum().backward(create_graph=True))
+
+
+def test_gradients_of_parameters_have_no_graph(on_ranks):
+    for error in on_ranks(_with_graph, 2):
+        assert "gradients of gradients with respect to parameters" in error
