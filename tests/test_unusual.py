@@ -1,5 +1,6 @@
 """Models and calls of unusual kinds: they train as the original, or are refused by name."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -44,3 +45,54 @@ class TopOfBatch(Table):
 @pytest.mark.parametrize("model", [SequenceFirst, TopOfBatch])
 def test_it_trains_as_the_original(model, on_ranks):
     des.verify(model(), (IDS,), launch=on_ranks)
+
+
+class Kept(Table):
+    """Parameters that no gradient comes to: a flag, a mask, numbers, a sparse matrix; and what is set on some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ready = nn.Parameter(torch.tensor(1, dtype=torch.uint8), requires_grad=False)
+        self.mask = nn.Parameter(torch.arange(18) % 3 > 0, requires_grad=False)
+        self.order = nn.Parameter(torch.arange(17, -1, -1), requires_grad=False)
+        self.near = nn.Parameter((torch.eye(18) + torch.eye(18).roll(1, 0)).to_sparse(), requires_grad=False)
+        self.rows = nn.Parameter(torch.eye(18).to_sparse_csr(), requires_grad=False)
+        self.head.weight.scale, self.table.weight.no_decay = 2.0, True
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.features(ids)[:, self.order] * self.mask * self.ready * self.head.weight.scale
+        return self.head((self.rows @ torch.sparse.mm(self.near, x.T)).T)
+
+
+class KeptInPart(Kept):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(torch.from_numpy(np.sort(ids.numpy(), axis=1)))
+
+
+@pytest.mark.parametrize("model", [Kept, KeptInPart])
+def test_parameters_without_gradients_are_kept(model, on_ranks):
+    des.verify(model(), (IDS,), plans=[None, {"*": "row_wise"}], launch=on_ranks)
+
+
+def _kept(rank, ranks, model, in_place):
+    model.table.weight.no_decay = True  # sent to ranks, parameters lose it
+    module = des.compile(model, (IDS,), in_place=in_place)
+    marked = [n for n, p in module.named_parameters() if getattr(p, "no_decay", False)]
+    return marked, sorted(des.full_state_dict(module)), module(IDS[3 * rank : 3 * rank + 3]).detach()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_is_kept_has_its_name_and_its_marks(in_place, on_ranks):
+    model = Kept()
+    results = on_ranks(_kept, 2, model, in_place)
+    torch.testing.assert_close(torch.cat([x for *_, x in results]), model(IDS))
+    for marked, names, _ in results:
+        assert marked == ["table.weight"]
+        assert names == sorted(model.state_dict())
+
+
+def test_a_trained_sparse_matrix_is_refused_by_name():
+    model = Table()
+    model.near = nn.Parameter(torch.eye(18).to_sparse())
+    with pytest.raises(des.UnsupportedError, match=r"'near' is sparse_coo.*freeze it"):
+        des.plan(model, (IDS,), ranks=2)

@@ -192,11 +192,8 @@ def capture(
     except Exception as error:
         place = raised_at(error)
         where = f" at {place}" if place else ""
-        todo = "pass what its forward takes"
-        if isinstance(error, AttributeError) and "'Parameter' object" in str(error):
-            todo = "what a model sets on a parameter is not copied with it: keep it on the module"
         raise InputError(
-            f"the model can't run example_inputs ({type(error).__name__}: {error}{where}); {todo}"
+            f"the model can't run example_inputs ({type(error).__name__}: {error}{where}); pass what its forward takes"
         ) from error
     left = tuple(left_behind(probe.model))
     assert probe.out_spec is not None  # from the eager run: export undoes what forward writes to its module
