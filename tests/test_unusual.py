@@ -91,8 +91,21 @@ def test_what_is_kept_has_its_name_and_its_marks(in_place, on_ranks):
         assert names == sorted(model.state_dict())
 
 
-def test_a_trained_sparse_matrix_is_refused_by_name():
-    model = Table()
-    model.near = nn.Parameter(torch.eye(18).to_sparse())
-    with pytest.raises(des.UnsupportedError, match=r"'near' is sparse_coo.*freeze it"):
-        des.plan(model, (IDS,), ranks=2)
+class Triples(Table):
+    """Users, positives and negatives in dim 0 of one tensor."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        user, liked, other = (self.table(ids[i]) for i in range(3))
+        return (user * (liked - other)).sum(1).mean()
+
+
+class Unpacked(Triples):
+    def forward(self, ids: Tensor) -> Tensor:
+        user, liked, other = self.table(ids)
+        return (user * (liked - other)).sum(1)
+
+
+@pytest.mark.parametrize("model", [Triples, Unpacked])
+def test_rows_in_another_dimension_are_refused(model):
+    with pytest.raises(des.InputError, match=r"dim 0 .*test_unusual.py:\d+.*batch first"):
+        des.plan(model(), (IDS.T,), ranks=2)
