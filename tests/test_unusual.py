@@ -109,3 +109,33 @@ class Unpacked(Triples):
 def test_rows_in_another_dimension_are_refused(model):
     with pytest.raises(des.InputError, match=r"dim 0 .*test_unusual.py:\d+.*batch first"):
         des.plan(model(), (IDS.T,), ranks=2)
+
+
+class WholeGraph(nn.Module):
+    """Propagates over all users and items, of no inputs, as LightGCN does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users, self.items = nn.Embedding(10, 4), nn.Embedding(12, 4)
+        near = torch.rand(22, 22, generator=torch.Generator().manual_seed(1)).round()
+        self.register_buffer("near", near.to_sparse())
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        x = torch.sparse.mm(self.near, torch.cat([self.users.weight, self.items.weight])) / 10
+        return x[:10], x[10:]
+
+
+def _whole_graph(rank, ranks, model):
+    module = des.compile(model, ())
+    users, items = module()
+    (users @ items.T)[rank::ranks].square().sum().backward()
+    return {n: p.grad for n, p in module.named_parameters()}
+
+
+def test_a_forward_without_inputs_trains_as_the_original(on_ranks):
+    model = WholeGraph()
+    users, items = model()
+    ((users @ items.T).square().sum() / 2).backward()  # the mean of the ranks' losses
+    for gradients in on_ranks(_whole_graph, 2, model):
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(gradients[name], p.grad)

@@ -28,7 +28,7 @@ from descompiler.graph.program import Failure, Program
 from descompiler.graph.rewrite import Pass, run_passes
 from descompiler.model.attributes import Place, left_behind, reads_of, set_attributes
 from descompiler.model.float64 import InDouble
-from descompiler.model.inputs import ArgumentPath, Signature, flatten, normalise_inputs, split_statics
+from descompiler.model.inputs import ArgumentPath, Signature, flatten, no_batch, normalise_inputs, split_statics
 from descompiler.model.probe import (
     CALL,
     Flat,
@@ -204,7 +204,7 @@ def capture(
     """
     leaves, spec = flatten(normalise_inputs(example_inputs, method_of(template, method)))
     tensors, statics = split_statics(leaves)
-    tensors = at_least_two_rows(tensors)
+    tensors = at_least_two_rows(tensors or [no_batch()])
     device = tensors[0].device
 
     updates: tuple[ArgumentPath, ...] = ()
