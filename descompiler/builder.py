@@ -23,6 +23,7 @@ from descompiler.model.inputs import (
     Kinds,
     Signature,
     flatten,
+    no_batch,
     normalise_inputs,
     shapes_text,
     split_statics,
@@ -60,6 +61,7 @@ class Builder:
         self.resized_of = resized_of  # the same model, with inputs of other sizes
         self.kit = Kit.of() if kit is None else kit
         leaves, _ = split_statics(flatten(normalise_inputs(example_inputs, method_of(template, method)))[0])
+        leaves = leaves or [no_batch()]
         self.rows = max((x.shape[0] for x in leaves if x.dim()), default=1)
         self.sizes = Kinds.of(leaves).sizes
         self.device = leaves[0].device if leaves else torch.device("cpu")
@@ -130,6 +132,7 @@ class Builder:
         cast = {before[n]: d for n, d in held.items() if before[n] != d}
         leaves, spec = flatten(normalise_inputs(self.example_inputs, method_of(self.template, self.method)))
         tensors, statics = split_statics(leaves)
+        tensors = tensors or [no_batch()]
         expected = [cast.get(x.dtype, x.dtype) for x in tensors]
         given = given or Kinds(tuple(expected), self.sizes)
         wanted = [g if x.is_floating_point() else x.dtype for g, x in zip(given.dtypes, tensors, strict=True)]

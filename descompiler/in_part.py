@@ -18,6 +18,7 @@ from descompiler.graph.program import Failure
 from descompiler.layout.statistics import Statistics
 from descompiler.model.attributes import copied
 from descompiler.model.inputs import normalise_inputs, take_rows
+from descompiler.model.kept import with_attributes
 from descompiler.model.probe import call_of, method_of
 from descompiler.model.random_state import own_generators
 from descompiler.module.initial import initial_values
@@ -111,6 +112,7 @@ def _partial_module(
 def _copy_with(template: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the model with these values as parameters, wherever it keeps them."""
     memo: dict[int, Any] = {
-        id(p): nn.Parameter(values[n], requires_grad=p.requires_grad) for n, p in template.named_parameters()
+        id(p): with_attributes(nn.Parameter(values[n], requires_grad=p.requires_grad), p)
+        for n, p in template.named_parameters()
     }
-    return copy.deepcopy(template, memo | copied(template))
+    return copy.deepcopy(template, copied(template) | memo)

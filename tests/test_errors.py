@@ -23,20 +23,9 @@ def test_options_that_depend_on_the_batch_are_refused(option):
         des.compile(Table(**option), (torch.tensor([1, 2, 3]),))
 
 
-class Tagged(Table):
-    """Reads what it has set on a parameter."""
-
-    def __init__(self):
-        super().__init__()
-        self.users.weight.fast = None
-
-    def forward(self, x):
-        return super().forward(x) if self.users.weight.fast is None else self.users.weight.fast[x].sum(-1)
-
-
-def with_parameter(p):
+def with_trained(p):
     model = Table()
-    model.kept = nn.Parameter(p, requires_grad=False)
+    model.near = nn.Parameter(p)
     return model
 
 
@@ -44,20 +33,10 @@ IDS = (torch.tensor([1, 2, 3]),)
 
 REFUSED = {
     "a model's class": (lambda: des.compile(Table, IDS), des.InputError, "the class Table: pass an object"),
-    "a sparse parameter": (
-        lambda: des.plan(with_parameter(torch.eye(3).to_sparse()), IDS, ranks=2),
+    "a trained sparse parameter": (
+        lambda: des.plan(with_trained(torch.eye(3).to_sparse()), IDS, ranks=2),
         des.UnsupportedError,
-        r"'kept' is sparse_coo.*register_buffer\('kept'",
-    ),
-    "an integer parameter": (
-        lambda: des.compile(with_parameter(torch.tensor(1)), IDS),
-        des.UnsupportedError,
-        r"'kept' is int64.*register_buffer\('kept'",
-    ),
-    "an attribute of a parameter": (
-        lambda: des.plan(Tagged(), IDS, ranks=2),
-        des.InputError,
-        r"no attribute 'fast' at .*test_errors.py:\d+\); .*keep it on the module",
+        r"'near' is sparse_coo.*freeze it",
     ),
     "half a rank": (lambda: des.plan(Table(), IDS, ranks=2.5), des.PlanError, "ranks=2.5; it is a whole number"),
     "many ranks": (lambda: des.plan(Table(), IDS, ranks=10**12), des.PlanError, "ranks=1000000000000; .* to 262,144"),

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -27,7 +28,7 @@ from descompiler.graph.program import Failure, Program
 from descompiler.graph.rewrite import Pass, run_passes
 from descompiler.model.attributes import Place, left_behind, reads_of, set_attributes, set_by_forward
 from descompiler.model.float64 import InDouble
-from descompiler.model.inputs import ArgumentPath, Signature, flatten, normalise_inputs, split_statics
+from descompiler.model.inputs import ArgumentPath, Signature, flatten, no_batch, normalise_inputs, split_statics
 from descompiler.model.probe import (
     CALL,
     Flat,
@@ -121,6 +122,37 @@ def _refuse_numbers(signature: Signature, probe: Flat, batch: list[Tensor]) -> N
             )
 
 
+def _refuse_rows_elsewhere(probe: Flat, tensors: list[Tensor]) -> None:
+    """Refuse inputs of which forward takes a few rows by their number, and no others: ``[3, B]``, the batch in dim 1.
+
+    Raises
+    ------
+    InputError
+        With the line that takes them.
+    """
+    try:
+        run_eager(probe, [t[:1] for t in tensors])
+        return
+    except (IndexError, ValueError) as found:
+        if not isinstance(found, IndexError) and "to unpack" not in str(found):
+            return
+        error = found
+    except Exception:  # whatever forward raises on one row says nothing of where rows lie
+        return
+    try:
+        expected = run_eager(probe, tensors)
+        more = run_eager(probe, [torch.cat(both) for both in zip(tensors, other_batch(tensors), strict=True)])
+        if any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(expected, more, strict=True)):
+            return
+    except Exception:  # more rows are too many
+        pass
+    raise InputError(
+        f"dim 0 of every input is the batch, and forward takes {len(tensors[0])} rows by their number "
+        f"({type(error).__name__}: {error} at {raised_at(error)}): the batch seems to lie in another dimension. Pass "
+        "the batch first (x.T of an x [3, B], of which forward takes columns, x[:, 0]), or one tensor for each row"
+    ) from error
+
+
 def _place_of(signature: Signature, position: int) -> str:
     """Where a leaf is in what forward returns, as code would have it: ``[1]['loss']``."""
     leaves: list[Any] = list(range(len(signature.output_statics)))
@@ -172,7 +204,7 @@ def capture(
     """
     leaves, spec = flatten(normalise_inputs(example_inputs, method_of(template, method)))
     tensors, statics = split_statics(leaves)
-    tensors = at_least_two_rows(tensors)
+    tensors = at_least_two_rows(tensors or [no_batch()])
     device = tensors[0].device
 
     updates: tuple[ArgumentPath, ...] = ()
@@ -192,16 +224,14 @@ def capture(
     except Exception as error:
         place = raised_at(error)
         where = f" at {place}" if place else ""
-        todo = "pass what its forward takes"
-        if isinstance(error, AttributeError) and "'Parameter' object" in str(error):
-            todo = "what a model sets on a parameter is not copied with it: keep it on the module"
         raise InputError(
-            f"the model can't run example_inputs ({type(error).__name__}: {error}{where}); {todo}"
+            f"the model can't run example_inputs ({type(error).__name__}: {error}{where}); pass what its forward takes"
         ) from error
     left, written = tuple(left_behind(probe.model)), tuple(set_by_forward(template, probe.model))
     assert probe.out_spec is not None  # from the eager run: export undoes what forward writes to its module
     probe.updates = updates = updated_arguments(probe, double_all(tensors))
     signature = Signature(spec, probe.out_spec, statics, probe.out_statics, updates)
+    _refuse_rows_elsewhere(probe, double_all(tensors))
     _refuse_numbers(signature, probe, double_all(other_batch(tensors)))
     failures: list[Failure] = []
     for rung, trace in RUNGS:

@@ -166,7 +166,8 @@ def _loss(outputs: Any, layouts: Sequence[Rows | None], first: int) -> Tensor:
 
 
 def _largest(tensors: Iterable[Tensor]) -> float:
-    return max((float(t.detach().to_dense().abs().max()) for t in tensors if t.numel()), default=0.0)
+    dense = (t.detach().to_dense() for t in tensors if t.numel())
+    return max((float((t.long() if t.dtype is torch.bool else t).abs().max()) for t in dense), default=0.0)
 
 
 def _touched(p: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ class _OriginalStep:
 
 
 def _without_copying_parameters(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()} | copied(model))
+    return copy.deepcopy(model, copied(model) | {id(p): p for p in model.parameters()})
 
 
 def _on_any_rank(flag: bool) -> bool:

@@ -16,6 +16,7 @@ from descompiler.errors import InputError, warn
 from descompiler.model.attributes import copied
 from descompiler.model.float64 import widen, widen_attributes
 from descompiler.model.inputs import map_tensors, normalise_inputs
+from descompiler.model.kept import keep_as_buffers
 from descompiler.model.probe import CALL, method_of
 from descompiler.region.rule import Rule
 from descompiler.runtime.room import free_bytes
@@ -83,7 +84,9 @@ def verify(
     if rows is not None:
         model = smaller(model, rows)
     check_memory(model, ranks, optimizers)
-    model = copy.deepcopy(model, copied(model)).double()
+    model = copy.deepcopy(model, copied(model))
+    keep_as_buffers(model)  # as the compiled model does: Module.double() leaves values of a CSR parameter as they are
+    model.double()
     widen_attributes(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.AlphaDropout | nn.FeatureAlphaDropout | nn.Dropout1d):

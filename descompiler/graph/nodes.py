@@ -55,8 +55,8 @@ def shape_of(node: fx.Node) -> list[int | sympy.Expr]:
 
 
 def tail(node: fx.Node) -> tuple[int, ...]:
-    """Static shape after the batch dimension."""
-    return tuple(int(s) for s in value(node).shape[1:])
+    """Static shape after the batch dimension, which is the first."""
+    return tuple(int(size_of(s)) for s in value(node).shape[1:])  # int() of torch's own would make the batch a number
 
 
 def elements_per_row(node: fx.Node) -> int:

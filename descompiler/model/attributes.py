@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from descompiler.errors import UnsupportedError
 from descompiler.model.inputs import adapt
+from descompiler.model.kept import with_attributes
 
 COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -98,7 +100,7 @@ def copied(model: nn.Module) -> dict[int, Tensor]:
     """A memo for `copy.deepcopy`: copies of what it can't copy by itself.
 
     These are compressed matrices, and values that a forward computed and left behind (attention weights to look at, a
-    weight under ``weight_norm``); their copies have no history.
+    weight under ``weight_norm``); their copies have no history. And parameters on which something was set.
 
     >>> import copy
     >>> module = nn.Linear(1, 1)
@@ -107,7 +109,15 @@ def copied(model: nn.Module) -> dict[int, Tensor]:
     False
     """
     held = [x for _, _, nested in held_values(model) for x in pytree.tree_leaves(nested) if isinstance(x, Tensor)]
-    return {id(x): x.detach().clone() for x in (*model.buffers(), *held) if x.layout in COMPRESSED or not x.is_leaf}
+    parameters: dict[int, Tensor] = {}
+    for p in model.parameters():
+        if p.layout is not torch.strided:
+            parameters[id(p)] = with_attributes(nn.Parameter(p.detach().clone(), p.requires_grad), p)
+        elif vars(p):
+            parameters[id(p)] = with_attributes(copy.deepcopy(p), p)
+    return parameters | {
+        id(x): x.detach().clone() for x in (*model.buffers(), *held) if x.layout in COMPRESSED or not x.is_leaf
+    }
 
 
 BARE = frozenset(vars(nn.Module()))

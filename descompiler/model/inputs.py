@@ -286,6 +286,11 @@ def argument_at(given: Any, path: ArgumentPath) -> Any:
     return given
 
 
+def no_batch() -> Tensor:
+    """What stands for the batch of a forward that takes no tensor (of a whole graph): a row, which nothing reads."""
+    return torch.zeros(1)
+
+
 @dataclass(frozen=True)
 class Signature:
     """How forward is called: the nesting of its inputs, and of its outputs.
@@ -326,7 +331,7 @@ class Signature:
         sizes = [t.shape[0] if t.dim() else None for t in tensors]
         if len(set(sizes)) > 1:
             raise InputError(f"dim 0 of every input is the batch; the inputs' sizes there are {sizes}")
-        return tensors
+        return tensors or [no_batch()]
 
     def update(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> None:
         """Replace in the caller's lists and dicts what forward replaces."""

@@ -16,6 +16,7 @@ from descompiler.model.attributes import copied, held_values, plain_attributes
 from descompiler.model.float64 import InDouble, is_double_meant, widen, widen_attributes
 from descompiler.model.folded import Folded, probe_parameters
 from descompiler.model.inputs import ArgumentPath, argument_at, by_path, flatten, split_statics, unflatten_with
+from descompiler.model.kept import is_kept, keep_as_buffers, with_attributes
 
 
 def check_model(model: nn.Module) -> None:
@@ -34,11 +35,11 @@ def check_model(model: nn.Module) -> None:
             "model itself"
         )
     for name, p in model.named_parameters():
-        if p.layout is not torch.strided or not (p.is_floating_point() or p.is_complex()):
-            kind = str(p.dtype if p.layout is torch.strided else p.layout).removeprefix("torch.")
+        if p.layout is not torch.strided and p.requires_grad:
+            kind = str(p.layout).removeprefix("torch.")
             raise UnsupportedError(
-                f"parameter {name!r} is {kind}, which is not trained here: keep it in a buffer, "
-                f"register_buffer({name.rpartition('.')[2]!r}, ...)"
+                f"parameter {name!r} is {kind}, and gradients of sparse matrices are not "
+                "averaged over ranks: freeze it (requires_grad=False), or train a vector of its values"
             )
 
 
@@ -53,10 +54,13 @@ def blueprint(model: nn.Module) -> nn.Module:
     """
     check_model(model)
     memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        id(p): p.detach().clone()
+        if is_kept(p)
+        else with_attributes(nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad), p)
         for p in model.parameters()
     }
-    result = copy.deepcopy(model, memo | copied(model))
+    result = copy.deepcopy(model, copied(model) | memo)
+    keep_as_buffers(result)
     lost = []
     for prefix, module in result.named_modules():
         buffers = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
@@ -87,7 +91,9 @@ def materialise(template: nn.Module, device: torch.device, *, double: bool) -> n
     memo: dict[int, Any] = probe_parameters(template.parameters(), device, generator, double=double)
     if not double:  # tracers want ordinary tensors, and look at no values
         memo = {i: p.unfolded() if isinstance(p, Folded) else p for i, p in memo.items()}
-    result = copy.deepcopy(template, memo | copied(template))
+    for p in template.parameters():
+        with_attributes(memo[id(p)], p)
+    result = copy.deepcopy(template, copied(template) | memo)
     for module in result.modules():
         for name, b in module._buffers.items():
             if b is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
+from descompiler.model.kept import buffers_of, trainable
 from descompiler.runtime import collectives
 from descompiler.runtime.blocks import broadcast_tensor, scatter
 from descompiler.runtime.ranks import Ranks
@@ -43,7 +44,7 @@ def initial_values(
         On every rank, before anything is allocated, if the memory of a machine does not suffice.
     """
     values = {}
-    meta = ranks.of_first([n for n, p in model.named_parameters() if p.is_meta])
+    meta = ranks.of_first([n for n, p in trainable(model).items() if p.is_meta])
     instead = (
         "Run more ranks on more machines, create the model on the meta device, or compile it with in_place=True, which "
         "frees the original's parameters as they are cut"
@@ -60,7 +61,7 @@ def initial_values(
 def _room(model: nn.Module, pieces: Mapping[str, Pieces], rank: int, device: torch.device, *, in_place: bool) -> int:
     """Bytes that a rank has to allocate for its pieces, at most at one time."""
     free, most = 0, 0
-    for name, p in model.named_parameters():
+    for name, p in trainable(model).items():
         size = pieces[name].numel(rank) * p.element_size()
         kept = in_place and p.device == device  # the original is freed, or becomes the piece
         whole = kept and pieces[name].is_replicated
@@ -109,7 +110,7 @@ def send_from_first(
 def send_buffers(model: nn.Module, template: nn.Module, group: Any, rank: int, ranks: int) -> dict[str, Tensor]:
     """Rank 0's buffers on every rank."""
     result = {}
-    sources = dict(model.named_buffers(remove_duplicate=False))
+    sources = buffers_of(model)
     for name, b in template.named_buffers(remove_duplicate=False):
         value = b.detach().clone() if sources[name].is_meta else sources[name].detach().clone()
         result[name] = broadcast_tensor(value, group) if ranks > 1 else value

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from descompiler.layout.rows import Rows
+from descompiler.model.kept import keep_as_buffers, with_attributes
 from descompiler.planning.coverage import Coverage
 from descompiler.planning.plan import Plan
 from descompiler.runtime.runtime import Runtime
@@ -73,7 +74,7 @@ class Parts:
                     continue
                 full = f"{name}.{leaf}".lstrip(".")
                 if id(p) not in made:
-                    made[id(p)] = nn.Parameter(self.values[full], requires_grad=p.requires_grad)
+                    made[id(p)] = with_attributes(nn.Parameter(self.values[full], requires_grad=p.requires_grad), p)
                 scope.register_parameter(leaf, made[id(p)])
             for leaf, b in source._buffers.items():
                 full = f"{name}.{leaf}".lstrip(".")
@@ -85,6 +86,7 @@ class Parts:
         recurrent = [m for m in host.modules() if isinstance(m, nn.RNNBase)]
         for m in recurrent:
             m._flat_weight_refs = []  # a tensor that has weak references can't be swapped
+        keep_as_buffers(host)
         for name, p in host.named_parameters():
             if p.is_meta:
                 torch.utils.swap_tensors(p, nn.Parameter(self.values[name], requires_grad=p.requires_grad))

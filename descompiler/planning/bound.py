@@ -38,7 +38,7 @@ from math import prod
 import networkx as nx
 from torch import fx
 
-from descompiler.graph.nodes import tail
+from descompiler.graph.nodes import elements_per_row
 from descompiler.graph.program import Program
 from descompiler.layout.border import Columns
 from descompiler.layout.pieces import ALL, Pieces
@@ -150,7 +150,7 @@ class Relaxation:
             answer = self._apart.placed.get(node)
             seen = [n for p in node.all_input_nodes for n in result.get(p, {}).values()]
             # what can't leave by itself leaves as what is made of it, which may be narrower
-            elements = min(seen) if node in self._together.confined else prod(tail(node))
+            elements = min(seen) if node in self._together.confined else elements_per_row(node)
             if answer is None:  # only where its operands are together: as narrow as any of their parts, at least
                 result[node] = {MIXED: min([elements, *seen])}
             elif isinstance(answer.placement, Owned):

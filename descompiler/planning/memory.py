@@ -21,7 +21,7 @@ from torch import fx
 
 from descompiler.cost_models.memory import STATE, activation_bytes, gradient_bytes, state_bytes, weight_bytes
 from descompiler.errors import PlanError
-from descompiler.graph.nodes import elements_per_row, is_tensor, is_view, shape_of, tail, value
+from descompiler.graph.nodes import elements_per_row, is_tensor, is_view, shape_of, value
 from descompiler.graph.program import rowwise
 from descompiler.layout.pieces import ALL, Pieces
 from descompiler.layout.placement import LOCAL, Placement, Shard, ranks_of
@@ -93,7 +93,7 @@ def memory_of(partition: Partition, w: Weights, optimizer: str, unique: Mapping[
         if node in partition.inside:
             _add_share(inside, node, partition.placements[node])
         elif rowwise(program, node):
-            outside += prod(tail(node))
+            outside += elements_per_row(node)
     activations = activation_bytes(w.rows, outside + inside * w.ranks, w.itemsize)
     gathered = [program.parameters[name] for name in partition.wholes]  # there, with their gradients, during a step
     held = sum(p.numel() * (2 if p.requires_grad else 1) for p in gathered)

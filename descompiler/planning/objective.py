@@ -16,9 +16,8 @@ import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
-from math import prod
 
-from descompiler.graph.nodes import tail
+from descompiler.graph.nodes import elements_per_row
 from descompiler.graph.program import Program
 from descompiler.layout.layout import Layout
 from descompiler.layout.spans import Spans
@@ -192,7 +191,7 @@ def assign(
             groups.setdefault(o.lookups[0].ids.name, []).append(o)
 
     def load(group: Sequence[Operator]) -> tuple[int, int]:
-        sent = sum(prod(tail(x.node)) for o in group for x in o.lookups)
+        sent = sum(elements_per_row(x.node) for o in group for x in o.lookups)
         size = sum(o.size_bytes for o in group)
         return (size, sent) if by_memory else (sent, size)
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 
 from torch import fx
 
-from descompiler.graph.nodes import is_tensor, tail, target_name
+from descompiler.graph.nodes import elements_per_row, is_tensor, target_name
 from descompiler.graph.program import Program, rowwise
 from descompiler.planning.kinds import pattern_of
 from descompiler.planning.plan import Plan
@@ -140,7 +139,7 @@ def _bytes_of(plan: Plan, nodes: Iterable[fx.Node], program: Program) -> int:
     for n in nodes:
         if rowwise(program, n):
             width = plan.itemsize if n.meta["val"].is_floating_point() else plan.layout.id_bytes
-            total += prod(tail(n)) * plan.rows * width
+            total += elements_per_row(n) * plan.rows * width
     return total
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 
 from torch import fx
 
@@ -183,7 +182,7 @@ def find_operators(program: Program) -> list[Operator]:
                     parameter.shape[1],
                     parameter.dtype,
                     ids=sum(elements_per_row(x.ids) for x in lookups),
-                    vectors=sum(1 if x.mode else prod(tail(x.ids)) for x in lookups),
+                    vectors=sum(1 if x.mode else elements_per_row(x.ids) for x in lookups),
                     padding_idx=lookups[0].padding_idx if lookups else -1,
                     sparse=sparse,
                     trained=name in trained,

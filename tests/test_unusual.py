@@ -1,0 +1,141 @@
+"""Models and calls of unusual kinds: they train as the original, or are refused by name."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import descompiler as des
+
+IDS = torch.randint(0, 50, (6, 3), generator=torch.Generator().manual_seed(5))
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(50, 6), nn.Linear(18, 1)
+
+    def features(self, ids: Tensor) -> Tensor:
+        return self.table(ids).flatten(1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.features(ids))
+
+
+class SequenceFirst(nn.Module):
+    """A GRU that is not ``batch_first``: ids, and what is looked up, have the batch in dim 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.gru = nn.Embedding(50, 6), nn.GRU(6, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.gru(self.table(ids.T))[0].transpose(0, 1)
+
+
+class TopOfBatch(Table):
+    """The best of the batch, which no rank has rows enough for."""
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        scores = super().forward(ids).squeeze(1)
+        best, which = scores.topk(4)
+        return best, (self.features(ids)[which] * best.unsqueeze(1)).sum()
+
+
+@pytest.mark.parametrize("model", [SequenceFirst, TopOfBatch])
+def test_it_trains_as_the_original(model, on_ranks):
+    des.verify(model(), (IDS,), launch=on_ranks)
+
+
+class Kept(Table):
+    """Parameters that no gradient comes to: a flag, a mask, numbers, a sparse matrix; and what is set on some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ready = nn.Parameter(torch.tensor(1, dtype=torch.uint8), requires_grad=False)
+        self.mask = nn.Parameter(torch.arange(18) % 3 > 0, requires_grad=False)
+        self.order = nn.Parameter(torch.arange(17, -1, -1), requires_grad=False)
+        self.near = nn.Parameter((torch.eye(18) + torch.eye(18).roll(1, 0)).to_sparse(), requires_grad=False)
+        self.rows = nn.Parameter(torch.eye(18).to_sparse_csr(), requires_grad=False)
+        self.head.weight.scale, self.table.weight.no_decay = 2.0, True
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.features(ids)[:, self.order] * self.mask * self.ready * self.head.weight.scale
+        return self.head((self.rows @ torch.sparse.mm(self.near, x.T)).T)
+
+
+class KeptInPart(Kept):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(torch.from_numpy(np.sort(ids.numpy(), axis=1)))
+
+
+@pytest.mark.parametrize("model", [Kept, KeptInPart])
+def test_parameters_without_gradients_are_kept(model, on_ranks):
+    des.verify(model(), (IDS,), plans=[None, {"*": "row_wise"}], launch=on_ranks)
+
+
+def _kept(rank, ranks, model, in_place):
+    model.table.weight.no_decay = True  # sent to ranks, parameters lose it
+    module = des.compile(model, (IDS,), in_place=in_place)
+    marked = [n for n, p in module.named_parameters() if getattr(p, "no_decay", False)]
+    return marked, sorted(des.full_state_dict(module)), module(IDS[3 * rank : 3 * rank + 3]).detach()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_is_kept_has_its_name_and_its_marks(in_place, on_ranks):
+    model = Kept()
+    results = on_ranks(_kept, 2, model, in_place)
+    torch.testing.assert_close(torch.cat([x for *_, x in results]), model(IDS))
+    for marked, names, _ in results:
+        assert marked == ["table.weight"]
+        assert names == sorted(model.state_dict())
+
+
+class Triples(Table):
+    """Users, positives and negatives in dim 0 of one tensor."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        user, liked, other = (self.table(ids[i]) for i in range(3))
+        return (user * (liked - other)).sum(1).mean()
+
+
+class Unpacked(Triples):
+    def forward(self, ids: Tensor) -> Tensor:
+        user, liked, other = self.table(ids)
+        return (user * (liked - other)).sum(1)
+
+
+@pytest.mark.parametrize("model", [Triples, Unpacked])
+def test_rows_in_another_dimension_are_refused(model):
+    with pytest.raises(des.InputError, match=r"dim 0 .*test_unusual.py:\d+.*batch first"):
+        des.plan(model(), (IDS.T,), ranks=2)
+
+
+class WholeGraph(nn.Module):
+    """Propagates over all users and items, of no inputs, as LightGCN does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users, self.items = nn.Embedding(10, 4), nn.Embedding(12, 4)
+        near = torch.rand(22, 22, generator=torch.Generator().manual_seed(1)).round()
+        self.register_buffer("near", near.to_sparse())
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        x = torch.sparse.mm(self.near, torch.cat([self.users.weight, self.items.weight])) / 10
+        return x[:10], x[10:]
+
+
+def _whole_graph(rank, ranks, model):
+    module = des.compile(model, ())
+    users, items = module()
+    (users @ items.T)[rank::ranks].square().sum().backward()
+    return {n: p.grad for n, p in module.named_parameters()}
+
+
+def test_a_forward_without_inputs_trains_as_the_original(on_ranks):
+    model = WholeGraph()
+    users, items = model()
+    ((users @ items.T).square().sum() / 2).backward()  # the mean of the ranks' losses
+    for gradients in on_ranks(_whole_graph, 2, model):
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(gradients[name], p.grad)
