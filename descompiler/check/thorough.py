@@ -109,6 +109,8 @@ class Trials:
         before = kept(reference)
         local, whole = own_rows(trial.inputs, first, count), own_rows(trial.inputs, 0, total)
         local_given, given = by_path(local), by_path(whole)
+        for net in (reference, module):
+            net.zero_grad()
         with _draws(judge), InDouble():
             expected = call_of(reference, self.method)(*whole[0], **whole[1])
         got = module(*local[0], **local[1])
@@ -116,8 +118,6 @@ class Trials:
         judge.outputs(got, expected, layouts, first, count)
         judge.arguments(local_given, local, given, whole, first, count)
         if not trial.evaluated:
-            for net in (reference, module):
-                net.zero_grad()
 
             def objective(outputs: Any, inputs: Any) -> Tensor:
                 return trial.objective(outputs, layouts, 0, trial.weights(None), _tensors(inputs))
