@@ -3,7 +3,7 @@
 from descompiler.captured import plan
 from descompiler.check.audit import Audit, audit
 from descompiler.check.calibrate import calibrate
-from descompiler.check.compare import Report
+from descompiler.check.judge import Report
 from descompiler.check.verify import verify
 from descompiler.compiler import compile
 from descompiler.errors import (

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import descompiler as des
-from descompiler.check.compare import DIVERGED
+from descompiler.check.judge import DIVERGED
 from tests.harness.plans import LOOKED_UP
 from tests.harness.pool import RankPoolError, here
 from tests.harness.random_models import CONSUMERS, cases

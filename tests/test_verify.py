@@ -5,7 +5,8 @@ import torch
 
 import descompiler as des
 from descompiler.check import compare
-from descompiler.check.compare import OPTIMIZERS, TOLERANCE_FLOAT64
+from descompiler.check.compare import OPTIMIZERS
+from descompiler.check.judge import TOLERANCE_FLOAT64
 from descompiler.check.processes import on_ranks
 from descompiler.runtime.runtime import Runtime
 from examples.models import MODELS, make_inputs

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from descompiler.check.compare import Report, train_and_compare
+from descompiler.check.compare import train_and_compare
+from descompiler.check.judge import Report
 from descompiler.check.processes import on_ranks
 from descompiler.check.smaller import smaller
 from descompiler.errors import InputError, warn
@@ -38,6 +39,7 @@ def verify(
     rules: Sequence[Rule] = (),
     forms: Sequence[Form] = (),
     launch: Callable[..., list[Any]] | None = None,
+    thorough: bool = False,
 ) -> Report:
     """Prove on ``ranks`` local gloo processes that the compiled model trains as the original.
 
@@ -69,6 +71,24 @@ def verify(
         As `compile`'s: what is proved with the model.
     launch : callable, optional
         Calls a function on every rank, as `on_ranks`, which is the default and starts processes for it.
+    thorough : bool
+        Try also what users' training does, some fifty steps for each plan, which take so much longer:
+
+        - each output alone in the loss, their plain sum, and the three kinds of ``loss``: gradients that are zero in
+          place of None, outputs without one, losses averaged that were to be summed;
+        - a gradient penalty by inputs that are floating-point: second-order terms that are dropped;
+        - batches of other sizes (one row, one a rank, more than the example's): branches on a rank's own rows;
+        - other lengths of sequences, 0 among them;
+        - inputs at their edges (0, the smallest and largest, the last id, all rows equal), in every row and in one:
+          branches that the example did not take;
+        - Adam with weight decay, another batch each step, evaluation in between: state that is not updated, outputs of
+          training in evaluation, weights that move without a gradient;
+        - the model's own dtypes: values that cross in a narrower one.
+
+        Trials in which the original itself has no result (it raises, or is not finite) are left out
+        (`Report.left_out`); where rounding alone decides its gradient, as where all rows are equal in front of a batch
+        norm, that gradient is not compared (`Report.conditioned`). What the module refuses by name is no difference;
+        `Report.refused` has its words.
 
     Returns
     -------
@@ -86,27 +106,20 @@ def verify(
     check_memory(model, ranks, optimizers)
     model = copy.deepcopy(model, copied(model))
     keep_as_buffers(model)  # as the compiled model does: Module.double() leaves values of a CSR parameter as they are
-    model.double()
-    widen_attributes(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.AlphaDropout | nn.FeatureAlphaDropout | nn.Dropout1d):
             module.p = 0.0
         elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
             module.dropout = 0.0
-    inputs = map_tensors(
-        lambda x: widen(x).cpu(),
-        normalise_inputs(example_inputs, method_of(model, method)),
-    )
+    own_inputs = map_tensors(lambda x: x.cpu(), normalise_inputs(example_inputs, method_of(model, method)))
+    narrow = (copy.deepcopy(model, copied(model)).cpu(), own_inputs) if thorough else None
+    inputs = map_tensors(widen, own_inputs)
+    model = model.double().cpu()
+    widen_attributes(model)
     report = Report(ranks)
-    arguments = (model.cpu(), inputs, steps, list(plans), list(optimizers), device, method, tuple(rules), tuple(forms))
-    for other in (launch or on_ranks)(train_and_compare, ranks, *arguments, timeout_s=timeout_s):
-        report.cases = other.cases
-        report.rounding |= other.rounding
-        report.growth = max(report.growth, other.growth)
-        for name, share in other.conditioned.items():
-            report.conditioned[name] = max(report.conditioned.get(name, 0.0), share)
-        for what, error in other.worst.items():
-            report.see(what, error)
+    what = (model, inputs, steps, list(plans), list(optimizers), device, method, tuple(rules), tuple(forms), narrow)
+    for other in (launch or on_ranks)(train_and_compare, ranks, *what, timeout_s=timeout_s):
+        report.join(other)
     return report
 
 

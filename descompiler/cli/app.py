@@ -292,6 +292,9 @@ def verify_command(
     rows: Annotated[
         int | None, typer.Option(min=1, help="cut tables to so many rows, ids modulo: for models that don't fit here")
     ] = None,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="try edges of the inputs, other sizes, losses, dtypes: some minutes")
+    ] = False,
 ) -> None:
     """Prove on local processes that the compiled model trains as the original.
 
@@ -304,7 +307,7 @@ def verify_command(
     """
     model, inputs = load(spec, train=True)
     with working(f"training {spec} on {ranks} local ranks and on one"):
-        report = des.verify(model, inputs, ranks=ranks, steps=steps, rows=rows)
+        report = des.verify(model, inputs, ranks=ranks, steps=steps, rows=rows, thorough=thorough)
     typer.echo(str(report))
 
 

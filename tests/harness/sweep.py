@@ -22,7 +22,8 @@ from torch import nn
 
 import descompiler as des
 from descompiler.builder import Builder
-from descompiler.check.compare import DIVERGED, DRAWS_DIFFER, ORIGINAL_FAILS
+from descompiler.check.compare import ORIGINAL_FAILS
+from descompiler.check.judge import DIVERGED, DRAWS_DIFFER
 from descompiler.errors import CaptureError, DescompilerError, EquivalenceError
 from descompiler.graph.nodes import target_name
 from descompiler.model.probe import blueprint
