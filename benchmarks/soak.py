@@ -259,7 +259,7 @@ SCENARIOS: dict[str, Scenario] = {
     "backward twice": Scenario(Towers, {"plan": {"*": "unique_rows"}}, twice_backward),
     "dropped graphs": Scenario(Towers, {"plan": {"*": "unique_rows"}}, dropped),
     "evaluation": Scenario(Towers, {"plan": {"*": "row_wise"}}, evaluated),
-    "penalty": Scenario(Critic, {"plan": {"*": "row_wise"}}, penalised, features_of),
+    "penalty": Scenario(Critic, {"plan": {"*": "row_wise"}, "loss": "sum"}, penalised, features_of),
     "refused penalty": Scenario(CriticOfProduct, {"plan": {"*": "row_wise"}}, refused_penalty, features_of),
     "errors in forward": Scenario(Towers, {"plan": {"*": "row_wise"}}, failing_forward),
     "errors in backward": Scenario(Towers, {"plan": {"*": "unique_rows"}}, failing_backward),

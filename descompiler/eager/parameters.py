@@ -137,7 +137,8 @@ def _in_users_code(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if any(isinstance(x, SHARDED) for x in tensors):
         return _intercept(func, args, kwargs)
     own: list[Any] = [x for x in tensors if isinstance(x, WHOLE)]
-    if not own or not torch.is_grad_enabled() or not own[0].exchange.outside:
+    is_attribute = getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__")  # its own: data, grad
+    if not own or is_attribute or not torch.is_grad_enabled() or not own[0].exchange.outside:
         return _local(func, args, kwargs)
     exchange = own[0].exchange
     if batch := [x for x in tensors if not isinstance(x, WHOLE) and _of_batch(x, exchange)]:

@@ -80,7 +80,9 @@ def set_by_forward(before: nn.Module, after: nn.Module) -> list[str]:
                 continue
             was = held.get(name, BARE)
             if isinstance(x, Tensor) and isinstance(was, Tensor):
-                same = x.shape == was.shape and (was.is_meta or x.is_sparse or torch.equal(x.to(was), was))
+                same = x.shape == was.shape and (
+                    was.is_meta or x.layout is not torch.strided or torch.equal(x.to(was), was)
+                )
             else:
                 same = type(x) is type(was) and x == was
             if not same:
