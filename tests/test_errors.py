@@ -23,6 +23,17 @@ def test_options_that_depend_on_the_batch_are_refused(option):
         des.compile(Table(**option), (torch.tensor([1, 2, 3]),))
 
 
+class Scaled(Table):
+    def forward(self, x):
+        return torch.nn.functional.embedding(x, self.users.weight * 2, max_norm=1.0).sum(-1)
+
+
+def test_a_table_that_forward_computes_is_refused_by_its_line():
+    with pytest.raises(des.DescompilerError) as refused:
+        des.compile(Scaled(), IDS)
+    assert "None" not in str(refused.value) and "test_errors.py:" in str(refused.value)
+
+
 def with_trained(p):
     model = Table()
     model.near = nn.Parameter(p)
@@ -84,8 +95,10 @@ def test_ids_out_of_range(bad):
 
 def test_inputs_that_do_not_fit():
     module = des.compile(Table(), (torch.tensor([1, 2, 3]),))
-    with pytest.raises(des.InputError, match="nested"):
-        module(torch.tensor([1]), torch.tensor([1]))
+    with pytest.raises(
+        des.InputError, match=r"nested as forward\(\.\.\.\), and was called as forward\(\.\.\., x=\.\.\.\)"
+    ):
+        module(torch.tensor([1]), x=torch.tensor([1]))
     with pytest.raises(des.InputError, match="can't run example_inputs"):
         des.compile(Table(), (torch.randn(3, 2),))
     module = des.compile(MODELS["fm"]("fields"), make_inputs("fm", "fields", 8))

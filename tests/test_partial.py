@@ -180,7 +180,7 @@ class RankDependent(ThroughLists):
 
     def forward(self, ids):
         e = self.embed(ids)
-        if ids.sum() < 0 or self.action == "twice":
+        if self.action == "twice":
             e = e + self.table(ids).sum(1)
         if self.action == "norm":
             e = F.batch_norm(e, None, None, training=True)

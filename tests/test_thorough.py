@@ -1,6 +1,7 @@
 """A thorough proof finds a wrong module of every kind that would not be noticed, and none that is right."""
 
 import torch
+from torch import nn
 
 import descompiler as des
 from descompiler.builder import Builder
@@ -52,8 +53,34 @@ def test_a_right_module_is_none(on_ranks):
     net = Net("a longer sequence is cut")
     report = des.verify(net, inputs_of(""), plans=[PLAN], launch=on_ranks, thorough=True)
     assert len(report.tried - report.left_out) > 20
-    assert report.refused.keys() <= {"length 0 in place of 3"}  # told, never computed otherwise
+    assert {"0, 0 rows on the ranks", "length 0 in place of 3"} <= report.tried
+    assert not report.refused and not report.left_out
     assert "trials" in str(report)
+
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.norm(x).sum(1), self.norm.running_mean.clone(), self.norm.running_var.clone()
+
+
+def _without_rows(rank, ranks):
+    module = des.compile(Norm().double(), (torch.randn(6, 4, dtype=torch.float64),))
+    for rows in (3, 0):
+        _, *found = module(torch.randn(rows, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)))
+    return found
+
+
+def test_statistics_of_no_rows_are_those_before(on_ranks):
+    norm = Norm().double()
+    drawn = [torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(r)) for r in range(2)]
+    for batch in (torch.cat(drawn), torch.zeros(0, 4, dtype=torch.float64)):
+        _, *expected = norm(batch)
+    for found in on_ranks(_without_rows, 2):
+        torch.testing.assert_close(found, expected)
 
 
 def test_the_default_is_short(on_ranks):

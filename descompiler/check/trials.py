@@ -95,6 +95,7 @@ def _sizes(inputs: Any, ranks: int) -> Iterator[Trial]:
     example = len(split_statics(flatten(inputs)[0])[0][0])
     last = ranks - 1
     for counts in (
+        [0] * ranks,
         [0] * last + [1],
         [1] * ranks,
         [2 * example + 1] + [1] * last,

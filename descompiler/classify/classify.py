@@ -28,6 +28,7 @@ from descompiler.classify.batch_values import (
     detach,
     element,
 )
+from descompiler.classify.decisions import Decisions, decides_for_others
 from descompiler.classify.operator_kinds import DRAWN_BY_ROW, DROPPING, HEAVY, SEARCHED, SUM_OPERATORS
 from descompiler.classify.scope import CONSTANT, GLOBAL, OWN, OWN_ROWS, SIZE, SIZED, WHOLE, Scope, polynomial
 from descompiler.classify.spare_row import OnSpareRow, runs_without_rows
@@ -37,6 +38,7 @@ from descompiler.graph.nodes import aten, is_random, is_tensor, signature, value
 from descompiler.graph.program import Program
 from descompiler.graph.slicing import MIXES, along
 from descompiler.layout.rows import Rows
+from descompiler.model.attributes import held_tensors
 
 JUDGED = ("scope", "spare_row")
 """What a node's meta has of it: a `Scope`, and an `OnSpareRow` where it can't run on no rows."""
@@ -157,7 +159,11 @@ class _Classifier:
         elif self._may_be_local(node, kinds) and (found := self._reproducing(node, kinds)):
             rows, uses, parts = found
             versions = dict(zip(kinds, uses, strict=True))
-            if not self._run_without_rows(node, versions, rows) or self._backward_mixes(node, versions, rows):
+            if (
+                not self._run_without_rows(node, versions, rows)
+                or self._backward_mixes(node, versions, rows)
+                or self._decides_for_others(node, versions, rows)
+            ):
                 self._global(node, drawn=drops)
                 return
             self.scopes[node] = Scope(OWN_ROWS, rows[0], uses, drawn=drops)
@@ -347,6 +353,28 @@ class _Classifier:
         ]
         layouts = {a: self.scopes[a].rows for a, kind in versions.items() if kind == OWN}
         return backward_mixes(lambda given: self.batch.call(node, given.__getitem__), wholes, parts, layouts, rows)
+
+    def _decides_for_others(self, node: fx.Node, versions: dict[fx.Node, str], rows: Sequence[Rows]) -> bool:
+        """Whether Python in a leaf branches for all rows by the values, or the number, of some."""
+        leaf: Any = node.target
+        if not isinstance(leaf, Leaf) or is_random(node) or SIZED in versions.values():
+            return False
+        layouts = {a: self.scopes[a].rows for a, version in versions.items() if version == OWN}
+        cut = {a: layout for a, layout in layouts.items() if layout is not None}
+
+        def run(index: Tensor, seen: Decisions) -> Sequence[Tensor]:
+            given = {a: detach(self.batch.whole[a]) for a in versions}
+            given |= {a: r.restore(r.lead(given[a])[index.to(given[a].device)]) for a, r in cut.items()}
+            held = (x for _, _, x in held_tensors(leaf.module))
+            seen.watch((given[a] for a in cut), apart=(*(given[a] for a in given if a not in cut), *held))
+            with torch.no_grad(), seen:
+                result: Sequence[Tensor] = self.batch.call(node, given.__getitem__)
+            return result
+
+        def reproduces(whole: Sequence[Tensor], parts: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> bool:
+            return all(assembles(r, x, w) for r, w, *x in zip(rows, whole, *parts, strict=True))
+
+        return bool(decides_for_others(run, reproduces, sum(self.batch.splits[0])))
 
 
 def _symbols_of(size: Any) -> set[sympy.Symbol]:

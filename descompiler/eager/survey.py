@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from descompiler.capture.checks import CAPTURE_TOLERANCE, relative_error
+from descompiler.classify.decisions import Decisions, decides_for_others
 from descompiler.eager.recorder import Runs, Use, in_float64
 from descompiler.errors import UnsupportedError
+from descompiler.model.attributes import held_tensors
 from descompiler.model.folded import has_own_values
 from descompiler.model.inputs import flatten, knows_rows, normalise_inputs, split_statics, take_rows
 from descompiler.model.probe import CALL, method_of
@@ -108,6 +110,8 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
         coupled = "the gradient of a row depends on how a batch is divided"
     elif random:  # of a few rows the numbers are those of many: one draw for all, which ranks have to share
         coupled = "forward draws random numbers for the whole batch"
+    elif reason := _decides_for_others(double, rows, run, every):
+        coupled = f"forward decides for all rows by {reason}"
     else:
         return found(kinds, rows)
     if len(sizes) != 1 or None in sizes:
@@ -195,6 +199,29 @@ def _gradients_mix(inputs: Any, rows: int, run: Any, kinds: Sequence[str], model
                 if g.numel() and float((g - sum(terms[1:], terms[0])).abs().max()) > CAPTURE_TOLERANCE * largest:
                     return True
     return False
+
+
+def _decides_for_others(inputs: Any, rows: int, run: Runs, kinds: Sequence[str]) -> str:
+    """By what forward's Python branches for all rows, the values or the number of some; empty if it does not."""
+
+    def run_on(index: Tensor, seen: Decisions) -> list[Tensor]:
+        given = take_rows(inputs, index % rows)
+        held = (x for _, _, x in held_tensors(run.model))
+        seen.watch(split_statics(flatten(given)[0])[0], apart=(*run.model.buffers(), *held))
+        with torch.no_grad(), seen:
+            return run(given, skip_norms=True)[0]
+
+    def reproduces(whole: Sequence[Tensor], parts: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> bool:
+        return all(
+            kind in _kinds_of(w, w.flip(0) if w.dim() else w, p, sizes)
+            for kind, w, *p in zip(kinds, whole, *parts, strict=True)
+        )
+
+    return decides_for_others(run_on, reproduces, max(DRAWN_ROWS, min(rows, MOST_DECIDING)))
+
+
+MOST_DECIDING = 16
+"""Rows of the example whose decisions are seen."""
 
 
 DRAWS, DRAWN_ROWS, DIVISIONS = 4, 7, ((3, 4), (5, 2))

@@ -46,7 +46,7 @@ class RegionEmitter:
         arrived = e.on_runtime("enter_wait", self._entering)
         self._columns = {}
         for i, (n, entry) in enumerate(zip(self.partition.readers, e.layout.entries, strict=True)):
-            if entry.width(e.rank):
+            if entry.goes_to(e.rank):
                 e.put(n, Version.ENTERED, e.item(arrived, i))
                 self._columns[n] = entry.columns_on(e.rank)
 

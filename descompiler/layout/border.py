@@ -30,6 +30,10 @@ class Entry:
         """The columns that go to ``rank`` (None: all, (): none)."""
         return at(self.columns, rank, ())
 
+    def goes_to(self, rank: int) -> bool:
+        """Whether ``rank`` gets them, though they may be none: those of sequences of length 0."""
+        return self.columns_on(rank) != ()
+
     def tail_on(self, rank: int) -> tuple[int, ...]:
         return self._tail(self.columns_on(rank))
 

@@ -317,8 +317,8 @@ class Signature:
         leaves, spec = flatten((args, kwargs))
         if spec != self.inputs:
             raise InputError(
-                f"forward was compiled for inputs nested as {self.inputs}, and was called with {spec}; "
-                "call it as in example_inputs, or compile again"
+                f"forward was compiled for inputs nested as {_call_text(self.inputs)}, and was called as "
+                f"{_call_text(spec)}; call it as in example_inputs, or compile again"
             )
         tensors: list[Tensor] = []
         for i, (leaf, static) in enumerate(zip(leaves, self.statics, strict=True)):
@@ -342,6 +342,20 @@ class Signature:
     def unflatten(self, tensors: Sequence[Tensor]) -> Any:
         """What forward returns, from its tensors."""
         return unflatten_with(tensors, self.outputs, self.output_statics)
+
+
+def _call_text(spec: pytree.TreeSpec) -> str:
+    """A call of forward, as code would have it, with ``...`` for each value.
+
+    >>> _call_text(flatten(((1, [2]), {"ids": 3}))[1])
+    'forward(..., [...], ids=...)'
+    """
+    try:
+        args, kwargs = pytree.tree_unflatten([Ellipsis] * spec.num_leaves, spec)
+    except Exception:  # a class of the user's that wants its tensors
+        return f"forward of {spec.num_leaves} values"
+    parts = [*map(repr, args), *(f"{name}={x!r}" for name, x in kwargs.items())]
+    return f"forward({', '.join(parts)})".replace("Ellipsis", "...")
 
 
 def split_statics(leaves: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:

@@ -214,8 +214,8 @@ class SyncBatchNorm(torch.autograd.Function):
         m2 = m2s.sum(0) + (counts * (means - mean) ** 2).sum(0)
         scale = torch.rsqrt(m2 / total + eps)
         if running_mean is not None and running_var is not None:
-            running_mean.mul_(1 - momentum).add_(momentum * mean)
-            running_var.mul_(1 - momentum).add_(momentum * m2 / (total - 1))
+            for running, now in ((running_mean, mean), (running_var, m2 / (total - 1))):  # of no rows there are none
+                running.copy_(torch.where(total > 0, running * (1 - momentum) + momentum * now, running))
         ctx.runtime, ctx.dims, ctx.shape, ctx.eps = runtime, dims, shape, eps
         ctx.save_for_backward(x, mean, scale, weight, total)
         normal = (x - mean.reshape(shape)) * scale.reshape(shape)

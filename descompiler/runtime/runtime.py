@@ -126,14 +126,14 @@ class Runtime(Agreement):
     def _entered(self, handle: Handle) -> list[list[Tensor | None]]:
         """The ids that each rank has sent, by entry; None where this rank needs none."""
         assert handle.forward is not None
-        entries = [self.layout_of(r).entries for r in range(self.ranks)]
-        widths = [[e.width(self.rank) for e in of_rank] for of_rank in entries]
+        me, entries = self.rank, [self.layout_of(r).entries for r in range(self.ranks)]
+        widths = [[e.width(me) for e in of_rank] for of_rank in entries]
         sizes = [b * w for b, ws in zip(self.rows, widths, strict=True) for w in ws]
         parts = iter(torch.split(handle.forward.wait(), sizes))
         result: list[list[Tensor | None]] = []
-        for b, of_rank, ws in zip(self.rows, entries, widths, strict=True):
-            ids = [(next(parts), e.tail_on(self.rank), w) for e, w in zip(of_rank, ws, strict=True)]
-            result.append([part.reshape(b, *tail) if w else None for part, tail, w in ids])
+        for b, of_rank in zip(self.rows, entries, strict=True):
+            ids = [(next(parts), e) for e in of_rank]
+            result.append([x.reshape(b, *e.tail_on(me)) if e.goes_to(me) else None for x, e in ids])
         return result
 
     def layout_of(self, rank: int) -> Layout:

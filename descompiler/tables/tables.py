@@ -11,8 +11,8 @@ from torch import fx
 from descompiler.classify.scope import GLOBAL, coupled_nodes, scope_of, trained_parameters
 from descompiler.cost_models.table import OfTable, Table
 from descompiler.errors import UnsupportedError
-from descompiler.graph.arguments import LookupCall, VocabularyCall
-from descompiler.graph.nodes import aten, elements_per_row, shape_of, tail, user_line, where
+from descompiler.graph.arguments import LookupCall, VocabularyCall, operand
+from descompiler.graph.nodes import aten, elements_per_row, shape_of, storage_roots, tail, user_line, where
 from descompiler.graph.program import Program, rowwise
 from descompiler.graph.rewrite import descendants
 from descompiler.tables import totals as regularisers
@@ -125,9 +125,11 @@ def find_operators(program: Program) -> list[Operator]:
     uses: dict[str, list[fx.Node]] = {}
     for node in program.graph.nodes:
         if node.target is aten.embedding_renorm_.default:
+            name = program.parameter(storage_roots(program.graph)[operand(node)])
+            of = "" if name is None else f", table {name!r}"  # of one that forward computes there is no name
             raise UnsupportedError(
-                f"embedding with max_norm ({where(node)}, table {program.parameter(node.args[0])!r}): it changes rows "
-                "in forward, which differs between ranks; normalise the looked-up vectors instead"
+                f"embedding with max_norm ({where(node)}{of}): it changes rows in forward, which differs between "
+                "ranks; normalise the looked-up vectors instead"
             )
         call = LookupCall.of(node)
         if call is not None and (name := program.parameter(call.weight)) is not None:
