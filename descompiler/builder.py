@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from descompiler.capture.batch_size import with_batch_size
 from descompiler.capture.checks import asks_for
 from descompiler.capture.ladder import capture
 from descompiler.emit.by_size import mixed_sizes
@@ -18,18 +19,10 @@ from descompiler.errors import CaptureError, InputError, OtherShapesError, PlanE
 from descompiler.graph.program import Program
 from descompiler.layout.statistics import Statistics
 from descompiler.model.attributes import Place, copied
-from descompiler.model.inputs import (
-    MOST_KEPT,
-    Kinds,
-    Signature,
-    flatten,
-    no_batch,
-    normalise_inputs,
-    shapes_text,
-    split_statics,
-    unflatten_with,
-)
-from descompiler.model.probe import CALL, method_of
+from descompiler.model.batch_size import of_rows
+from descompiler.model.inputs import Signature, flatten, no_batch, normalise_inputs, split_statics, unflatten_with
+from descompiler.model.kinds import MOST_KEPT, Kinds, shapes_text
+from descompiler.model.probe import CALL, blueprint, method_of
 from descompiler.planning.checked import EDITED, check_pieces
 from descompiler.planning.exchanges import layout_of
 from descompiler.planning.plan import Plan
@@ -68,6 +61,12 @@ class Builder:
         self._others: dict[tuple[object, ...], Builder] = {}
         self._captured: dict[tuple[tuple[str, bool], ...], tuple[Program, Signature]] = {}
         self._failed: dict[tuple[tuple[str, bool], ...], CaptureError] = {}
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any, method: str = CALL, kit: Kit | None = None) -> Builder:
+        """Of a user's model and inputs."""
+        template = blueprint(model)
+        return cls(template, with_batch_size(template, lambda: template, example_inputs, method), method, kit)
 
     def capture(self, training: dict[str, bool] | None) -> tuple[Program, Signature]:
         """The program for given flags, those of the model by default; captured once, and not to be edited."""
@@ -150,7 +149,8 @@ class Builder:
                 setattr(template.get_submodule(path), name, x)
             if sample is not None:
                 tensors = [x.to(self.device) for x in sample]
-            inputs = unflatten_with(replace(given, dtypes=tuple(wanted)).of_example(tensors), spec, statics)
+            tensors = replace(given, dtypes=tuple(wanted)).of_example(tensors)
+            inputs = unflatten_with(tensors, spec, of_rows(statics, len(tensors[0])))
             resized_of = None if given.sizes == self.sizes else self
             if len(self._others) == MOST_KEPT:
                 self._others.pop(next(iter(self._others)))

@@ -139,3 +139,68 @@ def test_a_forward_without_inputs_trains_as_the_original(on_ranks):
     for gradients in on_ranks(_whole_graph, 2, model):
         for name, p in model.named_parameters():
             torch.testing.assert_close(gradients[name], p.grad)
+
+
+class ByItsOwnSize(nn.Module):
+    """Views by the batch's size, one of the inputs, and divides by it, as ReChorus' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item = nn.Embedding(50, 4), nn.Embedding(50, 4)
+
+    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
+        rows = batch["batch_size"]
+        scores = (self.user(batch["user"])[:, None] * self.item(batch["items"])).sum(-1).view(rows, -1)
+        return scores, scores.square().sum() / rows
+
+
+class OnlyDivides(ByItsOwnSize):
+    """Runs with any number in its place."""
+
+    def forward(self, batch: dict) -> Tensor:
+        return super().forward(batch | {"batch_size": len(batch["user"])})[0].square().sum() / batch["batch_size"]
+
+
+class SizeInPart(ByItsOwnSize):
+    """Mixes rows in what no tracer captures."""
+
+    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
+        order = torch.from_numpy(np.argsort(batch["user"].numpy(), kind="stable"))
+        scores, loss = super().forward(batch)
+        return scores, loss + scores[order].cumsum(0)[-1].square().sum() / batch["batch_size"]
+
+
+def _batch(rows: int) -> dict:
+    g = torch.Generator().manual_seed(rows)
+    draw = lambda *sizes: torch.randint(0, 50, sizes, generator=g)  # noqa: E731
+    return {"user": draw(rows), "items": draw(rows, 3), "batch_size": rows}
+
+
+@pytest.mark.parametrize("model", [ByItsOwnSize, OnlyDivides, SizeInPart])
+def test_a_batchs_own_size_is_an_input(model, on_ranks):
+    des.verify(model(), (_batch(5),), launch=on_ranks)
+
+
+def test_a_batchs_own_size_has_to_be_its_rows():
+    model = ByItsOwnSize()
+    module = des.compile(model, (_batch(5),))
+    for rows in (5, 4, 9):
+        torch.testing.assert_close(module(_batch(rows)), model(_batch(rows)))
+    with pytest.raises(des.InputError, match=r"input \d was the number of rows .* is 3, and there are 4 rows"):
+        module(_batch(4) | {"batch_size": 3})
+
+
+class Best(Table):
+    """Takes a number that may be any, the batch's size too."""
+
+    def forward(self, ids: Tensor, k: int) -> Tensor:
+        return super().forward(ids) / k
+
+
+def test_a_number_that_may_be_the_batchs_size_is_asked_for(on_ranks):
+    with pytest.raises(des.InputError, match=r"k of the inputs is 6, .* 6 rows.*pass des.BatchSize\(6\)"):
+        des.plan(Best(), (IDS, 6), ranks=2)
+    with pytest.raises(des.InputError, match=r"BatchSize\(5\), and their tensors have 6 rows"):
+        des.plan(Best(), (IDS, des.BatchSize(5)), ranks=2)
+    des.verify(Best(), (IDS, des.BatchSize(6)), launch=on_ranks)
+    des.verify(Best(), (IDS, 4), launch=on_ranks)  # a number like any other

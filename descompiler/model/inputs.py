@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from descompiler.errors import InputError
+from descompiler.model.batch_size import BatchSize, check_is_rows
 from descompiler.model.jagged import adapter_of as torchrec_adapter
 
 STATIC = (
@@ -230,11 +231,16 @@ def _are_keywords(inputs: dict[Any, Any], forward: Callable[..., Any]) -> bool:
 
 
 def take_rows(inputs: Any, index: Tensor) -> Any:
-    """The rows of every tensor inside (dim 0) at ``index``; classes registered with ``take`` are asked for theirs."""
+    """The rows of every tensor inside (dim 0) at ``index``; classes registered with ``take`` are asked for theirs.
+
+    A `BatchSize` becomes their number.
+    """
 
     def take(x: Any) -> Any:
         if _has_take(x):
             return _TAKE[type(x)](x, index)
+        if isinstance(x, BatchSize):
+            return BatchSize(len(index))
         return x[index] if isinstance(x, Tensor) and x.dim() else x
 
     leaves, spec = pytree.tree_flatten(inputs, is_leaf=_has_take)
@@ -295,7 +301,8 @@ def no_batch() -> Tensor:
 class Signature:
     """How forward is called: the nesting of its inputs, and of its outputs.
 
-    ``statics`` and ``output_statics`` hold the leaves that are no tensors, by position, `Ellipsis` where a tensor goes.
+    ``statics`` and ``output_statics`` hold the leaves that are no tensors, by position, `Ellipsis` where a tensor goes;
+    a `BatchSize` among them is each call's own.
     ``updates`` is where forward replaces tensors of its arguments; the new ones follow the tensors that it returns.
     """
 
@@ -326,11 +333,16 @@ class Signature:
                 if not isinstance(leaf, Tensor):
                     raise InputError(f"input {i} must be a tensor, as in example_inputs; it is {type(leaf).__name__}")
                 tensors.append(leaf)
+            elif isinstance(static, BatchSize):
+                continue  # once the rows are known
             elif isinstance(leaf, Tensor) or leaf != static:
                 raise InputError(f"input {i} was {static!r} when the model was compiled and is {leaf!r}: compile again")
         sizes = [t.shape[0] if t.dim() else None for t in tensors]
         if len(set(sizes)) > 1:
             raise InputError(f"dim 0 of every input is the batch; the inputs' sizes there are {sizes}")
+        for i, (leaf, static) in enumerate(zip(leaves, self.statics, strict=True)):
+            if isinstance(static, BatchSize):
+                check_is_rows(i, leaf, sizes[0])
         return tensors or [no_batch()]
 
     def update(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> None:
@@ -352,53 +364,3 @@ def split_statics(leaves: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]
 def unflatten_with(tensors: Sequence[Tensor], spec: pytree.TreeSpec, statics: Sequence[Any]) -> Any:
     queue = iter(tensors)
     return pytree.tree_unflatten([next(queue) if s is Ellipsis else s for s in statics], spec)
-
-
-MOST_KEPT = 128
-"""Programs of one model, for inputs of other sizes, or as it was changed: the oldest go first."""
-
-
-def shapes_text(sizes: Sequence[Sequence[int]]) -> str:
-    """Shapes of inputs, of their sizes beyond the rows.
-
-    >>> shapes_text([(3,), ()])
-    '(rows, 3), (rows)'
-    """
-    return ", ".join(f"({', '.join(['rows', *map(str, x)])})" for x in sizes)
-
-
-@dataclass(frozen=True)
-class Kinds:
-    """What a program is captured for: the tensors of a call, apart from their values.
-
-    Attributes
-    ----------
-    dtypes : tuple of torch.dtype
-    sizes : tuple of tuple of int
-        Of each tensor, beyond dim 0.
-    rows : int, optional
-        Of the global batch, where forward branches on it.
-    """
-
-    dtypes: tuple[torch.dtype, ...]
-    sizes: tuple[tuple[int, ...], ...]
-    rows: int | None = None
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Kinds:
-        return cls(tuple(x.dtype for x in tensors), tuple(tuple(x.shape[1:]) for x in tensors))
-
-    def of_example(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors of an example in these kinds: repeated or cut along each dimension that has another size."""
-        result = []
-        for x, dtype, sizes in zip(tensors, self.dtypes, self.sizes, strict=True):
-            if len(sizes) != x.dim() - 1 or (0 in x.shape[1:] and x.shape[1:].numel() != torch.Size(sizes).numel()):
-                raise InputError(
-                    f"an input has the sizes {list(sizes)} for each row, and in example_inputs "
-                    f"{list(x.shape[1:])}: compile again"
-                )
-            for dim, size in enumerate((self.rows or x.shape[0], *sizes)):
-                if size != x.shape[dim]:
-                    x = x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
-            result.append(x.to(dtype))
-        return result

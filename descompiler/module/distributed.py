@@ -25,7 +25,8 @@ from descompiler.layout.rows import Rows
 from descompiler.layout.step import DenseGradients, UsedOutputs
 from descompiler.layout.traffic import Traffic
 from descompiler.model.attributes import AttributeWatch, Place
-from descompiler.model.inputs import Kinds, Signature
+from descompiler.model.inputs import Signature
+from descompiler.model.kinds import Kinds
 from descompiler.module.parts import Parts, UsersForward
 from descompiler.module.sizes import SAMPLE_ROWS, Programs, Sized, Sizes, begin_again
 from descompiler.ops.local import differentiable, widest

@@ -17,7 +17,7 @@ from descompiler.emit.by_size import RegionOfSize, region_of_size, with_regions
 from descompiler.emit.emit import Emitted
 from descompiler.errors import InputError, warn
 from descompiler.graph.nodes import Source
-from descompiler.model.inputs import MOST_KEPT, Kinds
+from descompiler.model.kinds import MOST_KEPT, Kinds
 from descompiler.runtime.agreement import say, settle
 from descompiler.runtime.runtime import Regions, Runtime
 
