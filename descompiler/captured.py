@@ -16,7 +16,7 @@ from descompiler.eager.survey import survey
 from descompiler.errors import CaptureError, explained
 from descompiler.graph.program import Program
 from descompiler.layout.statistics import Statistics
-from descompiler.model.inputs import Signature
+from descompiler.model.calls import Signature
 from descompiler.model.probe import CALL
 from descompiler.ops.local import widest
 from descompiler.planning.cluster import Cluster

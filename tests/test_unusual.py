@@ -204,3 +204,79 @@ def test_a_number_that_may_be_the_batchs_size_is_asked_for(on_ranks):
         des.plan(Best(), (IDS, des.BatchSize(5)), ranks=2)
     des.verify(Best(), (IDS, des.BatchSize(6)), launch=on_ranks)
     des.verify(Best(), (IDS, 4), launch=on_ranks)  # a number like any other
+
+
+class Labelled(Table):
+    """Gives a loss where there are labels, and weighs by the task's name and by a number."""
+
+    def forward(self, ids: Tensor, label: Tensor | None = None, *, task: str = "click", by: float = 1.0) -> dict:
+        scores = super().forward(ids).squeeze(1) * (2.0 if task == "click" else -3.0) * by
+        if label is None:
+            return {"scores": scores}
+        return {"scores": scores, "loss": nn.functional.binary_cross_entropy_with_logits(scores, label)}
+
+
+LABEL = torch.arange(6) % 2.0
+CALLS = (
+    ((IDS, LABEL), {}),
+    ((), {"label": LABEL, "ids": IDS}),
+    ((IDS,), {}),
+    ((IDS, None), {}),
+    ((), {"ids": IDS, "by": 0.5}),
+    ((IDS, LABEL), {"task": "like", "by": 2.0}),
+    ((IDS,), {"label": LABEL, "task": "like"}),
+)
+
+
+def _step(model, args, kwargs):
+    out = model(*args, **kwargs)
+    model.zero_grad()
+    out.get("loss", out["scores"].mean()).backward()
+    return out["scores"].detach(), model.head.weight.grad.clone()
+
+
+def _calls(rank, ranks, model):
+    module = des.compile(model, CALLS[0], plan={"table": "row_wise"}, loss="row_mean")
+    cut = lambda x: x[[slice(4), slice(4, 6)][rank]] if isinstance(x, Tensor) else x  # noqa: E731
+    found = [_step(module, map(cut, args), {n: cut(x) for n, x in kwargs.items()}) for args, kwargs in CALLS]
+    programs = len(list(module._programs))
+    try:
+        module(IDS, task="like" if rank else "click")
+    except des.RankError as error:
+        return found, programs, str(error)
+    return found, programs, ""
+
+
+def test_another_call_than_the_examples_is_captured_anew(on_ranks):
+    model = Labelled()
+    results = on_ranks(_calls, 2, model)
+    for i, (args, kwargs) in enumerate(CALLS):
+        scores, gradient = _step(model, args, kwargs)
+        torch.testing.assert_close(torch.cat([found[i][0] for found, *_ in results]), scores)
+        for found, *_ in results:
+            torch.testing.assert_close(found[i][1], gradient)
+    for _, programs, different in results:
+        assert programs == 6  # keyword and positional are one
+        assert "different modes" in different and "['task'] is 'like'" in different
+
+
+def test_a_number_that_becomes_the_batchs_size_is_refused():
+    module = des.compile(Best(), (IDS, 4))
+    torch.testing.assert_close(module(IDS, 3), module(IDS, k=4) * 4 / 3)
+    with pytest.raises(des.InputError, match="number of rows, and was not so when the model was compiled"):
+        module(IDS, 6)
+
+
+class Hooked(Table):
+    """A hook in front of it sees which arguments are positional."""
+
+    def forward(self, ids: Tensor, by: float = 2.0) -> Tensor:
+        return super().forward(ids) * by
+
+
+def test_a_hook_sees_which_arguments_are_positional():
+    model = Hooked()
+    model.register_forward_pre_hook(lambda _, args: (args[0], *(x + 1 for x in args[1:])))
+    module = des.compile(model, (IDS, 3.0))
+    torch.testing.assert_close(module(IDS, 3.0), model(IDS, 3.0))
+    torch.testing.assert_close(module(IDS, by=3.0), model(IDS, by=3.0))

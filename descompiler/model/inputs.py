@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from descompiler.errors import InputError
-from descompiler.model.batch_size import BatchSize, check_is_rows
+from descompiler.model.batch_size import BatchSize
 from descompiler.model.jagged import adapter_of as torchrec_adapter
 
 STATIC = (
@@ -113,7 +113,13 @@ pytree.register_pytree_node(
     _Adapted,
     lambda x: (x.children, (x.cls, x.context, x.adapter)),
     lambda children, rest: rest[2].unflatten(list(children), rest[1]),
+    flatten_with_keys_fn=lambda x: (list(zip(_keys_of(x), x.children, strict=True)), (x.cls, x.context, x.adapter)),
 )
+
+
+def _keys_of(x: _Adapted) -> list[Any]:
+    names = x.context[1] if x.adapter in (_DICT, _DATACLASS) else range(len(x.children))
+    return [pytree.MappingKey(name) for name in names]
 
 
 def _adapter_of(x: Any) -> Adapter | None:
@@ -172,6 +178,15 @@ def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
         if not isinstance(leaf, (Tensor, *STATIC)) and not inspect.isroutine(leaf):
             raise InputError(_how_to_register(i, leaf))
     return leaves, spec
+
+
+def leaf_paths(tree: Any) -> tuple[str, ...]:
+    """Where each leaf is, in the order of `flatten`; nothing if a class inside was registered without names."""
+    try:
+        found, _ = pytree.tree_flatten_with_path(pytree.tree_map(adapt, tree, is_leaf=_is_adapted))
+    except ValueError:
+        return ()
+    return tuple(pytree.keystr(path) for path, _ in found)
 
 
 def _how_to_register(position: int, leaf: Any) -> str:
@@ -295,65 +310,6 @@ def argument_at(given: Any, path: ArgumentPath) -> Any:
 def no_batch() -> Tensor:
     """What stands for the batch of a forward that takes no tensor (of a whole graph): a row, which nothing reads."""
     return torch.zeros(1)
-
-
-@dataclass(frozen=True)
-class Signature:
-    """How forward is called: the nesting of its inputs, and of its outputs.
-
-    ``statics`` and ``output_statics`` hold the leaves that are no tensors, by position, `Ellipsis` where a tensor goes;
-    a `BatchSize` among them is each call's own.
-    ``updates`` is where forward replaces tensors of its arguments; the new ones follow the tensors that it returns.
-    """
-
-    inputs: pytree.TreeSpec
-    outputs: pytree.TreeSpec
-    statics: tuple[Any, ...]
-    output_statics: tuple[Any, ...]
-    updates: tuple[ArgumentPath, ...] = ()
-
-    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Tensor leaves of a call, in the order of the graph's inputs.
-
-        Raises
-        ------
-        InputError
-            If the nesting differs from the example inputs', a non-tensor argument has another value, or the tensors
-            disagree about the batch size (dim 0).
-        """
-        leaves, spec = flatten((args, kwargs))
-        if spec != self.inputs:
-            raise InputError(
-                f"forward was compiled for inputs nested as {self.inputs}, and was called with {spec}; "
-                "call it as in example_inputs, or compile again"
-            )
-        tensors: list[Tensor] = []
-        for i, (leaf, static) in enumerate(zip(leaves, self.statics, strict=True)):
-            if static is Ellipsis:
-                if not isinstance(leaf, Tensor):
-                    raise InputError(f"input {i} must be a tensor, as in example_inputs; it is {type(leaf).__name__}")
-                tensors.append(leaf)
-            elif isinstance(static, BatchSize):
-                continue  # once the rows are known
-            elif isinstance(leaf, Tensor) or leaf != static:
-                raise InputError(f"input {i} was {static!r} when the model was compiled and is {leaf!r}: compile again")
-        sizes = [t.shape[0] if t.dim() else None for t in tensors]
-        if len(set(sizes)) > 1:
-            raise InputError(f"dim 0 of every input is the batch; the inputs' sizes there are {sizes}")
-        for i, (leaf, static) in enumerate(zip(leaves, self.statics, strict=True)):
-            if isinstance(static, BatchSize):
-                check_is_rows(i, leaf, sizes[0])
-        return tensors or [no_batch()]
-
-    def update(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> None:
-        """Replace in the caller's lists and dicts what forward replaces."""
-        if self.updates:
-            for path, x in zip(self.updates, tensors[-len(self.updates) :], strict=True):
-                argument_at((args, kwargs), path[:-1])[path[-1]] = x
-
-    def unflatten(self, tensors: Sequence[Tensor]) -> Any:
-        """What forward returns, from its tensors."""
-        return unflatten_with(tensors, self.outputs, self.output_statics)
 
 
 def split_statics(leaves: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from descompiler.errors import InputError
+from descompiler.model.calls import OtherCall
 
 MOST_KEPT = 128
 """Programs of one model, for inputs of other sizes, or as it was changed: the oldest go first."""
@@ -34,15 +35,27 @@ class Kinds:
         Of each tensor, beyond dim 0.
     rows : int, optional
         Of the global batch, where forward branches on it.
+    called : OtherCall, optional
+        If otherwise than the example.
     """
 
     dtypes: tuple[torch.dtype, ...]
     sizes: tuple[tuple[int, ...], ...]
     rows: int | None = None
+    called: OtherCall | None = None
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Kinds:
-        return cls(tuple(x.dtype for x in tensors), tuple(tuple(x.shape[1:]) for x in tensors))
+    def of(cls, tensors: Sequence[Tensor], called: OtherCall | None = None) -> Kinds:
+        return cls(tuple(x.dtype for x in tensors), tuple(tuple(x.shape[1:]) for x in tensors), called=called)
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What ranks have alike in a step."""
+        names = [str(d).removeprefix("torch.") for d in self.dtypes if d.is_floating_point or d.is_complex]
+        return (
+            *([f"{', '.join(names)} inputs"] if names else ()),
+            *([] if self.called is None else [f"called otherwise than the example ({self.called.told})"]),
+        )
 
     def of_example(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors of an example in these kinds: repeated or cut along each dimension that has another size."""
