@@ -280,3 +280,55 @@ def test_a_hook_sees_which_arguments_are_positional():
     module = des.compile(model, (IDS, 3.0))
     torch.testing.assert_close(module(IDS, 3.0), model(IDS, 3.0))
     torch.testing.assert_close(module(IDS, by=3.0), model(IDS, by=3.0))
+
+
+class Box:
+    """Of no known class."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+
+class Boxed(Table):
+    def forward(self, ids: Tensor) -> dict:
+        return {"scores": super().forward(ids), "aux": [Box(ids)]}
+
+
+class InNumPy(Table):
+    def forward(self, ids: Tensor) -> tuple[Tensor, np.ndarray]:
+        return super().forward(ids), ids.numpy()
+
+
+class Scripted(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.jit.script(self.head)
+
+
+class OnlyFloat32(Table):
+    """Its operator has no kernel for float64."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = super().forward(ids)
+        if x.dtype != torch.float32:
+            raise NotImplementedError("'scale' not implemented for 'Double'")
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Boxed, r"(?s)output\['aux'\]\[0\] is a .*Box, .*register_input"),
+        (InNumPy, r"output\[1\] is a numpy.ndarray: return a tensor"),
+        (Scripted, r"module 'head' is TorchScript's.* the Python module"),
+        (OnlyFloat32, r"not in float64.*'scale' not implemented for 'Double' at .*test_unusual.py:\d+.*others"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(model, words):
+    with pytest.raises(des.UnsupportedError, match=words):
+        des.plan(model(), (IDS,), ranks=2)
+
+
+def test_torchscript_is_refused_before_it_is_sent_to_ranks():
+    with pytest.raises(des.UnsupportedError, match="TorchScript"):
+        des.verify(Scripted(), (IDS,))

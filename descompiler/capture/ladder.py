@@ -67,6 +67,14 @@ def _try_probe(make: Callable[[], Flat], tensors: list[Tensor]) -> tuple[Flat, f
     return probe, frozenset(reads)
 
 
+def _runs(probe: Flat, tensors: list[Tensor]) -> bool:
+    try:
+        run_eager(probe, tensors)
+    except Exception:  # whatever the user's forward raises
+        return False
+    return True
+
+
 def _in_double(probe: Flat) -> Flat:
     probe.arithmetic = InDouble
     return probe
@@ -225,6 +233,11 @@ def capture(
     except Exception as error:
         place = raised_at(error)
         where = f" at {place}" if place else ""
+        if _runs(flat(double=False), tensors):
+            raise UnsupportedError(
+                "forward runs in its own dtypes, and not in float64, in which a graph is compared with it "
+                f"({type(error).__name__}: {error}{where}): write that operator with others, that have float64 too"
+            ) from error
         raise InputError(
             f"the model can't run example_inputs ({type(error).__name__}: {error}{where}); pass what its forward takes"
         ) from error

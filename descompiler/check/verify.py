@@ -19,7 +19,7 @@ from descompiler.model.attributes import copied
 from descompiler.model.float64 import widen, widen_attributes
 from descompiler.model.inputs import map_tensors, normalise_inputs
 from descompiler.model.kept import keep_as_buffers
-from descompiler.model.probe import CALL, blueprint, method_of
+from descompiler.model.probe import CALL, blueprint, check_model, method_of
 from descompiler.region.rule import Rule
 from descompiler.runtime.room import free_bytes
 from descompiler.tables.form import Form
@@ -102,6 +102,7 @@ def verify(
     InputError
         Before anything is allocated, if this machine's memory does not suffice: what is missing.
     """
+    check_model(model)
     if rows is not None:
         model = smaller(model, rows)
     check_memory(model, ranks, optimizers)

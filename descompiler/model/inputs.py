@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from descompiler.errors import InputError
+from descompiler.errors import InputError, UnsupportedError
 from descompiler.model.batch_size import BatchSize
 from descompiler.model.jagged import adapter_of as torchrec_adapter
 
@@ -165,18 +165,23 @@ def adapt(leaf: Any) -> Any:
     return _Adapted(adapter, type(leaf), [pytree.tree_map(adapt, c, is_leaf=_is_adapted) for c in children], context)
 
 
-def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
+def flatten(tree: Any, *, returned: bool = False) -> tuple[list[Any], pytree.TreeSpec]:
     """Leaves and nesting; ``torch.utils._pytree.tree_unflatten`` puts them together again.
 
     Raises
     ------
     InputError
         For an object that is no tensor, no static value and of no known class.
+    UnsupportedError
+        For one that forward ``returned``.
     """
     leaves, spec = pytree.tree_flatten(pytree.tree_map(adapt, tree, is_leaf=_is_adapted))
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, (Tensor, *STATIC)) and not inspect.isroutine(leaf):
-            raise InputError(_how_to_register(i, leaf))
+            if returned:
+                place = next(iter(leaf_paths(tree)[i : i + 1]), f" {i}")
+                raise UnsupportedError(_how_to_register(f"output{place}", leaf))
+            raise InputError(_how_to_register(f"input {i}", leaf))
     return leaves, spec
 
 
@@ -189,14 +194,15 @@ def leaf_paths(tree: Any) -> tuple[str, ...]:
     return tuple(pytree.keystr(path) for path, _ in found)
 
 
-def _how_to_register(position: int, leaf: Any) -> str:
+def _how_to_register(place: str, leaf: Any) -> str:
     cls = type(leaf)
     if cls.__module__ == "numpy":
-        return f"input {position} is a {_name(cls)}: pass a tensor (torch.from_numpy)"
+        verb = "pass" if place.startswith("input") else "return"
+        return f"{place} is a {_name(cls)}: {verb} a tensor (torch.from_numpy)"
     held = [n for n, v in getattr(leaf, "__dict__", {}).items() if isinstance(v, Tensor | dict | list | tuple)]
     parts = ", ".join(f"x.{n}" for n in held) or "x.first, x.second"
     return (
-        f"input {position} is a {_name(cls)}, and it is not known which tensors are in it. Register the class once, "
+        f"{place} is a {_name(cls)}, and it is not known which tensors are in it. Register the class once, "
         "beside its definition:\n"
         "    des.register_input(\n"
         f"        {cls.__name__},\n"

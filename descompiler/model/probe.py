@@ -35,6 +35,12 @@ def check_model(model: nn.Module) -> None:
             "the model is torch.compile's, whose program is for one process: write des.compile(model, ...), of the "
             "model itself"
         )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                f"{f'module {name!r}' if name else 'the model'} is TorchScript's, whose parameters can't be replaced "
+                "by pieces: compile with the Python module that was scripted or traced (functions may be scripted)"
+            )
     for name, p in model.named_parameters():
         if p.layout is not torch.strided and p.requires_grad:
             kind = str(p.layout).removeprefix("torch.")
@@ -181,7 +187,7 @@ class Flat(nn.Module):
         else:
             with assignments_written(self.model):
                 returned = self.call(args, kwargs)
-        leaves, self.out_spec = flatten(returned)
+        leaves, self.out_spec = flatten(returned, returned=True)
         out, self.out_statics = split_statics(leaves)
         if self.updates:
             out = [*out, *(argument_at((args, kwargs), path) for path in self.updates)]
