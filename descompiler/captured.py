@@ -145,7 +145,7 @@ def plan(
     except CaptureError:  # in part, as `compile` does
         with explained("planning for the user's own forward"):
             build = Builder.of(model, example_inputs, method, kit)
-            seen = survey(build.template, example_inputs, method)
+            seen = survey(build.template, build.example_inputs, method)
             ranks, batch, pins = setting_of(ranks, batch, pins, plan, cluster)
             if samples is not None:
                 terms["statistics"] = measure_in_part(build.template, seen, samples, ranks, method)

@@ -162,12 +162,21 @@ class OnlyDivides(ByItsOwnSize):
 
 
 class SizeInPart(ByItsOwnSize):
-    """Mixes rows in what no tracer captures."""
+    """Which lookups it makes depends on values."""
 
     def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
-        order = torch.from_numpy(np.argsort(batch["user"].numpy(), kind="stable"))
         scores, loss = super().forward(batch)
-        return scores, loss + scores[order].cumsum(0)[-1].square().sum() / batch["batch_size"]
+        if int(batch["user"].sum()) % 2:
+            scores = scores + 0 * self.user(batch["user"]).sum(1, keepdim=True)
+        return scores, loss
+
+
+class SizeOfAllRows(SizeInPart):
+    """And rows are mixed."""
+
+    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
+        scores, loss = super().forward(batch)
+        return scores, loss + scores.sum().square() / batch["batch_size"]
 
 
 def _batch(rows: int) -> dict:
@@ -176,8 +185,9 @@ def _batch(rows: int) -> dict:
     return {"user": draw(rows), "items": draw(rows, 3), "batch_size": rows}
 
 
-@pytest.mark.parametrize("model", [ByItsOwnSize, OnlyDivides, SizeInPart])
+@pytest.mark.parametrize("model", [ByItsOwnSize, OnlyDivides, SizeInPart, SizeOfAllRows])
 def test_a_batchs_own_size_is_an_input(model, on_ranks):
+    assert des.plan(model(), (_batch(5),), ranks=2).rows == 5
     des.verify(model(), (_batch(5),), launch=on_ranks)
 
 
