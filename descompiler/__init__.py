@@ -16,6 +16,7 @@ from descompiler.errors import (
     UnsupportedError,
 )
 from descompiler.layout.traffic import Traffic
+from descompiler.model.batch_size import BatchSize
 from descompiler.model.inputs import register_input
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.installed import module_of
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Audit",
+    "BatchSize",
     "CaptureError",
     "Cluster",
     "DescompilerError",

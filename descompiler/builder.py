@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from descompiler.capture.batch_size import with_batch_size
 from descompiler.capture.checks import asks_for
 from descompiler.capture.ladder import capture
 from descompiler.emit.by_size import mixed_sizes
@@ -18,18 +19,11 @@ from descompiler.errors import CaptureError, InputError, OtherShapesError, PlanE
 from descompiler.graph.program import Program
 from descompiler.layout.statistics import Statistics
 from descompiler.model.attributes import Place, copied
-from descompiler.model.inputs import (
-    MOST_KEPT,
-    Kinds,
-    Signature,
-    flatten,
-    no_batch,
-    normalise_inputs,
-    shapes_text,
-    split_statics,
-    unflatten_with,
-)
-from descompiler.model.probe import CALL, method_of
+from descompiler.model.batch_size import of_rows
+from descompiler.model.calls import OtherCall, Signature, example_call
+from descompiler.model.inputs import flatten, no_batch, normalise_inputs, split_statics, unflatten_with
+from descompiler.model.kinds import MOST_KEPT, Kinds, shapes_text
+from descompiler.model.probe import CALL, blueprint, method_of
 from descompiler.planning.checked import EDITED, check_pieces
 from descompiler.planning.exchanges import layout_of
 from descompiler.planning.plan import Plan
@@ -56,11 +50,14 @@ class Builder:
         method: str = CALL,
         kit: Kit | None = None,
         resized_of: Builder | None = None,
+        called: OtherCall | None = None,
     ):
-        self.template, self.example_inputs, self.method = template, example_inputs, method
+        self.template, self.method = template, method
+        self.example_inputs = example_call(template, example_inputs, method)
         self.resized_of = resized_of  # the same model, with inputs of other sizes
+        self.called = called  # otherwise than the example
         self.kit = Kit.of() if kit is None else kit
-        leaves, _ = split_statics(flatten(normalise_inputs(example_inputs, method_of(template, method)))[0])
+        leaves, _ = split_statics(flatten(self.example_inputs)[0])
         leaves = leaves or [no_batch()]
         self.rows = max((x.shape[0] for x in leaves if x.dim()), default=1)
         self.sizes = Kinds.of(leaves).sizes
@@ -68,6 +65,12 @@ class Builder:
         self._others: dict[tuple[object, ...], Builder] = {}
         self._captured: dict[tuple[tuple[str, bool], ...], tuple[Program, Signature]] = {}
         self._failed: dict[tuple[tuple[str, bool], ...], CaptureError] = {}
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any, method: str = CALL, kit: Kit | None = None) -> Builder:
+        """Of a user's model and inputs."""
+        template = blueprint(model)
+        return cls(template, with_batch_size(template, lambda: template, example_inputs, method), method, kit)
 
     def capture(self, training: dict[str, bool] | None) -> tuple[Program, Signature]:
         """The program for given flags, those of the model by default; captured once, and not to be edited."""
@@ -87,6 +90,11 @@ class Builder:
                     self._failed[key] = self._named(error)
                     raise self._failed[key] from error
                 except InputError as error:
+                    if self.called is not None:
+                        raise InputError(
+                            "forward was compiled for inputs that are nested as in example_inputs, with the values "
+                            f"there, and can't be for these ({self.called.told}): {error}"
+                        ) from error
                     if self.resized_of is None:
                         raise
                     raise InputError(self._other_shapes(error)) from error
@@ -128,9 +136,12 @@ class Builder:
         sample : sequence of Tensor, optional
             Inputs of those kinds, if the example's can't be made so.
         """
+        if given is not None and given.called is not None:
+            other = self._of_call(given.called, sample)
+            return other.of_now(training, held, thawed, changes, replace(given, called=None), sample)
         before = {n: x.dtype for n, x in _parameters_and_buffers(self.template)}
         cast = {before[n]: d for n, d in held.items() if before[n] != d}
-        leaves, spec = flatten(normalise_inputs(self.example_inputs, method_of(self.template, self.method)))
+        leaves, spec = flatten(self.example_inputs)
         tensors, statics = split_statics(leaves)
         tensors = tensors or [no_batch()]
         expected = [cast.get(x.dtype, x.dtype) for x in tensors]
@@ -150,12 +161,27 @@ class Builder:
                 setattr(template.get_submodule(path), name, x)
             if sample is not None:
                 tensors = [x.to(self.device) for x in sample]
-            inputs = unflatten_with(replace(given, dtypes=tuple(wanted)).of_example(tensors), spec, statics)
+            tensors = replace(given, dtypes=tuple(wanted)).of_example(tensors)
+            inputs = unflatten_with(tensors, spec, of_rows(statics, len(tensors[0])))
             resized_of = None if given.sizes == self.sizes else self
             if len(self._others) == MOST_KEPT:
                 self._others.pop(next(iter(self._others)))
-            self._others[key] = Builder(template, inputs, self.method, self.kit, resized_of)
+            self._others[key] = Builder(template, inputs, self.method, self.kit, resized_of, self.called)
         return self._others[key]
+
+    def _of_call(self, called: OtherCall, sample: Sequence[Tensor] | None) -> Builder:
+        """Of the model as it is called otherwise, with the example's tensors, or with a sample of those it lacks."""
+        if (called,) not in self._others:
+            tensors = called.tensors_of(self.example_inputs)
+            if tensors is None:
+                if sample is None:
+                    raise InputError(f"example_inputs lack tensors of this call ({called.told})")
+                tensors = [x.to(self.device) for x in sample]
+            inputs = unflatten_with(tensors, called.spec, of_rows(called.statics, len(tensors[0]) if tensors else 0))
+            if len(self._others) == MOST_KEPT:
+                self._others.pop(next(iter(self._others)))
+            self._others[(called,)] = Builder(self.template, inputs, self.method, self.kit, called=called)
+        return self._others[(called,)]
 
     def measure(
         self, program: Program, signature: Signature, operators: list[Operator], samples: Iterable[Any]

@@ -16,8 +16,8 @@ from descompiler.eager.survey import survey
 from descompiler.errors import CaptureError, explained
 from descompiler.graph.program import Program
 from descompiler.layout.statistics import Statistics
-from descompiler.model.inputs import Signature
-from descompiler.model.probe import CALL, blueprint
+from descompiler.model.calls import Signature
+from descompiler.model.probe import CALL
 from descompiler.ops.local import widest
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.given import check_counts, setting_of
@@ -55,7 +55,7 @@ class Captured:
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any, method: str = CALL, kit: Kit | None = None) -> Captured:
         """Capture a model in its training flags."""
-        return cls.by(Builder(blueprint(model), example_inputs, method, kit))
+        return cls.by(Builder.of(model, example_inputs, method, kit))
 
     @classmethod
     def by(cls, build: Builder) -> Captured:
@@ -144,8 +144,8 @@ def plan(
             captured = Captured.of(model, example_inputs, method, kit)
     except CaptureError:  # in part, as `compile` does
         with explained("planning for the user's own forward"):
-            build = Builder(blueprint(model), example_inputs, method, kit)
-            seen = survey(build.template, example_inputs, method)
+            build = Builder.of(model, example_inputs, method, kit)
+            seen = survey(build.template, build.example_inputs, method)
             ranks, batch, pins = setting_of(ranks, batch, pins, plan, cluster)
             if samples is not None:
                 terms["statistics"] = measure_in_part(build.template, seen, samples, ranks, method)

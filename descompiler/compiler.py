@@ -19,7 +19,7 @@ from descompiler.graph.program import Failure
 from descompiler.in_part import distribute_in_part, in_other_flags
 from descompiler.model.attributes import unregistered
 from descompiler.model.inputs import map_tensors
-from descompiler.model.probe import CALL, blueprint, check_model
+from descompiler.model.probe import CALL, check_model
 from descompiler.module.deferred import DeferredModule
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.initial import initial_values
@@ -137,7 +137,7 @@ def compile(
     def compile_for(inputs: Any) -> DistributedModule:
         return distribute(
             model,
-            lambda: Builder(blueprint(model), inputs, method, Kit.of(rules, forms)),
+            lambda: Builder.of(model, inputs, method, Kit.of(rules, forms)),
             plan=plan,
             process_group=process_group,
             loss=loss,

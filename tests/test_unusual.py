@@ -139,3 +139,206 @@ def test_a_forward_without_inputs_trains_as_the_original(on_ranks):
     for gradients in on_ranks(_whole_graph, 2, model):
         for name, p in model.named_parameters():
             torch.testing.assert_close(gradients[name], p.grad)
+
+
+class ByItsOwnSize(nn.Module):
+    """Views by the batch's size, one of the inputs, and divides by it, as ReChorus' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item = nn.Embedding(50, 4), nn.Embedding(50, 4)
+
+    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
+        rows = batch["batch_size"]
+        scores = (self.user(batch["user"])[:, None] * self.item(batch["items"])).sum(-1).view(rows, -1)
+        return scores, scores.square().sum() / rows
+
+
+class OnlyDivides(ByItsOwnSize):
+    """Runs with any number in its place."""
+
+    def forward(self, batch: dict) -> Tensor:
+        return super().forward(batch | {"batch_size": len(batch["user"])})[0].square().sum() / batch["batch_size"]
+
+
+class SizeInPart(ByItsOwnSize):
+    """Which lookups it makes depends on values."""
+
+    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
+        scores, loss = super().forward(batch)
+        if int(batch["user"].sum()) % 2:
+            scores = scores + 0 * self.user(batch["user"]).sum(1, keepdim=True)
+        return scores, loss
+
+
+class SizeOfAllRows(SizeInPart):
+    """And rows are mixed."""
+
+    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
+        scores, loss = super().forward(batch)
+        return scores, loss + scores.sum().square() / batch["batch_size"]
+
+
+def _batch(rows: int) -> dict:
+    g = torch.Generator().manual_seed(rows)
+    draw = lambda *sizes: torch.randint(0, 50, sizes, generator=g)  # noqa: E731
+    return {"user": draw(rows), "items": draw(rows, 3), "batch_size": rows}
+
+
+@pytest.mark.parametrize("model", [ByItsOwnSize, OnlyDivides, SizeInPart, SizeOfAllRows])
+def test_a_batchs_own_size_is_an_input(model, on_ranks):
+    assert des.plan(model(), (_batch(5),), ranks=2).rows == 5
+    des.verify(model(), (_batch(5),), launch=on_ranks)
+
+
+def test_a_batchs_own_size_has_to_be_its_rows():
+    model = ByItsOwnSize()
+    module = des.compile(model, (_batch(5),))
+    for rows in (5, 4, 9):
+        torch.testing.assert_close(module(_batch(rows)), model(_batch(rows)))
+    with pytest.raises(des.InputError, match=r"input \d was the number of rows .* is 3, and there are 4 rows"):
+        module(_batch(4) | {"batch_size": 3})
+
+
+class Best(Table):
+    """Takes a number that may be any, the batch's size too."""
+
+    def forward(self, ids: Tensor, k: int) -> Tensor:
+        return super().forward(ids) / k
+
+
+def test_a_number_that_may_be_the_batchs_size_is_asked_for(on_ranks):
+    with pytest.raises(des.InputError, match=r"k of the inputs is 6, .* 6 rows.*pass des.BatchSize\(6\)"):
+        des.plan(Best(), (IDS, 6), ranks=2)
+    with pytest.raises(des.InputError, match=r"BatchSize\(5\), and their tensors have 6 rows"):
+        des.plan(Best(), (IDS, des.BatchSize(5)), ranks=2)
+    des.verify(Best(), (IDS, des.BatchSize(6)), launch=on_ranks)
+    des.verify(Best(), (IDS, 4), launch=on_ranks)  # a number like any other
+
+
+class Labelled(Table):
+    """Gives a loss where there are labels, and weighs by the task's name and by a number."""
+
+    def forward(self, ids: Tensor, label: Tensor | None = None, *, task: str = "click", by: float = 1.0) -> dict:
+        scores = super().forward(ids).squeeze(1) * (2.0 if task == "click" else -3.0) * by
+        if label is None:
+            return {"scores": scores}
+        return {"scores": scores, "loss": nn.functional.binary_cross_entropy_with_logits(scores, label)}
+
+
+LABEL = torch.arange(6) % 2.0
+CALLS = (
+    ((IDS, LABEL), {}),
+    ((), {"label": LABEL, "ids": IDS}),
+    ((IDS,), {}),
+    ((IDS, None), {}),
+    ((), {"ids": IDS, "by": 0.5}),
+    ((IDS, LABEL), {"task": "like", "by": 2.0}),
+    ((IDS,), {"label": LABEL, "task": "like"}),
+)
+
+
+def _step(model, args, kwargs):
+    out = model(*args, **kwargs)
+    model.zero_grad()
+    out.get("loss", out["scores"].mean()).backward()
+    return out["scores"].detach(), model.head.weight.grad.clone()
+
+
+def _calls(rank, ranks, model):
+    module = des.compile(model, CALLS[0], plan={"table": "row_wise"}, loss="row_mean")
+    cut = lambda x: x[[slice(4), slice(4, 6)][rank]] if isinstance(x, Tensor) else x  # noqa: E731
+    found = [_step(module, map(cut, args), {n: cut(x) for n, x in kwargs.items()}) for args, kwargs in CALLS]
+    programs = len(list(module._programs))
+    try:
+        module(IDS, task="like" if rank else "click")
+    except des.RankError as error:
+        return found, programs, str(error)
+    return found, programs, ""
+
+
+def test_another_call_than_the_examples_is_captured_anew(on_ranks):
+    model = Labelled()
+    results = on_ranks(_calls, 2, model)
+    for i, (args, kwargs) in enumerate(CALLS):
+        scores, gradient = _step(model, args, kwargs)
+        torch.testing.assert_close(torch.cat([found[i][0] for found, *_ in results]), scores)
+        for found, *_ in results:
+            torch.testing.assert_close(found[i][1], gradient)
+    for _, programs, different in results:
+        assert programs == 6  # keyword and positional are one
+        assert "different modes" in different and "['task'] is 'like'" in different
+
+
+def test_a_number_that_becomes_the_batchs_size_is_refused():
+    module = des.compile(Best(), (IDS, 4))
+    torch.testing.assert_close(module(IDS, 3), module(IDS, k=4) * 4 / 3)
+    with pytest.raises(des.InputError, match="number of rows, and was not so when the model was compiled"):
+        module(IDS, 6)
+
+
+class Hooked(Table):
+    """A hook in front of it sees which arguments are positional."""
+
+    def forward(self, ids: Tensor, by: float = 2.0) -> Tensor:
+        return super().forward(ids) * by
+
+
+def test_a_hook_sees_which_arguments_are_positional():
+    model = Hooked()
+    model.register_forward_pre_hook(lambda _, args: (args[0], *(x + 1 for x in args[1:])))
+    module = des.compile(model, (IDS, 3.0))
+    torch.testing.assert_close(module(IDS, 3.0), model(IDS, 3.0))
+    torch.testing.assert_close(module(IDS, by=3.0), model(IDS, by=3.0))
+
+
+class Box:
+    """Of no known class."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+
+class Boxed(Table):
+    def forward(self, ids: Tensor) -> dict:
+        return {"scores": super().forward(ids), "aux": [Box(ids)]}
+
+
+class InNumPy(Table):
+    def forward(self, ids: Tensor) -> tuple[Tensor, np.ndarray]:
+        return super().forward(ids), ids.numpy()
+
+
+class Scripted(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.jit.script(self.head)
+
+
+class OnlyFloat32(Table):
+    """Its operator has no kernel for float64."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = super().forward(ids)
+        if x.dtype != torch.float32:
+            raise NotImplementedError("'scale' not implemented for 'Double'")
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Boxed, r"(?s)output\['aux'\]\[0\] is a .*Box, .*register_input"),
+        (InNumPy, r"output\[1\] is a numpy.ndarray: return a tensor"),
+        (Scripted, r"module 'head' is TorchScript's.* the Python module"),
+        (OnlyFloat32, r"not in float64.*'scale' not implemented for 'Double' at .*test_unusual.py:\d+.*others"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(model, words):
+    with pytest.raises(des.UnsupportedError, match=words):
+        des.plan(model(), (IDS,), ranks=2)
+
+
+def test_torchscript_is_refused_before_it_is_sent_to_ranks():
+    with pytest.raises(des.UnsupportedError, match="TorchScript"):
+        des.verify(Scripted(), (IDS,))

@@ -27,15 +27,15 @@ from descompiler.graph.leaf import Leaf, LeafError
 from descompiler.graph.program import Failure, Program
 from descompiler.graph.rewrite import Pass, run_passes
 from descompiler.model.attributes import Place, left_behind, reads_of, set_attributes, set_by_forward
+from descompiler.model.calls import Signature, example_call, parameters_of
 from descompiler.model.float64 import InDouble
-from descompiler.model.inputs import ArgumentPath, Signature, flatten, no_batch, normalise_inputs, split_statics
+from descompiler.model.inputs import ArgumentPath, flatten, leaf_paths, no_batch, split_statics
 from descompiler.model.probe import (
     CALL,
     Flat,
     at_least_two_rows,
     double_all,
     materialise,
-    method_of,
     move_parameters,
     other_batch,
     run_eager,
@@ -65,6 +65,14 @@ def _try_probe(make: Callable[[], Flat], tensors: list[Tensor]) -> tuple[Flat, f
         with reads_of(probe.model) as reads:
             run_eager(probe, tensors)
     return probe, frozenset(reads)
+
+
+def _runs(probe: Flat, tensors: list[Tensor]) -> bool:
+    try:
+        run_eager(probe, tensors)
+    except Exception:  # whatever the user's forward raises
+        return False
+    return True
 
 
 def _in_double(probe: Flat) -> Flat:
@@ -202,7 +210,8 @@ def capture(
     InputError
         If the example inputs can't be run.
     """
-    leaves, spec = flatten(normalise_inputs(example_inputs, method_of(template, method)))
+    call = example_call(template, example_inputs, method)
+    leaves, spec = flatten(call)
     tensors, statics = split_statics(leaves)
     tensors = at_least_two_rows(tensors or [no_batch()])
     device = tensors[0].device
@@ -224,13 +233,20 @@ def capture(
     except Exception as error:
         place = raised_at(error)
         where = f" at {place}" if place else ""
+        if _runs(flat(double=False), tensors):
+            raise UnsupportedError(
+                "forward runs in its own dtypes, and not in float64, in which a graph is compared with it "
+                f"({type(error).__name__}: {error}{where}): write that operator with others, that have float64 too"
+            ) from error
         raise InputError(
             f"the model can't run example_inputs ({type(error).__name__}: {error}{where}); pass what its forward takes"
         ) from error
     left, written = tuple(left_behind(probe.model)), tuple(set_by_forward(template, probe.model))
     assert probe.out_spec is not None  # from the eager run: export undoes what forward writes to its module
     probe.updates = updates = updated_arguments(probe, double_all(tensors))
-    signature = Signature(spec, probe.out_spec, statics, probe.out_statics, updates)
+    parameters = parameters_of(template, method)
+    returned = probe.out_spec, statics, probe.out_statics
+    signature = Signature(spec, *returned, updates, leaf_paths(call), parameters)
     _refuse_rows_elsewhere(probe, double_all(tensors))
     _refuse_numbers(signature, probe, double_all(other_batch(tensors)))
     failures: list[Failure] = []

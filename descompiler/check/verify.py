@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from descompiler.capture.batch_size import with_batch_size
 from descompiler.check.compare import train_and_compare
 from descompiler.check.judge import Report
 from descompiler.check.processes import on_ranks
@@ -18,7 +19,7 @@ from descompiler.model.attributes import copied
 from descompiler.model.float64 import widen, widen_attributes
 from descompiler.model.inputs import map_tensors, normalise_inputs
 from descompiler.model.kept import keep_as_buffers
-from descompiler.model.probe import CALL, method_of
+from descompiler.model.probe import CALL, blueprint, check_model, method_of
 from descompiler.region.rule import Rule
 from descompiler.runtime.room import free_bytes
 from descompiler.tables.form import Form
@@ -101,6 +102,7 @@ def verify(
     InputError
         Before anything is allocated, if this machine's memory does not suffice: what is missing.
     """
+    check_model(model)
     if rows is not None:
         model = smaller(model, rows)
     check_memory(model, ranks, optimizers)
@@ -111,6 +113,7 @@ def verify(
             module.p = 0.0
         elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
             module.dropout = 0.0
+    example_inputs = with_batch_size(model, lambda: blueprint(model), example_inputs, method)
     own_inputs = map_tensors(lambda x: x.cpu(), normalise_inputs(example_inputs, method_of(model, method)))
     narrow = (copy.deepcopy(model, copied(model)).cpu(), own_inputs) if thorough else None
     inputs = map_tensors(widen, own_inputs)

@@ -24,7 +24,7 @@ from descompiler.layout.id_checks import Check
 from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows
 from descompiler.model.attributes import Place
-from descompiler.model.inputs import Signature
+from descompiler.model.calls import Signature
 from descompiler.region.partition import Partition
 from descompiler.runtime.agreement import any_rows
 from descompiler.runtime.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from descompiler.errors import InputError
+from descompiler.errors import InputError, UnsupportedError
+from descompiler.model.batch_size import BatchSize
 from descompiler.model.jagged import adapter_of as torchrec_adapter
 
 STATIC = (
@@ -112,7 +113,13 @@ pytree.register_pytree_node(
     _Adapted,
     lambda x: (x.children, (x.cls, x.context, x.adapter)),
     lambda children, rest: rest[2].unflatten(list(children), rest[1]),
+    flatten_with_keys_fn=lambda x: (list(zip(_keys_of(x), x.children, strict=True)), (x.cls, x.context, x.adapter)),
 )
+
+
+def _keys_of(x: _Adapted) -> list[Any]:
+    names = x.context[1] if x.adapter in (_DICT, _DATACLASS) else range(len(x.children))
+    return [pytree.MappingKey(name) for name in names]
 
 
 def _adapter_of(x: Any) -> Adapter | None:
@@ -158,29 +165,44 @@ def adapt(leaf: Any) -> Any:
     return _Adapted(adapter, type(leaf), [pytree.tree_map(adapt, c, is_leaf=_is_adapted) for c in children], context)
 
 
-def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
+def flatten(tree: Any, *, returned: bool = False) -> tuple[list[Any], pytree.TreeSpec]:
     """Leaves and nesting; ``torch.utils._pytree.tree_unflatten`` puts them together again.
 
     Raises
     ------
     InputError
         For an object that is no tensor, no static value and of no known class.
+    UnsupportedError
+        For one that forward ``returned``.
     """
     leaves, spec = pytree.tree_flatten(pytree.tree_map(adapt, tree, is_leaf=_is_adapted))
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, (Tensor, *STATIC)) and not inspect.isroutine(leaf):
-            raise InputError(_how_to_register(i, leaf))
+            if returned:
+                place = next(iter(leaf_paths(tree)[i : i + 1]), f" {i}")
+                raise UnsupportedError(_how_to_register(f"output{place}", leaf))
+            raise InputError(_how_to_register(f"input {i}", leaf))
     return leaves, spec
 
 
-def _how_to_register(position: int, leaf: Any) -> str:
+def leaf_paths(tree: Any) -> tuple[str, ...]:
+    """Where each leaf is, in the order of `flatten`; nothing if a class inside was registered without names."""
+    try:
+        found, _ = pytree.tree_flatten_with_path(pytree.tree_map(adapt, tree, is_leaf=_is_adapted))
+    except ValueError:
+        return ()
+    return tuple(pytree.keystr(path) for path, _ in found)
+
+
+def _how_to_register(place: str, leaf: Any) -> str:
     cls = type(leaf)
     if cls.__module__ == "numpy":
-        return f"input {position} is a {_name(cls)}: pass a tensor (torch.from_numpy)"
+        verb = "pass" if place.startswith("input") else "return"
+        return f"{place} is a {_name(cls)}: {verb} a tensor (torch.from_numpy)"
     held = [n for n, v in getattr(leaf, "__dict__", {}).items() if isinstance(v, Tensor | dict | list | tuple)]
     parts = ", ".join(f"x.{n}" for n in held) or "x.first, x.second"
     return (
-        f"input {position} is a {_name(cls)}, and it is not known which tensors are in it. Register the class once, "
+        f"{place} is a {_name(cls)}, and it is not known which tensors are in it. Register the class once, "
         "beside its definition:\n"
         "    des.register_input(\n"
         f"        {cls.__name__},\n"
@@ -230,11 +252,16 @@ def _are_keywords(inputs: dict[Any, Any], forward: Callable[..., Any]) -> bool:
 
 
 def take_rows(inputs: Any, index: Tensor) -> Any:
-    """The rows of every tensor inside (dim 0) at ``index``; classes registered with ``take`` are asked for theirs."""
+    """The rows of every tensor inside (dim 0) at ``index``; classes registered with ``take`` are asked for theirs.
+
+    A `BatchSize` becomes their number.
+    """
 
     def take(x: Any) -> Any:
         if _has_take(x):
             return _TAKE[type(x)](x, index)
+        if isinstance(x, BatchSize):
+            return BatchSize(len(index))
         return x[index] if isinstance(x, Tensor) and x.dim() else x
 
     leaves, spec = pytree.tree_flatten(inputs, is_leaf=_has_take)
@@ -291,73 +318,6 @@ def no_batch() -> Tensor:
     return torch.zeros(1)
 
 
-@dataclass(frozen=True)
-class Signature:
-    """How forward is called: the nesting of its inputs, and of its outputs.
-
-    ``statics`` and ``output_statics`` hold the leaves that are no tensors, by position, `Ellipsis` where a tensor goes.
-    ``updates`` is where forward replaces tensors of its arguments; the new ones follow the tensors that it returns.
-    """
-
-    inputs: pytree.TreeSpec
-    outputs: pytree.TreeSpec
-    statics: tuple[Any, ...]
-    output_statics: tuple[Any, ...]
-    updates: tuple[ArgumentPath, ...] = ()
-
-    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Tensor leaves of a call, in the order of the graph's inputs.
-
-        Raises
-        ------
-        InputError
-            If the nesting differs from the example inputs', a non-tensor argument has another value, or the tensors
-            disagree about the batch size (dim 0).
-        """
-        leaves, spec = flatten((args, kwargs))
-        if spec != self.inputs:
-            raise InputError(
-                f"forward was compiled for inputs nested as {_call_text(self.inputs)}, and was called as "
-                f"{_call_text(spec)}; call it as in example_inputs, or compile again"
-            )
-        tensors: list[Tensor] = []
-        for i, (leaf, static) in enumerate(zip(leaves, self.statics, strict=True)):
-            if static is Ellipsis:
-                if not isinstance(leaf, Tensor):
-                    raise InputError(f"input {i} must be a tensor, as in example_inputs; it is {type(leaf).__name__}")
-                tensors.append(leaf)
-            elif isinstance(leaf, Tensor) or leaf != static:
-                raise InputError(f"input {i} was {static!r} when the model was compiled and is {leaf!r}: compile again")
-        sizes = [t.shape[0] if t.dim() else None for t in tensors]
-        if len(set(sizes)) > 1:
-            raise InputError(f"dim 0 of every input is the batch; the inputs' sizes there are {sizes}")
-        return tensors or [no_batch()]
-
-    def update(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> None:
-        """Replace in the caller's lists and dicts what forward replaces."""
-        if self.updates:
-            for path, x in zip(self.updates, tensors[-len(self.updates) :], strict=True):
-                argument_at((args, kwargs), path[:-1])[path[-1]] = x
-
-    def unflatten(self, tensors: Sequence[Tensor]) -> Any:
-        """What forward returns, from its tensors."""
-        return unflatten_with(tensors, self.outputs, self.output_statics)
-
-
-def _call_text(spec: pytree.TreeSpec) -> str:
-    """A call of forward, as code would have it, with ``...`` for each value.
-
-    >>> _call_text(flatten(((1, [2]), {"ids": 3}))[1])
-    'forward(..., [...], ids=...)'
-    """
-    try:
-        args, kwargs = pytree.tree_unflatten([Ellipsis] * spec.num_leaves, spec)
-    except Exception:  # a class of the user's that wants its tensors
-        return f"forward of {spec.num_leaves} values"
-    parts = [*map(repr, args), *(f"{name}={x!r}" for name, x in kwargs.items())]
-    return f"forward({', '.join(parts)})".replace("Ellipsis", "...")
-
-
 def split_statics(leaves: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
     """The tensors among leaves, and the other leaves by position (`Ellipsis` where a tensor goes)."""
     return [x for x in leaves if isinstance(x, Tensor)], tuple(Ellipsis if isinstance(x, Tensor) else x for x in leaves)
@@ -366,53 +326,3 @@ def split_statics(leaves: Sequence[Any]) -> tuple[list[Tensor], tuple[Any, ...]]
 def unflatten_with(tensors: Sequence[Tensor], spec: pytree.TreeSpec, statics: Sequence[Any]) -> Any:
     queue = iter(tensors)
     return pytree.tree_unflatten([next(queue) if s is Ellipsis else s for s in statics], spec)
-
-
-MOST_KEPT = 128
-"""Programs of one model, for inputs of other sizes, or as it was changed: the oldest go first."""
-
-
-def shapes_text(sizes: Sequence[Sequence[int]]) -> str:
-    """Shapes of inputs, of their sizes beyond the rows.
-
-    >>> shapes_text([(3,), ()])
-    '(rows, 3), (rows)'
-    """
-    return ", ".join(f"({', '.join(['rows', *map(str, x)])})" for x in sizes)
-
-
-@dataclass(frozen=True)
-class Kinds:
-    """What a program is captured for: the tensors of a call, apart from their values.
-
-    Attributes
-    ----------
-    dtypes : tuple of torch.dtype
-    sizes : tuple of tuple of int
-        Of each tensor, beyond dim 0.
-    rows : int, optional
-        Of the global batch, where forward branches on it.
-    """
-
-    dtypes: tuple[torch.dtype, ...]
-    sizes: tuple[tuple[int, ...], ...]
-    rows: int | None = None
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Kinds:
-        return cls(tuple(x.dtype for x in tensors), tuple(tuple(x.shape[1:]) for x in tensors))
-
-    def of_example(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors of an example in these kinds: repeated or cut along each dimension that has another size."""
-        result = []
-        for x, dtype, sizes in zip(tensors, self.dtypes, self.sizes, strict=True):
-            if len(sizes) != x.dim() - 1 or (0 in x.shape[1:] and x.shape[1:].numel() != torch.Size(sizes).numel()):
-                raise InputError(
-                    f"an input has the sizes {list(sizes)} for each row, and in example_inputs "
-                    f"{list(x.shape[1:])}: compile again"
-                )
-            for dim, size in enumerate((self.rows or x.shape[0], *sizes)):
-                if size != x.shape[dim]:
-                    x = x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
-            result.append(x.to(dtype))
-        return result

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from descompiler.errors import CaptureError, InputError, UnsupportedError, warn
 from descompiler.model.attributes import copied, held_values, plain_attributes
+from descompiler.model.batch_size import BatchSize
 from descompiler.model.float64 import InDouble, is_double_meant, widen, widen_attributes
 from descompiler.model.folded import Folded, probe_parameters
 from descompiler.model.inputs import ArgumentPath, argument_at, by_path, flatten, split_statics, unflatten_with
@@ -34,6 +35,12 @@ def check_model(model: nn.Module) -> None:
             "the model is torch.compile's, whose program is for one process: write des.compile(model, ...), of the "
             "model itself"
         )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                f"{f'module {name!r}' if name else 'the model'} is TorchScript's, whose parameters can't be replaced "
+                "by pieces: compile with the Python module that was scripted or traced (functions may be scripted)"
+            )
     for name, p in model.named_parameters():
         if p.layout is not torch.strided and p.requires_grad:
             kind = str(p.layout).removeprefix("torch.")
@@ -159,6 +166,7 @@ class Flat(nn.Module):
     def __init__(self, model: nn.Module, spec: pytree.TreeSpec, statics: Sequence[Any], method: str = CALL):
         super().__init__()
         self.model, self.spec, self.statics, self.method = model, spec, statics, method
+        self.sized = tuple(i for i, x in enumerate(statics) if isinstance(x, BatchSize))
         self.out_spec: pytree.TreeSpec | None = None
         self.out_statics: tuple[Any, ...] = ()
         self.means_double = is_double_meant()
@@ -173,17 +181,23 @@ class Flat(nn.Module):
         return result
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
-        args, kwargs = unflatten_with(tensors, self.spec, self.statics)
+        args, kwargs = self.arguments(tensors)
         if torch.compiler.is_dynamo_compiling():  # it replays assignments itself, and reads no more than it has to
             returned = self.call(args, kwargs)
         else:
             with assignments_written(self.model):
                 returned = self.call(args, kwargs)
-        leaves, self.out_spec = flatten(returned)
+        leaves, self.out_spec = flatten(returned, returned=True)
         out, self.out_statics = split_statics(leaves)
         if self.updates:
             out = [*out, *(argument_at((args, kwargs), path) for path in self.updates)]
         return out
+
+    def arguments(self, tensors: Sequence[Tensor]) -> Any:
+        """``(args, kwargs)`` of these tensors; the batch's own size is theirs, and follows them in a trace."""
+        rows = tensors[0].shape[0] if self.sized else 0
+        statics = [rows if i in self.sized else x for i, x in enumerate(self.statics)] if self.sized else self.statics
+        return unflatten_with(tensors, self.spec, statics)
 
     def call(self, args: Any, kwargs: Any) -> Any:
         call = self.model if self.method == CALL else getattr(self.model, self.method)
@@ -245,7 +259,7 @@ def updated_arguments(probe: Flat, tensors: list[Tensor]) -> tuple[ArgumentPath,
 
     Warns if it changes more of them: the caller's stay as they were.
     """
-    given = unflatten_with([t.clone() for t in tensors], probe.spec, probe.statics)
+    given = probe.arguments([t.clone() for t in tensors])
     before = by_path(given)
     with probe.arithmetic(), torch.no_grad():
         probe.call(*given)

@@ -25,7 +25,8 @@ from descompiler.layout.rows import Rows
 from descompiler.layout.step import DenseGradients, UsedOutputs
 from descompiler.layout.traffic import Traffic
 from descompiler.model.attributes import AttributeWatch, Place
-from descompiler.model.inputs import Kinds, Signature
+from descompiler.model.calls import Signature
+from descompiler.model.kinds import Kinds
 from descompiler.module.parts import Parts, UsersForward
 from descompiler.module.sizes import SAMPLE_ROWS, Programs, Sized, Sizes, begin_again
 from descompiler.ops.local import differentiable, widest
@@ -107,11 +108,13 @@ class DistributedModule(nn.Module):
         grad = torch.is_grad_enabled()
         try:
             assert self._signature is not None
-            tensors = self._signature.flatten(args, kwargs)
-            self._given = Kinds.of(tensors)
+            tensors, other = self._signature.call_of(args, kwargs)
+            self._given = Kinds.of(tensors, self._programs.known(other))
             try:
                 emitted = self._program_for_inputs(tensors)
             except CaptureError as error:
+                if self._given.called is not None:  # of the example alone it is known what forward's outputs are
+                    raise
                 users = self._users_forward(error)
                 runtime.started = True  # the users' forward tells the other ranks what fails in it
                 return users.follow(self, args, kwargs)
@@ -147,13 +150,10 @@ class DistributedModule(nn.Module):
 
     def _call_of(self, changes: Sequence[tuple[Place, Any]]) -> Call:
         """Which program this forward runs."""
-        given = () if self._given is None else self._given.dtypes
-        dtypes = [str(d).removeprefix("torch.") for d in given if d.is_floating_point or d.is_complex]
-        said = repr((changes, dtypes)).encode()  # a program is another one for inputs of other dtypes
+        given = () if self._given is None else self._given.told
+        said = repr((changes, given)).encode()  # a program is another one for inputs of other dtypes
         number = zlib.crc32(bytes((*self._training_flags(), *self._trained())) + said)
-        name = f"{'training' if self.training else 'evaluation'}, {self._gradients_mode()}"
-        if dtypes:
-            name += f", {', '.join(dtypes)} inputs"
+        name = ", ".join(["training" if self.training else "evaluation", self._gradients_mode(), *given])
         if changes and self._attributes is not None:
             name += f", {self._attributes.told(changes)}"
         return Call(Kind.PROGRAM, 2 * number + torch.is_grad_enabled(), name)
@@ -241,16 +241,17 @@ class DistributedModule(nn.Module):
 
     def _begin_again(self, tensors: Sequence[Tensor]) -> tuple[Emitted, nn.Module]:
         """What this rank runs where ranks' inputs have other sizes, or their rows are others. Collective."""
-        dtypes = Kinds.of(tensors).dtypes
+        mine = self._given
 
         def program(sizes: Sizes, rows: int, sample: Sequence[Tensor] | None) -> Sized:
-            self._given = Kinds(dtypes, sizes, rows)
+            assert mine is not None
+            self._given = replace(mine, sizes=sizes, rows=rows)
             return self._sized(sample)
 
         try:
             return begin_again(self._runtime, tensors, program, self._values)
         finally:
-            self._given = Kinds.of(tensors)
+            self._given = mine
 
     def _same_flags(self) -> None:
         """This module and its host are one module under two names; users switch one of them to evaluation."""
@@ -287,7 +288,7 @@ class DistributedModule(nn.Module):
         flags, changes = self._training_flags(), self._changes()
         held = {n: x.dtype for n, x in (*self.named_parameters(), *self.named_buffers())}
         thawed = tuple(n for n, p in self.named_parameters() if p.requires_grad and n in self._frozen)
-        key = flags, tuple(held.values()), thawed, changes, self._given and self._given.dtypes
+        key = flags, tuple(held.values()), thawed, changes, self._given and (self._given.dtypes, self._given.called)
 
         def make() -> Emitted:
             assert self._program_for is not None

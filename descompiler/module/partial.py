@@ -19,8 +19,11 @@ from descompiler.errors import InputError, UnsupportedError, warn
 from descompiler.layout.rows import Rows
 from descompiler.layout.traffic import Traffic
 from descompiler.model.attributes import copied
+from descompiler.model.batch_size import BatchSize, check_is_rows
+from descompiler.model.calls import call_text
 from descompiler.model.float64 import InDouble, is_double_meant
-from descompiler.model.inputs import Kinds, flatten, split_statics, unflatten_with
+from descompiler.model.inputs import flatten, split_statics, unflatten_with
+from descompiler.model.kinds import Kinds
 from descompiler.model.random_state import drawn_by_python
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.parts import Parts
@@ -70,6 +73,7 @@ class PartialModule(DistributedModule):
         try:
             if self._coupled and runtime.ranks > 1:
                 return self._run_global_batch(args, kwargs, mode)
+            self._with_rows(args, kwargs)
             guard, before = self._guard(), drawn_by_python()
             out, spare = self._run_host(*self._cut(guard, args, kwargs))
             if runtime.ranks > 1 and not self._drawing and before != drawn_by_python():
@@ -128,10 +132,11 @@ class PartialModule(DistributedModule):
         """
         runtime = self._runtime
         leaves, spec = flatten((args, kwargs))
-        tensors, statics = split_statics(leaves)
+        tensors, _ = split_statics(leaves)
         sizes = {x.shape[0] if x.dim() else None for x in tensors}
         problem = None if len(sizes) == 1 and None not in sizes else f"the inputs' sizes of dim 0 are {sizes}, not one"
         rows = tensors[0].shape[0] if problem is None else 0
+        self._with_rows(args, kwargs)
         inner = Kinds.of(tensors).sizes
         digest = zlib.crc32(repr(inner).encode())
         told = runtime.meet(f"the start of forward, {mode}", rows=rows, problem=problem, tell=[digest] * runtime.ranks)
@@ -139,6 +144,7 @@ class PartialModule(DistributedModule):
             title = "forward mixes the rows of all ranks, and no tracer captured it: pad to one length on all ranks"
             runtime.raise_everywhere(f"inputs have the sizes {inner} for each row", InputError, title)
         guard = self._guard()
+        statics = self._with_rows(args, kwargs, sum(runtime.rows))
         args, kwargs = self._cut(guard, *unflatten_with(self._gathered(tensors), spec, statics))
         arithmetic = InDouble if self._means_double else nullcontext
         with arithmetic():
@@ -161,6 +167,23 @@ class PartialModule(DistributedModule):
                 x = scale_grad(x, 1 / runtime.ranks)
             outputs.append(runtime.output(runtime.slice_rows(x, 0, 1, 1)) if kind == ROWS else runtime.spread(x))
         return unflatten_with(self._noticing(self._finishing(outputs)), spec, statics)
+
+    def _with_rows(self, args: Any, kwargs: Any, rows: int | None = None) -> tuple[Any, ...]:
+        """The leaves of a call that are no tensors; the batch's own size among them becomes ``rows``, if given."""
+        leaves, spec = flatten((args, kwargs))
+        tensors, statics = split_statics(leaves)
+        known, like = flatten(self._spare)
+        sized = [i for i, x in enumerate(known) if isinstance(x, BatchSize)]
+        if not sized:
+            return statics
+        if like != spec:
+            raise InputError(
+                f"forward was compiled for inputs nested as {call_text(like)}, and was called as {call_text(spec)}"
+            )
+        sizes = {x.shape[0] if x.dim() else None for x in tensors}
+        for i in sized if len(sizes) == 1 else ():  # rows of jagged tensors are not seen
+            check_is_rows(i, statics[i], next(iter(sizes)))
+        return tuple(rows if i in sized and rows is not None else x for i, x in enumerate(statics))
 
     @contextmanager
     def _inside(self) -> Iterator[None]:

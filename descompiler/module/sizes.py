@@ -17,7 +17,8 @@ from descompiler.emit.by_size import RegionOfSize, region_of_size, with_regions
 from descompiler.emit.emit import Emitted
 from descompiler.errors import InputError, warn
 from descompiler.graph.nodes import Source
-from descompiler.model.inputs import MOST_KEPT, Kinds
+from descompiler.model.calls import OtherCall
+from descompiler.model.kinds import MOST_KEPT, Kinds
 from descompiler.runtime.agreement import say, settle
 from descompiler.runtime.runtime import Regions, Runtime
 
@@ -34,7 +35,7 @@ MOST_BRANCHES = 8
 
 
 MANY_SIZES = 8
-"""Sizes of inputs from which on users are told what each costs."""
+"""Sizes of inputs, and ways to call forward, from which on users are told what each costs."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,23 @@ class Programs:
 
     def __init__(self) -> None:
         self._programs: dict[Any, list[Sized]] = {}
+        self._calls: list[OtherCall] = []
 
     def __iter__(self) -> Iterator[Emitted]:
         return (sized.emitted for programs in self._programs.values() for sized in programs)
+
+    def known(self, called: OtherCall | None) -> OtherCall | None:
+        """The call that is like this one, if there was one before."""
+        found = None if called is None else next((c for c in self._calls if c.is_like(called)), None)
+        if called is None or found is not None:
+            return found
+        self._calls = [*self._calls[1 - MOST_KEPT :], called]
+        if len(self._calls) == MANY_SIZES:
+            warn(
+                f"the model was called in {MANY_SIZES} ways other than the example, the latest: {called.told}. It is "
+                "captured anew for each: a number that changes from step to step had better be a tensor"
+            )
+        return called
 
     def get(self, key: Any, given: Kinds | None, make: Callable[[], Emitted]) -> Sized:
         """A program, made if there is none; of several, which are for other rows, the one that was asked for last."""
