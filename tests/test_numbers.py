@@ -55,9 +55,27 @@ class ComplexTable(nn.Module):
         return (self.table[triples] * self.turn).sum(1).abs()
 
 
+class RealAndComplex(Graph):
+    """Real tables beside a complex weight: what crosses for both is complex, and what arrives is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Parameter(torch.randn(4, dtype=torch.complex128))
+
+    def forward(self, triples: Tensor) -> Tensor:
+        relation = self.relations(triples[:, 1])
+        z = torch.complex(self.entities(triples[:, 0]).tanh()[:, :4], relation) * self.turn
+        return (z * torch.complex(relation, relation.cos()).conj()).real.sum(1)
+
+
 @pytest.mark.parametrize("model", [RotatE, ComplEx, InBatch, ComplexTable])
 def test_complex_values_train_as_the_original(model, on_ranks):
     des.verify(model(), (TRIPLES,), plans=EVERY_FORM, launch=on_ranks)
+
+
+@pytest.mark.parametrize("form", ["row_wise", "column_wise", "table_wise"])
+def test_real_values_that_cross_beside_complex_ones_arrive_as_real(form, on_ranks):
+    des.verify(RealAndComplex(), (TRIPLES,), plans=[{"*": form}], launch=on_ranks)
 
 
 class Mixed(nn.Module):

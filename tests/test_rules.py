@@ -11,9 +11,10 @@ import torch
 
 import descompiler as des
 from examples.models import DeepFM
+from tests.harness.consumers import CONSUMERS
 from tests.harness.plans import EVERY
 from tests.harness.pool import here
-from tests.harness.random_models import CONSUMERS, fixed
+from tests.harness.random_models import fixed
 
 ALWAYS = {
     "attention with heads",

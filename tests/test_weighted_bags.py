@@ -55,7 +55,8 @@ class Functional(Given):
     def forward(self, ids: Tensor, given: Tensor) -> Tensor:
         weights = torch.cat([given, given[:, :1]], 1)
         ids = torch.cat([ids, ids[:, :1]], 1)
-        x = F.embedding_bag(ids, self.bag.weight, mode="sum", per_sample_weights=weights, padding_idx=-4)
+        padding = int(BATCH[0][0, 0]) - 50  # whose row is not zero
+        x = F.embedding_bag(ids, self.bag.weight, mode="sum", per_sample_weights=weights, padding_idx=padding)
         return self.head(x)
 
 
