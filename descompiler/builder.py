@@ -112,7 +112,8 @@ class Builder:
     ) -> Builder:
         """Of the model as it is now: cast, or given inputs in other dtypes (a graph has no casts that did nothing).
 
-        It is this one if only the model was cast, inputs with it, and its graph asks for no dtype.
+        It is this one if only the model was cast, inputs with it, all of it was and is of one dtype, and its graph asks
+        for none.
 
         Parameters
         ----------
@@ -137,7 +138,7 @@ class Builder:
         given = given or Kinds(tuple(expected), self.sizes)
         wanted = [g if x.is_floating_point() else x.dtype for g, x in zip(given.dtypes, tensors, strict=True)]
         same = given.rows is None and given.sizes == self.sizes and not thawed and not changes and wanted == expected
-        if same and not asks_for(self.capture(training)[0], cast):
+        if same and not (cast and _depends_on_dtypes(self.capture(training)[0], cast, held)):
             return self
         key = (*held.values(), *wanted, *thawed, *changes, given.sizes, given.rows)
         if key not in self._others or sample is not None:
@@ -219,6 +220,12 @@ class Builder:
         program, _ = self.capture(training)
         partition = partition_of(program, find_tables(program, self.kit.forms), plan, self.kit.rules, solver)
         return frozenset(n.name for n in partition.inside)
+
+
+def _depends_on_dtypes(program: Program, cast: Collection[torch.dtype], held: Mapping[str, torch.dtype]) -> bool:
+    """Whether a graph is another one for a model that was cast: what crosses in which dtype is known from the graph."""
+    kinds = {dtype for dtype in held.values() if dtype.is_floating_point or dtype.is_complex}
+    return asks_for(program, cast) or bool(program.other_dtypes()) or len(kinds) > 1
 
 
 def _parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
