@@ -33,6 +33,7 @@ from descompiler.model.probe import CALL, method_of
 from descompiler.planning.checked import EDITED, check_pieces
 from descompiler.planning.exchanges import layout_of
 from descompiler.planning.plan import Plan
+from descompiler.planning.planner import labels_of
 from descompiler.plugins import Kit
 from descompiler.region.cut import Weights, at_lookups, cut_as, minimum_cut
 from descompiler.region.flow import DEFAULT
@@ -212,8 +213,10 @@ class Builder:
         program, signature = self.capture(training)
         operators = find_tables(program, self.kit.forms)
         like = None if self.resized_of is None else self.resized_of.inside(plan, training, solver)
-        emitted = emit(partition_of(program, operators, plan, self.kit.rules, solver, like), rank)
-        return replace(emitted, signature=signature, mixed=mixed_sizes(program), accepts=program.accepts)
+        partition = partition_of(program, operators, plan, self.kit.rules, solver, like)
+        emitted = emit(partition, rank)
+        labels = labels_of(partition, emitted.layout)
+        return replace(emitted, labels=labels, signature=signature, mixed=mixed_sizes(program), accepts=program.accepts)
 
     def inside(self, plan: Plan, training: dict[str, bool], solver: str) -> frozenset[str]:
         """Names of the nodes that the plan keeps inside the region."""

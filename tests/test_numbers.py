@@ -146,9 +146,11 @@ class Coupled(nn.Module):
         return torch.cat([x.double() for x in parts], 1)
 
 
-def _trains(rank, ranks, model, form):
+def _trains(rank, ranks, model, form, cast=None):
     """What is wrong with a step: bytes that were not predicted, or numbers that are not those of their own dtype."""
     module = des.compile(model, (TRIPLES,), plan={"*": form}, loss="sum")
+    if cast is not None:
+        cast(model), cast(module)
     first, rows = 4 * rank, [4, 3]
     whole = model(TRIPLES)
     (whole * whole.detach().cos()).sum().backward()
@@ -190,3 +192,23 @@ def test_what_mixes_rows_crosses_in_its_own_dtype(dtypes, on_ranks):
 
 def test_real_values_beside_complex_ones_cross_as_real_ones(on_ranks):
     assert on_ranks(_all_train, 2, [(ComplexBesideReal(), form) for form in ("row_wise", "unique_rows")]) == [{}, {}]
+
+
+def _narrower(model):
+    """Float32 where it was float64; its other half stays 16-bit."""
+    for name in ("tables.0", "layers.0"):
+        model.get_submodule(name).float()
+
+
+def _train_when_cast(rank, ranks):
+    casts = {"all": nn.Module.double, "half": _narrower}
+    found = {
+        (n, f): _trains(rank, ranks, Several(ORDERS[1]), f, c)
+        for n, c in casts.items()
+        for f in ("row_wise", "unique_rows")
+    }
+    return {case: wrong for case, wrong in found.items() if wrong}
+
+
+def test_a_model_of_several_dtypes_may_be_cast(on_ranks):
+    assert on_ranks(_train_when_cast, 2) == [{}, {}]

@@ -153,10 +153,9 @@ class DistributedModule(nn.Module):
         dtype, plan = widest(self.parameters()), self.plan
         several = max(len(set(x)) for x in (dtypes, self._dtypes)) > 1
         # of one dtype, all that crosses was cast; of several, the graph that was captured anew knows what is of which
-        known = several and len(emitted.layout.crossed) == len(plan.labels)
-        layout = emitted.layout if known else plan.layout
+        layout, labels = (emitted.layout, emitted.labels) if several else (plan.layout, plan.labels)
         self._runtime.wire_dtype, self._dtypes = dtype, dtypes
-        object.__setattr__(self, "plan", replace(plan, itemsize=dtype.itemsize, layout=layout))
+        object.__setattr__(self, "plan", replace(plan, itemsize=dtype.itemsize, layout=layout, labels=labels))
 
     def _call_of(self, changes: Sequence[tuple[Place, Any]]) -> Call:
         """Which program this forward runs."""
