@@ -27,6 +27,7 @@ from descompiler.model.probe import CALL, blueprint, method_of
 from descompiler.planning.checked import EDITED, check_pieces
 from descompiler.planning.exchanges import layout_of
 from descompiler.planning.plan import Plan
+from descompiler.planning.planner import labels_of
 from descompiler.plugins import Kit
 from descompiler.region.cut import Weights, at_lookups, cut_as, minimum_cut
 from descompiler.region.flow import DEFAULT
@@ -120,7 +121,8 @@ class Builder:
     ) -> Builder:
         """Of the model as it is now: cast, or given inputs in other dtypes (a graph has no casts that did nothing).
 
-        It is this one if only the model was cast, inputs with it, and its graph asks for no dtype.
+        It is this one if only the model was cast, inputs with it, all of it was and is of one dtype, and its graph asks
+        for none.
 
         Parameters
         ----------
@@ -148,7 +150,7 @@ class Builder:
         given = given or Kinds(tuple(expected), self.sizes)
         wanted = [g if x.is_floating_point() else x.dtype for g, x in zip(given.dtypes, tensors, strict=True)]
         same = given.rows is None and given.sizes == self.sizes and not thawed and not changes and wanted == expected
-        if same and not asks_for(self.capture(training)[0], cast):
+        if same and not (cast and _depends_on_dtypes(self.capture(training)[0], cast, held)):
             return self
         key = (*held.values(), *wanted, *thawed, *changes, given.sizes, given.rows)
         if key not in self._others or sample is not None:
@@ -237,14 +239,22 @@ class Builder:
         program, signature = self.capture(training)
         operators = find_tables(program, self.kit.forms)
         like = None if self.resized_of is None else self.resized_of.inside(plan, training, solver)
-        emitted = emit(partition_of(program, operators, plan, self.kit.rules, solver, like), rank)
-        return replace(emitted, signature=signature, mixed=mixed_sizes(program), accepts=program.accepts)
+        partition = partition_of(program, operators, plan, self.kit.rules, solver, like)
+        emitted = emit(partition, rank)
+        labels = labels_of(partition, emitted.layout)
+        return replace(emitted, labels=labels, signature=signature, mixed=mixed_sizes(program), accepts=program.accepts)
 
     def inside(self, plan: Plan, training: dict[str, bool], solver: str) -> frozenset[str]:
         """Names of the nodes that the plan keeps inside the region."""
         program, _ = self.capture(training)
         partition = partition_of(program, find_tables(program, self.kit.forms), plan, self.kit.rules, solver)
         return frozenset(n.name for n in partition.inside)
+
+
+def _depends_on_dtypes(program: Program, cast: Collection[torch.dtype], held: Mapping[str, torch.dtype]) -> bool:
+    """Whether a graph is another one for a model that was cast: what crosses in which dtype is known from the graph."""
+    kinds = {dtype for dtype in held.values() if dtype.is_floating_point or dtype.is_complex}
+    return asks_for(program, cast) or bool(program.other_dtypes()) or len(kinds) > 1
 
 
 def _parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -18,7 +18,6 @@ from descompiler.graph.program import Program
 from descompiler.layout.statistics import Statistics
 from descompiler.model.calls import Signature
 from descompiler.model.probe import CALL
-from descompiler.ops.local import widest
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.given import check_counts, setting_of
 from descompiler.planning.objective import Terms
@@ -86,7 +85,7 @@ class Captured:
 
     def weights(self, ranks: int, rows: int) -> Weights:
         """What the cut weighs with; an element is of the dtype that holds all of the model's numbers."""
-        return Weights(ranks, rows, widest(self.program.parameters.values()).itemsize)
+        return Weights(ranks, rows, self.program.dtype.itemsize)
 
     def measure(self, samples: Iterable[Any]) -> Statistics:
         """Statistics of the ids of sample batches."""

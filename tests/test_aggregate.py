@@ -85,7 +85,7 @@ def compare_with_layouts(program, operators, forms, w):
         reduced = gradients_reduced(pieces, trained, w.itemsize) + norms(layout, w.itemsize)
         out = values_out(layout, rows, w.itemsize)
         exits = (n for n in inside if any(u not in inside for u in n.users))
-        assert sum(exit_bytes(n, placements[n], w) for n in exits) == out
+        assert sum(exit_bytes(program, n, placements[n], w) for n in exits) == out
         saved = sum(saved_bytes(program, n, x, w) for n, x in candidates.placed.items() if n not in inside)
         assert saved == reduced - always
         extra = sum(work_bytes(n, placements[n], placements, w) for n in inside)

@@ -101,3 +101,132 @@ def _loses(rank, ranks, form):
 @pytest.mark.parametrize("form", ["row_wise", "unique_rows", "fsdp"])
 def test_a_16_bit_table_in_front_makes_nothing_else_16_bit(form, on_ranks):
     assert max(on_ranks(_loses, 2, form)) < 1e-6
+
+
+ORDERS = [
+    (torch.bfloat16, torch.float32, torch.float64, torch.float16),
+    (torch.float64, torch.float16),
+]
+"""Of tables, each with layers of its own."""
+
+
+class ComplexBesideReal(nn.Module):
+    """The widest of all parameters is complex, and the tables are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.turn = nn.Parameter(torch.randn(2, dtype=torch.complex64))
+        self.real, self.small = nn.Embedding(40, 4), nn.Embedding(40, 4, dtype=torch.bfloat16)
+
+    def forward(self, triples: Tensor) -> Tensor:
+        turned = torch.view_as_complex(self.real(triples[:, 0]).unflatten(1, (2, 2))) * self.turn
+        return torch.cat([turned.abs(), self.small(triples[:, 1]).float()], 1)
+
+
+class Several(nn.Module):
+    """Tables of several dtypes; numbers of each stay by themselves up to the output, which loses none."""
+
+    def __init__(self, dtypes, sparse=False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tables = nn.ModuleList(nn.Embedding(40, 4, dtype=d, sparse=sparse) for d in dtypes)
+        self.layers = nn.ModuleList(nn.Linear(6, 3, dtype=d) for d in dtypes)
+
+    def forward(self, triples: Tensor) -> Tensor:
+        dense, parts = triples[:, :2] % 2, []
+        for i, (table, layer) in enumerate(zip(self.tables, self.layers, strict=True)):
+            x = table(triples[:, i % 3])
+            x = layer(torch.cat([x, dense.to(x.dtype)], 1))
+            parts.append(x.double())
+        return torch.cat(parts, 1)
+
+
+class Coupled(nn.Module):
+    """What mixes rows, or takes all rows of a table, of a table with 16 bits beside one of 64."""
+
+    def __init__(self, dtypes) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tables = nn.ModuleList(nn.Embedding(40, 4, dtype=d) for d in dtypes)
+        self.norms = nn.ModuleList(nn.BatchNorm1d(4, dtype=d) for d in dtypes)
+        self.wider = nn.BatchNorm1d(4) if dtypes[0].itemsize == 2 else None
+
+    def forward(self, triples: Tensor) -> Tensor:
+        parts = []
+        for i, (table, norm) in enumerate(zip(self.tables, self.norms, strict=True)):
+            x = table(triples[:, i])
+            centred = x.sin() - x.sin().mean(0)
+            parts += [norm(x), centred, (x @ table.weight.T).logsumexp(1, keepdim=True)]
+            parts[-1] = parts[-1] + 0.01 * table.weight.pow(2).sum()
+        if self.wider is not None:
+            parts.append(self.wider(self.tables[0](triples[:, 2])))
+        return torch.cat([x.double() for x in parts], 1)
+
+
+def _trains(rank, ranks, model, form, cast=None):
+    """What is wrong with a step: bytes that were not predicted, or numbers that are not those of their own dtype."""
+    module = des.compile(model, (TRIPLES,), plan={"*": form}, loss="sum")
+    if cast is not None:
+        cast(model), cast(module)
+    first, rows = 4 * rank, [4, 3]
+    whole = model(TRIPLES)
+    (whole * whole.detach().cos()).sum().backward()
+    out = module(TRIPLES[first : first + rows[rank]])
+    (out * whole[first : first + rows[rank]].detach().cos()).sum().backward()
+    predicted, sent = module.plan.traffic(rank, rows, unique=module.unique()), module.traffic()
+    wrong = [] if predicted == sent else [f"predicted {predicted}, sent {sent}"]
+    found = {n: p.grad for n, p in module.named_parameters()}
+    for name, p in model.named_parameters():
+        expected, got = (g.to_dense() if g.is_sparse else g for g in (p.grad, found[name]))
+        expected = module.pieces(name).cut(expected, rank)
+        error = float((got - expected).abs().max() / p.grad.abs().to_dense().max()) if expected.numel() else 0.0
+        if got.dtype != p.dtype or error > 16 * torch.finfo(p.dtype).eps:
+            wrong.append(f"{name}, {p.dtype}: an error of {error:.1e} in a gradient of {got.dtype}")
+    return wrong
+
+
+def _all_train(rank, ranks, cases):
+    found = {f"{type(m).__name__} {i} {form}": _trains(rank, ranks, m, form) for i, (m, form) in enumerate(cases)}
+    return {case: wrong for case, wrong in found.items() if wrong}
+
+
+FORMS = ["replicate", "row_wise", "column_wise", "table_wise", "unique_rows", "fsdp"]
+
+
+@pytest.mark.parametrize("dtypes", ORDERS, ids=str)
+def test_each_value_crosses_in_its_own_dtype(dtypes, on_ranks):
+    forms, sparse = (FORMS, ["replicate", "sparse_all_gather"]) if len(dtypes) > 2 else (FORMS[1:], [])
+    cases = [(Several(dtypes), form) for form in forms]
+    cases += [(Several(dtypes, sparse=True), form) for form in sparse]
+    assert on_ranks(_all_train, 2, cases) == [{}, {}]
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_what_mixes_rows_crosses_in_its_own_dtype(dtypes, on_ranks):
+    forms = FORMS if dtypes[0].itemsize == 2 else ["row_wise", "fsdp"]
+    assert on_ranks(_all_train, 2, [(Coupled(dtypes), form) for form in forms]) == [{}, {}]
+
+
+def test_real_values_beside_complex_ones_cross_as_real_ones(on_ranks):
+    assert on_ranks(_all_train, 2, [(ComplexBesideReal(), form) for form in ("row_wise", "unique_rows")]) == [{}, {}]
+
+
+def _narrower(model):
+    """Float32 where it was float64; its other half stays 16-bit."""
+    for name in ("tables.0", "layers.0"):
+        model.get_submodule(name).float()
+
+
+def _train_when_cast(rank, ranks):
+    casts = {"all": nn.Module.double, "half": _narrower}
+    found = {
+        (n, f): _trains(rank, ranks, Several(ORDERS[1]), f, c)
+        for n, c in casts.items()
+        for f in ("row_wise", "unique_rows")
+    }
+    return {case: wrong for case, wrong in found.items() if wrong}
+
+
+def test_a_model_of_several_dtypes_may_be_cast(on_ranks):
+    assert on_ranks(_train_when_cast, 2) == [{}, {}]

@@ -3,11 +3,13 @@
 import inspect
 import json
 import re
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import descompiler as des
 from descompiler.cost_models.symbols import L, N, b, i, s, w
@@ -49,10 +51,21 @@ EXAMPLES = [
     (LeafStatus(2, True), {"RUN": 2 * 2, "BACKWARD": 2}),
     (UsedOutputs(3), {"GATHER": 2 * 3}),
     (DenseGradients(30), {"AVERAGE": Fraction(2 * 2 * 120, 3)}),
+    (DenseGradients(30, ((torch.float16, 5),)), {"AVERAGE": Fraction(2 * 2 * (120 + 10), 3)}),
     # its 3 rows' ids: two columns to rank 0, all four to rank 2
     (IdsIn((Entry("ids", (4,), ((0, 1, (0, 2)), (1, 3, None))),), 8), {"SEND": 8 * 3 * (2 + 4)}),
     # its 5 elements of the others' 7 rows, and gradients of its 3 rows of 6 elements
     (ValuesOut((Exit("v", ((0, 1, (6,)), (1, 2, (5,)))),)), {"SEND": 4 * 5 * 7, "BACK": 4 * 3 * 6}),
+    # the same beside a sum of two 16-bit elements, of which all three ranks have terms
+    (
+        ValuesOut(
+            (
+                Exit("v", ((0, 1, (6,)), (1, 2, (5,)))),
+                Exit("n", ((0, 3, (2,)),), wire_dtype=torch.bfloat16),
+            )
+        ),
+        {"SEND": (4 * 5 + 2 * 2) * 7, "BACK": 3 * (4 * 6 + 2 * 2 * 2)},
+    ),
     (ValuesOut(()), {"SEND": 0}),
     (SharedColumns((6, 3)), {"AVERAGE": Fraction(2 * 2 * 9 * 4, 3)}),
     (GatherRows(VALUES), {"GATHER": 2 * 3 * (3 * 4 + 2 * 8)}),
@@ -63,6 +76,8 @@ EXAMPLES = [
     (TableTotal((GlobalValue("t"),), False), {"SUM": Fraction(2 * 2 * 4, 3)}),
     (NormOutside(5), {"GATHER": 2 * 11 * 4, "BACK": Fraction(2 * 2 * 10 * 4, 3)}),
     (NormsInside(((2, 3, 0), (1, 1, 1))), {"SEND": 2 * 2 * 4 * 4}),
+    (NormsInside(((2, 3, 0), (1, 1, 1)), (torch.float64, None)), {"SEND": 2 * 2 * (3 * 8 + 4)}),
+    (NormOutside(5, torch.float64), {"GATHER": 2 * 11 * 8, "BACK": Fraction(2 * 2 * 10 * 8, 3)}),
     (WholeTables((Whole("w", Pieces.even((7, 2), 0, 3)),)), {"GATHER": 2 * 2 * 2 * 4, "BACK": 5 * 2 * 4}),
     (WholeTables((Whole("w", Pieces.even((7, 2), 0, 3), False),)), {"GATHER": 2 * 2 * 2 * 4}),
     # an owner's 12 and 11 of 23 logits: the largest 2 of each, and one that is selected; two rows of x for each row
@@ -71,6 +86,10 @@ EXAMPLES = [
         {"ROWS": 6 * (5 * 4 + 4), "PARTIAL": 14 * (3 * 4 + 2 * 4), "GRADIENTS": 6 * 3 * 4, "TERMS": 14 * 5 * 4},
     ),
     (Fetch((ROWS,), (0,), early=True), {"IDS": 4 * 6, "ROWS": 4 * 4 * 7, "BACK": 4 * 4 * 6}),
+    (
+        Fetch((replace(ROWS, wire_dtype=torch.float16),), (0,), early=True),
+        {"IDS": 4 * 6, "ROWS": 2 * 4 * 7, "BACK": 2 * 4 * 6},
+    ),
     (Fetch((SHARED,), (0,)), {"COUNTS": 2 * 24, "GATHERED_IDS": 2 * 4 * 8, "GATHERED_BACK": 2 * 4 * 4 * 8}),
     (Fetch((REDUCED,), (0,), early=True), {"SUM_SHARED": Fraction(2 * 2 * 9 * 5 * 4, 3)}),
 ]
@@ -189,7 +208,7 @@ def test_a_plan_file_of_version_2_is_read():
         assert found.calls_by_collective == expected["calls"]
     assert {type(t) for t in plan.layout.transfers} == set(kinds()) - {LeafStatus, UsedOutputs}
     again = json.loads(plan.to_json())
-    assert again["version"] == 4 and des.Plan.from_json(plan.to_json()) == plan
+    assert again["version"] == 5 and des.Plan.from_json(plan.to_json()) == plan
     again["layout"]["transfers"][0]["is"] = "Header"  # as some files of version 3 named the first kind
     assert des.Plan.from_json(json.dumps(again)) == plan
 

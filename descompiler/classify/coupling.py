@@ -39,7 +39,7 @@ from descompiler.graph.program import Program
 from descompiler.graph.rewrite import descendants
 from descompiler.layout.global_values import CoupledValues, GatherRows, GlobalValue, SliceRows, SpreadValue, SumTerms
 from descompiler.model.random_state import EACH_ITS_OWN, ONE_DRAW
-from descompiler.ops.local import widest
+from descompiler.ops.local import differentiable
 from descompiler.ops.vocabulary import vocabulary
 
 COLLECTED = {k.kind: k for k in (GatherRows, SumTerms)}
@@ -104,7 +104,6 @@ def couple(program: Program, inside: frozenset[fx.Node]) -> Coupling:
 class _Coupler:
     def __init__(self, program: Program, inside: frozenset[fx.Node]):
         self.program, self.inside = program, inside
-        self.dtype = widest(program.parameters.values())
         self.free: set[fx.Node] = set()
         self.after = inside | descendants(program.graph, inside)
         candidates = []
@@ -247,7 +246,8 @@ class _Coupler:
 
     def _value(self, n: fx.Node, by_row: bool) -> GlobalValue:
         scope, fake = scope_of(n), value(n)
-        itemsize = None if fake.is_floating_point() and fake.dtype == self.dtype else fake.dtype.itemsize
+        own = self.program.wire_dtype(fake.dtype) is not None or not differentiable(fake)
+        itemsize = fake.dtype.itemsize if own else None
         if by_row:
             assert scope.rows is not None
             shape = [size_of(s) for s in fake.shape]

@@ -25,6 +25,7 @@ from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows
 from descompiler.model.attributes import Place
 from descompiler.model.calls import Signature
+from descompiler.planning.chosen import Label
 from descompiler.region.partition import Partition
 from descompiler.runtime.agreement import any_rows
 from descompiler.runtime.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait
@@ -53,6 +54,8 @@ class Emitted:
         See `Program`.
     total : torch.fx.Node
         Of the module's graph: the rows of the global batch.
+    labels : list of Label
+        Of what crosses, as a plan has them.
     signature : Signature or None
         How forward is called, and what it returns, in the training flags of the program.
     mixed : mapping of str to str
@@ -74,6 +77,7 @@ class Emitted:
     signature: Signature | None = None
     mixed: Mapping[str, str] = field(default_factory=dict)
     accepts: Callable[[int], bool] = any_rows
+    labels: list[Label] = field(default_factory=list)
 
     def constant(self, name: str, device: torch.device) -> torch.Tensor:
         """A constant where it is needed, and stays."""

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
-from descompiler.graph.nodes import aten, signature
-from descompiler.ops.local import bag
+from descompiler.graph.nodes import aten, signature, value
+from descompiler.ops.local import bag, widest
 from descompiler.ops.vocabulary import Request, vocabulary
 
 LOOKUP_OPERATORS = frozenset({aten.embedding.default, bag})
@@ -105,6 +106,11 @@ class BatchNormCall:
     def training(self) -> bool:
         """Whether it normalises with statistics of its batch, which move the running ones."""
         return bool(self.node.args[5])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the statistics of its batch: one that holds the numbers of all its operands."""
+        return widest(value(n) for n in (self.x, *self.affine, *self.statistics) if n is not None)
 
     @property
     def options(self) -> tuple[Any, Any]:

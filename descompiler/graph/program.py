@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import sympy
+import torch
 from torch import Tensor, fx
 
-from descompiler.graph.nodes import Source, is_tensor, shape_of
+from descompiler.graph.nodes import Source, is_tensor, shape_of, value
 from descompiler.model.attributes import Place
+from descompiler.ops.local import differentiable, widest
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,20 @@ class Program:
     def accepts(self, rows: int) -> bool:
         """Whether the graph is that of batches of so many rows; of one as of two, which it was traced on at least."""
         return all(bool(g.subs(self.batch, max(rows, 2))) for g in self.guards)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The model's: the one that holds the numbers of all parameters."""
+        return widest(self.parameters.values())
+
+    def wire_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        """A dtype in which something crosses, as layouts say it: None if it is the model's."""
+        return None if dtype == self.dtype else dtype
+
+    def other_dtypes(self) -> set[torch.dtype]:
+        """Those of parameters and values that can have gradients and are not of the model's dtype."""
+        values = (value(n) for n in self.graph.nodes if is_tensor(n))
+        return {x.dtype for x in (*self.parameters.values(), *values) if differentiable(x)} - {self.dtype}
 
     def source(self, node: Any) -> Source | None:
         """The source of a placeholder node; None for any other node."""

@@ -8,6 +8,7 @@ from functools import cached_property
 from math import prod
 
 import numpy as np
+import torch
 
 from descompiler.layout.division import Division
 from descompiler.layout.spans import Spans, at, summed
@@ -61,7 +62,7 @@ class IdsIn(Transfer):
     id_bytes: int = 8
 
     def crossed(self) -> Iterator[Crossed]:
-        return (Crossed("ids", e.name, summed(e.widths), 0) for e in self.entries)
+        return (Crossed("ids", e.name, summed(e.widths), 0, None) for e in self.entries)
 
     def sent(self, step: Step) -> Iterator[Sent]:
         widths = by_rank([e.widths for e in self.entries], len(step.rows))
@@ -72,13 +73,15 @@ class IdsIn(Transfer):
 class Exit:
     """A value that leaves the region: ranks send ``[rows, *tail]``, of the tail that ``tails`` has for them.
 
-    ``division`` is that of the sharded dimension ``dim``; None: the ranks' terms are summed.
+    ``division`` is that of the sharded dimension ``dim``; None: the ranks' terms are summed. ``wire_dtype`` is None if
+    it is the model's.
     """
 
     name: str
     tails: Spans[tuple[int, ...]]
     dim: int = 0
     division: Division | None = None
+    wire_dtype: torch.dtype | None = None
 
     def tail_on(self, rank: int) -> tuple[int, ...]:
         """What a row of what ``rank`` sends is like, if it sends anything."""
@@ -108,17 +111,14 @@ class ValuesOut(Transfer):
     exits: tuple[Exit, ...]
 
     def crossed(self) -> Iterator[Crossed]:
-        return (Crossed("values", e.name, summed(e.widths), 0) for e in self.exits)
-
-    def widths(self, ranks: int) -> np.ndarray:
-        """Elements per row that each rank sends."""
-        return by_rank([e.widths for e in self.exits], ranks)
+        return (Crossed("values", e.name, summed(e.widths), 0, e.wire_dtype) for e in self.exits)
 
     def sent(self, step: Step) -> Iterator[Sent]:
-        widths = self.widths(len(step.rows))
-        yield Sent(self.SEND, step.itemsize * widths * step.rest)
+        ranks = len(step.rows)
+        sizes = by_rank([e.widths for e in self.exits], ranks, [step.size_of(e.wire_dtype) for e in self.exits])
+        yield Sent(self.SEND, sizes * step.rest)
         if self.exits:
-            yield Sent(self.BACK, step.itemsize * step.rows * (widths.sum() - widths))
+            yield Sent(self.BACK, step.rows * (sizes.sum() - sizes))
 
 
 @dataclass(frozen=True)
@@ -129,21 +129,26 @@ class SharedColumns(Transfer):
     ----------
     elements : tuple of int
         Of the slice of each co-located weight.
+    wire_dtypes : tuple of (dtype or None)
+        Of each; empty: the model's of all. Those of one dtype are summed together.
     """
 
     kind = "shared columns"
     AVERAGE = Collective("all_reduce (shared columns)", Stage.GRADIENTS_BACK)
 
     elements: tuple[int, ...]
+    wire_dtypes: tuple[torch.dtype | None, ...] = ()
 
     def sent(self, step: Step) -> Iterator[Sent]:
-        yield Sent(self.AVERAGE, sum(self.elements) * step.itemsize)
+        dtypes = self.wire_dtypes or (None,) * len(self.elements)
+        size = sum(n * step.size_of(dtype) for n, dtype in zip(self.elements, dtypes, strict=True))
+        yield Sent(self.AVERAGE, size, len(set(dtypes)))
 
 
-def by_rank(several: list[Spans[int]], ranks: int) -> np.ndarray:
-    """The sums of several values' widths, on each rank."""
+def by_rank(several: list[Spans[int]], ranks: int, sizes: list[int] | None = None) -> np.ndarray:
+    """The sums of several values' widths, on each rank; or of their bytes, with the ``sizes`` of their elements."""
     widths = np.zeros(ranks, dtype=np.int64)
-    for spans in several:
+    for i, spans in enumerate(several):
         for first, stop, width in spans:
-            widths[first:stop] += width
+            widths[first:stop] += width if sizes is None else width * sizes[i]
     return widths

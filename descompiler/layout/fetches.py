@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,11 +29,14 @@ class FetchTable(OfTable):
         Whether gradients of shared rows are gathered by unique row, not all-reduced.
     counted : bool
         Whether its unique ids, which are those of all its fetches together, are counted here: in the first.
+    wire_dtype : torch.dtype or None
+        Of its rows as they cross; None: the model's.
     """
 
     pieces: Pieces
     gathered: bool = False
     counted: bool = True
+    wire_dtype: torch.dtype | None = None
 
     @property
     def kind(self) -> tuple[bool, bool, bool, str, int]:
@@ -147,36 +150,34 @@ class Fetch(Transfer):
         """Tables of which gradients of shared rows are all-reduced."""
         return [t for t, x in enumerate(self.tables) if x.trained and not x.gathered and x.sizes[ALL]]
 
-    @cached_property
-    def reduced_elements(self) -> int:
-        """Elements of that all-reduce; one more for each row of a table with sparse gradients: who looked it up."""
-        return sum(int(x.sizes[ALL]) * (x.dim + x.sparse) for x in map(self.tables.__getitem__, self.reduced_tables))
-
-    def demand(self, unique: Mapping[str, Counts], ranks: int) -> np.ndarray:
-        """Sums over tables, of every rank, ``[5, N]``: ids that are asked for, elements that are served, elements that
-        come back as gradients, ids and elements of gradients that are gathered."""
+    def demand(self, step: Step) -> np.ndarray:
+        """Sums over tables, of every rank, ``[5, N]``: ids that are asked for, bytes that are served, bytes that come
+        back as gradients, ids and bytes of gradients that are gathered."""
         result: Any = [0.0] * 5
         for t in self.tables:
-            x = unique.get(t.name, Counts()) if t.counted else Counts()
-            gathered = x.shared * (t.trained and t.gathered)
-            terms = (x.asked, x.served * t.dim, x.asked * t.dim * t.trained, gathered, gathered * t.dim)
+            x = step.unique.get(t.name, Counts()) if t.counted else Counts()
+            gathered, row = x.shared * (t.trained and t.gathered), t.dim * step.size_of(t.wire_dtype)
+            terms = (x.asked, x.served * row, x.asked * row * t.trained, gathered, gathered * row)
             result = [a + b for a, b in zip(result, terms, strict=True)]
-        return np.stack([np.broadcast_to(x, ranks) for x in result])
+        return np.stack([np.broadcast_to(x, len(step.rows)) for x in result])
 
     def sent(self, step: Step) -> Iterator[Sent]:
-        others, itemsize = step.others, step.itemsize
-        asked, served, asked_trained, gathered_ids, gathered = self.demand(step.unique, len(step.rows))
+        others = step.others
+        asked, served, asked_trained, gathered_ids, gathered = self.demand(step)
         if not self.early:
             yield Sent(self.COUNTS, others * self.COUNTS_BYTES)
         if self.divided:
             yield Sent(self.IDS, _rounded(self.id_bytes * asked))
-            yield Sent(self.ROWS, _rounded(itemsize * served))
-            yield Sent(self.BACK, _rounded(itemsize * asked_trained))
+            yield Sent(self.ROWS, _rounded(served))
+            yield Sent(self.BACK, _rounded(asked_trained))
         if self.gathered_classes:
             yield Sent(self.GATHERED_IDS, _rounded(others * self.id_bytes * gathered_ids))
-            yield Sent(self.GATHERED_BACK, _rounded(others * itemsize * gathered))
+            yield Sent(self.GATHERED_BACK, _rounded(others * gathered))
         if self.reduced_tables:
-            yield Sent(self.SUM_SHARED, self.reduced_elements * itemsize)
+            # one more for each row of a table with sparse gradients: who looked it up
+            reduced = [self.tables[t] for t in self.reduced_tables]
+            size = sum(int(x.sizes[ALL]) * (x.dim + x.sparse) * step.size_of(x.wire_dtype) for x in reduced)
+            yield Sent(self.SUM_SHARED, size, len({x.wire_dtype for x in reduced}))
 
     @cached_property
     def id_bytes(self) -> int:

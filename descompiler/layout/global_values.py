@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
+import torch
 
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.traffic import Collective, Stage
@@ -152,6 +153,8 @@ class NormOutside(Transfer):
     Attributes
     ----------
     channels : int
+    wire_dtype : torch.dtype or None
+        Of what is normalised; None: the model's.
     """
 
     kind = "batch norm"
@@ -159,10 +162,12 @@ class NormOutside(Transfer):
     BACK = Collective("all_reduce (batch norm, backward)", Stage.GRADIENTS_BACK)
 
     channels: int
+    wire_dtype: torch.dtype | None = None
 
     def sent(self, step: Step) -> Iterator[Sent]:
-        yield Sent(self.GATHER, (2 * self.channels + 1) * step.itemsize)
-        yield Sent(self.BACK, 2 * self.channels * step.itemsize)
+        itemsize = step.size_of(self.wire_dtype)
+        yield Sent(self.GATHER, (2 * self.channels + 1) * itemsize)
+        yield Sent(self.BACK, 2 * self.channels * itemsize)
 
 
 @dataclass(frozen=True)
@@ -173,16 +178,19 @@ class NormsInside(Transfer):
     ----------
     channels : tuple of tuple of int
         Of each batch norm, by rank.
+    wire_dtypes : tuple of (dtype or None)
+        Of each one's statistics; empty: the model's of all.
     """
 
     kind = "running statistics"
     SEND = Collective("all_to_all (running statistics)", Stage.VALUES_OUT)
 
     channels: tuple[tuple[int, ...], ...]
+    wire_dtypes: tuple[torch.dtype | None, ...] = ()
 
     def sent(self, step: Step) -> Iterator[Sent]:
-        own = np.sum(self.channels, axis=0)
-        yield Sent(self.SEND, step.others * 2 * own * step.itemsize)
+        sizes = [step.size_of(dtype) for dtype in self.wire_dtypes or (None,) * len(self.channels)]
+        yield Sent(self.SEND, step.others * 2 * (np.array(sizes) @ np.array(self.channels)))
 
 
 @dataclass(frozen=True)
@@ -193,11 +201,14 @@ class Whole:
     ----------
     backward : bool
         Whether it gets a gradient.
+    wire_dtype : torch.dtype or None
+        None: the model's.
     """
 
     name: str
     pieces: Pieces
     backward: bool = True
+    wire_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -212,12 +223,11 @@ class WholeTables(Transfer):
 
     @cached_property
     def elements(self) -> np.ndarray:
-        """Elements that each rank owns."""
-        result: np.ndarray = np.sum([t.pieces.elements for t in self.tables], axis=0)
-        return result
+        """Elements of each table that each rank owns, ``[T, N]``."""
+        return np.stack([t.pieces.elements for t in self.tables])
 
     def sent(self, step: Step) -> Iterator[Sent]:
-        own = self.elements
-        yield Sent(self.GATHER, own * step.itemsize)
+        own = np.array([step.size_of(t.wire_dtype) for t in self.tables]) @ self.elements
+        yield Sent(self.GATHER, own)
         if any(t.backward for t in self.tables):
-            yield Sent(self.BACK, (own.sum() - own) * step.itemsize)
+            yield Sent(self.BACK, own.sum() - own)

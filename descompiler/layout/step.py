@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from descompiler.layout.traffic import Collective, Stage
 from descompiler.layout.transfer import Sent, Step, Transfer
 
@@ -73,13 +75,16 @@ class DenseGradients(Transfer):
     Attributes
     ----------
     elements : int
-        Of all replicated parameters that are trained.
+        Of all replicated parameters that are trained, and are of the model's dtype.
+    others : tuple of (dtype, int)
+        Elements of those that are of another, by dtype.
     """
 
     kind = "dense gradients"
     AVERAGE = Collective("all_reduce (dense gradients)", Stage.END_OF_BACKWARD)
 
     elements: int
+    others: tuple[tuple[torch.dtype, int], ...] = ()
 
     def sent(self, step: Step) -> Iterator[Sent]:
-        yield Sent(self.AVERAGE, self.elements * step.itemsize)
+        yield Sent(self.AVERAGE, sum(n * step.size_of(dtype) for dtype, n in ((None, self.elements), *self.others)))

@@ -6,6 +6,10 @@ which rank has what (`descompiler.layout.placement`), before it and then. Its co
 what makes them takes their names from there, and `descompiler.runtime.carriers` has it by kind.
 
 A rank's bytes are counted for all ranks at once, as arrays ``[N]``: those that send alike are found by them.
+
+Each value crosses in its own dtype. Where several of different ones share a message, it is one of bytes; a sum is made
+once for each. A ``wire_dtype`` says which it is if it is another than the model's, the one that holds the numbers of
+all parameters: a model of one dtype may be cast, and what crosses is cast with it.
 """
 
 from __future__ import annotations
@@ -19,8 +23,10 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import sympy
+import torch
 
 from descompiler.cost_models.exchange import IDS_IN, OUTPUTS, VALUES_OUT_AND_BACK
+from descompiler.cost_models.symbols import s
 from descompiler.layout.traffic import Collective
 
 
@@ -55,7 +61,7 @@ class Step:
     rows : ndarray
         Of each rank, ``[N]``.
     itemsize : int
-        Bytes of an element.
+        Bytes of an element of the model's dtype.
     unique : mapping of str to Counts
         Unique ids, by table.
     """
@@ -78,6 +84,10 @@ class Step:
     def others(self) -> int:
         """Ranks but one."""
         return len(self.rows) - 1
+
+    def size_of(self, wire_dtype: torch.dtype | None) -> int:
+        """Bytes of an element that crosses in a dtype; None: in the model's."""
+        return self.itemsize if wire_dtype is None else wire_dtype.itemsize
 
 
 class Sent(NamedTuple):
@@ -109,17 +119,21 @@ class Crossed:
         Ids, or elements, per row of the batch, over all ranks that receive, or send, them.
     ids : int
         Ids per row of the batch that a product sends, besides the elements.
+    wire_dtype : torch.dtype or None
+        Of its elements; None: the model's.
     """
 
     kind: str
     value: str
     width: int
     ids: int
+    wire_dtype: torch.dtype | None
 
     @property
     def formula(self) -> sympy.Expr:
         """Bytes per rank and step, the mean over ranks."""
-        return {"ids": IDS_IN, "values": VALUES_OUT_AND_BACK, "product": OUTPUTS}[self.kind]
+        formula = {"ids": IDS_IN, "values": VALUES_OUT_AND_BACK, "product": OUTPUTS}[self.kind]
+        return formula if self.wire_dtype is None else formula.subs(s, self.wire_dtype.itemsize)
 
     @property
     def symbols(self) -> dict[str, int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from descompiler.layout.division import Division
 from descompiler.layout.traffic import Collective, Stage
@@ -37,6 +38,8 @@ class Vocabulary(Transfer):
         Whether anything that is trained needs gradients of the results.
     backward_x : bool
         Whether x needs gradients.
+    wire_dtype : torch.dtype or None
+        Of x and the results; None: the model's.
     """
 
     kind = "product"
@@ -55,6 +58,7 @@ class Vocabulary(Transfer):
     id_bytes: int = 4
     backward: bool = True
     backward_x: bool = True
+    wire_dtype: torch.dtype | None = None
 
     @cached_property
     def owners(self) -> tuple[int, ...]:
@@ -108,16 +112,17 @@ class Vocabulary(Transfer):
 
     def sent(self, step: Step) -> Iterator[Sent]:
         mine, rest = self.per_row * step.rows, self.per_row * step.rest
+        itemsize = step.size_of(self.wire_dtype)
         own, width, ids_width = np.zeros((3, len(step.rows)), dtype=np.int64)
         for r in self.owners:
             own[r], width[r], ids_width[r] = 1, self.width(r), self.ids_width(r)
         others = len(self.owners) - own
-        yield Sent(self.ROWS, mine * others * (self.dim * step.itemsize + self.selected * self.id_bytes))
-        yield Sent(self.PARTIAL, rest * (width * step.itemsize + ids_width * self.id_bytes))
+        yield Sent(self.ROWS, mine * others * (self.dim * itemsize + self.selected * self.id_bytes))
+        yield Sent(self.PARTIAL, rest * (width * itemsize + ids_width * self.id_bytes))
         if self.backward:
-            yield Sent(self.GRADIENTS, mine * step.itemsize * (self.total_width - width))
+            yield Sent(self.GRADIENTS, mine * itemsize * (self.total_width - width))
             if self.backward_x:
-                yield Sent(self.TERMS, own * rest * self.dim * step.itemsize)
+                yield Sent(self.TERMS, own * rest * self.dim * itemsize)
 
     def crossed(self) -> Iterator[Crossed]:
-        yield Crossed("product", self.name, self.elements, self.ids)
+        yield Crossed("product", self.name, self.elements, self.ids, self.wire_dtype)

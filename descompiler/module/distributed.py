@@ -75,7 +75,7 @@ class DistributedModule(nn.Module):
         self._reducer: Reducer | None = None
         self._reducer_key: Any = None
         parts.fill(self)
-        runtime.wire_dtype = widest(self.parameters())
+        runtime.wire_dtype, self._dtypes = widest(self.parameters()), self._dtypes_now()
         self._attributes = AttributeWatch(host) if self._in_place and host is not None else None
         self._gradients = GradientSync(runtime, in_part=not self.predicts_traffic)
         self._exchange = PieceExchange(self._gradients)
@@ -121,10 +121,9 @@ class DistributedModule(nn.Module):
             changes = self._changes()  # of what the program is known to read by now
             runtime.call = self._call_of(changes).with_sizes(self._given.sizes)
             runtime.layout, runtime.checks, runtime.accepts = emitted.layout, emitted.checks, emitted.accepts
-            runtime.device, dtype = next(self.parameters()).device, widest(self.parameters())
-            if dtype != runtime.wire_dtype:  # it was cast: other bytes cross
-                runtime.wire_dtype = dtype
-                object.__setattr__(self, "plan", replace(self.plan, itemsize=dtype.itemsize))
+            runtime.device = next(self.parameters()).device
+            if (dtypes := self._dtypes_now()) != self._dtypes:
+                self._cast(dtypes, emitted)
             reduced = grad and runtime.ranks > 1 and emitted.layout.of(DenseGradients) and not self._in_place
             if reduced and (reducer := self._reducer_now()) is not None:
                 reducer.begin()
@@ -147,6 +146,19 @@ class DistributedModule(nn.Module):
         outputs = self._noticing(self._finishing(outputs) if self._in_place else outputs)
         emitted.signature.update(args, kwargs, outputs)
         return emitted.signature.unflatten(outputs)
+
+    def _dtypes_now(self) -> tuple[torch.dtype, ...]:
+        """Of the parameters that may be trained."""
+        return tuple(p.dtype for p in self.parameters() if differentiable(p))
+
+    def _cast(self, dtypes: tuple[torch.dtype, ...], emitted: Emitted) -> None:
+        """The parameters are of other dtypes now: other bytes cross, and the plan says so."""
+        dtype, plan = widest(self.parameters()), self.plan
+        several = max(len(set(x)) for x in (dtypes, self._dtypes)) > 1
+        # of one dtype, all that crosses was cast; of several, the graph that was captured anew knows what is of which
+        layout, labels = (emitted.layout, emitted.labels) if several else (plan.layout, plan.labels)
+        self._runtime.wire_dtype, self._dtypes = dtype, dtypes
+        object.__setattr__(self, "plan", replace(plan, itemsize=dtype.itemsize, layout=layout, labels=labels))
 
     def _call_of(self, changes: Sequence[tuple[Place, Any]]) -> Call:
         """Which program this forward runs."""
@@ -347,7 +359,7 @@ class DistributedModule(nn.Module):
         buffers = {n: b.clone() for n, b in self.named_buffers(remove_duplicate=False)}
         parts = Parts(self, self.plan, self._runtime.anew(), values, buffers, self._coverage)
         result = DistributedModule(parts, self._signature, self._program_for, self._forward_for)
-        result._frozen = self._frozen
+        result._frozen, result._dtypes = self._frozen, self._dtypes
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -92,7 +92,3 @@ def shaped(results: list[Tensor], shape: torch.Size, kinds: Sequence[tuple[str, 
 def outputs_of(kind: str) -> int:
     """How many results a request has."""
     return 2 if kind in ("max", "top") else 1
-
-
-def bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
+
+import torch
 
 from descompiler.classify.scope import (
     GLOBAL,
@@ -19,7 +21,8 @@ from descompiler.classify.scope import (
 )
 from descompiler.graph.arguments import training_norm
 from descompiler.graph.leaf import Leaf
-from descompiler.graph.nodes import tail
+from descompiler.graph.nodes import tail, value
+from descompiler.graph.program import Program
 from descompiler.graph.rewrite import ancestors
 from descompiler.layout.border import Columns, Entry, IdsIn, SharedColumns, ValuesOut
 from descompiler.layout.fetches import Fetch, FetchTable
@@ -52,15 +55,16 @@ def layout_of(partition: Partition) -> Layout:
         backward = any(isinstance(n.target, Leaf) and scope_of(n).grad for n in nodes)
         transfers.append(LeafStatus(_leaf_runs(p), backward))
     norms = [norm for n in nodes if n in own and (norm := training_norm(n)) is not None]
-    transfers += [NormOutside(tail(norm.x)[0]) for norm in norms]
+    transfers += [NormOutside(tail(norm.x)[0], p.program.wire_dtype(norm.dtype)) for norm in norms]
     transfers += layouts_of(p.program, p.products, p.splits)
     totals = [t for t in p.totals.values() if t.node.users]
-    transfers += [*coupled, *total_exchanges(totals, lambda n: scope_of(n).grad)]
+    transfers += [*coupled, *total_exchanges(p.program, totals, lambda n: scope_of(n).grad)]
     behind = parameters_behind(p.program)
     if len(set(filter(None, behind))) > 1:
         transfers.append(UsedOutputs(len(behind)))
     if dense := _dense_elements(p):
-        transfers.append(DenseGradients(dense))
+        others = tuple((dtype, n) for dtype, n in dense.items() if dtype is not None)
+        transfers.append(DenseGradients(dense.get(None, 0), others))
     return Layout(p.ranks, tuple(transfers), id_bytes)
 
 
@@ -72,12 +76,21 @@ def _border(p: Partition, id_bytes: int) -> list[Transfer]:
         entries.append(Entry(ids.name, tail(ids), union(columns, _together)))
     if entries:
         result.append(IdsIn(tuple(entries), id_bytes))
-        result.append(ValuesOut(tuple(exit_of(n, p.candidates.placed[n].placement) for n in p.exits)))
+        result.append(ValuesOut(tuple(exit_of(p.program, n, p.candidates.placed[n].placement) for n in p.exits)))
     if p.norms:
-        result.append(NormsInside(tuple(tuple(map(len, p.channels(norm))) for norm in p.norms)))
-    if shared := p.shared_weights.values():
-        result.append(SharedColumns(tuple(prod(x.shape) // x.shape[x.dim] * x.shared_size() for x in shared)))
+        channels = tuple(tuple(map(len, p.channels(norm))) for norm in p.norms)
+        statistics = (value(norm.statistics[0]).dtype for norm in p.norms)
+        result.append(NormsInside(channels, _dtypes(p, statistics)))
+    if shared := p.shared_weights:
+        elements = tuple(prod(x.shape) // x.shape[x.dim] * x.shared_size() for x in shared.values())
+        result.append(SharedColumns(elements, _dtypes(p, (p.program.parameters[n].dtype for n in shared))))
     return result
+
+
+def _dtypes(p: Partition, several: Iterable[torch.dtype]) -> tuple[torch.dtype | None, ...]:
+    """In which dtypes several values cross; empty: all in the model's."""
+    found = tuple(map(p.program.wire_dtype, several))
+    return found if any(found) else ()
 
 
 def _together(wanted: list[Columns]) -> Columns:
@@ -88,7 +101,7 @@ def _together(wanted: list[Columns]) -> Columns:
 def _whole(p: Partition, name: str) -> Whole:
     """A table that ranks gather."""
     trained = p.program.parameters[name].requires_grad and any(scope_of(u).grad for u in p.wholes[name].users)
-    return Whole(name, p.splits[name].pieces, trained)
+    return Whole(name, p.splits[name].pieces, trained, p.program.wire_dtype(p.program.parameters[name].dtype))
 
 
 def _fetches(p: Partition) -> tuple[Fetch, ...]:
@@ -96,19 +109,24 @@ def _fetches(p: Partition) -> tuple[Fetch, ...]:
     early, late = p.fetched
     result, counted = [], set[str]()
     for group in [*([early] if early else []), *([u] for u in late)]:
-        result.append(_fetch(group, p.splits, counted, group is early))
+        result.append(_fetch(p.program, group, p.splits, counted, group is early))
         counted.update(o.name for o, _ in group)
     return tuple(result)
 
 
 def _fetch(
-    lookups: Sequence[tuple[Operator, Lookup]], splits: Mapping[str, Split], counted: Collection[str], early: bool
+    program: Program,
+    lookups: Sequence[tuple[Operator, Lookup]],
+    splits: Mapping[str, Split],
+    counted: Collection[str],
+    early: bool,
 ) -> Fetch:
     """One fetch of some lookups; unique ids of the tables ``counted`` are counted by one before it."""
     tables: dict[str, FetchTable] = {}
     for o, _ in lookups:
         split = splits[o.name]
-        tables[o.name] = FetchTable(o.table, split.pieces, split.gathered, o.name not in counted)
+        wire_dtype = program.wire_dtype(o.dtype)
+        tables[o.name] = FetchTable(o.table, split.pieces, split.gathered, o.name not in counted, wire_dtype)
     ordered = sorted(tables.values(), key=lambda t: t.kind)
     position = {t.name: i for i, t in enumerate(ordered)}
     return Fetch(
@@ -120,11 +138,16 @@ def _fetch(
     )
 
 
-def _dense_elements(p: Partition) -> int:
-    """Of parameters whose gradients the reducer averages: replicated, trained, and not gathered."""
+def _dense_elements(p: Partition) -> dict[torch.dtype | None, int]:
+    """By dtype, of parameters whose gradients the reducer averages: replicated, trained, and not gathered."""
     gathered = {name for name, s in p.splits.items() if s.gathered}
     trained = trained_parameters(p.program) - gathered
-    return sum(x.numel() for n, x in p.program.parameters.items() if n in trained and p.pieces[n].is_replicated)
+    result: dict[torch.dtype | None, int] = {}
+    for n, x in p.program.parameters.items():
+        if n in trained and p.pieces[n].is_replicated:
+            wire_dtype = p.program.wire_dtype(x.dtype)
+            result[wire_dtype] = result.get(wire_dtype, 0) + x.numel()
+    return result
 
 
 def _leaf_runs(p: Partition) -> int:

@@ -2,7 +2,8 @@
 
 In version 2 a layout had a field for each kind of what crosses; since version 3 it has one list of transfers, of which
 one had another name at first, and tables had fewer numbers. Who has which part of a dimension was written in three
-ways; since version 4 it is in one. Forms had other names in some files of version 2 (`descompiler.tables.aliases`); who
+ways; since version 4 it is in one. Until then everything crossed in the model's dtype; since version 5 a transfer says
+so if it is another. Forms had other names in some files of version 2 (`descompiler.tables.aliases`); who
 edits a file may still write these.
 """
 
@@ -17,7 +18,7 @@ from descompiler.layout.division import Division
 from descompiler.planning.json import encode
 from descompiler.tables.aliases import current_name
 
-VERSION = 4
+VERSION = 5
 """Of the plan files that are written."""
 
 DTYPES = {2: "float16", 4: "float32", 8: "float64"}
@@ -38,7 +39,9 @@ def as_of_now(data: dict[str, Any]) -> dict[str, Any]:
     if data["version"] == 3:
         data = _with_numbers(data)
         divided = {name: _divided(data[name]) for name in ("splits", "pieces", "layout")}
-        data = {**data, "version": VERSION, **divided}
+        data = {**data, "version": 4, **divided}
+    if data["version"] == 4:
+        data = {**data, "version": VERSION}
     return _in_current_names(data) if data["version"] == VERSION else data
 
 

@@ -85,7 +85,7 @@ def choose(
         splits=dict(partition.splits),
         pieces=dict(partition.pieces),
         layout=best.layout,
-        labels=_labels(partition, best.layout),
+        labels=labels_of(partition, best.layout),
         price_bytes=best.score.price_bytes,
         prices=prices,
         fingerprint=fingerprint(program),
@@ -167,7 +167,7 @@ def _table(o: Operator) -> PlannedTable:
     return PlannedTable(o.table, tuple(uses), dict(o.refusals), tuple(map(str, o.outputs)), whole)
 
 
-def _labels(partition: Partition, layout: Layout) -> list[Label]:
+def labels_of(partition: Partition, layout: Layout) -> list[Label]:
     """Of what crosses: what it is, where, and the tables that it comes from or goes to."""
     program, operators = partition.program, partition.operators
     sources: dict[fx.Node, set[str]] = {x.node: {o.name} for o in operators for x in o.lookups}

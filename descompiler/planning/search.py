@@ -10,6 +10,7 @@ counted, nothing timed: the same inputs give the same plan anywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -119,8 +120,14 @@ class Search:
                 readers[ids] = readers.get(ids, 0) + 1
         return {o.name: {f: self._cost(o, f, readers) for f in self.allowed[o.name]} for o in self.operators}
 
+    @cached_property
+    def least(self) -> Weights:
+        """What no plan weighs less than: every element is as narrow as the narrowest that may cross."""
+        sizes = [self.w.itemsize, *(dtype.itemsize for dtype in self.program.other_dtypes())]
+        return replace(self.w, itemsize=min(sizes))
+
     def _cost(self, o: Operator, form: str, readers: Mapping[fx.Node, int]) -> FormCost:
-        w = self.w
+        w = self.least
         split = self.objective.split(o, form, w.ranks, self.objective.choice(o, form))
         if any(split.placement(o, x) is not None for x in o.lookups):
             sent = 0.0
@@ -145,7 +152,7 @@ class Search:
 
     @cached_property
     def relaxation(self) -> Relaxation:
-        w, program = self.w, self.program
+        w, program = self.least, self.program
         tables = {o.name for o in self.operators}
         tables |= {str(program.parameter(x.bias)) for o in self.operators for x in o.outputs}  # cut with their tables
         dense = sum(program.parameters[n].numel() for n in trained_parameters(program) - tables)

@@ -118,10 +118,11 @@ def crossings(plan: Chosen, only: str | None = None) -> Sheet:
     groups: dict[Any, list[Crossing]] = {}
     for c in plan.crossings:
         if only is None or only in c.tables:
-            key = (c.kind, re.sub(r"_\d+$", "", c.name), c.placement, without_index(pattern_of(c.tables)), c.line)
+            name, tables = re.sub(r"_\d+$", "", c.name), without_index(pattern_of(c.tables))
+            key = (c.kind, name, c.placement, tables, c.line, c.wire_dtype)
             groups.setdefault(key, []).append(c)
     rows: list[tuple[Any, ...]] = []
-    for (kind, name, placement, _, line), group in groups.items():
+    for (kind, name, placement, _, line, _), group in groups.items():
         symbols = {x: sum(c.symbols[x] for c in group) for x in group[0].symbols}
         size = plan.bytes_of(group[0].formula, **symbols)
         title = f"{name}  (× {len(group)})" if len(group) > 1 else name

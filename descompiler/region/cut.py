@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 import networkx as nx
+import torch
 from torch import fx
 
 from descompiler.cost_models.operators import extra_flops, linear_flops
@@ -50,7 +51,7 @@ SHAPED = frozenset(
 
 @dataclass(frozen=True)
 class Weights:
-    """What the cut weighs: rows per rank, bytes per element, and work that is worth a byte.
+    """What the cut weighs: rows per rank, bytes per element of the model's dtype, and work that is worth a byte.
 
     Attributes
     ----------
@@ -66,6 +67,10 @@ class Weights:
     itemsize: int = 4
     flops_per_byte: float = 40.0
     backward: bool = True
+
+    def size_of(self, wire_dtype: torch.dtype | None) -> int:
+        """Bytes of an element that crosses in a dtype; None: in the model's."""
+        return self.itemsize if wire_dtype is None else wire_dtype.itemsize
 
     def worth(self, flops_per_byte: float | None) -> Weights:
         """With the work that is worth a byte on a cluster, if it is known."""
@@ -104,17 +109,17 @@ class Cut:
     exits: tuple[fx.Node, ...] = field(default=())
 
 
-def exit_of(node: fx.Node, placement: Region) -> Exit:
+def exit_of(program: Program, node: fx.Node, placement: Region) -> Exit:
     """What a node sends when it leaves the region."""
-    whole = tail(node)
+    whole, wire_dtype = tail(node), program.wire_dtype(value(node).dtype)
     if not isinstance(placement, Shard):
-        return Exit(node.name, alike(ranks_of(placement), whole))
+        return Exit(node.name, alike(ranks_of(placement), whole), wire_dtype=wire_dtype)
     before, behind = whole[: placement.dim - 1], whole[placement.dim :]
     tails = spans_of((r, (*before, placement.width(r), *behind)) for r in placement.ranks)
-    return Exit(node.name, tails, placement.dim, placement.division)
+    return Exit(node.name, tails, placement.dim, placement.division, wire_dtype)
 
 
-def exit_bytes(node: fx.Node, placement: Region, w: Weights) -> int:
+def exit_bytes(program: Program, node: fx.Node, placement: Region, w: Weights) -> int:
     """Bytes over all ranks that a node takes to leave the region, and its gradient to come back."""
     elements = prod(tail(node))
     if isinstance(placement, Shard):
@@ -122,7 +127,8 @@ def exit_bytes(node: fx.Node, placement: Region, w: Weights) -> int:
         sent = elements // size * (size - placement.width(LOCAL))
     else:
         sent = elements * len(ranks_of(placement))
-    return (2 if w.backward else 1) * sent * (w.ranks - 1) * w.rows * w.itemsize
+    itemsize = w.size_of(program.wire_dtype(value(node).dtype))
+    return (2 if w.backward else 1) * sent * (w.ranks - 1) * w.rows * itemsize
 
 
 def saved_bytes(program: Program, node: fx.Node, answer: Placed, w: Weights) -> int:
@@ -132,19 +138,21 @@ def saved_bytes(program: Program, node: fx.Node, answer: Placed, w: Weights) -> 
         if program.parameters[name].requires_grad:
             size = pieces.shape[pieces.dim] if pieces.shape else 1
             own = prod(pieces.shape) // max(size, 1) * (size - pieces.shared_size())
-            saved += 2 * (w.ranks - 1) * own * w.itemsize
-    return (saved if w.backward else 0) + _saved_by_norm(node, w)
+            saved += 2 * (w.ranks - 1) * own * w.size_of(program.wire_dtype(program.parameters[name].dtype))
+    return (saved if w.backward else 0) + _saved_by_norm(program, node, w)
 
 
-def _saved_by_norm(node: fx.Node, w: Weights) -> int:
+def _saved_by_norm(program: Program, node: fx.Node, w: Weights) -> int:
     """Of a batch norm: means, variances and counts of all ranks, and sums back, less running statistics that move."""
     norm = training_norm(node)
     if norm is None:
         return 0
     channels = tail(node)[0]
     outside = w.ranks * (2 * channels + 1) + (4 * channels if w.backward else 0)
-    inside = 0 if norm.statistics[0] is None else 2 * channels
-    return (w.ranks - 1) * (outside - inside) * w.itemsize
+    saved = outside * w.size_of(program.wire_dtype(norm.dtype))
+    if norm.statistics[0] is not None:
+        saved -= 2 * channels * w.size_of(program.wire_dtype(value(norm.statistics[0]).dtype))
+    return (w.ranks - 1) * saved
 
 
 def product_flops(node: fx.Node, rows: int) -> int:
@@ -210,7 +218,7 @@ def cut_graph(
         if v in candidates.confined:
             graph.add_edge(v, out, purpose="leaves")
         else:
-            graph.add_edge(v, out, purpose="leaves", capacity=exit_bytes(v, answer.placement, w))
+            graph.add_edge(v, out, purpose="leaves", capacity=exit_bytes(program, v, answer.placement, w))
         for u in v.users:
             graph.add_edge(out, u if u in candidates.placed else flow.SINK, purpose="used")
             if u in candidates.placed:

@@ -19,6 +19,7 @@ from descompiler.runtime.agreement import Agreement
 from descompiler.runtime.backward import differentiable_once
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.collectives import Pending
+from descompiler.runtime.messages import message_dtype, packed, size_in, unpacked
 
 
 @dataclass
@@ -32,7 +33,10 @@ class Handle:
 
 @carries(ValuesOut)
 class ExitStart(torch.autograd.Function):
-    """``covers``: the ranks whose rows are in each value, one after another."""
+    """``covers``: the ranks whose rows are in each value, one after another. Values have the dtypes that they cross in.
+
+    What it returns has no numbers: it is for the order, and `ExitWait` has what arrives.
+    """
 
     @staticmethod
     def forward(
@@ -47,19 +51,19 @@ class ExitStart(torch.autograd.Function):
         ctx.runtime, ctx.handle, ctx.rows, ctx.covers = runtime, handle, list(runtime.rows), covers
         ctx.shapes = [(v.shape[1:], v.dtype) for v in values]
         ctx.anchor = anchor
-        dtype = runtime.wire_dtype
+        dtypes = [runtime.dtype_of(e.wire_dtype) for e in out.exits]
+        dtype = message_dtype(dtypes) if dtypes else runtime.wire_dtype
         chunks: list[list[Tensor]] = [[] for _ in ctx.rows]
         for v, ranks in zip(values, covers, strict=True):
-            for r, part in zip(ranks, torch.split(v.to(dtype), [ctx.rows[r] for r in ranks]), strict=True):
+            for r, part in zip(ranks, torch.split(v, [ctx.rows[r] for r in ranks]), strict=True):
                 chunks[r].append(part.reshape(-1))
-        every = [c for of_rank in chunks for c in of_rank]
-        send = torch.cat(every) if every else torch.empty(0, dtype=dtype, device=runtime.device)
+        send = packed([c for of_rank in chunks for c in of_rank], dtype, runtime.device)
         mine = ctx.rows[runtime.rank]
-        received = [mine * sum(e.width(r) for e in out.exits) for r in range(runtime.ranks)]
-        ctx.received, ctx.sent = received, [sum(c.numel() for c in of_rank) for of_rank in chunks]
-        handle.forward = runtime.exchange(send, ctx.sent, received, out.SEND)
-        handle.sizes = (ctx.received, ctx.sent)
-        return handle.forward.out.detach()  # another tensor: what ctx holds must not have ctx in its history
+        received = [mine * size_in(dtype, (e.width(r) for e in out.exits), dtypes) for r in range(runtime.ranks)]
+        sent = [size_in(dtype, (c.numel() for c in of_rank), (c.dtype for c in of_rank)) for of_rank in chunks]
+        handle.forward = runtime.exchange(send, sent, received, out.SEND)
+        handle.sizes = received, sent
+        return anchor.new_zeros(())
 
     @staticmethod
     @differentiable_once("lookups in tables that ranks hold in part")
@@ -67,36 +71,61 @@ class ExitStart(torch.autograd.Function):
         buffer = ctx.handle.backward.wait()
         shapes, pieces = ctx.shapes, [list[Tensor]() for _ in ctx.shapes]
         here = [(i, r) for r in range(len(ctx.rows)) for i, ranks in enumerate(ctx.covers) if r in ranks]
-        parts = torch.split(buffer, [ctx.rows[r] * shapes[i][0].numel() for i, r in here])
+        counts = [ctx.rows[r] * shapes[i][0].numel() for i, r in here]
+        parts = unpacked(buffer, counts, [shapes[i][1] for i, _ in here])
         for (i, r), part in zip(here, parts, strict=True):
             pieces[i].append(part.reshape(ctx.rows[r], *shapes[i][0]))
         # Gradients are averaged over ranks; what the region's owner receives is the sum.
-        result = [torch.cat(p).div_(ctx.runtime.ranks).to(dtype) for p, (_, dtype) in zip(pieces, shapes, strict=True)]
+        result = [torch.cat(p).div_(ctx.runtime.ranks) for p in pieces]
         return None, None, None, None, torch.zeros_like(ctx.anchor), *result
 
 
 @carries(ValuesOut)
 class ExitWait(torch.autograd.Function):
+    """What arrives, ``counts`` elements of some ``dtypes``: those of each dtype, one after another, by dtype."""
+
     @staticmethod
-    def forward(ctx: Any, runtime: Agreement, handle: Handle, rows: list[int], buffer: Tensor) -> Tensor:
-        ctx.runtime, ctx.handle = runtime, handle
+    def forward(
+        ctx: Any,
+        runtime: Agreement,
+        handle: Handle,
+        counts: Sequence[int],
+        dtypes: Sequence[torch.dtype],
+        started: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.runtime, ctx.handle, ctx.counts, ctx.dtypes = runtime, handle, counts, dtypes
+        ctx.started = started.new_zeros(())
         assert handle.forward is not None
-        handle.forward.wait()
-        return buffer.view_as(buffer)
+        arrived = handle.forward.wait()
+        if len(kinds := list(dict.fromkeys(dtypes))) < 2:
+            return (arrived.detach(),)  # another tensor: what ctx holds must not have ctx in its history
+        parts = unpacked(arrived, counts, dtypes)
+        return tuple(torch.cat([p for p in parts if p.dtype == kind]) for kind in kinds)
 
     @staticmethod
     @differentiable_once("lookups in tables that ranks hold in part")
     def backward(ctx: Any, *grads: Any) -> Any:
-        (grad,) = grads
+        flat = grads[0].contiguous()
+        if len(grads) > 1:
+            flat = packed(apart(grads, ctx.counts, ctx.dtypes), message_dtype(ctx.dtypes), flat.device)
         received, sent = ctx.handle.sizes
         # the transposed exchange: what was received is sent back
-        ctx.handle.backward = ctx.runtime.exchange(grad.contiguous(), received, sent, ValuesOut.BACK)
-        return None, None, None, grad
+        ctx.handle.backward = ctx.runtime.exchange(flat, received, sent, ValuesOut.BACK)
+        return None, None, None, None, ctx.started
+
+
+def apart(buffers: Sequence[Tensor], counts: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Flat values of ``counts`` elements, in order, from those of each of their dtypes, one after another."""
+    every = list(zip(counts, dtypes, strict=True))
+    queues = {b.dtype: iter(b.split([n for n, dtype in every if dtype == b.dtype])) for b in buffers} if every else {}
+    return [next(queues[dtype]) for dtype in dtypes]
 
 
 def put_together(e: Exit, parts: dict[int, Tensor]) -> Tensor:
     if e.division is None:
         ordered = [parts[r] for r in sorted(parts)]
+        if ordered[0].element_size() == 2:  # a sum of so few bits is rounded once, as in one process
+            return torch.stack(ordered).sum(0)
         return functools.reduce(torch.add, ordered)
     ranges = e.division.pairs
     if len(parts) == 1 and all(owner in parts for _, owner in ranges):
@@ -122,7 +151,7 @@ class Anchor(torch.autograd.Function):
 
 @carries(SharedColumns)
 class ReduceShared(torch.autograd.Function):
-    """Identity; in backward one all-reduce of all slices' gradients.
+    """Identity; in backward an all-reduce of all slices' gradients of each dtype.
 
     The anchor that it returns feeds the exchange, so that on every rank the exchange's backward comes first: the order
     of collectives has to be the same everywhere.
@@ -138,8 +167,10 @@ class ReduceShared(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         runtime = ctx.runtime
         anchor, *rest = grads
-        flat = torch.cat([g.reshape(-1) for g in rest])
-        runtime.all_reduce(SharedColumns.AVERAGE, flat)
-        flat /= runtime.ranks
-        parts = torch.split(flat, [g.numel() for g in rest])
+        sums = []
+        for dtype in dict.fromkeys(g.dtype for g in rest):
+            flat = torch.cat([g.reshape(-1) for g in rest if g.dtype == dtype])
+            runtime.all_reduce(SharedColumns.AVERAGE, flat)
+            sums.append(flat.div_(runtime.ranks))
+        parts = apart(sums, [g.numel() for g in rest], [g.dtype for g in rest])
         return None, anchor, *(p.reshape(g.shape) for p, g in zip(parts, rest, strict=True))

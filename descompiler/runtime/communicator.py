@@ -26,6 +26,8 @@ class Communicator:
     ----------
     traffic : Traffic
         What the latest step has sent.
+    wire_dtype : torch.dtype
+        The model's: the one that holds the numbers of all parameters.
     clock : Clock, optional
         Set while `descompiler.audit` runs.
     """
@@ -39,6 +41,10 @@ class Communicator:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     clock: Clock | None = None
     channels: Channels | None = None
+
+    def dtype_of(self, wire_dtype: torch.dtype | None) -> torch.dtype:
+        """The dtype in which something crosses, as layouts say it."""
+        return self.wire_dtype if wire_dtype is None else wire_dtype
 
     def collective(self, name: str, sent_bytes: int | Fraction, call: Callable[[], T]) -> T:
         """Make a collective, ``call()``: count it, and time it under a clock."""

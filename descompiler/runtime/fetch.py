@@ -33,7 +33,7 @@ from descompiler.ops.local import bag, lookup
 from descompiler.runtime.agreement import Message
 from descompiler.runtime.backward import differentiable_once
 from descompiler.runtime.carriers import carries
-from descompiler.runtime.fetching import Fetching, collected, dealt, prepare
+from descompiler.runtime.fetching import Fetching, collected, dealt, message_sizes, prepare
 from descompiler.runtime.runtime import Runtime
 from descompiler.runtime.shared_rows import (
     gathered_gradients,
@@ -100,8 +100,8 @@ def fetch_rows(runtime: Runtime, fetching: Fetching, *weights: Tensor) -> list[A
 
 def fetch_wait(runtime: Runtime, started: list[Any]) -> list[Tensor]:
     """The rows ``[U_c, dim]`` of each class."""
-    fetching, buffer, *shared = started
-    return list(_FetchWait.apply(runtime, fetching, buffer, *shared))
+    fetching, *shared = started
+    return list(_FetchWait.apply(runtime, fetching, *shared))
 
 
 def take(fetching: Fetching, rows: list[Tensor], index: int, mode: str | None = None) -> Tensor:
@@ -158,13 +158,6 @@ def _read(weights: Sequence[Tensor], keys: Tensor, bounds: Tensor, moves: Sequen
     return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
 
 
-def _wire_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    dtype = tensors[0].dtype
-    for t in tensors:
-        dtype = torch.promote_types(dtype, t.dtype)
-    return dtype
-
-
 @carries(Fetch)
 class _FetchRows(torch.autograd.Function):
     """Pieces of tables -> the rows that were asked of this rank, under way to who asked; and the shared rows, by class.
@@ -196,12 +189,11 @@ class _FetchRows(torch.autograd.Function):
             shared.append(_read(mine, fetching.shared_keys[c], space.shared[bounds], sizes))
         ctx.runtime, ctx.fetching = runtime, fetching
         ctx.weights = [w.detach() for w in weights]
+        fetching.dtypes = [x.dtype for x in owned]
         if fetch.divided:
-            buffer, sent = dealt(owned, fetching.served, _wire_dtype(weights))
-            sizes = [sum(n * d for n, d in zip(row, fetch.dims, strict=True)) for row in fetching.asked]
-            fetching.answering = runtime.exchange(buffer, sent, sizes, Fetch.ROWS)
-            return fetching.answering.out.detach(), *shared  # ctx must not hold what has ctx in its history
-        return shared[0].new_empty(0), *shared
+            sent, sizes = (message_sizes(fetching, x) for x in (fetching.served, fetching.asked))
+            fetching.answering = runtime.exchange(dealt(fetching, owned, fetching.served), sent, sizes, Fetch.ROWS)
+        return tuple(shared)
 
     @staticmethod
     @differentiable_once("lookups in tables that ranks hold in part")
@@ -253,38 +245,37 @@ class _FetchWait(torch.autograd.Function):
     """Rows under way, and shared rows -> the rows of each class. Backward: their gradients are under way."""
 
     @staticmethod
-    def forward(ctx: Any, runtime: Runtime, fetching: Fetching, buffer: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, runtime: Runtime, fetching: Fetching, *shared: Tensor) -> tuple[Tensor, ...]:
         fetch = fetching.fetch
         result = []
         if fetching.answering is not None:
             arrived = fetching.answering.wait()
-            for own, parts in zip(shared, collected(arrived, fetching.asked, fetch.dims), strict=True):
-                result.append(torch.cat([own, *(p.to(own.dtype) for p in parts)]))
+            for own, parts in zip(shared, collected(fetching, arrived, fetching.asked), strict=True):
+                result.append(torch.cat([own, *parts]))
         else:
             result = [x.view_as(x) for x in shared]
-        ctx.runtime, ctx.fetching, ctx.dtype = runtime, fetching, buffer.dtype
-        ctx.like = [x.new_zeros(()) for x in (buffer, *shared)], [x.shape for x in (buffer, *shared)]
+        ctx.runtime, ctx.fetching = runtime, fetching
+        ctx.like = [x.new_zeros(()) for x in shared], [x.shape for x in shared]
         ctx.mark_non_differentiable(*(x for x, t in zip(result, fetch.trained, strict=True) if not t))
         return tuple(result)
 
     @staticmethod
     @differentiable_once("lookups in tables that ranks hold in part")
     def backward(ctx: Any, *grads: Any) -> Any:
-        runtime, fetching, dtype = ctx.runtime, ctx.fetching, ctx.dtype
+        runtime, fetching = ctx.runtime, ctx.fetching
         fetch = fetching.fetch
         own = [g[: len(k)] for g, k in zip(grads, fetching.shared_keys, strict=True)]
         if fetch.divided:
             asked, served = (_counts_of_trained(fetch, x) for x in (fetching.asked, fetching.served))
             others = [g[len(k) :] for g, k in zip(grads, fetching.shared_keys, strict=True)]
             others = [g if t else g[:0] for g, t in zip(others, fetch.trained, strict=True)]
-            buffer, sent = dealt(others, asked, dtype)
-            sizes = [sum(n * d for n, d in zip(row, fetch.dims, strict=True)) for row in served]
-            fetching.returning = runtime.exchange(buffer, sent, sizes, Fetch.BACK)
+            sent, sizes = (message_sizes(fetching, x) for x in (asked, served))
+            fetching.returning = runtime.exchange(dealt(fetching, others, asked), sent, sizes, Fetch.BACK)
         if fetch.gathered_classes:
-            fetching.gathering = start_gathering(runtime, fetching, own, dtype)
+            fetching.gathering = start_gathering(runtime, fetching, own)
         if fetch.reduced_tables:
-            fetching.reducing = start_reducing(runtime, fetching, own, dtype)
-        # what the pieces get is in the exchanges: the gradients of the buffers themselves are only for the order
+            fetching.reducing = start_reducing(runtime, fetching, own)
+        # what the pieces get is in the exchanges: the gradients of the shared rows are only for the order
         return None, None, *(z.expand(shape) for z, shape in zip(*ctx.like, strict=True))
 
 
@@ -296,9 +287,8 @@ def _arrived(fetching: Fetching) -> list[Tensor]:
     """Gradients of the rows that this rank owns, by class, in the order of `Fetching.served_keys`."""
     if fetching.returning is None:
         return []
-    buffer = fetching.returning.wait()
     served = _counts_of_trained(fetching.fetch, fetching.served)
-    return [torch.cat(parts) for parts in collected(buffer, served, fetching.fetch.dims)]
+    return [torch.cat(parts) for parts in collected(fetching, fetching.returning.wait(), served)]
 
 
 def _record(runtime: Runtime, fetching: Fetching, served: Tensor) -> None:

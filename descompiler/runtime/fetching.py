@@ -16,6 +16,7 @@ from descompiler.layout.fetches import Fetch
 from descompiler.layout.keys import KeySpace
 from descompiler.runtime.agreement import Message
 from descompiler.runtime.collectives import Pending
+from descompiler.runtime.messages import message_dtype, packed, size_in, unpacked
 
 
 @dataclass
@@ -44,12 +45,13 @@ class Fetching:
     gathered_counts: list[int] = field(default_factory=list)
     served: list[list[int]] = field(default_factory=list)
     served_keys: list[Tensor] = field(default_factory=list)  # by class, in order of rank, key
+    dtypes: list[torch.dtype] = field(default_factory=list)  # of the rows of each class
     asking: Pending | None = None  # keys
     answering: Pending | None = None  # rows
     returning: Pending | None = None  # gradients of rows
     telling: Pending | None = None  # shared keys of the other ranks
     gathering: Gathering | None = None
-    reducing: tuple[Pending, Tensor] | None = None  # gradients of shared rows
+    reducing: list[tuple[Pending, Tensor]] = field(default_factory=list)  # gradients of shared rows, by dtype
 
     def hear(self, told: Sequence[Message]) -> None:
         """Take in what each rank will ask of this one, and send to it."""
@@ -123,17 +125,24 @@ def _padding(fetch: Fetch, space: KeySpace, unique: Tensor, place: Tensor) -> li
     return result
 
 
-def dealt(values: Sequence[Tensor], counts: Sequence[Sequence[int]], dtype: torch.dtype) -> tuple[Tensor, list[int]]:
-    """Rows of each class, in order of rank, as one flat buffer in order of rank and class; and its sizes by rank."""
-    parts = [torch.split(v.to(dtype), [row[c] for row in counts]) for c, v in enumerate(values)]
-    chunks = [p[r].reshape(-1) for r in range(len(counts)) for p in parts]
-    sizes = [sum(p[r].numel() for p in parts) for r in range(len(counts))]
-    return torch.cat(chunks), sizes
+def message_sizes(fetching: Fetching, counts: Sequence[Sequence[int]]) -> list[int]:
+    """Elements of each rank's part of a message, of ``[rank][class]`` rows."""
+    dims, dtypes = fetching.fetch.dims, fetching.dtypes
+    return [size_in(message_dtype(dtypes), (n * d for n, d in zip(row, dims, strict=True)), dtypes) for row in counts]
 
 
-def collected(buffer: Tensor, counts: Sequence[Sequence[int]], dims: Sequence[int]) -> list[list[Tensor]]:
+def dealt(fetching: Fetching, values: Sequence[Tensor], counts: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of each class, in order of rank, as one message in order of rank and class."""
+    parts = [torch.split(v, [row[c] for row in counts]) for c, v in enumerate(values)]
+    chunks = [p[r] for r in range(len(counts)) for p in parts]
+    return packed(chunks, message_dtype(fetching.dtypes), values[0].device)
+
+
+def collected(fetching: Fetching, message: Tensor, counts: Sequence[Sequence[int]]) -> list[list[Tensor]]:
     """The inverse of `dealt`: by class, the rows ``[n, dim]`` of each rank."""
-    parts = iter(torch.split(buffer, [n * d for row in counts for n, d in zip(row, dims, strict=True)]))
+    dims = fetching.fetch.dims
+    sizes = [n * d for row in counts for n, d in zip(row, dims, strict=True)]
+    parts = iter(unpacked(message, sizes, fetching.dtypes * len(counts)))
     result: list[list[Tensor]] = [[] for _ in dims]
     for row in counts:
         for c, (n, d) in enumerate(zip(row, dims, strict=True)):

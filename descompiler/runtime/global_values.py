@@ -26,10 +26,11 @@ from descompiler.layout.global_values import (
     WholeTables,
 )
 from descompiler.layout.rows import Rows
-from descompiler.ops.local import differentiable
+from descompiler.ops.local import differentiable, widest
 from descompiler.runtime.agreement import Agreement
 from descompiler.runtime.backward import differentiable_once
 from descompiler.runtime.carriers import carries
+from descompiler.runtime.messages import message_dtype, packed, size_in, unpacked
 
 
 @carries(GatherRows)
@@ -156,32 +157,34 @@ class GatherTables(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, runtime: Agreement, whole: WholeTables, *pieces: Tensor) -> tuple[Tensor, ...]:
-        ranks, dtype = runtime.ranks, runtime.wire_dtype
+        ranks, wholes = runtime.ranks, whole.tables
         ctx.runtime, ctx.whole, ctx.dtypes = runtime, whole, [p.dtype for p in pieces]
-        wholes, sizes = whole.tables, whole.elements.tolist()
-        flat = torch.cat([p.reshape(-1).to(dtype) for p in pieces])
-        every = runtime.gather_uneven(whole.GATHER, flat, sizes)
-        parts = torch.split(every, [t.pieces.numel(r) for r in range(ranks) for t in wholes])
+        dtype, counts = message_dtype(ctx.dtypes), [[t.pieces.numel(r) for t in wholes] for r in range(ranks)]
+        flat = packed(pieces, dtype, runtime.device)
+        every = runtime.gather_uneven(whole.GATHER, flat, [size_in(dtype, c, ctx.dtypes) for c in counts])
+        parts = unpacked(every, [n for c in counts for n in c], ctx.dtypes * ranks)
         result = []
-        for i, (t, p) in enumerate(zip(wholes, pieces, strict=True)):
+        for i, t in enumerate(wholes):
             shapes = [t.pieces.piece_shape(r) for r in range(ranks)]
             mine = [x.reshape(s) for x, s in zip(parts[i :: len(wholes)], shapes, strict=True)]
-            result.append(t.pieces.join(mine).to(p.dtype))
+            result.append(t.pieces.join(mine))
         return tuple(result)
 
     @staticmethod
     @differentiable_once("a table that ranks hold in part and use whole")
     def backward(ctx: Any, *grads: Any) -> Any:
-        runtime, wholes, sizes = ctx.runtime, ctx.whole.tables, ctx.whole.elements.tolist()
-        ranks, mine = runtime.ranks, sizes[runtime.rank]
+        runtime, wholes, dtypes, dtype = ctx.runtime, ctx.whole.tables, ctx.dtypes, message_dtype(ctx.dtypes)
+        ranks, rank = runtime.ranks, runtime.rank
+        counts = [[t.pieces.numel(r) for t in wholes] for r in range(ranks)]
+        sizes = [size_in(dtype, c, dtypes) for c in counts]
         chunks = [t.pieces.cut(g, r).reshape(-1) for r in range(ranks) for t, g in zip(wholes, grads, strict=True)]
-        send = torch.cat([c.to(runtime.wire_dtype) for c in chunks])
-        received = runtime.exchange(send, sizes, [mine] * ranks, ctx.whole.BACK).wait()
-        total = received.reshape(ranks, mine).sum(0) / ranks
-        parts = total.split([t.pieces.numel(runtime.rank) for t in wholes])
-        shapes = [t.pieces.piece_shape(runtime.rank) for t in wholes]
-        every = zip(parts, shapes, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
-        return None, None, *(p.reshape(s).to(d) if wanted else None for p, s, d, wanted in every)
+        send = packed(chunks, dtype, runtime.device)
+        received = runtime.exchange(send, sizes, [sizes[rank]] * ranks, ctx.whole.BACK).wait()
+        parts = unpacked(received, counts[rank] * ranks, dtypes * ranks)
+        totals = (torch.stack(parts[i :: len(wholes)]).sum(0) / ranks for i in range(len(wholes)))
+        shapes = [t.pieces.piece_shape(rank) for t in wholes]
+        every = zip(totals, shapes, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(p.reshape(s) if wanted else None for p, s, wanted in every)
 
 
 @carries(NormOutside)
@@ -200,6 +203,9 @@ class SyncBatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
+        # one of few bits has weights and statistics of more, which it is normalised with: `BatchNormCall.dtype`
+        given, operands = x, (x, weight, bias, running_mean, running_var)
+        x = x.to(widest(a for a in operands if a is not None))
         dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         channels = x.shape[1]
@@ -217,15 +223,16 @@ class SyncBatchNorm(torch.autograd.Function):
             for running, now in ((running_mean, mean), (running_var, m2 / (total - 1))):  # of no rows there are none
                 running.copy_(torch.where(total > 0, running * (1 - momentum) + momentum * now, running))
         ctx.runtime, ctx.dims, ctx.shape, ctx.eps = runtime, dims, shape, eps
-        ctx.save_for_backward(x, mean, scale, weight, total)
+        ctx.save_for_backward(given, mean, scale, weight, total)
         normal = (x - mean.reshape(shape)) * scale.reshape(shape)
         out = normal if weight is None else normal * weight.reshape(shape)
-        return out if bias is None else out + bias.reshape(shape)
+        return (out if bias is None else out + bias.reshape(shape)).to(given.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,), runtime, shape = grads, ctx.runtime, ctx.shape
-        x, mean, scale, weight, total = ctx.saved_tensors
+        given, mean, scale, weight, total = ctx.saved_tensors
+        x, grad = given.to(mean.dtype), grad.to(mean.dtype)
         if torch.is_grad_enabled():  # it will be differentiated: the statistics are made of x
             mean = _sum_of_all(runtime, NormOutside.GATHER, x.sum(ctx.dims)) / total
             m2 = ((x - mean.reshape(shape)) ** 2).sum(ctx.dims)
@@ -237,5 +244,6 @@ class SyncBatchNorm(torch.autograd.Function):
         grad_x = grad - (sum_grad.reshape(shape) + normal * sum_product.reshape(shape)) / total
         grad_x = grad_x * scale.reshape(shape)
         if weight is None:
-            return None, grad_x, None, None, None, None, None, None
-        return None, grad_x * weight.reshape(shape), grad_weight, grad_bias, None, None, None, None
+            return None, grad_x.to(given.dtype), None, None, None, None, None, None
+        grad_x = grad_x * weight.reshape(shape)
+        return None, grad_x.to(given.dtype), grad_weight, grad_bias, None, None, None, None

@@ -24,7 +24,7 @@ from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows
 from descompiler.runtime.agreement import Agreement
 from descompiler.runtime.backward import Asked
-from descompiler.runtime.border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, put_together
+from descompiler.runtime.border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, apart, put_together
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.draws import Draws
 from descompiler.runtime.global_values import (
@@ -38,6 +38,7 @@ from descompiler.runtime.global_values import (
     Together,
 )
 from descompiler.runtime.loss_scale import LossScale
+from descompiler.runtime.messages import message_dtype, packed, size_in, unpacked
 from descompiler.runtime.vocabulary import vocabulary_on_ranks
 
 
@@ -165,23 +166,25 @@ class Runtime(Agreement):
         """
         handle = Handle()
         present: list[tuple[Sequence[int], Tensor]] = []
-        for v in values:
+        (transfer,) = self.layout.of(ValuesOut)
+        for e, v in zip(transfer.exits, values, strict=True):
+            dtype = self.dtype_of(e.wire_dtype)
             if isinstance(v, Tensor):
-                present.append((range(self.ranks), v))
+                present.append((range(self.ranks), v.to(dtype)))
             elif v is not None:
                 assert self.regions is not None
-                present.extend(zip(self.regions.groups, v, strict=True))
-        (transfer,) = self.layout.of(ValuesOut)
+                present.extend(zip(self.regions.groups, (x.to(dtype) for x in v), strict=True))
         covers = [ranks for ranks, _ in present]
         return [handle, ExitStart.apply(self, transfer, handle, covers, anchor, *(v for _, v in present))]
 
     def exit_wait(self, started: list[Any]) -> list[Tensor]:
         """The values for this rank's own rows: summed, or put together (`LOCAL` ranges left out)."""
-        handle, buffer = started
-        buffer = ExitWait.apply(self, handle, list(self.rows), buffer)
+        handle, token = started
         mine, exits = self.rows[self.rank], self.layout.exits
         senders = [(i, r) for r in range(self.ranks) for i, e in enumerate(exits) if e.width(r)]
-        parts = torch.split(buffer, [mine * exits[i].width(r) for i, r in senders])
+        counts = [mine * exits[i].width(r) for i, r in senders]
+        dtypes = [self.dtype_of(exits[i].wire_dtype) for i, _ in senders]
+        parts = apart(ExitWait.apply(self, handle, counts, dtypes, token), counts, dtypes)
         by_exit: list[dict[int, Tensor]] = [{} for _ in exits]
         for (i, r), p in zip(senders, parts, strict=True):
             by_exit[i][r] = p.reshape(mine, *exits[i].tail_on(r))
@@ -257,11 +260,14 @@ class Runtime(Agreement):
     ) -> None:
         """Send each running statistic from the rank that has moved it to all; ``channels`` of each norm, by rank."""
         n = self.ranks
-        own = torch.cat([b[c[self.rank]] for pair, c in zip(buffers, channels, strict=True) for b in pair])
-        sizes = [2 * sum(len(c[r]) for c in channels) for r in range(n)]
+        pairs = [(b, c) for pair, c in zip(buffers, channels, strict=True) for b in pair]
+        dtypes = [b.dtype for b, _ in pairs]
+        dtype = message_dtype(dtypes)
+        own = packed([b[c[self.rank]] for b, c in pairs], dtype, self.device)
+        sizes = [size_in(dtype, (len(c[r]) for _, c in pairs), dtypes) for r in range(n)]
         every = self.exchange(own.repeat(n), [own.numel()] * n, sizes, NormsInside.SEND).wait()
-        places = [(b, c[r]) for r in range(n) for pair, c in zip(buffers, channels, strict=True) for b in pair]
-        for (b, mine), values in zip(places, torch.split(every, [len(m) for _, m in places]), strict=True):
+        places = [(b, c[r]) for r in range(n) for b, c in pairs]
+        for (b, mine), values in zip(places, unpacked(every, [len(m) for _, m in places], dtypes * n), strict=True):
             b[mine] = values
 
     # ---- values that mix the rows of the batch: every rank computes them, from the global batch

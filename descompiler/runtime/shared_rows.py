@@ -13,7 +13,8 @@ from descompiler.layout.pieces import ALL
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.collectives import Pending
 from descompiler.runtime.communicator import Communicator
-from descompiler.runtime.fetching import Fetching, Gathering, collected
+from descompiler.runtime.fetching import Fetching, Gathering, collected, message_sizes
+from descompiler.runtime.messages import message_dtype, packed
 
 
 def to_all(runtime: Communicator, mine: Tensor, counts: Sequence[int], name: str) -> Pending:
@@ -27,7 +28,7 @@ def to_all(runtime: Communicator, mine: Tensor, counts: Sequence[int], name: str
 
 
 @carries(Fetch)
-def start_gathering(runtime: Communicator, fetching: Fetching, own: list[Tensor], dtype: torch.dtype) -> Gathering:
+def start_gathering(runtime: Communicator, fetching: Fetching, own: list[Tensor]) -> Gathering:
     """Send every rank the gradients of the shared rows that this one looked up."""
     fetch, rank = fetching.fetch, runtime.rank
     assert fetching.telling is not None
@@ -40,9 +41,9 @@ def start_gathering(runtime: Communicator, fetching: Fetching, own: list[Tensor]
         counts.append([b - a for a, b in itertools.pairwise(ends)])
         keys.append(torch.split(part, counts[-1]))
     keys[rank] = tuple(fetching.shared_keys)
-    values = torch.cat([own[c].to(dtype).reshape(-1) for c in fetch.gathered_classes])
-    elements = [sum(n * d for n, d in zip(row, fetch.dims, strict=True)) for row in counts]
-    return Gathering(to_all(runtime, values, elements, Fetch.GATHERED_BACK), counts, keys, own)
+    values = packed([own[c] for c in fetch.gathered_classes], message_dtype(fetching.dtypes), received.device)
+    sizes = message_sizes(fetching, counts)
+    return Gathering(to_all(runtime, values, sizes, Fetch.GATHERED_BACK), counts, keys, own)
 
 
 def gathered_gradients(runtime: Communicator, fetching: Fetching) -> dict[int, tuple[Tensor, Tensor]]:
@@ -53,48 +54,44 @@ def gathered_gradients(runtime: Communicator, fetching: Fetching) -> dict[int, t
     g = fetching.gathering
     if g is None:
         return {}
-    buffer = g.values.wait()
-    parts = collected(buffer, g.counts, fetching.fetch.dims)
+    parts = collected(fetching, g.values.wait(), g.counts)
     result = {}
     for c in fetching.fetch.gathered_classes:
-        parts[c][runtime.rank] = g.own[c].to(buffer.dtype)
+        parts[c][runtime.rank] = g.own[c]
         result[c] = torch.cat([k[c] for k in g.keys]), torch.cat(parts[c])
     return result
 
 
 @carries(Fetch)
-def start_reducing(
-    runtime: Communicator, fetching: Fetching, own: Sequence[Tensor], dtype: torch.dtype
-) -> tuple[Pending, Tensor]:
+def start_reducing(runtime: Communicator, fetching: Fetching, own: Sequence[Tensor]) -> list[tuple[Pending, Tensor]]:
     """Sum dense gradients of shared rows over ranks; a table with sparse gradients adds who looked a row up."""
     fetch, shared = fetching.fetch, fetching.space.shared
-    parts = []
+    parts: dict[torch.dtype, list[Tensor]] = {}
     for c, members in enumerate(fetch.classes):
         if any(t in fetch.reduced_tables for t in members):
-            keys, values = fetching.shared_keys[c] - shared[members.start], own[c].to(dtype)
+            keys, values = fetching.shared_keys[c] - shared[members.start], own[c]
             if fetch.tables[members.start].sparse:
                 values = torch.cat([values, values.new_ones((len(values), 1))], 1)
             rows = sum(int(fetch.tables[t].sizes[ALL]) for t in members)
-            parts.append(values.new_zeros((rows, values.shape[1])).index_add_(0, keys, values).reshape(-1))
-    flat = torch.cat(parts)
-    return runtime.all_reduce_start(Fetch.SUM_SHARED, flat), flat
+            terms = values.new_zeros((rows, values.shape[1])).index_add_(0, keys, values)
+            parts.setdefault(values.dtype, []).append(terms.reshape(-1))
+    sums = [torch.cat(of_dtype) for of_dtype in parts.values()]
+    return [(runtime.all_reduce_start(Fetch.SUM_SHARED, flat), flat) for flat in sums]
 
 
 def reduced_gradients(fetching: Fetching) -> dict[int, tuple[Tensor, Tensor]]:
     """By table, shared rows and their gradients, summed over ranks."""
-    if fetching.reducing is None:
-        return {}
-    work, flat = fetching.reducing
-    work.wait()
-    fetch = fetching.fetch
-    sizes = [int(fetch.tables[t].sizes[ALL]) for t in fetch.reduced_tables]
-    widths = [fetch.tables[t].dim + fetch.tables[t].sparse for t in fetch.reduced_tables]
-    parts = torch.split(flat, [n * w for n, w in zip(sizes, widths, strict=True)])
-    result = {}
-    for t, n, w, part in zip(fetch.reduced_tables, sizes, widths, parts, strict=True):
-        values, rows = part.reshape(n, w), torch.arange(n, device=flat.device)
-        if fetch.tables[t].sparse:
-            rows = rows[values[:, -1] > 0]
-            values = values[rows, :-1]
-        result[t] = rows, values
+    fetch, result = fetching.fetch, {}
+    for work, flat in fetching.reducing:
+        work.wait()
+        tables = [t for t in fetch.reduced_tables if fetching.dtypes[fetch.class_of[t]] == flat.dtype]
+        sizes = [int(fetch.tables[t].sizes[ALL]) for t in tables]
+        widths = [fetch.tables[t].dim + fetch.tables[t].sparse for t in tables]
+        parts = torch.split(flat, [n * w for n, w in zip(sizes, widths, strict=True)])
+        for t, n, w, part in zip(tables, sizes, widths, parts, strict=True):
+            values, rows = part.reshape(n, w), torch.arange(n, device=flat.device)
+            if fetch.tables[t].sparse:
+                rows = rows[values[:, -1] > 0]
+                values = values[rows, :-1]
+            result[t] = rows, values
     return result

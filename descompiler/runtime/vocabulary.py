@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 
 from descompiler.layout.vocabulary import Vocabulary
-from descompiler.ops.vocabulary import bytes_of, partial_of, shaped
+from descompiler.ops.vocabulary import partial_of, shaped
 from descompiler.runtime.backward import differentiable_once
 from descompiler.runtime.carriers import carries
+from descompiler.runtime.messages import bytes_of
 
 KEPT_ELEMENTS = 1 << 24
 """Logits (of the global batch, on one rank) that are kept for backward; more are computed again, in chunks of this."""
@@ -116,21 +117,21 @@ class _Exchange(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        rank, wire_dtype = runtime.rank, runtime.wire_dtype
+        rank = runtime.rank
         owns, mine = rank in spec.owners, counts[rank]
-        sent = [x.to(wire_dtype)] + ([] if ids is None else [ids])
+        sent = [x] + ([] if ids is None else [ids])
         outgoing: list[Sequence[Tensor]] = [sent if r in spec.owners else () for r in range(runtime.ranks)]
-        like = [(x.new_empty(0, dtype=wire_dtype), spec.dim)] + ([] if ids is None else [(ids, ids.shape[1])])
+        like = [(x.new_empty(0), spec.dim)] + ([] if ids is None else [(ids, ids.shape[1])])
         incoming = [[(t, (n, w)) for t, w in like] if owns else [] for n in counts]
         arrived = _exchange(runtime, outgoing, incoming, spec.ROWS)
         id_dtype = torch.int32 if spec.id_bytes == 4 else torch.int64
         back: list[Sequence[Tensor]] = [()] * runtime.ranks
         if owns:
-            whole_x = torch.cat([a[0] for a in arrived]).to(x.dtype)
+            whole_x = torch.cat([a[0] for a in arrived])
             whole_ids = [] if ids is None else [i.long() for i in _split_ids(spec, torch.cat([a[1] for a in arrived]))]
             ctx.slice = _Slice(spec, rank, whole_x, weight, bias, whole_ids)
             values, best = ctx.slice.forward(any(ctx.needs_input_grad))
-            pieces = zip(values.to(wire_dtype).split(counts), best.to(id_dtype).split(counts), strict=True)
+            pieces = zip(values.to(x.dtype).split(counts), best.to(id_dtype).split(counts), strict=True)
             back = [list(p) for p in pieces]
         empty_ids = torch.empty(0, dtype=id_dtype, device=x.device)
         incoming = [
@@ -138,10 +139,10 @@ class _Exchange(torch.autograd.Function):
             for r in range(runtime.ranks)
         ]
         parts = _exchange(runtime, back, incoming, spec.PARTIAL)
-        values = torch.cat([parts[r][0].reshape(-1) for r in spec.owners]).to(x.dtype)
+        values = torch.cat([parts[r][0].reshape(-1) for r in spec.owners])
         best = torch.cat([parts[r][1].reshape(-1) for r in spec.owners])
         ctx.runtime, ctx.spec, ctx.counts, ctx.owns = runtime, spec, counts, owns
-        ctx.like = (x.dtype, weight, bias)
+        ctx.like = (weight, bias)
         ctx.mark_non_differentiable(best)
         return values, best
 
@@ -149,9 +150,9 @@ class _Exchange(torch.autograd.Function):
     @differentiable_once("a product with a table that ranks hold in part")
     def backward(ctx: Any, *grads: Any) -> Any:
         runtime, spec, counts, rank = ctx.runtime, ctx.spec, ctx.counts, ctx.runtime.rank
-        (dtype, weight, bias), mine = ctx.like, counts[rank]
-        empty = torch.empty(0, dtype=runtime.wire_dtype, device=grads[0].device)
-        parts = grads[0].to(runtime.wire_dtype).split([mine * spec.width(r) for r in spec.owners])
+        (weight, bias), mine = ctx.like, counts[rank]
+        empty = grads[0].new_empty(0)
+        parts = grads[0].split([mine * spec.width(r) for r in spec.owners])
         outgoing: list[Sequence[Tensor]] = [()] * runtime.ranks
         for r, p in zip(spec.owners, parts, strict=True):
             outgoing[r] = [p]
@@ -162,19 +163,19 @@ class _Exchange(torch.autograd.Function):
         back: list[Sequence[Tensor]] = [()] * runtime.ranks
         if ctx.owns:
             wanted = ctx.needs_input_grad[4:7]
-            gradient = torch.cat([a[0] for a in arrived]).to(dtype)
+            gradient = torch.cat([a[0] for a in arrived])
             terms, found_weight, found_bias = ctx.slice.backward(gradient, wanted)
             if found_weight is not None:
                 grad_weight = found_weight.div_(runtime.ranks)
             if found_bias is not None:
                 grad_bias = found_bias.div_(runtime.ranks)
             if terms is not None:
-                back = [[t] for t in terms.to(runtime.wire_dtype).split(counts)]
+                back = [[t] for t in terms.split(counts)]
         grad_x = None
         if ctx.needs_input_grad[4]:
             incoming = [[(empty, (mine, spec.dim))] if r in spec.owners else [] for r in range(runtime.ranks)]
             terms_of = _exchange(runtime, back, incoming, spec.TERMS)
-            grad_x = torch.stack([terms_of[r][0] for r in spec.owners]).sum(0).to(dtype)
+            grad_x = torch.stack([terms_of[r][0] for r in spec.owners]).sum(0)
         return None, None, None, None, grad_x, grad_weight, grad_bias
 
 

@@ -12,7 +12,7 @@ from math import prod
 import sympy
 from torch import fx
 
-from descompiler.graph.nodes import aten, shape_of, user_line
+from descompiler.graph.nodes import aten, shape_of, user_line, value
 from descompiler.graph.program import Program
 from descompiler.layout.division import Division
 from descompiler.layout.id_checks import Check
@@ -53,6 +53,7 @@ def layouts_of(
                 id_bytes=4 if o.rows < 1 << 31 else 8,
                 backward=backward_x or o.trained or x.bias in trained,
                 backward_x=backward_x,
+                wire_dtype=program.wire_dtype(value(x.x).dtype),
             )
         )
     return tuple(result)

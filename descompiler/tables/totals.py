@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import fx
 
-from descompiler.graph.nodes import aten, shape_of, signature
+from descompiler.graph.nodes import aten, shape_of, signature, value
 from descompiler.graph.program import Program
 from descompiler.layout.global_values import GlobalValue, TableTotal
 from descompiler.layout.pieces import Pieces
@@ -122,9 +122,14 @@ def uses(totals: Sequence[Total]) -> set[fx.Node]:
     return {n for t in totals for n in (*t.steps, t.node)}
 
 
-def exchanges(totals: Sequence[Total], received: Callable[[fx.Node], bool]) -> tuple[TableTotal, ...]:
+def exchanges(program: Program, totals: Sequence[Total], received: Callable[[fx.Node], bool]) -> tuple[TableTotal, ...]:
     """What totals of divided tables send; ``received`` says which of them get a gradient."""
-    return tuple(TableTotal((GlobalValue(t.node.name),), received(t.node)) for t in totals)
+
+    def of(node: fx.Node) -> GlobalValue:
+        dtype = program.wire_dtype(value(node).dtype)
+        return GlobalValue(node.name, itemsize=None if dtype is None else dtype.itemsize)
+
+    return tuple(TableTotal((of(t.node),), received(t.node)) for t in totals)
 
 
 def emit_total(graph: fx.Graph, runtime: fx.Node, total: Total, weight: fx.Node, pieces: Pieces, rank: int) -> fx.Node:
