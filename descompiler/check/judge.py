@@ -61,7 +61,7 @@ class Report:
     growth: float = 1.0  # the original's largest weight after the steps, in units of the largest before (1 at least)
     tried: set[str] = field(default_factory=set)  # trials of `thorough`, those of the next two too
     refused: dict[str, str] = field(default_factory=dict)  # trials that the module refuses by name, and its words
-    left_out: set[str] = field(default_factory=set)  # trials that the original itself raises on, or is not finite in
+    left_out: set[str] = field(default_factory=set)  # trials that the original raises on, or is not finite in
 
     def see(self, what: str, error: float) -> None:
         self.worst[what] = max(self.worst.get(what, 0.0), error)
@@ -86,7 +86,11 @@ class Report:
         text += f"; moved by rounding the original's weights: {moved}" if moved else ""
         if self.tried:
             text += f"; {len(self.tried) - len(self.left_out)} trials"
-            text += f", {len(self.left_out)} left out, where the original has no result" if self.left_out else ""
+            text += (
+                f", {len(self.left_out)} left out, where the original has no finite result or gradients"
+                if self.left_out
+                else ""
+            )
         text += "".join(f"; refused in the trial {name!r}: {words}" for name, words in sorted(self.refused.items()))
         if self.growth > DIVERGED:
             text += f"; the original's training diverges, its weights grow {self.growth:.0e} times: a weak proof"

@@ -131,6 +131,8 @@ class Trials:
             again = OriginalStep(before, trial.inputs, total, objective, self.method, latest)
             if all(p.grad is None or bool(p.grad.to_dense().isfinite().all()) for p in reference.parameters()):
                 judge.gradients(again, strict=True)
+            else:
+                self.report.left_out.add(trial.name)  # of the outputs alone it was a trial
         if trial.optimised:
             for o in self._optimizers:
                 o.step()

@@ -252,7 +252,7 @@ def decides_for_others(run: Run, reproduces: Reproduces, rows: int) -> str:
     Returns
     -------
     str
-        By what, with the user's file and line.
+        By what, with the user's file and line where they are known.
     """
     index, half = torch.arange(rows), rows // 2
     seen = Decisions(rows)
@@ -262,8 +262,8 @@ def decides_for_others(run: Run, reproduces: Reproduces, rows: int) -> str:
         seen = Decisions()
         try:
             whole = run(index, seen)
-        except Exception:  # it does not run where functions are watched
-            return ""
+        except Exception:  # it does not run where functions are watched: nothing is known of what it reads
+            return "what is not known"
     for size in sorted(seen.sizes):
         if not _by_size(run, reproduces, size + 1, rows):
             return "the number of rows"

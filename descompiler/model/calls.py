@@ -164,8 +164,7 @@ class Signature:
             spec = flatten((args, kwargs))[1]
             raise InputError(
                 f"forward was compiled for inputs nested as {call_text(self.inputs)}, and was called as "
-                f"{call_text(spec)}: {error}; "
-                "call it as in example_inputs"
+                f"{call_text(spec)}: {error}; call it as in example_inputs"
             ) from error
         leaves, spec = flatten(call)
         tensors, statics = split_statics(leaves)
