@@ -32,8 +32,8 @@ TRAININGS: list[Training | None] = [
     Training("sum", pads=True),
     Training("row_mean", pads=True),
 ]
-"""None: as `des.verify` does. Ranks' own lengths are not drawn for tables with sparse gradients: those were seen to become
-dense in such a step, and in one with a penalty too (seed 1035); why is not known."""
+"""None: as `des.verify` does. Ranks' own lengths are not drawn for tables with sparse gradients: those were seen to
+become dense in such a step, and in one with a penalty too (seed 1035); why is not known."""
 
 NOT_PADDED, UNUSUAL_NOT_PADDED = ([c for c in sorted(known) if not of_history(c)] for known in (CONSUMERS, UNUSUAL))
 
