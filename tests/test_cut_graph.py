@@ -19,7 +19,7 @@ from descompiler.planning.objective import Terms
 from descompiler.planning.pins import allowed_forms
 from descompiler.planning.search import Search
 from descompiler.region.cut import Weights
-from descompiler.region.flow import SINK, SOLVERS, SOURCE, solve
+from descompiler.region.flow import SINK, SOLVERS, SOURCE, reduced, solve
 from examples.models import CTR_MODELS, MODELS
 from tests.harness.models import IDS, Branch
 
@@ -37,11 +37,9 @@ def crossing(graph, side):
     return [d for a, b, d in graph.edges(data=True) if a in side and b not in side]
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_solvers_agree_on_random_graphs(data):
-    """On the capacity, on the largest side of the source, and that no cut is finite; large capacities too."""
-    nodes = [SOURCE, SINK, *range(data.draw(st.integers(1, 6)))]
+def random_graph(data, most):
+    """Few capacities, so that several cuts are the least; large ones too; some edges are unlimited."""
+    nodes = [SOURCE, SINK, *range(data.draw(st.integers(1, most)))]
     graph = nx.DiGraph()
     graph.add_nodes_from(data.draw(st.permutations(nodes)))
     for a, b in itertools.permutations(nodes, 2):
@@ -50,6 +48,39 @@ def test_solvers_agree_on_random_graphs(data):
             graph.add_edge(a, b)
         elif capacity != "none":
             graph.add_edge(a, b, capacity=capacity)
+    return graph, nodes
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_reduced_graph_has_the_same_cuts(data):
+    """Between the nodes that are kept, also when these get edges that the reduction knew nothing of."""
+    graph, nodes = random_graph(data, 7)
+    kept = nodes[2 : 2 + data.draw(st.integers(0, 3))]
+    # sparse, as there are few nodes to take away otherwise
+    graph.remove_edges_from([e for e in list(graph.edges) if data.draw(st.booleans())])
+    small = reduced(graph, kept)
+    for a, b in itertools.permutations([SOURCE, SINK, *kept], 2):
+        if data.draw(st.booleans()) and not graph.has_edge(a, b):
+            more = data.draw(st.integers(0, 5))
+            graph.add_edge(a, b, capacity=more)
+            if not small.has_edge(a, b):
+                small.add_edge(a, b, capacity=more)
+            elif "capacity" in small.edges[a, b]:
+                small.edges[a, b]["capacity"] += more
+    expected, found = solve(graph, "dinic"), solve(small, "dinic")
+    assert len(small) <= len(graph) and set(kept) <= set(small)
+    if expected is None:
+        assert found is None
+    else:
+        assert (found[0], found[1] & set(kept)) == (expected[0], expected[1] & set(kept))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_solvers_agree_on_random_graphs(data):
+    """On the capacity, on the largest side of the source, and that no cut is finite; large capacities too."""
+    graph, nodes = random_graph(data, 6)
     found = [solve(graph, name) for name in SOLVERS.names]
     assert all(f == found[0] for f in found)
     inner = [set(x) for n in range(len(nodes) - 1) for x in itertools.combinations(nodes[2:], n)]

@@ -31,7 +31,7 @@ and with all tables on one rank, where every rule that needs its operands togeth
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
@@ -50,6 +50,9 @@ from descompiler.region.place import place
 from descompiler.region.rule import Rule
 from descompiler.tables.form import Split
 from descompiler.tables.tables import Lookup, Operator
+
+Least = tuple[int | None, int | None]
+"""What a table costs at least outside of the region, and inside; None where no form puts it there."""
 
 MIXED = ""
 """The part of a value to which several tables contribute."""
@@ -118,10 +121,8 @@ class Relaxation:
     costs: Mapping[str, Mapping[str, FormCost]]
     fixed_bytes: float
     solver: str = flow.DEFAULT
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {o.name: i for i, o in enumerate(self.operators)}
+    _cuts: dict[tuple[tuple[Least, ...], int | None], tuple[int, frozenset[str]] | None] = field(default_factory=dict)
+    _reduced: dict[int | None, nx.DiGraph] = field(default_factory=dict)
 
     def _place(self, owner: Callable[[int], int], ranks: int) -> Candidates:
         splits = {}
@@ -209,30 +210,53 @@ class Relaxation:
     def cut(self, forms: Mapping[str, Sequence[str]], widest: int | None = None) -> Bound:
         """The least mean over ranks, of plans in which no sum of more than ``widest`` elements leaves the region."""
         fixed = self.fixed_bytes - sum(b for b, _, _ in self._saved)
+        least = []
         for o in self.operators:
             costs = [self.costs[o.name][f] for f in forms[o.name]]
-            if not any(c.inside for c in costs):
-                fixed += min(c.sent_bytes for c in costs)
-        found = flow.solve(self.cut_graph(forms, widest), self.solver)
+            out = min((c.sent_bytes for c in costs if not c.inside), default=None)
+            into = min((c.sent_bytes for c in costs if c.inside), default=None)
+            if into is None:
+                assert out is not None
+                fixed += out
+            # cut off to whole bytes so that flows are exact
+            least.append((None if out is None else int(out), None if into is None else int(into)))
+        found = self._cut(tuple(least), widest)
         if found is None:  # a table that must be inside can only leave as a wider sum
             return Bound(float("inf"), frozenset())
-        cost, side = found
-        inside = frozenset(o.name for o in self.operators if ("table", o.name) in side)
+        cost, inside = found
         return Bound((fixed + cost) / self.w.ranks, inside)
 
-    def cut_graph(self, forms: Mapping[str, Sequence[str]], widest: int | None = None) -> nx.DiGraph:
-        """The graph that `cut` solves: tables, parts as they are inside, and as they leave, weights that are cut."""
+    def _cut(self, least: tuple[Least, ...], widest: int | None) -> tuple[int, frozenset[str]] | None:
+        """The minimum cut and the tables inside, remembered: many choices of forms have the same least costs."""
+        key = least, widest
+        if key not in self._cuts:
+            self._cuts[key] = None
+            if (found := flow.solve(self.cut_graph(least, widest), self.solver)) is not None:
+                cost, side = found
+                self._cuts[key] = cost, frozenset(o.name for o in self.operators if ("table", o.name) in side)
+        return self._cuts[key]
+
+    def cut_graph(self, least: Sequence[Least], widest: int | None) -> nx.DiGraph:
+        """The graph whose minimum cut is the bound, given what each table costs at least outside and inside."""
+        if widest not in self._reduced:
+            tables = [("table", o.name) for o in self.operators]
+            self._reduced[widest] = flow.reduced(self._parts_graph(widest), tables)
+        graph = self._reduced[widest].copy()
+        for o, (out, into) in zip(self.operators, least, strict=True):
+            table = ("table", o.name)
+            graph.add_edge(table, flow.SINK, **_capacity(into))
+            if into is not None:
+                graph.add_edge(flow.SOURCE, table, **_capacity(out))
+        return graph
+
+    def _parts_graph(self, widest: int | None) -> nx.DiGraph:
+        """`cut_graph` without what tables cost: parts as they are inside, and as they leave, weights that are cut."""
         graph, w = nx.DiGraph(), self.w
         graph.add_nodes_from((flow.SOURCE, flow.SINK))
         each = 2 * (w.ranks - 1) * w.rows * w.itemsize
         for o in self.operators:
-            costs = [self.costs[o.name][f] for f in forms[o.name]]
-            out = [c.sent_bytes for c in costs if not c.inside]
-            into = [c.sent_bytes for c in costs if c.inside]
             table = ("table", o.name)
-            graph.add_edge(table, flow.SINK, **_least(into))
-            if into:
-                graph.add_edge(flow.SOURCE, table, **_least(out))
+            graph.add_node(table)
             for x in o.lookups:
                 if x.node in self.parts:
                     graph.add_edge(table, ("in", x.node, o.name))
@@ -273,6 +297,6 @@ class Relaxation:
                 graph.add_edge(("in", v, part), ("in", *sources[0]))
 
 
-def _least(costs: Sequence[float]) -> dict[str, int]:
-    """The capacity of the least, cut off to whole bytes so that flows are exact; none, unlimited, without costs."""
-    return {"capacity": int(min(costs))} if costs else {}
+def _capacity(least: int | None) -> dict[str, int]:
+    """The capacity of an edge; none, unlimited, where there is no cost to pay."""
+    return {} if least is None else {"capacity": least}
