@@ -36,10 +36,10 @@ GRACE_S = 10.0
 """How long the other ranks may still answer once one has failed."""
 
 
-MOST_THREADS = 40
-"""Threads from which on a rank looks for garbage. Modules are in cycles with their groups, and the collector waits the
-longer, the more there is; each group has three threads, one of which wakes a hundred times a second: with four hundred
-groups nothing else gets to run."""
+MORE_THREADS = 30
+"""Threads more than there were, from which on a rank looks for garbage. Modules are in cycles with their groups, and
+the collector waits the longer, the more there is; each group has three threads, one of which wakes a hundred times a
+second: with four hundred groups nothing else gets to run."""
 
 
 class RankPoolError(EquivalenceError):
@@ -139,6 +139,8 @@ def _serve(rank: int, ranks: int, folder: str, pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     draws = torch.get_rng_state(), random.getstate(), np.random.get_state()
     gc.freeze()  # what was imported stays: a collection then costs little
+    gc.set_threshold(5_000)  # tracing makes many objects
+    most_threads, collected = _threads() + MORE_THREADS, False
     for call in count():
         try:
             message = pipe.recv_bytes()
@@ -152,8 +154,11 @@ def _serve(rank: int, ranks: int, folder: str, pipe: Any) -> None:
             pipe.send_bytes(pickle.dumps(("error", f"rank {rank}: {traceback.format_exc()}")))
             return  # and the connections to this process end, which whoever waits for it notices
         pipe.send_bytes(answer)
-        if _threads() > MOST_THREADS:
+        if _threads() > most_threads:
             gc.collect()
+            if not collected:
+                gc.freeze()  # what the first calls imported, and caches, too
+            most_threads, collected = _threads() + MORE_THREADS, True
 
 
 def _threads() -> int:
