@@ -322,7 +322,8 @@ def test_counts_without_an_end_are_wrong_usage(arguments, says):
     assert says in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())
 
 
-def test_a_file_that_cannot_be_written(tmp_path):
-    for arguments in (["plan", "write", "lr", "--ranks", "2", "--out"], ["report", "lr", "--ranks", "2", "--html"]):
+def test_a_file_that_cannot_be_written(file, tmp_path):
+    tiny = f"{file}:tiny"
+    for arguments in (["plan", "write", tiny, "--ranks", "2", "--out"], ["report", tiny, "--ranks", "2", "--html"]):
         result = run(*arguments, str(tmp_path / "none" / "x"), status=1)
         assert result.stderr.startswith("error: ") and "No such file" in result.stderr

@@ -1,6 +1,7 @@
 """Files of plans and clusters that were edited, broken or made up: refused by name, or followed exactly."""
 
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +173,14 @@ def _ranks(number: Any) -> Any:
     return change
 
 
+def _endless(data: dict) -> None:
+    data["unique"]["tables.1.weight"] = math.inf
+
+
+def _long_objective(data: dict) -> None:
+    data["objective"] = "bytes" * 1000
+
+
 EDITS = {
     "rows of another rank": _other_rows,
     "pieces that are not the split's": _one_piece,
@@ -185,6 +194,8 @@ EDITS = {
     "no piece": _no_piece,
     "ranks of 2.5": _ranks(2.5),
     "many ranks": _ranks(10**12),
+    "no end of unique ids": _endless,
+    "an objective of thousands of letters": _long_objective,
 }
 
 
@@ -192,8 +203,9 @@ def test_edits_beside_the_forms_are_refused(texts):
     build = Captured.of(Four(), (IDS,)).build
     build.follow(des.Plan.from_json(texts[0]))
     for change in EDITS.values():
-        with pytest.raises(des.PlanError, match=r"plan again|no plan file"):
+        with pytest.raises(des.PlanError, match=r"plan again|no plan file") as caught:
             build.follow(des.Plan.from_json(edited(texts[0], change)))
+        assert len(str(caught.value)) < 2000
 
 
 def test_all_ranks_refuse_an_edited_plan(texts, on_ranks):

@@ -48,7 +48,10 @@ def test_the_end_does_not_wait_for_ever():
         thread.join()
 
 
-@pytest.mark.parametrize("name", ["ends", "destroys", "sys.exit(0)", "after backward"])
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("ends", "sys.exit(0)")), "destroys", "after backward"],
+)
 def test_scripts_end_with_status_0(tmp_path, name):
     """Once each: `make exits` runs them often enough to see what happens in one run of a hundred."""
     status, out = run(name, 2, tmp_path, 200.0)

@@ -23,7 +23,6 @@ ALWAYS = (
     "torchfm.ProductNeuralNetworkModel",
     "deepctr_torch.DeepFM",
     "deepctr_torch.DIN",
-    "deepctr_torch.MMOE",
     "torch_rechub.DCN",
 )
 

@@ -5,6 +5,7 @@ Whether it is a plan of a model is asked where one is at hand (`descompiler.buil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from descompiler.units import MOST_RANKS, MOST_ROWS
 
 MOST_SHOWN = 6
 """Names that an error lists."""
+
+MOST_QUOTED = 500
+"""Characters of what an error quotes of a file."""
 
 
 EDITED = (
@@ -43,6 +47,11 @@ def check_pieces(plan: Chosen, shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise PlanError(f"the plan's pieces of {name!r} are not those of its split: {EDITED}")
 
 
+def shortened(text: str) -> str:
+    """What is quoted of a file may be of any length."""
+    return text if len(text) <= MOST_QUOTED else text[:MOST_QUOTED] + "..."
+
+
 def check_file(plan: Chosen, forms: Mapping[str, str]) -> None:
     """Raise unless the parts of a plan agree.
 
@@ -56,7 +65,7 @@ def check_file(plan: Chosen, forms: Mapping[str, str]) -> None:
     PlanError
     """
     for what in _faults(plan, forms):
-        raise PlanError(f"of the plan in this file, {what}: {EDITED}")
+        raise PlanError(f"of the plan in this file, {shortened(what)}: {EDITED}")
 
 
 def _faults(plan: Chosen, forms: Mapping[str, str]) -> Iterator[str]:
@@ -78,8 +87,8 @@ def _faults(plan: Chosen, forms: Mapping[str, str]) -> Iterator[str]:
     numbers |= {f"unique of {n!r}": x for n, x in plan.unique.items()}
     numbers |= {f"price of {n!r}": x for n, of in plan.prices.items() for x in of.values()}
     for what, amount in numbers.items():
-        if amount < 0:
-            yield f"{what} is {amount}, less than 0"
+        if not 0 <= amount < math.inf:
+            yield f"{what} is {amount}, which is no finite number from 0 on"
     tables = {t.name: t for t in plan.tables}
     if len(tables) < len(plan.tables):
         yield "a table is listed twice"

@@ -15,7 +15,7 @@ from descompiler.errors import PlanError
 from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.spans import Spans
-from descompiler.planning.checked import check_file
+from descompiler.planning.checked import check_file, shortened
 from descompiler.planning.chosen import Chosen, Label, PlannedTable
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.explain import explain
@@ -96,7 +96,7 @@ class Plan(Chosen):
             return replace(plan, changes={n: f for n, f in forms.items() if plan.forms.get(n) != f})
         except BROKEN as error:
             raise PlanError(
-                f"this is no plan file ({type(error).__name__}: {error}); Plan.save(path) writes one"
+                f"this is no plan file ({type(error).__name__}: {shortened(str(error))}); Plan.save(path) writes one"
             ) from None
 
     def save(self, path: str | Path) -> None:
