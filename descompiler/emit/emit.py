@@ -62,6 +62,8 @@ class Emitted:
         See `descompiler.emit.by_size.mixed_sizes`.
     accepts : callable
         Whether it is the program for so many rows of the global batch.
+    planned : bool
+        Whether the plan's crossings are those of the graph that it was emitted from.
     """
 
     module: fx.GraphModule
@@ -78,6 +80,7 @@ class Emitted:
     mixed: Mapping[str, str] = field(default_factory=dict)
     accepts: Callable[[int], bool] = any_rows
     labels: list[Label] = field(default_factory=list)
+    planned: bool = True
 
     def constant(self, name: str, device: torch.device) -> torch.Tensor:
         """A constant where it is needed, and stays."""

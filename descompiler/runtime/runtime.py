@@ -22,6 +22,8 @@ from descompiler.layout.global_values import GatherRows, NormsInside, SumTerms, 
 from descompiler.layout.id_checks import Check
 from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows
+from descompiler.layout.step import StepHeader
+from descompiler.layout.traffic import Traffic
 from descompiler.runtime.agreement import Agreement
 from descompiler.runtime.backward import Asked
 from descompiler.runtime.border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, apart, put_together
@@ -75,6 +77,7 @@ class Runtime(Agreement):
     failures: list[tuple[str, Exception]] = field(default_factory=list)  # of backwards of the latest forward's leaves
     loss_scale: LossScale = field(default_factory=LossScale)  # of this forward
     regions: Regions | None = None  # of this step, where ranks' inputs have other sizes
+    begun_again: bool = False  # this step: another program was chosen behind the first header
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.group, self.ranks)
@@ -91,6 +94,13 @@ class Runtime(Agreement):
     def problem(self, ids: Sequence[Tensor]) -> str | None:
         """Why ids are wrong, or None."""
         return next(filter(None, (c.problem(i) for c, i in zip(self.checks, ids, strict=True))), None)
+
+    def predicted(self, layout: Layout, itemsize: int, *, backward: bool) -> Traffic:
+        """What this rank has to send in a step as the latest, in which that crosses which the layout says."""
+        result = layout.predict(self.rank, self.rows, itemsize, backward=backward, unique=self.unique)
+        if self.begun_again:
+            result.add(StepHeader.SEND, (self.ranks - 1) * StepHeader.BYTES)
+        return result
 
     # ---- tables that are used whole
 
