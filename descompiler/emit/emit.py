@@ -120,7 +120,10 @@ def emit(partition: Partition, rank: int) -> Emitted:
         elif n.op == "output":
             outputs: Sequence[fx.Node] = n.args[0]
     e.graph.output(outside.outputs(outputs))
-    eliminate_dead_code(e.graph, keep=is_collective)
+    looked_up = region.looked_up() if inside else set()
+    eliminate_dead_code(e.graph, keep=lambda n: is_collective(n) or n in looked_up)
+    if inside:
+        region.reach_unread(looked_up)
     _reach_fetches(e, [scope_of(o).grad for o in outputs])
     e.graph.lint()
     rows = tuple(scope_of(o).rows for o in outputs)

@@ -171,6 +171,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, used: Used, name: str, p: Tensor) -> Tensor:
         ctx.used, ctx.name, ctx.parameter = used, name, p
+        ctx.set_materialize_grads(False)  # of one that may be sparse
         return p.view_as(p)
 
     @staticmethod

@@ -169,11 +169,19 @@ class Runtime(Agreement):
 
     # ---- values out of the region, their gradients back
 
-    def exit_start(self, anchor: Tensor, values: Sequence[Tensor | Sequence[Tensor] | None]) -> list[Any]:
+    def exit_start(
+        self,
+        anchor: Tensor,
+        values: Sequence[Tensor | Sequence[Tensor] | None],
+        unread: Sequence[Tensor | Sequence[Tensor]] = (),
+    ) -> list[Any]:
         """Send each rank its rows of every value; ``values`` follow ``layout.exits`` (None: this rank has no part).
 
-        A value is a tensor of the global batch, or one for each group of ranks (`Regions`).
+        A value is a tensor of the global batch, or one for each group of ranks (`Regions`). Those that are ``unread``
+        are sent to nobody, and get gradients of zero.
         """
+        reached = [x for v in unread for x in ([v] if isinstance(v, Tensor) else v)]
+        anchor = Anchor.apply(anchor, [torch.strided] * len(reached), *reached)
         handle = Handle()
         present: list[tuple[Sequence[int], Tensor]] = []
         (transfer,) = self.layout.of(ValuesOut)
@@ -212,7 +220,7 @@ class Runtime(Agreement):
         Parameters
         ----------
         used_elsewhere : sequence of Tensor
-            Replicated weights that only other ranks use: they get zero gradients here, for the reducer.
+            Weights that only other ranks use: they get zero gradients here, as in the original and for the reducer.
         region : sequence of Tensor
             Parameters that any rank uses inside, and whether their gradients are ``sparse``: a backward that asks for
             one of them comes to the exchange on all.
