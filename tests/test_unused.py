@@ -52,6 +52,18 @@ class TasksInALeaf(Tasks):
         self.b = nn.Sequential(Sorted(), nn.Linear(36, 1))
 
 
+class TasksOfABranch(Tasks):
+    """All of forward is a leaf. Of two layers, the rows that there are take one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, b, c = super().forward(ids)
+        return (self.low if ids.sum() < 1000 else self.high)(a), b, c
+
+
 class Sorted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -109,6 +121,7 @@ def _expect(model, found, penalty=0):
         (Tasks, "replicate", False),
         (Tasks, "unique_rows", True),
         (TasksInALeaf, "row_wise", False),
+        (TasksOfABranch, "row_wise", False),
         (TasksInPart, "row_wise", False),
         (TasksInPart, "replicate", True),
         (TasksCoupled, "row_wise", True),

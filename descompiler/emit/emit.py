@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from descompiler.classify.scope import parameters_behind, scope_of, trained_parameters
+from descompiler.classify.behind import Behind
+from descompiler.classify.scope import scope_of, trained_parameters
 from descompiler.emit.emission import Emission, Version
 from descompiler.emit.outside import OutsideEmitter
 from descompiler.emit.region import RegionEmitter
@@ -48,8 +49,8 @@ class Emitted:
         Where a rank's own rows are in each output; None: the output is the global batch's, equal on all ranks.
     untrained : frozenset of str
         Parameters that require gradients and get none.
-    behind : tuple of frozenset of str
-        By output, the parameters that may be behind it.
+    behind : Behind
+        Which parameters are behind each output.
     reads : frozenset of (str, str)
         See `Program`.
     total : torch.fx.Node
@@ -73,7 +74,7 @@ class Emitted:
     checks: tuple[Check, ...]
     outputs: tuple[Rows | None, ...]
     untrained: frozenset[str]
-    behind: tuple[frozenset[str], ...]
+    behind: Behind
     reads: frozenset[Place]
     total: fx.Node
     signature: Signature | None = None
@@ -130,7 +131,7 @@ def emit(partition: Partition, rank: int) -> Emitted:
     module = fx.GraphModule(torch.nn.Module(), e.graph)
     wanted = frozenset(n for n, p in program.parameters.items() if p.requires_grad)
     untrained = wanted - trained_parameters(program)
-    behind = parameters_behind(program)
+    behind = Behind(program)
     return Emitted(module, e.sources, e.constants, e.layout, checks, rows, untrained, behind, program.reads, e.rows)
 
 

@@ -93,7 +93,8 @@ class RegionEmitter:
         if unread := [n for n in e.graph.nodes if n in looked_up and n not in read]:
             self._started.args = (*self._started.args, unread)
         read = ancestors(ends) - {self._anchor}
-        _, elsewhere, region, sparse = self._anchor.args
+        given: tuple[Any, ...] = self._anchor.args
+        _, elsewhere, region, sparse = given
         idle = [w for w in region if w in held and w not in elsewhere and read.isdisjoint(w.users)]
         kept = [(w, s) for w, s in zip(region, sparse, strict=True) if w not in idle]
         self._anchor.args = (e.runtime, [*elsewhere, *idle], [w for w, _ in kept], [s for _, s in kept])

@@ -128,11 +128,12 @@ class DistributedModule(nn.Module):
             reduced = grad and runtime.ranks > 1 and emitted.layout.of(DenseGradients) and not self._in_place
             if reduced and (reducer := self._reducer_now()) is not None:
                 reducer.begin()
-            self._used = Used(grad and bool(emitted.layout.of(UsedOutputs)) and runtime.ranks > 1, emitted.behind)
+            self._used = self._used_of(emitted)
             try:
                 outputs = self._run(tensors, emitted, emitted.module)
             except OtherProgramError:
                 emitted, graph = self._begin_again(tensors)
+                self._used = self._used_of(emitted)
                 outputs = self._run(tensors, emitted, graph)
         except Exception as error:
             if runtime.started:
@@ -148,6 +149,12 @@ class DistributedModule(nn.Module):
         outputs = self._noticing(self._finishing(outputs) if self._in_place else outputs)
         emitted.signature.update(args, kwargs, outputs)
         return emitted.signature.unflatten(outputs)
+
+    def _used_of(self, emitted: Emitted) -> Used:
+        """Of a forward that runs a program."""
+        self._runtime.seen = {}
+        told = torch.is_grad_enabled() and bool(emitted.layout.of(UsedOutputs)) and self._runtime.ranks > 1
+        return Used(told, emitted.behind, self._runtime.seen)
 
     def _dtypes_now(self) -> tuple[torch.dtype, ...]:
         """Of the parameters that may be trained."""

@@ -75,6 +75,7 @@ class Runtime(Agreement):
     forwards: int = 0
     asked: Asked = field(default_factory=Asked)
     failures: list[tuple[str, Exception]] = field(default_factory=list)  # of backwards of the latest forward's leaves
+    seen: dict[str, list[bool]] = field(default_factory=dict)  # of this forward's leaves, as `Used` has it
     loss_scale: LossScale = field(default_factory=LossScale)  # of this forward
     regions: Regions | None = None  # of this step, where ranks' inputs have other sizes
     begun_again: bool = False  # this step: another program was chosen behind the first header
