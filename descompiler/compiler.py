@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from descompiler.builder import Builder
 from descompiler.captured import Captured
+from descompiler.emit.emit import Emitted
 from descompiler.errors import CaptureError, InputError, PlanError, step_of
 from descompiler.graph.program import Failure
 from descompiler.in_part import distribute_in_part, in_other_flags
@@ -230,10 +231,16 @@ def distribute(
     )
     runtime, in_place = ranks.runtime(loss), host is not None
     parts = Parts(build.template, chosen, runtime, values, buffers, coverage, host, in_place)
+
+    def program_for(training: dict[str, bool], *now: Any) -> Emitted:
+        current = build.of_now(training, *now)
+        emitted = current.emit(chosen, training, ranks.rank, terms.solver)
+        return replace(emitted, planned=current is build)
+
     return DistributedModule(
         parts,
         captured.signature,
-        lambda training, *now: build.of_now(training, *now).emit(chosen, training, ranks.rank, terms.solver),
+        program_for,
         lambda *now: in_other_flags(build, chosen, coverage, ranks.runtime(loss), *now),
     )
 

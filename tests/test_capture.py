@@ -776,15 +776,19 @@ class Idle(Sequence):
         self.encoder.spare = nn.Linear(4, 1)
 
 
-def test_unused_parameters_of_a_leaf_are_named():
-    """They get gradients of zero, where the original has none."""
+def _without_gradient(rank, ranks):
     ids = torch.arange(24).reshape(8, 3) % 9
-    with pytest.warns(UserWarning, match=r"encoder\.spare\.bias, encoder\.spare\.weight: gradients of zero where"):
-        module = des.compile(Idle(), (ids,))
-    assert module.coverage().rung == "fx"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not des.compile(Sequence(), (ids,)).coverage().note
+        module = des.compile(Idle(), (ids,))
+    module(ids[rank * 4 : rank * 4 + 4]).sum().backward()
+    return module.coverage().rung, {n for n, p in module.named_parameters() if p.grad is None}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_parameters_of_a_leaf_that_are_not_used_have_no_gradient(ranks, on_ranks):
+    for found in on_ranks(_without_gradient, ranks):
+        assert found == ("fx", {"encoder.spare.weight", "encoder.spare.bias"})
 
 
 def test_hooks_that_are_not_carried_over_are_named():

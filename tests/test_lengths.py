@@ -184,6 +184,15 @@ class Threshold(Pool):
         return x * 2 if x.shape[0] > 8 else x
 
 
+class ThresholdOfTables(Pool):
+    """Other values cross in the other branch, and they are of other widths."""
+
+    def forward(self, history: Tensor, user: Tensor) -> Tensor:
+        if len(user) > 8:
+            return torch.sigmoid(self.user(user))
+        return super().forward(history, user).expand(-1, 4)
+
+
 class Parity(Pool):
     def forward(self, history: Tensor, user: Tensor) -> Tensor:
         x = super().forward(history, user)
@@ -226,3 +235,9 @@ def _branches(rank, ranks, model):
 @pytest.mark.parametrize("model", [Threshold, Parity, FirstRows, Best])
 def test_a_branch_on_the_batch_size_is_that_of_the_global_batch(model, on_ranks):
     assert max(on_ranks(_branches, 2, model().double())) < 1e-12
+
+
+def test_traffic_of_each_branch_is_predicted(on_ranks):
+    """`des.verify` takes batches of more rows than the example's, and of fewer."""
+    forms = [{"*": "row_wise"}, {"item.weight": "column_wise", "user.weight": "unique_rows"}]
+    des.verify(ThresholdOfTables(), _batch(6, 4, 99)[:2], plans=forms, launch=on_ranks)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import descompiler as des
+from tests.harness.training import Training, trained
 
 IDS = torch.randint(0, 50, (8, 3), generator=torch.Generator().manual_seed(5))
 
@@ -49,6 +50,18 @@ class TasksInALeaf(Tasks):
     def __init__(self) -> None:
         super().__init__()
         self.b = nn.Sequential(Sorted(), nn.Linear(36, 1))
+
+
+class TasksOfABranch(Tasks):
+    """All of forward is a leaf. Of two layers, the rows that there are take one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, b, c = super().forward(ids)
+        return (self.low if ids.sum() < 1000 else self.high)(a), b, c
 
 
 class Sorted(nn.Module):
@@ -108,6 +121,7 @@ def _expect(model, found, penalty=0):
         (Tasks, "replicate", False),
         (Tasks, "unique_rows", True),
         (TasksInALeaf, "row_wise", False),
+        (TasksOfABranch, "row_wise", False),
         (TasksInPart, "row_wise", False),
         (TasksInPart, "replicate", True),
         (TasksCoupled, "row_wise", True),
@@ -136,3 +150,38 @@ def test_a_penalty_in_the_users_loss_is_a_gradient(on_ranks):
     model = Tasks().double()
     nn.init.zeros_(model.a.bias)
     _expect(model, on_ranks(_trained, 2, model, "replicate", False, 0.5), 0.5)
+
+
+class ReadInPart(nn.Module):
+    """Fields of one table: of all of them together a part is read, which is of one rank."""
+
+    def __init__(self, kind: str, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fields, self.kind = nn.Embedding(15, 4, sparse=sparse), kind
+        self.register_buffer("starts", torch.tensor([0, 3, 8]))
+        self.scale, self.norm = nn.Parameter(torch.rand(3, 4)), nn.BatchNorm1d(12)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        v = self.fields(ids % torch.tensor([3, 5, 7]) + self.starts)
+        if self.kind == "a field":
+            return v[:, 0].sum(1)
+        if self.kind == "columns":
+            return (v * self.scale)[:, 0, :2].sum(1)
+        return self.norm((v * self.scale).flatten(1))[:, :4].square().sum(1)
+
+
+KINDS, PLANS = ("a field", "columns", "a norm"), ({"*": "table_wise"}, {"*": "column_wise"})
+
+
+def _read_in_part(rank, ranks, sparse):
+    torch.set_default_dtype(torch.float64)
+    for plan in PLANS:
+        for kind in KINDS:
+            trained(rank, ranks, ReadInPart(kind, sparse), (IDS,), plan, Training())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_what_nobody_reads_of_a_value_has_a_gradient_of_zero(sparse, on_ranks):
+    """It is decayed, as in the original; in a sparse gradient are all rows that were looked up."""
+    on_ranks(_read_in_part, 2, sparse)

@@ -80,15 +80,13 @@ def _in_double(probe: Flat) -> Flat:
     return probe
 
 
-def _check_program(program: Program, probe: Flat, batches: Sequence[list[Tensor]]) -> tuple[str, ...]:
-    """Raise unless the program reproduces the model; the parameters that only it gives a gradient, of zeros."""
-    idle: set[str] = set()
+def _check_program(program: Program, probe: Flat, batches: Sequence[list[Tensor]]) -> None:
+    """Raise unless the program reproduces the model."""
     set_attributes(probe.model, probe.attributes)
     renew_leaves(program)
     for batch in batches:
-        idle |= check_reproduces(program, probe, batch)
+        check_reproduces(program, probe, batch)
         move_parameters(probe)
-    return tuple(sorted(idle))
 
 
 def _check_leaves(program: Program) -> None:
@@ -257,14 +255,14 @@ def capture(
             used = probe
             batches = [double_all(batch) for batch in (tensors, other_batch(tensors, program.accepts))]
             try:
-                idle = _check_program(checked, used, batches)
+                _check_program(checked, used, batches)
             except CannotRunError:
                 checked = program_in_float64(program)  # it makes or holds float32 tensors
-                idle = _check_program(checked, used, batches)
+                _check_program(checked, used, batches)
             except CaptureError:
                 # a tracer leaves out casts that do nothing in float32, and bakes dtypes that forward asks for
                 checked, used = program_in_float64(program), _in_double(flat(double=True))
-                idle = _check_program(checked, used, batches)
+                _check_program(checked, used, batches)
         except DescompilerError as error:
             failures.append(Failure(rung, str(error)))
             continue
@@ -279,7 +277,7 @@ def capture(
         metas = {n.name: n.meta for n in checked.graph.nodes}
         for n in program.graph.nodes:
             n.meta.update({k: x for k, x in metas[n.name].items() if k in JUDGED})
-        program = replace(program, rung=rung, failures=tuple(failures), idle=idle)
+        program = replace(program, rung=rung, failures=tuple(failures))
         program = replace(program, left_behind=left, written=written, reads=reads)
         return program, signature
     raise CaptureError("\n".join([NOT_CAPTURED, *(f"  {f}" for f in failures)]), tuple(failures))

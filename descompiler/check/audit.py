@@ -146,8 +146,8 @@ def audit(
             (step or (lambda b: _train(module, b)))(batch)
             if number >= warm_up:
                 backward = any(p.grad is not None for p in module.parameters()) or step is None
-                rows, unique = list(runtime.rows), dict(module.unique())
-                records.append(_MeasuredStep(rows, unique, module.traffic(), runtime.clock.seconds, backward))
+                exact, sent = module.predicted_traffic(backward=backward), module.traffic()
+                records.append(_MeasuredStep(list(runtime.rows), exact, sent, runtime.clock.seconds, backward))
     finally:
         runtime.clock = None
     every: list[Any] = [None] * runtime.ranks
@@ -175,7 +175,7 @@ class _MeasuredStep:
     """What one rank saw of a step."""
 
     rows: list[int]
-    unique: dict[str, Any]
+    exact: Traffic
     sent: Traffic
     seconds: dict[str, list[float]]
     backward: bool
@@ -191,10 +191,9 @@ def _report(module: DistributedModule, cluster: Cluster, mine: list[_MeasuredSte
     for number, ranks in enumerate(steps):
         predicted = []
         for r, x in enumerate(ranks):
-            exact = plan.traffic(r, x.rows, backward=x.backward, unique=x.unique)
             predicted.append(plan.traffic(r, x.rows, backward=x.backward))
-            if module.predicts_traffic and exact != x.sent:
-                mismatches.append(f"step {number}, rank {r}: predicted\n{exact}\ncounted\n{x.sent}")
+            if module.predicts_traffic and x.exact != x.sent:
+                mismatches.append(f"step {number}, rank {r}: predicted\n{x.exact}\ncounted\n{x.sent}")
         for name in dict.fromkeys(n for t in (*predicted, *(x.sent for x in ranks)) for n in t.bytes_by_collective):
             # a collective takes as long as on its slowest rank
             calls = zip(*(x.seconds.get(name, []) for x in ranks), strict=True)

@@ -134,7 +134,7 @@ def _case(
         for o in (*optimizers[0], *optimizers[1]):
             o.step()
             o.zero_grad()
-        predicted, sent = module.plan.traffic(rank, counts, unique=module.unique()), module.traffic()
+        predicted, sent = module.predicted_traffic(), module.traffic()
         if module.predicts_traffic and predicted != sent:
             judge.wrong(f"predicted traffic\n{predicted}\nis not what was sent\n{sent}")
         judge.settle()

@@ -16,7 +16,7 @@ from typing import Any
 import sympy
 from torch import fx
 
-from descompiler.graph.nodes import stops_gradients, value
+from descompiler.graph.nodes import value
 from descompiler.graph.program import Program
 from descompiler.graph.rewrite import descendants
 from descompiler.layout.rows import Rows
@@ -67,23 +67,6 @@ def trained_parameters(program: Program) -> frozenset[str]:
     """Parameters that require a gradient and get one, not those that only choose (a top-k, a mask)."""
     found = {name for n in program.graph.nodes if (name := program.parameter(n)) is not None and scope_of(n).grad}
     return frozenset(n for n in found if program.parameters[n].requires_grad)
-
-
-def parameters_behind(program: Program) -> tuple[frozenset[str], ...]:
-    """By output of forward, the trained parameters that may be behind it: whose gradient a loss of it may have."""
-    trained, result = trained_parameters(program), []
-    (end,) = (n for n in program.graph.nodes if n.op == "output")
-    for output in end.args[0]:
-        seen, left = {output}, [output]
-        while left:
-            n = left.pop()
-            if stops_gradients(n):
-                continue
-            new = [a for a in n.all_input_nodes if a not in seen]
-            seen.update(new)
-            left += new
-        result.append(frozenset(name for n in seen if (name := program.parameter(n)) in trained and name is not None))
-    return tuple(result)
 
 
 def is_coupled(program: Program) -> bool:

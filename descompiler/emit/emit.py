@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from descompiler.classify.scope import parameters_behind, scope_of, trained_parameters
+from descompiler.classify.behind import Behind
+from descompiler.classify.scope import scope_of, trained_parameters
 from descompiler.emit.emission import Emission, Version
 from descompiler.emit.outside import OutsideEmitter
 from descompiler.emit.region import RegionEmitter
@@ -48,8 +49,8 @@ class Emitted:
         Where a rank's own rows are in each output; None: the output is the global batch's, equal on all ranks.
     untrained : frozenset of str
         Parameters that require gradients and get none.
-    behind : tuple of frozenset of str
-        By output, the parameters that may be behind it.
+    behind : Behind
+        Which parameters are behind each output.
     reads : frozenset of (str, str)
         See `Program`.
     total : torch.fx.Node
@@ -62,6 +63,8 @@ class Emitted:
         See `descompiler.emit.by_size.mixed_sizes`.
     accepts : callable
         Whether it is the program for so many rows of the global batch.
+    planned : bool
+        Whether the plan's crossings are those of the graph that it was emitted from.
     """
 
     module: fx.GraphModule
@@ -71,13 +74,14 @@ class Emitted:
     checks: tuple[Check, ...]
     outputs: tuple[Rows | None, ...]
     untrained: frozenset[str]
-    behind: tuple[frozenset[str], ...]
+    behind: Behind
     reads: frozenset[Place]
     total: fx.Node
     signature: Signature | None = None
     mixed: Mapping[str, str] = field(default_factory=dict)
     accepts: Callable[[int], bool] = any_rows
     labels: list[Label] = field(default_factory=list)
+    planned: bool = True
 
     def constant(self, name: str, device: torch.device) -> torch.Tensor:
         """A constant where it is needed, and stays."""
@@ -117,14 +121,17 @@ def emit(partition: Partition, rank: int) -> Emitted:
         elif n.op == "output":
             outputs: Sequence[fx.Node] = n.args[0]
     e.graph.output(outside.outputs(outputs))
-    eliminate_dead_code(e.graph, keep=is_collective)
+    looked_up = region.looked_up() if inside else set()
+    eliminate_dead_code(e.graph, keep=lambda n: is_collective(n) or n in looked_up)
+    if inside:
+        region.reach_unread(looked_up)
     _reach_fetches(e, [scope_of(o).grad for o in outputs])
     e.graph.lint()
     rows = tuple(scope_of(o).rows for o in outputs)
     module = fx.GraphModule(torch.nn.Module(), e.graph)
     wanted = frozenset(n for n, p in program.parameters.items() if p.requires_grad)
     untrained = wanted - trained_parameters(program)
-    behind = parameters_behind(program)
+    behind = Behind(program)
     return Emitted(module, e.sources, e.constants, e.layout, checks, rows, untrained, behind, program.reads, e.rows)
 
 

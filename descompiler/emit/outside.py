@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx
 
+from descompiler.classify.behind import reach_of
 from descompiler.classify.coupling import CouplingStage
 from descompiler.classify.scope import CONSTANT, GLOBAL, OWN_ROWS, SIZE, scope_of, size_terms
 from descompiler.emit.emission import Emission, Version
@@ -109,7 +110,7 @@ class OutsideEmitter:
         if not isinstance(n.target, Leaf):
             return self.graph.node_copy(n, find)
         args = (self.e.runtime, *fx.map_arg(n.args, find))
-        target = LeafOnRanks(n.target, drawn=drawn, own_rows=scope_of(n).kind == OWN_ROWS)
+        target = LeafOnRanks(n.target, drawn=drawn, own_rows=scope_of(n).kind == OWN_ROWS, reach=reach_of(n))
         new = self.graph.create_node(n.op, target, args, {}, n.name)
         new.meta = dict(n.meta)
         return new

@@ -7,15 +7,17 @@ with the parts that every rank computes from its own rows
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx
 
-from descompiler.classify.scope import scope_of
+from descompiler.classify.scope import scope_of, trained_parameters
 from descompiler.emit.emission import Emission, Version
 from descompiler.graph.arguments import operand
 from descompiler.graph.nodes import aten, tail, value
+from descompiler.graph.rewrite import ancestors
 from descompiler.graph.slicing import emit_slice, follow
 from descompiler.layout.placement import LOCAL, Partial, Shard
 from descompiler.layout.spans import at
@@ -64,7 +66,7 @@ class RegionEmitter:
         unused = [n for n in self._nodes() if e.value(n, Version.PART) is None]
         weights = dict.fromkeys(e.weight(name) for n in unused for name in placed[n].replicated)
         region = self._parameters()
-        anchor = e.on_runtime("anchor", list(weights), list(region), list(region.values()))
+        anchor = self._anchor = e.on_runtime("anchor", list(weights), list(region), list(region.values()))
         if shared := self.partition.shared_weights:
             slices = []
             for name, p in shared.items():
@@ -74,6 +76,28 @@ class RegionEmitter:
             for i, name in enumerate(shared):
                 e.put(e.weights[name], Version.LOCAL, e.item(reduced, i + 1))
         self._started = e.on_runtime("exit_start", anchor, [e.value(n, Version.PART) for n in self.partition.exits])
+
+    def looked_up(self) -> set[fx.Node]:
+        """This rank's parts of lookups that the original sends a gradient to."""
+        e = self.e
+        parts = (e.value(n, Version.PART) for n in self._nodes() if n in self.partition.lookups and scope_of(n).grad)
+        return {part for part in parts if part is not None}
+
+    def reach_unread(self, looked_up: Collection[fx.Node]) -> None:
+        """Let backward come to what this rank holds and nobody reads, of values that are read in part: gradients of
+        zero, as in the original; of sparse ones, in the rows that were looked up."""
+        e, pieces = self.e, self.partition.pieces
+        held = {e.weight(n) for n in trained_parameters(e.program) if pieces[n].numel(e.rank)}
+        ends = [n for n in e.graph.nodes if n is self._started or n.op == "output"]
+        read = ancestors(ends)
+        if unread := [n for n in e.graph.nodes if n in looked_up and n not in read]:
+            self._started.args = (*self._started.args, unread)
+        read = ancestors(ends) - {self._anchor}
+        given: tuple[Any, ...] = self._anchor.args
+        _, elsewhere, region, sparse = given
+        idle = [w for w in region if w in held and w not in elsewhere and read.isdisjoint(w.users)]
+        kept = [(w, s) for w, s in zip(region, sparse, strict=True) if w not in idle]
+        self._anchor.args = (e.runtime, [*elsewhere, *idle], [w for w, _ in kept], [s for _, s in kept])
 
     def _parameters(self) -> dict[fx.Node, bool]:
         """The parameters that any rank uses inside, tables and weights; whether their gradients are sparse."""

@@ -185,17 +185,31 @@ class Leaf:
         """
         self.renew()
         try:
-            return self._call(tensors, rows, state, Quiet, own_rows=True)
+            return self.anchored(self._call(tensors, rows, state, Quiet, own_rows=True), (*tensors, *rows, *state))
         except LeafError:
             raise
         except Exception as error:  # whatever the user's forward raises on a part of a batch
             raise LeafError(f"{self.name!r} can't run on a part of a batch: {type(error).__name__}: {error}") from error
 
-    def __call__(
+    def __call__(self, tensors: Sequence[Tensor], rows: Sequence[Tensor], state: Sequence[Tensor]) -> list[Tensor]:
+        """Run forward; backward reaches all operands."""
+        return self.anchored(self.run(tensors, rows, state), (*tensors, *rows, *state))
+
+    def run(
         self, tensors: Sequence[Tensor], rows: Sequence[Tensor], state: Sequence[Tensor], *, own_rows: bool = False
     ) -> list[Tensor]:
-        """Run forward; ``own_rows``: these are a part of the batch, which forward need not run on alone."""
+        """Run forward as it is; ``own_rows``: these are a part of the batch, which it need not run on alone."""
         return self._call(tensors, rows, state, nullcontext, own_rows=own_rows)
+
+    @staticmethod
+    def anchored(results: Sequence[Tensor], operands: Sequence[Tensor]) -> list[Tensor]:
+        """The results, from which backward reaches all operands: forward may use one on one rank and not on another."""
+        trained = [x for x in operands if x.requires_grad]
+        if not torch.is_grad_enabled() or not trained:
+            return list(results)
+        nothing = [x[:0].sum() if x.dim() else x.reshape(1)[:0].sum() for x in trained]
+        anchor = sum(nothing[1:], nothing[0])
+        return [x + anchor.to(x) if differentiable(x) else x for x in results]
 
     def failure(self, error: Exception) -> str:
         """What a call that raised has to say: the leaf, the user's file and line, and the error's own text."""
@@ -250,13 +264,7 @@ class Leaf:
                     raise error from None
         else:
             out = self._with_spare(count, tensors, rows, state, context)
-        # forward may use a value on one rank and not on another: backward reaches all of them on every rank
-        trained = [x for x in (*tensors, *rows, *state) if x.requires_grad]
-        nothing = [x[:0].sum() if x.dim() else x.reshape(1)[:0].sum() for x in trained]
-        if not torch.is_grad_enabled() or not nothing:
-            return out
-        anchor = sum(nothing[1:], nothing[0])
-        return [x + anchor.to(x) if differentiable(x) else x for x in out]
+        return out
 
     def _with_spare(
         self,

@@ -55,8 +55,6 @@ class Program:
         The tracer that captured it (`descompiler.capture.ladder.RUNGS`).
     failures : tuple of Failure
         The tracers that were tried before, and why they failed.
-    idle : tuple of str
-        Parameters that have no gradient in the model on some batch, and one of zeros here (leaves reach all they hold).
     left_behind : tuple of str
         Attributes of the model in which its forward leaves values with a history; the graph does not.
     written : tuple of str
@@ -77,7 +75,6 @@ class Program:
     recipes: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     rung: str = ""
     failures: tuple[Failure, ...] = ()
-    idle: tuple[str, ...] = ()
     left_behind: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
     reads: frozenset[Place] = frozenset()

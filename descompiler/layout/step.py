@@ -57,15 +57,18 @@ class UsedOutputs(Transfer):
     ----------
     outputs : int
         Of forward; there are none to tell where the same parameters are behind all of them.
+    leaves : int
+        Pairs of a result and a trained operand of opaque leaves: whether the one is made of the other.
     """
 
     kind = "used outputs"
     GATHER = Collective("all_gather (outputs that losses use)", Stage.GRADIENTS_BACK)
 
     outputs: int
+    leaves: int = 0
 
     def sent(self, step: Step) -> Iterator[Sent]:
-        yield Sent(self.GATHER, self.outputs)
+        yield Sent(self.GATHER, self.outputs + self.leaves)
 
 
 @dataclass(frozen=True)

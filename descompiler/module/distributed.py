@@ -71,6 +71,7 @@ class DistributedModule(nn.Module):
         self._flags = [name for name, _ in parts.template.named_modules()]
         self._frozen = frozenset(n for n, p in parts.template.named_parameters() if not p.requires_grad)
         self._given: Kinds | None = None  # of the latest forward's inputs
+        self._planned = True  # the latest forward's program
         self._used = Used()  # of the latest forward's outputs
         self._reducer: Reducer | None = None
         self._reducer_key: Any = None
@@ -102,7 +103,7 @@ class DistributedModule(nn.Module):
         """The original's forward on this rank's rows: outputs for them."""
         runtime = self._runtime
         runtime.traffic, runtime.unique, runtime.failures = Traffic(), {}, []
-        runtime.started, runtime.regions = False, None
+        runtime.started, runtime.begun_again, runtime.regions = False, False, None
         self._gradients.begin()
         self._same_flags()
         grad = torch.is_grad_enabled()
@@ -127,11 +128,12 @@ class DistributedModule(nn.Module):
             reduced = grad and runtime.ranks > 1 and emitted.layout.of(DenseGradients) and not self._in_place
             if reduced and (reducer := self._reducer_now()) is not None:
                 reducer.begin()
-            self._used = Used(grad and bool(emitted.layout.of(UsedOutputs)) and runtime.ranks > 1, emitted.behind)
+            self._used = self._used_of(emitted)
             try:
                 outputs = self._run(tensors, emitted, emitted.module)
             except OtherProgramError:
                 emitted, graph = self._begin_again(tensors)
+                self._used = self._used_of(emitted)
                 outputs = self._run(tensors, emitted, graph)
         except Exception as error:
             if runtime.started:
@@ -143,9 +145,16 @@ class DistributedModule(nn.Module):
             runtime.header(0, text)
             raise
         assert emitted.signature is not None
+        self._planned = emitted.planned
         outputs = self._noticing(self._finishing(outputs) if self._in_place else outputs)
         emitted.signature.update(args, kwargs, outputs)
         return emitted.signature.unflatten(outputs)
+
+    def _used_of(self, emitted: Emitted) -> Used:
+        """Of a forward that runs a program."""
+        self._runtime.seen = {}
+        told = torch.is_grad_enabled() and bool(emitted.layout.of(UsedOutputs)) and self._runtime.ranks > 1
+        return Used(told, emitted.behind, self._runtime.seen)
 
     def _dtypes_now(self) -> tuple[torch.dtype, ...]:
         """Of the parameters that may be trained."""
@@ -373,6 +382,16 @@ class DistributedModule(nn.Module):
     def traffic(self) -> Traffic:
         """Bytes and calls of each collective on this rank since the latest forward began."""
         return self._runtime.traffic
+
+    def predicted_traffic(self, *, backward: bool = True) -> Traffic:
+        """What `traffic` is of a step as the latest, exactly; ``backward``: whether gradients are sent.
+
+        It is `Plan.traffic` for that step's rows and unique ids. Where forward branches on the batch's size, and took
+        another branch than on the example, it is what crosses in that branch's program; and a step that began with
+        the program of another one has a second header.
+        """
+        layout = self.plan.layout if self._planned else self._runtime.layout
+        return self._runtime.predicted(layout, self.plan.itemsize, backward=backward)
 
     def unique(self) -> dict[str, Counts]:
         """Unique ids of the latest forward, by table that is fetched by unique rows."""

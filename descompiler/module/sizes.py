@@ -117,6 +117,7 @@ def begin_again(
     InputError
         On every rank, if any can't capture a program, or what mixes rows would mix other sizes.
     """
+    runtime.begun_again = True
     programs, every = _programs_of_all(runtime, tensors, program)
     runtime.regions = _regions(runtime, programs, every, values) if len(programs) > 1 else None
     mine = programs[every[runtime.rank]].emitted

@@ -112,11 +112,6 @@ def coverage_of(program: Program, operators: Sequence[Operator], plan: Plan) -> 
 
 
 def _graph_notes(program: Program) -> Iterator[str]:
-    if program.idle:
-        yield (
-            f"{', '.join(program.idle)}: gradients of zero where the original has none, as an opaque leaf holds them; "
-            "weight decay and momentum move them. Freeze what forward does not use"
-        )
     if program.left_behind:
         yield (
             f"forward leaves values with gradients on the model, in {', '.join(program.left_behind)}; the compiled "

@@ -10,12 +10,12 @@ from math import prod
 
 import torch
 
+from descompiler.classify.behind import Behind
 from descompiler.classify.scope import (
     GLOBAL,
     OWN,
     WHOLE,
     is_coupled,
-    parameters_behind,
     scope_of,
     trained_parameters,
 )
@@ -59,9 +59,9 @@ def layout_of(partition: Partition) -> Layout:
     transfers += layouts_of(p.program, p.products, p.splits)
     totals = [t for t in p.totals.values() if t.node.users]
     transfers += [*coupled, *total_exchanges(p.program, totals, lambda n: scope_of(n).grad)]
-    behind = parameters_behind(p.program)
-    if len(set(filter(None, behind))) > 1:
-        transfers.append(UsedOutputs(len(behind)))
+    behind = Behind(p.program)
+    if behind.size or len(set(filter(None, behind.possible))) > 1:
+        transfers.append(UsedOutputs(len(behind.possible), behind.size))
     if dense := _dense_elements(p):
         others = tuple((dtype, n) for dtype, n in dense.items() if dtype is not None)
         transfers.append(DenseGradients(dense.get(None, 0), others))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from descompiler.classify.behind import Behind
 from descompiler.errors import UnsupportedError
 from descompiler.layout.step import UsedOutputs
 from descompiler.runtime.agreement import Agreement
@@ -132,19 +133,25 @@ class Used:
     ----------
     told : bool
         Whether ranks tell each other; where the same parameters are behind all outputs, they need not.
-    behind : sequence of set of str, optional
-        By output, the parameters that may be behind it.
+    behind : Behind, optional
+        Which parameters are behind each output.
+    seen : dict of str to list of bool
+        Of which operands the results of this forward's leaves are made (`descompiler.classify.behind.Seen`).
     outputs : set of int
         Those that any rank uses.
+    parameters : sequence of set of str
+        By output, those that are behind it.
     """
 
     told: bool = False
-    behind: Sequence[Collection[str]] | None = None
+    behind: Behind | None = None
+    seen: dict[str, list[bool]] = field(default_factory=dict)
     outputs: set[int] = field(default_factory=set)
+    parameters: Sequence[Collection[str]] = ()
 
     def reaches(self, name: str) -> bool:
         """Whether a gradient comes to a parameter through forward."""
-        return not self.told or self.behind is None or any(name in self.behind[i] for i in self.outputs)
+        return not self.told or self.behind is None or any(name in self.parameters[i] for i in self.outputs)
 
     def has(self, output: int) -> bool:
         return not self.told or output in self.outputs
@@ -155,12 +162,15 @@ class Used:
         Collective.
         """
         every = range(len(sentinels))
-        self.outputs = set(every)
+        self.outputs, self.parameters = set(every), () if self.behind is None else self.behind.possible
         if self.told and not some:
-            mine = torch.tensor([s is not None and torch._C._will_engine_execute_node(s) for s in sentinels])
-            told = ranks.gather(UsedOutputs.GATHER, mine.to(torch.uint8).to(ranks.header_device()))
-            found = told.reshape(ranks.ranks, len(sentinels)).any(0).tolist()
+            mine = [s is not None and torch._C._will_engine_execute_node(s) for s in sentinels]
+            mine += [] if self.behind is None else self.behind.told(self.seen)
+            sent = torch.tensor(mine, dtype=torch.uint8, device=ranks.header_device())
+            found = ranks.gather(UsedOutputs.GATHER, sent).reshape(ranks.ranks, len(mine)).any(0).tolist()
             self.outputs = {i for i in every if found[i]}
+            if self.behind is not None:
+                self.parameters = self.behind.of(found[len(sentinels) :])
 
     def gate(self, name: str, p: Tensor) -> Tensor:
         """A parameter, as forward is to take it: what it is given by outputs that no loss uses is no gradient."""
@@ -171,6 +181,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, used: Used, name: str, p: Tensor) -> Tensor:
         ctx.used, ctx.name, ctx.parameter = used, name, p
+        ctx.set_materialize_grads(False)  # of one that may be sparse
         return p.view_as(p)
 
     @staticmethod

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from descompiler.classify.behind import LeafReach
 from descompiler.graph.leaf import Leaf
+from descompiler.model.reach import leaves_of
 from descompiler.runtime.guard import Guard
 
 if TYPE_CHECKING:
@@ -27,10 +29,12 @@ class LeafOnRanks:
         Whether random draws have to be the same on every rank (`Runtime.draw`).
     own_rows : bool
         Whether it runs on the rank's own rows, not on the global batch.
+    reach : LeafReach, optional
+        What ranks tell each other of it in backward: which of its operands its results are made of.
     """
 
-    def __init__(self, leaf: Leaf, *, drawn: bool = False, own_rows: bool = False):
-        self.leaf, self.drawn, self.own_rows = leaf, drawn, own_rows
+    def __init__(self, leaf: Leaf, *, drawn: bool = False, own_rows: bool = False, reach: LeafReach | None = None):
+        self.leaf, self.drawn, self.own_rows, self.reach = leaf, drawn, own_rows, reach
         self.__name__ = self.__qualname__ = leaf.__name__
         self.__module__ = __name__
 
@@ -51,10 +55,24 @@ class LeafOnRanks:
     def _guarded(
         self, runtime: Runtime, tensors: Sequence[Tensor], rows: Sequence[Tensor], state: Sequence[Tensor]
     ) -> list[Tensor]:
-        own_rows = self.own_rows and runtime.ranks > 1
-        if runtime.ranks == 1 or not torch.is_grad_enabled():
-            return self.leaf(tensors, rows, state, own_rows=own_rows)
+        if runtime.ranks == 1:
+            return self.leaf.run(tensors, rows, state)
+        if not torch.is_grad_enabled():
+            return self.leaf.run(tensors, rows, state, own_rows=self.own_rows)
         failures = runtime.failures
         guard = Guard(lambda error: failures.append((f"backward of {self.leaf.failure(error)}", error)))
         inner = guard.enter(tensors), guard.enter(rows), guard.enter(state)
-        return guard.leave(self.leaf(*inner, own_rows=own_rows))
+        operands = [x for group in inner for x in group]
+        out = self.leaf.run(*inner, own_rows=self.own_rows)
+        if self.reach is not None:
+            self._see(runtime, self.reach, out, operands)
+        return guard.leave(self.leaf.anchored(out, operands))
+
+    def _see(self, runtime: Runtime, reach: LeafReach, out: Sequence[Tensor], operands: Sequence[Tensor]) -> None:
+        """Note which operands the results are made of; a rank without rows has run on none that are in the batch."""
+        if self.own_rows and any(runtime.rows) and not runtime.rows[runtime.rank]:
+            return
+        made = [{id(x) for x in leaves_of([y])} for y in out]
+        found = [id(operands[i]) in leaves for leaves in made for i in reach.operands]
+        before = runtime.seen.get(reach.name, [False] * reach.size)  # it may run on own rows and on the global batch
+        runtime.seen[reach.name] = [a or b for a, b in zip(before, found, strict=True)]

@@ -22,6 +22,8 @@ from descompiler.layout.global_values import GatherRows, NormsInside, SumTerms, 
 from descompiler.layout.id_checks import Check
 from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows
+from descompiler.layout.step import StepHeader
+from descompiler.layout.traffic import Traffic
 from descompiler.runtime.agreement import Agreement
 from descompiler.runtime.backward import Asked
 from descompiler.runtime.border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, apart, put_together
@@ -73,8 +75,10 @@ class Runtime(Agreement):
     forwards: int = 0
     asked: Asked = field(default_factory=Asked)
     failures: list[tuple[str, Exception]] = field(default_factory=list)  # of backwards of the latest forward's leaves
+    seen: dict[str, list[bool]] = field(default_factory=dict)  # of this forward's leaves, as `Used` has it
     loss_scale: LossScale = field(default_factory=LossScale)  # of this forward
     regions: Regions | None = None  # of this step, where ranks' inputs have other sizes
+    begun_again: bool = False  # this step: another program was chosen behind the first header
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.group, self.ranks)
@@ -91,6 +95,13 @@ class Runtime(Agreement):
     def problem(self, ids: Sequence[Tensor]) -> str | None:
         """Why ids are wrong, or None."""
         return next(filter(None, (c.problem(i) for c, i in zip(self.checks, ids, strict=True))), None)
+
+    def predicted(self, layout: Layout, itemsize: int, *, backward: bool) -> Traffic:
+        """What this rank has to send in a step as the latest, in which that crosses which the layout says."""
+        result = layout.predict(self.rank, self.rows, itemsize, backward=backward, unique=self.unique)
+        if self.begun_again:
+            result.add(StepHeader.SEND, (self.ranks - 1) * StepHeader.BYTES)
+        return result
 
     # ---- tables that are used whole
 
@@ -159,11 +170,19 @@ class Runtime(Agreement):
 
     # ---- values out of the region, their gradients back
 
-    def exit_start(self, anchor: Tensor, values: Sequence[Tensor | Sequence[Tensor] | None]) -> list[Any]:
+    def exit_start(
+        self,
+        anchor: Tensor,
+        values: Sequence[Tensor | Sequence[Tensor] | None],
+        unread: Sequence[Tensor | Sequence[Tensor]] = (),
+    ) -> list[Any]:
         """Send each rank its rows of every value; ``values`` follow ``layout.exits`` (None: this rank has no part).
 
-        A value is a tensor of the global batch, or one for each group of ranks (`Regions`).
+        A value is a tensor of the global batch, or one for each group of ranks (`Regions`). Those that are ``unread``
+        are sent to nobody, and get gradients of zero.
         """
+        reached = [x for v in unread for x in ([v] if isinstance(v, Tensor) else v)]
+        anchor = Anchor.apply(anchor, [torch.strided] * len(reached), *reached)
         handle = Handle()
         present: list[tuple[Sequence[int], Tensor]] = []
         (transfer,) = self.layout.of(ValuesOut)
@@ -202,7 +221,7 @@ class Runtime(Agreement):
         Parameters
         ----------
         used_elsewhere : sequence of Tensor
-            Replicated weights that only other ranks use: they get zero gradients here, for the reducer.
+            Weights that only other ranks use: they get zero gradients here, as in the original and for the reducer.
         region : sequence of Tensor
             Parameters that any rank uses inside, and whether their gradients are ``sparse``: a backward that asks for
             one of them comes to the exchange on all.

@@ -32,16 +32,9 @@ TRAININGS: list[Training | None] = [
     Training("sum", pads=True),
     Training("row_mean", pads=True),
 ]
-"""None: as `des.verify` does. Ranks' own lengths are not drawn for tables with sparse gradients: those were seen to
-become dense in such a step, and in one with a penalty too (seed 1035); why is not known."""
+"""None: as `des.verify` does."""
 
 NOT_PADDED, UNUSUAL_NOT_PADDED = ([c for c in sorted(known) if not of_history(c)] for known in (CONSUMERS, UNUSUAL))
-
-WITHOUT_GRADIENT = "chosen by a score"
-"""A layer that has no gradient. Where a leaf holds it that is zero (docs/capture.md), which weight decay acts upon."""
-
-IN_A_LEAF = {"branch on the batch's values", "distinct in the batch"}
-"""Where all of forward is a leaf, or captured in part."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +154,7 @@ def drawn(seed: int, forms: tuple[str, ...]) -> Case:
             shape = f"({ROWS}, {length})" if length else f"({ROWS},)"
             inputs.append((name, f"torch.randint({n}, {shape}, generator=g)"))
             fields += 1
-    training = draw.choice([t for t in TRAININGS if not (sparse and t is not None and t.pads)])
+    training = draw.choice(TRAININGS)
     way = training or Training()
     names = draw.sample(NOT_PADDED if way.pads else sorted(CONSUMERS), draw.randint(1, 3))
     if draw.random() < 0.5:
@@ -170,8 +163,6 @@ def drawn(seed: int, forms: tuple[str, ...]) -> Case:
         names.append(draw.choice(PADDED))
     if way.penalty:
         names.append("dense features times a field")
-    if training is not None and WITHOUT_GRADIENT in names and not IN_A_LEAF.isdisjoint(names):
-        names.remove(WITHOUT_GRADIENT)
     names = list(dict.fromkeys(names))
     outputs = "dict" if way.ignores else draw.choice(["sum", "tuple", "dict"])
     activation = draw.choice(["", "torch.sigmoid", "torch.tanh"])
