@@ -1,11 +1,14 @@
 """Outputs that a loss ignores: what is behind them has no gradient, as in the original, and stands still."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import descompiler as des
+from tests.harness.failures import raised
 from tests.harness.training import Training, trained
 
 IDS = torch.randint(0, 50, (8, 3), generator=torch.Generator().manual_seed(5))
@@ -33,7 +36,7 @@ class TasksInPart(Tasks):
     """In Python that no tracer goes through."""
 
     def prepared(self, ids: Tensor) -> Tensor:
-        return torch.from_numpy(np.sort(ids.numpy(), axis=1))
+        return torch.tensor([sorted(row) for row in ids.tolist()], dtype=torch.int64).reshape(-1, 3)
 
 
 class TasksCoupled(TasksInPart):
@@ -185,3 +188,91 @@ def _read_in_part(rank, ranks, sparse):
 def test_what_nobody_reads_of_a_value_has_a_gradient_of_zero(sparse, on_ranks):
     """It is decayed, as in the original; in a sparse gradient are all rows that were looked up."""
     on_ranks(_read_in_part, 2, sparse)
+
+
+def _asked(model: nn.Module, ids: Tensor) -> tuple[list[list[bool] | str], list[list[str]], dict[str, Tensor]]:
+    """What of it there is, by ways to ask; the hooks that were called, at each step; the gradients."""
+    called: list[str] = []
+    for n, p in model.named_parameters():
+        p.register_hook(lambda g, n=n: called.append(n) or 3 * g)
+        p.register_post_accumulate_grad_hook(lambda p, n=n: called.append(f"{n}, accumulated"))
+    names = [n for n, _ in model.named_parameters()]
+    there: list[list[bool] | str] = []
+    calls, found = [], {}
+
+    def note(way: str, gradients: list[Tensor | None]) -> None:
+        there.append([g is not None for g in gradients])
+        calls.append(sorted(called))
+        called.clear()
+        found.update({f"{way} {n}": g for n, g in zip(names, gradients, strict=True) if g is not None})
+
+    for output in (0, 1):
+        model.zero_grad()
+        model(ids)[output].pow(2).sum().backward()
+        note(f"backward {output}", [p.grad for p in model.parameters()])
+        model.zero_grad()
+        model(ids)[output].pow(2).sum().backward(inputs=list(model.parameters()))
+        note(f"inputs {output}", [p.grad for p in model.parameters()])
+        loss = model(ids)[output].pow(2).sum()
+        note(f"grad {output}", list(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
+    called.clear()
+    try:
+        torch.autograd.grad(model(ids)[0].pow(2).sum(), list(model.parameters()))
+    except RuntimeError as error:
+        there.append(str(error))
+    calls.append(sorted(called))
+    return there, calls, found
+
+
+def _asked_of_ranks(rank, ranks, model, form, in_place):
+    module = des.compile(model, (IDS,), plan={"*": form}, loss="sum", in_place=in_place)
+    assert (des.module_of(module).coverage().rung == "partial") == isinstance(model, TasksInPart)
+    there, calls, found = _asked(module, IDS[rank * 4 : rank * 4 + 4])
+    return there, calls, found, des.module_of(module).plan.pieces
+
+
+@pytest.mark.parametrize(
+    ("model", "form", "in_place"),
+    [
+        (Tasks, "row_wise", False),
+        (Tasks, "table_wise", True),
+        (Tasks, "replicate", False),
+        (TasksInALeaf, "row_wise", False),
+        (TasksInPart, "row_wise", False),
+        (TasksInPart, "replicate", True),
+        (TasksCoupled, "row_wise", True),
+    ],
+)
+def test_gradients_that_are_asked_for_and_hooks(model, form, in_place, on_ranks):
+    """A gradient that the original has not is none, and no hook is called; where that raises, every rank does."""
+    model = model().double()
+    there, calls, gradients = _asked(copy.deepcopy(model), IDS)
+    assert "appears to not have been used" in there[-1]
+    for rank, (of_rank, called, found, pieces) in enumerate(on_ranks(_asked_of_ranks, 2, model, form, in_place)):
+        assert of_rank == there
+        assert called == calls
+        for key, expected in gradients.items():
+            torch.testing.assert_close(found[key], pieces[key.split()[-1]].cut(expected, rank))
+
+
+class Swapped(TasksInPart):
+    """What is behind which output is another on one rank."""
+
+    is_swapped = False
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, b, c = super().forward(ids)
+        return (b, a, c) if self.is_swapped else (a, b, c)
+
+
+def _asked_apart(rank, ranks):
+    model = Swapped().double()
+    des.compile(model, (IDS,), plan={"*": "row_wise"}, loss="sum", in_place=True)
+    model.is_swapped = rank == 1
+    asked = [model.table.weight, model.a.bias]
+    return raised(lambda: torch.autograd.grad(model(IDS)[0].sum(), asked, allow_unused=True))
+
+
+def test_a_gradient_that_some_ranks_can_not_return_is_refused_on_all(on_ranks):
+    for message in on_ranks(_asked_apart, 2):
+        assert message.startswith("UnsupportedError: torch.autograd.grad of a.bias: the losses of some ranks come to")

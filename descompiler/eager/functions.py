@@ -160,4 +160,4 @@ class Finish(torch.autograd.Function):
             torch.zeros(s, dtype=t, device=d) if g is None and ctx.used.has(i) else g
             for i, g, (s, t, d) in zip(ctx.positions, grads, ctx.like, strict=True)
         ]
-        return *(None,) * 5, *ctx.sync.enter_backward(ctx.sharded), *every
+        return *(None,) * 5, *ctx.sync.enter_backward(ctx.sharded, ctx.used), *every

@@ -22,7 +22,7 @@ from descompiler.errors import DescompilerError, UnsupportedError, raised_at
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import WholeTables
 from descompiler.layout.step import DenseGradients
-from descompiler.runtime.backward import NO_BACKWARD, is_returned, leaf_of
+from descompiler.runtime.backward import NO_BACKWARD, Used, is_returned, leaf_of
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.gradients import Caught, add_gradient, sum_of
 from descompiler.runtime.guard import Guard
@@ -143,14 +143,20 @@ class GradientSync:
                 gradient = gradient if changed is None else changed
         return gradient
 
-    def enter_backward(self, sharded: int) -> list[Tensor | None]:
+    def enter_backward(self, sharded: int, used: Used) -> list[Tensor | None]:
         """Backward goes through outputs of a forward: gradients of sharded parameters to fill in, if returned."""
         self.schedule()
         self._entered = True
+        names = {p.original for p in self.sharded}
+        if apart := ", ".join(n for n, on_all in used.returned.items() if not on_all and n not in names):
+            raise UnsupportedError(
+                f"torch.autograd.grad of {apart}: the losses of some ranks come to it, those of others do not, which "
+                "can't return its gradient: let the loss of every rank use it, or call backward"
+            )
         result: list[Tensor | None] = [None] * sharded
         for i, p in enumerate(self.sharded[:sharded]):
             self._quiet(p)
-            if p.requires_grad and self.runtime.asked.returns and is_returned(leaf_of(p)):
+            if p.requires_grad and self.runtime.asked.returns and is_returned(leaf_of(p)) and used.reaches(p.original):
                 result[i] = torch.zeros(p.shape, dtype=p.dtype, device=p.device)
         return result
 

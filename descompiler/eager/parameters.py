@@ -97,6 +97,10 @@ SHARDED = (ShardedParameter, Tracked)
 """What is cut, and knows how."""
 
 
+BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+"""What takes parameters to name them, and computes nothing of them."""
+
+
 class OfParameters(Tensor):
     """Computed of parameters alone, in the user's code outside of the compiled method."""
 
@@ -133,6 +137,8 @@ def weigh_outside(p: nn.Parameter, exchange: PieceTransport) -> None:
 
 
 def _in_users_code(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if func in BACKWARDS:
+        return _local(func, args, kwargs)
     tensors = _tensors_among(args, kwargs)
     if any(isinstance(x, SHARDED) for x in tensors):
         return _intercept(func, args, kwargs)
@@ -183,6 +189,8 @@ def substitute(p: nn.Parameter, name: str, pieces: Pieces, exchange: PieceTransp
 
 
 def _intercept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if func in BACKWARDS:
+        return _local(func, args, kwargs)
     if func in LOOKUPS:
         result = _fetched_lookup(func, args, kwargs)
         if result is not NotImplemented:

@@ -72,7 +72,7 @@ class DistributedModule(nn.Module):
         self._frozen = frozenset(n for n, p in parts.template.named_parameters() if not p.requires_grad)
         self._given: Kinds | None = None  # of the latest forward's inputs
         self._planned = True  # the latest forward's program
-        self._used = Used()  # of the latest forward's outputs
+        self._used = Used()  # of the outputs of the forward that runs
         self._reducer: Reducer | None = None
         self._reducer_key: Any = None
         parts.fill(self)
@@ -214,7 +214,8 @@ class DistributedModule(nn.Module):
         """The outputs, so that ranks agree which gradients a backward is asked for."""
         me, r = weakref.ref(self), self._runtime
         parameters = lambda: [] if (module := me()) is None else list(module.named_parameters())  # noqa: E731
-        return behind(r, r.asked, r.forwards, outputs, parameters, self._used)
+        used, self._used = self._used, Used()  # what it has of this forward is the graph's
+        return behind(r, r.asked, r.forwards, outputs, parameters, used)
 
     def _finishing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, so that every rank's backward ends with the exchange of gradients."""

@@ -85,6 +85,7 @@ class PartialModule(DistributedModule):
             leaves, spec = flatten(out)
             tensors, statics = split_statics(leaves)
             self._check_outputs(tensors)
+            self._used.ends = () if guard is None else tensors
             tensors = tensors if guard is None else guard.leave(tensors)
             rows = 0 if spare else _batch_rows(tensors, self._outputs, (args, kwargs))
             if spare:
@@ -159,6 +160,7 @@ class PartialModule(DistributedModule):
         leaves, spec = flatten(out)
         tensors, statics = split_statics(leaves)
         self._check_outputs(tensors)
+        self._used.ends = () if guard is None else tensors
         tensors = tensors if guard is None else guard.leave(tensors)
         self._exchange.agree("the end of forward", Kind.END, rows=rows)
         outputs = []

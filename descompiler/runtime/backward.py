@@ -8,6 +8,7 @@ for the same, of the same forward. `Begin` stands behind every output and sees w
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from descompiler.classify.behind import Behind
 from descompiler.errors import UnsupportedError
 from descompiler.layout.step import UsedOutputs
+from descompiler.model.reach import leaves_of
 from descompiler.runtime.agreement import Agreement
 from descompiler.runtime.carriers import carries
 
@@ -116,6 +118,11 @@ class _Once(torch.autograd.Function):
         )
 
 
+def _is_under_way(node: Any) -> bool:
+    """Whether the backward under way comes to a node, which is gone with all that the user has computed of it."""
+    return node is not None and torch._C._will_engine_execute_node(node)
+
+
 def _asks_for(x: Tensor) -> bool:
     node = leaf_of(x)
     return is_returned(node) or torch._C._will_engine_execute_node(node)
@@ -127,7 +134,7 @@ class Used:
     """Which outputs of one forward the losses of the ranks use, in the latest backward through it.
 
     A loss that ignores an output gives what is behind it no gradient, where an exchange that outputs share would bring
-    one of zeros, which optimisers with weight decay or momentum act upon.
+    one of zeros, which optimisers with weight decay or momentum act upon, and hooks of the user's see.
 
     Attributes
     ----------
@@ -137,40 +144,61 @@ class Used:
         Which parameters are behind each output.
     seen : dict of str to list of bool
         Of which operands the results of this forward's leaves are made (`descompiler.classify.behind.Seen`).
+    ends : sequence of Tensor
+        The outputs as the user's code has computed them, where no graph says what is behind them; autograd's does.
     outputs : set of int
         Those that any rank uses.
     parameters : sequence of set of str
         By output, those that are behind it.
+    returned : dict of str to bool
+        Of a backward that returns gradients through ``ends``: the parameters that any rank comes to, and if all do.
     """
 
     told: bool = False
     behind: Behind | None = None
     seen: dict[str, list[bool]] = field(default_factory=dict)
+    ends: Sequence[Tensor] = ()
     outputs: set[int] = field(default_factory=set)
     parameters: Sequence[Collection[str]] = ()
+    returned: dict[str, bool] = field(default_factory=dict)
 
     def reaches(self, name: str) -> bool:
         """Whether a gradient comes to a parameter through forward."""
+        if self.ends:
+            return name in self.returned
         return not self.told or self.behind is None or any(name in self.parameters[i] for i in self.outputs)
 
     def has(self, output: int) -> bool:
         return not self.told or output in self.outputs
 
-    def agree(self, ranks: Agreement, sentinels: Sequence[Any], *, some: bool) -> None:
-        """Tell the others which outputs the backward under way comes to; if it asks for ``some``, that can't be seen.
+    def agree(self, ranks: Agreement, begins: Sequence[Any], returned: Sequence[tuple[str, Tensor]]) -> None:
+        """Tell the others which outputs the backward under way comes to, and which parameters, if it returns gradients.
 
-        Collective.
+        Collective. ``begins`` are the outputs' nodes, ``returned`` the parameters.
         """
-        every = range(len(sentinels))
-        self.outputs, self.parameters = set(every), () if self.behind is None else self.behind.possible
-        if self.told and not some:
-            mine = [s is not None and torch._C._will_engine_execute_node(s) for s in sentinels]
-            mine += [] if self.behind is None else self.behind.told(self.seen)
-            sent = torch.tensor(mine, dtype=torch.uint8, device=ranks.header_device())
-            found = ranks.gather(UsedOutputs.GATHER, sent).reshape(ranks.ranks, len(mine)).any(0).tolist()
-            self.outputs = {i for i in every if found[i]}
-            if self.behind is not None:
-                self.parameters = self.behind.of(found[len(sentinels) :])
+        every = range(len(begins))
+        self.outputs, self.returned = set(every), {}
+        self.parameters = () if self.behind is None else self.behind.possible
+        asked = returned if self.ends else ()
+        if not self.told and not asked:
+            return
+        mine = [not self.told or (n is not None and _is_under_way(n())) for n in begins]
+        mine += self.behind.told(self.seen) if self.told and self.behind is not None else []
+        of_forward = len(mine)
+        for x in self.ends if asked else ():
+            leaves = {id(leaf) for leaf in leaves_of([x])}
+            mine += [id(p) in leaves for _, p in asked]
+        told = ranks.gather(UsedOutputs.GATHER, torch.tensor(mine, dtype=torch.uint8, device=ranks.header_device()))
+        found = told.reshape(ranks.ranks, -1).bool()
+        on_any = found[:, :of_forward].any(0).tolist()
+        self.outputs = {i for i in every if on_any[i]}
+        if self.told and self.behind is not None:
+            self.parameters = self.behind.of(on_any[len(begins) :])
+        if asked:
+            behind = found[:, of_forward:].reshape(ranks.ranks, len(begins), len(asked))
+            comes = behind[:, sorted(self.outputs)].any(1)
+            by_name = zip((n for n, _ in asked), comes.any(0).tolist(), comes.all(0).tolist(), strict=True)
+            self.returned = {n: on_all for n, some, on_all in by_name if some}
 
     def gate(self, name: str, p: Tensor) -> Tensor:
         """A parameter, as forward is to take it: what it is given by outputs that no loss uses is no gradient."""
@@ -180,20 +208,58 @@ class Used:
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, used: Used, name: str, p: Tensor) -> Tensor:
-        ctx.used, ctx.name, ctx.parameter = used, name, p
+        ctx.used, ctx.name = used, name
         ctx.set_materialize_grads(False)  # of one that may be sparse
         return p.view_as(p)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        # autograd calls hooks on a leaf without a gradient, too, and users' take none
-        reaches = ctx.used.reaches(ctx.name) or _has_users_hooks(ctx.parameter)
-        return None, None, grads[0] if reaches else None
+        return None, None, grads[0] if ctx.used.reaches(ctx.name) else None
 
 
-def _has_users_hooks(p: Tensor) -> bool:
-    own = __name__.partition(".")[0]
-    return any(getattr(hook, "__module__", "").partition(".")[0] != own for hook in (p._backward_hooks or {}).values())
+@dataclass(frozen=True)
+class _WithGradient:
+    """A hook on a parameter, which autograd calls without a gradient too where an output's backward brings it none."""
+
+    hook: Callable[[Tensor], Any]
+
+    def __call__(self, gradient: Tensor | None) -> Any:
+        return None if gradient is None else self.hook(gradient)
+
+
+@dataclass
+class _Accumulated:
+    """A hook that waits for an accumulated gradient, which autograd calls even where there was none to accumulate.
+
+    Attributes
+    ----------
+    before : tuple
+        Which backward is under way, and what the parameter had accumulated when it began.
+    """
+
+    hook: Callable[[Tensor], Any]
+    before: tuple[int, ...] = ()
+
+    def __call__(self, p: Tensor) -> Any:
+        return None if self.before == _accumulated(p) else self.hook(p)
+
+
+def _accumulated(p: Tensor) -> tuple[int, ...]:
+    grad = p.grad
+    return torch._C._current_graph_task_id(), *(() if grad is None else (id(grad), grad._version))
+
+
+def _spare_hooks(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """A backward begins: no hook on these is to be called without a gradient, as the original's are not."""
+    with torch._C.DisableTorchFunctionSubclass():
+        for _, p in parameters:
+            if hooks := p._backward_hooks:
+                hooks.update({k: _WithGradient(h) for k, h in hooks.items() if not isinstance(h, _WithGradient)})
+            if waiting := p._post_accumulate_grad_hooks:
+                before = _accumulated(p)
+                waiting.update(
+                    {k: _Accumulated(h.hook if isinstance(h, _Accumulated) else h, before) for k, h in waiting.items()}
+                )
 
 
 def behind(
@@ -208,14 +274,17 @@ def behind(
     if ranks.ranks == 1 or not torch.is_grad_enabled():
         return list(outputs)
     asked.latest = forward
-    sentinels = [torch.zeros((), requires_grad=True) if x.requires_grad else None for x in outputs]
-    nodes = [None if s is None else get_gradient_edge(s).node for s in sentinels]
-    step = ranks, asked, forward, parameters, used, nodes
-    return [x if s is None else _Begin.apply(*step, s, x) for s, x in zip(sentinels, outputs, strict=True)]
+    nodes: list[Any] = []
+    sentinel = torch.zeros((), requires_grad=True)
+    step = ranks, asked, forward, parameters, used, nodes, sentinel
+    result = [_Begin.apply(*step, x) if x.requires_grad else x for x in outputs]
+    # each node has the list, and would be held by it
+    nodes += [weakref.ref(y.grad_fn) if x.requires_grad else None for x, y in zip(outputs, result, strict=True)]
+    return result
 
 
 class _Begin(torch.autograd.Function):
-    """Identity; sentinels are leaves that nobody asks for by name, so they are left out unless all is asked for."""
+    """Identity; the sentinel is a leaf that nobody asks for by name, so it is left out unless all is asked for."""
 
     @staticmethod
     def forward(
@@ -225,12 +294,12 @@ class _Begin(torch.autograd.Function):
         forward: int,
         parameters: Any,
         used: Used,
-        sentinels: Sequence[Any],
+        nodes: Sequence[Any],
         sentinel: Tensor,
         x: Tensor,
     ) -> Tensor:
         ctx.ranks, ctx.asked, ctx.forward, ctx.parameters = ranks, asked, forward, parameters
-        ctx.used, ctx.sentinels, ctx.sentinel = used, sentinels, get_gradient_edge(sentinel).node
+        ctx.used, ctx.nodes, ctx.sentinel = used, nodes, get_gradient_edge(sentinel).node
         ctx.set_materialize_grads(False)
         return x.view_as(x)
 
@@ -242,19 +311,22 @@ class _Begin(torch.autograd.Function):
             if is_first:
                 asked.names, asked.returns = None, False
             asked.backward, asked.forward = backward, ctx.forward
-            some = not torch._C._will_engine_execute_node(ctx.sentinel)
-            if some:
-                _agree(ctx.ranks, asked, ctx.parameters)
+            _spare_hooks(ctx.parameters())
+            wanted: list[tuple[str, Tensor]] = []
+            if not torch._C._will_engine_execute_node(ctx.sentinel):
+                wanted = _agree(ctx.ranks, asked, ctx.parameters)
             elif torch.is_grad_enabled():
                 _refuse_twice("backward(create_graph=True)", ctx.ranks)
             elif is_first and ctx.forward != asked.latest:  # a backward goes through the newest of its forwards first
                 ctx.ranks.meet_in_backward(f"backward of forward {ctx.forward} of {asked.latest}")
-            ctx.used.agree(ctx.ranks, ctx.sentinels, some=some)
+            ctx.used.agree(ctx.ranks, ctx.nodes, wanted if asked.returns else ())
         return *(None,) * 7, *grads
 
 
-def _agree(ranks: Agreement, asked: Asked, parameters: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
-    """Raise on every rank unless all ask for the gradients of the same parameters, which can be told."""
+def _agree(
+    ranks: Agreement, asked: Asked, parameters: Callable[[], Iterable[tuple[str, Tensor]]]
+) -> list[tuple[str, Tensor]]:
+    """What is asked for; raises on every rank unless all ask for the same parameters' gradients, which can be told."""
     wanted = [(n, p) for n, p in parameters() if p.requires_grad and _asks_for(p)]
     names = ", ".join(n for n, _ in wanted) or "no parameter"
     twice = torch.is_grad_enabled()
@@ -265,6 +337,7 @@ def _agree(ranks: Agreement, asked: Asked, parameters: Callable[[], Iterable[tup
     ranks.meet_in_backward(what)
     if wanted and twice:
         _refuse_twice(what, ranks)
+    return wanted
 
 
 def _refuse_twice(what: str, ranks: Agreement) -> None:

@@ -34,23 +34,25 @@ class _AtOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
+        ctx.set_materialize_grads(False)  # an output that no loss uses has none
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _Times.apply(grads[0], ctx.factor), None
+        return None if grads[0] is None else _Times.apply(grads[0], ctx.factor), None
 
 
 class _AtInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: LossScale) -> Tensor:
         ctx.scale = scale
+        ctx.set_materialize_grads(False)  # nor has an input behind it
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         factor = ctx.scale.factor  # 0 for a rank without rows: it has no gradients
-        return grads[0] if factor in (0, 1) else _Times.apply(grads[0], 1 / factor), None
+        return grads[0] if grads[0] is None or factor in (0, 1) else _Times.apply(grads[0], 1 / factor), None
 
 
 class _Times(torch.autograd.Function):
