@@ -169,8 +169,8 @@ class GradientSync:
             raise UnsupportedError(f"backward through a forward that ended more than {KEPT_FORWARDS} forwards ago")
         if self.caught.forward:
             raise UnsupportedError(
-                f"forward differentiates by {use.parameter.original!r}, of which each rank holds a part: pin it, "
-                f"plan={{{use.parameter.original!r}: 'replicate'}}"
+                f"forward differentiates by {use.parameter.original!r}, of which each rank holds a part: "
+                "pin the form that keeps it whole on every rank"
             )
         if not self._entered:
             if self.in_part:

@@ -187,7 +187,7 @@ class PartialModule(DistributedModule):
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """What the user's forward uses weighs as its outputs do, and not once more; what it differentiates is its own."""
+        """What forward uses weighs as its outputs do, and not once more; what it differentiates is its own."""
         self._exchange.inside = self._gradients.caught.forward = True
         try:
             yield
