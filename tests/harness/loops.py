@@ -82,7 +82,7 @@ def trained_by_library(rank: int, ranks: int, build: Callable[[], Loop]) -> dict
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """The largest; of large values, as a share. A bias whose gradient is rounding is moved by an optimiser's share of it."""
+    """The largest; of large values, as a share. Adam makes steps of gradients that are nothing but rounding."""
     if not b.is_floating_point():
         return float((a != b).sum())
     return float(((a - b).abs() / b.abs().clamp_min(1)).max()) if b.numel() else 0.0

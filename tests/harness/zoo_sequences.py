@@ -86,8 +86,8 @@ def rectools(name: str) -> tuple[nn.Module, Any]:
 def loop(name: str) -> Loop:
     """rectools' trainer, Lightning's, over given batches.
 
-    The original is trained as it is. ``training_step`` reads the trainer, to which it logs, so a compiled one is given to
-    the trainer in a module of its own, which does not.
+    The original is trained as it is. ``training_step`` reads the trainer, to which it logs, so a compiled one is
+    given to the trainer in a module of its own, which does not.
     """
     from pytorch_lightning import Callback, LightningModule
 

@@ -1,7 +1,7 @@
 """transformers' encoders of text and its language models, small and with random weights.
 
-Encoders make vectors of titles for a tower of news (as NRMS); language models learn sequences of tokens of items, by their
-own loss, which forward computes of labels.
+Encoders make vectors of titles for a tower of news (as NRMS); language models learn sequences of tokens of items, by
+their own loss, which forward computes of labels.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def _model(name: str) -> nn.Module:
     config, settings = MODELS[name]
     cls = getattr(transformers, name.partition(",")[0])
     torch.manual_seed(0)
-    with_pooler = {"add_pooling_layer": False} if name == "BertModel, news" else {}
-    return cls(getattr(transformers, config)(vocab_size=TOKENS, pad_token_id=0, use_cache=False, **settings), **with_pooler)
+    made = getattr(transformers, config)(vocab_size=TOKENS, pad_token_id=0, use_cache=False, **settings)
+    return cls(made, add_pooling_layer=False) if name == "BertModel, news" else cls(made)
 
 
 def _titles(g: torch.Generator, *shape: int) -> Tensor:
@@ -125,6 +125,17 @@ def text(name: str) -> tuple[nn.Module, Any]:
     return LossOf(_model(name)), ((), _batch(name))
 
 
+def tiger() -> tuple[nn.Module, Any]:
+    """torch-rechub's generator of item tokens, which is a T5 of transformers."""
+    import transformers
+    from torch_rechub.models.generative import TIGERModel
+
+    config, settings = MODELS["T5ForConditionalGeneration"]
+    settings = settings | {"vocab_size": TOKENS, "pad_token_id": 0, "use_cache": False}
+    model = TIGERModel(getattr(transformers, config)(**settings))
+    return LossOf(model), ((), _batch("TIGERModel") | {"return_dict": True})
+
+
 LOOPS = tuple(name for name in MODELS if name != "BertModel, news")
 """Those that have a loss of their own."""
 
@@ -132,8 +143,8 @@ LOOPS = tuple(name for name in MODELS if name != "BertModel, news")
 def loop(name: str) -> Loop:
     """transformers' `Trainer`, on batches in their order.
 
-    Of what it does by itself two things are of this rank's part alone, and off: it clips gradients, and gives forward the
-    number of this rank's tokens to divide its loss by.
+    Of what it does by itself two things are of this rank's part alone, and off: it clips gradients, and gives forward
+    the number of this rank's tokens to divide its loss by.
     """
     import transformers
 
