@@ -80,15 +80,15 @@ IN_LOOPS = (
     "",
     "What is refused by name there, or has to be said:",
     "",
-    "- torch-geometric's models take pairs as `[2, B]`: the batch is not in dim 0, which is refused. The zoo's modules hold",
-    "  the graph and take users and items.",
-    "- rectools' `training_step` logs to its trainer: compiled in place it is refused once a trainer is there (`_trainer was",
-    "  None when the model was compiled`). Compile a module that calls it, and give that to the trainer in a module of",
-    "  your own; draw the weights (`on_train_start`) first.",
+    "- torch-geometric's models take pairs as `[2, B]`: the batch is not in dim 0, which is refused. The zoo's modules",
+    "  hold the graph, and take users and items.",
+    "- rectools' `training_step` logs to its trainer: compiled in place it is refused once there is a trainer (`_trainer",
+    "  was None when the model was compiled`). Compile a module that calls it, and give the trainer a module of your own",
+    "  around that; draw the weights (`on_train_start`) first.",
     "- transformers' `Trainer` gives forward the number of its own tokens, a tensor without rows, which is refused:",
     "  `trainer.model_accepts_loss_kwargs = False`. `max_grad_norm` is of this rank's pieces: 0 turns it off.",
-    "- A forward that calls `backward`, or differentiates by a divided table, is refused; one that takes other gradients",
-    "  (higher's inner loops) runs whole, its parameters are on every rank.",
+    "- A forward that calls `backward`, or differentiates by a divided table, is refused. What higher copies for its",
+    "  inner loops is whole on every rank.",
 )
 BLOCKED = "Where values leave the region"
 BLOCKED_WORDS = (
