@@ -15,8 +15,8 @@ ARGS ?=
 
 # One place spells the torch version; see constraints.txt for why it is installed alone and first.
 TORCH := $(shell grep '^torch==' constraints.txt)
-# Installed without its dependencies: it asks for releases that don't run here, and needs none of them (pyproject.toml).
-RECBOLE := $(shell grep '^recbole==' constraints.txt)
+# Installed without their dependencies: they ask for releases that don't run here, and need none of them (pyproject.toml).
+ALONE := $(shell grep -E '^(recbole|rectools)==' constraints.txt)
 # For tests of its jagged inputs; without dependencies too, some of which (torchmetrics, iopath) only its training needs.
 TORCHREC := torchrec fbgemm-gpu-cpu cloudpickle importlib_metadata orjson pyre-extensions pyvers tensordict typing-inspect zipp
 
@@ -111,6 +111,6 @@ clean:  ## remove builds and caches, keep .venv
 
 .venv/.installed-dev: .venv/.installed
 	.venv/bin/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev,zoo]'
-	.venv/bin/python -m pip install --quiet --no-deps "$(RECBOLE)"
+	.venv/bin/python -m pip install --quiet --no-deps $(ALONE)
 	.venv/bin/python -m pip install --quiet --no-deps -c constraints.txt $(TORCHREC)
 	@touch $@

@@ -132,3 +132,90 @@ def _with_graph(rank, ranks):
 def test_gradients_of_parameters_have_no_graph(on_ranks):
     for error in on_ranks(_with_graph, 2):
         assert "gradients of gradients with respect to parameters" in error
+
+
+class Rater(nn.Module):
+    """Ratings of items by users, whose forward differentiates in Python that no tracer goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.users, self.items, self.head = nn.Embedding(11, 4), nn.Embedding(50, 4), nn.Linear(4, 1)
+
+    def features(self, users: Tensor, items: Tensor) -> Tensor:
+        return torch.tanh(self.users(users).unsqueeze(1) * self.items(items))
+
+    def errors(self, features: Tensor, ratings: Tensor, weight: Tensor) -> Tensor:
+        return ((features @ weight).squeeze(-1) - ratings).square()
+
+
+class Adapts(Rater):
+    """Meta-learning: all weights take a step on the batch's support before they are asked."""
+
+    def forward(self, users: Tensor, items: Tensor, ratings: Tensor) -> Tensor:
+        weights = dict(self.named_parameters())
+        loss = self.errors(self.features(users, items), ratings, self.head.weight.T).mean()
+        asked = [weights["users.weight"], weights["head.weight"]]
+        a, b = torch.autograd.grad(loss, asked, create_graph=True)
+        users = torch.nn.functional.embedding(users, asked[0] - 0.5 * a)
+        features = torch.tanh(users.unsqueeze(1) * self.items(items.flip(1)))
+        return self.errors(features, ratings, (asked[1] - 0.5 * b).T).mean()
+
+
+class AdaptsEach(Rater):
+    """A step for each row, of the head alone."""
+
+    def forward(self, users: Tensor, items: Tensor, ratings: Tensor) -> Tensor:
+        weight = self.head.weight.T.expand(len(users), 4, 1)
+        loss = self.errors(self.features(users, items), ratings, weight).sum()
+        (step,) = torch.autograd.grad(loss, weight, create_graph=True)
+        return self.errors(self.features(users, items.flip(1)), ratings, weight - 0.5 * step).sum(1)
+
+
+class Adversarial(Rater):
+    """Embeddings are moved to where the error grows fastest."""
+
+    def forward(self, users: Tensor, items: Tensor, ratings: Tensor) -> Tensor:
+        x = self.features(users, items)
+        (g,) = torch.autograd.grad(self.errors(x, ratings, self.head.weight.T).sum(), x, retain_graph=True)
+        return self.errors(x + 0.5 * torch.nn.functional.normalize(g, dim=-1), ratings, self.head.weight.T).sum(1)
+
+
+class Smooth(Rater):
+    """A penalty on the gradient of a table."""
+
+    def forward(self, users: Tensor, items: Tensor, ratings: Tensor) -> Tensor:
+        loss = self.errors(self.features(users, items), ratings, self.head.weight.T).mean()
+        (g,) = torch.autograd.grad(loss, self.users.weight, create_graph=True)
+        return loss + g.square().sum()
+
+
+class CallsBackward(Rater):
+    def forward(self, users: Tensor, items: Tensor, ratings: Tensor) -> Tensor:
+        loss = self.errors(self.features(users, items), ratings, self.head.weight.T)
+        loss.sum().backward(retain_graph=True)
+        return loss.sum(1) * self.head.weight.grad.norm()
+
+
+RATED = (
+    torch.randint(11, (8,), generator=GENERATOR),
+    torch.randint(50, (8, 3), generator=GENERATOR),
+    torch.rand(8, 3, dtype=torch.float64, generator=GENERATOR),
+)
+
+
+@pytest.mark.parametrize("model", [Adapts, AdaptsEach, Adversarial, Smooth])
+def test_a_forward_that_differentiates(model, on_ranks):
+    des.verify(model(), RATED, plans=[None, {"items*": "row_wise"}], launch=on_ranks)
+
+
+@pytest.mark.parametrize(
+    ("model", "plan", "message"),
+    [
+        (Smooth, {"users*": "row_wise"}, "forward differentiates by 'users.weight', of which each rank holds a part"),
+        (CallsBackward, None, "forward calls backward, which adds .* take them with torch.autograd.grad"),
+    ],
+)
+def test_what_a_forward_may_not_differentiate_is_refused(model, plan, message, on_ranks):
+    with pytest.raises(des.DescompilerError, match=message):
+        des.verify(model(), RATED, plans=[plan], launch=on_ranks)

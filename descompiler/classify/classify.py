@@ -31,7 +31,7 @@ from descompiler.classify.batch_values import (
 from descompiler.classify.decisions import Decisions, decides_for_others
 from descompiler.classify.operator_kinds import DRAWN_BY_ROW, DROPPING, HEAVY, SEARCHED, SUM_OPERATORS
 from descompiler.classify.scope import CONSTANT, GLOBAL, OWN, OWN_ROWS, SIZE, SIZED, WHOLE, Scope, polynomial
-from descompiler.classify.spare_row import OnSpareRow, runs_without_rows
+from descompiler.classify.spare_row import OnSpareRow, reached_without_rows
 from descompiler.graph.arguments import LookupCall, operand, training_norm
 from descompiler.graph.leaf import Leaf
 from descompiler.graph.nodes import aten, is_random, is_tensor, signature, value
@@ -336,11 +336,14 @@ class _Classifier:
         wholes = whole if isinstance(whole, tuple | list) else [whole]
         shapes = [tuple(r.narrow(x, 0, 0).shape) for r, x in zip(results, wholes, strict=True)]
         target: Any = node.target
-        if runs_without_rows(target, args, kwargs, shapes):
+        reached = reached_without_rows(target, args, kwargs, shapes)
+        if reached is not None and all(reached):
             return True
         spare = OnSpareRow(target, [row for _, row in found], results)
-        node.meta["spare_row"] = spare
-        return runs_without_rows(spare, args, kwargs, shapes)
+        reached_beside = reached_without_rows(spare, args, kwargs, shapes)
+        if reached_beside not in (None, reached):
+            node.meta["spare_row"] = spare
+        return reached is not None or reached_beside is not None
 
     def _backward_mixes(self, node: fx.Node, versions: dict[fx.Node, str], rows: Sequence[Rows]) -> bool:
         """Whether a leaf, whose backward may be the user's own, makes other gradients of parts than of the whole."""

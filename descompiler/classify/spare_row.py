@@ -1,4 +1,7 @@
-"""Operators that can't run on a batch without rows (Fourier transforms): a rank without any has a spare one."""
+"""Operators that don't do on a batch without rows what they do on others: a rank without any has a spare one.
+
+Fourier transforms don't run there; torch's attention gives its mask no gradient there.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +55,14 @@ def _with_row(x: Any, spare: Any) -> Any:
     return torch.cat([x, row.to(x)], rows.dim)
 
 
-def runs_without_rows(call: Callable[..., Any], args: Any, kwargs: Any, results: Sequence[tuple[int, ...]]) -> bool:
-    """Whether an operator runs, forward and backward, on arguments without rows, and returns these shapes."""
+def reached_without_rows(
+    call: Callable[..., Any], args: Any, kwargs: Any, results: Sequence[tuple[int, ...]]
+) -> list[bool] | None:
+    """To which operands the gradient comes on arguments without rows; None if it does not run, or returns other shapes.
+
+    Of those that can have one. Where ranks with rows have one and a rank without rows has none, what is sent of it
+    behind this operator would find no partner there.
+    """
 
     def leaf(x: Any) -> Any:
         differentiable = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
@@ -66,10 +75,11 @@ def runs_without_rows(call: Callable[..., Any], args: Any, kwargs: Any, results:
             out = call(*args, **kwargs)
             tensors = [out] if isinstance(out, Tensor) else list(out)
             if [tuple(x.shape) for x in tensors] != list(results):
-                return False
+                return None
             ends = [x for x in tensors if x.requires_grad]
-            if ends:
-                torch.autograd.grad(ends, taken, [torch.ones_like(x) for x in ends], allow_unused=True)
+            if not ends:
+                return []
+            found = torch.autograd.grad(ends, taken, [torch.ones_like(x) for x in ends], allow_unused=True)
+            return [g is not None for g in found]
     except (RuntimeError, IndexError, ValueError):
-        return False
-    return True
+        return None

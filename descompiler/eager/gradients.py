@@ -173,6 +173,11 @@ class GradientSync:
         """Take a use's gradient, as backward brings it."""
         if not any(u is use for u in self.uses):
             raise UnsupportedError(f"backward through a forward that ended more than {KEPT_FORWARDS} forwards ago")
+        if self.caught.forward:
+            raise UnsupportedError(
+                f"forward differentiates by {use.parameter.original!r}, of which each rank holds a part: "
+                "pin the form that keeps it whole on every rank"
+            )
         if not self._entered:
             if self.in_part:
                 self._quiet(use.parameter)

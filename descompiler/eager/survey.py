@@ -208,7 +208,7 @@ def _decides_for_others(inputs: Any, rows: int, run: Runs, kinds: Sequence[str])
         given = take_rows(inputs, index % rows)
         held = (x for _, _, x in held_tensors(run.model))
         seen.watch(split_statics(flatten(given)[0])[0], apart=(*run.model.buffers(), *held))
-        with torch.no_grad(), seen:
+        with seen:
             return run(given, skip_norms=True)[0]
 
     def reproduces(whole: Sequence[Tensor], parts: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> bool:

@@ -261,7 +261,7 @@ def updated_arguments(probe: Flat, tensors: list[Tensor]) -> tuple[ArgumentPath,
     """
     given = probe.arguments([t.clone() for t in tensors])
     before = by_path(given)
-    with probe.arithmetic(), torch.no_grad():
+    with probe.arithmetic():
         probe.call(*given)
     after = by_path(given)
     changed = [path for path in before.keys() | after.keys() if before.get(path) is not after.get(path)]

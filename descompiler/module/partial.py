@@ -189,12 +189,12 @@ class PartialModule(DistributedModule):
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """What the user's forward uses weighs as its outputs do, and not once more."""
-        self._exchange.inside = True
+        """What forward uses weighs as its outputs do, and not once more; what it differentiates is its own."""
+        self._exchange.inside = self._gradients.caught.forward = True
         try:
             yield
         finally:
-            self._exchange.inside = False
+            self._exchange.inside = self._gradients.caught.forward = False
 
     def _guard(self) -> Guard | None:
         return self._gradients.guard() if self._runtime.ranks > 1 and torch.is_grad_enabled() else None

@@ -44,6 +44,9 @@ class Caught:
     local : dict of int to Tensor
         By position in ``parameters``.
 
+    forward : bool
+        Whether the user's forward runs: what is differentiated there is its own, and of the rows that it has.
+
     Where the backward returns gradients (``torch.autograd.grad``) it is given a tensor that holds the average when it
     ends.
     """
@@ -52,6 +55,7 @@ class Caught:
         """``arrived(position, gradient)`` is called with each gradient."""
         self.parameters, self._arrived = list(parameters), arrived
         self.local: dict[int, Tensor] = {}
+        self.forward = False
         self._nodes: list[Any] = [None] * len(self.parameters)
         self._handles: list[Any] = [None] * len(self.parameters)
         self._givers: list[Any] = [None] * len(self.parameters)
@@ -72,6 +76,11 @@ class Caught:
             caught, (gradient,) = me(), gradients
             if caught is None or gradient is None:
                 return None
+            if caught.forward:
+                raise UnsupportedError(
+                    "forward calls backward, which adds to gradients of its parameters that are this rank's alone; "
+                    "take them with torch.autograd.grad"
+                )
             if live := caught.parameters[position]._post_accumulate_grad_hooks:
                 caught._waiting[position] = dict(live)
                 live.clear()
@@ -81,7 +90,7 @@ class Caught:
 
         def give(position: int, gradient: Tensor | None) -> Tensor | None:
             caught = me()
-            if caught is None or gradient is None or not is_returned(caught._nodes[position]):
+            if caught is None or gradient is None or caught.forward or not is_returned(caught._nodes[position]):
                 return None
             gradient = gradient.to_dense() if gradient.is_sparse else gradient
             caught._returns, caught._returned[position] = True, torch.empty_like(gradient)

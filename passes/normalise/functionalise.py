@@ -50,8 +50,10 @@ class Functionalise:
         # aten.copy has no derivative
         functional = aten.expand_as.default if node.target is aten.copy_.default else _functional(node.target)
         arguments = (node.args[1], written) if node.target is aten.copy_.default else node.args
-        if functional is None or program.source(roots[written]) is not None:
+        if program.source(roots[written]) is not None:
             raise UnsupportedError(f"{advice}, of a parameter or an input; write to a copy")
+        if functional is None:
+            raise UnsupportedError(f"{advice}, by an operator that has no form without '_'; use others")
         position = order[node]
         chain = _scattered(written)
         for other, root in roots.items():
@@ -105,11 +107,17 @@ def _scattered(written: fx.Node) -> list[fx.Node]:
 
 
 def _functional(target: Any) -> Any:
-    """``add.Tensor`` of ``add_.Tensor``; None if there is none that takes the same arguments."""
+    """``add.Tensor`` of ``add_.Tensor``; None if there is none that takes the same arguments.
+
+    Names of overloads tell nothing: ``pow_.Scalar`` has a scalar exponent, ``pow.Scalar`` a scalar base.
+    """
     packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
-    found = getattr(packet, target._overloadname, None)
-    same = found is not None and [a.name for a in found._schema.arguments] == [a.name for a in target._schema.arguments]
-    return found if same else None
+    overloads = [getattr(packet, name) for name in packet.overloads()] if packet is not None else []
+    return next((o for o in overloads if _arguments(o) == _arguments(target)), None)
+
+
+def _arguments(operator: Any) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in operator._schema.arguments]
 
 
 def _disjoint(a: fx.Node, b: fx.Node) -> bool:

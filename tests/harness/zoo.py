@@ -1,13 +1,15 @@
 """Models of public libraries that nobody here wrote, unmodified: name -> (model, example inputs).
 
-All models of torchfm, deepctr-torch, torch-rechub and recbole, small. They need the ``zoo`` extra, and recbole; import
-this module only where they are installed. `library_classes` lists the libraries' own model classes, so that a test can
-tell if one is missing.
+All models of torchfm, deepctr-torch, torch-rechub, recbole and rectools, and those of torch-geometric, transformers and
+higher that recommenders are made of, small. They need the ``zoo`` extra, recbole and rectools; import this module only
+where they are installed. `library_classes` lists the libraries' own model classes, so that a test can tell if one is
+missing; `LOOPS` has the training loops of libraries.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import io
@@ -19,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.harness import zoo_recbole
+from tests.harness import zoo_graphs, zoo_meta, zoo_recbole, zoo_sequences, zoo_text
+from tests.harness.loops import Loop
 
 FIELD_ROWS = (7, 13, 29, 11)
 DENSE = 3
@@ -29,7 +32,10 @@ LENGTH = 5
 ITEMS = 17
 
 Built = tuple[nn.Module, Any]
-LIBRARIES = ("torchfm", "deepctr_torch", "torch_rechub", "recbole")
+LIBRARIES = (
+    *("torchfm", "deepctr_torch", "torch_rechub", "recbole"),
+    *("rectools", "torch_geometric", "transformers", "higher"),
+)
 
 
 def _generator() -> torch.Generator:
@@ -294,6 +300,8 @@ def rechub(name: str) -> Built:
             "sk_epsilons": [0.0, 0.0],
         },
     }
+    if name == "TIGERModel":
+        return zoo_text.tiger()
     model = getattr(importlib.import_module(f"torch_rechub.models.{_rechub_kind(name)}"), name)(**arguments[name]())
     if name in ("HSTUModel", "HLLMModel"):
         return model, (items,)
@@ -310,7 +318,7 @@ RECHUB = (
     *("WideDeep", "DeepFM", "DCN", "DCNv2", "EDCN", "AFM", "FiBiNet", "DeepFFM", "FatDeepFFM", "BST", "DIN", "DIEN"),
     *("AutoInt", "DSSM", "FaceBookDSSM", "YoutubeDNN", "YoutubeSBC", "MIND", "GRU4Rec", "NARM", "SASRec", "SINE"),
     *("STAMP", "ComirecDR", "ComirecSA", "SharedBottom", "ESMM", "MMOE", "PLE", "AITM"),
-    *("HSTUModel", "HLLMModel", "RQVAEModel"),
+    *("HSTUModel", "HLLMModel", "RQVAEModel", "TIGERModel"),
 )
 
 
@@ -408,11 +416,24 @@ ZOO: dict[str, Callable[[], Built]] = {
     },
     **{f"torch_rechub.{n}": _build(lambda n=n: rechub(n)) for n in RECHUB},
     **{f"recbole.{n}": _build(lambda n=n: zoo_recbole.recbole(n)) for n in zoo_recbole.MODELS},
+    **{f"rectools.{n}": _build(lambda n=n: zoo_sequences.rectools(n)) for n in zoo_sequences.MODELS},
+    **{f"torch_geometric.{n}": _build(lambda n=n: zoo_graphs.geometric(n)) for n in zoo_graphs.MODELS},
+    **{f"transformers.{n}": _build(lambda n=n: zoo_text.text(n)) for n in zoo_text.MODELS},
+    **{f"higher.{n}": _build(lambda n=n: zoo_meta.meta(n)) for n in zoo_meta.MODELS},
 }
 
+LOOPS: dict[str, Callable[[], Loop]] = {
+    **{f"rectools.{n}": functools.partial(zoo_sequences.loop, n) for n in zoo_sequences.MODELS},
+    **{f"torch_geometric.{n}": functools.partial(zoo_graphs.loop, n) for n in zoo_graphs.MODELS},
+    **{f"transformers.{n}": functools.partial(zoo_text.loop, n) for n in zoo_text.LOOPS},
+    **{f"higher.{n}": functools.partial(zoo_meta.loop, n) for n in zoo_meta.MODELS},
+}
+"""How libraries train them, by name as in `ZOO`."""
+
 LEFT_OUT = {
-    "torch_rechub.TIGERModel": "needs transformers, which is not part of the zoo extra",
     **{f"recbole.{n}": why for n, why in zoo_recbole.LEFT_OUT.items()},
+    **{f"rectools.{n}": why for n, why in zoo_sequences.LEFT_OUT.items()},
+    "torch_geometric.Node2Vec": "needs pyg-lib",
 }
 """Model classes of the libraries that are not in the zoo, and why."""
 
@@ -434,3 +455,4 @@ def library_classes() -> Iterator[str]:
         for name in importlib.import_module(f"torch_rechub.models.{kind}").__all__:
             yield f"torch_rechub.{name}"
     yield from (f"recbole.{name}" for name in zoo_recbole.classes())
+    yield from (f"rectools.{name}" for name in zoo_sequences.classes())
