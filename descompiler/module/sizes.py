@@ -99,6 +99,7 @@ def begin_again(
     tensors: Sequence[Tensor],
     program: Callable[[Sizes, int, Sequence[Tensor] | None], Sized],
     values: Callable[[Emitted, Sequence[Source]], Sequence[Any]],
+    begins: Callable[[Emitted], None],
 ) -> tuple[Emitted, fx.GraphModule]:
     """What this rank runs where ranks' inputs have other sizes, or their rows are others. Collective.
 
@@ -111,6 +112,8 @@ def begin_again(
         them.
     values : callable
         Of what a program takes, inputs aside.
+    begins : callable
+        Is told which program this rank runs, before any of its values is taken.
 
     Raises
     ------
@@ -119,8 +122,9 @@ def begin_again(
     """
     runtime.begun_again = True
     programs, every = _programs_of_all(runtime, tensors, program)
-    runtime.regions = _regions(runtime, programs, every, values) if len(programs) > 1 else None
     mine = programs[every[runtime.rank]].emitted
+    begins(mine)
+    runtime.regions = _regions(runtime, programs, every, values) if len(programs) > 1 else None
     runtime.layout, runtime.checks, runtime.accepts = mine.layout, mine.checks, mine.accepts
     runtime.call = runtime.call.without_sizes().with_sizes(every)
     return mine, programs[every[runtime.rank]].module if len(programs) > 1 else mine.module
