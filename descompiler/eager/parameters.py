@@ -10,13 +10,15 @@ so each means what it means in the original model.
 
 Outside of the compiled method the user's loss is of this rank's rows alone. Where it is a sum over rows, or a mean of
 which ranks have unlike shares, what parameters do to rows (`h @ w`) weighs as the method's outputs do; what is computed
-of parameters alone (a regulariser) is a term of the loss, and counts once. See `OfParameters`.
+of parameters alone (a regulariser), or of numbers of the global batch that the method returns, is a term of the loss,
+and counts once. See `OfParameters`.
 
 What crosses for that is the business of `descompiler.eager.exchange`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +44,9 @@ class PieceTransport(Protocol):
     @property
     def outside(self) -> bool:
         """Whether uses are to weigh as the outputs of the compiled method do."""
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether a tensor is a buffer of the module's, or a view of one."""
 
     def fetch(self, parameter: ShardedParameter, ids: Tensor, sparse: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Unique rows of a table, where each id's is among them, and their ids."""
@@ -102,7 +107,7 @@ BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 
 
 class OfParameters(Tensor):
-    """Computed of parameters alone, in the user's code outside of the compiled method."""
+    """Computed of parameters alone outside of the compiled method, or a number of the global batch that it returned."""
 
     exchange: PieceTransport
 
@@ -147,7 +152,8 @@ def _in_users_code(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not own or is_attribute or not torch.is_grad_enabled() or not own[0].exchange.outside:
         return _local(func, args, kwargs)
     exchange = own[0].exchange
-    if batch := [x for x in tensors if not isinstance(x, WHOLE) and _of_batch(x, exchange)]:
+    batch = [x for x in tensors if not isinstance(x, WHOLE) and _of_batch(x, exchange)]
+    if batch and not _are_constants(func, args, kwargs, own, batch, exchange):
         terms = func in TERMS and all(x.numel() == 1 for x in own) and not any(x.dim() for x in batch)
         if not terms:
             args, kwargs = torch.utils._pytree.tree_map(
@@ -160,10 +166,44 @@ def _in_users_code(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _of_batch(x: Tensor, exchange: PieceTransport) -> bool:
     """Whether a tensor that no parameter is has rows of this rank: the method's outputs, or inputs and labels."""
     rows = exchange.runtime.known_rows()
-    if x.grad_fn is not None or not x.dim():
+    if x.grad_fn is not None or not x.dim() or isinstance(x, nn.Parameter) or exchange.holds(x):
         return x.grad_fn is not None
     several = rows > 1 and not x.is_floating_point()  # ids of several columns, one after another
     return x.shape[0] == rows or (several and x.shape[0] % rows == 0)
+
+
+def _are_constants(
+    func: Any, args: Any, kwargs: Any, own: list[Any], batch: list[Tensor], exchange: PieceTransport
+) -> bool:
+    """Whether tensors that have as many rows as this rank can't be the batch's: the global one would not fit there.
+
+    A zero that terms of a loss are added to, in turn, has one.
+    """
+    if any(x.grad_fn is not None for x in batch):
+        return False
+    if func in TERMS and all(x.numel() == 1 for x in (*own, *batch)):
+        return not any(x.any() for x in batch)
+    rows, every, chosen = exchange.runtime.known_rows(), sum(exchange.runtime.rows), {id(x) for x in batch}
+
+    def fits(rows_of_batch: int) -> bool:
+        def meta(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            more = (x.shape[0] // rows * rows_of_batch, *x.shape[1:]) if id(x) in chosen else x.shape
+            return torch.empty(more, dtype=x.dtype, device="meta")
+
+        try:
+            _local(func, *torch.utils._pytree.tree_map(meta, (args, kwargs)))
+        except Exception:  # of shapes, or of what has no numbers
+            return False
+        return True
+
+    return bool(rows) and every != rows and not fits(every) and fits(rows)
+
+
+def numbers_of_batch(outputs: list[Tensor], have_rows: Sequence[bool], exchange: PieceTransport) -> list[Tensor]:
+    """Outputs of the compiled method: what is the global batch's, not this rank's rows, counts once in each loss."""
+    return [x if rows else _of_parameters(x, exchange) for x, rows in zip(outputs, have_rows, strict=True)]
 
 
 def _of_parameters(result: Any, exchange: PieceTransport) -> Any:
