@@ -10,8 +10,8 @@ so each means what it means in the original model.
 
 Outside of the compiled method the user's loss is of this rank's rows alone. Where it is a sum over rows, or a mean of
 which ranks have unlike shares, what parameters do to rows (`h @ w`) weighs as the method's outputs do; what is computed
-of parameters alone (a regulariser), or of numbers of the global batch that the method returns, is a term of the loss, and
-counts once. See `OfParameters`.
+of parameters alone (a regulariser), or of numbers of the global batch that the method returns, is a term of the loss,
+and counts once. See `OfParameters`.
 
 What crosses for that is the business of `descompiler.eager.exchange`.
 """
