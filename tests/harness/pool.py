@@ -42,6 +42,10 @@ the collector waits the longer, the more there is; each group has three threads,
 second: with four hundred groups nothing else gets to run."""
 
 
+IDLE_S = 0.3
+"""How long a rank waits for a call before it looks for garbage: its groups' threads take time from who runs."""
+
+
 class RankPoolError(EquivalenceError):
     """What each rank that failed said, or the ranks that did not answer; as `on_ranks` of descompiler raises it."""
 
@@ -140,9 +144,12 @@ def _serve(rank: int, ranks: int, folder: str, pipe: Any) -> None:
     draws = torch.get_rng_state(), random.getstate(), np.random.get_state()
     gc.freeze()  # what was imported stays: a collection then costs little
     gc.set_threshold(5_000)  # tracing makes many objects
-    most_threads, collected = _threads() + MORE_THREADS, False
+    few_threads, collected = _threads(), False
+    most_threads = few_threads + MORE_THREADS
     for call in count():
         try:
+            if _threads() > few_threads and not pipe.poll(IDLE_S):
+                gc.collect()
             message = pipe.recv_bytes()
         except (EOFError, OSError):  # the caller has ended
             return
