@@ -17,6 +17,7 @@ class Towers(nn.Module):
         super().__init__()
         self.table, self.proj, self.out = nn.Embedding(40, 4), nn.Linear(4, 4), nn.Linear(4, 4)
         self.alpha = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("basis", torch.linspace(-1, 1, 16).reshape(4, 4))
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.proj(self.table(ids))
@@ -42,8 +43,14 @@ PENALTIES = {
     "sum": lambda m: 0.1 * m.table.weight.pow(2).sum() + m.out.weight.norm(),
     "in turn": lambda m: torch.zeros(1, dtype=torch.float64) + m.out.weight.pow(2).sum(),
     "learnt": lambda m: (m.alpha * m.table.weight).pow(2).sum() + m.alpha.pow(2) + m.out.bias.pow(2).sum() * m.alpha,
+    "buffer": lambda m: (m.basis @ m.out.weight).pow(2).sum() + (m.basis[:, 0] * m.alpha).sum(),
+    "given": lambda m: (m.out.weight - GIVEN).pow(2).sum() + (GIVEN * m.out.weight).sum(),
     "gram": lambda m: (m.out.weight @ m.out.weight.t() - torch.eye(4, dtype=torch.float64)).pow(2).sum(),
 }
+
+
+GIVEN = nn.Parameter(torch.linspace(0, 1, 16, dtype=torch.float64).reshape(4, 4))
+"""A parameter that is none of the model's."""
 
 
 def _total(m: nn.Module, ids: Tensor, kind: str, use: str, penalty: str) -> Tensor:
@@ -55,13 +62,17 @@ def _total(m: nn.Module, ids: Tensor, kind: str, use: str, penalty: str) -> Tens
 
 def _trained(rank, ranks, model, kind, form, cases):
     module = des.compile(model, (IDS[:, 0],), plan={"table*": form}, loss=kind, in_place=True)
-    mine, found = IDS[:6] if rank == 0 else IDS[6:], []
+    mine, found = IDS[:CUT] if rank == 0 else IDS[CUT:], []
     for use, penalty in cases:
         module.zero_grad()
         _total(module, mine, kind, use, penalty).sum().backward()
         pieces = des.module_of(module).plan.pieces
         found.append({n: (pieces[n], p.grad) for n, p in module.named_parameters()})
     return found
+
+
+CUT = 4
+"""As many rows as some parameters and constants have."""
 
 
 CASES = [*((use, "none") for use in USES), *(("lookup", penalty) for penalty in PENALTIES), ("layer", "learnt")]
@@ -91,6 +102,88 @@ def test_uses_outside_of_the_method_weigh_as_its_outputs(model, kind, form, on_r
                 assert (grad is None) == (expected is None), (use, penalty, name)
                 if expected is not None:
                     assert torch.allclose(grad, expected, rtol=1e-9, atol=1e-12), (use, penalty, name)
+
+
+class Numbered(Towers):
+    """Returns a number of the whole batch, too."""
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        h = super().forward(ids)
+        return h, h.pow(2).mean()
+
+
+class NumberedInPart(Numbered):
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(torch.tensor(ids.tolist(), dtype=torch.int64))
+
+
+class NumberedCoupled(NumberedInPart):
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        h, x = super().forward(ids)
+        return h - h.mean(0), x
+
+
+NUMBERS = {
+    "times a parameter": lambda m, h, x: (h.pow(2).sum(1), m.alpha * x),
+    "times rows": lambda m, h, x: ((h * x).sum(1), 0.0),
+    "plus rows": lambda m, h, x: ((h + x).pow(2).sum(1), x.exp()),
+    "scales a parameter that meets rows": lambda m, h, x: ((m.alpha * x * h).sum(1), m.out.weight.norm() * x),
+}
+
+
+def _with_numbers(rank, ranks, model, kind, in_place):
+    found = []
+    module = des.compile(model, (IDS[:, 0],), plan={"table*": "row_wise"}, loss=kind, in_place=in_place)
+    for case in NUMBERS if in_place else ("times rows", "plus rows"):
+        module.zero_grad()
+        _loss_with_numbers(module, case, kind, IDS[:CUT] if rank == 0 else IDS[CUT:]).backward()
+        pieces = des.module_of(module).plan.pieces
+        found.append((case, {n: (pieces[n], p.grad) for n, p in module.named_parameters()}))
+    return found
+
+
+def _loss_with_numbers(m: nn.Module, case: str, kind: str, ids: Tensor) -> Tensor:
+    of_rows, once = NUMBERS[case](m, *m(ids[:, 0]))
+    return (of_rows.sum() if kind == "sum" else of_rows.mean()) + once
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "in_place"),
+    [
+        (Numbered, "sum", True),
+        (Numbered, "row_mean", False),
+        (NumberedInPart, "row_mean", True),
+        (NumberedInPart, "sum", False),
+        (NumberedCoupled, "sum", True),
+    ],
+)
+def test_numbers_of_the_batch_that_the_method_returns_count_once(model, kind, in_place, on_ranks):
+    torch.manual_seed(0)
+    model = model().double()
+    for rank, of_rank in enumerate(on_ranks(_with_numbers, 2, copy.deepcopy(model), kind, in_place)):
+        for case, grads in of_rank:
+            model.zero_grad()
+            _loss_with_numbers(model, case, kind, IDS).backward()
+            for name, p in model.named_parameters():
+                pieces, grad = grads[name]
+                assert (grad is None) == (p.grad is None), (case, name)
+                if grad is not None:
+                    torch.testing.assert_close(
+                        grad, pieces.cut(p.grad, rank), rtol=1e-9, atol=1e-12, msg=f"{case} {name}"
+                    )
+
+
+def _of_one_row(rank, ranks, model):
+    module = des.compile(model, (IDS[:, 0],), plan={"table*": "row_wise"}, loss="sum", in_place=True)
+    (module(IDS[:8, 0] if rank == 0 else IDS[8:, 0]).sum() + PENALTIES["in turn"](module)).sum().backward()
+    return module.out.weight.grad
+
+
+def test_terms_that_are_added_up_in_turn_beside_one_row(on_ranks):
+    model = Towers().double()
+    found = on_ranks(_of_one_row, 2, copy.deepcopy(model))
+    for grad in found:
+        torch.testing.assert_close(grad, 2 * model.out.weight.detach())
 
 
 class Cached(Towers):

@@ -6,7 +6,7 @@ serve each other, any other difference is an error that says where.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class PieceExchange:
     ----------
     gradients : GradientSync
         Gets each use, for its gradient.
+    buffers : callable
+        The module's buffers, which are no rows of the batch.
     parameters : list of ShardedParameter
         In an order that is the same on every rank.
     weighs : bool
@@ -42,16 +44,22 @@ class PieceExchange:
         Whether the method runs, as the user's own Python.
     """
 
-    def __init__(self, gradients: GradientSync):
+    def __init__(self, gradients: GradientSync, buffers: Callable[[], Iterable[Tensor]] = tuple):
         self.gradients, self.runtime = gradients, gradients.runtime
         self.parameters: list[ShardedParameter] = gradients.sharded
         self._noted: set[tuple[str, str]] = set()
         self.weighs = self.inside = False
+        self._buffers = buffers
 
     @property
     def outside(self) -> bool:
         """Whether what uses a parameter now is to weigh as the method's outputs do."""
         return self.weighs and not self.inside
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether a tensor is a buffer of the module's, or a view of one."""
+        held = [b for b in self._buffers() if b.layout == x.layout == torch.strided]
+        return any(b is x or b.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for b in held)
 
     # ---- agreement
 

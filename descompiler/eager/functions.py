@@ -42,7 +42,7 @@ def scalars(runtime: Runtime, x: Tensor, what: str) -> Tensor:
 
 
 def total(runtime: Runtime, x: Tensor, what: str) -> Tensor:
-    """The sum of a scalar over ranks, as part of every rank's loss: its gradient here is that of averaging."""
+    """The sum of a scalar over ranks; each rank's has the gradient that comes to the sum."""
     return _Total.apply(runtime, x, what)
 
 
@@ -120,14 +120,13 @@ class _Scalars(torch.autograd.Function):
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runtime: Runtime, x: Tensor, what: str) -> Tensor:
-        ctx.ranks = runtime.ranks
         ctx.set_materialize_grads(False)
         return _of_every_rank(runtime, x, what).sum()
 
     @staticmethod
     @differentiable_once("a value of every rank in a forward that is not traced", TRACE)
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, None if grads[0] is None else grads[0] * ctx.ranks, None  # averaged over ranks below
+        return None, grads[0], None
 
 
 class Finish(torch.autograd.Function):

@@ -10,13 +10,15 @@ so each means what it means in the original model.
 
 Outside of the compiled method the user's loss is of this rank's rows alone. Where it is a sum over rows, or a mean of
 which ranks have unlike shares, what parameters do to rows (`h @ w`) weighs as the method's outputs do; what is computed
-of parameters alone (a regulariser) is a term of the loss, and counts once. See `OfParameters`.
+of parameters alone (a regulariser), or of numbers of the global batch that the method returns, is a term of the loss,
+and counts once. See `OfParameters`.
 
 What crosses for that is the business of `descompiler.eager.exchange`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from descompiler.eager.rows import are_constants, of_batch
 from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
 from descompiler.ops.functions import ELEMENTWISE, LOOKUPS, NORMS, PRODUCTS, SUM_FUNCTIONS, TERMS, function_name
@@ -42,6 +45,9 @@ class PieceTransport(Protocol):
     @property
     def outside(self) -> bool:
         """Whether uses are to weigh as the outputs of the compiled method do."""
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether a tensor is a buffer of the module's, or a view of one."""
 
     def fetch(self, parameter: ShardedParameter, ids: Tensor, sparse: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Unique rows of a table, where each id's is among them, and their ids."""
@@ -102,7 +108,7 @@ BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 
 
 class OfParameters(Tensor):
-    """Computed of parameters alone, in the user's code outside of the compiled method."""
+    """Computed of parameters alone outside of the compiled method, or a number of the global batch that it returned."""
 
     exchange: PieceTransport
 
@@ -147,7 +153,8 @@ def _in_users_code(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not own or is_attribute or not torch.is_grad_enabled() or not own[0].exchange.outside:
         return _local(func, args, kwargs)
     exchange = own[0].exchange
-    if batch := [x for x in tensors if not isinstance(x, WHOLE) and _of_batch(x, exchange)]:
+    batch = [x for x in tensors if not isinstance(x, WHOLE) and of_batch(x, exchange.runtime, exchange.holds)]
+    if batch and not are_constants(func, args, kwargs, own, batch, exchange.runtime):
         terms = func in TERMS and all(x.numel() == 1 for x in own) and not any(x.dim() for x in batch)
         if not terms:
             args, kwargs = torch.utils._pytree.tree_map(
@@ -157,13 +164,9 @@ def _in_users_code(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return _of_parameters(_local(func, args, kwargs), exchange)
 
 
-def _of_batch(x: Tensor, exchange: PieceTransport) -> bool:
-    """Whether a tensor that no parameter is has rows of this rank: the method's outputs, or inputs and labels."""
-    rows = exchange.runtime.known_rows()
-    if x.grad_fn is not None or not x.dim():
-        return x.grad_fn is not None
-    several = rows > 1 and not x.is_floating_point()  # ids of several columns, one after another
-    return x.shape[0] == rows or (several and x.shape[0] % rows == 0)
+def numbers_of_batch(outputs: list[Tensor], have_rows: Sequence[bool], exchange: PieceTransport) -> list[Tensor]:
+    """Outputs of the compiled method: what is the global batch's, not this rank's rows, counts once in each loss."""
+    return [x if rows else _of_parameters(x, exchange) for x, rows in zip(outputs, have_rows, strict=True)]
 
 
 def _of_parameters(result: Any, exchange: PieceTransport) -> Any:
@@ -253,7 +256,8 @@ def _looked_up(result: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What was fetched, which outside of the compiled method weighs as its outputs do if the ids are the batch's."""
     tensors: list[Any] = _tensors_among(args, kwargs)
     exchange = next(x.exchange for x in tensors if isinstance(x, SHARDED))
-    if exchange.outside and any(_of_batch(x, exchange) for x in tensors if not isinstance(x, (*SHARDED, *WHOLE))):
+    others = [x for x in tensors if not isinstance(x, (*SHARDED, *WHOLE))]
+    if exchange.outside and any(of_batch(x, exchange.runtime, exchange.holds) for x in others):
         return exchange.runtime.output(result)
     return _of_parameters(result, exchange)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from descompiler.eager.exchange import PieceExchange
 from descompiler.eager.functions import Finish
 from descompiler.eager.gradients import GradientSync
-from descompiler.eager.parameters import plain, substitute, weigh_outside
+from descompiler.eager.parameters import numbers_of_batch, plain, substitute, weigh_outside
 from descompiler.emit.emit import Emitted
 from descompiler.errors import CaptureError, InputError, OtherShapesError, UnsupportedError, warn
 from descompiler.graph.nodes import Source
@@ -78,12 +78,13 @@ class DistributedModule(nn.Module):
         runtime.wire_dtype, self._dtypes = widest(self.parameters()), self._dtypes_now()
         self._attributes = AttributeWatch(host) if self._in_place and host is not None else None
         self._gradients = GradientSync(runtime, in_part=not self.predicts_traffic)
-        self._exchange = PieceExchange(self._gradients)
-        self._exchange.weighs = self._in_place and runtime.loss != "rank_mean" and runtime.ranks > 1
+        me = weakref.ref(self)
+        self._exchange = PieceExchange(self._gradients, lambda: () if (module := me()) is None else module.buffers())
+        self._exchange.weighs = runtime.loss != "rank_mean" and runtime.ranks > 1
         for name, p in self.named_parameters():
             if not plan.pieces[name].is_replicated:
                 substitute(p, name, plan.pieces[name], self._exchange)
-            elif self._exchange.weighs:
+            elif self._in_place and self._exchange.weighs:
                 weigh_outside(p, self._exchange)
         if self._in_place:
             self._watch()
@@ -143,7 +144,7 @@ class DistributedModule(nn.Module):
             runtime.header(0, text)
             raise
         assert emitted.signature is not None
-        outputs = self._noticing(self._finishing(outputs) if self._in_place else outputs)
+        outputs = self._noticing(self._finishing(outputs) if self._in_place else outputs, emitted.outputs)
         emitted.signature.update(args, kwargs, outputs)
         return emitted.signature.unflatten(outputs)
 
@@ -201,12 +202,13 @@ class DistributedModule(nn.Module):
             )
         return self._forwards[key]
 
-    def _noticing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs, so that ranks agree which gradients a backward is asked for."""
+    def _noticing(self, outputs: Sequence[Tensor], rows: Sequence[Rows | None]) -> list[Tensor]:
+        """The outputs, so that ranks agree which gradients a backward is asked for; ``rows``: of each."""
         me, r = weakref.ref(self), self._runtime
         parameters = lambda: [] if (module := me()) is None else list(module.named_parameters())  # noqa: E731
         used, self._used = self._used, Used()  # what it has of this forward is the graph's
-        return behind(r, r.asked, r.forwards, outputs, parameters, used)
+        noticed = behind(r, r.asked, r.forwards, outputs, parameters, used)
+        return numbers_of_batch(noticed, [x is not None for x in rows], self._exchange)
 
     def _finishing(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, so that every rank's backward ends with the exchange of gradients."""

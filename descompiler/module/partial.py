@@ -97,7 +97,7 @@ class PartialModule(DistributedModule):
                 runtime.header(0, str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}")
             raise
         tensors = [self._output(x, kind) for x, kind in zip(tensors, self._outputs, strict=True)]
-        return unflatten_with(self._noticing(self._finishing(tensors)), spec, statics)
+        return unflatten_with(self._noticing(self._finishing(tensors), self.output_rows), spec, statics)
 
     def _copied(self, memo: dict[int, Any]) -> PartialModule:
         host, call = vars(self)["_host"], vars(self)["_call"]
@@ -168,7 +168,7 @@ class PartialModule(DistributedModule):
             if x.requires_grad:
                 x = scale_grad(x, 1 / runtime.ranks)
             outputs.append(runtime.output(runtime.slice_rows(x, 0, 1, 1)) if kind == ROWS else runtime.spread(x))
-        return unflatten_with(self._noticing(self._finishing(outputs)), spec, statics)
+        return unflatten_with(self._noticing(self._finishing(outputs), self.output_rows), spec, statics)
 
     def _with_rows(self, args: Any, kwargs: Any, rows: int | None = None) -> tuple[Any, ...]:
         """The leaves of a call that are no tensors; the batch's own size among them becomes ``rows``, if given."""
@@ -227,7 +227,8 @@ class PartialModule(DistributedModule):
             return x
         share = {MEAN: runtime.rows[runtime.rank] / max(sum(runtime.rows), 1), SUM: 1.0, SAME: 1 / runtime.ranks}
         # the mean over no rows is nan; backward still has to go through it
-        return total(runtime, x * share[kind] if share[kind] else x.nan_to_num() * 0, "a scalar output")
+        own = x * share[kind] if share[kind] else x.nan_to_num() * 0
+        return runtime.spread(total(runtime, own, "a scalar output"))
 
     def _run_host(self, args: Any, kwargs: Any) -> tuple[Any, bool]:
         """The user's forward; where it can't run without rows, on spare rows, whose results are dropped (then True).
