@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from descompiler.eager.rows import are_constants, of_batch
 from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
 from descompiler.ops.functions import ELEMENTWISE, LOOKUPS, NORMS, PRODUCTS, SUM_FUNCTIONS, TERMS, function_name
@@ -152,8 +153,8 @@ def _in_users_code(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not own or is_attribute or not torch.is_grad_enabled() or not own[0].exchange.outside:
         return _local(func, args, kwargs)
     exchange = own[0].exchange
-    batch = [x for x in tensors if not isinstance(x, WHOLE) and _of_batch(x, exchange)]
-    if batch and not _are_constants(func, args, kwargs, own, batch, exchange):
+    batch = [x for x in tensors if not isinstance(x, WHOLE) and of_batch(x, exchange.runtime, exchange.holds)]
+    if batch and not are_constants(func, args, kwargs, own, batch, exchange.runtime):
         terms = func in TERMS and all(x.numel() == 1 for x in own) and not any(x.dim() for x in batch)
         if not terms:
             args, kwargs = torch.utils._pytree.tree_map(
@@ -161,44 +162,6 @@ def _in_users_code(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             )
         return _local(func, args, kwargs)
     return _of_parameters(_local(func, args, kwargs), exchange)
-
-
-def _of_batch(x: Tensor, exchange: PieceTransport) -> bool:
-    """Whether a tensor that no parameter is has rows of this rank: the method's outputs, or inputs and labels."""
-    rows = exchange.runtime.known_rows()
-    if x.grad_fn is not None or not x.dim() or isinstance(x, nn.Parameter) or exchange.holds(x):
-        return x.grad_fn is not None
-    several = rows > 1 and not x.is_floating_point()  # ids of several columns, one after another
-    return x.shape[0] == rows or (several and x.shape[0] % rows == 0)
-
-
-def _are_constants(
-    func: Any, args: Any, kwargs: Any, own: list[Any], batch: list[Tensor], exchange: PieceTransport
-) -> bool:
-    """Whether tensors that have as many rows as this rank can't be the batch's: the global one would not fit there.
-
-    A zero that terms of a loss are added to, in turn, has one.
-    """
-    if any(x.grad_fn is not None for x in batch):
-        return False
-    if func in TERMS and all(x.numel() == 1 for x in (*own, *batch)):
-        return not any(x.any() for x in batch)
-    rows, every, chosen = exchange.runtime.known_rows(), sum(exchange.runtime.rows), {id(x) for x in batch}
-
-    def fits(rows_of_batch: int) -> bool:
-        def meta(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            more = (x.shape[0] // rows * rows_of_batch, *x.shape[1:]) if id(x) in chosen else x.shape
-            return torch.empty(more, dtype=x.dtype, device="meta")
-
-        try:
-            _local(func, *torch.utils._pytree.tree_map(meta, (args, kwargs)))
-        except Exception:  # of shapes, or of what has no numbers
-            return False
-        return True
-
-    return bool(rows) and every != rows and not fits(every) and fits(rows)
 
 
 def numbers_of_batch(outputs: list[Tensor], have_rows: Sequence[bool], exchange: PieceTransport) -> list[Tensor]:
@@ -293,7 +256,8 @@ def _looked_up(result: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What was fetched, which outside of the compiled method weighs as its outputs do if the ids are the batch's."""
     tensors: list[Any] = _tensors_among(args, kwargs)
     exchange = next(x.exchange for x in tensors if isinstance(x, SHARDED))
-    if exchange.outside and any(_of_batch(x, exchange) for x in tensors if not isinstance(x, (*SHARDED, *WHOLE))):
+    others = [x for x in tensors if not isinstance(x, (*SHARDED, *WHOLE))]
+    if exchange.outside and any(of_batch(x, exchange.runtime, exchange.holds) for x in others):
         return exchange.runtime.output(result)
     return _of_parameters(result, exchange)
 
