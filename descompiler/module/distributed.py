@@ -72,7 +72,7 @@ class DistributedModule(nn.Module):
         self._frozen = frozenset(n for n, p in parts.template.named_parameters() if not p.requires_grad)
         self._given: Kinds | None = None  # of the latest forward's inputs
         self._planned = True  # the latest forward's program
-        self._used = Used()  # of the outputs of the forward that runs
+        self._used = self._told = Used()  # of the outputs of the forward that runs, and of the latest one
         self._reducer: Reducer | None = None
         self._reducer_key: Any = None
         parts.fill(self)
@@ -215,6 +215,8 @@ class DistributedModule(nn.Module):
         me, r = weakref.ref(self), self._runtime
         parameters = lambda: [] if (module := me()) is None else list(module.named_parameters())  # noqa: E731
         used, self._used = self._used, Used()  # what it has of this forward is the graph's
+        if not used.ends:
+            self._told = used
         noticed = behind(r, r.asked, r.forwards, outputs, parameters, used)
         return numbers_of_batch(noticed, [x is not None for x in rows], self._exchange)
 
@@ -390,9 +392,12 @@ class DistributedModule(nn.Module):
 
         It is `Plan.traffic` for that step's rows and unique ids. Where forward branches on the batch's size, and took
         another branch than on the example, it is what crosses in that branch's program; and a step that began with
-        the program of another one has a second header.
+        the program of another one has a second header. A backward that comes to no replicated parameter on any rank,
+        as one that only an opaque leaf holds and does not use, averages none.
         """
         layout = self.plan.layout if self._planned else self._runtime.layout
+        if self._told.knows_parameters and not any(map(self._told.reaches, self._replicas())):
+            layout = replace(layout, transfers=tuple(t for t in layout.transfers if not isinstance(t, DenseGradients)))
         return self._runtime.predicted(layout, self.plan.itemsize, backward=backward)
 
     def unique(self) -> dict[str, Counts]:

@@ -162,6 +162,11 @@ class Used:
     parameters: Sequence[Collection[str]] = ()
     returned: dict[str, bool] = field(default_factory=dict)
 
+    @property
+    def knows_parameters(self) -> bool:
+        """Whether a backward has told which parameters it comes to."""
+        return self.told and bool(self.parameters)
+
     def reaches(self, name: str) -> bool:
         """Whether a gradient comes to a parameter through forward."""
         if self.ends:
