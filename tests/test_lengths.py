@@ -199,6 +199,17 @@ class Parity(Pool):
         return x * 2 if len(user) % 2 else x
 
 
+class OtherLayer(Pool):
+    """In the other branch other parameters have gradients, which every rank holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(4, 1)
+
+    def forward(self, history: Tensor, user: Tensor) -> Tensor:
+        return self.other(self.user(user)) if len(user) > 8 else super().forward(history, user)
+
+
 class FirstRows(Pool):
     """Rows of the global batch, which every rank has."""
 
@@ -232,7 +243,7 @@ def _branches(rank, ranks, model):
     return max(float((x - state[n]).abs().max()) for n, x in reference.state_dict().items())
 
 
-@pytest.mark.parametrize("model", [Threshold, Parity, FirstRows, Best])
+@pytest.mark.parametrize("model", [Threshold, Parity, OtherLayer, FirstRows, Best])
 def test_a_branch_on_the_batch_size_is_that_of_the_global_batch(model, on_ranks):
     assert max(on_ranks(_branches, 2, model().double())) < 1e-12
 

@@ -23,6 +23,10 @@ REFUSALS = {
         "capture.md",
         "Gradients of gradients don't go through a leaf",
     ),
+    r"^InputError: .*\n?.*mixes the rows of all ranks over them: pad to one length on all ranks": (
+        "capture.md",
+        "What mixes rows over a length",
+    ),
 }
 """What may be refused, by the words of the error: the page that names it, and its words."""
 

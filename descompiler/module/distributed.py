@@ -107,7 +107,6 @@ class DistributedModule(nn.Module):
         runtime.started, runtime.begun_again, runtime.regions = False, False, None
         self._gradients.begin()
         self._same_flags()
-        grad = torch.is_grad_enabled()
         try:
             assert self._signature is not None
             tensors, other = self._signature.call_of(args, kwargs)
@@ -126,9 +125,6 @@ class DistributedModule(nn.Module):
             runtime.device = next(self.parameters()).device
             if (dtypes := self._dtypes_now()) != self._dtypes:
                 self._cast(dtypes, emitted)
-            reduced = grad and runtime.ranks > 1 and emitted.layout.of(DenseGradients) and not self._in_place
-            if reduced and (reducer := self._reducer_now()) is not None:
-                reducer.begin()
             self._begin(emitted)
             try:
                 outputs = self._run(tensors, emitted, emitted.module)
@@ -152,9 +148,12 @@ class DistributedModule(nn.Module):
 
     def _begin(self, emitted: Emitted) -> None:
         """Begin a forward that runs a program."""
-        self._runtime.seen = {}
-        told = torch.is_grad_enabled() and bool(emitted.layout.of(UsedOutputs)) and self._runtime.ranks > 1
-        self._used = Used(told, emitted.behind, self._runtime.seen)
+        runtime, trained = self._runtime, torch.is_grad_enabled() and self._runtime.ranks > 1
+        reduced = trained and emitted.layout.of(DenseGradients) and not self._in_place
+        if reduced and (reducer := self._reducer_of(emitted)) is not None:
+            reducer.begin()
+        runtime.seen = {}
+        self._used = Used(trained and bool(emitted.layout.of(UsedOutputs)), emitted.behind, runtime.seen)
 
     def _dtypes_now(self) -> tuple[torch.dtype, ...]:
         """Of the parameters that may be trained."""
@@ -327,9 +326,9 @@ class DistributedModule(nn.Module):
 
         return self._programs.get(key, self._given, make)
 
-    def _replicas(self) -> dict[str, nn.Parameter]:
+    def _replicas(self, program: Emitted) -> dict[str, nn.Parameter]:
         """The parameters whose gradients the reducer averages: whole on every rank, trained, and used."""
-        pieces, splits, program = self.plan.pieces, self.plan.splits, self._sized().emitted
+        pieces, splits = self.plan.pieces, self.plan.splits
         used = {s.name for s in program.sources if s.kind == "parameter"} - program.untrained
         gathered = {n for n, s in splits.items() if s.gathered}
         return {
@@ -338,9 +337,9 @@ class DistributedModule(nn.Module):
             if p.requires_grad and n in used and n not in gathered and pieces[n].is_replicated
         }
 
-    def _reducer_now(self) -> Reducer | None:
+    def _reducer_of(self, program: Emitted) -> Reducer | None:
         """The reducer of replicated parameters' gradients, made anew when parameters changed under it."""
-        replicas = self._replicas()
+        replicas = self._replicas(program)
         if not replicas:  # users freeze them
             return None
         key = tuple((n, id(p), p.dtype, p.device) for n, p in replicas.items())
@@ -396,7 +395,7 @@ class DistributedModule(nn.Module):
         as one that only an opaque leaf holds and does not use, averages none.
         """
         layout = self.plan.layout if self._planned else self._runtime.layout
-        if self._told.knows_parameters and not any(map(self._told.reaches, self._replicas())):
+        if self._told.knows_parameters and not any(map(self._told.reaches, self._replicas(self._sized().emitted))):
             layout = replace(layout, transfers=tuple(t for t in layout.transfers if not isinstance(t, DenseGradients)))
         return self._runtime.predicted(layout, self.plan.itemsize, backward=backward)
 

@@ -204,7 +204,9 @@ def _lines(
     body = [f"v = torch.stack([{', '.join(parts)}], 1)", "e, u = v.flatten(1), v[:, 0]"]
     if any(map(of_history, names)):
         body += HISTORY
-        init = [*init, f"self.items = nn.Embedding(9, {sizes[1]}, sparse={sparse})"]
+        # in sparse gradients padding that is looked up is a row: inert is what has no gradient
+        padding = ", padding_idx=0" if sparse and pads else ""
+        init = [*init, f"self.items = nn.Embedding(9, {sizes[1]}, sparse={sparse}{padding})"]
         inputs = [
             *inputs,
             ("history", PADDED_HISTORY if pads else f"torch.randint(9, ({ROWS}, 4), generator=g)"),
