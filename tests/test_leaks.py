@@ -3,13 +3,16 @@
 import gc
 import importlib
 import pkgutil
+import threading
 import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import descompiler
 from benchmarks.soak import SCENARIOS, memory, prepared
+from descompiler.runtime.watch import _WATCHED, Channels
 from tests.harness.pool import RankPool
 
 
@@ -93,6 +96,23 @@ def _grows(rank, ranks, name, warm_up, steps):
 def test_memory_in_use_stays_as_it_is(pool, name):
     """A step of these leaves 128 KiB or more behind if any of what crosses is held."""
     assert max(pool(_grows, name, 20, 100)) < 20
+
+
+def _watched(rank, ranks):
+    """How many process groups are watched, and threads of boards, with one group compiled for."""
+    channels = Channels.of(dist.group.WORLD)
+    assert channels.watch.board.answers
+    gc.collect()
+    boards = [t for t in threading.enumerate() if t.name == "descompiler board"]
+    for thread in boards[:-1]:  # the last one stays, as its group does
+        thread.join(5)
+    return len(_WATCHED), sum(t.is_alive() for t in boards)
+
+
+def test_groups_that_ended_leave_nothing(pool):
+    """Compiling for one group after another, as tests do, keeps no threads."""
+    for _ in range(4):  # each call has a process group of its own
+        assert pool(_watched) == [(3, 1)] * 2
 
 
 def test_what_is_held_is_seen(pool):

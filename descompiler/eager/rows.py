@@ -55,7 +55,7 @@ def are_constants(
             positional, named = pytree.tree_map(meta, (args, kwargs))
             with torch._C.DisableTorchFunctionSubclass():
                 func(*positional, **named)
-        except Exception:  # of shapes, or of what has no numbers
+        except (RuntimeError, TypeError, ValueError, IndexError):  # of shapes, or of what has no numbers
             return False
         return True
 

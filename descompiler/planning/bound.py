@@ -237,7 +237,7 @@ class Relaxation:
         return self._cuts[key]
 
     def cut_graph(self, least: Sequence[Least], widest: int | None) -> nx.DiGraph:
-        """The graph whose minimum cut is the bound, given what each table costs at least outside and inside."""
+        """The reduced graph whose minimum cut is the bound, given what each table costs at least outside and inside."""
         if widest not in self._reduced:
             tables = [("table", o.name) for o in self.operators]
             self._reduced[widest] = flow.reduced(self._parts_graph(widest), tables)

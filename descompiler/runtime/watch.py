@@ -56,6 +56,8 @@ class Board:
         self._store, self.rank, self.ranks = store, rank, ranks
         self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        # the thread ends with the board; where the process ends, it may yet have last words
+        weakref.finalize(self, self._tasks.put, None).atexit = False
         self.answers = True
 
     def write(self, note: Mapping[str, Any]) -> None:
@@ -89,13 +91,14 @@ class Board:
 
 
 def _serve(tasks: queue.SimpleQueue[Any]) -> None:
-    while True:
-        task, answer = tasks.get()
+    while (asked := tasks.get()) is not None:
+        task, answer = asked
         try:
             answer.put(task())
         except Exception as error:  # of the store: whoever asked decides
             answer.put(error)
             return
+        del asked, task, answer  # they hold the board
 
 
 @dataclass(frozen=True)
@@ -345,7 +348,9 @@ class Channels:
         """Those of a group. Collective where they are made."""
         alive = dist.distributed_c10d._world.pg_map
         for key in [k for k, c in _CHANNELS.items() if c.parent not in alive]:
-            del _CHANNELS[key]
+            ended = _CHANNELS.pop(key).watch
+            for name in [n for n, (watch, _) in _WATCHED.items() if watch is ended]:
+                del _WATCHED[name]
         key = (id(parent), timeout)
         if key not in _CHANNELS:
             members, kind = dist.get_process_group_ranks(parent), None
