@@ -1,6 +1,5 @@
 """Settings and options for all tests."""
 
-import gc
 import os
 import random
 import secrets
@@ -36,13 +35,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Counter(item.path for item in items)
     long = {f"test_{name}.py" for name in FEW_BUT_LONG}
     items.sort(key=lambda item: (item.path.name not in long, -tests[item.path]))
-
-
-def pytest_collection_finish() -> None:
-    """What was imported stays: the collector need not look at it again and again. Tracing makes many objects."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(5_000)
 
 
 @pytest.fixture(scope="session")

@@ -36,14 +36,10 @@ GRACE_S = 10.0
 """How long the other ranks may still answer once one has failed."""
 
 
-MORE_THREADS = 30
-"""Threads more than there were, from which on a rank looks for garbage. Modules are in cycles with their groups, and
-the collector waits the longer, the more there is; each group has three threads, one of which wakes a hundred times a
-second: with four hundred groups nothing else gets to run."""
-
-
-IDLE_S = 0.3
-"""How long a rank waits for a call before it looks for garbage: its groups' threads take time from who runs."""
+MOST_THREADS = 40
+"""Threads from which on a rank looks for garbage. Modules are in cycles with their groups, and the collector waits the
+longer, the more there is; each group has three threads, one of which wakes a hundred times a second: with four hundred
+groups nothing else gets to run."""
 
 
 class RankPoolError(EquivalenceError):
@@ -143,13 +139,8 @@ def _serve(rank: int, ranks: int, folder: str, pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     draws = torch.get_rng_state(), random.getstate(), np.random.get_state()
     gc.freeze()  # what was imported stays: a collection then costs little
-    gc.set_threshold(5_000)  # tracing makes many objects
-    few_threads, collected = _threads(), False
-    most_threads = few_threads + MORE_THREADS
     for call in count():
         try:
-            if _threads() > few_threads and not pipe.poll(IDLE_S):
-                gc.collect()
             message = pipe.recv_bytes()
         except (EOFError, OSError):  # the caller has ended
             return
@@ -161,11 +152,8 @@ def _serve(rank: int, ranks: int, folder: str, pipe: Any) -> None:
             pipe.send_bytes(pickle.dumps(("error", f"rank {rank}: {traceback.format_exc()}")))
             return  # and the connections to this process end, which whoever waits for it notices
         pipe.send_bytes(answer)
-        if _threads() > most_threads:
+        if _threads() > MOST_THREADS:
             gc.collect()
-            if not collected:
-                gc.freeze()  # what the first calls imported, and caches, too
-            most_threads, collected = _threads() + MORE_THREADS, True
 
 
 def _threads() -> int:
