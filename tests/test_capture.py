@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 import descompiler as des
 from descompiler.capture import ladder
@@ -227,6 +228,25 @@ def test_where_the_batch_size_becomes_a_number_is_told():
 
     line = Fixed.forward.__code__.co_firstlineno + 1
     assert f"the batch size becomes a number at {__file__}:{line}" in captured(Fixed()).failures[0].reason
+
+
+def test_a_trace_ends_where_a_batch_becomes_a_list():
+    """Torch unrolls the list, which takes minutes for a thousand rows, and fails at its end."""
+
+    class Listed(Model):
+        went_on = 0
+
+        def forward(self, ids):
+            values = ids.tolist()
+            Listed.went_on += isinstance(ids, FakeTensor)
+            return self.top(self.table(torch.tensor(values).reshape(ids.shape)).sum(1))
+
+    with pytest.raises(des.CaptureError) as error:
+        captured(Listed(), (torch.randint(20, (1000, 3)),))
+    line = Listed.forward.__code__.co_firstlineno + 1
+    reasons = {f.rung: f.reason for f in error.value.failures}
+    assert reasons.keys() == {r for r, _ in ladder.RUNGS} and Listed.went_on == 0
+    assert all(f"the batch size becomes a number at {__file__}:{line}" in r for r in reasons.values())
 
 
 def test_a_graph_that_does_not_reproduce_the_model_is_not_accepted(monkeypatch):

@@ -1,7 +1,8 @@
-"""Collectives that pass through the host, as gloo needs for tensors of a GPU, give what the direct ones give."""
+"""Collectives that pass through the host, as gloo needs for tensors of a GPU; the groups that collectives run in."""
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import descompiler as des
 from descompiler.runtime import collectives
@@ -51,3 +52,27 @@ def _train(rank, ranks):
 def test_training_through_the_host(on_ranks):
     for error in on_ranks(_through_the_host, 2, _train):
         assert error == pytest.approx(0, abs=1e-12)
+
+
+def _trained(group):
+    torch.manual_seed(0)
+    inputs = make_inputs("fm", "fields", 8)
+    module = des.compile(MODELS["fm"]("fields"), inputs, plan={"*": "row_wise"}, process_group=group, timeout=30)
+    module(*inputs).sum().backward()
+
+
+def _groups(rank, ranks):
+    pairs = {pair: dist.new_group(pair) for pair in [(0, 1), (1, 2)]}
+    for pair in [(1, 2), (0, 1)]:  # when the second is compiled for, the first rank is in fewer groups than the other
+        if rank in pair:
+            _trained(pairs[pair])
+    for _ in range(2):
+        group = dist.new_group([0, 1, 2])
+        _trained(group)
+        dist.destroy_process_group(group)
+    _trained(None)
+
+
+def test_groups_that_overlap_and_groups_that_were_destroyed(on_ranks):
+    """Ranks agree on the names of the groups that are made for them, and take none twice."""
+    on_ranks(_groups, 3)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import descompiler as des
 from descompiler.classify.backward import backward_mixes
 from descompiler.layout.rows import Rows
+from tests.harness.training import Training, trained
 
 IDS = torch.randint(0, 50, (6, 3), generator=torch.Generator().manual_seed(5))
 
@@ -106,6 +107,48 @@ def test_it_trains_as_the_original(model, on_ranks):
     des.verify(model(), (IDS,), plans=[None, {"*": "row_wise"}, {"*": "replicate"}], launch=on_ranks)
 
 
+class OneBuffer(Table):
+    """A counter that two modules have, a part of it under a third name; two norms of the same statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.other = nn.BatchNorm1d(18), nn.BatchNorm1d(18)
+        for name, x in self.norm.named_buffers():
+            setattr(self.other, name, x)
+        self.head.register_buffer("count", torch.zeros(2))
+        self.table.register_buffer("count", self.head.count)
+        self.table.register_buffer("first", self.head.count[:1])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.head.count += 1
+        x = self.head(self.other(self.norm(self.features(ids)))).squeeze(1)
+        return x * (1 + self.table.first + self.table.count.sum())
+
+
+class OneBufferInPart(OneBuffer):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(torch.from_numpy(np.ascontiguousarray(ids.numpy())))
+
+
+def _one_buffer(rank, ranks, model):
+    torch.set_default_dtype(torch.float64)
+    original = model()
+    trained(rank, ranks, original, (IDS,), {"*": "row_wise"}, Training())
+    module = des.compile(copy.deepcopy(original), (IDS,))
+    for net in (module, copy.deepcopy(module)):
+        for x in (IDS, IDS.flip(0)):
+            net(x[rank * 3 : rank * 3 + 3])
+    for x in (IDS, IDS.flip(0)):
+        original(x)
+    state = des.full_state_dict(module)
+    return [n for n, x in original.state_dict().items() if not torch.allclose(state[n], x)]
+
+
+@pytest.mark.parametrize("model", [OneBuffer, OneBufferInPart])
+def test_a_buffer_of_two_names_is_one(model, on_ranks):
+    assert on_ranks(_one_buffer, 2, model) == [[], []]
+
+
 def _evaluated(rank, ranks, model):
     module = des.compile(model, (IDS,))
     module.eval()
@@ -162,9 +205,19 @@ class Growing(Table):
         return self.head(x) + self.seen.sum()
 
 
+class TiedByMemory(Table):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Embedding.from_pretrained(self.table.weight.data, freeze=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.features(ids)) + self.other(ids).sum((1, 2))[:, None]
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (TiedByMemory, "parameter 'table.weight' shares its memory with 'other.weight', .* assigning the module"),
         (Logged, r"a number that depends on the batch: output\[1\]\['loss'\] is .* Return the tensor"),
         (Counted, r"a number that depends on the batch: output\[1\] is \d+ for one"),
         (Nested, "forward returns 1 values for one batch and 2 for another"),

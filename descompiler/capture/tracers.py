@@ -76,10 +76,10 @@ def trace_dynamo(traced: Flat, tensors: list[Tensor], template: nn.Module) -> Pr
     code = Flat.forward.__code__.replace()  # Dynamo's cache, and its limit, belong to a code object
     forward = types.FunctionType(code, Flat.forward.__globals__)
     try:
-        with torch._dynamo.config.patch(options), _quiet():
+        with torch._dynamo.config.patch(options), _quiet(), _sizes_stay_symbols() as fixed:
             torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)(traced, *inputs)
     except Exception as error:  # a tracer raises whatever the user's code and torch do; it is reported
-        raise CaptureError(first_line(error)) from error
+        raise CaptureError(fixed[0] if fixed else first_line(error)) from error
     if len(graphs) != 1 or len(calls) != 1:
         raise CaptureError(f"forward became {len(graphs)} graphs")
     replay = _Replay(traced.model, graphs[0], calls[0], inputs)
@@ -159,17 +159,12 @@ def export_program(
     batch = torch.export.Dim("batch", min=2)
     registered = register_compressed(traced.model)
     try:
-        with _quiet(), _specialised() as fixed, _conditions(guarded) as environments:
+        with _quiet(), _sizes_stay_symbols() as fixed, _conditions(guarded) as environments:
             exported = torch.export.export(
                 module, tuple(tensors), dynamic_shapes=(tuple({0: batch} for _ in tensors),), strict=False
             )
     except Exception as error:  # as above
-        if "specialized it to be a constant" in str(error) and fixed:
-            raise CaptureError(
-                f"the batch size becomes a number at {fixed[0]}: forward depends on it (int(x.shape[0]), a shape with "
-                "a number in it); take sizes from the inputs as they are"
-            ) from error
-        raise CaptureError(first_line(error)) from error
+        raise CaptureError(fixed[0] if fixed else first_line(error)) from error
     program = _program_of(exported, template, traced, registered)
     guards = [g for env in environments for g in _guards_of(env, program.batch, set(env.var_to_val))]
     return replace(program, guards=tuple(guards))
@@ -218,19 +213,33 @@ def traceable_len(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _specialised() -> Iterator[list[str]]:
-    """The user's lines at which a symbolic size becomes a number: torch keeps the first library's line only."""
-    places: list[str] = []
+def _sizes_stay_symbols() -> Iterator[list[str]]:
+    """A trace ends where the batch size becomes a number: torch would go on, and say so without the user's line.
+
+    What it goes on with is long where a list is made of a batch's values.
+
+    Raises
+    ------
+    CaptureError
+        With the line, in what is yielded too: torch and the user's code may raise another one from it, or go on.
+    """
+    reasons: list[str] = []
     unwatched = ShapeEnv._set_replacement
 
     def watching(env: ShapeEnv, symbol: Any, target: Any, message: str) -> None:
-        if getattr(target, "is_Integer", False) and (place := innermost(traceback.extract_stack())) is not None:
-            places.append(place)
+        if getattr(target, "is_Integer", False) and symbol in env.var_to_val:  # no size that depends on values
+            stack = torch._guards.TracingContext.extract_stack() or traceback.extract_stack()  # Dynamo runs no code
+            place = innermost(stack)
+            reasons.append(
+                f"the batch size becomes a number{f' at {place}' if place else ''}: forward depends on it "
+                "(int(x.shape[0]), x.tolist(), a shape with a number in it); take sizes from the inputs as they are"
+            )
+            raise CaptureError(reasons[0])
         unwatched(env, symbol, target, message)
 
     ShapeEnv._set_replacement = watching  # type: ignore[assignment,method-assign]
     try:
-        yield places
+        yield reasons
     finally:
         ShapeEnv._set_replacement = unwatched  # type: ignore[method-assign]
 

@@ -17,7 +17,7 @@ from descompiler.model.batch_size import BatchSize
 from descompiler.model.float64 import InDouble, is_double_meant, widen, widen_attributes
 from descompiler.model.folded import Folded, probe_parameters
 from descompiler.model.inputs import ArgumentPath, argument_at, by_path, flatten, split_statics, unflatten_with
-from descompiler.model.kept import is_kept, keep_as_buffers, with_attributes
+from descompiler.model.kept import check_memory, copies_of, is_kept, keep_as_buffers, with_attributes
 
 
 def check_model(model: nn.Module) -> None:
@@ -41,6 +41,7 @@ def check_model(model: nn.Module) -> None:
                 f"{f'module {name!r}' if name else 'the model'} is TorchScript's, whose parameters can't be replaced "
                 "by pieces: compile with the Python module that was scripted or traced (functions may be scripted)"
             )
+    check_memory(model)
     for name, p in model.named_parameters():
         if p.layout is not torch.strided and p.requires_grad:
             kind = str(p.layout).removeprefix("torch.")
@@ -101,10 +102,10 @@ def materialise(template: nn.Module, device: torch.device, *, double: bool) -> n
     for p in template.parameters():
         with_attributes(memo[id(p)], p)
     result = copy.deepcopy(template, copied(template) | memo)
-    for module in result.modules():
-        for name, b in module._buffers.items():
-            if b is not None:
-                module._buffers[name] = (widen(b) if double else b).to(device)
+    buffers = dict(result.named_buffers(remove_duplicate=False))
+    for name, b in copies_of(buffers, lambda b: (widen(b) if double else b).to(device)).items():
+        path, _, leaf = name.rpartition(".")
+        result.get_submodule(path)._buffers[leaf] = b
     if double:
         widen_attributes(result)
     return result

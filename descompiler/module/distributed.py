@@ -26,6 +26,7 @@ from descompiler.layout.step import DenseGradients, UsedOutputs
 from descompiler.layout.traffic import Traffic
 from descompiler.model.attributes import AttributeWatch, Place
 from descompiler.model.calls import Signature
+from descompiler.model.kept import copies_of
 from descompiler.model.kinds import Kinds
 from descompiler.module.parts import Parts, UsersForward
 from descompiler.module.sizes import SAMPLE_ROWS, Programs, Sized, Sizes, begin_again
@@ -368,7 +369,7 @@ class DistributedModule(nn.Module):
 
     def _copied(self, memo: dict[int, Any]) -> DistributedModule:
         values = {n: plain(p).detach().clone() for n, p in self.named_parameters()}
-        buffers = {n: b.clone() for n, b in self.named_buffers(remove_duplicate=False)}
+        buffers = copies_of(dict(self.named_buffers(remove_duplicate=False)), torch.clone)
         parts = Parts(self, self.plan, self._runtime.anew(), values, buffers, self._coverage)
         result = DistributedModule(parts, self._signature, self._program_for, self._forward_for)
         result._frozen, result._dtypes = self._frozen, self._dtypes

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
-from descompiler.model.kept import buffers_of, trainable
+from descompiler.model.kept import buffers_of, copies_of, trainable
 from descompiler.runtime import collectives
 from descompiler.runtime.blocks import broadcast_tensor, scatter
 from descompiler.runtime.ranks import Ranks
@@ -109,12 +109,14 @@ def send_from_first(
 
 def send_buffers(model: nn.Module, template: nn.Module, group: Any, rank: int, ranks: int) -> dict[str, Tensor]:
     """Rank 0's buffers on every rank."""
-    result = {}
-    sources = buffers_of(model)
-    for name, b in template.named_buffers(remove_duplicate=False):
-        value = b.detach().clone() if sources[name].is_meta else sources[name].detach().clone()
-        result[name] = broadcast_tensor(value, group) if ranks > 1 else value
-    return result
+    of_model, of_template = buffers_of(model), dict(template.named_buffers(remove_duplicate=False))
+    sources = {n: b if of_model[n].is_meta else of_model[n] for n, b in of_template.items()}
+
+    def sent(value: Tensor) -> Tensor:
+        value = value.detach().clone()
+        return broadcast_tensor(value, group) if ranks > 1 else value
+
+    return copies_of(sources, sent)
 
 
 def reset_pieces(

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -358,9 +359,7 @@ class Channels:
                 kind = dist.get_backend(parent)
             # gloo's own end comes after the watch's
             limit = timedelta(seconds=timeout + 10 * LAST_WORDS_S)
-            data, control, reducer = (
-                dist.new_group(members, timeout=limit, backend=kind, use_local_synchronization=True) for _ in range(3)
-            )
+            data, control, reducer = (_new_group(parent, members, limit, kind) for _ in range(3))
             store = dist.PrefixStore(f"descompiler/{control.group_name}", dist.distributed_c10d._get_default_store())
             board = Board(store, dist.get_rank(parent), dist.get_world_size(parent))
             watch = Watch(board, timeout, groups=(data, control, reducer))
@@ -370,6 +369,27 @@ class Channels:
                 if dist.get_backend(group) == "gloo":  # NCCL waits on the device, and ends the process by itself
                     _WATCHED[group.group_name] = (watch, channel)
         return _CHANNELS[key]
+
+
+def _new_group(parent: Any, members: list[int], timeout: timedelta, backend: str | None) -> Any:
+    """A group of the same ranks, of a name that none has had.
+
+    Torch's own name counts the groups that a rank is in now: it is another one on each of two ranks that are in other
+    groups besides, who then wait for each other; and after a group was destroyed it is one that is still taken.
+    """
+    made = _MADE.setdefault(dist.distributed_c10d._get_default_group(), Counter())
+    made[parent.group_name] += 1
+    name = f"descompiler/{parent.group_name}/{made[parent.group_name]}"
+    usual = dist.distributed_c10d._process_group_name
+    dist.distributed_c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment,return-value]
+    try:
+        return dist.new_group(members, timeout=timeout, backend=backend, use_local_synchronization=True)
+    finally:
+        dist.distributed_c10d._process_group_name = usual
+
+
+_MADE: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
+"""Groups made here, by the job's group and the name of a group."""
 
 
 _CHANNELS: dict[tuple[int, float], Channels] = {}
