@@ -52,11 +52,13 @@ class Builder:
         kit: Kit | None = None,
         resized_of: Builder | None = None,
         called: OtherCall | None = None,
+        trained: tuple[int, ...] = (),
     ):
         self.template, self.method = template, method
         self.example_inputs = example_call(template, example_inputs, method)
         self.resized_of = resized_of  # the same model, with inputs of other sizes
         self.called = called  # otherwise than the example
+        self.trained = trained  # inputs that require a gradient
         self.kit = Kit.of() if kit is None else kit
         leaves, _ = split_statics(flatten(self.example_inputs)[0])
         leaves = leaves or [no_batch()]
@@ -85,7 +87,12 @@ class Builder:
             with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_detect_anomaly(False):
                 try:
                     self._captured[key] = capture(
-                        self.template, self.example_inputs, training=flags, passes=self.kit.passes, method=self.method
+                        self.template,
+                        self.example_inputs,
+                        training=flags,
+                        passes=self.kit.passes,
+                        method=self.method,
+                        trained=self.trained,
                     )
                 except CaptureError as error:
                     self._failed[key] = self._named(error)
@@ -150,9 +157,10 @@ class Builder:
         given = given or Kinds(tuple(expected), self.sizes)
         wanted = [g if x.is_floating_point() else x.dtype for g, x in zip(given.dtypes, tensors, strict=True)]
         same = given.rows is None and given.sizes == self.sizes and not thawed and not changes and wanted == expected
+        same = same and given.trained == self.trained
         if same and not (cast and _depends_on_dtypes(self.capture(training)[0], cast, held)):
             return self
-        key = (*held.values(), *wanted, *thawed, *changes, given.sizes, given.rows)
+        key = (*held.values(), *wanted, *thawed, *changes, given.sizes, given.rows, given.trained)
         if key not in self._others or sample is not None:
             template = copy.deepcopy(self.template, copied(self.template))
             for name, x in _parameters_and_buffers(template):
@@ -168,7 +176,7 @@ class Builder:
             resized_of = None if given.sizes == self.sizes else self
             if len(self._others) == MOST_KEPT:
                 self._others.pop(next(iter(self._others)))
-            self._others[key] = Builder(template, inputs, self.method, self.kit, resized_of, self.called)
+            self._others[key] = Builder(template, inputs, self.method, self.kit, resized_of, self.called, given.trained)
         return self._others[key]
 
     def _of_call(self, called: OtherCall, sample: Sequence[Tensor] | None) -> Builder:

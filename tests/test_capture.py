@@ -242,7 +242,7 @@ def test_a_trace_ends_where_a_batch_becomes_a_list():
             return self.top(self.table(torch.tensor(values).reshape(ids.shape)).sum(1))
 
     with pytest.raises(des.CaptureError) as error:
-        captured(Listed(), (torch.randint(20, (1000, 3)),))
+        captured(Listed(), (torch.randint(9, (1000, 3)),))
     line = Listed.forward.__code__.co_firstlineno + 1
     reasons = {f.rung: f.reason for f in error.value.failures}
     assert reasons.keys() == {r for r, _ in ladder.RUNGS} and Listed.went_on == 0

@@ -1,6 +1,7 @@
 """Outputs that a loss ignores: what is behind them has no gradient, as in the original, and stands still."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -276,3 +277,75 @@ def _asked_apart(rank, ranks):
 def test_a_gradient_that_some_ranks_can_not_return_is_refused_on_all(on_ranks):
     for message in on_ranks(_asked_apart, 2):
         assert message.startswith("UnsupportedError: torch.autograd.grad of a.bias: the losses of some ranks come to")
+
+
+class TwoInputs(nn.Module):
+    """Each behind one output; ``mixes``: of the whole batch."""
+
+    def __init__(self, in_part: bool, mixes: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.a, self.b = nn.Embedding(50, 3), nn.Linear(2, 3), nn.Linear(2, 3)
+        self.in_part, self.mixes = in_part, mixes
+
+    def forward(self, ids: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.in_part:
+            ids = torch.from_numpy(np.ascontiguousarray(ids.numpy()))
+        if self.mixes:
+            x, y = x.softmax(0), y.softmax(0)
+        e = self.table(ids).sum(1)
+        return (e + self.a(x)).sin().sum(1), (e * self.b(y)).sum(1)
+
+
+def _of_inputs(net: nn.Module, given: list[Tensor], own: slice) -> list[object]:
+    """What the inputs get of a loss of the first output, by ways to ask for it, and the hooks that are called."""
+    ids, *floats = (x[own] for x in given)
+    called: list[object] = []
+    found: list[object] = []
+    inputs = [x.clone().requires_grad_() for x in floats]
+    for i, x in enumerate(inputs):
+        x.register_hook(lambda g, i=i: called.append(i))
+    several = torch.autograd.graph.register_multi_grad_hook(
+        inputs, lambda grads: called.append([g is not None for g in grads])
+    )
+    net(ids, *inputs)[0].sum().backward()
+    several.remove()
+    found += [x.grad for x in inputs]
+    inputs = [x.clone().requires_grad_() for x in floats]
+    found += torch.autograd.grad(net(ids, *inputs)[0].sum(), inputs, allow_unused=True)
+    return [*found, sorted(map(str, called))]
+
+
+def _inputs_of_ranks(rank, ranks, form, loss):
+    torch.set_default_dtype(torch.float64)
+    result = []
+    for in_part, mixes in itertools.product([False, True], repeat=2):
+        model, given = TwoInputs(in_part, mixes), [IDS, torch.rand(8, 2), torch.rand(8, 2)]
+        module = des.compile(copy.deepcopy(model), given, plan={"*": form}, loss=loss)
+        own = slice(0, 3) if rank == 0 else slice(3, 8)
+        result.append((_of_inputs(module, given, own), _of_inputs(model, given, slice(0, 8)), own))
+    return result
+
+
+@pytest.mark.parametrize("form", ["row_wise", "replicate"])
+def test_inputs_get_a_gradient_where_the_original_gives_one(form, on_ranks):
+    for of_rank in on_ranks(_inputs_of_ranks, 2, form, "sum"):
+        for (*got, called), (*expected, expected_calls), own in of_rank:
+            assert called == expected_calls
+            for g, e in zip(got, expected, strict=True):
+                assert (g is None) == (e is None)
+                if g is not None:
+                    torch.testing.assert_close(g, e[own])
+
+
+def _with_a_hook_of_several(rank, ranks, form):
+    model = Tasks().double()
+    module = des.compile(model, (IDS,), plan={"*": form}, loss="sum")
+    torch.autograd.graph.register_multi_grad_hook(list(module.parameters()), lambda grads: None)
+    return raised(lambda: module(IDS)[0].sum().backward())
+
+
+def test_a_hook_that_waits_for_several_gradients_is_refused_where_they_are_of_pieces(on_ranks):
+    for message in on_ranks(_with_a_hook_of_several, 2, "row_wise"):
+        assert message.startswith("UnsupportedError: register_multi_grad_hook on ")
+    assert on_ranks(_with_a_hook_of_several, 2, "replicate") == ["nothing", "nothing"]

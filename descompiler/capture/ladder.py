@@ -8,7 +8,7 @@ told from own rows or mixing rows (`descompiler.classify.classify`), since each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -179,6 +179,7 @@ def capture(
     training: dict[str, bool] | None = None,
     passes: tuple[Pass, ...] = (),
     method: str = CALL,
+    trained: Collection[int] = (),
 ) -> tuple[Program, Signature]:
     """Capture a module (a `blueprint`) as a program.
 
@@ -194,6 +195,8 @@ def capture(
         Applied to the graph before it has to reproduce the module.
     method : str
         What is called; by default the module itself.
+    trained : collection of int
+        Positions of the tensors among the inputs that require a gradient.
 
     Returns
     -------
@@ -268,7 +271,7 @@ def capture(
             continue
         try:
             with used.arithmetic():
-                classify(checked, partial(probe_values, checked, used), batches[0])
+                classify(checked, partial(probe_values, checked, used), batches[0], trained)
             _check_leaves(checked)
         except LeafError as error:
             failures.append(Failure(rung, str(error)))

@@ -1,4 +1,4 @@
-"""Which parameters are behind an output: those to which a loss of it may send a gradient.
+"""Which parameters are behind an output, and which inputs: those to which a loss of it may send a gradient.
 
 A graph says it, but for opaque leaves: which of its operands a result of a leaf is made of may depend on values, and
 shows when forward has run, on the rows of each rank.
@@ -59,7 +59,7 @@ def _operands(n: fx.Node) -> list[Any]:
 
 
 class Behind:
-    """The trained parameters behind each output of a program.
+    """The trained parameters, and inputs that require a gradient, behind each output of a program.
 
     Attributes
     ----------
@@ -79,7 +79,7 @@ class Behind:
 
     @cached_property
     def possible(self) -> tuple[frozenset[str], ...]:
-        """By output, the parameters that may be behind it."""
+        """By output, the parameters and inputs that may be behind it."""
         return self.of([True] * self.size)
 
     def told(self, seen: Seen) -> list[bool]:
@@ -87,7 +87,7 @@ class Behind:
         return [x for leaf in self.leaves for x in seen.get(leaf.name, [False] * leaf.size)]
 
     def of(self, told: Sequence[bool]) -> tuple[frozenset[str], ...]:
-        """By output, the parameters behind it in a step of which so much is `told`."""
+        """By output, the parameters and inputs behind it in a step of which so much is `told`."""
         if (key := tuple(told)) not in self._known:
             if len(self._known) == MOST_KEPT:
                 self._known.clear()
@@ -116,5 +116,8 @@ class Behind:
             new = [a for a in taken if a not in seen]
             seen.update(new)
             left += new
-        names = (self.program.parameter(n) for n in seen)
-        return frozenset(name for name in names if name is not None and name in self.trained)
+        parameters = {name for n in seen if (name := self.program.parameter(n)) is not None}
+        return frozenset(parameters & self.trained) | {n.name for n in seen if self._is_trained_input(n)}
+
+    def _is_trained_input(self, n: fx.Node) -> bool:
+        return n.op == "placeholder" and self.program.sources[n.name].kind == "input" and scope_of(n).grad

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import sympy
@@ -44,7 +44,12 @@ JUDGED = ("scope", "spare_row")
 """What a node's meta has of it: a `Scope`, and an `OnSpareRow` where it can't run on no rows."""
 
 
-def classify(program: Program, values_of: Callable[[list[Tensor]], dict[str, Any]], tensors: Sequence[Tensor]) -> None:
+def classify(
+    program: Program,
+    values_of: Callable[[list[Tensor]], dict[str, Any]],
+    tensors: Sequence[Tensor],
+    trained: Collection[int] = (),
+) -> None:
     """Give every node of a program its `Scope`, as ``node.meta["scope"]``.
 
     Parameters
@@ -53,20 +58,24 @@ def classify(program: Program, values_of: Callable[[list[Tensor]], dict[str, Any
         The value of each placeholder, by name, for given inputs; parameters are random, in float64.
     tensors : sequence of Tensor
         Example inputs, dim 0 the batch.
+    trained : collection of int
+        Positions of the inputs that require a gradient.
     """
     near = (*range(CHECK_ROWS, MOST_CHECK_ROWS), *range(CHECK_ROWS - 1, 1, -1))
     rows = next((n for n in near if program.accepts(n)), tensors[0].shape[0])
     try:
-        _Classifier(program, values_of(check_batch(tensors, rows, move=True)), rows).run()
+        _Classifier(program, values_of(check_batch(tensors, rows, move=True)), rows, trained).run()
     except (RuntimeError, IndexError, ValueError):  # the model does not run on such features
-        _Classifier(program, values_of(check_batch(tensors, rows, move=False)), rows).run()
+        _Classifier(program, values_of(check_batch(tensors, rows, move=False)), rows, trained).run()
 
 
 class _Classifier:
-    def __init__(self, program: Program, values: dict[str, Any], rows: int):
+    def __init__(self, program: Program, values: dict[str, Any], rows: int, trained: Collection[int]):
         self.program, self.given, self.batch = program, values, BatchValues(batch_splits(rows))
         self.scopes: dict[fx.Node, Scope] = {}
         self.generator = torch.Generator().manual_seed(29)
+        inputs = [n for n, source in program.sources.items() if source.kind == "input"]
+        self.trained = {n for i, n in enumerate(inputs) if i in trained}
         # sizes of inputs; a size with any other symbol depends on the values of data
         self.known = {s for n in program.graph.nodes if n.op == "placeholder" for s in _symbols(value(n))}
 
@@ -104,7 +113,7 @@ class _Classifier:
         if source.kind == "parameter":
             self.batch.add_parameter(node, x, trained=self.program.parameters[source.name].requires_grad)
         else:
-            self.batch.whole[node] = x
+            self.batch.whole[node] = x.detach().requires_grad_() if node.name in self.trained else x
         if source.kind == "input":
             self._set_local(node, Rows(), ())
         else:

@@ -37,16 +37,20 @@ class Kinds:
         Of the global batch, where forward branches on it.
     called : OtherCall, optional
         If otherwise than the example.
+    trained : tuple of int
+        Positions of the tensors that require a gradient.
     """
 
     dtypes: tuple[torch.dtype, ...]
     sizes: tuple[tuple[int, ...], ...]
     rows: int | None = None
     called: OtherCall | None = None
+    trained: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], called: OtherCall | None = None) -> Kinds:
-        return cls(tuple(x.dtype for x in tensors), tuple(tuple(x.shape[1:]) for x in tensors), called=called)
+        trained = tuple(i for i, x in enumerate(tensors) if x.requires_grad) if torch.is_grad_enabled() else ()
+        return cls(tuple(x.dtype for x in tensors), tuple(tuple(x.shape[1:]) for x in tensors), None, called, trained)
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -54,6 +58,7 @@ class Kinds:
         names = [str(d).removeprefix("torch.") for d in self.dtypes if d.is_floating_point or d.is_complex]
         return (
             *([f"{', '.join(names)} inputs"] if names else ()),
+            *([f"gradients of inputs {', '.join(map(str, self.trained))}"] if self.trained else ()),
             *([] if self.called is None else [f"called otherwise than the example ({self.called.told})"]),
         )
 

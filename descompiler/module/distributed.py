@@ -71,6 +71,7 @@ class DistributedModule(nn.Module):
         self._forwards: dict[tuple[bool, ...], UsersForward] = {}  # by training flags
         self._flags = [name for name, _ in parts.template.named_modules()]
         self._frozen = frozenset(n for n, p in parts.template.named_parameters() if not p.requires_grad)
+        self._divided = frozenset(n for n, x in parts.plan.pieces.items() if not x.is_replicated)
         self._given: Kinds | None = None  # of the latest forward's inputs
         self._planned = True  # the latest forward's program
         self._used = self._told = Used()  # of the outputs of the forward that runs, and of the latest one
@@ -215,6 +216,7 @@ class DistributedModule(nn.Module):
         me, r = weakref.ref(self), self._runtime
         parameters = lambda: [] if (module := me()) is None else list(module.named_parameters())  # noqa: E731
         used, self._used = self._used, Used()  # what it has of this forward is the graph's
+        used.divided = self._divided
         if not used.ends:
             self._told = used
         noticed = behind(r, r.asked, r.forwards, outputs, parameters, used)
@@ -244,11 +246,12 @@ class DistributedModule(nn.Module):
     def _values(self, emitted: Emitted, sources: Sequence[Source], tensors: Sequence[Tensor] = ()) -> list[Tensor]:
         parameters = dict(self.named_parameters(remove_duplicate=False))
         buffers = dict(self.named_buffers(remove_duplicate=False))
+        self._used.watch_hooks(tensors)
         queue = iter(self._runtime.inputs(tensors))
         values = []
         for s in sources:
             if s.kind == "input":
-                values.append(next(queue))
+                values.append(self._used.gate(s.name, next(queue)))
             elif s.kind == "constant":
                 values.append(emitted.constant(s.name, self._runtime.device))
             else:
@@ -313,7 +316,7 @@ class DistributedModule(nn.Module):
         flags, changes = self._training_flags(), self._changes()
         held = {n: x.dtype for n, x in (*self.named_parameters(), *self.named_buffers())}
         thawed = tuple(n for n, p in self.named_parameters() if p.requires_grad and n in self._frozen)
-        key = flags, tuple(held.values()), thawed, changes, self._given and (self._given.dtypes, self._given.called)
+        key = flags, tuple(held.values()), thawed, changes, self._given and (self._given.dtypes, self._given.called, self._given.trained)
 
         def make() -> Emitted:
             assert self._program_for is not None

@@ -145,6 +145,7 @@ class PartialModule(DistributedModule):
             title = "forward mixes the rows of all ranks, and no tracer captured it: pad to one length on all ranks"
             runtime.raise_everywhere(f"inputs have the sizes {inner} for each row", InputError, title)
         guard = self._guard()
+        self._used.watch_hooks(tensors)
         statics = self._with_rows(args, kwargs, sum(runtime.rows))
         args, kwargs = self._cut(guard, *unflatten_with(self._gathered(tensors), spec, statics))
         arithmetic = InDouble if self._means_double else nullcontext
@@ -205,6 +206,7 @@ class PartialModule(DistributedModule):
         tensors, statics = split_statics(leaves)
         if guard is None or not any(x.requires_grad for x in tensors):
             return args, kwargs
+        self._used.watch_hooks(tensors)
         return unflatten_with(guard.enter(self._runtime.inputs(tensors)), spec, statics)
 
     def _gathered(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -8,6 +8,7 @@ for the same, of the same forward. `Begin` stands behind every output and sees w
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -152,6 +153,8 @@ class Used:
         By output, those that are behind it.
     returned : dict of str to bool
         Of a backward that returns gradients through ``ends``: the parameters that any rank comes to, and if all do.
+    divided : collection of str
+        Parameters of which ranks hold pieces.
     """
 
     told: bool = False
@@ -161,6 +164,8 @@ class Used:
     outputs: set[int] = field(default_factory=set)
     parameters: Sequence[Collection[str]] = ()
     returned: dict[str, bool] = field(default_factory=dict)
+    divided: Collection[str] = ()
+    _inputs: list[weakref.ref[Tensor]] = field(default_factory=list)  # that the user holds
 
     @property
     def knows_parameters(self) -> bool:
@@ -205,8 +210,37 @@ class Used:
             by_name = zip((n for n, _ in asked), comes.any(0).tolist(), comes.all(0).tolist(), strict=True)
             self.returned = {n: on_all for n, some, on_all in by_name if some}
 
+    def watch_hooks(self, inputs: Iterable[Tensor]) -> None:
+        """The user's hooks on these inputs are not to be called without a gradient."""
+        self._inputs += [weakref.ref(x) for x in inputs if x.requires_grad and x.is_leaf]
+
+    def spare_hooks(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """A backward begins: no hook on parameters or inputs is to be called without a gradient, as the original's.
+
+        Raises
+        ------
+        UnsupportedError
+            If a hook waits for the gradients of several parameters, pieces among them: they come when backward ends.
+        """
+        inputs = (("", x) for reference in self._inputs if (x := reference()) is not None)
+        with torch._C.DisableTorchFunctionSubclass():
+            for name, x in itertools.chain(parameters, inputs):
+                if hooks := x._backward_hooks:
+                    if name in self.divided and any(map(_is_of_several, hooks.values())):
+                        raise UnsupportedError(
+                            f"register_multi_grad_hook on {name!r}, of which every rank holds a piece: torch calls the "
+                            "hook before that gradient is there. Register a hook on each parameter (register_hook, or "
+                            "register_post_accumulate_grad_hook), or act after backward"
+                        )
+                    hooks.update({k: _WithGradient(h) for k, h in hooks.items() if _wants_gradient(h)})
+                if waiting := x._post_accumulate_grad_hooks:
+                    before = _accumulated(x)
+                    waiting.update(
+                        {k: _Accumulated(h.hook if isinstance(h, _Accumulated) else h, before) for k, h in waiting.items()}
+                    )
+
     def gate(self, name: str, p: Tensor) -> Tensor:
-        """A parameter, as forward is to take it: what it is given by outputs that no loss uses is no gradient."""
+        """A parameter or input, as forward is to take it: what outputs that no loss uses give it is no gradient."""
         return _Gate.apply(self, name, p) if self.told and p.requires_grad else p
 
 
@@ -232,6 +266,15 @@ class _WithGradient:
         return None if gradient is None else self.hook(gradient)
 
 
+def _is_of_several(hook: Any) -> bool:
+    """Whether it is torch's own, which counts its calls: `torch.autograd.graph.register_multi_grad_hook`."""
+    return getattr(hook, "__module__", None) == torch.autograd.graph.__name__
+
+
+def _wants_gradient(hook: Any) -> bool:
+    return not isinstance(hook, _WithGradient) and not _is_of_several(hook)
+
+
 @dataclass
 class _Accumulated:
     """A hook that waits for an accumulated gradient, which autograd calls even where there was none to accumulate.
@@ -252,19 +295,6 @@ class _Accumulated:
 def _accumulated(p: Tensor) -> tuple[int, ...]:
     grad = p.grad
     return torch._C._current_graph_task_id(), *(() if grad is None else (id(grad), grad._version))
-
-
-def _spare_hooks(parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """A backward begins: no hook on these is to be called without a gradient, as the original's are not."""
-    with torch._C.DisableTorchFunctionSubclass():
-        for _, p in parameters:
-            if hooks := p._backward_hooks:
-                hooks.update({k: _WithGradient(h) for k, h in hooks.items() if not isinstance(h, _WithGradient)})
-            if waiting := p._post_accumulate_grad_hooks:
-                before = _accumulated(p)
-                waiting.update(
-                    {k: _Accumulated(h.hook if isinstance(h, _Accumulated) else h, before) for k, h in waiting.items()}
-                )
 
 
 def behind(
@@ -316,7 +346,7 @@ class _Begin(torch.autograd.Function):
             if is_first:
                 asked.names, asked.returns = None, False
             asked.backward, asked.forward = backward, ctx.forward
-            _spare_hooks(ctx.parameters())
+            ctx.used.spare_hooks(ctx.parameters())
             wanted: list[tuple[str, Tensor]] = []
             if not torch._C._will_engine_execute_node(ctx.sentinel):
                 wanted = _agree(ctx.ranks, asked, ctx.parameters)

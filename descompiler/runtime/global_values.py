@@ -40,6 +40,7 @@ class Gather(torch.autograd.Function):
         ctx: Any, runtime: Agreement, name: str, rows: Sequence[int], layouts: list[Rows], *values: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.runtime, ctx.rows, ctx.layouts = runtime, rows, layouts
+        ctx.set_materialize_grads(False)  # no rank's loss uses what is made of one that has none
         leading = [r.lead(x) for r, x in zip(layouts, values, strict=True)]
         wholes = _gather_rows(runtime, rows, leading, name)
         result = tuple(r.restore(x) for r, x in zip(layouts, wholes, strict=True))
@@ -48,7 +49,8 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        own = (Slice.apply(ctx.runtime, ctx.rows, r, g) for r, g in zip(ctx.layouts, grads, strict=True))
+        pairs = zip(ctx.layouts, grads, strict=True)
+        own = (None if g is None else Slice.apply(ctx.runtime, ctx.rows, r, g) for r, g in pairs)
         return None, None, None, None, *own
 
 
