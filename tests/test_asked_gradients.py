@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import descompiler as des
+from tests.harness.cases import cases
 from tests.harness.failures import raised
 
 IDS = torch.randint(40, (10, 3), generator=torch.Generator().manual_seed(1))
@@ -73,7 +74,7 @@ ALL = [n for n, _ in Tasks().named_parameters()]
 FORMS = ["row_wise", "table_wise", "column_wise", "unique_rows", "hot_rows", "replicate"]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", cases(FORMS, ["table_wise", "unique_rows", "replicate"]))
 def test_gradients_of_tasks(on_ranks, form):
     for worst, extra in on_ranks(_differences, 2, Tasks, form, False, [ALL, ["items.weight"], ["shared.bias"]]):
         assert worst < 1e-10 and not extra

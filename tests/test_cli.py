@@ -193,6 +193,7 @@ def test_calibrate_alone_says_how(tmp_path):
     assert "torchrun" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_calibrate_then_audit_on_two_ranks(file, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     cluster = str(tmp_path / "c.json")

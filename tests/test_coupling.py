@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import descompiler as des
+from tests.harness.cases import cases
 
 FORMS = ("replicate", "sparse_all_gather", "table_wise", "row_wise", "column_wise", "unique_rows")
 
@@ -177,7 +178,7 @@ def double():
     return tuple(x.double() if x.is_floating_point() else x for x in inputs())
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", cases(MODELS, MODELS[::2]))
 def test_two_ranks(on_ranks, model):
     torch.manual_seed(0)
     report = des.verify(

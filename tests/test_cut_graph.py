@@ -21,6 +21,7 @@ from descompiler.planning.search import Search
 from descompiler.region.cut import Weights
 from descompiler.region.flow import SINK, SOLVERS, SOURCE, reduced, solve
 from examples.models import CTR_MODELS, MODELS
+from tests.harness.cases import cases
 from tests.harness.models import IDS, Branch
 
 FIELDS = 4
@@ -94,7 +95,7 @@ def test_solvers_agree_on_random_graphs(data):
         assert found[0] == (least, set().union(*(side for c, side in cuts if c == least)))
 
 
-@pytest.mark.parametrize("name", CTR_MODELS)
+@pytest.mark.parametrize("name", cases(CTR_MODELS, ["fm", "dlrm", "dcn"]))
 def test_solvers_give_equal_plans_of_the_examples(name):
     searched = [(2, {})] if name in ("deepfm", "dlrm") else []  # branch and bound: hundreds of cuts
     for ranks, terms in ((64, {"pins": {"*": "table_wise"}}), (3, {"pins": {"*": "column_wise"}}), *searched):

@@ -62,7 +62,7 @@ class Next(Towers):
 
 
 @pytest.mark.parametrize("model", [AccidentalHits, Histories, Ranks, Buckets, Next])
-@pytest.mark.parametrize("example", [SAME, IDS])
+@pytest.mark.parametrize("example", [SAME, pytest.param(IDS, marks=pytest.mark.slow)])
 def test_what_is_looked_for_in_all_rows_is(model, example, on_ranks):
     torch.manual_seed(0)
     model = model().double()

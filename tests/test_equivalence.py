@@ -1,6 +1,7 @@
 """Every model, every layout, every split forced: the compiled model trains as the original, on real processes."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,20 +9,17 @@ import torch
 import descompiler as des
 from descompiler.check.processes import on_ranks as fresh_ranks
 from examples.models import LAYOUTS, MODELS, make_inputs
+from tests.harness.cases import cases
 from tests.harness.plans import EVERY, FETCHED, SPLITS
 
-# DNN is a part of Wide&Deep, and xDeepFM has DeepFM's; what `make test` leaves out is in `make test-all`.
-SLOW = {("dnn", layout) for layout in LAYOUTS} | {("xdeepfm", "fields"), ("xdeepfm", "offsets")}
+ALWAYS = {
+    ("lr", "bags"), ("fm", "fields"), ("fm", "offsets"), ("wide_deep", "offsets"), ("deepfm", "fields"),
+    ("xdeepfm", "bags"), ("dcn", "fields"), ("dlrm", "offsets"), ("two_tower", "bags"),
+}  # fmt: skip
+"""Each model in one layout, each layout in several; DNN is a part of Wide&Deep. `make test-all` runs them all."""
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [
-        pytest.param(name, layout, marks=[pytest.mark.slow] if (name, layout) in SLOW else [])
-        for name in MODELS
-        for layout in LAYOUTS
-    ],
-)
+@pytest.mark.parametrize(("name", "layout"), cases(itertools.product(MODELS, LAYOUTS), ALWAYS))
 def test_two_ranks(on_ranks, name, layout):
     torch.manual_seed(0)
     report = des.verify(MODELS[name](layout), make_inputs(name, layout, 8), ranks=2, plans=SPLITS, launch=on_ranks)
@@ -48,14 +46,14 @@ def test_fetched_by_every_model_and_optimizer(on_ranks, name, ranks):
             )
 
 
-@pytest.mark.parametrize("optimizer", ["adagrad", "adam", "sparse_adam"])
+@pytest.mark.parametrize("optimizer", cases(["adagrad", "adam", "sparse_adam"], ["adam", "sparse_adam"]))
 def test_optimizers(on_ranks, optimizer):
     torch.manual_seed(0)
     model = MODELS["deepfm"]("fields", sparse=optimizer == "sparse_adam", batch_norm=True)
     des.verify(model, make_inputs("deepfm", "fields", 8), ranks=2, plans=EVERY, optimizers=[optimizer], launch=on_ranks)
 
 
-@pytest.mark.parametrize("name", ["deepfm", "two_tower"])
+@pytest.mark.parametrize("name", cases(["deepfm", "two_tower"], ["two_tower"]))
 def test_four_ranks(on_ranks, name):
     torch.manual_seed(0)
     des.verify(MODELS[name]("fields"), make_inputs(name, "fields", 8), ranks=4, plans=EVERY, launch=on_ranks)
@@ -75,7 +73,7 @@ class Selects(torch.nn.Module):
         return self.top(values.gather(1, best[..., None].expand(-1, -1, 8)).mean(1) * query)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", cases([2, 3], [3]))
 def test_parameters_without_gradients(on_ranks, ranks):
     """The reducer does not wait for them; sizes that come of a division by the batch size are known without rows."""
     torch.manual_seed(0)

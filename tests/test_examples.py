@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from examples import data, models
 from examples.data import ClickLog, DataError
+from tests.harness.cases import cases
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data"
@@ -392,6 +393,7 @@ def train_ctr(*arguments: str) -> str:
 
 
 @pytest.mark.timeout(280)
+@pytest.mark.slow
 def test_train_ctr_on_generated_rows():
     # 1,601 training rows: the last global batch has one, so that a rank has none.
     out = train_ctr("--rows", "2001", "--batch", "160", "--dim", "4")
@@ -412,7 +414,7 @@ def test_train_ctr_on_real_rows():
 # --- rules and forms of one's own
 
 
-@pytest.mark.parametrize("script", ["custom_rule.py", "custom_form.py"])
+@pytest.mark.parametrize("script", cases(["custom_rule.py", "custom_form.py"], ["custom_rule.py"]))
 def test_scripts_of_plug_ins_run(script):
     command = [sys.executable, ROOT / "examples" / script]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

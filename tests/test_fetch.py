@@ -11,6 +11,7 @@ from descompiler.layout.fetches import Fetch, FetchTable
 from descompiler.layout.pieces import Pieces
 from descompiler.runtime.fetch import pull
 from descompiler.runtime.runtime import Runtime
+from tests.harness.cases import cases
 
 
 class Everything(nn.Module):
@@ -49,7 +50,7 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sparse_adam"])
+@pytest.mark.parametrize("optimizer", cases(["adam", "sparse_adam"], ["sparse_adam"]))
 def test_every_use_of_a_table(on_ranks, optimizer):
     torch.manual_seed(0)
     model = Everything(sparse=optimizer == "sparse_adam")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import descompiler as des
+from tests.harness.cases import cases
 from tests.harness.models import IDS, LABELS, Recommender, batch_of
 
 
@@ -56,12 +57,15 @@ def _train(rank, ranks, cls, method, cuts):
 
 @pytest.mark.parametrize(
     ("cls", "method", "rung"),
-    [
-        (Recommender, "forward", "export"),
-        (Recommender, "calculate_loss", "export"),
-        (Branching, "forward", "partial"),
-        (Branching, "calculate_loss", "partial"),
-    ],
+    cases(
+        [
+            (Recommender, "forward", "export"),
+            (Recommender, "calculate_loss", "export"),
+            (Branching, "forward", "partial"),
+            (Branching, "calculate_loss", "partial"),
+        ],
+        [(Recommender, "calculate_loss", "export"), (Branching, "forward", "partial")],
+    ),
 )
 def test_own_loop(on_ranks, cls, method, rung):
     for worst, captured in on_ranks(_train, 2, cls, method, [3, 4, 6]):
@@ -122,6 +126,7 @@ def _fit(rank, ranks):
 
 @pytest.mark.zoo
 @pytest.mark.skipif(importlib.util.find_spec("deepctr_torch") is None, reason="pip install 'descompiler[zoo]'")
+@pytest.mark.slow
 def test_the_training_loop_of_deepctr_torch(on_ranks):
     _, expected, state, _ = _fit(0, 1)
     for _, scores, weights, rung in on_ranks(_fit, 2):

@@ -159,7 +159,7 @@ def test_a_fingerprint_is_the_models_alone():
     """Neither the training flags nor the batch size nor what batch norms have counted."""
     options = {"batch_norm": True, "dropout": 0.3}
     model = make(**options)
-    prints = {des.plan(make(**options), make_inputs("deepfm", "fields", n), ranks=2).fingerprint for n in (1, 2, 7, 70)}
+    prints = {des.plan(make(**options), make_inputs("deepfm", "fields", n), ranks=2).fingerprint for n in (1, 70)}
     prints.add(des.plan(make(**options).eval(), INPUTS, ranks=3).fingerprint)
     model(*INPUTS)
     prints.add(des.plan(model, INPUTS, ranks=2).fingerprint)

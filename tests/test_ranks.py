@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import pickle
 import re
 import warnings
@@ -15,6 +16,7 @@ from descompiler.layout.fetches import Fetch
 from descompiler.layout.step import StepHeader as HeaderTransfer
 from descompiler.runtime.agreement import Call, Header, Kind, Message
 from examples.models import MODELS, make_inputs
+from tests.harness.cases import cases
 from tests.harness.failures import raised
 from tests.harness.models import IDS
 
@@ -594,9 +596,15 @@ def _thawed(rank, ranks, cls, names, in_place):
     return worst
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("names", [["table"], ["table", "layer"], ["chooser"], ["layer", "chooser", "last"]])
-@pytest.mark.parametrize("cls", [Contrast, Branching, OwnForward])
+TABLE, BOTH, CHOOSER, DENSE = ("table",), ("table", "layer"), ("chooser",), ("layer", "chooser", "last")
+FROZEN = list(itertools.product([Contrast, Branching, OwnForward], [TABLE, BOTH, CHOOSER, DENSE], [False, True]))
+FROZEN_ALWAYS = (
+    *((Contrast, TABLE, True), (Contrast, BOTH, False), (Contrast, CHOOSER, True), (Contrast, DENSE, False)),
+    *((Branching, TABLE, False), (Branching, DENSE, True), (OwnForward, BOTH, False), (OwnForward, DENSE, True)),
+)
+
+
+@pytest.mark.parametrize(("cls", "names", "in_place"), cases(FROZEN, FROZEN_ALWAYS))
 def test_parameters_that_are_frozen_at_compile_and_trained_later(on_ranks, cls, names, in_place):
     for worst in on_ranks(_thawed, 2, cls, names, in_place):
         assert worst < 1e-12

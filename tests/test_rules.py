@@ -11,6 +11,7 @@ import torch
 
 import descompiler as des
 from examples.models import DeepFM
+from tests.harness.cases import cases
 from tests.harness.consumers import CONSUMERS
 from tests.harness.plans import EVERY
 from tests.harness.pool import here
@@ -46,9 +47,7 @@ def forced(rank, ranks, text):
     return des.verify(space["Model"](), space["inputs"](), ranks=ranks, plans=EVERY, launch=here)
 
 
-@pytest.mark.parametrize(
-    "consumer", [pytest.param(c, marks=() if c in ALWAYS else pytest.mark.slow) for c in sorted(CONSUMERS)]
-)
+@pytest.mark.parametrize("consumer", cases(sorted(CONSUMERS), ALWAYS))
 def test_every_form(on_ranks, consumer):
     report = on_ranks(forced, 2, fixed(consumer).text)[0]
     assert report.cases == len(EVERY)

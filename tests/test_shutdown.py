@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.exits import run
 from descompiler.runtime.shutdown import GLOO_THREADS, wait_for_rest
+from tests.harness.cases import cases
 
 PR_SET_NAME = 15
 
@@ -50,7 +51,7 @@ def test_the_end_does_not_wait_for_ever():
 
 @pytest.mark.parametrize(
     "name",
-    ["ends", "destroys", pytest.param("sys.exit(0)", marks=pytest.mark.slow), "after backward"],
+    cases(["ends", "destroys", "sys.exit(0)", "after backward"], ["ends"]),
 )
 def test_scripts_end_with_status_0(tmp_path, name):
     """Once each: `make exits` runs them often enough to see what happens in one run of a hundred."""

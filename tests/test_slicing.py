@@ -19,6 +19,7 @@ from descompiler.region.place import place
 from descompiler.region.rule import Placed
 from descompiler.tables.form import find_tables
 from tests.harness.calls import BUFFER, PARAMETER, Call, Operand, Site, site_of
+from tests.harness.cases import cases
 from tests.harness.family import FAMILIES, family, placed_values
 from tests.harness.rules import answer
 
@@ -193,7 +194,7 @@ def test_rules_and_slicing_agree(name):
     assert not any(found), [x for x in found if x]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", cases(MODELS, ["deepfm", "dlrm", "xdeepfm", "two_tower"]))
 def test_rules_and_slicing_agree_on_models(model):
     inputs = make_inputs(model)
     program, _ = capture(blueprint(MODELS[model]()), inputs, passes=NORMALISE)

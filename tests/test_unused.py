@@ -122,12 +122,12 @@ def _expect(model, found, penalty=0):
     [
         (Tasks, "row_wise", False),
         (Tasks, "table_wise", True),
-        (Tasks, "replicate", False),
-        (Tasks, "unique_rows", True),
+        pytest.param(Tasks, "replicate", False, marks=pytest.mark.slow),
+        pytest.param(Tasks, "unique_rows", True, marks=pytest.mark.slow),
         (TasksInALeaf, "row_wise", False),
         (TasksOfABranch, "row_wise", False),
         (TasksInPart, "row_wise", False),
-        (TasksInPart, "replicate", True),
+        pytest.param(TasksInPart, "replicate", True, marks=pytest.mark.slow),
         (TasksCoupled, "row_wise", True),
     ],
 )
@@ -237,9 +237,9 @@ def _asked_of_ranks(rank, ranks, model, form, in_place):
     [
         (Tasks, "row_wise", False),
         (Tasks, "table_wise", True),
-        (Tasks, "replicate", False),
+        pytest.param(Tasks, "replicate", False, marks=pytest.mark.slow),
         (TasksInALeaf, "row_wise", False),
-        (TasksInPart, "row_wise", False),
+        pytest.param(TasksInPart, "row_wise", False, marks=pytest.mark.slow),
         (TasksInPart, "replicate", True),
         (TasksCoupled, "row_wise", True),
     ],

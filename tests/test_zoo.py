@@ -8,6 +8,7 @@ import importlib.util
 
 import pytest
 
+from tests.harness.cases import cases
 from tests.harness.loops import trained_by_library
 from tests.harness.sweep import PLANS, examine
 from tests.harness.zoo import LEFT_OUT, LIBRARIES, LOOPS, ZOO, library_classes
@@ -21,20 +22,11 @@ pytestmark = [
 
 ALWAYS = (
     "torchfm.FactorizationMachineModel",
-    "torchfm.ExtremeDeepFactorizationMachineModel",
     "torchfm.ProductNeuralNetworkModel",
-    "deepctr_torch.DeepFM",
-    "deepctr_torch.DIN",
-    "torch_rechub.DCN",
 )
 
 
-def cases():
-    for name in ZOO:
-        yield pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name", list(cases()))
+@pytest.mark.parametrize("name", cases(ZOO, ALWAYS))
 def test_two_ranks(on_ranks, name):
     listed = name in verified_in(FILE.read_text())
     if not listed and name not in ALWAYS:
@@ -50,7 +42,7 @@ FLOAT32_LOSSES = ("transformers.GPT2LMHeadModel", "transformers.LlamaForCausalLM
 """Whose loss the library computes of logits that it casts to float32."""
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in LOOPS_ALWAYS else pytest.mark.slow) for n in LOOPS])
+@pytest.mark.parametrize("name", cases(LOOPS, LOOPS_ALWAYS))
 def test_in_the_librarys_own_loop(on_ranks, name):
     for differs in on_ranks(trained_by_library, 2, LOOPS[name], timeout_s=240):
         assert differs["loss"] <= (1e-6 if name in FLOAT32_LOSSES else 1e-10)
