@@ -6,6 +6,7 @@ from descompiler.check.calibrate import calibrate
 from descompiler.check.judge import Report
 from descompiler.check.verify import verify
 from descompiler.compiler import compile
+from descompiler.eager.piece import plain as local_tensor
 from descompiler.errors import (
     CaptureError,
     DescompilerError,
@@ -18,8 +19,10 @@ from descompiler.errors import (
 from descompiler.layout.traffic import Traffic
 from descompiler.model.batch_size import BatchSize
 from descompiler.model.inputs import register_input
+from descompiler.module.checkpoint import TrainingState, load, save
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.installed import module_of
+from descompiler.module.single import gather_rows, to_single
 from descompiler.module.state import full_state_dict, load_full_state_dict
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.plan import Plan
@@ -40,14 +43,20 @@ __all__ = [
     "RankError",
     "Report",
     "Traffic",
+    "TrainingState",
     "UnsupportedError",
     "audit",
     "calibrate",
     "compile",
     "full_state_dict",
+    "gather_rows",
+    "load",
     "load_full_state_dict",
+    "local_tensor",
     "module_of",
     "plan",
     "register_input",
+    "save",
+    "to_single",
     "verify",
 ]

@@ -26,6 +26,7 @@ from descompiler.module.distributed import DistributedModule
 from descompiler.module.initial import initial_values
 from descompiler.module.installed import install
 from descompiler.module.parts import Parts
+from descompiler.module.standard import watch_optimizers
 from descompiler.planning.chosen import NO_OPERATORS
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.coverage import coverage_of
@@ -151,6 +152,7 @@ def compile(
         )
 
     if not in_place:
+        watch_optimizers(model.parameters())
         return DeferredModule(model, compile_for) if example_inputs is None else compile_for(example_inputs)
     if example_inputs is None:
         raise InputError("in_place=True needs example_inputs: optimisers have to see the pieces from the start")

@@ -16,9 +16,8 @@ from descompiler.eager.planning import asked_in_part, coverage_partial
 from descompiler.eager.survey import Survey, survey
 from descompiler.graph.program import Failure
 from descompiler.layout.statistics import Statistics
-from descompiler.model.attributes import copied
+from descompiler.model.attributes import copied, copy_with
 from descompiler.model.inputs import normalise_inputs, take_rows
-from descompiler.model.kept import with_attributes
 from descompiler.model.probe import call_of, method_of
 from descompiler.model.random_state import own_generators
 from descompiler.module.initial import initial_values
@@ -100,19 +99,10 @@ def _partial_module(
     coverage: Coverage,
     host: nn.Module | None,
 ) -> PartialModule:
-    runs = _copy_with(template, values) if host is None else host
+    runs = copy_with(template, values) if host is None else host
     inputs = normalise_inputs(build.example_inputs, method_of(template, build.method))
     # two rows: forwards that squeeze can't run on one
     spare = inputs if seen.unchecked else take_rows(inputs, torch.zeros(2, dtype=torch.int64, device=build.device))
     parts = Parts(template, chosen, runtime, values, buffers, coverage, runs, in_place=host is not None)
     calls = call_of(runs, build.method)
     return PartialModule(parts, calls, seen.outputs, spare, coupled=bool(seen.coupled), draws=seen.random)
-
-
-def _copy_with(template: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the model with these values as parameters, wherever it keeps them."""
-    memo: dict[int, Any] = {
-        id(p): with_attributes(nn.Parameter(values[n], requires_grad=p.requires_grad), p)
-        for n, p in template.named_parameters()
-    }
-    return copy.deepcopy(template, copied(template) | memo)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from descompiler.eager.gradients import GradientSync, UseOfPiece
-from descompiler.eager.parameters import ShardedParameter, plain
+from descompiler.eager.parameters import ShardedParameter
+from descompiler.eager.piece import plain
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import WholeTables
 from descompiler.runtime.backward import Used, differentiable_once

@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from descompiler.eager.held import COPIES, GIVES_PIECES, initialises, on_pieces, take_in_lists
+from descompiler.eager.piece import Piece, local, plain
 from descompiler.eager.rows import are_constants, of_batch
 from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
@@ -62,11 +64,6 @@ class PieceTransport(Protocol):
         """Come to a common call."""
 
 
-def plain(x: Tensor) -> Tensor:
-    """The same tensor, for code whose results are ordinary tensors."""
-    return _local(Tensor.as_subclass, (x, Tensor), {})
-
-
 class Tracked(Tensor):
     """An elementwise function of pieces, for reductions; it is cut as they are."""
 
@@ -79,13 +76,19 @@ class Tracked(Tensor):
         return _intercept(func, args, kwargs or {})
 
 
-class ShardedParameter(nn.Parameter):
+class ShardedParameter(Piece, nn.Parameter):
     """This rank's part of a parameter; see the module's text."""
 
-    pieces: Pieces
-    original: str
     exchange: PieceTransport
     position: int  # among the exchange's parameters
+
+    @property
+    def runtime(self) -> Runtime:  # type: ignore[override]
+        return self.exchange.runtime
+
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        return self.exchange.runtime.rank
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,6 +100,9 @@ class ShardedParameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return nn.Parameter(plain(self).detach(), self.requires_grad).__reduce_ex__(protocol)
+
+
+take_in_lists(ShardedParameter)
 
 
 SHARDED = (ShardedParameter, Tracked)
@@ -144,14 +150,14 @@ def weigh_outside(p: nn.Parameter, exchange: PieceTransport) -> None:
 
 def _in_users_code(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func in BACKWARDS:
-        return _local(func, args, kwargs)
+        return local(func, args, kwargs)
     tensors = _tensors_among(args, kwargs)
     if any(isinstance(x, SHARDED) for x in tensors):
         return _intercept(func, args, kwargs)
     own: list[Any] = [x for x in tensors if isinstance(x, WHOLE)]
     is_attribute = getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__")  # its own: data, grad
     if not own or is_attribute or not torch.is_grad_enabled() or not own[0].exchange.outside:
-        return _local(func, args, kwargs)
+        return local(func, args, kwargs)
     exchange = own[0].exchange
     batch = [x for x in tensors if not isinstance(x, WHOLE) and of_batch(x, exchange.runtime, exchange.holds)]
     if batch and not are_constants(func, args, kwargs, own, batch, exchange.runtime):
@@ -160,8 +166,8 @@ def _in_users_code(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             args, kwargs = torch.utils._pytree.tree_map(
                 lambda x: exchange.runtime.output(plain(x)) if isinstance(x, WHOLE) else x, (args, kwargs)
             )
-        return _local(func, args, kwargs)
-    return _of_parameters(_local(func, args, kwargs), exchange)
+        return local(func, args, kwargs)
+    return _of_parameters(local(func, args, kwargs), exchange)
 
 
 def numbers_of_batch(outputs: list[Tensor], have_rows: Sequence[bool], exchange: PieceTransport) -> list[Tensor]:
@@ -193,7 +199,9 @@ def substitute(p: nn.Parameter, name: str, pieces: Pieces, exchange: PieceTransp
 
 def _intercept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func in BACKWARDS:
-        return _local(func, args, kwargs)
+        return local(func, args, kwargs)
+    if func in GIVES_PIECES or func in COPIES or initialises(func, args):
+        return on_pieces(func, args, kwargs)
     if func in LOOKUPS:
         result = _fetched_lookup(func, args, kwargs)
         if result is not NotImplemented:
@@ -202,7 +210,7 @@ def _intercept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func in PRODUCTS:
         return _on_whole(func, args, kwargs)
     if not torch.is_grad_enabled():  # optimisers, initialisers, copies: this rank's part
-        return _local(func, args, kwargs)
+        return on_pieces(func, args, kwargs)
     first: Any = args[0] if args else None
     if func in SUM_FUNCTIONS or func in NORMS:
         result = _reduce(func, first, args[1:], kwargs)
@@ -211,21 +219,16 @@ def _intercept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _on_whole(func, args, kwargs)
     if func in ELEMENTWISE and (kind := _common(args, kwargs)) is not None:
         joined = torch.utils._pytree.tree_map(lambda x: _beside_part(x, kind), (args, kwargs))
-        result = _local(func, *joined)
+        result = local(func, *joined)
         if isinstance(result, Tensor) and result.shape == kind.shape:
             tracked = result.as_subclass(Tracked)
             tracked.pieces, tracked.original, tracked.exchange = kind.pieces, kind.original, kind.exchange
             return tracked
-    result = _local(func, args, kwargs)
+    result = local(func, args, kwargs)
     tensors = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
     if not any(x.grad_fn is not None for x in tensors):
         return result  # sizes, dtypes, detached values: this rank's part
     return _on_whole(func, args, kwargs)
-
-
-def _local(func: Any, args: Any, kwargs: Any) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
-        return func(*args, **kwargs)
 
 
 def _tensors_among(args: Any, kwargs: Any) -> list[Tensor]:

@@ -122,6 +122,15 @@ def copied(model: nn.Module) -> dict[int, Tensor]:
     }
 
 
+def copy_with(template: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model with these values as parameters, wherever it keeps them."""
+    memo: dict[int, Any] = {
+        id(p): with_attributes(nn.Parameter(values[n], requires_grad=p.requires_grad), p)
+        for n, p in template.named_parameters()
+    }
+    return copy.deepcopy(template, copied(template) | memo)
+
+
 BARE = frozenset(vars(nn.Module()))
 
 

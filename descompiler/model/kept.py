@@ -104,7 +104,7 @@ def check_memory(model: nn.Module) -> None:
 def _overlap(a: Tensor, b: Tensor) -> bool:
     def span(x: Tensor) -> tuple[int, int]:
         last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-        return x.storage_offset(), x.storage_offset() + last
+        return int(x.storage_offset()), int(x.storage_offset() + last)
 
     (first, last), (other_first, other_last) = span(a), span(b)
     return bool(a.numel() and b.numel()) and first <= other_last and other_first <= last

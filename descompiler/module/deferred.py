@@ -24,6 +24,9 @@ class DeferredModule(DistributedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         compiled = self._compile_for((args, kwargs))
         hooks = {name: x for name, x in vars(self).items() if "_hook" in name}  # users', which this call runs
+        for name, x in hooks.items():
+            if isinstance(x, dict):
+                x.update(vars(compiled)[name])
         self.__dict__.clear()
         self.__dict__.update(compiled.__dict__ | hooks)
         self.__class__ = type(compiled)  # type: ignore[assignment]

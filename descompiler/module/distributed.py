@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from descompiler.eager.exchange import PieceExchange
 from descompiler.eager.functions import Finish
 from descompiler.eager.gradients import GradientSync
-from descompiler.eager.parameters import numbers_of_batch, plain, substitute, weigh_outside
+from descompiler.eager.parameters import numbers_of_batch, substitute, weigh_outside
+from descompiler.eager.piece import plain
 from descompiler.emit.emit import Emitted
 from descompiler.errors import CaptureError, InputError, OtherShapesError, UnsupportedError, warn
 from descompiler.graph.nodes import Source
@@ -30,6 +31,7 @@ from descompiler.model.kept import copies_of
 from descompiler.model.kinds import Kinds
 from descompiler.module.parts import Parts, UsersForward
 from descompiler.module.sizes import SAMPLE_ROWS, Programs, Sized, Sizes, begin_again
+from descompiler.module.standard import StandardCalls, watch_loading
 from descompiler.ops.local import differentiable, widest
 from descompiler.planning.coverage import Coverage
 from descompiler.planning.plan import Plan
@@ -39,7 +41,7 @@ from descompiler.runtime.gradients import Reducer
 from descompiler.runtime.untraced import untraced
 
 
-class DistributedModule(nn.Module):
+class DistributedModule(StandardCalls, nn.Module):
     """This rank's part of a model; called, trained and moved as the original.
 
     Parameters keep the original names; each is this rank's piece (0 rows or columns where it owns nothing).
@@ -65,6 +67,7 @@ class DistributedModule(nn.Module):
         runtime, host, plan = parts.runtime, parts.host, parts.plan
         object.__setattr__(self, "plan", plan)
         vars(self)["_host"] = host  # no submodule: its parts are this module's own
+        vars(self)["_original"] = parts.template if parts.original is None else parts.original
         self._runtime, self._coverage, self._in_place = runtime, parts.coverage, parts.in_place
         self._signature, self._program_for, self._forward_for = signature, program_for, forward_for
         self._programs = Programs()
@@ -91,6 +94,8 @@ class DistributedModule(nn.Module):
                 weigh_outside(p, self._exchange)
         if self._in_place:
             self._watch()
+        for loaded in (self, host) if self._in_place and host is not None else (self,):
+            watch_loading(loaded, self)
 
     def _watch(self) -> None:
         """Average the gradients of replicated parameters at the end of backward, whatever code used them."""
@@ -105,6 +110,7 @@ class DistributedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward on this rank's rows: outputs for them."""
         runtime = self._runtime
+        self._refuse_wrapped()
         runtime.traffic, runtime.unique, runtime.failures = Traffic(), {}, []
         runtime.started, runtime.begun_again, runtime.regions = False, False, None
         self._gradients.begin()
@@ -316,7 +322,8 @@ class DistributedModule(nn.Module):
         flags, changes = self._training_flags(), self._changes()
         held = {n: x.dtype for n, x in (*self.named_parameters(), *self.named_buffers())}
         thawed = tuple(n for n, p in self.named_parameters() if p.requires_grad and n in self._frozen)
-        key = flags, tuple(held.values()), thawed, changes, self._given and (self._given.dtypes, self._given.called, self._given.trained)
+        given = self._given and (self._given.dtypes, self._given.called, self._given.trained)
+        key = flags, tuple(held.values()), thawed, changes, given
 
         def make() -> Emitted:
             assert self._program_for is not None
@@ -373,7 +380,8 @@ class DistributedModule(nn.Module):
     def _copied(self, memo: dict[int, Any]) -> DistributedModule:
         values = {n: plain(p).detach().clone() for n, p in self.named_parameters()}
         buffers = copies_of(dict(self.named_buffers(remove_duplicate=False)), torch.clone)
-        parts = Parts(self, self.plan, self._runtime.anew(), values, buffers, self._coverage)
+        runtime, original = self._runtime.anew(), vars(self)["_original"]
+        parts = Parts(self, self.plan, runtime, values, buffers, self._coverage, original=original)
         result = DistributedModule(parts, self._signature, self._program_for, self._forward_for)
         result._frozen, result._dtypes = self._frozen, self._dtypes
         return result

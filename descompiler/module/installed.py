@@ -6,12 +6,15 @@ from torch import nn
 
 from descompiler.errors import InputError
 from descompiler.module.distributed import DistributedModule
+from descompiler.module.standard import NotWrapped
 
 
 def install(model: nn.Module, module: DistributedModule, method: str) -> nn.Module:
     """Let ``model.method`` call the compiled module, whose host the model is."""
     vars(model)[method] = module.forward
     vars(model)["_descompiler"] = module  # no submodule
+    if module._runtime.ranks > 1:
+        vars(model)["_ddp_params_and_buffers_to_ignore"] = NotWrapped()  # DistributedDataParallel looks for it
     return model
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from descompiler.eager.functions import total
-from descompiler.eager.parameters import SynchroniseNorms, plain
+from descompiler.eager.parameters import SynchroniseNorms
+from descompiler.eager.piece import plain
 from descompiler.eager.survey import MEAN, ROWS, SAME, SUM
 from descompiler.emit.emit import Emitted
 from descompiler.errors import InputError, UnsupportedError, warn
@@ -104,7 +105,16 @@ class PartialModule(DistributedModule):
         other = copy.deepcopy(host, memo | copied(host))
         values = {n: p.data for n, p in other.named_parameters()}
         buffers = dict(other.named_buffers(remove_duplicate=False))
-        parts = Parts(other, self.plan, self._runtime.anew(), values, buffers, self._coverage, other)
+        parts = Parts(
+            other,
+            self.plan,
+            self._runtime.anew(),
+            values,
+            buffers,
+            self._coverage,
+            other,
+            original=vars(self)["_original"],
+        )
         calls = other if call is host else getattr(other, call.__name__)
         result = PartialModule(parts, calls, self._outputs, self._spare, coupled=self._coupled, draws=self._drawing)
         result._means_double = self._means_double

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from descompiler.errors import UnsupportedError
 from descompiler.layout.rows import Rows
 from descompiler.model.kept import keep_as_buffers, with_attributes
 from descompiler.planning.coverage import Coverage
@@ -39,6 +40,8 @@ class Parts:
         Its submodules and parameters become the module's own, and stay the same objects.
     in_place : bool
         Whether the host is the user's own object.
+    original : nn.Module, optional
+        The model without its weights, of its own class; the template by default.
     """
 
     template: nn.Module
@@ -49,6 +52,7 @@ class Parts:
     coverage: Coverage
     host: nn.Module | None = None
     in_place: bool = False
+    original: nn.Module | None = None
 
     def fill(self, module: nn.Module) -> None:
         """Give a module its submodules, parameters and buffers."""
@@ -58,28 +62,30 @@ class Parts:
             self._adopt(module, self.host)
 
     def _mirror(self, module: nn.Module) -> None:
-        """Bare modules with the original's names."""
+        """Modules of the original's names and classes, which hold this rank's pieces."""
         made: dict[int, nn.Parameter] = {}
         mirrored: dict[int, nn.Module] = {id(self.template): module}  # a module of two names stays one
         scopes: dict[str, nn.Module] = {}
         for name, source in self.template.named_modules(remove_duplicate=False):
-            scope = scopes[name] = mirrored.setdefault(id(source), nn.Module())
+            if id(source) not in mirrored:
+                mirrored[id(source)] = _shell_of(source)
+            scope = scopes[name] = mirrored[id(source)]
             scope.training = source.training
             if name:
                 parent, _, leaf = name.rpartition(".")
-                scopes[parent].add_module(leaf, scope)
+                scopes[parent]._modules[leaf] = scope
             for leaf, p in source._parameters.items():
                 if p is None:
-                    scope.register_parameter(leaf, None)
+                    scope._parameters[leaf] = None
                     continue
                 full = f"{name}.{leaf}".lstrip(".")
                 if id(p) not in made:
                     made[id(p)] = with_attributes(nn.Parameter(self.values[full], requires_grad=p.requires_grad), p)
-                scope.register_parameter(leaf, made[id(p)])
+                scope._parameters[leaf] = made[id(p)]
             for leaf, b in source._buffers.items():
                 full = f"{name}.{leaf}".lstrip(".")
-                persistent = leaf not in source._non_persistent_buffers_set
-                scope.register_buffer(leaf, None if b is None else self.buffers[full], persistent=persistent)
+                scope._buffers[leaf] = None if b is None else self.buffers[full]
+            scope._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
 
     def _adopt(self, module: nn.Module, host: nn.Module) -> None:
         """The modules and parameters of a host, which get these values."""
@@ -101,3 +107,25 @@ class Parts:
         for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             vars(module)[kind] = vars(host)[kind]
         module.training = host.training
+
+
+def _shell_of(source: nn.Module) -> nn.Module:
+    """A module of the same class, with the same plain attributes, that holds nothing yet.
+
+    It is found by its class, indexed and printed as the original; the compiled forward does not call it.
+    """
+    result = source.__class__.__new__(source.__class__)
+    nn.Module.__init__(result)
+    own = vars(result)
+    of_torch = {*own, "_flat_weights", "_flat_weight_refs"}  # of recurrent modules, which take them from parameters
+    own.update({n: x for n, x in vars(source).items() if n not in of_torch})
+    result.register_forward_pre_hook(_not_in_training)
+    return result
+
+
+def _not_in_training(module: nn.Module, _: Any) -> None:
+    if torch.is_grad_enabled():
+        raise UnsupportedError(
+            f"a {type(module).__name__} of the compiled module is called outside of its forward: nobody would average "
+            "the gradients. Compile with in_place=True, or call it within torch.no_grad()"
+        )

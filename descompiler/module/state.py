@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from descompiler.eager.piece import plain
 from descompiler.errors import InputError
 from descompiler.layout.pieces import Pieces
 from descompiler.module.distributed import DistributedModule
@@ -39,7 +40,7 @@ def full_state_dict(module: nn.Module, *, rank0_only: bool = False) -> dict[str,
     ranks = Ranks(runtime.group, runtime.rank, runtime.ranks, runtime.channels)
     runtime.meet_between_steps("full_state_dict")
     ranks.name_next("full_state_dict")
-    held = module.state_dict()
+    held = {n: plain(x) for n, x in module.state_dict().items()}
     cut = {name: module.plan.pieces.get(_canonical(module, name)) for name in held}
     takes = not rank0_only or ranks.rank == 0
     shapes = {n: tuple(x.shape) if (p := cut[n]) is None else p.shape for n, x in held.items()}
@@ -90,7 +91,7 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank
     ranks = Ranks(runtime.group, runtime.rank, runtime.ranks, runtime.channels)
     runtime.meet_between_steps("load_full_state_dict")
     ranks.name_next("load_full_state_dict")
-    mine = module.state_dict()
+    mine = {n: plain(x) for n, x in module.state_dict().items()}
     ranks.everywhere(
         lambda: _check_state(module, mine, state) if not rank0_only or ranks.rank == 0 else None, "could not load"
     )

@@ -235,9 +235,8 @@ class Used:
                     hooks.update({k: _WithGradient(h) for k, h in hooks.items() if _wants_gradient(h)})
                 if waiting := x._post_accumulate_grad_hooks:
                     before = _accumulated(x)
-                    waiting.update(
-                        {k: _Accumulated(h.hook if isinstance(h, _Accumulated) else h, before) for k, h in waiting.items()}
-                    )
+                    plain = {k: h.hook if isinstance(h, _Accumulated) else h for k, h in waiting.items()}
+                    waiting.update({k: _Accumulated(h, before) for k, h in plain.items()})
 
     def gate(self, name: str, p: Tensor) -> Tensor:
         """A parameter or input, as forward is to take it: what outputs that no loss uses give it is no gradient."""

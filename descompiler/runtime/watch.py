@@ -381,7 +381,7 @@ def _new_group(parent: Any, members: list[int], timeout: timedelta, backend: str
     made[parent.group_name] += 1
     name = f"descompiler/{parent.group_name}/{made[parent.group_name]}"
     usual = dist.distributed_c10d._process_group_name
-    dist.distributed_c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment,return-value]
+    dist.distributed_c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
     try:
         return dist.new_group(members, timeout=timeout, backend=backend, use_local_synchronization=True)
     finally:

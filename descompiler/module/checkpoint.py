@@ -1,0 +1,255 @@
+"""Checkpoints that know no world size: `torch.distributed.checkpoint` of a compiled module and its optimisers.
+
+Names and shapes are the original's, and each rank writes its own pieces: what N ranks have saved under one plan is
+loaded by M under another, or by the original in one process, the state of optimisers included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
+
+from descompiler.errors import InputError
+from descompiler.module.installed import module_of
+from descompiler.runtime.ranks import Ranks
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+
+
+BEFORE, SAVING = ".before", ".saving"
+"""Ends of the names of what is replaced by a checkpoint, and of one that is being written."""
+
+
+VALUES = "app.values."
+
+
+DESCRIBES = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+}
+"""What the index of a checkpoint calls beside torch's descriptions of tensors, and dtypes."""
+
+
+class TrainingState(Stateful):
+    """A compiled module and its optimisers, for `torch.distributed.checkpoint`: ``dcp.save({"app": state}, ...)``.
+
+    Parameters
+    ----------
+    module : DistributedModule, or a model that was compiled in place
+    optimizers : torch.optim.Optimizer or sequence of them, optional
+    values : mapping, optional
+        What else is saved; what was loaded is found here.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Optimizers = None, values: Mapping[str, Any] | None = None):
+        one = isinstance(optimizers, torch.optim.Optimizer)
+        self.module, self.values = module, dict(values or {})
+        self.optimizers: list[Any] = [optimizers] if one else list(optimizers or ())  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Any]:
+        """By the original's names; of what is cut, this rank's pieces."""
+        module, optimizers = get_state_dict(module_of(self.module), self.optimizers)
+        return {"module": module, "optimizers": optimizers, "values": self.values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What `torch.distributed.checkpoint.load` has read into `state_dict`."""
+        set_state_dict(
+            module_of(self.module),
+            self.optimizers,
+            model_state_dict=state["module"],
+            optim_state_dict=state["optimizers"],
+        )
+        self.values = dict(state["values"])
+
+
+def save(
+    module: nn.Module, optimizers: Optimizers, path: str | os.PathLike[str], *, step: int = 0, **values: Any
+) -> None:
+    """Save a compiled module and its optimisers; what was at the path is there until the new one is whole.
+
+    Collective: every rank calls it, with one path of a file system that all see. The directory is a checkpoint of
+    `torch.distributed.checkpoint` of ``{"app": TrainingState(module, optimizers, {"step": step, **values})}``.
+
+    Parameters
+    ----------
+    module : DistributedModule, or a model that was compiled in place
+    optimizers : torch.optim.Optimizer or sequence of them, or None
+    path : str or path
+        A directory, which is replaced if it is a checkpoint.
+    step : int
+    **values
+        Numbers, strings and tensors, the same on every rank.
+
+    Raises
+    ------
+    InputError
+        On every rank, if something else is at the path, or it can't be written.
+    """
+    for name, x in values.items():
+        if not isinstance(x, Tensor | int | float | str | None):
+            raise InputError(f"{name} is a {type(x).__name__}: a checkpoint holds numbers, strings and tensors beside")
+    path, state = Path(path), TrainingState(module, optimizers, {"step": step, **values})
+    ranks = _ranks_of(module, "des.save")
+    first = ranks.rank == 0
+    ranks.everywhere(lambda: _make_room(path) if first else None, "could not save")
+    saving = path.with_name(path.name + SAVING)
+
+    def write() -> None:
+        with _named(f"{path} was not written"):
+            dcp.save({"app": state}, checkpoint_id=saving, process_group=ranks.group)
+
+    ranks.everywhere(write, "could not save")
+    ranks.everywhere(lambda: _replace(path, saving) if first else None, "could not save")
+
+
+def load(module: nn.Module, optimizers: Optimizers, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load what `save` has saved, on any number of ranks and under any plan; training goes on as if it had not stopped.
+
+    Collective: every rank calls it.
+
+    Returns
+    -------
+    dict
+        ``step``, and the other values that were saved.
+
+    Raises
+    ------
+    InputError
+        On every rank, if there is no checkpoint, or it is one of another model or of other optimisers.
+    """
+    state, ranks = TrainingState(module, optimizers), _ranks_of(module, "des.load")
+
+    def read() -> None:
+        found = whole_at(Path(path))
+        if found is None:
+            raise InputError(f"{path} is no checkpoint: it holds no .metadata; give the directory that des.save wrote")
+        reader = SafeReader(found)
+        state.values = dict(_values_of(reader.read_metadata()))
+        with _named(f"{path} is no checkpoint of this model and these optimisers"):
+            dcp.load({"app": state}, storage_reader=reader, planner=_SafePlanner(), process_group=ranks.group)
+
+    ranks.everywhere(read, "could not load")
+    return state.values
+
+
+def _values_of(metadata: Metadata) -> Iterator[tuple[str, Any]]:
+    """Room for the values that were saved beside the states."""
+    for name, kind in metadata.state_dict_metadata.items():
+        if name.startswith(VALUES):
+            is_tensor = isinstance(kind, TensorStorageMetadata)
+            room = torch.empty(kind.size, dtype=kind.properties.dtype) if is_tensor else None  # type: ignore[union-attr]
+            yield name.removeprefix(VALUES), room
+
+
+class SafeReader(dcp.FileSystemReader):
+    """Reads the index of a checkpoint, which is a pickle, without running what else a pickle may call."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """As torch's.
+
+        Raises
+        ------
+        InputError
+            If it asks for more than torch's own descriptions of tensors.
+        """
+        try:
+            with open(Path(self.path) / ".metadata", "rb") as file:
+                metadata: Metadata = _Unpickler(file).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, OSError) as error:
+            raise InputError(f"{self.path} is no checkpoint: its .metadata can't be read: {error}") from error
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        described = module == "torch.distributed.checkpoint.metadata"
+        if (
+            not described
+            and (module, name) not in DESCRIBES
+            and not isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+class _SafePlanner(DefaultLoadPlanner):
+    """Numbers and strings of a checkpoint are pickles, too."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        try:
+            found = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise InputError(f"{read_item.dest_index.fqn} of the checkpoint asks to run code: {error}") from error
+        safe = io.BytesIO()
+        torch.save(found, safe)
+        safe.seek(0)
+        super().load_bytes(read_item, safe)
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """What torch raises of any rank, which is no Exception, is an error with a title and without the tracebacks."""
+    try:
+        yield
+    except CheckpointException as error:
+        reasons = dict.fromkeys(f"{type(e).__name__}: {e}" for e, _ in error.failures.values())
+        raise InputError(f"{what}: {'; '.join(reasons)}") from error
+
+
+def whole_at(path: Path) -> Path | None:
+    """A checkpoint that was written to its end: the one at a path, or the one before, if that was being replaced."""
+    for found in (path, path.with_name(path.name + BEFORE)):
+        if (found / ".metadata").is_file():
+            return found
+    return None
+
+
+def _ranks_of(module: nn.Module, what: str) -> Ranks:
+    runtime = module_of(module)._runtime
+    runtime.meet_between_steps(what)
+    ranks = Ranks(runtime.group, runtime.rank, runtime.ranks, runtime.channels)
+    ranks.name_next(what)
+    return ranks
+
+
+def _make_room(path: Path) -> None:
+    """What a save that was broken off has left is no checkpoint."""
+    if path.exists() and any(path.iterdir() if path.is_dir() else [path]) and not (path / ".metadata").is_file():
+        raise InputError(f"{path} is no checkpoint, and not empty: give a directory that may be replaced")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(path.with_name(path.name + SAVING), ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"{path} can't be written: {error.strerror}") from error
+
+
+def _replace(path: Path, saving: Path) -> None:
+    """A checkpoint takes the place of another. At each moment one of them is found by `whole_at`."""
+    before = path.with_name(path.name + BEFORE)
+    if (path / ".metadata").is_file():
+        shutil.rmtree(before, ignore_errors=True)
+        path.rename(before)
+    elif path.is_dir():
+        path.rmdir()
+    saving.rename(path)
+    shutil.rmtree(before, ignore_errors=True)

@@ -1,0 +1,77 @@
+"""The way back to one process: the original with the weights of now, and predictions of all ranks together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from descompiler.errors import InputError
+from descompiler.model.attributes import copy_with
+from descompiler.module.installed import module_of
+from descompiler.module.state import full_state_dict
+from descompiler.runtime.agreement import say
+from descompiler.runtime.collectives import all_gather
+
+
+def to_single(module: nn.Module) -> nn.Module | None:
+    """The original model, of its own class, with the weights and buffers that the compiled one has now.
+
+    Collective: every rank calls it. Weights are streamed: rank 0 alone holds the whole, in the memory of the CPU.
+
+    Returns
+    -------
+    torch.nn.Module on rank 0, None on the others
+
+    Raises
+    ------
+    PlanError
+        On every rank, if rank 0 has not the memory for the whole.
+    """
+    compiled = module_of(module)
+    state = full_state_dict(compiled, rank0_only=True)
+    if compiled._runtime.rank:
+        return None
+    result = copy_with(vars(compiled)["_original"], state)
+    with torch.no_grad():
+        for name, buffer in result.named_buffers():
+            if name in state:
+                buffer.copy_(state[name])
+    for (_, m), (_, now) in zip(result.named_modules(), compiled.named_modules(), strict=True):
+        m.training = now.training
+    return result
+
+
+def gather_rows(module: nn.Module, rows: Tensor) -> Tensor:
+    """The rows of all ranks, in the order of ranks: predictions of batches of any sizes, to be judged together.
+
+    Collective: every rank calls it. It sends no gradients back.
+
+    Parameters
+    ----------
+    module : DistributedModule, or a model that was compiled in place
+    rows : Tensor
+        ``[b, ...]``, b of each rank's own.
+
+    Returns
+    -------
+    Tensor
+        ``[sum of b, ...]``, on every rank.
+
+    Raises
+    ------
+    InputError
+        On every rank, if ranks have rows of other shapes or dtypes.
+    """
+    runtime = module_of(module)._runtime
+    if runtime.ranks == 1:
+        return rows.detach()
+    runtime.meet_between_steps("des.gather_rows")
+    told = say((tuple(rows.shape), str(rows.dtype)), runtime.group, runtime.ranks)
+    if len({(shape[1:], dtype, bool(shape)) for shape, dtype in told}) > 1 or not rows.dim():
+        raise InputError(f"gather_rows: ranks have tensors of {', '.join(f'{list(s)} {d}' for s, d in told)}")
+    longest = max(shape[0] for shape, _ in told)
+    sent = rows.detach().to(torch.uint8) if rows.dtype is torch.bool else rows.detach()
+    padded = sent.new_zeros(longest, *sent.shape[1:])
+    padded[: len(sent)] = sent
+    every = all_gather(padded, runtime.group).reshape(runtime.ranks, longest, *sent.shape[1:])
+    return torch.cat([x[: shape[0]] for x, (shape, _) in zip(every, told, strict=True)]).to(rows.dtype)

@@ -1,0 +1,289 @@
+"""Checkpoints know no world size: saved on some ranks under a plan, loaded on others, or in one process."""
+
+import copy
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.nn import functional as F
+
+import descompiler as des
+from descompiler.module.checkpoint import BEFORE, SAVING, whole_at
+from tests.harness.cases import cases
+from tests.harness.failures import raised
+
+IDS = torch.randint(63, (12, 4), generator=torch.Generator().manual_seed(1))
+LABELS = torch.randn(12, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 0.1, eps=0.01),
+    "Adam": lambda p: torch.optim.Adam(p, 0.01, eps=0.01),
+}
+
+
+class Model(nn.Module):
+    """A table, a norm with buffers, a layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.item, self.user = nn.Embedding(63, 8), nn.Embedding(5, 8)
+        self.norm, self.first = nn.BatchNorm1d(8), nn.Linear(8, 8)
+        self.second, self.top = self.first, nn.Linear(8, 1)
+
+    def forward(self, ids):
+        x = self.norm(self.item(ids).mean(1) + self.user(ids[:, 0] % 5))
+        return self.top(self.second(torch.tanh(self.first(x))))
+
+
+def train(net, optimizer, rows, steps=3):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.mse_loss(net(IDS[rows]), LABELS[rows], reduction="sum").backward()
+        optimizer.step()
+
+
+def own(rank, ranks):
+    bounds = [12 * r * r // (ranks * ranks) for r in range(ranks + 1)]  # batches of other sizes
+    return slice(bounds[rank], bounds[rank + 1])
+
+
+def compiled(form, optimizer, in_place=False):
+    torch.set_default_dtype(torch.float64)
+    module = des.compile(Model(), (IDS,), plan={"item": form}, loss="sum", in_place=in_place)
+    return module, OPTIMIZERS[optimizer](module.parameters())
+
+
+def _save(rank, ranks, path, form, optimizer, in_place):
+    module, o = compiled(form, optimizer, in_place)
+    train(module, o, own(rank, ranks))
+    des.save(module, o, path, step=3, note="after three", loss=torch.tensor(0.5))
+
+
+def _load(rank, ranks, path, form, optimizer, in_place):
+    module, o = compiled(form, optimizer, in_place)
+    values = des.load(module, o, path)
+    train(module, o, own(rank, ranks))
+    return values, des.full_state_dict(module)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Weights of one process after six steps."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        result = {}
+        for name, make in OPTIMIZERS.items():
+            model = Model()
+            train(model, make(model.parameters()), slice(12), 6)
+            result[name] = model.state_dict()
+        return result
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def differences(state, expected):
+    return max(float((state[n] - x).abs().max()) for n, x in expected.items())
+
+
+def in_one_process(path, optimizer, tmp_path):
+    """The original, from the checkpoint as torch converts it to one file."""
+    dcp_to_torch_save(path, tmp_path / "whole.pt")
+    state = torch.load(tmp_path / "whole.pt", weights_only=False)["app"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = Model()
+        o = OPTIMIZERS[optimizer](model.parameters())
+        set_state_dict(model, o, model_state_dict=state["module"], optim_state_dict=state["optimizers"])
+        train(model, o, slice(12))
+        return model.state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+WORLDS = [
+    (ranks, form, to, other, optimizer, in_place)
+    for optimizer in OPTIMIZERS
+    for ranks, form, in_place in ((1, "replicate", False), (2, "row_wise", False), (4, "column_wise", True))
+    for to, other in ((1, "row_wise"), (2, "hot_rows"), (4, "table_wise"))
+]
+WORLDS_ALWAYS = [
+    (2, "row_wise", 4, "table_wise", "Adam", False),
+    (4, "column_wise", 2, "hot_rows", "Adagrad", True),
+    (1, "replicate", 2, "hot_rows", "SGD", False),
+]
+
+
+@pytest.mark.parametrize(("ranks", "form", "to", "other", "optimizer", "in_place"), cases(WORLDS, WORLDS_ALWAYS))
+def test_training_goes_on_in_another_world(ranks, form, to, other, optimizer, in_place, expected, on_ranks, tmp_path):
+    path = tmp_path / "checkpoint"
+    on_ranks(_save, ranks, path, form, optimizer, in_place)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["checkpoint"]
+    for values, state in on_ranks(_load, to, path, other, optimizer, in_place):
+        assert values.pop("loss") == 0.5 and values == {"step": 3, "note": "after three"}
+        assert differences(state, expected[optimizer]) < 1e-10
+    assert differences(in_one_process(path, optimizer, tmp_path), expected[optimizer]) < 1e-10
+
+
+def _by_torch(rank, ranks, path, asynchronous):
+    """Users' own code: `dcp.save` of states, and of a `TrainingState`; each rank's difference when it goes on."""
+    module, o = compiled("row_wise", "Adam")
+    train(module, o, own(rank, ranks))
+    model_state, optimizer_state = get_state_dict(module, o)
+    states = {"m": model_state, "o": optimizer_state, "plain": module.state_dict()}
+    if asynchronous:
+        dcp.async_save({**states, "app": des.TrainingState(module, o)}, checkpoint_id=path).result()
+    else:
+        dcp.save({**states, "app": des.TrainingState(module, o)}, checkpoint_id=path)
+    train(module, o, own(rank, ranks))
+    wanted, worst = des.full_state_dict(module), []
+    for how in ("states", "plain", "app"):
+        fresh, p = compiled("column_wise", "Adam")
+        if how == "app":
+            dcp.load({"app": des.TrainingState(fresh, p)}, checkpoint_id=path)
+        else:
+            a, b = get_state_dict(fresh, p)
+            read = {"m": a, "o": b} if how == "states" else {"plain": fresh.state_dict(), "o": b}
+            dcp.load(read, checkpoint_id=path)
+            fresh.load_state_dict(read["m" if how == "states" else "plain"])
+            set_state_dict(fresh, p, model_state_dict=a, optim_state_dict=read["o"])
+            fresh.load_state_dict(read["m" if how == "states" else "plain"])
+        train(fresh, p, own(rank, ranks))
+        worst.append(differences(des.full_state_dict(fresh), wanted))
+    return worst
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_users_do_with_torch_distributed_checkpoint(asynchronous, on_ranks, tmp_path):
+    for worst in on_ranks(_by_torch, 2, tmp_path, asynchronous):
+        assert max(worst) < 1e-10
+
+
+def _bad(rank, ranks, folder):
+    module, o = compiled("row_wise", "Adam")
+    des.save(module, None, folder / "weights")
+    (folder / "other").mkdir(exist_ok=True)
+    (folder / "other" / "thesis.txt").write_text("not to be replaced")
+    torch.distributed.barrier()
+    return [
+        raised(lambda: des.load(module, o, folder / "nothing")),
+        raised(lambda: des.load(module, o, folder / "weights")),
+        raised(lambda: des.save(module, o, folder / "other")),
+        raised(lambda: des.load(des.compile(nn.Linear(4, 1), (IDS.double(),)), None, folder / "weights")),
+    ]
+
+
+def test_what_is_no_checkpoint_is_refused_on_every_rank(on_ranks, tmp_path):
+    for nothing, weights, other, model in on_ranks(_bad, 2, tmp_path):
+        assert "nothing is no checkpoint: it holds no .metadata" in nothing
+        assert "is no checkpoint of this model and these optimisers: " in weights and "Missing key" in weights
+        assert "other is no checkpoint, and not empty" in other
+        assert "is no checkpoint of this model and these optimisers: " in model
+    assert (tmp_path / "other" / "thesis.txt").exists()
+
+
+class Runs:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("what", [".metadata", "values"])
+def test_a_checkpoint_runs_no_code(what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = des.compile(Model(), (IDS,))
+    if what == "values":
+        dcp.save({"app": des.TrainingState(module, None, {"step": Runs()})}, checkpoint_id="c")
+    else:
+        des.save(module, None, "c")
+        (tmp_path / "c" / ".metadata").write_bytes(pickle.dumps(Runs()))
+    with pytest.raises(des.InputError, match="asks "):
+        des.load(module, None, "c")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_a_checkpoint_can_not_hold_is_refused(tmp_path):
+    with pytest.raises(des.InputError, match="history is a list: a checkpoint holds numbers, strings and tensors"):
+        des.save(des.compile(Model(), (IDS,)), None, tmp_path / "c", history=[1, 2])
+
+
+def test_a_checkpoint_that_is_being_replaced_is_found(tmp_path):
+    """At each moment of `save` the new one, or the one before, is whole."""
+    module = des.compile(Model(), (IDS,))
+    path = tmp_path / "checkpoint"
+    des.save(module, None, path, step=1)
+    shutil.move(path, path.with_name(path.name + BEFORE))  # killed between two renames
+    assert des.load(module, None, path)["step"] == 1
+    (path.with_name(path.name + SAVING)).mkdir()  # and, the time after, while it wrote
+    des.save(module, None, path, step=2)
+    assert des.load(module, None, path)["step"] == 2 and whole_at(path) == path
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["checkpoint"]
+
+
+SAVES = """
+    import sys, torch, descompiler as des
+    model = torch.nn.Sequential(torch.nn.EmbeddingBag(200_000, 16), torch.nn.Linear(16, 1))
+    module = des.compile(model, (torch.zeros(4, 2, dtype=torch.int64),))
+    for step in range(1000):
+        with torch.no_grad():
+            for p in module.parameters():
+                p.fill_(step)
+        des.save(module, None, sys.argv[1], step=step)
+        print(step, flush=True)
+"""
+
+
+@pytest.mark.parametrize("kills", cases([4, 50], [4]))
+def test_the_checkpoint_before_survives_a_kill(kills, tmp_path, draws):
+    module = des.compile(
+        nn.Sequential(nn.EmbeddingBag(200_000, 16), nn.Linear(16, 1)), (torch.zeros(4, 2, dtype=torch.int64),)
+    )
+    path, environment = tmp_path / "checkpoint", {**os.environ, "OMP_NUM_THREADS": "1"}
+    for _ in range(kills):
+        command = [sys.executable, "-c", textwrap.dedent(SAVES), str(path)]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            process.stdout.readline()  # the first is there
+            time.sleep(draws.random())
+            process.send_signal(signal.SIGKILL)
+        step = des.load(module, None, path)["step"]
+        assert all(bool((p == step).all()) for p in module.parameters())
+
+
+def _single(rank, ranks, form, in_place):
+    module, o = compiled(form, "Adam", in_place)
+    module.train()
+    train(module, o, own(rank, ranks))
+    copied = copy.deepcopy(module) if not in_place else module
+    single = [des.to_single(x) for x in (module, copied)]
+    with torch.no_grad():
+        predicted = des.gather_rows(module, module(IDS[own(rank, ranks)])[:, 0])
+        masks = des.gather_rows(module, predicted[own(rank, ranks)] > 0)
+    wrong = raised(lambda: des.gather_rows(module, torch.zeros(3, 1 + rank)))
+    return single, predicted, masks, wrong, des.full_state_dict(module)
+
+
+@pytest.mark.parametrize(("form", "in_place"), [("row_wise", False), ("column_wise", True)])
+def test_the_way_back(form, in_place, on_ranks):
+    (single, *of_first), ((no, none), *of_second) = on_ranks(_single, 2, form, in_place)
+    assert no is none is None
+    for model in single:
+        assert type(model) is Model and model.first is model.second and model.training
+        state = model.state_dict()
+        assert state.keys() == of_first[-1].keys()
+        assert all(torch.equal(x, of_first[-1][n]) for n, x in state.items() if "running" not in n and "num" not in n)
+    with torch.no_grad():
+        expected = single[0](IDS)[:, 0]
+    for predicted, masks, wrong, _ in (of_first, of_second):
+        torch.testing.assert_close(predicted, expected)
+        assert torch.equal(masks, predicted > 0) and "ranks have tensors of [3, 1]" in wrong
