@@ -6,6 +6,7 @@ that does not apply, "" one like that above. `descompiler.report.render` has the
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,6 +65,8 @@ class Sheet:
     strong: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "title", printable(self.title))
+        object.__setattr__(self, "notes", tuple(map(printable, self.notes)))
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(f"sheet {self.title!r}: {len(self.columns)} columns, and a row {row}")
@@ -75,6 +78,19 @@ class Sheet:
             return self
         rows = tuple((*row[:at], *row[at + 1 :]) for row in self.rows)
         return replace(self, columns=(*self.columns[:at], *self.columns[at + 1 :]), rows=rows)
+
+
+def printable(text: str) -> str:
+    r"""Text of which no character commands a terminal: those that do are written as Python's escapes.
+
+    Names are the user's, or a file's.
+
+    >>> print(printable("a\x1b[31mb\u202ec\nd"))
+    a\x1b[31mb\u202ec
+    d
+    """
+    commands = (c for c in set(text) if unicodedata.category(c) in ("Cc", "Cf") and c != "\n")
+    return text.translate({ord(c): c.encode("unicode_escape").decode() for c in commands})
 
 
 def text_of(value: Any, unit: str) -> str:
@@ -97,7 +113,7 @@ def text_of(value: Any, unit: str) -> str:
         return f"{float(value):.2f}" if value < 10 else f"{float(value):,.1f}"
     if unit == "percent":
         return f"{float(value):.2f} %"
-    return str(value)
+    return printable(str(value))
 
 
 def exactly(value: Any, unit: str) -> str:

@@ -1,6 +1,7 @@
 """The HTML page: its drawings and charts, and the page in a real headless browser."""
 
 import html
+import io
 import itertools
 import random
 import re
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from descompiler.captured import Captured
 from descompiler.layout.border import IdsIn, ValuesOut
 from descompiler.planning import summary
 from descompiler.planning.cluster import Cluster
-from descompiler.report import charts, drawing, graphs
+from descompiler.planning.explain import whole
+from descompiler.report import charts, drawing, graphs, render
 from descompiler.report import page as report
 from examples.models import MODELS, make_inputs
 
@@ -46,6 +49,42 @@ def page(captured, plan, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+# --- names are the user's, or a file's
+
+EVIL = "a<script>alert(1)</script>\x1b[31m[red]|%_&"
+
+
+class Named(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tables, self.top = torch.nn.ModuleDict({EVIL: torch.nn.Embedding(50, 4)}), torch.nn.Linear(4, 1)
+
+    def forward(self, ids):
+        return self.top(self.tables[EVIL](ids).sum(1))
+
+
+def test_names_are_text_in_every_rendering():
+    found = Captured.of(Named(), (torch.randint(50, (6, 2)),))
+    plan = found.plan(ranks=2)
+    sheets = list(whole(plan))
+    console = Console(file=io.StringIO(), force_terminal=True, width=300, color_system=None)
+    render.print_rich(sheets, console)
+    terminal = console.file.getvalue()
+    page = report.page(found, plan, [plan], [plan], title=EVIL, cluster=Cluster.builtin("ethernet-25g", 2))
+    texts = {
+        "html": page,
+        "markdown": "".join(map(render.to_markdown, sheets)),
+        "latex": "".join(map(render.to_latex, sheets)),
+        "text": plan.explain(),
+        "terminal": terminal,
+    }
+    for kind, text in texts.items():
+        assert "\x1b[31m" not in text, kind
+        assert "alert(1)" in text, kind
+    assert "<script>alert" not in texts["html"] + texts["markdown"]
+    assert r"\%\_\&" in texts["latex"] and "[red]" in terminal
 
 
 # --- drawings

@@ -41,6 +41,7 @@ from descompiler.planning.summary import summary_of
 from descompiler.report import measured, paper
 from descompiler.report import page as pages
 from descompiler.report.sweep import sweep
+from descompiler.sheet import printable
 from descompiler.units import MOST_RANKS, format_bytes, parse_size
 
 
@@ -51,12 +52,13 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except des.DescompilerError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(printable(f"error: {error}"), err=True)
             raise typer.Exit(1) from None
         except OSError as error:
             if error.filename is None:
                 raise
-            typer.echo(f"error: {error.filename}: {error.strerror}; give a path that can be read or written", err=True)
+            text = f"error: {error.filename}: {error.strerror}; give a path that can be read or written"
+            typer.echo(printable(text), err=True)
             raise typer.Exit(1) from None
 
 
@@ -178,7 +180,7 @@ def plan_write(
     where = PlaceOptions(cluster=cluster).cluster_of(ranks)
     (plan,) = plans_for(captured_from(spec), (ranks,), (batch,), where, **terms.options())
     plan.save(out)
-    typer.echo(f"wrote {out}: {summary_of(plan)}; {format_bytes(plan.price_bytes)} for the busiest rank")
+    typer.echo(printable(f"wrote {out}: {summary_of(plan)}; {format_bytes(plan.price_bytes)} for the busiest rank"))
 
 
 @plan_app.command("show")
@@ -209,7 +211,7 @@ def plan_diff(file: PlanFile, other: PlanFile) -> None:
     \b
         descompiler plan diff fm-64.json fm-64-edited.json
     """
-    typer.echo(Plan.load(file).diff(Plan.load(other)) or "the plans are equal")
+    typer.echo(printable(Plan.load(file).diff(Plan.load(other)) or "the plans are equal"))
 
 
 @app.command("calibrate")
@@ -308,7 +310,7 @@ def verify_command(
     model, inputs = load(spec, train=True)
     with working(f"training {spec} on {ranks} local ranks and on one"):
         report = des.verify(model, inputs, ranks=ranks, steps=steps, rows=rows, thorough=thorough)
-    typer.echo(str(report))
+    typer.echo(printable(str(report)))
 
 
 @app.command()

@@ -34,6 +34,9 @@ BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, A
 """What reading a file raises that is not what it should be."""
 
 
+_DTYPES = {str(x).removeprefix("torch."): x for x in vars(torch).values() if isinstance(x, torch.dtype)}
+
+
 def encode(x: Any) -> Any:
     """What ``json.dumps`` takes.
 
@@ -110,10 +113,9 @@ def decode(kind: Any, data: Any) -> Any:
     if origin in (dict, Mapping):
         return {decode(arguments[0], k): _named(k, arguments[1], v) for k, v in _of(dict, data).items()}
     if kind is torch.dtype:
-        dtype = getattr(torch, _of(str, data), None)
-        if not isinstance(dtype, torch.dtype):
+        if _of(str, data) not in _DTYPES:
             raise ValueError(f"no dtype is named {data!r}")
-        return dtype
+        return _DTYPES[data]
     if kind is float:
         number = float(data) if type(data) is int else _of(float, data)
         if math.isnan(number):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from descompiler.report.graphs import CHAR_PX, GAP_X, GAP_Y, LINE_PX, PAD_PX, Drawing
+from descompiler.sheet import printable
 
 
 @dataclass
@@ -47,7 +48,8 @@ def to_svg(d: Drawing, title: str) -> str:
         out.append(f"<path class='edge{' wire' if wire else ''}' d='{d_}' marker-end='url(#{tip})'/>")
         if text := d.edges[edge]:
             x, y = _free_spot(points[-2], points[-1], 6.2 * len(text), taken)
-            labels.append(f"<text class='bytes' x='{x:.1f}' y='{y + 4:.1f}' text-anchor='middle'>{text}</text>")
+            shown = html.escape(text)
+            labels.append(f"<text class='bytes' x='{x:.1f}' y='{y + 4:.1f}' text-anchor='middle'>{shown}</text>")
     out += labels
     for name, box in d.boxes.items():
         p = places[name]
@@ -59,7 +61,7 @@ def to_svg(d: Drawing, title: str) -> str:
         for i, line in enumerate(box.lines):
             y = p.y + PAD_PX + 12 + i * LINE_PX
             strong = " strong" if i == 0 else ""
-            text = html.escape(line)
+            text = html.escape(printable(line))
             out.append(f"<text class='box{strong}' x='{p.x:.1f}' y='{y:.1f}' text-anchor='middle'>{text}</text>")
     out.append("</svg>")
     return "\n".join(out)

@@ -20,7 +20,7 @@ from descompiler.planning.plan import Plan
 from descompiler.region.cut import Candidates
 from descompiler.report import charts, drawing, graphs, render
 from descompiler.report.charts import Line, Mark
-from descompiler.sheet import Column, Sheet
+from descompiler.sheet import Column, Sheet, printable
 from descompiler.units import format_bandwidth, format_bytes, format_count, format_seconds
 
 BANDWIDTHS = tuple(x * 1e9 / 8 for x in (1, 2.5, 5, 10, 25, 50, 100, 200, 400))
@@ -70,7 +70,7 @@ def page(
         For seconds; its bandwidth is varied in the third chart.
     """
     partition = captured.partition(plan)
-    where = cluster.with_ranks(plan.ranks)
+    where, title = cluster.with_ranks(plan.ranks), printable(title)
 
     def drawn(after: bool) -> str:
         d = graphs.drawing(captured.program, captured.operators, plan, partition.cut, after=after)

@@ -22,7 +22,9 @@ from descompiler.sheet import Column, Sheet, text_of
 
 def to_rich(sheet: Sheet) -> rich.table.Table:
     """For a terminal."""
-    table = rich.table.Table(title=sheet.title, title_justify="left", box=rich.box.SIMPLE_HEAD, title_style="bold")
+    table = rich.table.Table(
+        title=Text(sheet.title), title_justify="left", box=rich.box.SIMPLE_HEAD, title_style="bold"
+    )
     for c in sheet.columns:
         table.add_column(
             c.title, justify="right" if c.is_number else "left", no_wrap=c.is_number, overflow="fold", vertical="top"
@@ -85,18 +87,23 @@ def to_markdown(sheet: Sheet) -> str:
             text = f"`{value}`"
         else:
             text = text_of(value, column.unit)
-        text = text.replace("|", "\\|").replace("\n", " ")
+        text = _markdown(text)
         return f"**{text}**" if strong and text and not text.startswith("`") else text
 
-    lines = [f"**{sheet.title}**", ""]
+    lines = [f"**{_markdown(sheet.title)}**", ""]
     lines.append("| " + " | ".join(c.title.replace("|", "\\|") for c in sheet.columns) + " |")
     lines.append("|" + "|".join("--:" if c.is_number else ":--" for c in sheet.columns) + "|")
     for number, row in enumerate(sheet.rows):
         cells = (cell(x, c, number in sheet.strong) for x, c in zip(row, sheet.columns, strict=True))
         lines.append("| " + " | ".join(cells) + " |")
     for note in sheet.notes:
-        lines += ["", note]
+        lines += ["", _markdown(note)]
     return "\n".join(lines)
+
+
+def _markdown(text: str) -> str:
+    """Text in which no name is taken for HTML, or for the border of a cell."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")
 
 
 _LATEX = {
