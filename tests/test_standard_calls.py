@@ -150,6 +150,54 @@ def test_an_optimiser_that_needs_whole_rows_is_refused_where_they_are_cut(on_ran
         assert "UnsupportedError: torch.Tensor.mean of 'item.weight' along dimension 1, which is cut" in text
     for text in on_ranks(_whole_tensor, 2, torch.optim.Adafactor, "row_wise"):
         assert "'item.weight' along dimension 0, which is cut" in text
+    for text in on_ranks(_at_once, 2):
+        assert "of 'item.weight', reshaped: rank" in text
+    for text in on_ranks(_orthogonal, 2):
+        assert "of 'item.weight'" in text
+
+
+def _at_once(rank, ranks):
+    module = des.compile(Model(), (IDS,), plan={"item": "row_wise"})
+    optimizer = torch.optim.LBFGS(module.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = module(IDS).sum()
+        loss.backward()
+        return loss
+
+    return raised(lambda: optimizer.step(closure))
+
+
+def _orthogonal(rank, ranks):
+    module = des.compile(Model(), (IDS,), plan={"item": "row_wise"})
+    optimizer = torch.optim.Muon([module.item.weight])
+    module(IDS).sum().backward()
+    return raised(optimizer.step)
+
+
+def _averaged(rank, ranks):
+    """Averages of weights, as `torch.optim.swa_utils` makes them, and those of users."""
+    torch.set_default_dtype(torch.float64)
+    module, reference = des.compile(Model(), (IDS,), plan={"item": "row_wise"}, loss="sum"), Model()
+    found = []
+    for net, rows in ((module, rows_of(rank)), (reference, slice(12))):
+        optimizer = sgd(net.parameters())
+        average = torch.optim.swa_utils.AveragedModel(net)
+        ema = {n: x.detach().clone() for n, x in net.state_dict().items()}
+        for _ in range(3):
+            step(net, optimizer, rows)
+            average.update_parameters(net)
+            for n, x in net.state_dict().items():
+                ema[n].mul_(0.9).add_(x, alpha=0.1)
+        net.load_state_dict(ema)
+        whole = des.full_state_dict if net is module else nn.Module.state_dict
+        found.append({**{f"swa {n}": x for n, x in whole(average.module).items()}, **whole(net)})
+    return max(float((found[0][n] - x).abs().max()) for n, x in found[1].items())
+
+
+def test_averages_of_weights_are_exact(on_ranks):
+    assert max(on_ranks(_averaged, 2)) < 1e-12
 
 
 def _scaled(rank, ranks, form):

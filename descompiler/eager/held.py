@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,17 @@ KEEPS = ELEMENTWISE | {getattr(h, n) for h in (torch, Tensor) for n in _COPIES.s
 """What makes a piece of the same kind of a piece."""
 
 
+_VIEWS = "view reshape flatten ravel t transpose permute unsqueeze squeeze unflatten movedim swapaxes expand"
+
+
+MOVES = {getattr(h, n) for h in (torch, Tensor) for n in _VIEWS.split() if hasattr(h, n)}
+TURNED: set[Any] = {Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
+"""What leaves the elements, and puts them in another shape: sums and norms of that are no longer asked for."""
+
+
+JOINS = {torch.cat, torch.stack, torch.hstack, torch.vstack, torch.concat}
+
+
 GIVES_PIECES: set[Any] = {Tensor.grad.__get__, Tensor.data.__get__}  # type: ignore[attr-defined,union-attr]
 
 
@@ -63,6 +74,7 @@ class Whose:
     pieces: Pieces
     rank: int
     runtime: Runtime | None
+    is_moved: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Whose:
         return self
@@ -76,6 +88,7 @@ class Held(Piece, Tensor):
     pieces = property(lambda self: self.whose.pieces)
     rank = property(lambda self: self.whose.rank)
     runtime = property(lambda self: self.whose.runtime)
+    is_moved = property(lambda self: self.whose.is_moved)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -91,11 +104,11 @@ class Held(Piece, Tensor):
         return _from_file, (plain(self), self.original, tuple(p.shape), p.dim, runs, p.ranks, self.rank)
 
 
-def held(x: Tensor, like: Any) -> Held:
-    """A tensor as the piece that another one is."""
+def held(x: Tensor, like: Any, *, moved: bool = False) -> Held:
+    """A tensor as the piece that another one is; ``moved``: with its elements in another shape."""
     result: Held = local(Tensor.as_subclass, (x, Held), {})
-    given = isinstance(like, Held)
-    result.whose = like.whose if given else Whose(like.original, like.pieces, like.rank, like.runtime)
+    whose = like.whose if isinstance(like, Held) else Whose(like.original, like.pieces, like.rank, like.runtime)
+    result.whose = replace(whose, is_moved=True) if moved else whose
     return result
 
 
@@ -129,14 +142,20 @@ def on_pieces(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """
     if getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__"):
         found = local(func, args, kwargs)
+        if func in TURNED and isinstance(args[0], Held):
+            return held(found, args[0], moved=True)
         return found if func not in GIVES_PIECES or found is None else _given_away(found, args[0])
     given: list[Any] = []
     torch.utils._pytree.tree_map_only(Tensor, given.append, (args, kwargs))
     pieces = [x for x in given if isinstance(x, Piece)]
+    if any(x.runtime is not None and x.runtime.ranks == 1 for x in pieces):
+        return local(func, args, kwargs)  # one rank holds all
     _check_of_one_rank(func, pieces)
+    if (moved := [x for x in pieces if x.is_moved]) and (func in NORMS or func in REDUCTIONS or func in JOINS):
+        raise _refused(func, moved[0], ", reshaped")
     if func in NORMS or func in REDUCTIONS:
         return _reduced(func, args, kwargs)
-    if func in OF_THE_WHOLE or initialises(func, args):
+    if pieces[0].runtime is not None and (func in OF_THE_WHOLE or initialises(func, args)):
         raise _refused(func, pieces[0])
     if func is torch._foreach_norm:
         return _norms(func, args, kwargs)
@@ -149,6 +168,8 @@ def on_pieces(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         staged = func is Tensor.new_empty and list(args[1]) == []  # DCP gives it a copied storage, and the shape
         if same and (staged or local(Tensor.size, (like,), {}) == result.shape):
             return held(result, like)
+    if func in MOVES and isinstance(result, Tensor) and isinstance(args[0], Held):
+        return held(result, args[0], moved=True)
     return result
 
 
@@ -177,7 +198,7 @@ def _parts(x: Any) -> tuple[Tensor, Tensor]:
 def _given_away(x: Tensor, parameter: Any) -> Tensor:
     """A parameter's gradient or data."""
     if not x.is_sparse:
-        return held(x, parameter)
+        return held(x, parameter) if parameter.runtime.ranks > 1 else x
     # a sparse tensor can't be of another class
     if sys._getframe(4).f_globals.get("__name__") == "torch.amp.grad_scaler" and parameter.runtime.ranks > 1:
         raise UnsupportedError(
@@ -217,7 +238,9 @@ REDUCTIONS = {
 """By function, its name: along dimensions that are not cut each rank has the result of its piece."""
 
 
-_NAMES = "numpy tolist item __array__ cumsum sort topk unique quantile histc dot einsum svd qr"
+_NAMES = """
+    numpy tolist item __array__ cumsum sort topk unique quantile histc dot vdot inner addmm mv einsum tensordot svd qr
+"""
 
 
 OF_THE_WHOLE = PRODUCTS | {getattr(h, n) for h in (torch, Tensor) for n in _NAMES.split() if hasattr(h, n)}

@@ -53,6 +53,8 @@ class Piece:
         Whose piece it is; of one that was loaded from a file, the rank that saved it.
     runtime : Runtime or None
         For what is asked of all ranks; None of what was loaded from a file.
+    is_moved : bool
+        Whether its elements are in another shape, of which ``pieces`` says nothing.
     """
 
     __slots__ = ()
@@ -61,6 +63,7 @@ class Piece:
     pieces: Pieces
     rank: int
     runtime: Runtime | None
+    is_moved = False
 
     def size(self, *dim: Any) -> Any:
         """As every tensor's; to the planner of checkpoints, which compares it with what is saved, the original's."""
@@ -83,6 +86,8 @@ class Piece:
         return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        if self.is_moved:
+            raise UnsupportedError(f"a piece of {self.original!r} in another shape can't be saved: which part is it?")
         return [self._chunk(start, size) for start, _, size in self._ranges() if size]
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
