@@ -21,6 +21,7 @@ from descompiler.model.batch_size import BatchSize
 from descompiler.model.inputs import register_input
 from descompiler.module.checkpoint import TrainingState, load, save
 from descompiler.module.distributed import DistributedModule
+from descompiler.module.fused import FusedOptimizer, fuse_optimizer
 from descompiler.module.installed import module_of
 from descompiler.module.single import gather_rows, to_single
 from descompiler.module.state import full_state_dict, load_full_state_dict
@@ -37,6 +38,7 @@ __all__ = [
     "DescompilerError",
     "DistributedModule",
     "EquivalenceError",
+    "FusedOptimizer",
     "InputError",
     "Plan",
     "PlanError",
@@ -49,6 +51,7 @@ __all__ = [
     "calibrate",
     "compile",
     "full_state_dict",
+    "fuse_optimizer",
     "gather_rows",
     "load",
     "load_full_state_dict",

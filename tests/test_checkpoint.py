@@ -99,16 +99,23 @@ def differences(state, expected):
 
 
 def in_one_process(path, optimizer, tmp_path):
-    """The original, from the checkpoint as torch converts it to one file."""
+    """The original, by `des.load`, and from the checkpoint as torch converts it to one file."""
     dcp_to_torch_save(path, tmp_path / "whole.pt")
-    state = torch.load(tmp_path / "whole.pt", weights_only=False)["app"]
+    whole = torch.load(tmp_path / "whole.pt", weights_only=False)["app"]
     torch.set_default_dtype(torch.float64)
     try:
-        model = Model()
-        o = OPTIMIZERS[optimizer](model.parameters())
-        set_state_dict(model, o, model_state_dict=state["module"], optim_state_dict=state["optimizers"])
-        train(model, o, slice(12))
-        return model.state_dict()
+        states = []
+        for how in ("des.load", "one file"):
+            model = Model()
+            o = OPTIMIZERS[optimizer](model.parameters())
+            if how == "des.load":
+                assert des.load(model, o, path)["step"] == 3
+            else:
+                optimizer_state = whole["optimizers"]["0"]
+                set_state_dict(model, o, model_state_dict=whole["module"], optim_state_dict=optimizer_state)
+            train(model, o, slice(12))
+            states.append(model.state_dict())
+        return states
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -134,7 +141,46 @@ def test_training_goes_on_in_another_world(ranks, form, to, other, optimizer, in
     for values, state in on_ranks(_load, to, path, other, optimizer, in_place):
         assert values.pop("loss") == 0.5 and values == {"step": 3, "note": "after three"}
         assert differences(state, expected[optimizer]) < 1e-10
-    assert differences(in_one_process(path, optimizer, tmp_path), expected[optimizer]) < 1e-10
+    for state in in_one_process(path, optimizer, tmp_path):
+        assert differences(state, expected[optimizer]) < 1e-10
+
+
+class Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.item, self.a, self.b = nn.Embedding(63, 4), nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, ids):
+        x = self.item(ids).mean(1)
+        return self.a(x), self.b(x)
+
+
+def _late_tower(rank, ranks, path):
+    """One tower is trained from the fourth step on; the weights, and those of one process that did not stop."""
+    torch.set_default_dtype(torch.float64)
+
+    def steps(net, optimizer, rows, first, last):
+        for i in range(first, last):
+            optimizer.zero_grad()
+            net(IDS[rows])[i >= 3].pow(2).sum().backward()
+            optimizer.step()
+
+    make = OPTIMIZERS["Adam"]
+    reference, module = Towers(), des.compile(Towers(), (IDS,), plan={"item": "row_wise"}, loss="sum")
+    steps(reference, make(reference.parameters()), slice(12), 0, 6)
+    optimizer = make(module.parameters())
+    steps(module, optimizer, own(rank, ranks), 0, 3)
+    des.save(module, optimizer, path)
+    fresh = des.compile(Towers(), (IDS,), plan={"item": "column_wise"}, loss="sum")
+    optimizer = make(fresh.parameters())
+    des.load(fresh, optimizer, path)
+    steps(fresh, optimizer, own(rank, ranks), 3, 6)
+    return differences(des.full_state_dict(fresh), reference.state_dict())
+
+
+def test_what_had_no_gradient_yet_has_no_state(on_ranks, tmp_path):
+    assert max(on_ranks(_late_tower, 2, tmp_path / "checkpoint")) < 1e-10
 
 
 def _by_torch(rank, ranks, path, asynchronous):

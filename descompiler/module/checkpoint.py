@@ -22,11 +22,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.stateful import Stateful
 
 from descompiler.errors import InputError
-from descompiler.module.installed import module_of
+from descompiler.module.distributed import DistributedModule
 from descompiler.runtime.ranks import Ranks
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
@@ -49,11 +55,11 @@ DESCRIBES = {
 
 
 class TrainingState(Stateful):
-    """A compiled module and its optimisers, for `torch.distributed.checkpoint`: ``dcp.save({"app": state}, ...)``.
+    """A module and its optimisers, for `torch.distributed.checkpoint`: ``dcp.save({"app": state}, checkpoint_id=...)``.
 
     Parameters
     ----------
-    module : DistributedModule, or a model that was compiled in place
+    module : DistributedModule, a model that was compiled in place, or the original
     optimizers : torch.optim.Optimizer or sequence of them, optional
     values : mapping, optional
         What else is saved; what was loaded is found here.
@@ -66,18 +72,24 @@ class TrainingState(Stateful):
 
     def state_dict(self) -> dict[str, Any]:
         """By the original's names; of what is cut, this rank's pieces."""
-        module, optimizers = get_state_dict(module_of(self.module), self.optimizers)
-        return {"module": module, "optimizers": optimizers, "values": self.values}
+        named = _named_parts(self.module)
+        states = {str(i): get_optimizer_state_dict(named, o) for i, o in enumerate(self.optimizers)}
+        return {"module": get_model_state_dict(named), "optimizers": states, "values": self.values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What `torch.distributed.checkpoint.load` has read into `state_dict`."""
-        set_state_dict(
-            module_of(self.module),
-            self.optimizers,
-            model_state_dict=state["module"],
-            optim_state_dict=state["optimizers"],
-        )
+        named = _named_parts(self.module)
+        set_model_state_dict(named, state["module"])
+        for i, optimizer in enumerate(self.optimizers):  # of parameters that had no gradient yet there is no state
+            options = StateDictOptions(strict=False)
+            set_optimizer_state_dict(named, optimizer, state["optimizers"][str(i)], options=options)
         self.values = dict(state["values"])
+
+
+def _named_parts(module: nn.Module) -> nn.Module:
+    """What has the parameters under the original's names."""
+    named: nn.Module = vars(module).get("_descompiler", module)
+    return named
 
 
 def save(
@@ -90,7 +102,7 @@ def save(
 
     Parameters
     ----------
-    module : DistributedModule, or a model that was compiled in place
+    module : DistributedModule, a model that was compiled in place, or an original in one process
     optimizers : torch.optim.Optimizer or sequence of them, or None
     path : str or path
         A directory, which is replaced if it is a checkpoint.
@@ -123,7 +135,7 @@ def save(
 def load(module: nn.Module, optimizers: Optimizers, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Load what `save` has saved, on any number of ranks and under any plan; training goes on as if it had not stopped.
 
-    Collective: every rank calls it.
+    Collective: every rank calls it. The original loads it too, in one process.
 
     Returns
     -------
@@ -136,18 +148,31 @@ def load(module: nn.Module, optimizers: Optimizers, path: str | os.PathLike[str]
         On every rank, if there is no checkpoint, or it is one of another model or of other optimisers.
     """
     state, ranks = TrainingState(module, optimizers), _ranks_of(module, "des.load")
+    room = state.state_dict()
 
     def read() -> None:
         found = whole_at(Path(path))
         if found is None:
             raise InputError(f"{path} is no checkpoint: it holds no .metadata; give the directory that des.save wrote")
         reader = SafeReader(found)
-        state.values = dict(_values_of(reader.read_metadata()))
+        metadata = reader.read_metadata()
+        room["values"] = dict(_values_of(metadata))
+        _leave_out_unsaved(room["optimizers"], set(metadata.state_dict_metadata))
         with _named(f"{path} is no checkpoint of this model and these optimisers"):
-            dcp.load({"app": state}, storage_reader=reader, planner=_SafePlanner(), process_group=ranks.group)
+            dcp.load({"app": room}, storage_reader=reader, planner=_SafePlanner(), process_group=ranks.group)
 
     ranks.everywhere(read, "could not load")
+    state.load_state_dict(room)
     return state.values
+
+
+def _leave_out_unsaved(optimizers: dict[str, Any], saved: set[str]) -> None:
+    """Parameters that had no gradient when the checkpoint was made have no state in it."""
+    for number, of_optimizer in optimizers.items():
+        states = of_optimizer["state"]
+        for name in list(states):
+            if not any(f"app.optimizers.{number}.state.{name}.{kind}" in saved for kind in states[name]):
+                del states[name]
 
 
 def _values_of(metadata: Metadata) -> Iterator[tuple[str, Any]]:
@@ -225,7 +250,10 @@ def whole_at(path: Path) -> Path | None:
 
 
 def _ranks_of(module: nn.Module, what: str) -> Ranks:
-    runtime = module_of(module)._runtime
+    named = _named_parts(module)
+    if not isinstance(named, DistributedModule):  # the original, in one process
+        return Ranks(None, 0, 1)
+    runtime = named._runtime
     runtime.meet_between_steps(what)
     ranks = Ranks(runtime.group, runtime.rank, runtime.ranks, runtime.channels)
     ranks.name_next(what)
