@@ -1,4 +1,4 @@
-"""Peak memory of compiling a large model, of its whole state_dict and of loading one, on local gloo ranks.
+"""Peak memory of compiling a large model, of its state_dict, checkpoints and the way back, on local gloo ranks.
 
     python benchmarks/memory.py --gib 4 --ranks 2
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,7 @@ def peak_of(call: Callable[[], Any]) -> tuple[Any, int, float]:
     return result, status("VmHWM") - before, time.perf_counter() - begin
 
 
-def measure(rank: int, ranks: int, kind: str, rows: int, dim: int) -> dict[str, tuple[int, float]]:
+def measure(rank: int, ranks: int, kind: str, rows: int, dim: int, folder: str) -> dict[str, tuple[int, float]]:
     """Peaks and seconds on one rank."""
     real = kind in ("in place", "copy") or (kind == "first" and rank == 0)
     with torch.device("cpu" if real else "meta"):
@@ -70,6 +71,10 @@ def measure(rank: int, ranks: int, kind: str, rows: int, dim: int) -> dict[str, 
         _, *found["load_full_state_dict(rank0_only=True)"] = peak_of(
             lambda: des.load_full_state_dict(module, state, rank0_only=True)
         )
+        del state
+        _, *found["save"] = peak_of(lambda: des.save(module, None, folder))
+        _, *found["load"] = peak_of(lambda: des.load(module, None, folder))
+        _, *found["to_single"] = peak_of(lambda: des.to_single(module))
     return found
 
 
@@ -85,11 +90,13 @@ def main() -> None:
     limit = whole / args.ranks * 1.1 + ALLOWANCE_BYTES
     worst = True
     for kind in args.kinds:
-        by_rank = on_ranks(measure, args.ranks, kind, rows, args.dim, timeout_s=600)
+        with tempfile.TemporaryDirectory() as folder:
+            by_rank = on_ranks(measure, args.ranks, kind, rows, args.dim, f"{folder}/checkpoint", timeout_s=600)
         for call in by_rank[0]:
             peaks = [x[call][0] for x in by_rank]
             # rank 0 has the whole state_dict, in memory that the caller asked for
-            most = [limit + whole if "full_state_dict(" in call and r == 0 else limit for r in range(args.ranks)]
+            has_whole = "full_state_dict(" in call or call == "to_single"
+            most = [limit + whole if has_whole and r == 0 else limit for r in range(args.ranks)]
             good = all(p <= m for p, m in zip(peaks, most, strict=True))
             worst &= good
             figures = ", ".join(f"{p / 1e6:,.0f} MB" for p in peaks)

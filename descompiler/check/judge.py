@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from descompiler.check.objective import output_tensors
+from descompiler.eager.piece import plain
 from descompiler.errors import EquivalenceError
 from descompiler.layout.rows import Rows
 from descompiler.model.attributes import copied
@@ -146,7 +147,7 @@ class OriginalStep:
         with self.draws(), InDouble():
             outputs = call_of(other, self.method)(*args, **kwargs)
         self.loss(outputs, (args, kwargs)).backward()
-        return {n: p.grad.to_dense() for n, p in other.named_parameters() if p.grad is not None}
+        return {n: plain(p.grad).to_dense() for n, p in other.named_parameters() if p.grad is not None}
 
     def sensitivity(self, gradients: Mapping[str, Tensor]) -> dict[str, float]:
         """By how much entries of each gradient change when the weights are rounded otherwise."""
@@ -265,20 +266,20 @@ class Judge:
         """Of every parameter. Collective. ``strict``: of inputs at their edges, where rounding alone may decide
         what the original has; and a gradient that it has none of is none, not zero."""
         module, pieces, rank = self.module, self.module.plan.pieces, self.rank
-        grads = {n: p.grad.to_dense() for n, p in self.reference.named_parameters() if p.grad is not None}
+        grads = {n: plain(p.grad).to_dense() for n, p in self.reference.named_parameters() if p.grad is not None}
         are_sparse = {n for n, p in self.reference.named_parameters() if p.grad is not None and p.grad.is_sparse}
         most = largest(grads.values())
         rounding = ROUNDING_FLOAT64 * most
         found: dict[str, tuple[Tensor, Tensor, float]] = {}
         for name, p in module.named_parameters():
             if name not in grads:
-                if p.grad is not None and (p.grad.to_dense().abs().sum() or (strict and p.numel())):
+                if p.grad is not None and (plain(p.grad).to_dense().abs().sum() or (strict and p.numel())):
                     self.wrong(f"{name!r} has a gradient, the original has none")
                 continue
             part = pieces[name].cut(grads[name], rank)
             if strict and p.grad is None and part.numel() and name not in are_sparse:
                 self.wrong(f"{name!r} has no gradient, the original has one")
-            own = torch.zeros_like(part) if p.grad is None else p.grad.to_dense()
+            own = torch.zeros_like(part) if p.grad is None else plain(p.grad).to_dense()
             if p.grad is not None and name in are_sparse and part.numel() and not p.grad.is_sparse:
                 self.wrong(f"the gradient of {name!r} is not sparse any more")
             if name in are_sparse:

@@ -14,6 +14,7 @@ from descompiler.check.judge import Judge, OriginalStep, Report, largest, on_any
 from descompiler.check.judge import without_copying_parameters as kept
 from descompiler.check.objective import Objective, batches, output_tensors
 from descompiler.check.trials import Trial, trials_of
+from descompiler.eager.piece import plain
 from descompiler.errors import DescompilerError
 from descompiler.model.attributes import copied
 from descompiler.model.float64 import InDouble, widen
@@ -129,7 +130,7 @@ class Trials:
                 loss.backward()
             latest = lambda: _draws(judge, latest=True)  # noqa: E731
             again = OriginalStep(before, trial.inputs, total, objective, self.method, latest)
-            if all(p.grad is None or bool(p.grad.to_dense().isfinite().all()) for p in reference.parameters()):
+            if all(p.grad is None or bool(plain(p.grad).to_dense().isfinite().all()) for p in reference.parameters()):
                 judge.gradients(again, strict=True)
             else:
                 self.report.left_out.add(trial.name)  # of the outputs alone it was a trial
@@ -190,7 +191,9 @@ def in_own_dtypes(judge: Judge, exact: nn.Module, inputs: Any, method: str) -> N
         whole, precisely = reference.get_parameter(name).grad, true[name]
         if p.grad is not None and whole is not None and precisely is not None:
             part = module.plan.pieces[name].cut(whole.to_dense(), rank)
-            _as_near(judge, f"gradient {name!r}", p.grad.to_dense(), part, whole.to_dense(), precisely.to_dense())
+            _as_near(
+                judge, f"gradient {name!r}", plain(p.grad).to_dense(), part, whole.to_dense(), precisely.to_dense()
+            )
     judge.settle()
 
 

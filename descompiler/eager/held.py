@@ -164,7 +164,7 @@ def on_pieces(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _overflow_of_all(pieces, args[1])
     if func in KEEPS and isinstance(result, Tensor) and not isinstance(result, Piece) and result.grad_fn is None:
         like = pieces[0]
-        same = all(isinstance(x, Piece) or x.numel() == 1 for x in given)  # what meets others is the caller's own
+        same = all(isinstance(x, Piece) or not x.dim() for x in given)  # what meets others is the caller's own
         staged = func is Tensor.new_empty and list(args[1]) == []  # DCP gives it a copied storage, and the shape
         if same and (staged or local(Tensor.size, (like,), {}) == result.shape):
             return held(result, like)
