@@ -13,7 +13,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,20 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from descompiler.eager.held import Held
 from descompiler.eager.piece import plain
 from descompiler.errors import InputError, UnsupportedError
-
-if TYPE_CHECKING:
-    from descompiler.module.distributed import DistributedModule
-    from descompiler.runtime.runtime import Runtime
+from descompiler.planning.plan import Plan
+from descompiler.runtime.runtime import Runtime
 
 
-def watch_loading(loaded: nn.Module, module: DistributedModule) -> None:
+class Compiled(Protocol):
+    """What is asked of a `descompiler.DistributedModule` here."""
+
+    plan: Plan
+    _runtime: Runtime
+
+    def named_parameters(self, *, remove_duplicate: bool = ...) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+def watch_loading(loaded: nn.Module, module: Compiled) -> None:
     """Let a module, or the host of one that was compiled in place, load no state that is not its own."""
     reference = weakref.ref(module)
 
@@ -40,7 +47,7 @@ def watch_loading(loaded: nn.Module, module: DistributedModule) -> None:
     loaded.register_load_state_dict_pre_hook(hook)
 
 
-def _take_pieces(module: DistributedModule, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
+def _take_pieces(module: Compiled, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
     """Put this rank's pieces in the place of what a state has.
 
     Raises
@@ -120,8 +127,8 @@ class StandardCalls:
     def _refuse_wrapped(self) -> None:
         if isinstance(self, FSDPModule):
             raise UnsupportedError(
-                "fully_shard of a compiled module would divide what is divided already: train it as it is, and pin "
-                "'fsdp' in plan= for tables that are to be gathered where they are used"
+                "fully_shard of a compiled module would divide what is divided already: train it as it is; plan= pins "
+                "tables to a form that gathers them where they are used (docs/forms.md)"
             )
 
 
