@@ -144,6 +144,9 @@ def test_what_can_not_be_fused_is_refused(on_ranks):
     for other, option, rows, columns, layer, stranger, dense in on_ranks(_refused, 2):
         assert "'RMSprop' is none of torch.optim.SGD, torch.optim.Adagrad" in other
         assert "it takes lr, maximize, not momentum" in option
-        assert "row_wise is Adagrad's" in rows and "holds some columns: a row's mean is on no rank" in columns
+        assert (
+            "one number for each row is Adagrad's" in rows
+            and "holds some columns: a row's mean is on no rank" in columns
+        )
         assert "gradients of 'top.weight' are not sparse: make the table with sparse=True" in layer
         assert "of shape (3,) is no parameter of the module" in stranger and "no table with sparse gradients" in dense

@@ -195,7 +195,7 @@ def fuse_optimizer(
             f"fuse_optimizer: of torch.optim.{kind.__name__}'s options it takes {', '.join(known)}, not {unknown[0]}"
         )
     if row_wise and kind is not torch.optim.Adagrad:
-        raise InputError("fuse_optimizer: row_wise is Adagrad's: one number for each row")
+        raise InputError("fuse_optimizer: one number for each row is Adagrad's")
     held_names = {id(p): n for n, p in compiled.named_parameters()}
     sparse = [p for n, p in compiled.named_parameters() if n in compiled.plan.sparse and p.requires_grad]
     chosen = sparse if params is None else list(params)
@@ -209,7 +209,7 @@ def fuse_optimizer(
             )
         if row_wise and isinstance(p, Piece) and p.pieces.dim != 0:
             raise UnsupportedError(
-                f"row_wise=True and {name!r}, of which each rank holds some columns: a row's mean is on no rank. Pin a "
+                f"one number for each row, and {name!r}, of which each rank holds some columns: a row's mean is on no rank. Pin a "
                 "form that divides rows (docs/forms.md), or plan with optimizer='rowwise_adagrad'"
             )
     if not chosen:
