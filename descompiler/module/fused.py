@@ -209,8 +209,8 @@ def fuse_optimizer(
             )
         if row_wise and isinstance(p, Piece) and p.pieces.dim != 0:
             raise UnsupportedError(
-                f"one number for each row, and {name!r}, of which each rank holds some columns: a row's mean is on no rank. Pin a "
-                "form that divides rows (docs/forms.md), or plan with optimizer='rowwise_adagrad'"
+                f"one number for each row, and {name!r}, of which each rank holds some columns: a row's mean is on no "
+                "rank. Pin a form that divides rows (docs/forms.md), or plan with optimizer='rowwise_adagrad'"
             )
     if not chosen:
         raise InputError("fuse_optimizer: the module has no table with sparse gradients (sparse=True)")
