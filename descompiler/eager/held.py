@@ -107,8 +107,7 @@ class Held(Piece, Tensor):
 def held(x: Tensor, like: Any, *, moved: bool = False) -> Held:
     """A tensor as the piece that another one is; ``moved``: with its elements in another shape."""
     result: Held = local(Tensor.as_subclass, (x, Held), {})
-    whose = like.whose if isinstance(like, Held) else Whose(like.original, like.pieces, like.rank, like.runtime)
-    result.whose = replace(whose, is_moved=True) if moved else whose
+    result.whose = replace(like.whose, is_moved=True) if moved else like.whose
     return result
 
 
@@ -140,53 +139,58 @@ def on_pieces(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     UnsupportedError
         If it takes pieces of two ranks.
     """
-    if getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__"):
+    if func in GIVES_PIECES:
         found = local(func, args, kwargs)
-        if func in TURNED and isinstance(args[0], Held):
-            return held(found, args[0], moved=True)
-        return found if func not in GIVES_PIECES or found is None else _given_away(found, args[0])
-    given: list[Any] = []
-    torch.utils._pytree.tree_map_only(Tensor, given.append, (args, kwargs))
-    pieces = [x for x in given if isinstance(x, Piece)]
+        return None if found is None else _given_away(found, args[0])
+    if func not in SPECIAL:  # in place, of each element, or no value: an optimiser makes hundreds of these calls a step
+        _check_of_one_rank(func, args)
+        return local(func, args, kwargs)
+    given = [x for a in (*args, *kwargs.values()) for x in (a if isinstance(a, list | tuple) else (a,))]
+    pieces: list[Any] = [x for x in given if isinstance(x, Piece)]
     if any(x.runtime is not None and x.runtime.ranks == 1 for x in pieces):
         return local(func, args, kwargs)  # one rank holds all
     _check_of_one_rank(func, pieces)
-    if (moved := [x for x in pieces if x.is_moved]) and (func in NORMS or func in REDUCTIONS or func in JOINS):
+    of_all = func in NORMS or func in REDUCTIONS
+    if (of_all or func in JOINS) and (moved := [x for x in pieces if x.is_moved]):
         raise _refused(func, moved[0], ", reshaped")
-    if func in NORMS or func in REDUCTIONS:
+    if of_all:
         return _reduced(func, args, kwargs)
-    if pieces[0].runtime is not None and (func in OF_THE_WHOLE or initialises(func, args)):
+    fills = func in INITIALISERS or (func in RANDOM_FILLS and isinstance(args[0], nn.Parameter))
+    if pieces[0].runtime is not None and (func in OF_THE_WHOLE or fills):
         raise _refused(func, pieces[0])
     if func is torch._foreach_norm:
         return _norms(func, args, kwargs)
     result = local(func, args, kwargs)
     if func is torch._amp_foreach_non_finite_check_and_unscale_:
         _overflow_of_all(pieces, args[1])
-    if func in KEEPS and isinstance(result, Tensor) and not isinstance(result, Piece) and result.grad_fn is None:
+    if not isinstance(result, Tensor) or isinstance(result, Piece) or result.grad_fn is not None:
+        return result
+    if func in KEEPS:
         like = pieces[0]
-        same = all(isinstance(x, Piece) or not x.dim() for x in given)  # what meets others is the caller's own
+        others = (x for x in given if isinstance(x, Tensor) and not isinstance(x, Piece))
+        same = not any(x.dim() for x in others)  # what meets others is the caller's own
         staged = func is Tensor.new_empty and list(args[1]) == []  # DCP gives it a copied storage, and the shape
         if same and (staged or local(Tensor.size, (like,), {}) == result.shape):
             return held(result, like)
-    if func in MOVES and isinstance(result, Tensor) and isinstance(args[0], Held):
+    elif (func in MOVES or func in TURNED) and isinstance(args[0], Held):
         return held(result, args[0], moved=True)
     return result
 
 
-def initialises(func: Any, args: Any) -> bool:
-    """Whether it fills a parameter at random, as `torch.nn.init` does for the sizes of what it is given."""
-    if getattr(func, "__module__", "") == torch.nn.init.__name__:
-        return func.__name__ not in ("constant_", "zeros_", "ones_")
-    return func in RANDOM_FILLS and bool(args) and isinstance(args[0], nn.Parameter)
-
-
-def _check_of_one_rank(func: Any, pieces: Sequence[Any]) -> None:
-    if len({x.rank for x in pieces}) > 1:
-        a, b = pieces[0], next(x for x in pieces if x.rank != pieces[0].rank)
-        raise UnsupportedError(
-            f"{function_name(func)} of rank {a.rank}'s piece of {a.original!r} and rank {b.rank}'s: this rank has "
-            "loaded what another one saved. Save and load with torch.distributed.checkpoint, which gives each its own"
-        )
+def _check_of_one_rank(func: Any, given: Sequence[Any]) -> None:
+    first: Any = None
+    for a in given:
+        for x in a if type(a) is list else (a,):
+            if not isinstance(x, Piece):
+                continue
+            if first is None:
+                first = x
+            elif x.rank != first.rank:
+                raise UnsupportedError(
+                    f"{function_name(func)} of rank {first.rank}'s piece of {first.original!r} and rank {x.rank}'s: "
+                    "this rank has loaded what another one saved. Save and load with torch.distributed.checkpoint, "
+                    "which gives each its own"
+                )
 
 
 def _parts(x: Any) -> tuple[Tensor, Tensor]:
@@ -223,6 +227,14 @@ _FILLS = "uniform_ normal_ random_ bernoulli_ exponential_ geometric_ cauchy_ lo
 RANDOM_FILLS = {getattr(Tensor, n) for n in _FILLS.split()}
 
 
+INITIALISERS: set[Any] = {
+    f
+    for n, f in vars(torch.nn.init).items()
+    if n.endswith("_") and not n.startswith("_") and n not in ("constant_", "zeros_", "ones_")
+}
+"""What `torch.nn.init` fills at random, or for the sizes of what it is given."""
+
+
 _EXTREMES = {"max": dist.ReduceOp.MAX, "amax": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "amin": dist.ReduceOp.MIN}
 
 
@@ -245,6 +257,13 @@ _NAMES = """
 
 OF_THE_WHOLE = PRODUCTS | {getattr(h, n) for h in (torch, Tensor) for n in _NAMES.split() if hasattr(h, n)}
 """What means nothing of a piece."""
+
+
+SPECIAL = (KEEPS | MOVES | TURNED | JOINS | NORMS | set(REDUCTIONS) | OF_THE_WHOLE | RANDOM_FILLS | INITIALISERS) | {
+    torch._foreach_norm,
+    torch._amp_foreach_non_finite_check_and_unscale_,
+}
+"""What is more than a call on what this rank holds."""
 
 
 def _reduced(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

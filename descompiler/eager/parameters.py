@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from descompiler.eager.held import COPIES, GIVES_PIECES, initialises, on_pieces, take_in_lists
+from descompiler.eager.held import COPIES, GIVES_PIECES, INITIALISERS, Whose, on_pieces, take_in_lists
 from descompiler.eager.piece import Piece, local, plain
 from descompiler.eager.rows import are_constants, of_batch
 from descompiler.errors import UnsupportedError
@@ -81,6 +81,7 @@ class ShardedParameter(Piece, nn.Parameter):
 
     exchange: PieceTransport
     position: int  # among the exchange's parameters
+    whose: Whose  # of what it gives away
 
     @property
     def runtime(self) -> Runtime:  # type: ignore[override]
@@ -111,6 +112,14 @@ SHARDED = (ShardedParameter, Tracked)
 
 BACKWARDS = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 """What takes parameters to name them, and computes nothing of them."""
+
+
+USES = {*BACKWARDS, *LOOKUPS, *PRODUCTS}
+"""What uses a parameter, or names it, also where no graph is made."""
+
+
+NEVER_USES = GIVES_PIECES | COPIES | INITIALISERS
+"""What uses none, also where a graph is made."""
 
 
 class OfParameters(Tensor):
@@ -192,16 +201,17 @@ def substitute(p: nn.Parameter, name: str, pieces: Pieces, exchange: PieceTransp
     """Make a parameter that holds this rank's part a `ShardedParameter`, in place: optimisers keep their reference."""
     p.__class__ = ShardedParameter
     p.pieces, p.original, p.exchange = pieces, name, exchange  # type: ignore[attr-defined]
+    p.whose = Whose(name, pieces, exchange.runtime.rank, exchange.runtime)  # type: ignore[attr-defined]
     p.position = len(exchange.parameters)  # type: ignore[attr-defined]
     exchange.parameters.append(p)  # type: ignore[arg-type]
     return p  # type: ignore[return-value]
 
 
 def _intercept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if func not in USES and (not torch.is_grad_enabled() or func in NEVER_USES):
+        return on_pieces(func, args, kwargs)  # optimisers, initialisers, copies: this rank's part
     if func in BACKWARDS:
         return local(func, args, kwargs)
-    if func in GIVES_PIECES or func in COPIES or initialises(func, args):
-        return on_pieces(func, args, kwargs)
     if func in LOOKUPS:
         result = _fetched_lookup(func, args, kwargs)
         if result is not NotImplemented:
@@ -209,8 +219,6 @@ def _intercept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _on_whole(func, args, kwargs)
     if func in PRODUCTS:
         return _on_whole(func, args, kwargs)
-    if not torch.is_grad_enabled():  # optimisers, initialisers, copies: this rank's part
-        return on_pieces(func, args, kwargs)
     first: Any = args[0] if args else None
     if func in SUM_FUNCTIONS or func in NORMS:
         result = _reduce(func, first, args[1:], kwargs)
