@@ -26,7 +26,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=secrets.randbelow(1 << 32), help="of tests that draw their examples")
 
 
-FEW_BUT_LONG = ("shutdown", "zoo", "leaks", "examples", "plugins", "planner", "plan", "cli", "random_models", "idioms")
+FEW_BUT_LONG = (
+    "thorough",
+    "shutdown",
+    "checkpoint",
+    "zoo",
+    "leaks",
+    "examples",
+    "plugins",
+    "planner",
+    "plan",
+    "cli",
+    "random_models",
+    "idioms",
+)
 """Files whose tests take long for their number, ``tests/test_*.py``."""
 
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from examples import data, models
 from examples.data import ClickLog, DataError
-from tests.harness.cases import cases
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data"
@@ -414,7 +413,8 @@ def test_train_ctr_on_real_rows():
 # --- rules and forms of one's own
 
 
-@pytest.mark.parametrize("script", cases(["custom_rule.py", "custom_form.py"], ["custom_rule.py"]))
+@pytest.mark.slow  # `test_plugins` has them, in processes that are there
+@pytest.mark.parametrize("script", ["custom_rule.py", "custom_form.py"])
 def test_scripts_of_plug_ins_run(script):
     command = [sys.executable, ROOT / "examples" / script]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -229,7 +229,8 @@ class WithLoss(nn.Module):
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", cases(["stamp", "hstu"], ["hstu"]))
+@pytest.mark.slow  # the zoo has them too
+@pytest.mark.parametrize("name", ["stamp", "hstu"])
 def test_public_models_with_scores_of_all_items(on_ranks, name):
     pytest.importorskip("torch_rechub")
     torch.manual_seed(0)
