@@ -273,6 +273,9 @@ def test_modules_have_their_classes_and_containers(in_place, on_ranks):
         assert in_place or "a Sequential of the compiled module is called outside of its forward" in outside
 
 
+no_grad = torch.no_grad()
+
+
 def _refused(rank, ranks, form, in_place):
     module = des.compile(Model(), (IDS,), plan={"item": form}, in_place=in_place)
     compiled, weight = des.module_of(module), module.item.weight
@@ -286,6 +289,9 @@ def _refused(rank, ranks, form, in_place):
         "numpy": raised(lambda: weight.detach().numpy()),
         "assign": raised(lambda: module.load_state_dict(module.state_dict(), assign=True)),
         "std": raised(lambda: weight.detach().std()),
+        "vector": raised(lambda: no_grad(nn.utils.parameters_to_vector)(module.parameters())),
+        "joined": raised(lambda: torch.cat([weight.grad, weight.grad]).norm()),
+        "nonzero": raised(lambda: weight.grad.count_nonzero()),
         "product": raised(lambda: weight.grad @ weight.grad.t()),
     }
     with torch.no_grad():
@@ -317,6 +323,22 @@ def _of_the_original(rank, ranks):
 def test_an_optimiser_of_the_originals_parameters_is_refused(on_ranks):
     for text in on_ranks(_of_the_original, 2):
         assert "holds the parameters of the model that was compiled, and none has a gradient" in text
+
+
+def _not_finite(rank, ranks, form):
+    """Whether each rank sees what is not finite on the first one alone."""
+    module = des.compile(Model(), (IDS,), plan={"item": form})
+    module(IDS).sum().backward()
+    gradient = module.item.weight.grad
+    before = bool(torch.isfinite(gradient).all()), bool((gradient > 1e9).any())
+    if rank == 0:
+        des.local_tensor(gradient)[0, 0] = float("inf")
+    return before, (bool(torch.isfinite(gradient).all()), bool(gradient.isnan().any()), bool((gradient > 1e9).any()))
+
+
+@pytest.mark.parametrize("form", ["row_wise", "column_wise"])
+def test_what_is_not_finite_on_one_rank_is_seen_by_all(form, on_ranks):
+    assert on_ranks(_not_finite, 2, form) == [((True, False), (False, False, True))] * 2
 
 
 def _states(rank, ranks, form, in_place):

@@ -37,7 +37,8 @@ from descompiler.runtime.runtime import Runtime
 _COPIES = """
     clone detach detach_ to cpu cuda float double half bfloat16 contiguous zeros_like ones_like empty_like full_like
     new_empty new_zeros new_ones new_full rand_like randn_like lerp addcmul addcdiv addcdiv_ maximum minimum where
-    reciprocal sign type type_as
+    reciprocal sign type type_as nan_to_num isfinite isnan isinf eq ne lt le gt ge logical_not logical_and logical_or
+    floor ceil round __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __rtruediv__ __rpow__ __invert__ __and__ __or__
 """
 
 
@@ -151,8 +152,10 @@ def on_pieces(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return local(func, args, kwargs)  # one rank holds all
     _check_of_one_rank(func, pieces)
     of_all = func in NORMS or func in REDUCTIONS
-    if (of_all or func in JOINS) and (moved := [x for x in pieces if x.is_moved]):
+    if of_all and (moved := [x for x in pieces if x.is_moved]):
         raise _refused(func, moved[0], ", reshaped")
+    if func in JOINS and pieces[0].runtime is not None:
+        raise _refused(func, pieces[0], ", reshaped" if pieces[0].is_moved else "")
     if of_all:
         return _reduced(func, args, kwargs)
     fills = func in INITIALISERS or (func in RANDOM_FILLS and isinstance(args[0], nn.Parameter))
@@ -172,7 +175,7 @@ def on_pieces(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         staged = func is Tensor.new_empty and list(args[1]) == []  # DCP gives it a copied storage, and the shape
         if same and (staged or local(Tensor.size, (like,), {}) == result.shape):
             return held(result, like)
-    elif (func in MOVES or func in TURNED) and isinstance(args[0], Held):
+    elif (func in MOVES or func in TURNED) and args and isinstance(args[0], Piece):
         return held(result, args[0], moved=True)
     return result
 
@@ -241,7 +244,7 @@ _EXTREMES = {"max": dist.ReduceOp.MAX, "amax": dist.ReduceOp.MAX, "min": dist.Re
 _OF_ALL = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "any": dist.ReduceOp.MAX, "all": dist.ReduceOp.MIN}
 
 
-_WITHOUT_RANKS = "std var prod median nanmean nansum argmax argmin logsumexp softmax"
+_WITHOUT_RANKS = "std var prod median nanmean nansum argmax argmin logsumexp softmax count_nonzero aminmax"
 
 
 REDUCTIONS = {

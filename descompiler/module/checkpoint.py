@@ -171,7 +171,7 @@ def _leave_out_unsaved(optimizers: dict[str, Any], saved: set[str]) -> None:
     for number, of_optimizer in optimizers.items():
         states = of_optimizer["state"]
         for name in list(states):
-            if not any(f"app.optimizers.{number}.state.{name}.{kind}" in saved for kind in states[name]):
+            if not any(key.startswith(f"app.optimizers.{number}.state.{name}.") for key in saved):
                 del states[name]
 
 

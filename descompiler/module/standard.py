@@ -142,11 +142,16 @@ _CHECKED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 def watch_optimizers(parameters: Iterable[nn.Parameter]) -> None:
     """Raise where an optimiser of a compiled model's original parameters steps, and none has a gradient."""
-    if not _ORIGINALS:
-        register_optimizer_step_pre_hook(_check_optimizer)
+    _hook_optimizers()
     for p in parameters:
         _ORIGINALS[id(p)] = weakref.ref(p, functools.partial(_forget, id(p)))
     _CHECKED.clear()
+
+
+@functools.cache
+def _hook_optimizers() -> None:
+    """Once in a process."""
+    register_optimizer_step_pre_hook(_check_optimizer)
 
 
 def _forget(key: int, _: Any) -> None:
