@@ -80,7 +80,9 @@ def test_gradients_of_tasks(on_ranks, form):
         assert worst < 1e-10 and not extra
 
 
-@pytest.mark.parametrize(("cls", "in_place"), [(InPart, False), (InPart, True), (Tasks, True)])
+@pytest.mark.parametrize(
+    ("cls", "in_place"), cases([(InPart, False), (InPart, True), (Tasks, True)], [(InPart, False), (Tasks, True)])
+)
 def test_gradients_of_tasks_where_the_users_code_runs(on_ranks, cls, in_place):
     for worst, extra in on_ranks(_differences, 2, cls, "row_wise", in_place, [ALL, ["items.weight", "buy.bias"]]):
         assert worst < 1e-10 and not extra

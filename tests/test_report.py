@@ -23,6 +23,7 @@ from descompiler.planning.explain import whole
 from descompiler.report import charts, drawing, graphs, render
 from descompiler.report import page as report
 from examples.models import MODELS, make_inputs
+from tests.harness.cases import cases
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -287,7 +288,7 @@ def pixels(path):
 
 
 @browser
-@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("dark", cases([False, True], [True]))
 def test_screenshots_have_content_in_the_theme_that_the_reader_wants(page, tmp_path, dark):
     picture = tmp_path / "page.png"
     run_browser(page, tmp_path, f"--screenshot={picture}", "--window-size=900,700", dark=dark)

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import itertools
+import operator
 
 import pytest
 import torch
@@ -78,8 +80,10 @@ def by_mean(net):
         p.grad.mul_(1 / (1 + p.grad.abs().max() + p.grad.abs().mean() + p.grad.pow(2).sum()))
 
 
-@pytest.mark.parametrize("form", cases(FORMS, ["row_wise", "column_wise", "hot_rows"]))
-@pytest.mark.parametrize("in_place", [False, True])
+CLIPPED = [("row_wise", False), ("column_wise", True), ("hot_rows", False)]
+
+
+@pytest.mark.parametrize(("form", "in_place"), cases(itertools.product(FORMS, [False, True]), CLIPPED))
 def test_gradients_are_clipped_as_those_of_one_process(form, in_place, on_ranks):
     for found in on_ranks(_clipped, 2, form, in_place):
         assert max(found.values()) < 1e-12, found
@@ -298,6 +302,65 @@ def _refused(rank, ranks, form, in_place):
         nn.init.zeros_(weight)
     said["zeros"] = str(float(des.full_state_dict(module)["item.weight"].abs().max()))
     return said
+
+
+def put(x, key, value):
+    x[key] = value
+
+
+WRITES = {
+    "a row": lambda p: put(p, 3, 0.0),
+    "the last row": lambda p: put(p, -1, 2),
+    "a slice": lambda p: put(p, slice(40, 10), 7.0),
+    "a slice of data": lambda p: put(p.data, slice(20, None, 3), 7.0),
+    "all": lambda p: put(p, ..., 1.0),
+    "what a mask says": lambda p: put(p, p > 0, 0.0),
+}
+LOSES = {
+    "a row": lambda p: p[3].fill_(0),
+    "rows": lambda p: p[:2].mul_(2),
+    "an element": lambda p: put(p[3], 1, 0.0),
+    "in place by an operator": lambda p: operator.imul(p[3:5], 2),
+    "rows of a gradient": lambda p: p.grad[3],
+    "rows of data": lambda p: p.data[3].zero_(),
+    "rows by ids": lambda p: put(p, torch.tensor([3]), 0.0),
+    "rows with values": lambda p: put(p, 3, torch.ones(8)),
+    "selected": lambda p: p.select(0, 0).zero_(),
+    "one by one": lambda p: list(p.grad),
+    "in another order": lambda p: p.grad.flip(0),
+    "no value of each element": lambda p: F.normalize(p.grad, dim=0),
+    "indices": lambda p: p.grad.index_add_(0, torch.tensor([1]), torch.ones(1, p.shape[1])),
+    "elements": lambda p: p.grad[p.grad > 0],
+    "elements of the parameter": lambda p: p[p > 0],
+    "an answer": lambda p: torch.equal(p.grad, p.grad),
+    "the largest of lists": lambda p: torch._foreach_max([p.grad]),
+    "noise in data": lambda p: p.data.normal_(),
+    "noise": torch.randn_like,
+    "a distance": lambda p: torch.dist(p.grad, p.grad),
+    "a loss": lambda p: F.mse_loss(p.grad, p.detach()),
+}
+
+
+@pytest.mark.parametrize("form", ["row_wise", "column_wise"])
+def test_what_is_not_known_to_go_element_by_element_is_refused(form, on_ranks):
+    """And numbers are put into the original's rows, not into those of each piece."""
+    for written, lost in on_ranks(_rows_of_pieces, 2, form):
+        assert written == dict.fromkeys(WRITES, 0.0)
+        assert all("p[3] = 0" in e or "des.local_tensor" in e for e in lost.values()), lost
+
+
+def _rows_of_pieces(rank, ranks, form):
+    torch.set_default_dtype(torch.float64)
+    module, reference = des.compile(Model(), (IDS,), plan={"item": form}), Model()
+    written = {}
+    for name, write in WRITES.items():
+        with torch.no_grad():
+            for net in (module, reference):
+                write(net.item.weight)
+        written[name] = float((des.full_state_dict(module)["item.weight"] - reference.item.weight).abs().max())
+    module(IDS[rows_of(rank)]).sum().backward()
+    with torch.no_grad():
+        return written, {n: raised(functools.partial(f, module.item.weight)) for n, f in LOSES.items()}
 
 
 @pytest.mark.parametrize(("form", "in_place"), [("row_wise", False), ("column_wise", True)])

@@ -20,10 +20,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing), reason=f"{missing} missing: `make test` installs them"),
 ]
 
-ALWAYS = (
-    "torchfm.FactorizationMachineModel",
-    "torchfm.ProductNeuralNetworkModel",
-)
+ALWAYS = ("torchfm.FactorizationMachineModel",)
 
 
 @pytest.mark.parametrize("name", cases(ZOO, ALWAYS))

@@ -22,49 +22,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import _foreach_supported_types as _of_optimizers
 from torch.utils._foreach_utils import _foreach_supported_types
 
+from descompiler.eager.elements import (
+    EXTREMES,
+    GIVES_PIECES,
+    INITIALISERS,
+    JOINS,
+    KEEPS,
+    MOVES,
+    OF_ALL,
+    OF_THE_WHOLE,
+    RANDOM,
+    REDUCTIONS,
+    SPECIAL,
+    TURNED,
+    changes_in_place,
+    is_local,
+)
 from descompiler.eager.piece import Piece, local, plain
 from descompiler.errors import UnsupportedError
 from descompiler.layout.division import Division, Run
-from descompiler.layout.pieces import Pieces
-from descompiler.ops.functions import ELEMENTWISE, NORMS, PRODUCTS, function_name
+from descompiler.layout.pieces import Pieces, locate
+from descompiler.ops.functions import NORMS, function_name
 from descompiler.runtime.collectives import all_gather, all_reduce
 from descompiler.runtime.runtime import Runtime
-
-_COPIES = """
-    clone detach detach_ to cpu cuda float double half bfloat16 contiguous zeros_like ones_like empty_like full_like
-    new_empty new_zeros new_ones new_full rand_like randn_like lerp addcmul addcdiv addcdiv_ maximum minimum where
-    reciprocal sign type type_as nan_to_num isfinite isnan isinf eq ne lt le gt ge logical_not logical_and logical_or
-    floor ceil round __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __rtruediv__ __rpow__ __invert__ __and__ __or__
-"""
-
-
-_NEW = "detach zeros_like ones_like empty_like full_like rand_like randn_like"
-
-
-COPIES = {getattr(h, n) for h in (torch, Tensor) for n in _NEW.split() if hasattr(h, n)}
-"""What is of no graph, though gradients are on."""
-
-
-KEEPS = ELEMENTWISE | {getattr(h, n) for h in (torch, Tensor) for n in _COPIES.split() if hasattr(h, n)}
-"""What makes a piece of the same kind of a piece."""
-
-
-_VIEWS = "view reshape flatten ravel t transpose permute unsqueeze squeeze unflatten movedim swapaxes expand"
-
-
-MOVES = {getattr(h, n) for h in (torch, Tensor) for n in _VIEWS.split() if hasattr(h, n)}
-TURNED: set[Any] = {Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
-"""What leaves the elements, and puts them in another shape: sums and norms of that are no longer asked for."""
-
-
-JOINS = {torch.cat, torch.stack, torch.hstack, torch.vstack, torch.concat}
-
-
-GIVES_PIECES: set[Any] = {Tensor.grad.__get__, Tensor.data.__get__}  # type: ignore[attr-defined,union-attr]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +129,7 @@ def on_pieces(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return None if found is None else _given_away(found, args[0])
     if func not in SPECIAL:  # in place, of each element, or no value: an optimiser makes hundreds of these calls a step
         _check_of_one_rank(func, args)
-        return local(func, args, kwargs)
+        return local(func, args, kwargs) if is_local(func) else _unknown(func, args, kwargs)
     given = [x for a in (*args, *kwargs.values()) for x in (a if isinstance(a, list | tuple) else (a,))]
     pieces: list[Any] = [x for x in given if isinstance(x, Piece)]
     if any(x.runtime is not None and x.runtime.ranks == 1 for x in pieces):
@@ -153,14 +137,15 @@ def on_pieces(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     _check_of_one_rank(func, pieces)
     of_all = func in NORMS or func in REDUCTIONS
     if of_all and (moved := [x for x in pieces if x.is_moved]):
-        raise _refused(func, moved[0], ", reshaped")
+        raise refused(func, moved[0], ", reshaped")
     if func in JOINS and pieces[0].runtime is not None:
-        raise _refused(func, pieces[0], ", reshaped" if pieces[0].is_moved else "")
+        raise refused(func, pieces[0], ", reshaped" if pieces[0].is_moved else "")
     if of_all:
         return _reduced(func, args, kwargs)
-    fills = func in INITIALISERS or (func in RANDOM_FILLS and isinstance(args[0], nn.Parameter))
-    if pieces[0].runtime is not None and (func in OF_THE_WHOLE or fills):
-        raise _refused(func, pieces[0])
+    if pieces[0].runtime is not None and (func in OF_THE_WHOLE or func in INITIALISERS or func in RANDOM):
+        raise refused(func, pieces[0])
+    if func is Tensor.__setitem__:
+        return _set_rows(*args)
     if func is torch._foreach_norm:
         return _norms(func, args, kwargs)
     result = local(func, args, kwargs)
@@ -178,6 +163,53 @@ def on_pieces(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     elif (func in MOVES or func in TURNED) and args and isinstance(args[0], Piece):
         return held(result, args[0], moved=True)
     return result
+
+
+def _unknown(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A call that nobody has said to go element by element: refused if it changes a piece, or makes tensors of one."""
+    changes = changes_in_place(func)
+    result = None if changes else local(func, args, kwargs)
+    made = [] if changes or type(result) in (bool, int, torch.dtype) else tensors_among(result)
+    if not made and not changes:
+        return result
+    pieces = [x for x in tensors_among((args, kwargs)) if isinstance(x, Piece)]
+    cut = [x for x in pieces if x.runtime is not None and x.runtime.ranks > 1]
+    if cut and (changes or any(all(x is not y for y in pieces) for x in made)):
+        raise refused(func, cut[0])
+    return local(func, args, kwargs) if changes else result
+
+
+def tensors_among(x: Any) -> list[Tensor]:
+    """The tensors in lists, tuples and dicts of arguments."""
+    found: list[Tensor] = []
+    torch.utils._pytree.tree_map_only(Tensor, found.append, x)
+    return found
+
+
+def _set_rows(x: Any, key: Any, value: Any) -> None:
+    """Put a number in place of rows of the original, ``p[0] = 0``, or of what a piece's own mask says. Collective.
+
+    Raises
+    ------
+    UnsupportedError
+        For other rows than an integer's or a slice's, or other values than a number: a rank's own would be lost.
+    """
+    mine, number = plain(x), isinstance(value, int | float | bool)
+    own_mask = isinstance(key, Held) and number and plain(key).shape == mine.shape
+    if x.runtime is None or own_mask:
+        local(Tensor.__setitem__, (x, key, value), {})
+        return
+    if x.is_moved or not number or not (key is Ellipsis or type(key) in (int, slice)):
+        raise refused(Tensor.__setitem__, x, ", of which rows are set")
+    x.runtime.meet_between_steps(f"{x.original!r}[{key}] = {value}")
+    rows = torch.arange(x.pieces.shape[0])
+    rows = rows[key : key + 1 or None] if type(key) is int else rows[key]
+    if type(key) is int and not len(rows):
+        raise IndexError(f"{x.original!r} has {x.pieces.shape[0]} rows, and none is {key}")
+    if x.pieces.dim == 0:
+        owners, rows = locate(x.pieces, rows, x.rank)
+        rows = rows[owners == x.rank]
+    mine[rows.to(mine.device)] = value
 
 
 def _check_of_one_rank(func: Any, given: Sequence[Any]) -> None:
@@ -215,58 +247,14 @@ def _given_away(x: Tensor, parameter: Any) -> Tensor:
     return x
 
 
-def _refused(func: Any, x: Any, how: str = "") -> UnsupportedError:
+def refused(func: Any, x: Any, how: str = "") -> UnsupportedError:
+    """The error for a call of which no rank can have the answer."""
     name = function_name(func)
     return UnsupportedError(
         f"{name} of {x.original!r}{how}: rank {x.rank} holds a piece of {tuple(local(Tensor.size, (x,), {}))}, of "
         f"{x.pieces.shape}. Take the whole, des.full_state_dict(module)[{x.original!r}], pin a form that leaves it "
         f"whole in plan= where an optimiser has to see it, or say that the piece is meant: {name}(des.local_tensor(x))"
     )
-
-
-_FILLS = "uniform_ normal_ random_ bernoulli_ exponential_ geometric_ cauchy_ log_normal_"
-
-
-RANDOM_FILLS = {getattr(Tensor, n) for n in _FILLS.split()}
-
-
-INITIALISERS: set[Any] = {
-    f
-    for n, f in vars(torch.nn.init).items()
-    if n.endswith("_") and not n.startswith("_") and n not in ("constant_", "zeros_", "ones_")
-}
-"""What `torch.nn.init` fills at random, or for the sizes of what it is given."""
-
-
-_EXTREMES = {"max": dist.ReduceOp.MAX, "amax": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "amin": dist.ReduceOp.MIN}
-
-
-_OF_ALL = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "any": dist.ReduceOp.MAX, "all": dist.ReduceOp.MIN}
-
-
-_WITHOUT_RANKS = "std var prod median nanmean nansum argmax argmin logsumexp softmax count_nonzero aminmax"
-
-
-REDUCTIONS = {
-    getattr(h, n): n for h in (torch, Tensor) for n in (*_EXTREMES, *_OF_ALL, *_WITHOUT_RANKS.split()) if hasattr(h, n)
-}
-"""By function, its name: along dimensions that are not cut each rank has the result of its piece."""
-
-
-_NAMES = """
-    numpy tolist item __array__ cumsum sort topk unique quantile histc dot vdot inner addmm mv einsum tensordot svd qr
-"""
-
-
-OF_THE_WHOLE = PRODUCTS | {getattr(h, n) for h in (torch, Tensor) for n in _NAMES.split() if hasattr(h, n)}
-"""What means nothing of a piece."""
-
-
-SPECIAL = (KEEPS | MOVES | TURNED | JOINS | NORMS | set(REDUCTIONS) | OF_THE_WHOLE | RANDOM_FILLS | INITIALISERS) | {
-    torch._foreach_norm,
-    torch._amp_foreach_non_finite_check_and_unscale_,
-}
-"""What is more than a call on what this rank holds."""
 
 
 def _reduced(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -293,30 +281,30 @@ def _reduced(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if dims is not None and not (isinstance(dims, tuple | list) and not dims):
         along = {d % len(x.pieces.shape) for d in (dims if isinstance(dims, tuple | list) else (dims,))}
         if x.pieces.dim in along:
-            raise _refused(func, x, f" along dimension {x.pieces.dim}, which is cut")
+            raise refused(func, x, f" along dimension {x.pieces.dim}, which is cut")
         return local(func, args, kwargs)
     matrix = func is torch.linalg.norm and order != 2 and len(x.pieces.shape) > 1
     if func in NORMS and not matrix and isinstance(order, int | float) and order > 0:
         return norms_of([x], float(order), kwargs.get("dtype"))[0]
     name = REDUCTIONS.get(func, "")
-    if name not in _EXTREMES and name not in _OF_ALL:
-        raise _refused(func, x)
+    if name not in EXTREMES and name not in OF_ALL:
+        raise refused(func, x)
     return _over_ranks(name, x, kwargs.get("dtype"))
 
 
 def _over_ranks(name: str, x: Any, dtype: torch.dtype | None) -> Tensor:
     """A sum, a mean or an extreme of all elements of the original. Collective."""
     own, shared = _parts(x)
-    if name in _EXTREMES:
+    if name in EXTREMES:
         identity = _identity(own.dtype, largest=name in ("min", "amin"))
         parts = [getattr(y, name.removeprefix("a"))() if y.numel() else own.new_tensor(identity) for y in (own, shared)]
     else:
         parts = [getattr(y, "sum" if name == "mean" else name)() for y in (own, shared)]
     total = parts[0].to(torch.uint8) if parts[0].dtype is torch.bool else parts[0].clone()
     x.runtime.meet_between_steps(f"{name} of {x.original!r}")
-    all_reduce(total, x.runtime.group, (_EXTREMES | _OF_ALL)[name]).wait()
+    all_reduce(total, x.runtime.group, (EXTREMES | OF_ALL)[name]).wait()
     total = total.to(parts[0])
-    if name in _EXTREMES:
+    if name in EXTREMES:
         total = getattr(torch.stack([total, parts[1]]), name.removeprefix("a"))()
     elif name in ("any", "all"):
         total = total | parts[1] if name == "any" else total & parts[1]
@@ -340,11 +328,11 @@ def _norms(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
     """Of each tensor of a list, of which some are pieces; one collective."""
     tensors, order, dtype = (*args, *((2, None)[len(args) - 1 :]))[:3]
     order, dtype = kwargs.get("ord", order), kwargs.get("dtype", dtype)
-    result = list(local(func, ([plain(x) for x in tensors], order), {"dtype": dtype}))
-    cut = [i for i, x in enumerate(tensors) if isinstance(x, Piece) and x.runtime is not None]
-    for i, norm in zip(cut, norms_of([tensors[i] for i in cut], float(order), dtype), strict=True):
-        result[i] = norm
-    return result
+    is_cut = [isinstance(x, Piece) and x.runtime is not None for x in tensors]
+    whole = [plain(x) for x, cut in zip(tensors, is_cut, strict=True) if not cut]
+    of_whole = iter(local(func, (whole, order), {"dtype": dtype}) if whole else ())
+    of_cut = iter(norms_of([x for x, cut in zip(tensors, is_cut, strict=True) if cut], float(order), dtype))
+    return [next(of_cut if cut else of_whole) for cut in is_cut]
 
 
 def norms_of(pieces: Sequence[Any], order: float, dtype: torch.dtype | None = None) -> list[Tensor]:

@@ -21,12 +21,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from descompiler.eager.held import COPIES, GIVES_PIECES, INITIALISERS, Whose, on_pieces, take_in_lists
+from descompiler.eager.elements import (
+    COPIES,
+    GIVES_PIECES,
+    INITIALISERS,
+    RANDOM,
+    SPECIAL,
+    changes_in_place,
+    is_local,
+)
+from descompiler.eager.held import Whose, on_pieces, refused, take_in_lists, tensors_among
 from descompiler.eager.piece import Piece, local, plain
 from descompiler.eager.rows import are_constants, of_batch
 from descompiler.errors import UnsupportedError
@@ -64,12 +74,13 @@ class PieceTransport(Protocol):
         """Come to a common call."""
 
 
-class Tracked(Tensor):
+class Tracked(Piece, Tensor):
     """An elementwise function of pieces, for reductions; it is cut as they are."""
 
-    pieces: Pieces
-    original: str
     exchange: PieceTransport
+    whose: Whose  # of what it gives away
+    runtime = property(lambda self: self.exchange.runtime)
+    rank = property(lambda self: self.exchange.runtime.rank)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -118,8 +129,24 @@ USES = {*BACKWARDS, *LOOKUPS, *PRODUCTS}
 """What uses a parameter, or names it, also where no graph is made."""
 
 
-NEVER_USES = GIVES_PIECES | COPIES | INITIALISERS
+NEVER_USES = GIVES_PIECES | COPIES | INITIALISERS | RANDOM
 """What uses none, also where a graph is made."""
+
+
+class Fetched(Tensor):
+    """Rows of a piece's original, asked for where no graph is made: a copy, where one process has a view."""
+
+    original: str
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if changes_in_place(func) and args and isinstance(args[0], Fetched):
+            raise UnsupportedError(
+                f"{function_name(func)} of rows of {args[0].original!r}: they are a copy, fetched from the ranks that "
+                "hold them, and a change of it is lost. Write the rows themselves, p[3] = 0 or p[:7] = 0, under "
+                "torch.no_grad(), or the whole, des.load_full_state_dict(module, state)"
+            )
+        return local(func, args, kwargs or {})
 
 
 class OfParameters(Tensor):
@@ -160,7 +187,7 @@ def weigh_outside(p: nn.Parameter, exchange: PieceTransport) -> None:
 def _in_users_code(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func in BACKWARDS:
         return local(func, args, kwargs)
-    tensors = _tensors_among(args, kwargs)
+    tensors = tensors_among((args, kwargs))
     if any(isinstance(x, SHARDED) for x in tensors):
         return _intercept(func, args, kwargs)
     own: list[Any] = [x for x in tensors if isinstance(x, WHOLE)]
@@ -214,9 +241,10 @@ def _intercept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return local(func, args, kwargs)
     if func in LOOKUPS:
         result = _fetched_lookup(func, args, kwargs)
-        if result is not NotImplemented:
-            return _looked_up(result, args, kwargs)
-        return _on_whole(func, args, kwargs)
+        found = _on_whole(func, args, kwargs) if result is NotImplemented else _looked_up(result, args, kwargs)
+        if func is Tensor.__getitem__ and isinstance(args[0], ShardedParameter) and not torch.is_grad_enabled():
+            return found if has_indices(args[1]) else _fetched(found, args[0].original)
+        return found
     if func in PRODUCTS:
         return _on_whole(func, args, kwargs)
     first: Any = args[0] if args else None
@@ -230,24 +258,33 @@ def _intercept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         result = local(func, *joined)
         if isinstance(result, Tensor) and result.shape == kind.shape:
             tracked = result.as_subclass(Tracked)
-            tracked.pieces, tracked.original, tracked.exchange = kind.pieces, kind.original, kind.exchange
+            tracked.pieces, tracked.original = kind.pieces, kind.original
+            tracked.exchange, tracked.whose = kind.exchange, kind.whose
             return tracked
     result = local(func, args, kwargs)
     tensors = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
-    if not any(x.grad_fn is not None for x in tensors):
-        return result  # sizes, dtypes, detached values: this rank's part
-    return _on_whole(func, args, kwargs)
+    if any(x.grad_fn is not None for x in tensors):
+        return _on_whole(func, args, kwargs)
+    made = any(all(x is not y for y in tensors_among((args, kwargs))) for x in tensors)
+    if func in SPECIAL or (made and not is_local(func)):  # what has no gradient, is not of each element
+        return on_pieces(func, args, kwargs)
+    return result  # sizes, dtypes: this rank's part
 
 
-def _tensors_among(args: Any, kwargs: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    torch.utils._pytree.tree_map_only(Tensor, found.append, (args, kwargs))
-    return found
+def has_indices(key: Any) -> bool:
+    """Whether indexing copies: by tensors or lists. By numbers and slices it is a view."""
+    return any(isinstance(k, Tensor | list | np.ndarray) for k in (key if isinstance(key, tuple) else (key,)))
+
+
+def _fetched(x: Tensor, original: str) -> Fetched:
+    result: Fetched = plain(x).as_subclass(Fetched)
+    result.original = original
+    return result
 
 
 def _common(args: Any, kwargs: Any) -> Any:
     """The piece that all tensors among the arguments are cut as; None if they are not (numbers may join)."""
-    cut: list[Any] = [x for x in _tensors_among(args, kwargs) if x.numel() != 1 or isinstance(x, SHARDED)]
+    cut: list[Any] = [x for x in tensors_among((args, kwargs)) if x.numel() != 1 or isinstance(x, SHARDED)]
     if all(isinstance(x, SHARDED) and x.pieces == cut[0].pieces and x.shape == cut[0].shape for x in cut):
         return cut[0]
     return None
@@ -265,7 +302,7 @@ def _beside_part(x: Any, part: Any) -> Any:
 
 def _looked_up(result: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What was fetched, which outside of the compiled method weighs as its outputs do if the ids are the batch's."""
-    tensors: list[Any] = _tensors_among(args, kwargs)
+    tensors: list[Any] = tensors_among((args, kwargs))
     exchange = next(x.exchange for x in tensors if isinstance(x, SHARDED))
     others = [x for x in tensors if not isinstance(x, (*SHARDED, *WHOLE))]
     if exchange.outside and any(of_batch(x, exchange.runtime, exchange.holds) for x in others):
@@ -310,6 +347,8 @@ def _on_whole(func: Any, args: Any, kwargs: Any) -> Any:
                 "part; only sums, means and norms over all its elements are computed from parts. Pin it: "
                 f"plan={{{x.original!r}: {fallback().name!r}}}"
             )
+        if isinstance(x, Piece):
+            raise refused(func, x)
         return x
 
     return func(*torch.utils._pytree.tree_map(gathered, args), **torch.utils._pytree.tree_map(gathered, kwargs))
