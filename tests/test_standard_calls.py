@@ -80,7 +80,7 @@ def by_mean(net):
         p.grad.mul_(1 / (1 + p.grad.abs().max() + p.grad.abs().mean() + p.grad.pow(2).sum()))
 
 
-CLIPPED = [("row_wise", False), ("column_wise", True), ("hot_rows", False)]
+CLIPPED = [("row_wise", False), ("column_wise", True), ("hot_rows", False), ("table_wise", False)]
 
 
 @pytest.mark.parametrize(("form", "in_place"), cases(itertools.product(FORMS, [False, True]), CLIPPED))
