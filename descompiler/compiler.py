@@ -18,9 +18,10 @@ from descompiler.emit.emit import Emitted
 from descompiler.errors import CaptureError, InputError, PlanError, step_of
 from descompiler.graph.program import Failure
 from descompiler.in_part import distribute_in_part, in_other_flags
-from descompiler.model.attributes import unregistered
+from descompiler.model.attributes import dotted, unregistered
 from descompiler.model.inputs import map_tensors
 from descompiler.model.probe import CALL, check_model
+from descompiler.model.stale import Stale
 from descompiler.module.deferred import DeferredModule
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.initial import initial_values
@@ -223,10 +224,10 @@ def distribute(
     for text in (None if operators else NO_OPERATORS, coverage.warning()):
         if text:
             ranks.warn(text)
-    if host is not None and program.written:
+    if host is not None and (names := [dotted(at) for at, x in captured.signature.sets if isinstance(x, Stale)]):
         ranks.warn(
-            f"{', '.join(program.written)}: the method that is compiled sets what its graph does not, so the "
-            "model's other methods find what was there before. Set it in a method that they call, or let it be a buffer"
+            f"{', '.join(names)}: the method that is compiled sets what its graph does not compute, so who reads it "
+            "afterwards gets an error. Return the value from the method, let it be a buffer, or set it where it is read"
         )
     values, buffers = initial_values(
         model, build.template, chosen.pieces, seed, build.device, ranks, in_place=host is not None

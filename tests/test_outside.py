@@ -184,21 +184,3 @@ def test_terms_that_are_added_up_in_turn_beside_one_row(on_ranks):
     found = on_ranks(_of_one_row, 2, copy.deepcopy(model))
     for grad in found:
         torch.testing.assert_close(grad, 2 * model.out.weight.detach())
-
-
-class Cached(Towers):
-    """Its prediction reads what forward left."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cache, self.is_fresh = None, False
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = super().forward(ids)
-        self.cache, self.is_fresh = x.detach(), True
-        return x
-
-
-def test_attributes_that_the_graph_does_not_set_are_named():
-    with pytest.warns(UserWarning, match="cache, is_fresh: the method that is compiled sets what its graph does not"):
-        des.compile(Cached(), (IDS[:, 0],), in_place=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from descompiler.capture.carried import carried_over, kept_by_leaves
 from descompiler.capture.checks import CannotRunError, check_reproduces, probe_values, program_in_float64, renew_leaves
 from descompiler.capture.leaves import trace_leaves, trace_whole
 from descompiler.capture.tracers import trace_dynamo, trace_export
@@ -26,7 +27,7 @@ from descompiler.errors import CaptureError, DescompilerError, InputError, Unsup
 from descompiler.graph.leaf import Leaf, LeafError
 from descompiler.graph.program import Failure, Program
 from descompiler.graph.rewrite import Pass, run_passes
-from descompiler.model.attributes import Place, left_behind, reads_of, set_attributes, set_by_forward
+from descompiler.model.attributes import Place, left_behind, reads_of, set_attributes
 from descompiler.model.calls import Signature, example_call, parameters_of
 from descompiler.model.float64 import InDouble
 from descompiler.model.inputs import ArgumentPath, flatten, leaf_paths, no_batch, split_statics
@@ -41,6 +42,7 @@ from descompiler.model.probe import (
     run_eager,
     updated_arguments,
 )
+from descompiler.model.stale import set_by_forward
 
 RUNGS: tuple[tuple[str, Callable[[Flat, list[Tensor], nn.Module], Program]], ...] = (
     ("export", trace_export),
@@ -242,7 +244,7 @@ def capture(
         raise InputError(
             f"the model can't run example_inputs ({type(error).__name__}: {error}{where}); pass what its forward takes"
         ) from error
-    left, written = tuple(left_behind(probe.model)), tuple(set_by_forward(template, probe.model))
+    left, written = tuple(left_behind(probe.model)), set_by_forward(template, probe.model)
     assert probe.out_spec is not None  # from the eager run: export undoes what forward writes to its module
     probe.updates = updates = updated_arguments(probe, double_all(tensors))
     parameters = parameters_of(template, method)
@@ -250,6 +252,14 @@ def capture(
     signature = Signature(spec, *returned, updates, leaf_paths(call), parameters)
     _refuse_rows_elsewhere(probe, double_all(tensors))
     _refuse_numbers(signature, probe, double_all(other_batch(tensors)))
+
+    def fresh() -> Flat:
+        return _in_double(flat(double=True)) if probe.arithmetic is InDouble else flat(double=True)
+
+    sets, carried = carried_over(fresh, double_all(tensors), written)
+    signature = replace(signature, sets=sets)
+    if carried:
+        raise CaptureError(carried, tuple(Failure(rung, carried) for rung, _ in RUNGS))
     failures: list[Failure] = []
     for rung, trace in RUNGS:
         try:
@@ -273,6 +283,8 @@ def capture(
             with used.arithmetic():
                 classify(checked, partial(probe_values, checked, used), batches[0], trained)
             _check_leaves(checked)
+            if carried := kept_by_leaves(checked, fresh, double_all(tensors)):
+                raise LeafError(carried)
         except LeafError as error:
             failures.append(Failure(rung, str(error)))
             continue
@@ -281,6 +293,6 @@ def capture(
         for n in program.graph.nodes:
             n.meta.update({k: x for k, x in metas[n.name].items() if k in JUDGED})
         program = replace(program, rung=rung, failures=tuple(failures))
-        program = replace(program, left_behind=left, written=written, reads=reads)
+        program = replace(program, left_behind=left, reads=reads)
         return program, signature
     raise CaptureError("\n".join([NOT_CAPTURED, *(f"  {f}" for f in failures)]), tuple(failures))

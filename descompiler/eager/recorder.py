@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from descompiler.cost_models.table import Table
 from descompiler.errors import InputError, UnsupportedError
+from descompiler.model.attributes import Place, plain_attributes, set_attributes
 from descompiler.model.float64 import InDouble, is_double_meant, widen
 from descompiler.model.inputs import flatten, map_tensors, split_statics
 from descompiler.model.probe import call_of, materialise
@@ -134,6 +135,8 @@ class Runs:
     def __init__(self, template: nn.Module, inputs: Any, method: str):
         self.method = method
         self._watched: list[str] = []
+        self.counters: list[Place] = []  # numbers of modules that are ``as_if`` when a run begins
+        self.as_if: int | float = 0
         tensors, _ = split_statics(flatten(inputs)[0])
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self._double_meant = is_double_meant()
@@ -153,6 +156,7 @@ class Runs:
     def _begin(self, template: nn.Module, inputs: Any) -> Recorder:
         self.model = materialise(template, self.device, double=True)
         self._state: Mapping[str, Tensor] = {n: b.clone() for n, b in self.model.named_buffers()}
+        self._numbers = plain_attributes(self.model)
         recorder = Recorder(self.model, skip_norms=False)
         try:
             with saved_tensors_hooks(recorder.keep, lambda x: x):
@@ -168,6 +172,11 @@ class Runs:
         left = dict(self.model.named_buffers())
         return [*outputs, *(left[n].clone() for n in self._watched)], recorder
 
+    def changed_numbers(self) -> list[Place]:
+        """Numbers of modules that the latest run changed."""
+        now = plain_attributes(self.model)
+        return [at for at, x in now.items() if _counts(x, self._numbers.get(at)) and x != self._numbers[at]]
+
     def watch_buffers(self) -> list[str]:
         """Watch the buffers that the latest run left otherwise than it found them; their names."""
         self._watched = [n for n, b in self.model.named_buffers() if not equal(b, self._state[n])]
@@ -176,12 +185,21 @@ class Runs:
     def _run(self, inputs: Any, recorder: Recorder) -> list[Tensor]:
         for n, b in self.model.named_buffers():
             b.copy_(self._state[n])
+        before = self._numbers | dict.fromkeys(self.counters, self.as_if)
+        # every rank counts alike; None may be tensors by now, and those are of its rows
+        set_attributes(
+            self.model, {at: before[at] for at, x in plain_attributes(self.model).items() if _counts(x, before.get(at))}
+        )
         inputs = map_tensors(torch.clone, inputs)  # forward may change them in place, or what holds them
         arithmetic: AbstractContextManager[Any] = InDouble() if self._double_meant else nullcontext()
         with seeded(11, self.device) as has_drawn, arithmetic, recorder:
             out = call_of(self.model, self.method)(*inputs[0], **inputs[1])
             recorder.random = has_drawn()
         return split_statics(flatten(out)[0])[0]
+
+
+def _counts(x: Any, before: Any) -> bool:
+    return isinstance(x, int | float) and isinstance(before, int | float)
 
 
 def in_float64(inputs: Any) -> Any:

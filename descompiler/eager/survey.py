@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from descompiler.capture.carried import AS_IF
 from descompiler.capture.checks import CAPTURE_TOLERANCE, relative_error
 from descompiler.classify.decisions import Decisions, decides_for_others
 from descompiler.eager.recorder import Runs, Use, in_float64
 from descompiler.errors import UnsupportedError
-from descompiler.model.attributes import held_tensors
+from descompiler.model.attributes import Place, dotted, held_tensors
 from descompiler.model.folded import has_own_values
 from descompiler.model.inputs import flatten, knows_rows, normalise_inputs, split_statics, take_rows
 from descompiler.model.probe import CALL, method_of
@@ -81,7 +82,7 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
     sizes = {t.shape[0] if t.dim() else None for t in tensors}
     whole, without_dropout = run(double, skip_norms=True)
     random = without_dropout.random
-    kept = run.watch_buffers()
+    kept, counters = run.watch_buffers(), run.changed_numbers()
 
     def found(outputs: tuple[str, ...], rows: int, **more: Any) -> Survey:
         of_a_row = -(-run.first.kept // max(rows, 1))
@@ -112,6 +113,8 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
         coupled = "forward draws random numbers for the whole batch"
     elif reason := _decides_for_others(double, rows, run, every):
         coupled = f"forward decides for all rows by {reason}"
+    elif not all(_same_later(double, rows, run, every, counters, value) for value in AS_IF):
+        coupled = f"what forward does depends on how often it was called ({', '.join(map(dotted, counters))})"
     else:
         return found(kinds, rows)
     if len(sizes) != 1 or None in sizes:
@@ -124,6 +127,17 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
     row_bytes = sum(x[0].numel() * x.element_size() for x in originals)
     outputs = _of_the_whole(double, rows, kinds, lambda x: run(x, skip_norms=True)[0][: len(whole)])
     return found(outputs, rows, coupled=coupled, input_bytes=row_bytes)
+
+
+def _same_later(inputs: Any, rows: int, run: Runs, kinds: Sequence[str], counters: Sequence[Place], value: int) -> bool:
+    """Whether outputs are what they are now when forward has counted so far."""
+    if not counters:
+        return True
+    run.counters, run.as_if = list(counters), value
+    try:
+        return _output_kinds(inputs, rows, lambda x: run(x, skip_norms=True)[0], lambda: _renew(run.model)) == kinds
+    finally:
+        run.counters = []
 
 
 def _of_the_whole(inputs: Any, rows: int, kinds: Sequence[str], run: Any) -> tuple[str, ...]:

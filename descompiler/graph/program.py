@@ -57,8 +57,6 @@ class Program:
         The tracers that were tried before, and why they failed.
     left_behind : tuple of str
         Attributes of the model in which its forward leaves values with a history; the graph does not.
-    written : tuple of str
-        Attributes of the model that its forward sets; the graph sets none.
     reads : frozenset of (str, str)
         Numbers and flags that forward reads: a module's path, and its attribute's name. The graph has their values.
     guards : tuple of sympy.Basic
@@ -76,7 +74,6 @@ class Program:
     rung: str = ""
     failures: tuple[Failure, ...] = ()
     left_behind: tuple[str, ...] = ()
-    written: tuple[str, ...] = ()
     reads: frozenset[Place] = frozenset()
     guards: tuple[sympy.Basic, ...] = ()
 

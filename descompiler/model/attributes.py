@@ -64,32 +64,6 @@ def left_behind(model: nn.Module) -> list[str]:
     ]
 
 
-def set_by_forward(before: nn.Module, after: nn.Module) -> list[str]:
-    """Plain attributes that a copy's forward has set: numbers, flags and tensors that are new, or others than before.
-
-    >>> module, run = nn.Linear(1, 1), nn.Linear(1, 1)
-    >>> module.cache, run.cache, run.seen = None, torch.zeros(1), True
-    >>> set_by_forward(module, run)
-    ['cache', 'seen']
-    """
-    found, modules = [], dict(before.named_modules())
-    for path, module in after.named_modules():
-        held = vars(modules[path]) if path in modules else {}
-        for name, x in vars(module).items():
-            if name in BARE or not isinstance(x, (*PLAIN, Tensor)):
-                continue
-            was = held.get(name, BARE)
-            if isinstance(x, Tensor) and isinstance(was, Tensor):
-                same = x.shape == was.shape and (
-                    was.is_meta or x.layout is not torch.strided or torch.equal(x.to(was), was)
-                )
-            else:
-                same = type(x) is type(was) and x == was
-            if not same:
-                found.append(dotted((path, name)))
-    return found
-
-
 def held_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Tensors that are plain attributes themselves: module, name, tensor."""
     for module in model.modules():
@@ -223,6 +197,7 @@ class AttributeWatch:
         self.model, self.before = model, plain_attributes(model)
         self.places: set[Place] = set()
         self._held: list[tuple[dict[str, Any], Place]] = []
+        self.set_here: dict[Place, Any] = {}  # in the original's place: no graph depends on it
 
     def add(self, places: Collection[Place]) -> bool:
         """Watch these too; whether any is new."""
@@ -230,6 +205,12 @@ class AttributeWatch:
         self.places.update(new)
         self._held += [(vars(self.model.get_submodule(path)), (path, name)) for path, name in new]
         return bool(new)
+
+    def set(self, values: Sequence[tuple[Place, Any]]) -> None:
+        """Set attributes as forward does in the original; what a graph reads does not depend on them."""
+        if values:
+            set_attributes(self.model, dict(values))
+            self.set_here |= dict(values)
 
     def changes(self) -> tuple[tuple[Place, Any], ...]:
         """What has another value now.
@@ -242,6 +223,8 @@ class AttributeWatch:
         found = []
         for held, at in self._held:
             x = held.get(at[1])
+            if at in self.set_here and x is self.set_here[at]:
+                continue
             if not isinstance(x, PLAIN):
                 raise UnsupportedError(
                     f"{dotted(at)} was {self.before[at]!r} when the model was compiled, and is a {type(x).__name__} "

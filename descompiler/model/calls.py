@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from descompiler.errors import InputError
+from descompiler.model.attributes import Place
 from descompiler.model.batch_size import BatchSize, check_is_rows
 from descompiler.model.inputs import (
     ArgumentPath,
@@ -125,6 +126,7 @@ class Signature:
     ``statics`` and ``output_statics`` hold the leaves that are no tensors, by position, `Ellipsis` where a tensor goes;
     a `BatchSize` among them is each call's own.
     ``updates`` is where forward replaces tensors of its arguments; the new ones follow the tensors that it returns.
+    ``sets`` is what forward leaves on its modules, by module and name: flags, and `Stale` for what no graph computes.
     ``paths`` is where each leaf is, and ``parameters`` are forward's, if keyword and positional are one call.
     """
 
@@ -135,6 +137,7 @@ class Signature:
     updates: tuple[ArgumentPath, ...] = ()
     paths: tuple[str, ...] = ()
     parameters: inspect.Signature | None = None
+    sets: tuple[tuple[Place, Any], ...] = ()
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Tensor leaves of a call as the example's, in the order of the graph's inputs.

@@ -152,6 +152,8 @@ class DistributedModule(StandardCalls, nn.Module):
         self._planned = emitted.planned
         outputs = self._noticing(self._finishing(outputs) if self._in_place else outputs, emitted.outputs)
         emitted.signature.update(args, kwargs, outputs)
+        if self._attributes is not None:
+            self._attributes.set(emitted.signature.sets)
         return emitted.signature.unflatten(outputs)
 
     def _begin(self, emitted: Emitted) -> None:
