@@ -29,6 +29,7 @@ from descompiler.model.attributes import AttributeWatch, Place
 from descompiler.model.calls import Signature
 from descompiler.model.kept import copies_of
 from descompiler.model.kinds import Kinds
+from descompiler.module.contents import Contents
 from descompiler.module.parts import Parts, UsersForward
 from descompiler.module.sizes import SAMPLE_ROWS, Programs, Sized, Sizes, begin_again
 from descompiler.module.standard import StandardCalls, watch_loading
@@ -80,8 +81,10 @@ class DistributedModule(StandardCalls, nn.Module):
         self._used = self._told = Used()  # of the outputs of the forward that runs, and of the latest one
         self._reducer: Reducer | None = None
         self._reducer_key: Any = None
+        self._reduced: dict[str, nn.Parameter] = {}  # of the latest step, by the reducer
         parts.fill(self)
-        runtime.wire_dtype, self._dtypes = widest(self.parameters()), self._dtypes_now()
+        self._latest: Contents | None = None
+        runtime.wire_dtype, self._dtypes = widest(self.parameters()), self._now().moment().dtypes
         self._attributes = AttributeWatch(host) if self._in_place and host is not None else None
         self._gradients = GradientSync(runtime, in_part=not self.predicts_traffic)
         me = weakref.ref(self)
@@ -130,8 +133,8 @@ class DistributedModule(StandardCalls, nn.Module):
             changes = self._changes()  # of what the program is known to read by now
             runtime.call = self._call_of(changes).with_sizes(self._given.sizes)
             runtime.layout, runtime.checks, runtime.accepts = emitted.layout, emitted.checks, emitted.accepts
-            runtime.device = next(self.parameters()).device
-            if (dtypes := self._dtypes_now()) != self._dtypes:
+            runtime.device = next(iter(self._now().parameters.values())).device
+            if (dtypes := self._now().moment().dtypes) != self._dtypes:
                 self._cast(dtypes, emitted)
             self._begin(emitted)
             try:
@@ -165,9 +168,11 @@ class DistributedModule(StandardCalls, nn.Module):
         runtime.seen = {}
         self._used = Used(trained and bool(emitted.layout.of(UsedOutputs)), emitted.behind, runtime.seen)
 
-    def _dtypes_now(self) -> tuple[torch.dtype, ...]:
-        """Of the parameters that may be trained."""
-        return tuple(p.dtype for p in self.parameters() if differentiable(p))
+    def _now(self) -> Contents:
+        """What this module holds."""
+        if self._latest is None or not self._latest.is_current():
+            self._latest = Contents(self, self._flags)
+        return self._latest
 
     def _cast(self, dtypes: tuple[torch.dtype, ...], emitted: Emitted) -> None:
         """The parameters are of other dtypes now: other bytes cross, and the plan says so."""
@@ -180,13 +185,18 @@ class DistributedModule(StandardCalls, nn.Module):
 
     def _call_of(self, changes: Sequence[tuple[Place, Any]]) -> Call:
         """Which program this forward runs."""
-        given = () if self._given is None else self._given.told
-        said = repr((changes, given)).encode()  # a program is another one for inputs of other dtypes
-        number = zlib.crc32(bytes((*self._training_flags(), *self._trained())) + said)
-        name = ", ".join(["training" if self.training else "evaluation", self._gradients_mode(), *given])
-        if changes and self._attributes is not None:
-            name += f", {self._attributes.told(changes)}"
-        return Call(Kind.PROGRAM, 2 * number + torch.is_grad_enabled(), name)
+        given, grads = () if self._given is None else self._given.told, torch.is_grad_enabled()
+        moment = self._now().moment()
+        key = repr((changes, given, grads))  # a program is another one for inputs of other dtypes
+        of, call = moment.known.get("call", ("", Call()))
+        if of != key:
+            number = zlib.crc32(bytes((*moment.flags, *self._trained())) + repr((changes, given)).encode())
+            name = ", ".join(["training" if self.training else "evaluation", self._gradients_mode(), *given])
+            if changes and self._attributes is not None:
+                name += f", {self._attributes.told(changes)}"
+            call = Call(Kind.PROGRAM, 2 * number + grads, name)
+            moment.known["call"] = key, call
+        return call
 
     def _users_forward(self, error: CaptureError) -> UsersForward:
         """What runs the user's own forward, where the graph for these training flags was not captured.
@@ -222,7 +232,7 @@ class DistributedModule(StandardCalls, nn.Module):
     def _noticing(self, outputs: Sequence[Tensor], rows: Sequence[Rows | None]) -> list[Tensor]:
         """The outputs, so that ranks agree which gradients a backward is asked for; ``rows``: of each."""
         me, r = weakref.ref(self), self._runtime
-        parameters = lambda: [] if (module := me()) is None else list(module.named_parameters())  # noqa: E731
+        parameters = lambda: [] if (module := me()) is None else [*module._now().parameters.items()]  # noqa: E731
         used, self._used = self._used, Used()  # what it has of this forward is the graph's
         used.divided = self._divided
         if not used.ends:
@@ -252,8 +262,8 @@ class DistributedModule(StandardCalls, nn.Module):
             return module(self._runtime, *values)
 
     def _values(self, emitted: Emitted, sources: Sequence[Source], tensors: Sequence[Tensor] = ()) -> list[Tensor]:
-        parameters = dict(self.named_parameters(remove_duplicate=False))
-        buffers = dict(self.named_buffers(remove_duplicate=False))
+        now = self._now()
+        parameters, buffers = now.every_parameter, now.every_buffer
         self._used.watch_hooks(tensors)
         queue = iter(self._runtime.inputs(tensors))
         values = []
@@ -299,7 +309,8 @@ class DistributedModule(StandardCalls, nn.Module):
 
     def _trained(self) -> list[bool]:
         """By parameter, whether this forward's backward gives it a gradient: the same on every rank."""
-        return [torch.is_grad_enabled() and p.requires_grad for p in self.parameters()]
+        trained = self._now().moment().trained
+        return trained if torch.is_grad_enabled() else [False] * len(trained)
 
     def _gradients_mode(self) -> str:
         if not torch.is_grad_enabled():
@@ -307,8 +318,7 @@ class DistributedModule(StandardCalls, nn.Module):
         return f"gradients on, {self._trained().count(False)} parameters frozen"
 
     def _training_flags(self) -> tuple[bool, ...]:
-        modules = dict(self.named_modules(remove_duplicate=False))
-        return tuple(modules[name].training for name in self._flags)
+        return self._now().moment().flags
 
     def _sized(self, sample: Sequence[Tensor] | None = None) -> Sized:
         found = self._program_now(sample)
@@ -321,11 +331,14 @@ class DistributedModule(StandardCalls, nn.Module):
         return () if self._attributes is None else self._attributes.changes()
 
     def _program_now(self, sample: Sequence[Tensor] | None) -> Sized:
-        flags, changes = self._training_flags(), self._changes()
-        held = {n: x.dtype for n, x in (*self.named_parameters(), *self.named_buffers())}
-        thawed = tuple(n for n, p in self.named_parameters() if p.requires_grad and n in self._frozen)
+        now, changes = self._now(), self._changes()
+        moment = now.moment()
+        if "thawed" not in moment.known:
+            known = zip(now.parameters, moment.trained, strict=True)
+            moment.known["thawed"] = tuple(n for n, trained in known if trained and n in self._frozen)
+        flags, thawed = moment.flags, moment.known["thawed"]
         given = self._given and (self._given.dtypes, self._given.called, self._given.trained)
-        key = flags, tuple(held.values()), thawed, changes, given
+        key = flags, moment.held, thawed, changes, given
 
         def make() -> Emitted:
             assert self._program_for is not None
@@ -335,24 +348,33 @@ class DistributedModule(StandardCalls, nn.Module):
                     "value. A buffer may change without that"
                 )
             training = dict(zip(self._flags, flags, strict=True))
+            held = dict(zip((*now.parameters, *now.buffers), moment.held, strict=True))
             return self._program_for(training, held, thawed, changes, self._given, sample)
 
         return self._programs.get(key, self._given, make)
 
     def _replicas(self, program: Emitted) -> dict[str, nn.Parameter]:
         """The parameters whose gradients the reducer averages: whole on every rank, trained, and used."""
-        pieces, splits = self.plan.pieces, self.plan.splits
-        used = {s.name for s in program.sources if s.kind == "parameter"} - program.untrained
-        gathered = {n for n, s in splits.items() if s.gathered}
-        return {
-            n: p
-            for n, p in self.named_parameters()
-            if p.requires_grad and n in used and n not in gathered and pieces[n].is_replicated
-        }
+        now = self._now()
+        moment = now.moment()
+        of, replicas = moment.known.get("replicas", (None, {}))
+        if of is not program:
+            pieces, splits = self.plan.pieces, self.plan.splits
+            used = {s.name for s in program.sources if s.kind == "parameter"} - program.untrained
+            gathered = {n for n, s in splits.items() if s.gathered}
+            replicas = {
+                n: p
+                for (n, p), trained in zip(now.parameters.items(), moment.trained, strict=True)
+                if trained and n in used and n not in gathered and pieces[n].is_replicated
+            }
+            moment.known["replicas"] = program, replicas
+        return replicas
 
     def _reducer_of(self, program: Emitted) -> Reducer | None:
         """The reducer of replicated parameters' gradients, made anew when parameters changed under it."""
         replicas = self._replicas(program)
+        if self._reducer is not None and self._reduced is replicas:
+            return self._reducer
         if not replicas:  # users freeze them
             return None
         key = tuple((n, id(p), p.dtype, p.device) for n, p in replicas.items())
@@ -363,6 +385,7 @@ class DistributedModule(StandardCalls, nn.Module):
             # its own group: its all-reduces run in any order with respect to the exchange
             self._reducer = Reducer(self._runtime, self._runtime.channels.reducer, replicas)
             self._reducer_key = key
+        self._reduced = replicas
         return self._reducer
 
     # ---- copies
