@@ -332,7 +332,7 @@ LOSES = {
     "indices": lambda p: p.grad.index_add_(0, torch.tensor([1]), torch.ones(1, p.shape[1])),
     "elements": lambda p: p.grad[p.grad > 0],
     "elements of the parameter": lambda p: p[p > 0],
-    "an answer": lambda p: torch.equal(p.grad, p.grad),
+    "an answer": lambda p: torch.equal(p.grad, torch.ones(1)),
     "the largest of lists": lambda p: torch._foreach_max([p.grad]),
     "noise in data": lambda p: p.data.normal_(),
     "noise": torch.randn_like,
@@ -344,8 +344,9 @@ LOSES = {
 @pytest.mark.parametrize("form", ["row_wise", "column_wise"])
 def test_what_is_not_known_to_go_element_by_element_is_refused(form, on_ranks):
     """And numbers are put into the original's rows, not into those of each piece."""
-    for written, lost in on_ranks(_rows_of_pieces, 2, form):
+    for written, lost, answers in on_ranks(_rows_of_pieces, 2, form):
         assert written == dict.fromkeys(WRITES, 0.0)
+        assert answers == [True, False, False, True], "of all ranks, though only one has another row"
         assert all("p[3] = 0" in e or "des.local_tensor" in e for e in lost.values()), lost
 
 
@@ -359,8 +360,13 @@ def _rows_of_pieces(rank, ranks, form):
                 write(net.item.weight)
         written[name] = float((des.full_state_dict(module)["item.weight"] - reference.item.weight).abs().max())
     module(IDS[rows_of(rank)]).sum().backward()
+    p = module.item.weight
+    before = p.detach().clone()
+    answers = [torch.equal(p, before)]
     with torch.no_grad():
-        return written, {n: raised(functools.partial(f, module.item.weight)) for n, f in LOSES.items()}
+        p[3] = 9.0
+        answers += [torch.equal(before, p), torch.allclose(p, before), torch.allclose(p, before, atol=99.0)]
+        return written, {n: raised(functools.partial(f, p)) for n, f in LOSES.items()}, answers
 
 
 @pytest.mark.parametrize(("form", "in_place"), [("row_wise", False), ("column_wise", True)])

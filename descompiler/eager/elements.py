@@ -107,6 +107,10 @@ _NAMES = """
 """
 
 
+COMPARES = _of_torch("equal allclose")
+"""What has one answer of two tensors, which is every rank's where they are cut alike."""
+
+
 OF_THE_WHOLE = PRODUCTS | _of_torch(_NAMES)
 """What means nothing of a piece."""
 

@@ -27,6 +27,7 @@ from torch.optim.optimizer import _foreach_supported_types as _of_optimizers
 from torch.utils._foreach_utils import _foreach_supported_types
 
 from descompiler.eager.elements import (
+    COMPARES,
     EXTREMES,
     GIVES_PIECES,
     INITIALISERS,
@@ -142,6 +143,8 @@ def on_pieces(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise refused(func, pieces[0], ", reshaped" if pieces[0].is_moved else "")
     if of_all:
         return _reduced(func, args, kwargs)
+    if func in COMPARES and len(pieces) == 2 and all(_alike(x, pieces[0]) for x in pieces):
+        return _all_agree(func, args, kwargs)
     if pieces[0].runtime is not None and (func in OF_THE_WHOLE or func in INITIALISERS or func in RANDOM):
         raise refused(func, pieces[0])
     if func is Tensor.__setitem__:
@@ -210,6 +213,19 @@ def _set_rows(x: Any, key: Any, value: Any) -> None:
         owners, rows = locate(x.pieces, rows, x.rank)
         rows = rows[owners == x.rank]
     mine[rows.to(mine.device)] = value
+
+
+def _alike(x: Any, other: Any) -> bool:
+    return x.runtime is not None and x.runtime is other.runtime and x.pieces == other.pieces and not x.is_moved
+
+
+def _all_agree(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether two tensors that are cut alike are equal, or close, on every rank. Collective."""
+    x = next(x for x in tensors_among((args, kwargs)) if isinstance(x, Piece))
+    mine = torch.tensor([local(func, args, kwargs)], dtype=torch.uint8, device=plain(x).device)  # type: ignore[arg-type]
+    x.runtime.meet_between_steps(f"{function_name(func)} of {x.original!r}")  # type: ignore[union-attr]
+    all_reduce(mine, x.runtime.group, dist.ReduceOp.MIN).wait()  # type: ignore[union-attr]
+    return bool(mine)
 
 
 def _check_of_one_rank(func: Any, given: Sequence[Any]) -> None:

@@ -19,6 +19,7 @@ from descompiler.classify.scope import scope_of, trained_parameters
 from descompiler.emit.emission import Emission, Version
 from descompiler.emit.outside import OutsideEmitter
 from descompiler.emit.region import RegionEmitter
+from descompiler.emit.together import look_up_together
 from descompiler.graph.nodes import Source, aten
 from descompiler.graph.rewrite import ancestors, descendants, eliminate_dead_code
 from descompiler.layout.id_checks import Check
@@ -126,6 +127,9 @@ def emit(partition: Partition, rank: int) -> Emitted:
     if inside:
         region.reach_unread(looked_up)
     _reach_fetches(e, [scope_of(o).grad for o in outputs])
+    held = zip([n for n in e.graph.nodes if n.op == "placeholder"][1:], e.sources, strict=True)
+    weights = {n: program.parameters[s.name] for n, s in held if s.kind == "parameter"}
+    look_up_together(e.graph, lambda n: (weights[n].dtype, weights[n].shape[1:]) if n in weights else n)
     e.graph.lint()
     rows = tuple(scope_of(o).rows for o in outputs)
     module = fx.GraphModule(torch.nn.Module(), e.graph)

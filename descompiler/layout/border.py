@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +50,23 @@ class Entry:
     def width(self, rank: int) -> int:
         """Ids per row that go to ``rank``."""
         return at(self.widths, rank, 0)
+
+
+class Part(NamedTuple):
+    """What one rank gets of an entry: its columns of ``tail``, ``width`` ids of each row."""
+
+    entry: int
+    columns: list[int] | None
+    width: int
+    tail: tuple[int, ...]
+
+
+def parts_on(entries: Sequence[Entry], rank: int) -> tuple[Part, ...]:
+    """What ``rank`` gets of some entries; those that it gets nothing of are left out."""
+    columns = ((i, e, e.columns_on(rank)) for i, e in enumerate(entries))
+    return tuple(
+        Part(i, None if c is None else list(c), e.width(rank), e.tail_on(rank)) for i, e, c in columns if c != ()
+    )
 
 
 @dataclass(frozen=True)

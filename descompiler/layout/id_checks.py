@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,3 +49,24 @@ class Check:
             f"{name}: id {int(ids[tuple(bad)])} in row {bad[0]} of the batch (position {bad}) is not in {limits}; "
             "check the vocabulary size or the preprocessing"
         )
+
+
+def are_in_range(checks: Sequence[Check], ids: Sequence[Tensor]) -> bool:
+    """Whether ids of one shape and dtype, of tables without fields, are all right: one look at all of them.
+
+    False says nothing: `Check.problem` looks at each.
+
+    >>> checks = [Check("user", 3), Check("item", 5)]
+    >>> are_in_range(checks, [torch.tensor([0, 2]), torch.tensor([4, 0])])
+    True
+    >>> are_in_range(checks, [torch.tensor([0, 3]), torch.tensor([4, 0])])
+    False
+    """
+    if len(ids) < 2 or not ids[0].numel() or any(c.starts is not None for c in checks):
+        return False
+    shape, dtype = ids[0].shape, ids[0].dtype
+    if dtype not in (torch.int64, torch.int32) or any(x.shape != shape or x.dtype is not dtype for x in ids):
+        return False
+    together = torch.stack(list(ids)).reshape(len(ids), -1)
+    rows = torch.tensor([c.rows for c in checks], device=together.device)
+    return not bool(((together < 0) | (together >= rows[:, None])).any())

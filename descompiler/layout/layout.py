@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from descompiler.layout.border import Entry, Exit, IdsIn, ValuesOut
+from descompiler.layout.border import Entry, Exit, IdsIn, Part, ValuesOut, parts_on
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import CoupledValues, Whole, WholeTables
 from descompiler.layout.pieces import ALL
@@ -47,6 +47,16 @@ class Layout:
     def entries(self) -> tuple[Entry, ...]:
         """Ids that enter the region."""
         return tuple(e for t in self.of(IdsIn) for e in t.entries)
+
+    @cached_property
+    def _parts(self) -> dict[int, tuple[Part, ...]]:
+        return {}
+
+    def parts_on(self, rank: int) -> tuple[Part, ...]:
+        """What ``rank`` gets of the ids that enter; asked in each step, and found once."""
+        if rank not in self._parts:
+            self._parts[rank] = parts_on(self.entries, rank)
+        return self._parts[rank]
 
     @cached_property
     def exits(self) -> tuple[Exit, ...]:

@@ -38,11 +38,39 @@ def lookup_rows(weight: Tensor, ids: Tensor, start: int, padding_idx: int = -1, 
     Only owned rows are selected: a masked lookup of some other row would leave entries in sparse gradients, and
     optimisers such as SparseAdam move every row that has one.
     """
-    position = ids - start
-    owned = torch.nonzero(((position >= 0) & (position < weight.shape[0])).reshape(-1)).squeeze(1)
-    rows = lookup(weight, position.reshape(-1)[owned], padding_idx, sparse)
-    out = weight.new_zeros((ids.numel(), weight.shape[1])).to(rows.dtype).index_copy(0, owned, rows)
-    return out.reshape(*ids.shape, weight.shape[1])
+    return lookups_rows([weight], [ids], [start], [padding_idx], sparse)[0]
+
+
+def lookups_rows(
+    weights: Sequence[Tensor], ids: Sequence[Tensor], starts: Sequence[int], paddings: Sequence[int], sparse: bool
+) -> list[Tensor]:
+    """`lookup_rows` of several tables, of one dtype and as many columns, as one operator.
+
+    >>> table = torch.arange(6.0).reshape(3, 2)
+    >>> lookups_rows([table, table], [torch.tensor([1, 4]), torch.tensor([4])], [0, 3], [-1, -1], sparse=False)
+    [tensor([[2., 3.],
+            [0., 0.]]), tensor([[2., 3.]])]
+    """
+    device, dim = ids[0].device, weights[0].shape[1]
+    sizes = [x.numel() for x in ids]
+    limits = torch.tensor([starts, [w.shape[0] for w in weights]], device=device)
+    if len(ids) > 1 and len(set(sizes)) > 1:  # a start and a number of rows for each id
+        limits = limits.repeat_interleave(torch.tensor(sizes, device=device), dim=1)
+    flat = [x if x.ndim == 1 else x.reshape(-1) for x in ids]
+    position = (flat[0] if len(flat) == 1 else torch.cat(flat)).reshape(limits.shape[1], -1) - limits[0][:, None]
+    owned = ((position >= 0) & (position < limits[1][:, None])).reshape(-1)
+    index = owned.nonzero().squeeze(1)
+    own = position.reshape(-1)[index]
+    if len(weights) == 1:
+        rows = lookup(weights[0], own, paddings[0], sparse)
+    else:
+        # of each table, how many ids are owned: those up to its last id
+        ends = torch.tensor(sizes, device=device).cumsum(0)
+        counts = torch.searchsorted(index, ends).diff(prepend=ends.new_zeros(1)).tolist()
+        parts = zip(weights, own.split(counts), paddings, strict=True)
+        rows = torch.cat([lookup(w, x, p, sparse) for w, x, p in parts])
+    out = rows.new_zeros((owned.shape[0], dim)).index_copy_(0, index, rows)
+    return [x.reshape(*i.shape, dim) for x, i in zip(out.split(sizes) if len(ids) > 1 else [out], ids, strict=True)]
 
 
 def bag_rows(

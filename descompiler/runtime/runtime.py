@@ -19,7 +19,7 @@ from torch import Tensor
 from descompiler.layout.border import IdsIn, ValuesOut
 from descompiler.layout.fetches import Counts
 from descompiler.layout.global_values import GatherRows, NormsInside, SumTerms, WholeTables
-from descompiler.layout.id_checks import Check
+from descompiler.layout.id_checks import Check, are_in_range
 from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows
 from descompiler.layout.step import StepHeader
@@ -94,6 +94,8 @@ class Runtime(Agreement):
 
     def problem(self, ids: Sequence[Tensor]) -> str | None:
         """Why ids are wrong, or None."""
+        if are_in_range(self.checks, ids):
+            return None
         return next(filter(None, (c.problem(i) for c, i in zip(self.checks, ids, strict=True))), None)
 
     def predicted(self, layout: Layout, itemsize: int, *, backward: bool) -> Traffic:
@@ -115,37 +117,46 @@ class Runtime(Agreement):
     @carries(IdsIn)
     def enter_start(self, ids: Sequence[Tensor]) -> Handle:
         """Send each rank the ids that its tables need; ``ids`` follow ``layout.entries``."""
-        entries, mine = self.layout.entries, self.rows[self.rank]
-        dtype = torch.int32 if self.layout.id_bytes == 4 else torch.int64
+        mine, dtype = self.rows[self.rank], torch.int32 if self.layout.id_bytes == 4 else torch.int64
         chunks, sent = [], []
         for r in range(self.ranks):
-            size = 0
-            for e, x in zip(entries, ids, strict=True):
-                if e.width(r):
-                    columns = e.columns_on(r)
-                    part = x if columns is None else x[:, list(columns)]
-                    chunks.append(part.to(dtype).reshape(-1))
-                    size += mine * e.width(r)
-            sent.append(size)
-        received = [b * sum(e.width(self.rank) for e in self.layout_of(r).entries) for r, b in enumerate(self.rows)]
+            parts = self.layout.parts_on(r)
+            for p in parts:
+                x = ids[p.entry] if p.columns is None else ids[p.entry][:, p.columns]
+                chunks.append(x if x.dtype is dtype and x.ndim == 1 else x.to(dtype).reshape(-1))
+            sent.append(mine * sum([p.width for p in parts]))
+        of_ranks = zip(self.rows, range(self.ranks), strict=True)
+        received = [b * sum([p.width for p in self.layout_of(r).parts_on(self.rank)]) for b, r in of_ranks]
         send = torch.cat(chunks) if chunks else torch.empty(0, dtype=dtype, device=self.device)
         return Handle(self.exchange(send, sent, received, IdsIn.SEND))
 
     def enter_wait(self, handle: Handle) -> list[Tensor | None]:
         """Ids of the global batch ``[rows, ...]`` for this rank's tables, by entry; None where it needs none."""
-        return _joined(self._entered(handle))
+        parts = self.layout.parts_on(self.rank)
+        if self.regions is not None or len({p.tail for p in parts}) != 1:
+            return _joined(self._entered(handle))
+        # ids of one shape: a matrix of each rank, and no list of tensors for each table
+        assert handle.forward is not None
+        tail, width = parts[0].tail, parts[0].width
+        of_ranks = torch.split(handle.forward.wait(), [b * width * len(parts) for b in self.rows])
+        matrices = [x.reshape(len(parts), b, *tail) for x, b in zip(of_ranks, self.rows, strict=True)]
+        result: list[Tensor | None] = [None] * len(self.layout.entries)
+        for p, x in zip(parts, torch.cat(matrices, 1).long().unbind(), strict=True):
+            result[p.entry] = x
+        return result
 
     def _entered(self, handle: Handle) -> list[list[Tensor | None]]:
         """The ids that each rank has sent, by entry; None where this rank needs none."""
         assert handle.forward is not None
-        me, entries = self.rank, [self.layout_of(r).entries for r in range(self.ranks)]
-        widths = [[e.width(me) for e in of_rank] for of_rank in entries]
-        sizes = [b * w for b, ws in zip(self.rows, widths, strict=True) for w in ws]
-        parts = iter(torch.split(handle.forward.wait(), sizes))
+        layouts = [self.layout_of(r) for r in range(self.ranks)]
+        of_ranks = [x.parts_on(self.rank) for x in layouts]
+        sizes = [b * p.width for b, parts in zip(self.rows, of_ranks, strict=True) for p in parts]
+        arrived = iter(torch.split(handle.forward.wait(), sizes))
         result: list[list[Tensor | None]] = []
-        for b, of_rank in zip(self.rows, entries, strict=True):
-            ids = [(next(parts), e) for e in of_rank]
-            result.append([x.reshape(b, *e.tail_on(me)) if e.goes_to(me) else None for x, e in ids])
+        for b, layout, parts in zip(self.rows, layouts, of_ranks, strict=True):
+            result.append([None] * len(layout.entries))
+            for p in parts:
+                result[-1][p.entry] = next(arrived).reshape(b, *p.tail)
         return result
 
     def layout_of(self, rank: int) -> Layout:
