@@ -93,6 +93,23 @@ def test_ids_out_of_range(bad):
         module(torch.tensor([1, bad]))
 
 
+class TwoTables(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.users, self.items = nn.Embedding(5, 4), nn.Embedding(9, 4)
+
+    def forward(self, ids):
+        return self.users(ids[:, 0]) + self.items(ids[:, 1])
+
+
+def test_ids_out_of_the_range_of_one_of_several_tables():
+    module = des.compile(TwoTables(), (torch.tensor([[1, 8], [4, 0]]),))
+    for row in ([1, 9], [5, 0], [-1, 0]):
+        with pytest.raises(des.InputError, match=rf"id {next(x for x in row if x not in (0, 1))} in row 1"):
+            module(torch.tensor([[4, 8], row]))
+    assert module(torch.tensor([[4, 8], [0, 0]])).shape == (2, 4)
+
+
 def test_inputs_that_do_not_fit():
     module = des.compile(Table(), (torch.tensor([1, 2, 3]),))
     with pytest.raises(

@@ -11,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 
 import descompiler as des
+from descompiler.emit.together import look_up_together
 from descompiler.layout.pieces import ALL, Pieces, locate
+from descompiler.ops.local import lookup_rows, lookups_rows
 from descompiler.passes import FORMS
 from descompiler.tables.form import Choice
 from tests.harness.lookups import Looked, LookupCase, fetched, patterns
@@ -188,3 +190,21 @@ def test_gradients_of_a_replicated_table_are_gathered_if_they_are_sparse(sparse,
     model = Looks(sparse).requires_grad_(trained)
     plan = des.plan(model, (torch.zeros(4, dtype=torch.int64),), ranks=2, pins={"*": "replicate"})
     assert plan.splits["item.weight"].gathered == (sparse and trained)
+
+
+def test_lookups_are_made_one_where_their_ids_are_there_before():
+    graph, table = fx.Graph(), torch.arange(12.0).reshape(6, 2)
+    weight, ids = graph.placeholder("weight"), graph.placeholder("ids")
+    first, second = (graph.call_function(lookup_rows, (weight, ids, start, -1, False)) for start in (0, 1))
+    later = graph.call_method("long", (graph.call_method("sum", (first, 1)),))
+    third, fourth = (graph.call_function(lookup_rows, (weight, later, start, -1, False)) for start in (0, 2))
+    graph.output([first, second, third, fourth])
+    before = fx.GraphModule(nn.Module(), graph)
+    expected = before(table, torch.tensor([0, 1, 5]))
+    look_up_together(graph, lambda n: n)
+    graph.lint()
+    calls = [n for n in graph.nodes if n.target is lookups_rows]
+    assert len(calls) == 2 and lookup_rows not in [n.target for n in graph.nodes]
+    found = fx.GraphModule(nn.Module(), graph)(table, torch.tensor([0, 1, 5]))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)

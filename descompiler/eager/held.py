@@ -222,7 +222,7 @@ def _alike(x: Any, other: Any) -> bool:
 def _all_agree(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     """Whether two tensors that are cut alike are equal, or close, on every rank. Collective."""
     x = next(x for x in tensors_among((args, kwargs)) if isinstance(x, Piece))
-    mine = torch.tensor([local(func, args, kwargs)], dtype=torch.uint8, device=plain(x).device)  # type: ignore[arg-type]
+    mine = torch.tensor([local(func, args, kwargs)], dtype=torch.uint8, device=plain(x).device)
     x.runtime.meet_between_steps(f"{function_name(func)} of {x.original!r}")  # type: ignore[union-attr]
     all_reduce(mine, x.runtime.group, dist.ReduceOp.MIN).wait()  # type: ignore[union-attr]
     return bool(mine)
