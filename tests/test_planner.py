@@ -422,3 +422,21 @@ def test_an_encoder_moves_to_its_table_where_computing_is_cheap_beside_sending()
         assert [x.name for x in cut.exits] == [x.name for x in plan.layout.exits]
     assert plan.exits[0].startswith("aten.linear Owned")
     assert sent["fast"] < sent["slow"] / 10
+
+
+def test_of_choices_as_cheap_the_fewest_collectives_are_taken():
+    """A tiny table of its own form saves 60 of 7,408 bytes, and costs a collective more."""
+    sizes = [4] + [100_000] * 6
+    with torch.device("meta"):
+        model = MODELS["lr"]("fields", vocab_sizes=sizes, sparse=True)
+    ids = torch.stack([torch.zeros(64, dtype=torch.int64)] * len(sizes), 1)
+    found = Captured.of(model, (torch.zeros(64, 3), ids))
+    plan = found.plan(ranks=4, batch=256)
+    pinned = found.plan(ranks=4, batch=256, pins={name: "unique_rows" for name in plan.forms if "tables.0." in name})
+    calls = [max(p.traffic(r).calls for r in range(4)) for p in (plan, pinned)]
+    assert calls[0] < calls[1] and pinned.price_bytes < plan.price_bytes <= pinned.price_bytes * 1.01
+    assert not plan.exact and plan.bound <= pinned.price_bytes
+    assert (
+        f"{calls[0]} collectives a step where the least bytes, {pinned.price_bytes:,} B, take {calls[1]}"
+        in plan.notes[0]
+    )

@@ -25,10 +25,10 @@ from descompiler.graph.text import fingerprint
 from descompiler.layout.layout import Layout
 from descompiler.planning.chosen import Label, PlannedTable
 from descompiler.planning.memory import check_optimizer
-from descompiler.planning.objective import Terms, Trial
+from descompiler.planning.objective import Score, Terms, Trial
 from descompiler.planning.pins import allowed_forms
 from descompiler.planning.plan import Plan
-from descompiler.planning.search import Search
+from descompiler.planning.search import TIE, Search
 from descompiler.region.cut import Weights
 from descompiler.region.named import named_cut_graph
 from descompiler.region.partition import Partition
@@ -71,7 +71,8 @@ def choose(
         if name not in measured and len(forms_of) > 1:
             allowed[name] = tuple(f for f in forms_of if not form_named(f).needs_statistics) or forms_of
     search = Search(program, operators, rules, w, allowed, terms, progress)
-    forms, bound = search.run()
+    least, bound = search.run()
+    forms = search.with_fewest_calls(least)
     best = search.objective.trial(forms)
     partition = best.partition
     if best.score.missing_bytes:
@@ -93,7 +94,7 @@ def choose(
         objective="bytes" if terms.cluster is None else "seconds",
         price=best.score.price,
         bound=bound,
-        exact=search.exact,
+        exact=search.exact and best.score.price <= bound,
         trials=search.trials,
         cluster=terms.cluster,
         statistics=search.objective.statistics.source,
@@ -102,12 +103,22 @@ def choose(
         limit_bytes=terms.limit_bytes,
         missing=missing,
         memories=best.memory or search.objective.memory(partition),
-        notes=coupling_notes(program, best.layout.exchanges)
+        notes=_tie_notes(search.score(least), best.score)
+        + coupling_notes(program, best.layout.exchanges)
         + notes_of_computed(groups_of(operators), {n for n, f in forms.items() if form_named(f).by_columns})
         + whole_notes(operators, partition.splits),
         replan=lambda changed: choose(program, operators, rules, w, changed, terms=terms),
         graph_of_cut=lambda: named_cut_graph(program, partition.candidates, w, partition.inside),
     )
+
+
+def _tie_notes(least: Score, chosen: Score) -> list[str]:
+    if chosen.calls == least.calls:
+        return []
+    return [
+        f"{chosen.calls} collectives a step where the least bytes, {least.price_bytes:,} B, take {least.calls}: within "
+        f"{100 * TIE:g} % the fewest are chosen"
+    ]
 
 
 def _alternatives(

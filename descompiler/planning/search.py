@@ -38,6 +38,10 @@ EXACT_TABLES = 12
 """Free tables up to which the choice is completed to the optimum, if the effort is enough."""
 
 
+TIE = 0.01
+"""Share of a price within which choices are as good as each other."""
+
+
 ROUNDING = 1e-9
 """Share of a price that sums of floats may be off by."""
 
@@ -204,6 +208,18 @@ class Search:
         if self.exact or price <= bound:
             self.exact, bound = True, price
         return forms, bound
+
+    def with_fewest_calls(self, forms: dict[str, str]) -> dict[str, str]:
+        """Of the choices that were priced within `TIE` of this one, that with the fewest collectives.
+
+        Each collective has a latency and Python of its own, which bytes say nothing of.
+        """
+        own = self.score(forms)
+        near = {k: x for k, x in self.scores.items() if not x.missing_bytes and x.price <= own.price * (1 + TIE)}
+        if own.missing_bytes or not near:
+            return forms
+        key = min(near, key=lambda k: (near[k].calls, near[k]))
+        return forms if near[key].calls == own.calls else {o.name: f for o, f in zip(self.operators, key, strict=True)}
 
     def starts(self, inside: frozenset[str]) -> Iterator[dict[str, str]]:
         """One form for all that can take it; each table's cheapest by itself; the relaxation's choice."""
