@@ -32,6 +32,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import descompiler as des
+from descompiler.captured import Captured
 
 AUC_TOLERANCE = 1e-3
 
@@ -257,7 +258,12 @@ def run(args: argparse.Namespace, ranks: Ranks, console: Console) -> bool:
             f"log loss {log_loss(data.test.labels, scores):.5f}"
         )
         table = {rows: [other[rows] for other in by_rank] for rows in sent}
-        print_traffic(console, table, module.plan.baselines(rows_per_rank), rows_per_rank)
+        # other strategies would have sent the ids of the step whose bytes were counted, not the expected ones
+        sizes_of = (1, ranks.size) if ranks.size > 1 else (1,)
+        in_step = [next(iter(data.train.batches(args.batch, r, n, seed=args.seed))) for n in sizes_of for r in range(n)]
+        captured = Captured.of(model, (example.dense, example.sparse))
+        statistics = captured.measure((dense, sparse) for dense, sparse, _ in in_step)
+        print_traffic(console, table, module.plan.baselines(rows_per_rank, statistics), rows_per_rank)
         if args.compare:
             good = compare(args, console, data.train, data.test, weights, steps, batches(0, 1), distributed)
     return ranks.agree(good)

@@ -210,19 +210,29 @@ class Chosen:
         every = [rows] * self.ranks if isinstance(rows, int) else list(rows)
         return self.layout.predict(rank, every, self.itemsize, backward=backward, unique=unique)
 
-    def baselines(self, rows: int | None = None) -> dict[str, int]:
-        """Bytes that each rank would send in a step with other strategies, for ``rows`` rows a rank."""
-        return {x.name: x.sent_bytes for x in self.priced(rows)}
+    def baselines(self, rows: int | None = None, statistics: Statistics | None = None) -> dict[str, int]:
+        """Bytes that each rank would send in a step with other strategies, for ``rows`` rows a rank.
+
+        Beside bytes that were counted in a step stand those of its own ids: `Captured.measure` of the ranks' batches,
+        and of them together.
+        """
+        return {x.name: x.sent_bytes for x in self.priced(rows, statistics=statistics)}
 
     def priced(
-        self, rows: int | None = None, cluster: Cluster | None = None, *, id_bytes: int | None = None
+        self,
+        rows: int | None = None,
+        cluster: Cluster | None = None,
+        *,
+        id_bytes: int | None = None,
+        statistics: Statistics | None = None,
     ) -> list[Priced]:
         """Other strategies with this model's numbers: bytes, memory, and seconds on a cluster.
 
-        Ids are as wide as this plan's (or ``id_bytes``), and as many of them unique as its statistics say.
+        Ids are as wide as this plan's (or ``id_bytes``), and as many of them unique as the statistics say: of Zipf's
+        ids by default.
         """
         each = self.rows if rows is None else rows
-        ids = Statistics.assumed(t.table for t in self.tables)
+        ids = statistics or Statistics.assumed(t.table for t in self.tables)
         tables = [
             ExpectedUse(t.table, ids.unique(t.name, each), ids.unique(t.name, each * self.ranks))
             for t in self.tables
