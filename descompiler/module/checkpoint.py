@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from descompiler.errors import InputError
 from descompiler.module.distributed import DistributedModule
+from descompiler.module.installed import ranks_for
 from descompiler.runtime.ranks import Ranks
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
@@ -253,11 +254,7 @@ def _ranks_of(module: nn.Module, what: str) -> Ranks:
     named = _named_parts(module)
     if not isinstance(named, DistributedModule):  # the original, in one process
         return Ranks(None, 0, 1)
-    runtime = named._runtime
-    runtime.meet_between_steps(what)
-    ranks = Ranks(runtime.group, runtime.rank, runtime.ranks, runtime.channels)
-    ranks.name_next(what)
-    return ranks
+    return ranks_for(named, what)
 
 
 def _make_room(path: Path) -> None:
