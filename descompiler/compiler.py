@@ -235,9 +235,9 @@ def distribute(
     runtime, in_place = ranks.runtime(loss), host is not None
     parts = Parts(build.template, chosen, runtime, values, buffers, coverage, host, in_place)
 
-    def program_for(training: dict[str, bool], *now: Any) -> Emitted:
+    def program_for(training: dict[str, bool], sparse: frozenset[str], *now: Any) -> Emitted:
         current = build.of_now(training, *now)
-        emitted = current.emit(chosen, training, ranks.rank, terms.solver)
+        emitted = current.emit(chosen, training, ranks.rank, terms.solver, sparse)
         return replace(emitted, planned=current is build)
 
     return DistributedModule(

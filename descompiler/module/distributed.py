@@ -75,6 +75,8 @@ class DistributedModule(StandardCalls, nn.Module):
         self._flags = [name for name, _ in parts.template.named_modules()]
         self._frozen = frozenset(n for n, p in parts.template.named_parameters() if not p.requires_grad)
         self._divided = frozenset(n for n, x in parts.plan.pieces.items() if not x.is_replicated)
+        self._sparse: frozenset[str] = frozenset()  # tables whose gradients are, though the original's are dense
+        self._fused: list[torch.optim.Optimizer] = []  # they live as long as their hooks
         self._given: Kinds | None = None  # of the latest forward's inputs
         self._planned = True  # the latest forward's program
         self._used = self._told = Used()  # of the outputs of the forward that runs, and of the latest one
@@ -181,7 +183,9 @@ class DistributedModule(StandardCalls, nn.Module):
     def _call_of(self, changes: Sequence[tuple[Place, Any]]) -> Call:
         """Which program this forward runs."""
         given = () if self._given is None else self._given.told
-        said = repr((changes, given)).encode()  # a program is another one for inputs of other dtypes
+        said = repr(
+            (changes, given, sorted(self._sparse))
+        ).encode()  # a program is another one for inputs of other dtypes
         number = zlib.crc32(bytes((*self._training_flags(), *self._trained())) + said)
         name = ", ".join(["training" if self.training else "evaluation", self._gradients_mode(), *given])
         if changes and self._attributes is not None:
@@ -325,7 +329,7 @@ class DistributedModule(StandardCalls, nn.Module):
         held = {n: x.dtype for n, x in (*self.named_parameters(), *self.named_buffers())}
         thawed = tuple(n for n, p in self.named_parameters() if p.requires_grad and n in self._frozen)
         given = self._given and (self._given.dtypes, self._given.called, self._given.trained)
-        key = flags, tuple(held.values()), thawed, changes, given
+        key = flags, tuple(held.values()), thawed, changes, given, self._sparse
 
         def make() -> Emitted:
             assert self._program_for is not None
@@ -335,7 +339,7 @@ class DistributedModule(StandardCalls, nn.Module):
                     "value. A buffer may change without that"
                 )
             training = dict(zip(self._flags, flags, strict=True))
-            return self._program_for(training, held, thawed, changes, self._given, sample)
+            return self._program_for(training, self._sparse, held, thawed, changes, self._given, sample)
 
         return self._programs.get(key, self._given, make)
 
@@ -385,7 +389,7 @@ class DistributedModule(StandardCalls, nn.Module):
         runtime, original = self._runtime.anew(), vars(self)["_original"]
         parts = Parts(self, self.plan, runtime, values, buffers, self._coverage, original=original)
         result = DistributedModule(parts, self._signature, self._program_for, self._forward_for)
-        result._frozen, result._dtypes = self._frozen, self._dtypes
+        result._frozen, result._dtypes, result._sparse = self._frozen, self._dtypes, self._sparse
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:

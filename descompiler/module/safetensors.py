@@ -290,7 +290,8 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise UnsupportedError("load_safetensors: safetensors is not installed; pip install descompiler[safetensors]") from error
+        library = "safetensors is not installed; pip install descompiler[safetensors]"
+        raise UnsupportedError(f"load_safetensors: {library}") from error
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
