@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import descompiler as des
 from descompiler.module.checkpoint import BEFORE, SAVING, whole_at
+from descompiler.module.checksums import CHECKSUMS
 from tests.harness.cases import cases
 from tests.harness.failures import raised
 
@@ -284,15 +285,26 @@ class Runs:
         return os.mkdir, ("ran",)
 
 
-@pytest.mark.parametrize("what", [".metadata", "values"])
+IN_TORCH = b"torch.distributed.checkpoint.metadata"
+INDICES = {  # pickles that make a directory
+    "a function": pickle.dumps(Runs()),
+    "what torch's module imports": b"\x80\x04\x8c\x25" + IN_TORCH + b"\x8c\x08os.mkdir\x93\x8c\x03ran\x85R.",
+    "a module of a dtype's name": b"cruns\nfloat32\n.",
+}
+
+
+@pytest.mark.parametrize("what", [*INDICES, "values"])
 def test_a_checkpoint_runs_no_code(what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "runs.py").write_text("import os; os.mkdir('ran'); float32 = 0")
     module = des.compile(Model(), (IDS,))
     if what == "values":
         dcp.save({"app": des.TrainingState(module, None, {"step": Runs()})}, checkpoint_id="c")
     else:
         des.save(module, None, "c")
-        (tmp_path / "c" / ".metadata").write_bytes(pickle.dumps(Runs()))
+        (tmp_path / "c" / CHECKSUMS).unlink()
+        (tmp_path / "c" / ".metadata").write_bytes(INDICES[what])
     with pytest.raises(des.InputError, match="asks "):
         des.load(module, None, "c")
     assert not (tmp_path / "ran").exists()
@@ -343,6 +355,114 @@ def test_the_checkpoint_before_survives_a_kill(kills, tmp_path, draws):
             process.send_signal(signal.SIGKILL)
         step = des.load(module, None, path)["step"]
         assert all(bool((p == step).all()) for p in module.parameters())
+
+
+class Larger(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(1, 1)
+
+
+def _load_damaged(rank, ranks, folder, names):
+    """What loading each says, and whether what it loaded without an error is all that was saved."""
+    module, o = compiled("row_wise", "Adam")
+    fresh = Model().state_dict()
+    des.load(module, o, folder / "good")
+    good, moments = des.full_state_dict(module), [x.clone() for x in map(des.local_tensor, _moments(o))]
+    found = []
+    for name in names:
+        des.load_full_state_dict(module, {n: x.clone() for n, x in fresh.items()})
+        with torch.no_grad():
+            for x in _moments(o):
+                x.fill_(7.0)
+        try:
+            des.load(module, o, folder / name)
+            text = ""
+        except des.DescompilerError as error:
+            text = str(error)
+        except Exception as error:
+            text = f"unnamed {type(error).__name__}: {error}"
+        if not text:
+            now = des.full_state_dict(module)
+            same = all(torch.equal(now[n], x) for n, x in good.items())
+            same &= all(torch.equal(x, y) for x, y in zip(map(des.local_tensor, _moments(o)), moments, strict=True))
+            text = "" if same else "unlike what was saved"
+        found.append(text)
+    return found
+
+
+def _moments(optimizer):
+    return [x for state in optimizer.state.values() for x in (state["exp_avg"], state["exp_avg_sq"])]
+
+
+def damage(path, draws):
+    """Damage a checkpoint; what was done."""
+    files = sorted(path.iterdir())
+    file, kind = draws.choice(files), draws.choice(["cut", "flip", "flips", "zeros", "missing", "swap", "append"])
+    data = bytearray(file.read_bytes())
+    if kind == "missing":
+        file.unlink()
+    elif kind == "swap":
+        other = draws.choice([x for x in files if x != file])
+        file.write_bytes(other.read_bytes())
+        other.write_bytes(data)
+    else:
+        place = draws.randrange(len(data))
+        if kind == "cut":
+            data = data[:place]
+        elif kind == "append":
+            data += draws.randbytes(10)
+        elif kind == "zeros":
+            data[place : place + 64] = bytes(len(data[place : place + 64]))
+        else:
+            for _ in range(1 if kind == "flip" else 20):
+                data[draws.randrange(len(data))] ^= 1 << draws.randrange(8)
+        file.write_bytes(data)
+    return f"{kind} {file.name}"
+
+
+@pytest.mark.parametrize("count", cases([10, 200], [10]))
+@pytest.mark.parametrize("summed", [True, False])
+def test_a_damaged_checkpoint_is_refused_on_every_rank(count, summed, on_ranks, tmp_path, draws):
+    """Or is loaded as it was; without checksums, as torch's own, what is cut short or missing."""
+    path = tmp_path / "good"
+    on_ranks(_save, 2, path, "row_wise", "Adam", False)
+    names, done = ["empty", "other", "larger"], {}
+    (tmp_path / "empty").mkdir()
+    des.save(des.compile(nn.Linear(8, 1), (torch.ones(2, 8),)), None, tmp_path / "other")
+    torch.set_default_dtype(torch.float64)
+    larger = Larger()
+    optimizer = OPTIMIZERS["Adam"](larger.parameters())
+    torch.set_default_dtype(torch.float32)
+    des.save(larger, optimizer, tmp_path / "larger")
+    for i in range(count):
+        target = tmp_path / f"{i}"
+        shutil.copytree(path, target)
+        if not summed:
+            (target / CHECKSUMS).unlink()
+        names.append(target.name)
+        done[target.name] = damage(target, draws)
+    for found in on_ranks(_load_damaged, 2, tmp_path, names, timeout_s=280.0):
+        said = dict(zip(names, found, strict=True))
+        refused = {n: said.pop(n) for n in ("empty", "other", "larger")}
+        assert "holds no .metadata" in refused["empty"] and "is no checkpoint of this model" in refused["other"]
+        assert "it has module.extra.bias, module.extra.weight beside" in refused["larger"]
+        wrong = {done[n]: text for n, text in said.items() if text.startswith("un")}
+        if not summed:  # nobody knows what was there
+            wrong = {n: t for n, t in wrong.items() if n.startswith(("cut", "missing")) or t.startswith("unnamed")}
+        assert not wrong, wrong
+
+
+def _other_rank_fails(rank, ranks, path):
+    """What is said where one rank finds no checkpoint."""
+    module, o = compiled("row_wise", "Adam")
+    return raised(lambda: des.load(module, o, path if rank else path / "nowhere"))
+
+
+def test_no_rank_waits_for_one_that_finds_no_checkpoint(on_ranks, tmp_path):
+    on_ranks(_save, 2, tmp_path / "c", "row_wise", "Adam", False)
+    first, second = on_ranks(_other_rank_fails, 2, tmp_path / "c")
+    assert "nowhere is no checkpoint" in first and second.startswith("RankError") and "rank 0" in second
 
 
 def _single(rank, ranks, form, in_place):
