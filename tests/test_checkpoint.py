@@ -395,10 +395,12 @@ def _moments(optimizer):
     return [x for state in optimizer.state.values() for x in (state["exp_avg"], state["exp_avg_sq"])]
 
 
-def damage(path, draws):
-    """Damage a checkpoint; what was done."""
+def damage(path, draws, *, of_values=False):
+    """Damage a checkpoint, or its values and no size; what was done."""
     files = sorted(path.iterdir())
     file, kind = draws.choice(files), draws.choice(["cut", "flip", "flips", "zeros", "missing", "swap", "append"])
+    if of_values:
+        file, kind = path / "__1_0.distcp", "flips"
     data = bytearray(file.read_bytes())
     if kind == "missing":
         file.unlink()
@@ -441,7 +443,7 @@ def test_a_damaged_checkpoint_is_refused_on_every_rank(count, summed, on_ranks, 
         if not summed:
             (target / CHECKSUMS).unlink()
         names.append(target.name)
-        done[target.name] = damage(target, draws)
+        done[target.name] = damage(target, draws, of_values=not i)
     for found in on_ranks(_load_damaged, 2, tmp_path, names, timeout_s=280.0):
         said = dict(zip(names, found, strict=True))
         refused = {n: said.pop(n) for n in ("empty", "other", "larger")}
