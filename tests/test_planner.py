@@ -292,7 +292,7 @@ def test_an_optimiser_of_whole_rows_takes_no_columns():
     with pytest.raises(des.PlanError, match=r"can't take the form column_wise: optimizer='rowwise_adagrad' looks at"):
         found.plan(ranks=2, pins={"user": "column_wise"}, optimizer="rowwise_adagrad")
     assert frozen.plan(ranks=2, pins={"item": "column_wise"}, optimizer="rowwise_adagrad")
-    with pytest.raises(des.PlanError, match="and it can't take .*column_wise: optimizer='rowwise_adagrad'"):
+    with pytest.raises(des.PlanError, match=r"and it can't take .*column_wise: optimizer='rowwise_adagrad'"):
         others = [n for n in NAMES if n != "column_wise"] + ["hot_rows"]
         found.plan(ranks=2, forbid={"*": others}, optimizer="rowwise_adagrad")
 
