@@ -74,6 +74,9 @@ def measure(rank: int, ranks: int, kind: str, rows: int, dim: int, folder: str) 
         del state
         _, *found["save"] = peak_of(lambda: des.save(module, None, folder))
         _, *found["load"] = peak_of(lambda: des.load(module, None, folder))
+        file = f"{folder}.safetensors"
+        _, *found["save_safetensors"] = peak_of(lambda: des.save_safetensors(module, file))
+        _, *found["load_safetensors"] = peak_of(lambda: des.load_safetensors(module, file))
         _, *found["to_single"] = peak_of(lambda: des.to_single(module))
     return found
 

@@ -31,6 +31,10 @@ STATE: dict[str, Callable[[Any, Any], Any]] = {
 """Elements of state for a weight ``[V, k]``, by optimiser."""
 
 
+OF_WHOLE_ROWS = frozenset({"rowwise_adagrad"})
+"""Optimisers that look at a row as a whole: columns of it on several ranks have no step."""
+
+
 def weight_bytes(rows: Any, dim: Any, itemsize: Any) -> Any:
     """Of a weight, or of the rows of it that a rank holds."""
     return rows * dim * itemsize

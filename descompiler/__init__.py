@@ -23,6 +23,7 @@ from descompiler.module.checkpoint import TrainingState, load, save
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.fused import FusedOptimizer, fuse_optimizer
 from descompiler.module.installed import module_of
+from descompiler.module.safetensors import load_safetensors, save_safetensors
 from descompiler.module.single import gather_rows, to_single
 from descompiler.module.state import full_state_dict, load_full_state_dict
 from descompiler.planning.cluster import Cluster
@@ -55,11 +56,13 @@ __all__ = [
     "gather_rows",
     "load",
     "load_full_state_dict",
+    "load_safetensors",
     "local_tensor",
     "module_of",
     "plan",
     "register_input",
     "save",
+    "save_safetensors",
     "to_single",
     "verify",
 ]

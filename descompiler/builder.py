@@ -38,7 +38,7 @@ from descompiler.tables.form import Split, fallback, find_tables, split_as
 from descompiler.tables.made import made_by_its_form
 from descompiler.tables.measure import measure
 from descompiler.tables.products import bias_pieces, outputs_in_order
-from descompiler.tables.tables import Operator
+from descompiler.tables.tables import Operator, sparse_lookups
 
 
 class Builder:
@@ -243,13 +243,22 @@ class Builder:
         if not layout_of(partition).sends_as(plan.layout, plan.rows, plan.itemsize):
             raise PlanError(f"the plan's layout is not what the model's programs send: {EDITED}")
 
-    def emit(self, plan: Plan, training: dict[str, bool], rank: int, solver: str = DEFAULT) -> Emitted:
+    def emit(
+        self,
+        plan: Plan,
+        training: dict[str, bool],
+        rank: int,
+        solver: str = DEFAULT,
+        sparse: Collection[str] = (),
+    ) -> Emitted:
+        """A rank's program; ``sparse``: tables whose gradients are to be sparse, though the model's are dense."""
         program, signature = self.capture(training)
-        operators = find_tables(program, self.kit.forms)
         like = None if self.resized_of is None else self.resized_of.inside(plan, training, solver)
-        partition = partition_of(program, operators, plan, self.kit.rules, solver, like)
-        emitted = emit(partition, rank)
-        labels = labels_of(partition, emitted.layout)
+        with sparse_lookups(program, sparse):
+            operators = find_tables(program, self.kit.forms)
+            partition = partition_of(program, operators, plan, self.kit.rules, solver, like)
+            emitted = emit(partition, rank)
+            labels = labels_of(partition, emitted.layout)
         return replace(emitted, labels=labels, signature=signature, mixed=mixed_sizes(program), accepts=program.accepts)
 
     def inside(self, plan: Plan, training: dict[str, bool], solver: str) -> frozenset[str]:

@@ -103,7 +103,8 @@ def compile(
     memory_bytes : int, optional
         Limit of each rank for weights, gradients, optimiser state and activations.
     optimizer : str
-        Whose state counts: "sgd", "momentum", "adagrad", "rowwise_adagrad", "adam" or "sparse_adam".
+        Whose state counts: "sgd", "momentum", "adagrad", "rowwise_adagrad", "adam" or "sparse_adam". With the row-wise
+        one no trained table is divided by columns.
     samples : iterable, optional
         Batches, each as ``example_inputs``, of which statistics of the ids are measured; rank 0's count. Without,
         Zipf-distributed ids are assumed.
@@ -235,9 +236,9 @@ def distribute(
     runtime, in_place = ranks.runtime(loss), host is not None
     parts = Parts(build.template, chosen, runtime, values, buffers, coverage, host, in_place)
 
-    def program_for(training: dict[str, bool], *now: Any) -> Emitted:
+    def program_for(training: dict[str, bool], sparse: frozenset[str], *now: Any) -> Emitted:
         current = build.of_now(training, *now)
-        emitted = current.emit(chosen, training, ranks.rank, terms.solver)
+        emitted = current.emit(chosen, training, ranks.rank, terms.solver, sparse)
         return replace(emitted, planned=current is build)
 
     return DistributedModule(

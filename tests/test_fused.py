@@ -1,10 +1,17 @@
 """Optimisers that step in backward: exact, of the rows that were looked up, and with a state that is saved."""
 
+import copy
+import gc
+import itertools
+import weakref
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import descompiler as des
+from tests.harness.cases import cases
 from tests.harness.failures import raised
 
 IDS = torch.randint(20, (12, 4), generator=torch.Generator().manual_seed(1))
@@ -14,11 +21,11 @@ COUNTS = (0, 12), (5, 7), (12, 0)
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, sparse: bool = True) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.item, self.top = nn.Embedding(40, 6, sparse=True), nn.Linear(6, 1)
-        self.bag = nn.EmbeddingBag(40, 6, mode="mean", sparse=True)
+        self.item, self.top = nn.Embedding(40, 6, sparse=sparse), nn.Linear(6, 1)
+        self.bag = nn.EmbeddingBag(40, 6, mode="mean", sparse=sparse)
 
     def forward(self, ids):
         return self.top((self.item(ids) + self.bag(ids)[:, None]).tanh().sum(1))
@@ -38,6 +45,7 @@ class RowWise(torch.optim.Optimizer):
             p.sub_(0.1 * g / (state["sum"].sqrt() + 1e-3))
 
 
+SPARSE_ADAM = "Adam of the rows"
 KINDS = {
     "SGD": (torch.optim.SGD, lambda p: torch.optim.SGD(p, 0.1), {"lr": 0.1}),
     "Adagrad": (
@@ -46,16 +54,22 @@ KINDS = {
         {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.2, "eps": 1e-3},
     ),
     "Adam": (torch.optim.Adam, lambda p: torch.optim.SparseAdam(p, 0.1, eps=1e-3), {"lr": 0.1, "eps": 1e-3}),
+    SPARSE_ADAM: (torch.optim.SparseAdam, lambda p: torch.optim.SparseAdam(p, 0.1, eps=1e-3), {"lr": 0.1, "eps": 1e-3}),
     "row-wise": (torch.optim.Adagrad, RowWise, {"lr": 0.1, "eps": 1e-3, "row_wise": True}),
 }
 
 
-def fused(kind, form, in_place=False):
+def fused(kind, form, in_place=False, sparse=True):
     """The model, its fused tables, and an optimiser of the rest."""
     torch.set_default_dtype(torch.float64)
     cls, _, options = KINDS[kind]
-    module = des.compile(Model(), (IDS,), plan={"*": form}, loss="sum", in_place=in_place)
-    return module, des.fuse_optimizer(module, cls, **options), torch.optim.SGD(module.top.parameters(), 0.1)
+    module = des.compile(Model(sparse), (IDS,), plan={"*": form}, loss="sum", in_place=in_place)
+    params = None if sparse else [module.item.weight, module.bag.weight]
+    return (
+        module,
+        des.fuse_optimizer(module, cls, params=params, **options),
+        torch.optim.SGD(module.top.parameters(), 0.1),
+    )
 
 
 def own(rank, ranks, step):
@@ -74,10 +88,10 @@ def train(module, rest, rank, ranks, steps):
         assert kept == ["top.weight", "top.bias"]
 
 
-def in_one_process(kind, steps):
+def in_one_process(kind, steps, sparse=True):
     torch.set_default_dtype(torch.float64)
     try:
-        model = Model()
+        model = Model(sparse)
         tables = KINDS[kind][1]([model.item.weight, model.bag.weight])
         rest = torch.optim.SGD(model.top.parameters(), 0.1)
         for _ in range(steps):
@@ -91,19 +105,95 @@ def in_one_process(kind, steps):
         torch.set_default_dtype(torch.float32)
 
 
-def _trained(rank, ranks, kind, form, in_place):
-    module, _, rest = fused(kind, form, in_place)
+def _trained(rank, ranks, kind, form, in_place, sparse=True):
+    module, _, rest = fused(kind, form, in_place, sparse)
     train(module, rest, rank, ranks, range(4))
-    return des.full_state_dict(module)
+    sent = [module.traffic() == module.predicted_traffic()] if not in_place else []
+    return des.full_state_dict(module), sent
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("form", "in_place"), [("row_wise", False), ("hot_rows", True), ("replicate", False)])
 def test_rows_are_updated_as_in_one_process(kind, form, in_place, on_ranks):
     expected = in_one_process(kind, 4)
-    for state in on_ranks(_trained, 2, kind, form, in_place):
+    for state, _ in on_ranks(_trained, 2, kind, form, in_place):
         for name, x in expected.items():
             torch.testing.assert_close(state[name], x, rtol=1e-10, atol=1e-12)
+
+
+TABLES = [
+    *itertools.product(("SGD", "Adagrad", "row-wise", SPARSE_ADAM), ("row_wise", "hot_rows", "unique_rows"), (2,)),
+    *itertools.product(("SGD", "Adagrad", "row-wise"), ("replicate", "table_wise"), (2,)),
+    *itertools.product(("SGD", "Adagrad", SPARSE_ADAM), ("column_wise", "sparse_all_gather"), (2,)),
+    *itertools.product(KINDS.keys() - {"Adam"}, ("replicate",), (1,)),
+]
+DENSE = [  # in place, whole tables are averaged
+    (*c, i) for c in TABLES for i in (False, True) if not i or c[:2] != (SPARSE_ADAM, "sparse_all_gather")
+]
+DENSE_ALWAYS = [
+    ("row-wise", "row_wise", 2, False),
+    ("Adagrad", "replicate", 2, True),
+    ("SGD", "column_wise", 2, False),
+    (SPARSE_ADAM, "hot_rows", 2, True),
+]
+
+
+@pytest.mark.parametrize(("kind", "form", "ranks", "in_place"), cases(DENSE, DENSE_ALWAYS))
+def test_rows_of_dense_tables_are_updated_as_in_one_process(kind, form, ranks, in_place, on_ranks):
+    expected = in_one_process(kind, 4, sparse=kind == SPARSE_ADAM)
+    for state, sent in on_ranks(_trained, ranks, kind, form, in_place, False):
+        assert all(sent)
+        for name, x in expected.items():
+            torch.testing.assert_close(state[name], x, rtol=1e-10, atol=1e-12)
+
+
+class Sizes(TorchDispatchMode):
+    """The most elements of a tensor that is made meanwhile, and is none of some."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.most, self.known = 0, {x.untyped_storage().data_ptr() for x in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(made):
+            strided = isinstance(x, torch.Tensor) and x.layout is torch.strided
+            if strided and x.untyped_storage().data_ptr() not in self.known:
+                self.most = max(self.most, x.numel())
+        return made
+
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.item, self.top = nn.Embedding(5000, 6), nn.Linear(6, 1)
+
+    def forward(self, ids):
+        return self.top(self.item(ids).sum(1))
+
+
+def _no_gradient_of_its_size(rank, ranks, form):
+    """The most elements of a tensor that a backward makes, and where the gradient was seen by a hook."""
+    module = des.compile(Wide(), (IDS,), plan={"*": form})
+    kinds = []
+    module.item.weight.register_hook(lambda g: kinds.append(g.layout))
+    tables = weakref.ref(des.fuse_optimizer(module, torch.optim.Adagrad, params=[module.item.weight]))
+    twice = raised(lambda: des.fuse_optimizer(module, torch.optim.SGD, params=[module.item.weight]))
+    gc.collect()  # the module keeps the optimiser
+    loss = module(IDS).sum()
+    state = tables().state[module.item.weight]["sum"]
+    with Sizes([des.local_tensor(x) for x in (module.item.weight, state)]) as sizes:
+        loss.backward()
+    copied = copy.deepcopy(module)
+    copied(IDS).sum().backward()
+    return sizes.most, kinds, copied.item.weight.grad.layout, module.item.weight.grad, twice
+
+
+@pytest.mark.parametrize("form", ["row_wise", "column_wise", "unique_rows"])
+def test_no_gradient_of_a_table_is_made(form, on_ranks):
+    for most, kinds, of_copy, kept, twice in on_ranks(_no_gradient_of_its_size, 2, form):
+        assert most < 2000 and kinds == [torch.sparse_coo] and of_copy is torch.sparse_coo and kept is None
+        assert "'item.weight' is updated in backward already: unfuse() that optimiser first" in twice
 
 
 def _saved(rank, ranks, kind, form, path, is_first):
@@ -126,9 +216,20 @@ def test_its_state_is_in_checkpoints(kind, on_ranks, tmp_path):
             torch.testing.assert_close(state[name], x, rtol=1e-10, atol=1e-12)
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.item = nn.Embedding(40, 6)
+
+    def forward(self, ids):
+        return self.item(ids).sum(1) @ self.item.weight.t()
+
+
 def _refused(rank, ranks):
     module = des.compile(Model(), (IDS,), plan={"*": "column_wise"})
-    dense = des.compile(nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 1)), (IDS % 9,))
+    dense = des.compile(nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 1)), (IDS % 9,), plan={"*": "replicate"})
+    weight = dense.get_parameter("0.weight")
+    tied = des.compile(Tied(), (IDS,), plan={"*": "row_wise"})
     return [
         raised(lambda: des.fuse_optimizer(module, torch.optim.RMSprop)),
         raised(lambda: des.fuse_optimizer(module, torch.optim.SGD, momentum=0.9)),
@@ -137,16 +238,21 @@ def _refused(rank, ranks):
         raised(lambda: des.fuse_optimizer(module, torch.optim.SGD, params=[module.top.weight])),
         raised(lambda: des.fuse_optimizer(module, torch.optim.SGD, params=[nn.Parameter(torch.zeros(3))])),
         raised(lambda: des.fuse_optimizer(dense, torch.optim.SGD)),
+        raised(lambda: des.fuse_optimizer(dense, torch.optim.Adam, params=[weight])),
+        raised(lambda: des.fuse_optimizer(dense, torch.optim.SparseAdam, params=[weight])),
+        raised(lambda: des.fuse_optimizer(tied, torch.optim.SGD, params=[tied.item.weight])),
     ]
 
 
 def test_what_can_not_be_fused_is_refused(on_ranks):
-    for other, option, rows, columns, layer, stranger, dense in on_ranks(_refused, 2):
+    for other, option, rows, columns, layer, stranger, dense, adam, averaged, tied in on_ranks(_refused, 2):
         assert "'RMSprop' is none of torch.optim.SGD, torch.optim.Adagrad" in other
         assert "it takes lr, maximize, not momentum" in option
         assert (
             "one number for each row is Adagrad's" in rows
             and "holds some columns: a row's mean is on no rank" in columns
         )
-        assert "gradients of 'top.weight' are not sparse: make the table with sparse=True" in layer
+        assert "'top.weight' is no table that is looked up" in layer
+        assert "moves rows that were not looked up" in adam and "torch.optim.SparseAdam leaves them alone" in adam
+        assert "every rank holds '0.weight' whole" in averaged and "is used beside its lookups" in tied
         assert "of shape (3,) is no parameter of the module" in stranger and "no table with sparse gradients" in dense

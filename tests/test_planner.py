@@ -268,6 +268,35 @@ def test_a_limit_of_memory_is_kept():
         found.plan(ranks=4, optimizer="lion")
 
 
+class Scores(nn.Module):
+    """What is cheapest by columns: a product of few numbers a row; one table is frozen."""
+
+    def __init__(self, frozen=False):
+        super().__init__()
+        self.user, self.item = nn.Embedding(50_000, 32), nn.Embedding(50_000, 32)
+        self.item.requires_grad_(not frozen)
+
+    def forward(self, ids):
+        return (self.user(ids[:, 0]) * self.item(ids[:, 1])).sum(1)
+
+
+def test_an_optimiser_of_whole_rows_takes_no_columns():
+    found, frozen = (Captured.of(Scores(x), torch.zeros(64, 2, dtype=torch.int64)) for x in (False, True))
+    by_columns = {"user.weight": "column_wise", "item.weight": "column_wise"}
+    for optimizer in ("adagrad", "adam", "sgd"):
+        assert found.plan(ranks=2, optimizer=optimizer).forms == by_columns
+    plan = found.plan(ranks=2, optimizer="rowwise_adagrad")
+    assert "column_wise" not in plan.forms.values() and "column_wise" not in plan.prices["user.weight"]
+    every = found.plan(ranks=2, pins={"*": "column_wise"}, optimizer="rowwise_adagrad")  # where it is possible
+    assert every.forms == plan.forms
+    with pytest.raises(des.PlanError, match=r"can't take the form column_wise: optimizer='rowwise_adagrad' looks at"):
+        found.plan(ranks=2, pins={"user": "column_wise"}, optimizer="rowwise_adagrad")
+    assert frozen.plan(ranks=2, pins={"item": "column_wise"}, optimizer="rowwise_adagrad")
+    with pytest.raises(des.PlanError, match=r"and it can't take .*column_wise: optimizer='rowwise_adagrad'"):
+        others = [n for n in NAMES if n != "column_wise"] + ["hot_rows"]
+        found.plan(ranks=2, forbid={"*": others}, optimizer="rowwise_adagrad")
+
+
 @pytest.mark.parametrize("form", ["row_wise", "unique_rows", "hot_rows"])
 def test_ranks_hold_equally_many_rows_where_memory_is_short(form):
     """Rows of which a few are asked for: three of four ranks own those, unless the fourth can't hold all others."""

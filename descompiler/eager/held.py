@@ -250,17 +250,28 @@ def _parts(x: Any) -> tuple[Tensor, Tensor]:
     return mine.narrow(x.pieces.dim, 0, own), mine.narrow(x.pieces.dim, own, mine.shape[x.pieces.dim] - own)
 
 
-def _given_away(x: Tensor, parameter: Any) -> Tensor:
+def _given_away(x: Tensor, parameter: Any) -> Any:
     """A parameter's gradient or data."""
     if not x.is_sparse:
         return held(x, parameter) if parameter.runtime.ranks > 1 else x
-    # a sparse tensor can't be of another class
     if sys._getframe(4).f_globals.get("__name__") == "torch.amp.grad_scaler" and parameter.runtime.ranks > 1:
-        raise UnsupportedError(
-            f"GradScaler and the sparse gradient of {parameter.original!r}: each rank would look for overflows in its "
-            "own rows. Scale without it (bfloat16 needs none), or let the table have dense gradients (sparse=False)"
-        )
-    return x
+        return _Scaled(x, parameter)
+    return x  # a sparse tensor can't be of another class
+
+
+class _Scaled:
+    """A sparse gradient as `torch.amp.GradScaler` asks for it: its values are a piece, of which all ranks are asked."""
+
+    is_sparse = True
+
+    def __init__(self, gradient: Tensor, parameter: Any) -> None:
+        self.gradient, self.parameter, self.dtype = gradient, parameter, gradient.dtype
+
+    def coalesce(self) -> Tensor:
+        return self.gradient.coalesce()
+
+    def _values(self) -> Held:
+        return held(self.gradient._values(), self.parameter, moved=True)
 
 
 def refused(func: Any, x: Any, how: str = "") -> UnsupportedError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
 from descompiler.runtime.runtime import Runtime
 
-_PLANNER = "torch.distributed.checkpoint.default_planner"
+_PLANNER, _ADAFACTOR = "torch.distributed.checkpoint.default_planner", "torch.optim._adafactor"
 
 
 def local(func: Any, args: Any, kwargs: Any) -> Any:
@@ -72,6 +73,26 @@ class Piece:
         if not dim and sys._getframe(1).f_globals.get("__name__") == _PLANNER:
             return torch.Size(self.pieces.shape)
         return local(Tensor.size, (self, *dim), {})
+
+    def numel(self) -> int:
+        """As every tensor's; to Adafactor, which divides norms of the whole by its root, the original's.
+
+        Raises
+        ------
+        UnsupportedError
+            If Adafactor asks of more than a vector: it takes means along rows and along columns.
+        """
+        found = local(Tensor.numel, (self,), {})
+        asked = sys._getframe(1).f_globals.get("__name__") == _ADAFACTOR
+        if not asked or self.runtime is None or self.runtime.ranks == 1:
+            return int(found)
+        if len(self.pieces.shape) > 1:
+            raise UnsupportedError(
+                f"Adafactor of {self.original!r}: it takes means along rows and along columns, and rank {self.rank} "
+                f"holds a piece of {tuple(local(Tensor.size, (self,), {}))}, of {self.pieces.shape}. Pin a form that "
+                "leaves it whole on every rank (replicate), or give it another optimiser"
+            )
+        return prod(self.pieces.shape)
 
     # ---- torch.distributed.checkpoint asks tensors that are parts of larger ones
 

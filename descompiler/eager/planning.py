@@ -68,7 +68,7 @@ def plan_partial(
     outline = outline_of(template, seen, ranks)
     wanted = {pattern: _in_part(form, pattern) for pattern, form in (pins or {}).items()}
     # small tables stay whole: each use of a divided one costs collectives of its own
-    allowed = allowed_forms(outline.operators, wanted, terms.forbid)
+    allowed = allowed_forms(outline.operators, wanted, terms.forbid, terms.optimizer)
     small = [o.name for o in outline.operators if o.rows * o.dim < WEIGHTS_RICH_ELEMENTS and len(allowed[o.name]) > 1]
     w = Weights(ranks, rows, max((p.element_size() for p in template.parameters()), default=4))
     wanted |= dict.fromkeys(small, fallback().name)

@@ -63,6 +63,14 @@ class LookupCall:
     def sparse(self) -> bool:
         return bool(self._arguments["sparse"])
 
+    def let_sparse(self, sparse: bool) -> None:
+        """Let the table's gradient be sparse, or dense."""
+        place = 4  # of both operators' arguments
+        if len(self.node.args) > place:
+            self.node.args = (*self.node.args[:place], sparse, *self.node.args[place + 1 :])
+        else:
+            self.node.kwargs = {**self.node.kwargs, "sparse": sparse}
+
     @property
     def counts_frequency(self) -> bool:
         """Whether gradients are divided by how often an id is in the batch."""

@@ -31,8 +31,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.stateful import Stateful
 
-from descompiler.errors import InputError
+from descompiler.errors import DescompilerError, InputError
+from descompiler.module.checksums import check_sums, write_checksums
 from descompiler.module.distributed import DistributedModule
+from descompiler.module.installed import ranks_for
 from descompiler.runtime.ranks import Ranks
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
@@ -42,16 +44,24 @@ BEFORE, SAVING = ".before", ".saving"
 """Ends of the names of what is replaced by a checkpoint, and of one that is being written."""
 
 
-VALUES = "app.values."
+MODULE, OPTIMIZERS, VALUES = "app.module.", "app.optimizers.", "app.values."
+
+
+_DESCRIPTIONS = """
+    BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties TensorStorageMetadata
+    _MEM_FORMAT_ENCODING
+"""
 
 
 DESCRIBES = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in _DESCRIPTIONS.split()),
+    *(("torch", n) for n, x in vars(torch).items() if isinstance(x, torch.dtype)),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
     ("pathlib", "PosixPath"),
 }
-"""What the index of a checkpoint calls beside torch's descriptions of tensors, and dtypes."""
+"""What the index of a checkpoint may call. A name with dots would lead on to what a module imports."""
 
 
 class TrainingState(Stateful):
@@ -129,6 +139,7 @@ def save(
             dcp.save({"app": state}, checkpoint_id=saving, process_group=ranks.group)
 
     ranks.everywhere(write, "could not save")
+    write_checksums(saving, ranks)
     ranks.everywhere(lambda: _replace(path, saving) if first else None, "could not save")
 
 
@@ -145,25 +156,47 @@ def load(module: nn.Module, optimizers: Optimizers, path: str | os.PathLike[str]
     Raises
     ------
     InputError
-        On every rank, if there is no checkpoint, or it is one of another model or of other optimisers.
+        On every rank, if there is no checkpoint, a file of it is missing, cut short or another one, or it is one of
+        another model or of other optimisers.
     """
     state, ranks = TrainingState(module, optimizers), _ranks_of(module, "des.load")
     room = state.state_dict()
 
-    def read() -> None:
+    def look() -> SafeReader:
+        """Whether it can be loaded: until every rank has said so, none reads."""
         found = whole_at(Path(path))
         if found is None:
             raise InputError(f"{path} is no checkpoint: it holds no .metadata; give the directory that des.save wrote")
+        check_sums(found, ranks.rank, ranks.count)
         reader = SafeReader(found)
         metadata = reader.read_metadata()
+        saved = set(metadata.state_dict_metadata)
+        _check_no_more(path, saved, room)
         room["values"] = dict(_values_of(metadata))
-        _leave_out_unsaved(room["optimizers"], set(metadata.state_dict_metadata))
+        _leave_out_unsaved(room["optimizers"], saved)
+        return reader
+
+    def read(reader: SafeReader) -> None:
         with _named(f"{path} is no checkpoint of this model and these optimisers"):
             dcp.load({"app": room}, storage_reader=reader, planner=_SafePlanner(), process_group=ranks.group)
+            state.load_state_dict(room)
 
-    ranks.everywhere(read, "could not load")
-    state.load_state_dict(room)
+    with _named(f"{path} is no checkpoint that can be read"):
+        reader = ranks.everywhere(look, "could not load")
+    ranks.everywhere(lambda: read(reader), "could not load")
     return state.values
+
+
+def _check_no_more(path: str | os.PathLike[str], saved: set[str], room: Mapping[str, Any]) -> None:
+    """Raise if a checkpoint has more weights than the model, or more optimisers than are to be loaded."""
+    of_module = {name for name in saved if name.startswith(MODULE)}
+    more = sorted(of_module - {MODULE + name for name in room["module"]})
+    given = room["optimizers"]
+    if given:  # without any, weights alone are loaded
+        more += sorted({name for name in saved if name.startswith(OPTIMIZERS) and name.split(".")[2] not in given})
+    if more:
+        names = ", ".join(name.removeprefix("app.") for name in more[:8])
+        raise InputError(f"{path} is no checkpoint of this model and these optimisers: it has {names} beside")
 
 
 def _leave_out_unsaved(optimizers: dict[str, Any], saved: set[str]) -> None:
@@ -198,21 +231,18 @@ class SafeReader(dcp.FileSystemReader):
         try:
             with open(Path(self.path) / ".metadata", "rb") as file:
                 metadata: Metadata = _Unpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, OSError) as error:
+            if not isinstance(metadata, Metadata):
+                raise pickle.UnpicklingError(f"it is a {type(metadata).__name__}")
+            metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        except Exception as error:  # what bytes at random may raise there
             raise InputError(f"{self.path} is no checkpoint: its .metadata can't be read: {error}") from error
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        described = module == "torch.distributed.checkpoint.metadata"
-        if (
-            not described
-            and (module, name) not in DESCRIBES
-            and not isinstance(getattr(torch, name, None), torch.dtype)
-        ):
+        if (module, name) not in DESCRIBES:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)
 
@@ -239,6 +269,10 @@ def _named(what: str) -> Iterator[None]:
     except CheckpointException as error:
         reasons = dict.fromkeys(f"{type(e).__name__}: {e}" for e, _ in error.failures.values())
         raise InputError(f"{what}: {'; '.join(reasons)}") from error
+    except DescompilerError:
+        raise
+    except Exception as error:  # of what a file that is damaged says
+        raise InputError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def whole_at(path: Path) -> Path | None:
@@ -253,11 +287,7 @@ def _ranks_of(module: nn.Module, what: str) -> Ranks:
     named = _named_parts(module)
     if not isinstance(named, DistributedModule):  # the original, in one process
         return Ranks(None, 0, 1)
-    runtime = named._runtime
-    runtime.meet_between_steps(what)
-    ranks = Ranks(runtime.group, runtime.rank, runtime.ranks, runtime.channels)
-    ranks.name_next(what)
-    return ranks
+    return ranks_for(named, what)
 
 
 def _make_room(path: Path) -> None:

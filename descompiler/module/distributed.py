@@ -76,6 +76,8 @@ class DistributedModule(StandardCalls, nn.Module):
         self._flags = [name for name, _ in parts.template.named_modules()]
         self._frozen = frozenset(n for n, p in parts.template.named_parameters() if not p.requires_grad)
         self._divided = frozenset(n for n, x in parts.plan.pieces.items() if not x.is_replicated)
+        self._sparse: frozenset[str] = frozenset()  # tables whose gradients are, though the original's are dense
+        self._fused: list[torch.optim.Optimizer] = []  # they live as long as their hooks
         self._given: Kinds | None = None  # of the latest forward's inputs
         self._planned = True  # the latest forward's program
         self._used = self._told = Used()  # of the outputs of the forward that runs, and of the latest one
@@ -187,10 +189,11 @@ class DistributedModule(StandardCalls, nn.Module):
         """Which program this forward runs."""
         given, grads = () if self._given is None else self._given.told, torch.is_grad_enabled()
         moment = self._now().moment()
-        key = repr((changes, given, grads))  # a program is another one for inputs of other dtypes
-        of, call = moment.known.get("call", ("", Call()))
+        said = repr((changes, given, sorted(self._sparse)))  # a program is another one for inputs of other dtypes
+        key = said, grads
+        of, call = moment.known.get("call", (None, Call()))
         if of != key:
-            number = zlib.crc32(bytes((*moment.flags, *self._trained())) + repr((changes, given)).encode())
+            number = zlib.crc32(bytes((*moment.flags, *self._trained())) + said.encode())
             name = ", ".join(["training" if self.training else "evaluation", self._gradients_mode(), *given])
             if changes and self._attributes is not None:
                 name += f", {self._attributes.told(changes)}"
@@ -338,7 +341,7 @@ class DistributedModule(StandardCalls, nn.Module):
             moment.known["thawed"] = tuple(n for n, trained in known if trained and n in self._frozen)
         flags, thawed = moment.flags, moment.known["thawed"]
         given = self._given and (self._given.dtypes, self._given.called, self._given.trained)
-        key = flags, moment.held, thawed, changes, given
+        key = flags, moment.held, thawed, changes, given, self._sparse
 
         def make() -> Emitted:
             assert self._program_for is not None
@@ -349,7 +352,7 @@ class DistributedModule(StandardCalls, nn.Module):
                 )
             training = dict(zip(self._flags, flags, strict=True))
             held = dict(zip((*now.parameters, *now.buffers), moment.held, strict=True))
-            return self._program_for(training, held, thawed, changes, self._given, sample)
+            return self._program_for(training, self._sparse, held, thawed, changes, self._given, sample)
 
         return self._programs.get(key, self._given, make)
 
@@ -408,7 +411,7 @@ class DistributedModule(StandardCalls, nn.Module):
         runtime, original = self._runtime.anew(), vars(self)["_original"]
         parts = Parts(self, self.plan, runtime, values, buffers, self._coverage, original=original)
         result = DistributedModule(parts, self._signature, self._program_for, self._forward_for)
-        result._frozen, result._dtypes = self._frozen, self._dtypes
+        result._frozen, result._dtypes, result._sparse = self._frozen, self._dtypes, self._sparse
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from descompiler.eager.held import Whose, held
 from descompiler.eager.piece import Piece, plain
-from descompiler.errors import InputError, UnsupportedError
+from descompiler.errors import InputError, PlanError, UnsupportedError
 from descompiler.layout.pieces import Pieces
+from descompiler.module.distributed import DistributedModule
 from descompiler.module.installed import module_of
 
 
@@ -23,9 +24,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     ``step`` and ``zero_grad`` do nothing: the step was made in backward.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], options: dict[str, Any], update: Update, row_wise: bool):
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        options: dict[str, Any],
+        update: Update,
+        row_wise: bool,
+        kept_by: list[torch.optim.Optimizer],
+    ):
         super().__init__(parameters, options)
-        self._update, self._handles = update, []
+        self._update, self._handles, self._kept_by = update, [], kept_by
+        kept_by.append(self)  # a parameter's hooks would be gone with an optimiser that nobody keeps, without a word
         me = weakref.ref(self)
 
         def step(p: Tensor) -> None:
@@ -44,11 +53,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         gradient, p.grad = p.grad, None
         if gradient is None:
             return
-        gradient = gradient.coalesce()  # an id that was looked up twice is one row
+        rows, values = _rows_of(gradient)
         options = next(g for g in self.param_groups if any(q is p for q in g["params"]))
         state = self.state[p]
         state["step"] += 1
-        rows, values = gradient._indices()[0], gradient._values()
         if options["maximize"]:
             values = -values
         states = [plain(state[name]) for name in self._update.states]
@@ -62,9 +70,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Nothing: no gradient is kept."""
 
     def unfuse(self) -> None:
-        """Leave gradients where they are from now on."""
+        """Leave gradients where they are from now on; those of rows alone stay so."""
         for handle in self._handles:
             handle.remove()
+        if self in self._kept_by:
+            self._kept_by.remove(self)
+
+
+def _rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that have a gradient, each once, and their gradients."""
+    if gradient.is_sparse:
+        gradient = gradient.coalesce()  # an id that was looked up twice is one row
+        return gradient._indices()[0], gradient._values()
+    gradient = plain(gradient)  # of a table that every rank holds; where it is zero nothing moves
+    rows = gradient.flatten(1).any(1).nonzero()[:, 0]
+    return rows, gradient[rows]
 
 
 @dataclass
@@ -156,9 +176,15 @@ def fuse_optimizer(
 ) -> FusedOptimizer:
     """Update rows of tables in backward, as soon as their gradient is there; no gradient of a table's size is made.
 
-    Each backward is a step: gradients are not accumulated over several. Weights are those of the optimiser's own step
-    with sparse gradients, duplicate ids included: of `torch.optim.SGD`, `torch.optim.Adagrad`, and, for Adam, of
-    `torch.optim.SparseAdam`, which leaves rows alone that were not looked up.
+    Each backward is a step: gradients are not accumulated over several. Weights are those of the optimiser's own step,
+    duplicate ids included: of `torch.optim.SGD`, `torch.optim.Adagrad`, and, for Adam of tables with sparse gradients,
+    of `torch.optim.SparseAdam`, which leaves rows alone that were not looked up.
+
+    Tables with dense gradients, as ``nn.Embedding`` makes them, are named by ``params``. SGD and Adagrad move no row
+    without a gradient, so nothing else changes: those that ranks hold in part have sparse gradients from now on. Of a
+    table that every rank holds whole ranks average the whole gradient, as before, and drop it. Adam would move rows
+    that were not looked up, by what is left of earlier gradients: it is refused for them; ask for
+    `torch.optim.SparseAdam` if rows that were not looked up may stay. Every rank makes the same call.
 
     Parameters
     ----------
@@ -166,7 +192,7 @@ def fuse_optimizer(
     kind : type
         `torch.optim.SGD`, `torch.optim.Adagrad`, `torch.optim.Adam` or `torch.optim.SparseAdam`.
     params : iterable of nn.Parameter, optional
-        Of tables with sparse gradients; all such by default. Give the others to an optimiser of their own.
+        Tables; by default all that have sparse gradients. Give the others to an optimiser of their own.
     row_wise : bool
         Adagrad with one number for each row, the mean of its squares.
     **options
@@ -180,9 +206,9 @@ def fuse_optimizer(
     Raises
     ------
     InputError
-        For another optimiser or option, or a parameter whose gradients are not sparse.
+        For another optimiser or option, a parameter that is no table, or Adam of dense gradients.
     UnsupportedError
-        For ``row_wise`` where whole rows are on no rank.
+        For ``row_wise`` where whole rows are on no rank, and for tables that are used beside their lookups.
     """
     compiled = module_of(module)
     if kind not in KINDS:
@@ -199,22 +225,80 @@ def fuse_optimizer(
     held_names = {id(p): n for n, p in compiled.named_parameters()}
     sparse = [p for n, p in compiled.named_parameters() if n in compiled.plan.sparse and p.requires_grad]
     chosen = sparse if params is None else list(params)
+    dense = []
     for p in chosen:
         if (name := held_names.get(id(p))) is None:
             raise InputError(f"fuse_optimizer: a tensor of shape {tuple(p.shape)} is no parameter of the module")
-        if not any(p is q for q in sparse):
-            raise InputError(
-                f"fuse_optimizer: gradients of {name!r} are not sparse: make the table with sparse=True "
-                "(nn.Embedding, nn.EmbeddingBag), or leave it to another optimiser with params="
-            )
+        if any(p is q for fused in compiled._fused for g in fused.param_groups for q in g["params"]):
+            raise InputError(f"fuse_optimizer: {name!r} is updated in backward already: unfuse() that optimiser first")
+        if name in compiled._sparse or not any(p is q for q in sparse):
+            _check_dense(compiled, name, kind)
+            dense.append(name)
         if row_wise and isinstance(p, Piece) and p.pieces.dim != 0:
             raise UnsupportedError(
                 f"one number for each row, and {name!r}, of which each rank holds some columns: a row's mean is on no "
                 "rank. Pin a form that divides rows (docs/forms.md), or plan with optimizer='rowwise_adagrad'"
             )
     if not chosen:
-        raise InputError("fuse_optimizer: the module has no table with sparse gradients (sparse=True)")
-    return FusedOptimizer(chosen, known | options, update, row_wise)
+        raise InputError(
+            "fuse_optimizer: the module has no table with sparse gradients (sparse=True); name others, "
+            "params=[module.item.weight]"
+        )
+    _let_be_sparse(compiled, [name for name in dense if not _is_averaged(compiled, name)])
+    return FusedOptimizer(chosen, known | options, update, row_wise, compiled._fused)
+
+
+def _check_dense(compiled: DistributedModule, name: str, kind: type[torch.optim.Optimizer]) -> None:
+    """Raise unless a table's dense gradient says nothing of rows that are not looked up, nor does the optimiser."""
+    table = next((t for t in compiled.plan.tables if t.name == name), None)
+    if table is None or not table.vectors:
+        raise InputError(
+            f"fuse_optimizer: {name!r} is no table that is looked up (nn.Embedding, nn.EmbeddingBag): leave it to "
+            "another optimiser with params="
+        )
+    if not compiled.predicts_traffic:
+        raise UnsupportedError(
+            f"fuse_optimizer: gradients of {name!r} are dense, and the module runs the user's own forward: make the "
+            "table with sparse=True"
+        )
+    if table.whole:
+        raise UnsupportedError(
+            f"fuse_optimizer: {name!r} is used beside its lookups, so that each of its rows has a gradient: leave it "
+            "to another optimiser with params="
+        )
+    if kind is torch.optim.Adam:
+        raise InputError(
+            f"fuse_optimizer: gradients of {name!r} are dense, and torch.optim.Adam moves rows that were not looked up "
+            "by what is left of earlier gradients. torch.optim.SparseAdam leaves them alone: ask for it by name"
+        )
+    if kind is torch.optim.SparseAdam and _is_averaged(compiled, name):
+        raise UnsupportedError(
+            f"fuse_optimizer: every rank holds {name!r} whole, and from the average of dense gradients nobody knows "
+            "which rows were looked up: make the table with sparse=True, or pin another form in plan="
+        )
+
+
+def _is_averaged(compiled: DistributedModule, name: str) -> bool:
+    """Whether ranks average the whole gradient of a table."""
+    split = compiled.plan.splits[name]
+    gathers = split.gathered and not compiled._in_place
+    return split.pieces.is_replicated and compiled._runtime.ranks > 1 and not gathers
+
+
+def _let_be_sparse(compiled: DistributedModule, names: Iterable[str]) -> None:
+    """Emit the module's programs anew, with sparse gradients of these tables; what crosses may be other bytes."""
+    before, now = compiled._sparse, compiled._sparse.union(names)
+    if now == before:
+        return
+    compiled._sparse = now
+    try:
+        emitted = compiled._sized().emitted
+    except PlanError as error:
+        compiled._sparse = before
+        raise UnsupportedError(f"fuse_optimizer: with gradients of rows alone, {error}") from error
+    tables = [replace(t, table=replace(t.table, sparse=t.sparse or t.name in now)) for t in compiled.plan.tables]
+    plan = replace(compiled.plan, tables=tables, layout=emitted.layout, labels=emitted.labels)
+    object.__setattr__(compiled, "plan", plan)
 
 
 def _numbers_of_rows(p: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import nn
 from descompiler.errors import InputError
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.standard import NotWrapped
+from descompiler.runtime.ranks import Ranks
 
 
 def install(model: nn.Module, module: DistributedModule, method: str) -> nn.Module:
@@ -32,3 +33,12 @@ def module_of(model: nn.Module) -> DistributedModule:
             f"this {type(model).__name__} was not compiled in place: des.compile(model, in_place=True, ...)"
         )
     return found
+
+
+def ranks_for(module: DistributedModule, what: str) -> Ranks:
+    """The ranks of a module, for a collective call between its steps, of that name."""
+    runtime = module._runtime
+    runtime.meet_between_steps(what)
+    ranks = Ranks(runtime.group, runtime.rank, runtime.ranks, runtime.channels)
+    ranks.name_next(what)
+    return ranks

@@ -13,9 +13,8 @@ from descompiler.eager.piece import plain
 from descompiler.errors import InputError
 from descompiler.layout.pieces import Pieces
 from descompiler.module.distributed import DistributedModule
-from descompiler.module.installed import module_of
+from descompiler.module.installed import module_of, ranks_for
 from descompiler.runtime.blocks import BLOCK_ELEMENTS, broadcast_tensor, collect, gather, scatter
-from descompiler.runtime.ranks import Ranks
 from descompiler.runtime.room import check_room
 
 
@@ -36,12 +35,8 @@ def full_state_dict(module: nn.Module, *, rank0_only: bool = False) -> dict[str,
         On every rank, before anything is allocated, if the memory of a machine does not suffice.
     """
     module = module_of(module)
-    runtime = module._runtime
-    ranks = Ranks(runtime.group, runtime.rank, runtime.ranks, runtime.channels)
-    runtime.meet_between_steps("full_state_dict")
-    ranks.name_next("full_state_dict")
-    held = {n: plain(x) for n, x in module.state_dict().items()}
-    cut = {name: module.plan.pieces.get(_canonical(module, name)) for name in held}
+    ranks = ranks_for(module, "full_state_dict")
+    held, cut = {n: plain(x) for n, x in module.state_dict().items()}, pieces_by_name(module)
     takes = not rank0_only or ranks.rank == 0
     shapes = {n: tuple(x.shape) if (p := cut[n]) is None else p.shape for n, x in held.items()}
     place = torch.device("cpu") if rank0_only else None
@@ -67,6 +62,11 @@ def full_state_dict(module: nn.Module, *, rank0_only: bool = False) -> dict[str,
     return result
 
 
+def pieces_by_name(module: DistributedModule) -> dict[str, Pieces | None]:
+    """How each tensor of the original's ``state_dict`` is cut; None of buffers, which every rank holds."""
+    return {name: module.plan.pieces.get(_canonical(module, name)) for name in module.state_dict()}
+
+
 def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank0_only: bool = False) -> None:
     """Load the original model's ``state_dict``; each rank takes its pieces.
 
@@ -87,10 +87,7 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank
         If ranks load different values.
     """
     module = module_of(module)
-    runtime = module._runtime
-    ranks = Ranks(runtime.group, runtime.rank, runtime.ranks, runtime.channels)
-    runtime.meet_between_steps("load_full_state_dict")
-    ranks.name_next("load_full_state_dict")
+    ranks = ranks_for(module, "load_full_state_dict")
     mine = {n: plain(x) for n, x in module.state_dict().items()}
     ranks.everywhere(
         lambda: _check_state(module, mine, state) if not rank0_only or ranks.rank == 0 else None, "could not load"
@@ -102,7 +99,7 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank
             pieces, value = module.plan.pieces.get(_canonical(module, name)), state.get(name)
             if not rank0_only or ranks.count == 1:
                 assert value is not None
-                _copy_piece(local, value, pieces, runtime.rank)
+                _copy_piece(local, value, pieces, ranks.rank)
             elif pieces is None or pieces.is_replicated:
                 whole = local.detach().clone() if value is None or ranks.rank else value.to(local, copy=True)
                 local.copy_(broadcast_tensor(whole, ranks.group))

@@ -48,7 +48,8 @@ class Terms:
     memory_bytes : int, optional
         Limit of each rank.
     optimizer : str
-        Whose state counts in memory: a key of `descompiler.cost_models.memory.STATE`.
+        Whose state counts in memory: a key of `descompiler.cost_models.memory.STATE`. One that looks at whole rows
+        (``OF_WHOLE_ROWS`` there) forbids that ranks have columns of them.
     effort : int
         Multiplies the choices that are tried: 1 is for compiling, more for a model that will run for weeks.
     statistics : Statistics, optional

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 
+from descompiler.cost_models.memory import OF_WHOLE_ROWS
 from descompiler.errors import PlanError
 from descompiler.graph.nodes import user_line
 from descompiler.tables.aliases import current_name
@@ -20,18 +21,21 @@ def allowed_forms(
     operators: Sequence[Operator],
     pins: Mapping[str, str] | None = None,
     forbid: Forbidden | None = None,
+    optimizer: str = "",
 ) -> dict[str, tuple[str, ...]]:
     """The forms that each table may take: those it can, less the forbidden; the pinned one, if it is pinned.
 
     A name must be able to take its pinned form; a pattern (with ``*``, ``?`` or ``[``) pins where it is possible. Later
-    pins go before earlier ones.
+    pins go before earlier ones. What the ``optimizer`` has no step for, no table takes that is trained.
 
     Raises
     ------
     PlanError
         For a name that is no table, a form that does not exist, or a table that is left without one.
     """
-    result = {o.name: o.forms for o in operators}
+    refusals = {o.name: o.refusals | _without_step(o, optimizer) for o in operators}
+    result = {o.name: tuple(f for f in o.forms if f not in refusals[o.name]) for o in operators}
+    takes = dict(result)
     for pattern, forms in (forbid or {}).items():
         about = f"forbid[{pattern!r}]"
         for name in [forms] if isinstance(forms, str) else forms:
@@ -42,19 +46,27 @@ def allowed_forms(
         about = f"plan for {pattern!r}"
         form = form_name(name, about)
         for o in tables_named(operators, pattern, about):
-            if form not in o.refusals:
+            if form not in refusals[o.name]:
                 result[o.name] = (form,)
             elif not set(pattern) & set("*?["):
-                raise PlanError(f"table {o.name!r} can't take the form {form}: {o.refusals[form]}")
+                raise PlanError(f"table {o.name!r} can't take the form {form}: {refusals[o.name][form]}")
     _tie(result, groups_of(operators))
     for o in operators:
         if not result[o.name]:
-            why = "; ".join(f"{f}: {reason}" for f, reason in o.refusals.items())
+            why = "; ".join(f"{f}: {reason}" for f, reason in refusals[o.name].items())
             raise PlanError(
-                f"table {o.name!r} is left without a form: all that it can take ({', '.join(o.forms)}) are "
+                f"table {o.name!r} is left without a form: all that it can take ({', '.join(takes[o.name])}) are "
                 f"forbidden" + (f", and it can't take {why}" if why else "") + "; forbid less"
             )
     return result
+
+
+def _without_step(o: Operator, optimizer: str) -> dict[str, str]:
+    """Forms whose pieces an optimiser can't step on, and why."""
+    if optimizer not in OF_WHOLE_ROWS or not o.trained:
+        return {}
+    why = f"optimizer={optimizer!r} looks at whole rows, and ranks would have columns of them"
+    return {form: why for form in o.forms if form_named(form).by_columns}
 
 
 def _tie(allowed: dict[str, tuple[str, ...]], groups: Sequence[Group]) -> None:

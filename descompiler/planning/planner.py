@@ -63,7 +63,7 @@ def choose(
             f"cluster {terms.cluster.name!r} has {terms.cluster.ranks} ranks, the plan is for {w.ranks}: "
             f"cluster.with_ranks({w.ranks})"
         )
-    allowed = allowed_forms(operators, pins, terms.forbid)
+    allowed = allowed_forms(operators, pins, terms.forbid, terms.optimizer)
     if w.ranks == 1:
         allowed = {o.name: (fallback().name,) for o in operators}
     measured = terms.statistics.measured if terms.statistics is not None else {}
@@ -152,7 +152,8 @@ def _does_not_fit(search: Search, forms: Mapping[str, str], best: Trial, pins: M
     if count > 8:
         lines.append(f"and {count - 8} more")
     if pins or search.terms.forbid:
-        free = Search(search.program, search.operators, search.rules, w, allowed_forms(search.operators), search.terms)
+        allowed = allowed_forms(search.operators, optimizer=search.terms.optimizer)
+        free = Search(search.program, search.operators, search.rules, w, allowed, search.terms)
         found, _ = free.run()
         if not free.score(found).missing_bytes:
             changed = sorted({f"{n}: {found[n]}" for n in found if found[n] != forms[n]})

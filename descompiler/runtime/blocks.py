@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from descompiler.layout.pieces import Pieces
+from descompiler.layout.pieces import Pieces, locate
 from descompiler.model.sparse import parts_of, with_parts
 from descompiler.runtime import collectives
 from descompiler.runtime.collectives import broadcast_object, receive, send
@@ -58,6 +58,29 @@ def collect(mine: Tensor, pieces: Pieces, ranks: Ranks, full: Tensor | None) -> 
                 full[there] = receive(torch.empty_like(full[there], device=mine.device), r, ranks.group).to(full.device)
             elif ranks.rank == r:
                 send(mine[here], 0, ranks.group)
+
+
+def collect_rows(mine: Tensor, pieces: Pieces, ranks: Ranks, start: int, stop: int) -> Tensor | None:
+    """Rows ``start`` to ``stop`` of the original, on rank 0; None on the others. Collective."""
+    shape = (stop - start, *pieces.shape[1:])
+    full = torch.empty(shape, dtype=mine.dtype, device=mine.device) if ranks.rank == 0 else None
+    if pieces.dim:
+        collect(mine[start:stop], Pieces(shape, pieces.dim, pieces.division, pieces.ranks), ranks, full)
+        return full
+    owners, positions = locate(pieces, torch.arange(start, stop), 0)  # what all hold is taken from the first
+    for r in range(ranks.count):
+        here = (owners == r).nonzero()[:, 0]
+        if not len(here):
+            continue
+        if ranks.rank == r:
+            rows = mine[positions[here].to(mine.device)]
+            if full is None:
+                send(rows, 0, ranks.group)
+            else:
+                full[here.to(full.device)] = rows
+        elif full is not None:
+            full[here.to(full.device)] = receive(full.new_empty(len(here), *shape[1:]), r, ranks.group)
+    return full
 
 
 def gather(mine: Tensor, pieces: Pieces, ranks: Ranks, full: Tensor) -> None:

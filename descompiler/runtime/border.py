@@ -145,8 +145,16 @@ class Anchor(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        zeros = [k if k is None else torch.zeros(s, dtype=t, device=d, layout=k) for s, t, d, k in ctx.like]
-        return grads[0], None, *zeros
+        return grads[0], None, *(_zeros(*like) for like in ctx.like)
+
+
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device, kind: torch.layout | None) -> Tensor | None:
+    """No gradient's values: zeros; of a sparse one no rows, each a tensor as those of other gradients of its kind."""
+    if kind is None or kind is torch.strided:
+        return None if kind is None else torch.zeros(shape, dtype=dtype, device=device)
+    rows = torch.empty(1, 0, dtype=torch.int64, device=device)
+    values = torch.empty(0, *shape[1:], dtype=dtype, device=device)
+    return torch.sparse_coo_tensor(rows, values, shape, check_invariants=False)
 
 
 @carries(SharedColumns)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -202,6 +203,20 @@ def find_operators(program: Program) -> list[Operator]:
             )
         )
     return result
+
+
+@contextmanager
+def sparse_lookups(program: Program, names: Collection[str]) -> Iterator[None]:
+    """Let the gradients of tables be sparse meanwhile, as if their modules had been made with ``sparse=True``."""
+    calls = [call for n in program.graph.nodes if (call := LookupCall.of(n)) is not None]
+    dense = [call for call in calls if not call.sparse and program.parameter(call.weight) in names]
+    for call in dense:
+        call.let_sparse(True)
+    try:
+        yield
+    finally:
+        for call in dense:
+            call.let_sparse(False)
 
 
 def _lookup_of(call: LookupCall, *, computed: bool = False) -> Lookup:
