@@ -30,7 +30,7 @@ def tampered_table(module):
 def tampered_start(module):
     """In a row that only this rank holds: both see it."""
     with torch.no_grad():
-        value = module.get_parameter("embeddings.tables.0.weight").detach()[-1, -1]
+        value = des.local_tensor(module.get_parameter("embeddings.tables.0.weight"))[-1, -1]
         value.copy_(torch.nextafter(value, value.new_tensor(torch.inf)))
 
 
