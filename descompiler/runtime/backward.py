@@ -390,5 +390,6 @@ def _refuse_twice(what: str, ranks: Agreement) -> None:
     at = running_at()
     raise UnsupportedError(
         f"{what}{f' at {at}' if at else ''}: gradients of gradients with respect to parameters are not computed "
-        f"on {ranks.ranks} ranks. Gradients with respect to inputs are (torch.autograd.grad(outputs, inputs, create_graph=True))"
+        f"on {ranks.ranks} ranks. "
+        "Gradients with respect to inputs are (torch.autograd.grad(outputs, inputs, create_graph=True))"
     )
