@@ -61,6 +61,7 @@ class Builder:
         self.trained = trained  # inputs that require a gradient
         self.kit = Kit.of() if kit is None else kit
         leaves, _ = split_statics(flatten(self.example_inputs)[0])
+        self.has_rows = bool(leaves)
         leaves = leaves or [no_batch()]
         self.rows = max((x.shape[0] for x in leaves if x.dim()), default=1)
         self.sizes = Kinds.of(leaves).sizes

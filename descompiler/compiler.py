@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from descompiler.builder import Builder
 from descompiler.captured import Captured
 from descompiler.emit.emit import Emitted
-from descompiler.errors import CaptureError, InputError, PlanError, step_of
+from descompiler.errors import CaptureError, InputError, PlanError, UnsupportedError, step_of
 from descompiler.graph.program import Failure
 from descompiler.in_part import distribute_in_part, in_other_flags
 from descompiler.model.attributes import dotted, unregistered
@@ -89,6 +89,7 @@ def compile(
         What each rank's loss is, so that gradients are the original's on the global batch. "rank_mean": a mean over the
         rank's rows, ranks are averaged (as DistributedDataParallel). "row_mean": the same mean, weighted by each rank's
         rows: the mean over the global batch also where ranks have different batch sizes. "sum": a sum over rows.
+        A forward that takes no tensor has no rows: "rank_mean".
         Outputs without rows (a loss computed in the model) are the global batch's on every rank, and count once.
         Inputs that require a gradient get that of the losses as ranks compute them, in units of their own rank's.
     batch : int, optional
@@ -192,7 +193,9 @@ def distribute(
     ranks.same("version", versions)
     _warn_of_what_is_lost(model, host, ranks)
     # capture, classify (what mixes rows), normalise, find tables
-    build, captured, failures = ranks.everywhere(step_of("capturing the model", lambda: _capture(builder())))
+    build, captured, failures = ranks.everywhere(
+        step_of("capturing the model", lambda: _capture(_for_loss(builder(), loss, ranks.count)))
+    )
     if len(set(ranks.of_every(build.sizes))) > 1:  # ranks pad their examples differently: one plan, for the first's
         first = ranks.of_first(map_tensors(Tensor.cpu, build.example_inputs))
         example = map_tensors(lambda x: x.to(build.device), first)
@@ -247,6 +250,18 @@ def distribute(
         program_for,
         lambda *now: in_other_flags(build, chosen, coverage, ranks.runtime(loss), *now),
     )
+
+
+def _for_loss(build: Builder, loss: str, ranks: int) -> Builder:
+    """Refuse a kind of loss that is about rows where forward takes none: which of the user's tensors have them?"""
+    if ranks > 1 and not build.has_rows and loss != "rank_mean":
+        raise UnsupportedError(
+            f"loss={loss!r}, and forward takes no tensor, so that nothing says how many rows a rank has: make each "
+            "rank's loss a mean over equal shares of the rows, and compile with loss='rank_mean'. With losses that are "
+            f"sums, or shares that differ, multiply each rank's sum by {ranks}, the number of ranks (and divide it by "
+            "the rows of all, for their mean)"
+        )
+    return build
 
 
 def _capture(build: Builder) -> tuple[Builder, Captured | None, tuple[Failure, ...]]:

@@ -1,6 +1,8 @@
 """Operators that mix the rows of the batch: exact on real ranks, uneven and empty ones too."""
 
 import copy
+import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -377,3 +379,54 @@ def _other_outputs(rank, ranks):
 def test_ranks_that_use_different_outputs_and_evaluation(on_ranks):
     for error, counted in on_ranks(_other_outputs, 2):
         assert error < 1e-10 and counted
+
+
+class Sized(nn.Module):
+    """What is computed of a batch's sizes, among the arguments of operators."""
+
+    def __init__(self, of) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.of = nn.Embedding(20, 8), of
+
+    def forward(self, ids):
+        return self.of(self.table(ids), len(ids), ids.shape[1])
+
+
+def halves(x, rows, length):
+    first = x[:, : length // 2].sum(1) * 2
+    return torch.cat([first[: rows // 2] / (rows % 3 + 1), first[rows // 2 :]]) / (rows / 2) ** 0.5
+
+
+def thirds(x, rows, length):
+    return torch.cat([part * (i + 1) for i, part in enumerate(x.split([rows // 3, rows - rows // 3]))]).sum(1)
+
+
+def counted(x, rows, length):
+    return x.sum(1) * torch.sym_max(rows, 3) / torch.sym_float(x.numel() // length) + x.roll(rows // 2, 0).sum(1)
+
+
+def viewed(x, rows, length):
+    return x.reshape(rows * length // 2, 16).sum(1).view(rows, -1).sum(1) * min(1.0, rows / 100) * -(-rows // 4)
+
+
+def rational(x, rows, length):
+    return x.sum(1) * Fraction(rows, length).denominator / math.gcd(rows, 4)
+
+
+SIZED = [halves, thirds, counted, viewed, rational]
+
+
+@pytest.mark.parametrize("of", cases(SIZED, SIZED[:2]))
+def test_arithmetic_of_sizes_is_that_of_the_global_batch(of, on_ranks):
+    ids = torch.randint(20, (12, 6), generator=torch.Generator().manual_seed(0))
+    des.verify(Sized(of), (ids,), plans=[{"*": "row_wise"}], launch=on_ranks)
+
+
+def ragged(x, rows, length):
+    return torch.cat([part * (i + 1) for i, part in enumerate(x.tensor_split(3))]).sum(1)
+
+
+def test_a_size_that_is_no_multiple_of_the_rows_is_refused_with_what_to_do():
+    with pytest.raises(des.UnsupportedError, match=r"test_coupling.py:\d+: .*rows by a mask"):
+        des.plan(Sized(ragged), (torch.zeros(12, 6, dtype=torch.int64),), ranks=2)

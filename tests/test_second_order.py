@@ -111,31 +111,39 @@ def test_a_penalty_on_gradients_is_that_of_the_global_batch(cls, form, on_ranks)
             torch.testing.assert_close(state[name], x, rtol=1e-9, atol=1e-11)
 
 
-def _refused(rank, ranks, cls):
-    module = des.compile(cls().double(), BATCH, plan={"*": "row_wise"})
+def _refused(rank, ranks, cls, form):
+    module = des.compile(cls().double(), BATCH, plan={"*": form})
     return raised(lambda: penalised(module, *BATCH).backward())
 
 
-@pytest.mark.parametrize(
-    ("cls", "what"),
-    [
-        (WithLeaf, "a module that is not traced is differentiated again.*operators of torch"),
-        (Product, "a product with a table that ranks hold in part is differentiated again.*replicate"),
-    ],
-)
-def test_what_is_not_differentiated_twice_is_refused(cls, what, on_ranks):
-    for error in on_ranks(_refused, 2, cls):
-        assert re.search(f"^UnsupportedError: .*{what}", error)
+LINE = r"\S*test_second_order.py:\d+"
+"""Of the user's code, here."""
+
+
+REFUSED = [
+    (WithLeaf, "row_wise", rf"opaque leaf 'opaque' \({LINE}\), which is not traced, .*operators of torch"),
+    (Product, "row_wise", "a product with a table that ranks hold in part, .*replicate"),
+]
+
+
+@pytest.mark.parametrize(("cls", "form", "what"), REFUSED)
+def test_what_is_not_differentiated_twice_is_refused(cls, form, what, on_ranks):
+    for error in on_ranks(_refused, 2, cls, form):
+        assert re.search(f"^UnsupportedError: the gradient of {what}", error)
+        assert re.search(rf"which was taken at {LINE}, is differentiated again", error)
 
 
 def _with_graph(rank, ranks):
     module = des.compile(Centred().double(), BATCH)
-    return raised(lambda: module(*BATCH).sum().backward(create_graph=True))
+    by = next(module.parameters())
+    asks = lambda: torch.autograd.grad(module(*BATCH).sum(), by, create_graph=True)  # noqa: E731
+    return raised(lambda: module(*BATCH).sum().backward(create_graph=True)), raised(asks)
 
 
 def test_gradients_of_parameters_have_no_graph(on_ranks):
-    for error in on_ranks(_with_graph, 2):
-        assert "gradients of gradients with respect to parameters" in error
+    for errors in on_ranks(_with_graph, 2):
+        for error in errors:
+            assert re.search(f"{LINE}: gradients of gradients with respect to parameters", error)
 
 
 class Rater(nn.Module):

@@ -141,6 +141,22 @@ def test_a_forward_without_inputs_trains_as_the_original(on_ranks):
             torch.testing.assert_close(gradients[name], p.grad)
 
 
+def test_a_forward_without_inputs_is_verified(on_ranks):
+    report = des.verify(WholeGraph(), (), plans=[None, {}], launch=on_ranks, thorough=True)
+    assert report.cases == 2 and "evaluation after step 3 of Adam with weight decay" in report.tried
+    assert not report.refused and not report.left_out
+
+
+def _without_rows(rank, ranks, loss):
+    with pytest.raises(des.UnsupportedError, match=f"loss='{loss}'.*takes no tensor.*multiply each rank's sum by 2"):
+        des.compile(WholeGraph(), (), loss=loss)
+
+
+def test_a_loss_of_rows_is_refused_where_forward_takes_none(on_ranks):
+    for loss in ("sum", "row_mean"):
+        on_ranks(_without_rows, 2, loss)
+
+
 class ByItsOwnSize(nn.Module):
     """Views by the batch's size, one of the inputs, and divides by it, as ReChorus' models do."""
 

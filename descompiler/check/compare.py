@@ -13,7 +13,7 @@ from torch import nn
 
 from descompiler.builder import Builder
 from descompiler.check.judge import Judge, OriginalStep, Report, own_rows, without_copying_parameters
-from descompiler.check.objective import Objective, batches
+from descompiler.check.objective import Objective, batches, kind_of_loss
 from descompiler.check.thorough import OWN_DTYPES, Trials, in_own_dtypes
 from descompiler.compiler import distribute
 from descompiler.errors import EquivalenceError
@@ -61,7 +61,7 @@ def train_and_compare(
     with double_meant():
         for plan in plans:
             for name in optimizers:
-                module = compiled(model, builder, plan=plan, loss="sum")
+                module = compiled(model, builder, plan=plan, loss=kind_of_loss(inputs))
                 title = f"plan {plan!r}, {name}, rank {rank}"
                 _case(report, model, module, inputs, steps, title, name, rank, ranks, method)
             if narrow is not None:
@@ -71,7 +71,7 @@ def train_and_compare(
         own, own_inputs = narrow[0].to(device), map_tensors(lambda x: x.to(device), narrow[1])
         own_builder = functools.cache(lambda: Builder(blueprint(own), own_inputs, method, kit))
         for plan in plans:
-            module = compiled(own, own_builder, plan=plan, loss="sum")
+            module = compiled(own, own_builder, plan=plan, loss=kind_of_loss(inputs))
             title = f"plan {plan!r}, rank {rank}, trial {OWN_DTYPES!r}"
             judge = Judge(report, title, module, copy.deepcopy(own, copied(own)), rank)
             judge.check_start()

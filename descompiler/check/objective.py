@@ -67,6 +67,11 @@ class Objective:
         return total
 
 
+def kind_of_loss(inputs: Any) -> str:
+    """What a rank's `Objective` is: a sum over rows; of a forward that takes no tensor, the same on every rank."""
+    return "sum" if split_statics(flatten(inputs)[0])[0] else "rank_mean"
+
+
 def batches(inputs: Any, step: int, ranks: int) -> tuple[Any, list[int]]:
     """A global batch drawn from the example's rows, and each rank's rows: uneven, one rank empty, then even."""
     rows = [
@@ -81,8 +86,10 @@ def batches(inputs: Any, step: int, ranks: int) -> tuple[Any, list[int]]:
 
 
 def drawn(inputs: Any, rows: int, seed: int) -> Any:
-    """So many of the example's rows, some more than once."""
+    """So many of the example's rows, some more than once; inputs without a tensor have none, and are as they are."""
     leaves, _ = split_statics(flatten(inputs)[0])
+    if not leaves:
+        return inputs
     index = torch.randint(len(leaves[0]), (rows,), generator=torch.Generator().manual_seed(seed))
     if rows > 1:  # a batch of one row again and again has differences of 0, all rounding
         index[-1] = (index[0] + 1) % len(leaves[0])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from descompiler.check.judge import Judge, OriginalStep, Report, largest, on_any_rank, own_rows, wide
 from descompiler.check.judge import without_copying_parameters as kept
-from descompiler.check.objective import Objective, batches, output_tensors
+from descompiler.check.objective import Objective, batches, kind_of_loss, output_tensors
 from descompiler.check.trials import Trial, trials_of
 from descompiler.eager.piece import plain
 from descompiler.errors import DescompilerError
@@ -53,7 +53,7 @@ class Trials:
         EquivalenceError
             On every rank.
         """
-        judge = self._judge("sum", False)
+        judge = self._judge(kind_of_loss(inputs), False)
         batch, counts = batches(inputs, 0, self.report.ranks)
         outputs = self._result(judge, batch, sum(counts))
         tensors = 0 if outputs is None else len(output_tensors(outputs))

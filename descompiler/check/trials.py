@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from descompiler.check.objective import Objective, batches, drawn
+from descompiler.check.objective import Objective, batches, drawn, kind_of_loss
 from descompiler.model.inputs import flatten, knows_rows, map_tensors, split_statics, take_rows
 
 MOST_LEAVES = 8
@@ -69,7 +69,10 @@ def trials_of(inputs: Any, ranks: int, outputs: int, rows: Sequence[int], runs: 
     runs : callable
         Whether the original has a result, given inputs.
     """
-    found = [*_losses(inputs, ranks, outputs), *_sizes(inputs, ranks), *_training(inputs, ranks)]
+    found = [*_losses(inputs, ranks, outputs), *_training(inputs, ranks)]
+    if (kind := kind_of_loss(inputs)) != Trial.loss:  # no rows: forward is about parameters alone
+        return [replace(t, loss=kind) for t in found if t.loss == Trial.loss]
+    found += _sizes(inputs, ranks)
     if not knows_rows(inputs):  # of jagged tensors dimension 0 is not the batch
         found += [*_lengths(inputs, ranks), *_edges(inputs, ranks, rows, runs)]
     return found

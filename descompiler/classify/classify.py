@@ -208,7 +208,7 @@ class _Classifier:
         expr = value(node).node.expr
         if not expr.free_symbols <= self.known:
             return False
-        if node.target is aten.sym_size.int and not polynomial(expr, self.program.batch):
+        if node.target is aten.sym_size.int and not polynomial(expr, self.program):
             return False
         if node.target is not aten.sym_size.int and not all(k in (CONSTANT, SIZE) for k in kinds.values()):
             return False

@@ -256,9 +256,14 @@ class _Coupler:
                 raise UnsupportedError(f"{where(n)}: rows of a size that depends on data are used across the batch")
             terms: tuple[tuple[int, ...], ...] = ((scope.rows.outer * scope.rows.inner * torch.Size(shape).numel(),),)
         else:
-            found = [polynomial(size_of(s), self.program.batch) for s in fake.shape]
+            found = [polynomial(size_of(s), self.program) for s in fake.shape]
             if None in found:
-                raise UnsupportedError(f"{where(n)}: a gradient of a size that depends on data crosses between ranks")
+                sizes = ", ".join(str(size_of(s)) for s in fake.shape)
+                raise UnsupportedError(
+                    f"{where(n)}: a gradient crosses between ranks of a size that depends on data, or on the rows of "
+                    f"the batch otherwise than as a multiple of them and a constant ({sizes}): multiply rows by a mask "
+                    "instead of cutting them out"
+                )
             terms = tuple(f for f in found if f is not None)
         return GlobalValue(n.name, terms, itemsize)
 

@@ -83,12 +83,17 @@ def coupled_nodes(program: Program) -> set[fx.Node]:
 def size_terms(program: Program, n: fx.Node) -> tuple[int, ...] | None:
     """Coefficients of a ``sym_size`` in the batch size; None if it does not depend on it."""
     expr = value(n).node.expr
-    return polynomial(expr, program.batch) if program.batch in expr.free_symbols else None
+    return polynomial(expr, program) if program.batch in expr.free_symbols else None
 
 
-def polynomial(expr: Any, batch: Any) -> tuple[int, ...] | None:
-    """Integer coefficients of an expression in the batch size, constant term first; None if it is none."""
-    if not sympy.sympify(expr).is_polynomial(batch):
+def polynomial(expr: Any, program: Program) -> tuple[int, ...] | None:
+    """Integer coefficients of an expression in the batch size, constant term first; None if it is none.
+
+    A program's guards may say what a part of it is: that a third of the rows is 1.
+    """
+    equal = {g.lhs: g.rhs for g in program.guards if isinstance(g, sympy.Eq) and g.rhs.is_Integer}
+    expr, batch = sympy.sympify(expr).subs(equal), program.batch
+    if not expr.is_polynomial(batch):
         return None
     found = tuple(sympy.Poly(expr, batch).all_coeffs()[::-1])
     return tuple(int(c) for c in found) if all(c.is_Integer for c in found) else None

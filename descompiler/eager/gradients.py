@@ -109,7 +109,7 @@ class GradientSync:
                 raise error
             self._failure = self._failure or error
 
-        return Guard(failed)
+        return Guard(failed, "forward")
 
     # ---- backward
 

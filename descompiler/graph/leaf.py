@@ -8,6 +8,7 @@ operators of the graph, in whatever form, and what crosses is predicted as for a
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -213,13 +214,23 @@ class Leaf:
 
     def failure(self, error: Exception) -> str:
         """What a call that raised has to say: the leaf, the user's file and line, and the error's own text."""
-        place = raised_at(error)
-        if place is None:  # it returned what it must not, or an operator's backward raised
-            users = (m for m in self.module.modules() if not type(m).__module__.startswith(("torch.", "descompiler.")))
-            code = getattr(inspect.unwrap(type(next(users, self.module)).forward), "__code__", None)
-            place = f"{code.co_filename}:{code.co_firstlineno}" if code else "line unknown"
         text = str(error) if isinstance(error, LeafError) else f"{type(error).__name__}: {error}"
-        return f"opaque leaf {self.name!r} ({place}): {text}"
+        # it may have returned what it must not, or an operator's backward raised
+        return f"{self._at(raised_at(error) or self._place)}: {text}"
+
+    @functools.cached_property
+    def said(self) -> str:
+        """Its name, and where the user has written it."""
+        return self._at(self._place)
+
+    @functools.cached_property
+    def _place(self) -> str:
+        users = (m for m in self.module.modules() if not type(m).__module__.startswith(("torch.", "descompiler.")))
+        code = getattr(inspect.unwrap(type(next(users, self.module)).forward), "__code__", None)
+        return f"{code.co_filename}:{code.co_firstlineno}" if code else "line unknown"
+
+    def _at(self, place: str) -> str:
+        return f"opaque leaf {self.name!r} ({place})"
 
     def check_empty(self, state: Sequence[Tensor]) -> None:
         """Find out whether forward runs on a batch without rows.

@@ -19,9 +19,14 @@ class Check:
     line: str = ""
     ignored: int | None = None  # an id that is allowed too: a target without a loss
 
+    @property
+    def named(self) -> str:
+        """The table, and where it is looked up."""
+        return f"table {self.table!r}" + (f" ({self.line})" if self.line else "")
+
     def problem(self, ids: Tensor) -> str | None:
         """Why these ids are wrong, or None."""
-        name = f"table {self.table!r}" + (f" ({self.line})" if self.line else "")
+        name = self.named
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             return f"{name}: ids must be integers, and are {ids.dtype}; convert them with .long()"
         if not ids.numel():

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from descompiler.classify.behind import Behind
-from descompiler.errors import UnsupportedError
+from descompiler.errors import UnsupportedError, running_at
+from descompiler.layout.id_checks import Check
 from descompiler.layout.step import UsedOutputs
 from descompiler.model.reach import leaves_of
 from descompiler.runtime.agreement import Agreement
@@ -76,12 +77,20 @@ KEEP_WHOLE = "keep the table replicated: plan={table: form}, with a form of docs
 """What to do about a table."""
 
 
-def differentiable_once(what: str, instead: str = KEEP_WHOLE) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def lookups_of(checks: Iterable[Check]) -> str:
+    """Lookups in divided tables, those that are checked by name."""
+    named = ", ".join(sorted({c.named for c in checks}))
+    return f"lookups in tables that ranks hold in part{f': {named}' if named else ''}"
+
+
+def differentiable_once(
+    what: str | Callable[[Any], str], instead: str = KEEP_WHOLE
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Mark a ``backward`` whose result can't be differentiated again: who comes to it by a second one is refused.
 
     Torch's `once_differentiable` says neither what it was nor what to do, and goes by whether gradients have a history:
-    that of a product of two values depends on both where the gradient that comes in is a constant. ``instead`` is what
-    to do.
+    that of a product of two values depends on both where the gradient that comes in is a constant. ``what`` is a
+    function of ctx where that knows more; ``instead`` is what to do. The error has the line of the first backward.
     """
 
     def mark(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,7 +103,10 @@ def differentiable_once(what: str, instead: str = KEEP_WHOLE) -> Callable[[Calla
                 return result
             several = result if isinstance(result, tuple) else (result,)
             there = [i for i, g in enumerate(several) if g is not None]
-            marked = _Once.apply(what, instead, torch.zeros((), requires_grad=True), *(several[i] for i in there))
+            said = what if isinstance(what, str) else what(ctx)
+            if at := running_at():
+                said = f"{said}, which was taken at {at},"
+            marked = _Once.apply(said, instead, torch.zeros((), requires_grad=True), *(several[i] for i in there))
             found = dict(zip(there, marked, strict=True))
             return tuple(found.get(i, g) for i, g in enumerate(several))
 
@@ -375,7 +387,9 @@ def _agree(
 
 
 def _refuse_twice(what: str, ranks: Agreement) -> None:
+    at = running_at()
     raise UnsupportedError(
-        f"{what}: gradients of gradients with respect to parameters are not computed on {ranks.ranks} ranks. "
+        f"{what}{f' at {at}' if at else ''}: gradients of gradients with respect to parameters are not computed "
+        f"on {ranks.ranks} ranks. "
         "Gradients with respect to inputs are (torch.autograd.grad(outputs, inputs, create_graph=True))"
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from descompiler.layout.border import Exit, SharedColumns, ValuesOut
 from descompiler.runtime.agreement import Agreement
-from descompiler.runtime.backward import differentiable_once
+from descompiler.runtime.backward import differentiable_once, lookups_of
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.collectives import Pending
 from descompiler.runtime.messages import message_dtype, packed, size_in, unpacked
@@ -66,7 +66,7 @@ class ExitStart(torch.autograd.Function):
         return anchor.new_zeros(())
 
     @staticmethod
-    @differentiable_once("lookups in tables that ranks hold in part")
+    @differentiable_once(lambda ctx: lookups_of(ctx.runtime.checks))
     def backward(ctx: Any, *grads: Any) -> Any:
         buffer = ctx.handle.backward.wait()
         shapes, pieces = ctx.shapes, [list[Tensor]() for _ in ctx.shapes]
@@ -103,7 +103,7 @@ class ExitWait(torch.autograd.Function):
         return tuple(torch.cat([p for p in parts if p.dtype == kind]) for kind in kinds)
 
     @staticmethod
-    @differentiable_once("lookups in tables that ranks hold in part")
+    @differentiable_once(lambda ctx: lookups_of(ctx.runtime.checks))
     def backward(ctx: Any, *grads: Any) -> Any:
         flat = grads[0].contiguous()
         if len(grads) > 1:

@@ -31,7 +31,7 @@ from torch import Tensor
 from descompiler.layout.fetches import Counts, Fetch
 from descompiler.ops.local import bag, lookup
 from descompiler.runtime.agreement import Message
-from descompiler.runtime.backward import differentiable_once
+from descompiler.runtime.backward import differentiable_once, lookups_of
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.fetching import Fetching, collected, dealt, message_sizes, prepare
 from descompiler.runtime.runtime import Runtime
@@ -196,7 +196,7 @@ class _FetchRows(torch.autograd.Function):
         return tuple(shared)
 
     @staticmethod
-    @differentiable_once("lookups in tables that ranks hold in part")
+    @differentiable_once(lambda ctx: lookups_of(ctx.fetching.fetch.checks))
     def backward(ctx: Any, *grads: Any) -> Any:
         runtime, fetching = ctx.runtime, ctx.fetching
         fetch, space, rank = fetching.fetch, fetching.space, runtime.rank
@@ -260,7 +260,7 @@ class _FetchWait(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    @differentiable_once("lookups in tables that ranks hold in part")
+    @differentiable_once(lambda ctx: lookups_of(ctx.fetching.fetch.checks))
     def backward(ctx: Any, *grads: Any) -> Any:
         runtime, fetching = ctx.runtime, ctx.fetching
         fetch = fetching.fetch

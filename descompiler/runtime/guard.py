@@ -26,10 +26,12 @@ class Guard:
     ----------
     failed : callable
         Gets what its backward raises; may raise.
+    what : str
+        Whose code it is.
     """
 
-    def __init__(self, failed: Callable[[Exception], None]):
-        self.failed = failed
+    def __init__(self, failed: Callable[[Exception], None], what: str):
+        self.failed, self.what = failed, what
         self.given: dict[int, Tensor] = {}  # by the identity of what the code takes in its place
 
     def enter(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -45,7 +47,9 @@ class Guard:
         ends = [result[i] for i in trained]
         sources = leaves_of(ends)
         given = [self.given.get(id(x), x) for x in sources]
-        for i, x in zip(trained, _Leave.apply(self.failed, ends, sources, *given) if ends else (), strict=True):
+        for i, x in zip(
+            trained, _Leave.apply(self.failed, self.what, ends, sources, *given) if ends else (), strict=True
+        ):
             result[i] = x
         return result
 
@@ -66,14 +70,21 @@ def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, failed: Callable[[Exception], None], ends: list[Tensor], sources: list[Tensor], *given: Tensor
+        ctx: Any,
+        failed: Callable[[Exception], None],
+        what: str,
+        ends: list[Tensor],
+        sources: list[Tensor],
+        *given: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.failed, ctx.ends, ctx.sources = failed, ends, sources
+        ctx.what, ctx.failed, ctx.ends, ctx.sources = what, failed, ends, sources
         ctx.set_materialize_grads(False)  # what no loss uses has no gradient
         return tuple(x.detach() for x in ends)
 
     @staticmethod
-    @differentiable_once("a module that is not traced", "write it with operators of torch that can be traced")
+    @differentiable_once(
+        lambda ctx: f"{ctx.what}, which is not traced", "write it with operators of torch that can be traced"
+    )
     def backward(ctx: Any, *grads: Any) -> Any:
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         ends, given = zip(*((x, g) for x, g in zip(ctx.ends, grads, strict=True) if g is not None), strict=True)
@@ -84,4 +95,4 @@ class _Leave(torch.autograd.Function):
             ctx.failed(error)
             with torch._C.DisableTorchFunctionSubclass():
                 found = tuple(map(torch.zeros_like, ctx.sources))
-        return None, None, None, *found
+        return None, None, None, None, *found

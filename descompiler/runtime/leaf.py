@@ -60,7 +60,7 @@ class LeafOnRanks:
         if not torch.is_grad_enabled():
             return self.leaf.run(tensors, rows, state, own_rows=self.own_rows)
         failures = runtime.failures
-        guard = Guard(lambda error: failures.append((f"backward of {self.leaf.failure(error)}", error)))
+        guard = Guard(lambda error: failures.append((f"backward of {self.leaf.failure(error)}", error)), self.leaf.said)
         inner = guard.enter(tensors), guard.enter(rows), guard.enter(state)
         operands = [x for group in inner for x in group]
         out = self.leaf.run(*inner, own_rows=self.own_rows)

@@ -1,17 +1,21 @@
 """Modules that are silently wrong, each in one way: what `des.verify` has to find.
 
 `BODIES` has forwards: the original's, and what a wrong module computes in its place, with the same parameters.
-`SPOILED` are right ones that something is done to.
+`SPOILED` says what is done to a module, that of the wrong forward where there is one. `LOSSES` has which kind of loss a
+module is made for in place of another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from descompiler.model.random_state import ONE_DRAW
 
 IDS = torch.randint(1, 11, (6, 3), generator=torch.Generator().manual_seed(3))
 """Of a table of 12 rows, without the first and the last."""
@@ -26,6 +30,7 @@ class Net(nn.Module):
         self.table, self.other, self.head = nn.Embedding(12, 4), nn.Embedding(12, 4), nn.Linear(4, 1)
         self.register_buffer("steps", torch.zeros(()))
         self.kind, self.wrong = kind, wrong
+        self.calls, self.cache = 0, None
 
     def forward(self, *args: Any) -> Any:
         return BODIES[self.kind][self.wrong](self, *args)
@@ -66,6 +71,46 @@ def two(net: Net, ids: Tensor) -> tuple[Tensor, Tensor]:
     return net.score(ids), net.other(ids).sum((1, 2)).sin()
 
 
+def annealed(net: Net, ids: Tensor) -> Tensor:
+    net.calls += 1
+    return net.score(ids) * min(1.0, net.calls / 3)
+
+
+def remembers(net: Net, ids: Tensor) -> Tensor:
+    x, before = net.score(ids), net.cache
+    net.cache = x.detach()
+    return x if before is None or not len(before) else x + before.mean()
+
+
+def beside(net: Net, ids: Tensor, dense: Tensor) -> Tensor:
+    return net.head(net.table(ids).sum(1) + dense).squeeze(1).tanh()
+
+
+Draw = Callable[[int], Tensor]
+
+
+def permuted(rows: int) -> Tensor:
+    return torch.randperm(rows)
+
+
+def with_another(rows: int) -> Tensor:
+    return torch.randint(0, rows, (rows,)) if rows else permuted(0)
+
+
+def without_replacement(rows: int) -> Tensor:
+    return torch.ones(rows).multinomial(rows) if rows else permuted(0)
+
+
+def plus_drawn(draw: Draw) -> Callable[..., Tensor]:
+    """Each row plus one that is drawn over the batch."""
+
+    def body(net: Net, ids: Tensor) -> Tensor:
+        x = net.score(ids)
+        return x + x[draw(len(x)).to(x.device)]
+
+    return body
+
+
 BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "a branch on many rows": (doubled(lambda ids: ids.shape[0] > 60), right),
     "a branch on few rows": (doubled(lambda ids: ids.shape[0] < 3), right),
@@ -83,6 +128,14 @@ BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "padding from the end": (lambda net, ids: padded(net, ids, padding_idx=int(IDS[0, 0]) - 12), padded),
     "lengths of other rows": (masked, lambda net, ids, lengths: masked(net, ids, lengths.flip(0))),
     "an output without gradient": (two, lambda net, ids: (two(net, ids)[0], two(net, ids)[1].detach())),
+    "a counter is reset": (annealed, lambda net, ids: net.score(ids) / 3),
+    "a memory is reset": (remembers, right),
+    "a memory of own rows": (remembers, right),
+    "randint from own rows": (plus_drawn(with_another), right),
+    "randperm of own rows": (plus_drawn(permuted), right),
+    "multinomial of own rows": (plus_drawn(without_replacement), right),
+    "second-order terms are dropped": (beside, beside),
+    "second-order terms are doubled": (beside, beside),
 }
 
 
@@ -129,6 +182,55 @@ def momentum(module: nn.Module) -> None:
     module.register_forward_pre_hook(move)
 
 
+def own_memory(module: nn.Module) -> None:
+    """What the next call reads is of a rank's own rows."""
+    memory: list[Tensor] = []
+
+    def add(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+        before = [x.mean() for x in memory if len(x)]
+        memory[:] = [out.detach()]
+        return out + sum(before)
+
+    module.register_forward_hook(add)
+
+
+def draws_of_own(draw: Draw) -> Callable[[nn.Module], None]:
+    """The same numbers as one process draws for the batch, for a rank's own rows."""
+
+    def spoil(module: Any) -> None:
+        object.__setattr__(module, "plan", replace(module.plan, notes=(*module.plan.notes, f"random: {ONE_DRAW}")))
+
+        def add(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+            with module.latest_draws():
+                return out + out[draw(len(out))]
+
+        module.register_forward_hook(add)
+
+    return spoil
+
+
+class OtherSecond(torch.autograd.Function):
+    """The identity, with its gradient; of the gradient's own gradient only a share goes on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: float) -> Tensor:
+        ctx.share = share
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.detach() + ctx.share * (grad - grad.detach()), None
+
+
+def second_order(share: float) -> Callable[[nn.Module], None]:
+    """Of what the outputs' gradients are made of, only a share is seen by a second backward."""
+
+    def through(_module: nn.Module, args: Any) -> Any:
+        return args[0], OtherSecond.apply(args[1], share)
+
+    return lambda module: module.register_forward_pre_hook(through)
+
+
 SPOILED: dict[str, Callable[[nn.Module], None]] = {
     "zero in place of None": zero_for_none,
     "gradients of mixed rows": mixed_rows,
@@ -137,10 +239,40 @@ SPOILED: dict[str, Callable[[nn.Module], None]] = {
     "weights that cross in 16 bits": narrow_start,
     "a state dict without a name": lacks_a_name,
     "a weight that moves": momentum,
+    "a memory of own rows": own_memory,
+    "randint from own rows": draws_of_own(with_another),
+    "randperm of own rows": draws_of_own(permuted),
+    "multinomial of own rows": draws_of_own(without_replacement),
+    "second-order terms are dropped": second_order(0.0),
+    "second-order terms are doubled": second_order(2.0),
 }
+
+
+LOSSES: dict[str, dict[str, str]] = {
+    "a mean over ranks as a sum": {"rank_mean": "sum"},
+    "a mean over rows as one over ranks": {"row_mean": "rank_mean"},
+    "a mean over rows as a sum": {"row_mean": "sum"},
+    "a sum as a mean over rows": {"sum": "row_mean"},
+}
+
+
+EVERYTHING = tuple(dict.fromkeys((*BODIES, *SPOILED, *LOSSES)))
+
+
+VARIED = (
+    "a memory is reset",
+    "randperm of own rows",
+    "multinomial of own rows",
+    "second-order terms are doubled",
+    "a mean over rows as a sum",
+    "a sum as a mean over rows",
+)
+"""What differs from another way in what it says, not in what has to be seen."""
 
 
 def inputs_of(kind: str) -> tuple[Any, ...]:
     if kind == "a list is not updated":
         return IDS, [torch.zeros(6)]
+    if kind.startswith("second-order"):
+        return IDS, IDS[:, :1] * torch.linspace(-0.3, 0.3, 4)
     return (IDS, torch.tensor([1, 2, 3, 1, 2, 3])) if kind == "lengths of other rows" else (IDS,)
