@@ -90,7 +90,7 @@ class Piece:
             raise UnsupportedError(
                 f"Adafactor of {self.original!r}: it takes means along rows and along columns, and rank {self.rank} "
                 f"holds a piece of {tuple(local(Tensor.size, (self,), {}))}, of {self.pieces.shape}. Pin a form that "
-                "leaves it whole on every rank (replicate), or give it another optimiser"
+                "leaves it whole on every rank, or give it another optimiser"
             )
         return prod(self.pieces.shape)
 
