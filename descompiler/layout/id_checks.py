@@ -67,11 +67,16 @@ def are_in_range(checks: Sequence[Check], ids: Sequence[Tensor]) -> bool:
     >>> are_in_range(checks, [torch.tensor([0, 3]), torch.tensor([4, 0])])
     False
     """
-    if len(ids) < 2 or not ids[0].numel() or any(c.starts is not None for c in checks):
+    if len(ids) < 2 or not ids[0].numel() or not are_alike(ids) or ids[0].dtype not in (torch.int64, torch.int32):
         return False
-    shape, dtype = ids[0].shape, ids[0].dtype
-    if dtype not in (torch.int64, torch.int32) or any(x.shape != shape or x.dtype is not dtype for x in ids):
-        return False
+    for c in checks:
+        if c.starts is not None:
+            return False
     together = torch.stack(list(ids)).reshape(len(ids), -1)
     rows = torch.tensor([c.rows for c in checks], device=together.device)
     return not bool(((together < 0) | (together >= rows[:, None])).any())
+
+
+def are_alike(ids: Sequence[Tensor]) -> bool:
+    """Whether ids have one shape and one dtype."""
+    return len({(x.dtype, x.shape) for x in ids}) == 1

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -139,6 +141,13 @@ class Signature:
     parameters: inspect.Signature | None = None
     sets: tuple[tuple[Place, Any], ...] = ()
 
+    @cached_property
+    def _tensors_alone(self) -> int | None:
+        """How many tensors a call is, one after another, if it is nothing else."""
+        count = len(self.statics)
+        alone = flatten(((torch.zeros(1),) * count, {}))[1] == self.inputs and all(x is Ellipsis for x in self.statics)
+        return count if alone and count else None
+
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Tensor leaves of a call as the example's, in the order of the graph's inputs.
 
@@ -161,6 +170,8 @@ class Signature:
             If forward takes no such arguments, the tensors disagree about the batch size (dim 0), or a number is said
             to be that and is not.
         """
+        if self._tensors_alone is not None and not kwargs and _are_batch(args, self._tensors_alone):
+            return list(args), None
         try:
             call = bound(args, kwargs, self.parameters)
         except TypeError as error:
@@ -219,3 +230,14 @@ class Signature:
     def unflatten(self, tensors: Sequence[Tensor]) -> Any:
         """What forward returns, from its tensors."""
         return unflatten_with(tensors, self.outputs, self.output_statics)
+
+
+def _are_batch(args: tuple[Any, ...], count: int) -> bool:
+    """Whether these are so many tensors of one batch. A loop: nothing is called for each."""
+    if len(args) != count:
+        return False
+    rows = args[0].shape[:1] if type(args[0]) is Tensor else ()
+    for x in args:
+        if type(x) is not Tensor or x.shape[:1] != rows:
+            return False
+    return bool(rows)

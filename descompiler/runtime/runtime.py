@@ -19,7 +19,7 @@ from torch import Tensor
 from descompiler.layout.border import IdsIn, ValuesOut
 from descompiler.layout.fetches import Counts
 from descompiler.layout.global_values import GatherRows, NormsInside, SumTerms, WholeTables
-from descompiler.layout.id_checks import Check, are_in_range
+from descompiler.layout.id_checks import Check, are_alike, are_in_range
 from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows
 from descompiler.layout.step import StepHeader
@@ -118,13 +118,19 @@ class Runtime(Agreement):
     def enter_start(self, ids: Sequence[Tensor]) -> Handle:
         """Send each rank the ids that its tables need; ``ids`` follow ``layout.entries``."""
         mine, dtype = self.rows[self.rank], torch.int32 if self.layout.id_bytes == 4 else torch.int64
-        chunks, sent = [], []
-        for r in range(self.ranks):
-            parts = self.layout.parts_on(r)
-            for p in parts:
-                x = ids[p.entry] if p.columns is None else ids[p.entry][:, p.columns]
-                chunks.append(x if x.dtype is dtype and x.ndim == 1 else x.to(dtype).reshape(-1))
-            sent.append(mine * sum([p.width for p in parts]))
+        every = [self.layout.parts_on(r) for r in range(self.ranks)]
+        sent = [mine * sum([p.width for p in parts]) for parts in every]
+        chunks: list[Tensor] = []
+        if len(ids) > 1 and are_alike(ids) and all(p.columns is None for parts in every for p in parts):
+            together = torch.stack(list(ids)).to(dtype)  # one matrix, of which each rank gets rows
+            for parts in every:
+                chosen = [p.entry for p in parts]
+                chunks.append((together if len(chosen) == len(ids) else together[chosen]).reshape(-1))
+        else:
+            for parts in every:
+                for p in parts:
+                    x = ids[p.entry] if p.columns is None else ids[p.entry][:, p.columns]
+                    chunks.append(x.to(dtype).reshape(-1))
         of_ranks = zip(self.rows, range(self.ranks), strict=True)
         received = [b * sum([p.width for p in self.layout_of(r).parts_on(self.rank)]) for b, r in of_ranks]
         send = torch.cat(chunks) if chunks else torch.empty(0, dtype=dtype, device=self.device)
@@ -240,7 +246,7 @@ class Runtime(Agreement):
         anchor = torch.zeros((), dtype=self.wire_dtype, device=self.device, requires_grad=True)
         kinds: list[torch.layout | None] = [torch.strided] * len(used_elsewhere)
         for x, s in zip(region, sparse, strict=True):  # one that this rank uses gets its gradient there
-            kinds.append(None if x.numel() else torch.sparse_coo if s else torch.strided)
+            kinds.append(None if 0 not in x.shape else torch.sparse_coo if s else torch.strided)
         return Anchor.apply(anchor, kinds, *used_elsewhere, *region)
 
     def vocabulary(
