@@ -1,4 +1,4 @@
-"""What users' training loops do around a step: schedules, accumulation, several optimisers and losses, averages, autocast."""
+"""What users' loops do around a step: schedules, accumulation, several optimisers and losses, averages, autocast."""
 
 import contextlib
 
@@ -164,9 +164,9 @@ def _autocast(rank, ranks, form):
     "form", cases(["row_wise", "column_wise", "unique_rows", "replicate"], ["row_wise", "replicate"])
 )
 def test_autocast_differs_by_its_rounding(form, on_ranks):
-    """A product's gradient is summed over rows in float32 and rounded to bfloat16 once: in one process that of all rows,
-    on ranks that of each one's. A rounding is off by 2^-9 of what it rounds; twice that is allowed. The rest of a row's
-    computation is the same, so nothing else is rounded otherwise."""
+    """A product's gradient is summed over rows in float32 and rounded to bfloat16 once: in one process that of all
+    rows, on ranks that of each one's. A rounding is off by 2^-9 of what it rounds; twice that is allowed. The rest of a
+    row's computation is the same, so nothing else is rounded otherwise."""
     for found, dtype, whole, parts in on_ranks(_autocast, 2, form):
         assert dtype is torch.bfloat16
         for name, x in found.items():
