@@ -225,6 +225,35 @@ class Tied(nn.Module):
         return self.item(ids).sum(1) @ self.item.weight.t()
 
 
+class Largest(nn.Module):
+    """The maximum over bags; and, of another table, a penalty beside the lookups."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag, self.item = nn.EmbeddingBag(40, 6, mode="max"), nn.Embedding(40, 6)
+
+    def forward(self, ids):
+        return (self.bag(ids) + self.item(ids).sum(1)).square().sum(1) + self.item.weight.square().sum()
+
+
+def _not_by_rows(rank, ranks, form):
+    module = des.compile(Largest(), (IDS,), plan={"*": form})
+    found = [
+        raised(lambda p=p: des.fuse_optimizer(module, torch.optim.SGD, params=[p]))
+        for p in (module.bag.weight, module.item.weight)
+    ]
+    module(IDS).sum().backward()  # as before
+    return found, module.bag.weight.grad.layout
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_has_no_gradient_of_rows_is_refused(ranks, on_ranks):
+    for (largest, penalty), layout in on_ranks(_not_by_rows, ranks, "unique_rows"):
+        assert "UnsupportedError" in largest and "has no sparse gradient: mode='sum' or 'mean'" in largest
+        assert "UnsupportedError" in penalty or (ranks == 1 and penalty == "nothing")
+        assert layout is torch.strided
+
+
 def _refused(rank, ranks):
     module = des.compile(Model(), (IDS,), plan={"*": "column_wise"})
     dense = des.compile(nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 1)), (IDS % 9,), plan={"*": "replicate"})

@@ -11,7 +11,7 @@ from torch import fx
 
 from descompiler.classify.scope import GLOBAL, coupled_nodes, scope_of, trained_parameters
 from descompiler.cost_models.table import OfTable, Table
-from descompiler.errors import UnsupportedError
+from descompiler.errors import PlanError, UnsupportedError
 from descompiler.graph.arguments import LookupCall, VocabularyCall, operand
 from descompiler.graph.nodes import aten, elements_per_row, shape_of, storage_roots, tail, user_line, where
 from descompiler.graph.program import Program, rowwise
@@ -207,9 +207,18 @@ def find_operators(program: Program) -> list[Operator]:
 
 @contextmanager
 def sparse_lookups(program: Program, names: Collection[str]) -> Iterator[None]:
-    """Let the gradients of tables be sparse meanwhile, as if their modules had been made with ``sparse=True``."""
+    """Let the gradients of tables be sparse meanwhile, as if their modules had been made with ``sparse=True``.
+
+    Raises
+    ------
+    PlanError
+        For the maximum over a bag, of which torch has none.
+    """
     calls = [call for n in program.graph.nodes if (call := LookupCall.of(n)) is not None]
     dense = [call for call in calls if not call.sparse and program.parameter(call.weight) in names]
+    for call in dense:
+        if call.mode == "max":
+            raise PlanError(f"the maximum over a bag ({where(call.node)}) has no sparse gradient: mode='sum' or 'mean'")
     for call in dense:
         call.let_sparse(True)
     try:
