@@ -18,7 +18,7 @@ from descompiler.emit.emit import Emitted, emit
 from descompiler.errors import CaptureError, InputError, OtherShapesError, PlanError
 from descompiler.graph.program import Program
 from descompiler.layout.statistics import Statistics
-from descompiler.model.attributes import Place, copied
+from descompiler.model.attributes import Place, copied, set_attributes
 from descompiler.model.batch_size import of_rows
 from descompiler.model.calls import OtherCall, Signature, example_call
 from descompiler.model.inputs import flatten, no_batch, normalise_inputs, split_statics, unflatten_with
@@ -168,8 +168,7 @@ class Builder:
                 x.data = x.data.to(held[name])
                 if name in thawed:
                     x.requires_grad_()
-            for (path, name), x in changes:
-                setattr(template.get_submodule(path), name, x)
+            set_attributes(template, dict(changes))
             if sample is not None:
                 tensors = [x.to(self.device) for x in sample]
             tensors = replace(given, dtypes=tuple(wanted)).of_example(tensors)

@@ -1,16 +1,20 @@
 """Compiled in place: the user's own object, with its methods and its training loop, on real ranks."""
 
 import copy
+import dataclasses
 import importlib.util
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import descompiler as des
+from descompiler.model.attributes import reads_of
 from tests.harness.cases import cases
+from tests.harness.failures import raised
 from tests.harness.models import IDS, LABELS, Recommender, batch_of
 
 
@@ -183,3 +187,80 @@ def test_plain_attributes_that_change(on_ranks):
         assert "drop.p is 0.0 now, and was 0.5" in told[0][0] and "alpha is 3.0 now, and was 1.0" in told[1][0]
         assert "rank 0" in errors[0] and "alpha is 7.0 now" in errors[0] and "alpha is 5.0 now" in errors[0]
         assert "rank 1: UnsupportedError: alpha was 1.0 when the model was compiled, and is a Tensor now" in errors[1]
+
+
+@dataclasses.dataclass
+class Options:
+    scale: float = 1.0
+    unread: tuple[float, ...] = (1.0, 2.0)
+
+
+class Configured(nn.Module):
+    """Reads numbers inside of what it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(9, 3, dtype=torch.float64)
+        self.config = {"alpha": 0.5, "epoch": 0, "nested": {"power": [1, 2]}}
+        self.weights, self.pair, self.options = [1.0, 2.0, 3.0], (1.0, 2.0), Options()
+        self.space = SimpleNamespace(shift=0.25)
+        self.cache: dict[str, int] = {"seen": 0}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.table(ids) * self.config["alpha"] * self.weights[1] + self.pair[0] * self.space.shift
+        return rows ** self.config["nested"]["power"][0] * self.options.scale
+
+
+def _change(model, step):
+    if step == 1:
+        model.config["alpha"] = 2.0
+    elif step == 2:
+        model.weights[1] = 0.1
+    elif step == 3:
+        model.pair = (3.0, 2.0)
+    elif step == 4:
+        model.options.scale = 7.0
+    elif step == 5:
+        model.space.shift = -1.0
+    elif step == 6:
+        model.config = {"alpha": 3.0, "epoch": 1, "nested": {"power": [1, 2]}}
+    elif step == 7:
+        model.config["nested"]["power"][0] = 2
+    elif step == 8:
+        model.config["epoch"] = 5  # is not read
+
+
+def _configured(rank, ranks):
+    model = Configured()
+    reference, mine = copy.deepcopy(model), torch.arange(4) + 4 * rank
+    des.compile(model, (torch.arange(5),), in_place=True)
+    told = []
+    for step in range(9):
+        for net in (model, reference):
+            _change(net, step)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.testing.assert_close(model(mine), reference(mine))
+        told.append([str(w.message) for w in caught if "captured anew" in str(w.message)])
+    del model.config["alpha"]
+    return told, raised(lambda: model(mine))
+
+
+def test_numbers_inside_of_attributes_that_change(on_ranks):
+    for told, error in on_ranks(_configured, 2):
+        assert [len(x) for x in told] == [0, 1, 1, 1, 1, 1, 1, 1, 0]
+        assert "config['alpha'] is 2.0 now, and was 0.5" in told[1][0] and "weights[1] is 0.1 now" in told[2][0]
+        assert "options.scale is 7.0 now" in told[4][0] and "config['nested']['power'][0] is 2 now" in told[7][0]
+        assert "config['alpha'] was 0.5 when the model was compiled, and is not there now" in error
+
+
+def test_which_numbers_inside_are_read():
+    model = Configured()
+    before = model.config
+    with reads_of(model) as reads:
+        model(torch.arange(3))
+    assert {name for _, name in reads if "config" in name} == {
+        "config['alpha']", "config['nested']['power'][0]", "config['nested']['power'][1]",
+    }  # fmt: skip
+    assert model.config is before and type(before) is dict

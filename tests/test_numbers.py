@@ -1,5 +1,7 @@
 """Numbers that are not all of one kind: complex values, and tables and layers of several precisions."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -231,3 +233,56 @@ def _train_when_cast(rank, ranks):
 
 def test_a_model_of_several_dtypes_may_be_cast(on_ranks):
     assert on_ranks(_train_when_cast, 2) == [{}, {}]
+
+
+class Normed(nn.Module):
+    def __init__(self, momentum: float | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.norm = nn.Embedding(40, 4), nn.BatchNorm1d(4, momentum=momentum)
+
+    def forward(self, ids: Tensor, x: Tensor) -> Tensor:
+        return self.norm(self.table(ids) + x)
+
+
+ROWS = 601
+
+
+def _normed(rank, ranks, dtype, momentum):
+    """Compare statistics after each step with the original's, and with those of its inputs in float64, rounded."""
+    model = Normed(momentum).to(dtype)
+    original, precise = copy.deepcopy(model), copy.deepcopy(model).double()
+    module = des.compile(model, (torch.zeros(8, dtype=torch.int64), torch.zeros(8, 4, dtype=dtype)))
+    own, moved = slice(0, 200) if rank == 0 else slice(200, ROWS), ("running_mean", "running_var")
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(40, (ROWS,), generator=generator)
+        x = (30 * torch.randn(ROWS, 4, generator=generator)).to(dtype)
+        for net in (module, original, precise):
+            net.train(step != 2)
+        with torch.set_grad_enabled(step != 2):
+            out, expected = module(ids[own], x[own]), original(ids, x)[own]
+        torch.testing.assert_close(out, expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+        if step != 2:
+            out.sum().backward()
+            assert not module.predicts_traffic or module.traffic() == module.predicted_traffic()
+        precise.norm((original.table(ids) + x).double())
+        for name in moved:
+            held = getattr(precise.norm, name)
+            held.copy_(held.to(dtype))
+    state = des.full_state_dict(module)
+    for name in moved:
+        assert torch.equal(state[f"norm.{name}"], getattr(precise.norm, name).to(dtype))
+        theirs = getattr(original.norm, name)
+        size = 2 * torch.finfo(dtype).eps * float(theirs.abs().max())
+        torch.testing.assert_close(state[f"norm.{name}"], theirs, rtol=0, atol=size)
+    return int(state["norm.num_batches_tracked"]), int(original.norm.num_batches_tracked)
+
+
+NORMED = [(dtype, momentum) for dtype in (torch.float16, torch.bfloat16) for momentum in (0.1, None)]
+
+
+@pytest.mark.parametrize(("dtype", "momentum"), cases(NORMED, NORMED[::3]), ids=str)
+def test_statistics_of_few_bits_are_summed_in_more(dtype, momentum, on_ranks):
+    for counted, expected in on_ranks(_normed, 2, dtype, momentum):
+        assert counted == expected == 3

@@ -77,6 +77,7 @@ EXAMPLES = [
     (NormOutside(5), {"GATHER": 2 * 11 * 4, "BACK": Fraction(2 * 2 * 10 * 4, 3)}),
     (NormsInside(((2, 3, 0), (1, 1, 1))), {"SEND": 2 * 2 * 4 * 4}),
     (NormsInside(((2, 3, 0), (1, 1, 1)), (torch.float64, None)), {"SEND": 2 * 2 * (3 * 8 + 4)}),
+    (NormOutside(5, torch.bfloat16), {"GATHER": 2 * 11 * 4, "BACK": Fraction(2 * 2 * 10 * 4, 3)}),
     (NormOutside(5, torch.float64), {"GATHER": 2 * 11 * 8, "BACK": Fraction(2 * 2 * 10 * 8, 3)}),
     (WholeTables((Whole("w", Pieces.even((7, 2), 0, 3)),)), {"GATHER": 2 * 2 * 2 * 4, "BACK": 5 * 2 * 4}),
     (WholeTables((Whole("w", Pieces.even((7, 2), 0, 3), False),)), {"GATHER": 2 * 2 * 2 * 4}),

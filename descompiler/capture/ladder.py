@@ -63,8 +63,8 @@ def _try_probe(make: Callable[[], Flat], tensors: list[Tensor]) -> tuple[Flat, f
         with reads_of(probe.model) as reads:
             run_eager(probe, tensors)
     except Exception:
-        probe = _in_double(make())  # forward may have kept a float32 tensor
-        with reads_of(probe.model) as reads:
+        probe = _in_double(make())  # forward may have kept a float32 tensor, or wants a dict that is nothing else
+        with reads_of(probe.model, by_key=False) as reads:
             run_eager(probe, tensors)
     return probe, frozenset(reads)
 

@@ -146,6 +146,10 @@ class TableTotal(CoupledValues):
             yield Sent(self.BACK, self.size_bytes(step))
 
 
+SUMS_DTYPE = torch.float32
+"""Of sums that a batch norm makes of values of fewer bits."""
+
+
 @dataclass(frozen=True)
 class NormOutside(Transfer):
     """batch norm: (count, mean, M2) of each rank's own rows --> every rank's; two sums of gradients, back.
@@ -154,7 +158,7 @@ class NormOutside(Transfer):
     ----------
     channels : int
     wire_dtype : torch.dtype or None
-        Of what is normalised; None: the model's.
+        Of what is normalised; None: the model's. Its sums have 32 bits at least.
     """
 
     kind = "batch norm"
@@ -165,7 +169,7 @@ class NormOutside(Transfer):
     wire_dtype: torch.dtype | None = None
 
     def sent(self, step: Step) -> Iterator[Sent]:
-        itemsize = step.size_of(self.wire_dtype)
+        itemsize = max(step.size_of(self.wire_dtype), SUMS_DTYPE.itemsize)
         yield Sent(self.GATHER, (2 * self.channels + 1) * itemsize)
         yield Sent(self.BACK, 2 * self.channels * itemsize)
 

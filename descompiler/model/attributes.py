@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from descompiler.errors import UnsupportedError
 from descompiler.model.inputs import adapt
+from descompiler.model.inside import MISSING, PLAIN, Inside, Reading, numbers_inside, put_inside, value_at
 from descompiler.model.kept import with_attributes
 
 COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
@@ -108,9 +109,6 @@ def copy_with(template: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
 BARE = frozenset(vars(nn.Module()))
 
 
-PLAIN = (bool, int, float, str, type(None))
-
-
 Place = tuple[str, str]
 """The path of a module in its model, and the name of an attribute."""
 
@@ -129,18 +127,36 @@ def plain_attributes(model: nn.Module) -> dict[Place, Any]:
     }
 
 
+def attributes_inside(model: nn.Module) -> dict[Place, Any]:
+    """The same inside of what modules keep: dicts, lists, tuples, dataclasses, namespaces; not torch's private ones."""
+    return {
+        (path, name): x
+        for path, module in model.named_modules()
+        for attribute, held in vars(module).items()
+        if attribute not in BARE
+        and not isinstance(held, (*PLAIN, Tensor, nn.Module))
+        and not (attribute.startswith("_") and type(module).__module__.startswith("torch."))
+        for name, x in numbers_inside(attribute, held).items()
+    }
+
+
 def set_attributes(model: nn.Module, values: Mapping[Place, Any]) -> None:
     """Give plain attributes the values that `plain_attributes` has seen: forward may count in them."""
     for (path, name), x in values.items():
-        if vars(module := model.get_submodule(path)).get(name) is not x:
+        held = vars(module := model.get_submodule(path))
+        if isinstance(name, Inside):
+            first, *keys = name.steps
+            setattr(module, first, put_inside(held[first], keys, x))
+        elif held.get(name) is not x:
             setattr(module, name, x)
 
 
 @contextmanager
-def reads_of(model: nn.Module) -> Iterator[set[Place]]:
+def reads_of(model: nn.Module, *, by_key: bool = True) -> Iterator[set[Place]]:
     """A set that gets the plain attributes which are read while the context lasts.
 
-    Modules are of a subclass of their class meanwhile; where that can't be made, all of a module's attributes count.
+    Of a dict, it is what is inside of the keys that are read, if ``by_key``; of any other container all of it. Modules
+    are of a subclass of their class meanwhile; where that can't be made, all of a module's attributes count.
 
     >>> import torch
     >>> layer = nn.Dropout(0.5)
@@ -150,9 +166,11 @@ def reads_of(model: nn.Module) -> Iterator[set[Place]]:
     [('', 'inplace'), ('', 'p')]
     """
     reads: set[Place] = set()
-    watched: dict[str, set[str]] = {}
-    for path, name in plain_attributes(model):
-        watched.setdefault(path, set()).add(name)
+    watched: dict[str, dict[str, set[Place]]] = {}
+    for path, name in (*plain_attributes(model), *attributes_inside(model)):
+        attribute = name.steps[0] if isinstance(name, Inside) else name
+        watched.setdefault(path, {}).setdefault(attribute, set()).add((path, name))
+    dicts = _read_by_key(model, watched, reads) if by_key else []
     classes: list[tuple[nn.Module, type]] = []
     try:
         for path, names in watched.items():
@@ -161,19 +179,49 @@ def reads_of(model: nn.Module) -> Iterator[set[Place]]:
             try:
                 module.__class__ = _watching(before, path, names, reads)
             except TypeError:  # its class can't be derived from, or objects of it not changed
-                reads |= {(path, n) for n in names}
+                reads.update(*names.values())
             else:
                 classes.append((module, before))
         yield reads
     finally:
         for module, before in classes:
             module.__class__ = before
+        for held, attribute, given in dicts:
+            if isinstance(now := held.get(attribute), Reading):  # forward may have put another there
+                given.clear()
+                given.update(dict.items(now))
+                held[attribute] = given
 
 
-def _watching(cls: Any, path: str, names: set[str], reads: set[Place]) -> Any:
+def _read_by_key(
+    model: nn.Module, watched: dict[str, dict[str, set[Place]]], reads: set[Place]
+) -> list[tuple[dict[str, Any], str, dict[Any, Any]]]:
+    """Put what notes keys in the place of dicts, whose attributes are not watched then; returns what was where."""
+    found: list[tuple[dict[str, Any], str, dict[Any, Any]]] = []
+    readings: dict[int, Reading] = {}  # modules may share one
+    places: dict[int, set[Place]] = {}
+    for path, names in watched.items():
+        held = vars(model.get_submodule(path))
+        for attribute in [n for n in names if type(held[n]) is dict]:
+            given = held[attribute]
+            inside = places.setdefault(id(given), set())
+            inside |= names.pop(attribute)
+            if id(given) not in readings:
+
+                def tell(key: Any, inside: set[Place] = inside) -> None:
+                    reads.update(at for at in inside if key is None or at[1].steps[1] == key)  # type: ignore[attr-defined]
+
+                readings[id(given)] = Reading(given)
+                readings[id(given)].tell = tell
+            held[attribute] = readings[id(given)]
+            found.append((held, attribute, given))
+    return found
+
+
+def _watching(cls: Any, path: str, names: Mapping[str, set[Place]], reads: set[Place]) -> Any:
     def read(self: Any, name: str) -> Any:
         if name in names:
-            reads.add((path, name))
+            reads.update(names[name])
         return cls.__getattribute__(self, name)
 
     return type(cls)(cls.__name__, (cls,), {"__getattribute__": read, "__module__": cls.__module__})
@@ -194,7 +242,7 @@ class AttributeWatch:
     """
 
     def __init__(self, model: nn.Module):
-        self.model, self.before = model, plain_attributes(model)
+        self.model, self.before = model, plain_attributes(model) | attributes_inside(model)
         self.places: set[Place] = set()
         self._held: list[tuple[dict[str, Any], Place]] = []
         self.set_here: dict[Place, Any] = {}  # in the original's place: no graph depends on it
@@ -222,13 +270,13 @@ class AttributeWatch:
         """
         found = []
         for held, at in self._held:
-            x = held.get(at[1])
+            x = value_at(held, at[1])
             if at in self.set_here and x is self.set_here[at]:
                 continue
             if not isinstance(x, PLAIN):
                 raise UnsupportedError(
-                    f"{dotted(at)} was {self.before[at]!r} when the model was compiled, and is a {type(x).__name__} "
-                    "now: compile the model again"
+                    f"{dotted(at)} was {self.before[at]!r} when the model was compiled, and is "
+                    f"{'not there' if x is MISSING else f'a {type(x).__name__}'} now: compile the model again"
                 )
             if x is not self.before[at] and x != self.before[at]:
                 found.append((at, x))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from descompiler.errors import UnsupportedError
-from descompiler.model.attributes import BARE, PLAIN, Place, dotted
+from descompiler.model.attributes import BARE, Place, dotted
+from descompiler.model.inside import PLAIN
 
 CONTAINERS = (list, dict, set, tuple)
 

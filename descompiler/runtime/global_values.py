@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from descompiler.layout.global_values import (
+    SUMS_DTYPE,
     GatherRows,
     NormOutside,
     SliceRows,
@@ -205,9 +206,10 @@ class SyncBatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        # one of few bits has weights and statistics of more, which it is normalised with: `BatchNormCall.dtype`
+        # one of few bits may have weights and statistics of more, which it is normalised with: `BatchNormCall.dtype`.
+        # Sums are of 32 bits at least, as torch's: float16 ends at 65,504, and bfloat16 counts to 256
         given, operands = x, (x, weight, bias, running_mean, running_var)
-        x = x.to(widest(a for a in operands if a is not None))
+        x = x.to(torch.promote_types(widest(a for a in operands if a is not None), SUMS_DTYPE))
         dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         channels = x.shape[1]
@@ -223,7 +225,8 @@ class SyncBatchNorm(torch.autograd.Function):
         scale = torch.rsqrt(m2 / total + eps)
         if running_mean is not None and running_var is not None:
             for running, now in ((running_mean, mean), (running_var, m2 / (total - 1))):  # of no rows there are none
-                running.copy_(torch.where(total > 0, running * (1 - momentum) + momentum * now, running))
+                before = running.to(now.dtype)
+                running.copy_(torch.where(total > 0, before * (1 - momentum) + momentum * now, before))
         ctx.runtime, ctx.dims, ctx.shape, ctx.eps = runtime, dims, shape, eps
         ctx.save_for_backward(given, mean, scale, weight, total)
         normal = (x - mean.reshape(shape)) * scale.reshape(shape)
