@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +19,6 @@ from descompiler.eager.piece import plain
 from descompiler.emit.emit import Emitted
 from descompiler.errors import CaptureError, InputError, OtherShapesError, UnsupportedError, warn
 from descompiler.graph.nodes import Source
-from descompiler.layout.fetches import Counts
-from descompiler.layout.pieces import Pieces
 from descompiler.layout.rows import Rows
 from descompiler.layout.step import DenseGradients, UsedOutputs
 from descompiler.layout.traffic import Traffic
@@ -31,10 +28,10 @@ from descompiler.model.kept import copies_of
 from descompiler.model.kinds import Kinds
 from descompiler.module.contents import Contents
 from descompiler.module.parts import Parts, UsersForward
+from descompiler.module.reports import Reports
 from descompiler.module.sizes import SAMPLE_ROWS, Programs, Sized, Sizes, begin_again
 from descompiler.module.standard import StandardCalls, watch_loading
 from descompiler.ops.local import differentiable, widest
-from descompiler.planning.coverage import Coverage
 from descompiler.planning.plan import Plan
 from descompiler.runtime.agreement import Call, Kind, OtherProgramError
 from descompiler.runtime.backward import Used, behind
@@ -42,7 +39,7 @@ from descompiler.runtime.gradients import Reducer
 from descompiler.runtime.untraced import untraced
 
 
-class DistributedModule(StandardCalls, nn.Module):
+class DistributedModule(StandardCalls, Reports):
     """This rank's part of a model; called, trained and moved as the original.
 
     Parameters keep the original names; each is this rank's piece (0 rows or columns where it owns nothing).
@@ -419,64 +416,3 @@ class DistributedModule(StandardCalls, nn.Module):
             "a compiled module belongs to its process group and can't be pickled: save des.full_state_dict(module) and "
             "module.plan, compile again, and load them with des.load_full_state_dict and plan="
         )
-
-    # ---- reports
-
-    def traffic(self) -> Traffic:
-        """Bytes and calls of each collective on this rank since the latest forward began."""
-        return self._runtime.traffic
-
-    def predicted_traffic(self, *, backward: bool = True) -> Traffic:
-        """What `traffic` is of a step as the latest, exactly; ``backward``: whether gradients are sent.
-
-        It is `Plan.traffic` for that step's rows and unique ids. Where forward branches on the batch's size, and took
-        another branch than on the example, it is what crosses in that branch's program; and a step that began with
-        the program of another one has a second header. A backward that comes to no replicated parameter on any rank,
-        as one that only an opaque leaf holds and does not use, averages none.
-        """
-        layout = self.plan.layout if self._planned else self._runtime.layout
-        if self._told.knows_parameters and not any(map(self._told.reaches, self._replicas(self._sized().emitted))):
-            layout = replace(layout, transfers=tuple(t for t in layout.transfers if not isinstance(t, DenseGradients)))
-        return self._runtime.predicted(layout, self.plan.itemsize, backward=backward)
-
-    def unique(self) -> dict[str, Counts]:
-        """Unique ids of the latest forward, by table that is fetched by unique rows."""
-        return self._runtime.unique
-
-    def coverage(self) -> Coverage:
-        """What became of every weights-rich parameter, captured by which tracer, and why not better.
-
-        A parameter is weights-rich if it has `WEIGHTS_RICH_ELEMENTS` elements or is looked up by ids.
-        """
-        return self._coverage
-
-    @property
-    def output_rows(self) -> tuple[Rows | None, ...]:
-        """Where a rank's own rows are in each output tensor; None: it is the global batch's, equal on all ranks."""
-        try:
-            return self._sized().emitted.outputs
-        except CaptureError:
-            if (users := self._forwards.get(self._training_flags())) is None:
-                raise
-            return users.output_rows
-
-    def next_draws(self) -> AbstractContextManager[None]:
-        """Context in which one process draws what the next forward will draw for the whole batch. Collective."""
-        return self._draws(self._runtime.forwards + 1)
-
-    def latest_draws(self) -> AbstractContextManager[None]:
-        """Context in which one process draws what the latest forward drew for the whole batch."""
-        return self._draws(self._runtime.forwards)
-
-    def _draws(self, forward: int) -> AbstractContextManager[None]:
-        return self._runtime.draws.of_forward(forward, next(self.parameters(), torch.zeros(())).device)
-
-    def print_readable(self) -> str:
-        """Print (and return) this rank's program for the current mode."""
-        text = self._sized().emitted.module.print_readable(print_output=False)
-        print(text)
-        return text
-
-    def pieces(self, name: str) -> Pieces:
-        """Which part of an original parameter this rank holds."""
-        return self.plan.pieces[name]
