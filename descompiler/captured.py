@@ -13,7 +13,7 @@ from descompiler.builder import Builder, partition_of
 from descompiler.eager.measure import measure_in_part
 from descompiler.eager.planning import plan_partial
 from descompiler.eager.survey import survey
-from descompiler.errors import CaptureError, explained
+from descompiler.errors import CaptureError, PlanError, explained
 from descompiler.graph.program import Program
 from descompiler.layout.statistics import Statistics
 from descompiler.model.calls import Signature
@@ -134,6 +134,8 @@ def plan(
     PlanError
         If nothing satisfies the constraints: which rank lacks how much memory, and what would fit.
     """
+    if isinstance(plan, Mapping):
+        raise PlanError(f"plan={plan!r}: forms of tables are given as pins= here; plan= is a Plan, or the file of one")
     kit = Kit.of(rules, forms)
     terms: dict[str, Any] = {"forbid": forbid or {}, "cluster": cluster}
     terms |= {"memory_bytes": memory_bytes, "optimizer": optimizer, "solver": solver}

@@ -1,6 +1,8 @@
 """Ranks that do different things, raise, die or stall: every other rank raises, in seconds, and says what happened."""
 
+import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from torch import nn
 
 import descompiler as des
 from descompiler.check.processes import local_context
+from tests.harness.cases import cases
 from tests.harness.failures import raised
 
 IDS = torch.randint(50, (6, 3), generator=torch.Generator().manual_seed(0))
@@ -168,6 +171,78 @@ def test_the_others_end_when_a_rank_does(how, said):
     assert text.startswith("RankError") and said in text, text
     assert "step 2" in text or how is ValueError
     assert seconds < 40
+
+
+WHEN = ("capture", "forward", "backward", "between")
+
+
+def _fails(rank, folder, how, when, answer):
+    """Rank 1 of three ends, or stops, at a certain place of the job."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+
+    def fails(*_):
+        if rank == 1:
+            answer.send("fails")
+            os.kill(os.getpid(), how)
+
+    def job():
+        model = Model()
+        if when == "capture":
+            model.register_forward_pre_hook(fails)
+        module = des.compile(model, (IDS, DENSE), plan={"*": "row_wise"}, timeout=4.0)
+        module(IDS, DENSE).sum().backward()
+        if when == "between":
+            fails()
+        if when == "forward":
+            runtime, calls, exchange = module._runtime, itertools.count(), module._runtime.exchange
+
+            def counted(*args, **kwargs):
+                if next(calls) == 1:  # behind the header
+                    fails()
+                return exchange(*args, **kwargs)
+
+            runtime.exchange = counted
+        for _ in range(2):
+            out = module(IDS, DENSE)
+            if when == "backward":
+                out.register_hook(fails)
+            out.sum().backward()
+
+    answer.send(raised(job))
+    os._exit(0)
+
+
+FAILS = [(how, when) for how in (signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP) for when in WHEN]
+
+
+@pytest.mark.parametrize(("how", "when"), cases(FAILS, [FAILS[2]]))
+def test_two_of_three_ranks_end_when_one_does(how, when):
+    context, pipes, processes = local_context(), [], []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for rank in range(3):
+                reader, writer = context.Pipe(duplex=False)
+                processes.append(
+                    context.Process(target=_fails, args=(rank, folder, int(how), when, writer), daemon=True)
+                )
+                processes[-1].start()
+                writer.close()
+                pipes.append(reader)
+            assert wait([pipes[1]], 100) and pipes[1].recv() == "fails"
+            begin, texts = time.monotonic(), []
+            for rank in (0, 2):
+                assert wait([pipes[rank]], 60), f"rank {rank} still waits"
+                texts.append(pipes[rank].recv())
+            seconds = time.monotonic() - begin
+        finally:
+            for p in processes:
+                p.kill()
+                p.join()
+    said = r"step 0, des\.compile: " if when == "capture" else "step 2, (all_to_all|all_gather|all_reduce|broadcast)"
+    for text in texts:
+        assert text.startswith("RankError") and re.search(said, text), text
+        assert "did not come: rank 1, which has ended" in text, text
+    assert seconds < 30
 
 
 # ---- torchrun starts them again

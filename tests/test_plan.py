@@ -194,3 +194,8 @@ def test_the_plan_of_a_method(cls):
     assert des.module_of(model).coverage().rung == ("partial" if cls is InPart else "export")
     with pytest.raises(des.PlanError, match="another model"):
         des.compile(Recommender().double(), batch, plan=plan)
+
+
+def test_forms_in_place_of_a_plan_are_told_where_they_go():
+    with pytest.raises(des.PlanError, match=r"'row_wise'.*given as pins= here"):
+        des.plan(nn.Embedding(5, 2), (torch.arange(4),), ranks=2, plan={"*": "row_wise"})

@@ -260,6 +260,7 @@ EVERYTHING = tuple(dict.fromkeys((*BODIES, *SPOILED, *LOSSES)))
 
 
 VARIED = (
+    "a counter is reset",
     "a memory is reset",
     "randperm of own rows",
     "multinomial of own rows",
