@@ -86,7 +86,7 @@ IN_LOOPS = (
     "  (`_trainer was None when the model was compiled`). Compile a module that calls it, and give the trainer a",
     "  module of your own around that; draw the weights (`on_train_start`) first.",
     "- transformers' `Trainer` gives forward the number of its own tokens, a tensor without rows, which is refused:",
-    "  `trainer.model_accepts_loss_kwargs = False`. `max_grad_norm` is of this rank's pieces: 0 turns it off.",
+    "  `trainer.model_accepts_loss_kwargs = False`. `max_grad_norm` is exact.",
     "- A forward that calls `backward`, or differentiates by a divided table, is refused. What higher copies for its",
     "  inner loops is whole on every rank.",
 )
