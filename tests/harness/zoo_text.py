@@ -166,7 +166,7 @@ def loop(name: str) -> Loop:
             settings = transformers.TrainingArguments(
                 output_dir=folder,
                 num_train_epochs=1,
-                max_grad_norm=0.0,
+                max_grad_norm=0.02,  # so that it clips
                 learning_rate=0.01,
                 save_strategy="no",
                 report_to=[],
