@@ -469,3 +469,24 @@ def test_of_choices_as_cheap_the_fewest_collectives_are_taken():
         f"{calls[0]} collectives a step where the least bytes, {pinned.price_bytes:,} B, take {calls[1]}"
         in plan.notes[0]
     )
+
+
+class TermsBesideOthers(nn.Module):
+    """What is returned is one table's, of a stack in which another one's terms are."""
+
+    def __init__(self):
+        super().__init__()
+        self.bags = nn.EmbeddingBag(3, 6, sparse=True, mode="sum")
+        self.items = nn.Embedding(9, 6, sparse=True)
+
+    def forward(self, bags, items):
+        both = torch.stack([self.bags(bags), self.items(items)], 1)
+        return torch.stack(torch.unbind(both, 1)[::-1], 1)[:, 0].sum(1).tanh()
+
+
+def test_no_plan_is_below_the_bound_where_terms_meet_values_from_outside():
+    found = Captured.of(TermsBesideOthers(), (torch.zeros(6, 3, dtype=torch.int64), torch.zeros(6, dtype=torch.int64)))
+    for bags in ("row_wise", "table_wise", "column_wise", "replicate"):
+        for items in ("unique_rows", "row_wise", "replicate"):
+            plan = found.plan(ranks=2, pins={"bags.weight": bags, "items.weight": items})
+            assert 0 < plan.bound <= plan.price

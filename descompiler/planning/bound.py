@@ -24,8 +24,9 @@ the most column shards of a table. So the bound (`Relaxation.solve`) is the leas
 
 and, for q = 0, of the cut in which none does.
 
-Which operators a rule can place is asked twice: with every table on a rank of its own, where placements show the parts,
-and with all tables on one rank, where every rule that needs its operands together says yes.
+Which operators a rule can place is asked three times: with every table on a rank of its own, where placements show the
+parts; with all tables on one rank, where every rule that needs its operands together says yes; and with every table's
+rows on two ranks, as terms go where whole values don't.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ from math import prod
 import networkx as nx
 from torch import fx
 
-from descompiler.graph.nodes import elements_per_row
+from descompiler.graph.nodes import elements_per_row, tail
 from descompiler.graph.program import Program
 from descompiler.layout.border import Columns
 from descompiler.layout.pieces import ALL, Pieces
-from descompiler.layout.placement import LOCAL, Owned, Region, Shard
+from descompiler.layout.placement import LOCAL, Disjoint, Owned, Partial, Region, Shard
 from descompiler.layout.spans import Spans, alike
 from descompiler.region import flow
 from descompiler.region.cut import Candidates, Weights
 from descompiler.region.place import place
-from descompiler.region.rule import Rule
+from descompiler.region.rule import Placed, Rule
 from descompiler.tables.form import Split
 from descompiler.tables.tables import Lookup, Operator
 
@@ -84,6 +85,16 @@ class Alone(Split):
 
     def columns(self, operator: Operator, lookup: Lookup) -> Spans[Columns]:
         return alike(self.pieces.owners, None)
+
+
+class InTerms(Alone):
+    """A split of the relaxation: a table of which each rank has some rows, and its lookups are the ranks' terms."""
+
+    def placement(self, operator: Operator, lookup: Lookup) -> Region | None:
+        ranks = self.pieces.owners
+        if lookup.mode is not None:
+            return Partial(ranks)
+        return Disjoint(ranks, lookup.ids.name, 1 + len(tail(lookup.ids)))
 
 
 @dataclass(frozen=True)
@@ -141,12 +152,27 @@ class Relaxation:
         return self._place(lambda i: 0, max(len(self.operators), 2))
 
     @cached_property
+    def _in_terms(self) -> Candidates:
+        """Terms meet values from outside where whole values don't: ``stack([terms, local])[:, 1]``."""
+        splits: dict[str, Split] = {}
+        for o in self.operators:
+            able = any(c.inside for c in self.costs[o.name].values())
+            splits[o.name] = (
+                InTerms("", Pieces.even(o.shape, 0, 2)) if able else Alone("", Pieces.replicate(o.shape, 2))
+            )
+        return place(self.program, self.operators, splits, self.rules, 2)
+
+    @cached_property
+    def _placed(self) -> dict[fx.Node, Placed]:
+        return {**self._in_terms.placed, **self._together.placed}
+
+    @cached_property
     def parts(self) -> dict[fx.Node, dict[str, int]]:
         """Elements per row of each part of every node that a rule may place."""
         names = [o.name for o in self.operators]
         result: dict[fx.Node, dict[str, int]] = {}
         for node in self.program.graph.nodes:
-            if node not in self._together.placed:
+            if node not in self._placed:
                 continue
             answer = self._apart.placed.get(node)
             seen = [n for p in node.all_input_nodes for n in result.get(p, {}).values()]
@@ -169,7 +195,7 @@ class Relaxation:
         """Bytes saved by cutting a weight for one part of its node's operand: (bytes, node, part or None for any)."""
         result: list[tuple[int, fx.Node, str | None]] = []
         names = [o.name for o in self.operators]
-        for node, together in self._together.placed.items():
+        for node, together in self._placed.items():
             answer = self._apart.placed.get(node)
             for name, pieces in together.pieces.items():
                 if not self.program.parameters[name].requires_grad:
