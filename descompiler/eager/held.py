@@ -46,7 +46,7 @@ from descompiler.eager.elements import (
 from descompiler.eager.piece import Piece, local, plain
 from descompiler.errors import UnsupportedError
 from descompiler.layout.division import Division, Run
-from descompiler.layout.pieces import Pieces, locate
+from descompiler.layout.pieces import Pieces
 from descompiler.ops.functions import NORMS, function_name
 from descompiler.runtime.collectives import all_gather, all_reduce
 from descompiler.runtime.runtime import Runtime
@@ -205,14 +205,17 @@ def _set_rows(x: Any, key: Any, value: Any) -> None:
     if x.is_moved or not number or not (key is Ellipsis or type(key) in (int, slice)):
         raise refused(Tensor.__setitem__, x, ", of which rows are set")
     x.runtime.meet_between_steps(f"{x.original!r}[{key}] = {value}")
-    rows = torch.arange(x.pieces.shape[0])
-    rows = rows[key : key + 1 or None] if type(key) is int else rows[key]
-    if type(key) is int and not len(rows):
-        raise IndexError(f"{x.original!r} has {x.pieces.shape[0]} rows, and none is {key}")
-    if x.pieces.dim == 0:
-        owners, rows = locate(x.pieces, rows, x.rank)
-        rows = rows[owners == x.rank]
-    mine[rows.to(mine.device)] = value
+    count = x.pieces.shape[0]
+    if type(key) is int and not -count <= key < count:
+        raise IndexError(f"{x.original!r} has {count} rows, and none is {key}")
+    if x.pieces.dim != 0:
+        mine[key] = value
+        return
+    rows = slice(None) if key is Ellipsis else slice(key, key + 1 or None) if type(key) is int else key
+    first, stop, step = rows.indices(count)
+    for start, here, size in x._ranges():  # no list of rows: a table may have billions
+        skipped = max(0, -((first - start) // step))  # rows of the slice in front of this range
+        mine[here + first + skipped * step - start : here + max(0, min(stop - start, size)) : step] = value
 
 
 def _alike(x: Any, other: Any) -> bool:

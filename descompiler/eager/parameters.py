@@ -146,7 +146,15 @@ class Fetched(Tensor):
                 "hold them, and a change of it is lost. Write the rows themselves, p[3] = 0 or p[:7] = 0, under "
                 "torch.no_grad(), or the whole, des.load_full_state_dict(module, state)"
             )
-        return local(func, args, kwargs or {})
+        result = local(func, args, kwargs or {})
+        given = args[0] if args else None
+        if type(result) is Tensor and isinstance(given, Fetched) and _is_view(result, given):
+            return _fetched(result, given.original)  # of the copy
+        return result
+
+
+def _is_view(x: Tensor, of: Tensor) -> bool:
+    return x.numel() > 0 and x.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
 
 
 class OfParameters(Tensor):
