@@ -28,8 +28,9 @@ from descompiler.module.single import gather_rows, to_single
 from descompiler.module.state import full_state_dict, load_full_state_dict
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.plan import Plan
+from descompiler.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "Audit",

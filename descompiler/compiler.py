@@ -6,7 +6,6 @@ import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ from descompiler.region.rule import Rule
 from descompiler.runtime.ranks import Ranks
 from descompiler.runtime.watch import TIMEOUT_S
 from descompiler.tables.form import Form
+from descompiler.version import VERSION
 
 LOSSES = ("rank_mean", "row_mean", "sum")
 
@@ -189,7 +189,7 @@ def distribute(
     ranks, terms = Ranks.of(process_group, timeout), terms or Terms()
     ranks.name_next("des.compile")
     ranks.same("option", f"loss={loss!r}, in_place={host is not None}, timeout={timeout:g}")
-    versions = f"descompiler {version('descompiler')}, torch {torch.__version__}, Python {platform.python_version()}"
+    versions = f"descompiler {VERSION}, torch {torch.__version__}, Python {platform.python_version()}"
     ranks.same("version", versions)
     _warn_of_what_is_lost(model, host, ranks)
     # capture, classify (what mixes rows), normalise, find tables

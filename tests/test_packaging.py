@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from descompiler.version import VERSION
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # folder of the checkout -> folder of the wheel
@@ -94,6 +96,31 @@ def test_wheel_has_licence_and_command(wheel: Path) -> None:
     assert (info / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     assert "License-Expression: Apache-2.0\n" in (info / "METADATA").read_text()
     assert "descompiler = descompiler.cli.app:main" in (info / "entry_points.txt").read_text()
+
+
+WITHOUT_METADATA = """
+import importlib.metadata as metadata
+found = metadata.Distribution.from_name
+def from_name(name):
+    if name == "descompiler":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.Distribution.from_name = from_name
+import torch, descompiler as des
+print(des.__version__, des.compile(torch.nn.Embedding(8, 2), (torch.arange(4),))(torch.arange(4)).shape[0])
+"""
+
+
+def test_a_checkout_runs_uninstalled() -> None:
+    """As `make gpu-check PY=python3` does, by an interpreter that has torch and no descompiler."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_METADATA], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [VERSION, "4"]
+
+
+def test_the_build_has_the_version_of_the_package(wheel: Path) -> None:
+    (info,) = wheel.glob("*.dist-info")
+    assert f"\nVersion: {VERSION}\n" in (info / "METADATA").read_text()
 
 
 def test_sdist_holds_the_mapped_folders_and_the_licence(sdist: Path) -> None:
