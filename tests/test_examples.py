@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from examples import data, models
 from examples.data import ClickLog, DataError
+from tests.harness.cases import cases
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data"
@@ -45,7 +46,7 @@ def test_forward_and_backward(name, layout, options):
         assert any(g.any() for g in gradients.values()) == (batch > 0)
 
 
-@pytest.mark.parametrize(("name", "layout"), MODEL_LAYOUTS)
+@pytest.mark.parametrize(("name", "layout"), cases(MODEL_LAYOUTS, MODEL_LAYOUTS[::2]))
 def test_export_with_dynamic_batch_reproduces_eager(name, layout):
     torch.manual_seed(0)
     model = models.MODELS[name](layout)
@@ -402,6 +403,7 @@ def test_train_ctr_on_generated_rows():
     assert ": equivalent" in out
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_train_ctr_on_real_rows():
     out = train_ctr("--data", str(real("frappe")), "--rows", "4000", "--batch", "300", "--dim", "4", "--model", "fm")

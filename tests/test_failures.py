@@ -110,7 +110,7 @@ def _apart(rank, ranks, what):
     return text, time.monotonic() - begin, raised(lambda: module(IDS, DENSE))
 
 
-@pytest.mark.parametrize("what", ["skips", "asks", "saves"])
+@pytest.mark.parametrize("what", cases(["skips", "asks", "saves"], ["skips", "saves"]))
 def test_ranks_that_wait_for_each_other(on_ranks, what):
     rank_1 = {
         "skips": "rank 1: step 2, all_to_all (header)",
@@ -145,7 +145,7 @@ def _dies(rank, folder, how, answer):
     ("how", "said"),
     [
         (signal.SIGKILL, "did not come: rank 1, which has ended"),
-        (signal.SIGSTOP, "nothing came for 4 s"),
+        pytest.param(signal.SIGSTOP, "nothing came for 4 s", marks=pytest.mark.slow),
         (ValueError, "rank 1 raised in step 1: ValueError: no more data"),
     ],
 )

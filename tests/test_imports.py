@@ -14,7 +14,7 @@ TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "descompiler"
 
 ORDER = (
-    ("errors", "examples"),
+    ("errors", "examples", "version"),
     ("registry", "units"),
     ("sheet",),
     ("cost_models",),

@@ -134,10 +134,8 @@ EXAMPLES = list(itertools.product([Pool, Normed, Attention, Positioned, NextItem
 
 EXAMPLES_ALWAYS = (
     (Pool, False),
-    (Normed, True),
     (Attention, False),
     (Positioned, True),
-    (NextItem, False),
     (Last, True),
 )
 

@@ -83,8 +83,8 @@ CASES = [*((use, "none") for use in USES), *(("lookup", penalty) for penalty in 
     [
         (Towers, "row_mean", "row_wise"),
         (Towers, "sum", "replicate"),
-        (Towers, "sum", "hot_rows"),
-        (TowersInPart, "row_mean", "replicate"),
+        pytest.param(Towers, "sum", "hot_rows", marks=pytest.mark.slow),
+        pytest.param(TowersInPart, "row_mean", "replicate", marks=pytest.mark.slow),
         (TowersInPart, "sum", "row_wise"),
     ],
 )
@@ -152,7 +152,7 @@ def _loss_with_numbers(m: nn.Module, case: str, kind: str, ids: Tensor) -> Tenso
     [
         (Numbered, "sum", True),
         (Numbered, "row_mean", False),
-        (NumberedInPart, "row_mean", True),
+        pytest.param(NumberedInPart, "row_mean", True, marks=pytest.mark.slow),
         (NumberedInPart, "sum", False),
         (NumberedCoupled, "sum", True),
     ],

@@ -599,8 +599,8 @@ def _thawed(rank, ranks, cls, names, in_place):
 TABLE, BOTH, CHOOSER, DENSE = ("table",), ("table", "layer"), ("chooser",), ("layer", "chooser", "last")
 FROZEN = list(itertools.product([Contrast, Branching, OwnForward], [TABLE, BOTH, CHOOSER, DENSE], [False, True]))
 FROZEN_ALWAYS = (
-    *((Contrast, TABLE, True), (Contrast, BOTH, False), (Contrast, CHOOSER, True), (Contrast, DENSE, False)),
-    *((Branching, TABLE, False), (Branching, DENSE, True), (OwnForward, BOTH, False), (OwnForward, DENSE, True)),
+    *((Contrast, BOTH, False), (Contrast, CHOOSER, True), (Branching, TABLE, False), (Contrast, DENSE, False)),
+    (OwnForward, BOTH, False),
 )
 
 

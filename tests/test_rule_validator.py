@@ -47,5 +47,6 @@ def test_equal_keys_mean_equal_patterns(levels):
     assert compared > 1000
 
 
+@pytest.mark.slow
 def test_the_page_lists_what_no_rule_offers():
     assert missing.FILE.read_text(encoding="utf-8") == missing.page(), "run `make rules`, and read what has changed"

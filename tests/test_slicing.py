@@ -194,7 +194,7 @@ def test_rules_and_slicing_agree(name):
     assert not any(found), [x for x in found if x]
 
 
-@pytest.mark.parametrize("model", cases(MODELS, ["deepfm", "dlrm", "xdeepfm", "two_tower"]))
+@pytest.mark.parametrize("model", cases(MODELS, ["dlrm", "xdeepfm"]))
 def test_rules_and_slicing_agree_on_models(model):
     inputs = make_inputs(model)
     program, _ = capture(blueprint(MODELS[model]()), inputs, passes=NORMALISE)

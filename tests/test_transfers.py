@@ -209,7 +209,7 @@ def test_a_plan_file_of_version_2_is_read():
         assert found.calls_by_collective == expected["calls"]
     assert {type(t) for t in plan.layout.transfers} == set(kinds()) - {LeafStatus, UsedOutputs}
     again = json.loads(plan.to_json())
-    assert again["version"] == 5 and des.Plan.from_json(plan.to_json()) == plan
+    assert again["version"] == 6 and des.Plan.from_json(plan.to_json()) == plan
     again["layout"]["transfers"][0]["is"] = "Header"  # as some files of version 3 named the first kind
     assert des.Plan.from_json(json.dumps(again)) == plan
 

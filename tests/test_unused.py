@@ -125,7 +125,7 @@ def _expect(model, found, penalty=0):
         (Tasks, "table_wise", True),
         pytest.param(Tasks, "replicate", False, marks=pytest.mark.slow),
         pytest.param(Tasks, "unique_rows", True, marks=pytest.mark.slow),
-        (TasksInALeaf, "row_wise", False),
+        pytest.param(TasksInALeaf, "row_wise", False, marks=pytest.mark.slow),
         (TasksOfABranch, "row_wise", False),
         (TasksInPart, "row_wise", False),
         pytest.param(TasksInPart, "replicate", True, marks=pytest.mark.slow),

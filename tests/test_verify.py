@@ -10,6 +10,7 @@ from descompiler.check.judge import TOLERANCE_FLOAT64
 from descompiler.check.processes import on_ranks
 from descompiler.runtime.runtime import Runtime
 from examples.models import MODELS, make_inputs
+from tests.harness.cases import cases
 
 SMALL = 10 * TOLERANCE_FLOAT64
 
@@ -73,7 +74,7 @@ def faulty(rank, ranks, fault, function, *arguments):
     return function(rank, ranks, *arguments)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", cases(FAULTS, [tampered_gradient, tampered_buffer, tampered_bytes]))
 def test_a_fault_is_found(fault):
     torch.manual_seed(0)
     model = MODELS["deepfm"]("fields", batch_norm=True)

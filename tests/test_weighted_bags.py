@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import descompiler as des
+from tests.harness.cases import cases
 
 GENERATOR = torch.Generator().manual_seed(5)
 BATCH = torch.randint(0, 50, (7, 3), generator=GENERATOR), torch.rand(7, 3, generator=GENERATOR)
@@ -60,7 +61,7 @@ class Functional(Given):
         return self.head(x)
 
 
-@pytest.mark.parametrize("model", [Padded, Learned, Computed, Functional])
+@pytest.mark.parametrize("model", cases([Padded, Learned, Computed, Functional], [Learned, Functional]))
 def test_they_train_as_the_original_and_stay_divided(model, on_ranks):
     model = model()
     des.verify(model, BATCH, plans=PLANS, launch=on_ranks)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from descompiler.check.rates import measured_rates, slowest_rates
 from descompiler.cost_models.collectives import BACKENDS
 from descompiler.errors import PlanError
 from descompiler.planning.cluster import COLLECTIVES, Cluster, Link
@@ -57,7 +58,7 @@ def calibrate(
     path: str | Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Cluster:
-    """Measure latency and bandwidth of each collective, and the rate of matrix products; fit a cluster's numbers.
+    """Measure each collective's latency and bandwidth, and rates of products, lookups and updates; fit a cluster.
 
     Collective: every rank calls it with the same arguments, and gets rank 0's result. Under torchrun it initialises the
     process group if there is none. A command line needs only torchrun, or its environment variables, and
@@ -98,6 +99,8 @@ def calibrate(
     backend = str(dist.get_backend(group))
     device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
     hosts, flops = every.of_every(socket.gethostname()), every.of_every(_flops_per_s(device))
+    progress(f"measuring lookups and updates on {ranks} ranks")
+    rates = slowest_rates(every.of_every(measured_rates(device)))
     links, measured = {}, {}
     for collective in COLLECTIVES:
         progress(f"measuring {collective} on {ranks} ranks")
@@ -132,6 +135,7 @@ def calibrate(
             "memory_bytes": "given" if memory_bytes else "unknown",
             "flops_per_s": f"measured: products of {MATRIX} x {MATRIX} float32 matrices, the slowest rank",
         },
+        rates,
         {
             "hosts": len(set(hosts)),
             "backend": backend,

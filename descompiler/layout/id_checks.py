@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,8 +33,8 @@ class Check:
         if not ids.numel():
             return None
         if self.starts is None:
-            low, high = ids.aminmax()
-            if int(low) >= 0 and int(high) < self.rows:
+            low, high = torch.stack(ids.aminmax()).tolist()  # one wait for the device
+            if low >= 0 and high < self.rows:
                 return None
             wrong = (ids < 0) | (ids >= self.rows)
             if self.ignored is not None:
@@ -73,8 +74,14 @@ def are_in_range(checks: Sequence[Check], ids: Sequence[Tensor]) -> bool:
         if c.starts is not None:
             return False
     together = torch.stack(list(ids)).reshape(len(ids), -1)
-    rows = torch.tensor([c.rows for c in checks], device=together.device)
+    rows = _limits(tuple(c.rows for c in checks), together.device)
     return not bool(((together < 0) | (together >= rows[:, None])).any())
+
+
+@functools.lru_cache(64)
+def _limits(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Rows of tables, on a device: to bring them there in each step would be to wait for it."""
+    return torch.tensor(rows, device=device)
 
 
 def are_alike(ids: Sequence[Tensor]) -> bool:

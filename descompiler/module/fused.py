@@ -53,7 +53,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         gradient, p.grad = p.grad, None
         if gradient is None:
             return
-        rows, values = _rows_of(gradient)
+        rows, values = _rows_of(gradient, self._update.linear)
         options = next(g for g in self.param_groups if any(q is p for q in g["params"]))
         state = self.state[p]
         state["step"] += 1
@@ -77,10 +77,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._kept_by.remove(self)
 
 
-def _rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that have a gradient, each once, and their gradients."""
+def _rows_of(gradient: Tensor, as_they_come: bool) -> tuple[Tensor, Tensor]:
+    """Rows that have a gradient, each once, and their gradients; or ``as_they_come``, some of them in several parts."""
     if gradient.is_sparse:
-        gradient = gradient.coalesce()  # an id that was looked up twice is one row
+        if not as_they_come:
+            gradient = gradient.coalesce()  # an id that was looked up twice is one row
         return gradient._indices()[0], gradient._values()
     gradient = plain(gradient)  # of a table that every rank holds; where it is zero nothing moves
     rows = gradient.flatten(1).any(1).nonzero()[:, 0]
@@ -89,7 +90,7 @@ def _rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Step:
-    """One step of one table: the rows that have gradients, each once.
+    """One step of one table: the rows that have gradients, each once unless the update is linear.
 
     Attributes
     ----------
@@ -117,11 +118,14 @@ class Update:
         Tensors of the optimiser, of the table's shape, or of one number a row.
     options : mapping of str
         With torch's defaults.
+    linear : bool
+        In gradients: parts of a row's may be applied one by one, and are not sorted and summed first.
     """
 
     of: Callable[[Step], None]
     states: tuple[str, ...]
     options: Mapping[str, Any]
+    linear: bool = False
 
 
 def _sgd(s: Step) -> None:
@@ -158,7 +162,7 @@ _ADAGRAD = {"lr": 1e-2, "eps": 1e-10, "lr_decay": 0.0, "initial_accumulator_valu
 
 
 KINDS: dict[type[torch.optim.Optimizer], Update] = {
-    torch.optim.SGD: Update(_sgd, (), {"lr": 1e-3}),
+    torch.optim.SGD: Update(_sgd, (), {"lr": 1e-3}, linear=True),
     torch.optim.Adagrad: Update(_adagrad, ("sum",), _ADAGRAD),
     torch.optim.Adam: _ADAM,
     torch.optim.SparseAdam: _ADAM,

@@ -86,6 +86,7 @@ def _faults(plan: Chosen, forms: Mapping[str, str]) -> Iterator[str]:
     numbers = {"price_bytes": plan.price_bytes, "price": plan.price, "bound": plan.bound, "trials": plan.trials}
     numbers |= {f"unique of {n!r}": x for n, x in plan.unique.items()}
     numbers |= {f"price of {n!r}": x for n, of in plan.prices.items() for x in of.values()}
+    numbers |= {f"seconds of {n!r}": x for n, of in plan.seconds.items() for x in of.values()} | {"work_s": plan.work_s}
     for what, amount in numbers.items():
         if not 0 <= amount < math.inf:
             yield f"{what} is {amount}, which is no finite number from 0 on"
@@ -107,7 +108,7 @@ def _faults(plan: Chosen, forms: Mapping[str, str]) -> Iterator[str]:
     for name, pieces in plan.pieces.items():
         if pieces.ranks != plan.ranks:
             yield f"the pieces of {name!r} are for {pieces.ranks} ranks"
-    for name in (*plan.prices, *plan.missing, *plan.unique, *(n for x in plan.labels for n in x.tables)):
+    for name in (*plan.prices, *plan.seconds, *plan.missing, *plan.unique, *(n for x in plan.labels for n in x.tables)):
         if name not in tables:
             yield f"it says something of {name!r}, which is none of its tables"
     if plan.memories and not _tiles([(a, b) for a, b, _ in plan.memories], plan.ranks):

@@ -103,8 +103,12 @@ class Chosen:
     prices : dict of str to dict of str to int
         By table and form: `price_bytes` if the tables like it took that form and nothing else changed.
     objective : {"bytes", "seconds"}
-        What was minimised: bytes that the busiest rank sends in a training step, or seconds of the collectives on
-        ``cluster``.
+        What was minimised: bytes that the busiest rank sends in a training step, or seconds on ``cluster``: of the
+        collectives and, if its rates are known, of what the busiest rank does itself.
+    work_s : float
+        The latter's part of ``price``.
+    seconds : dict of str to dict of str to float
+        By table and form, as ``prices``, where seconds were minimised.
     price, bound : float
         In units of the objective: the plan's, and what no plan can be below (see `descompiler.planning.search`).
     exact : bool
@@ -140,6 +144,8 @@ class Chosen:
     fingerprint: str = ""
     objective: str = "bytes"
     price: float = 0.0
+    work_s: float = 0.0
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     bound: float = 0.0
     exact: bool = False
     trials: int = 0

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from descompiler.cost_models.collectives import BACKENDS, GLOO, seconds
+from descompiler.cost_models.work import Rates
 from descompiler.errors import PlanError
 from descompiler.layout.traffic import Traffic, kind_of
 from descompiler.planning.json import BROKEN, decode
@@ -95,6 +96,8 @@ class Cluster:
         Whose algorithms are used.
     sources : mapping of str to str
         Where memory_bytes, flops_per_s and the rest are from.
+    rates : Rates, optional
+        Of a rank's own work: without, a plan's seconds are those of its collectives alone.
     provenance : mapping
         How it was measured, for calibrated clusters: see `descompiler.calibrate`.
 
@@ -117,6 +120,7 @@ class Cluster:
     flops_per_s: float | None = None
     backend: str = "gloo"
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
+    rates: Rates | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

@@ -82,6 +82,8 @@ def kinds(plan: Chosen, only: str | None = None) -> list[TableKind]:
 def _table_kind(plan: Chosen, tables: tuple[PlannedTable, ...]) -> TableKind:
     name = tables[0].name
     form, prices = plan.splits[name].form, plan.prices.get(name, {})
-    others = sorted((price, other) for other, price in prices.items() if other != form)
+    seconds = plan.seconds.get(name, {})
+    cheapest = sorted((seconds.get(other, 0.0), price, other) for other, price in prices.items() if other != form)
+    others = [(price, other) for _, price, other in cheapest]
     price = prices.get(form, plan.price_bytes)
     return TableKind(pattern_of([t.name for t in tables]), tables, form, price, others, plan.missing.get(name, {}))

@@ -71,7 +71,7 @@ def memory_of(partition: Partition, w: Weights, optimizer: str, unique: Mapping[
     tables = {o.name for o in operators}
     weights, gradients, state = (np.zeros(w.ranks, dtype=np.int64) for _ in range(3))
     for name, p in program.parameters.items():
-        rows, width = _held_elements(pieces[name])
+        rows, width = held_elements(pieces[name])
         itemsize = p.dtype.itemsize
         weights += weight_bytes(rows, width, itemsize)
         if not p.requires_grad:
@@ -85,22 +85,14 @@ def memory_of(partition: Partition, w: Weights, optimizer: str, unique: Mapping[
             state += state_bytes(optimizer, rows, width, itemsize)
         else:  # row-wise optimisers are for tables
             state += state_bytes("adagrad" if optimizer == "rowwise_adagrad" else optimizer, rows, width, itemsize)
-    inside = np.zeros(w.ranks, dtype=np.int64)
-    outside = 0
-    for node in program.graph.nodes:
-        if node.op != "call_function" or not is_tensor(node) or not value(node).is_floating_point() or is_view(node):
-            continue
-        if node in partition.inside:
-            _add_share(inside, node, partition.placements[node])
-        elif rowwise(program, node):
-            outside += elements_per_row(node)
+    inside, outside = activation_elements(partition, w.ranks)
     activations = activation_bytes(w.rows, outside + inside * w.ranks, w.itemsize)
     gathered = [program.parameters[name] for name in partition.wholes]  # there, with their gradients, during a step
     held = sum(p.numel() * (2 if p.requires_grad else 1) for p in gathered)
     activations = activations + activation_bytes(1, held, w.itemsize)
     for group in groups_of(operators):  # all rows of each computed table, in this rank's columns
         first = pieces[group.tables[0]]
-        share = _held_elements(first)[0] / first.shape[first.dim]
+        share = held_elements(first)[0] / first.shape[first.dim]
         elements = sum(prod(shape_of(n)) for n in group.nodes if not is_view(n))
         activations = activations + activation_bytes(1, np.ceil(elements * share).astype(np.int64), w.itemsize)
     every = np.stack([weights, gradients, state, activations])
@@ -109,7 +101,20 @@ def memory_of(partition: Partition, w: Weights, optimizer: str, unique: Mapping[
     return tuple((first, stop, Memory(*every[:, first].tolist())) for first, stop in borders)
 
 
-def _held_elements(pieces: Pieces) -> tuple[np.ndarray, int]:
+def activation_elements(partition: Partition, ranks: int) -> tuple[np.ndarray, int]:
+    """Elements a row of all values that are no view: of each rank's share of the region, and outside of it."""
+    inside, outside = np.zeros(ranks, dtype=np.int64), 0
+    for node in partition.program.graph.nodes:
+        if node.op != "call_function" or not is_tensor(node) or not value(node).is_floating_point() or is_view(node):
+            continue
+        if node in partition.inside:
+            _add_share(inside, node, partition.placements[node])
+        elif rowwise(partition.program, node):
+            outside += elements_per_row(node)
+    return inside, outside
+
+
+def held_elements(pieces: Pieces) -> tuple[np.ndarray, int]:
     """Elements of the divided dimension that each rank holds, and how large the others are together."""
     whole = pieces.shape[pieces.dim] if pieces.shape else 1
     return pieces.sizes[:ALL] + pieces.sizes[ALL], prod(pieces.shape) // max(whole, 1)

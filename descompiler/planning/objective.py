@@ -7,7 +7,8 @@ A choice determines a plan:
     placements    of every operator that a rule keeps in the region (`descompiler.region.place.place`)
     aggregation   the minimum cut, or the lookups themselves where the busiest rank then sends less (`Objective.trial`)
 
-Its price is the bytes that the busiest rank sends in a step or, given a cluster, the seconds of the step's collectives.
+Its price is the bytes that the busiest rank sends in a step or, given a cluster, the seconds of the step's collectives
+and, if the cluster's rates are known, of what the busiest rank does itself (`descompiler.planning.work`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from descompiler.planning.cluster import Cluster
 from descompiler.planning.exchanges import layout_of
 from descompiler.planning.memory import Memory, memory_of
 from descompiler.planning.pins import Forbidden
+from descompiler.planning.work import work_seconds
 from descompiler.region.cut import Weights, at_lookups, minimum_cut
 from descompiler.region.flow import DEFAULT, SOLVERS
 from descompiler.region.partition import Partition
@@ -85,6 +87,7 @@ class Trial:
     aggregate: str
     score: Score
     memory: Spans[Memory]
+    work_s: float
 
 
 @dataclass(frozen=True, order=True)
@@ -161,9 +164,16 @@ class Objective:
             missing = max(0, max(m.total for _, _, m in memory) - limit)
         price_bytes = max(t.total for t in every)
         cluster = self.terms.cluster
-        price = float(price_bytes) if cluster is None else cluster.seconds(every)
+        work_s = 0.0 if cluster is None else self._work_s(partition, cluster)
+        price = float(price_bytes) if cluster is None else cluster.seconds(every) + work_s
         score = Score(missing, price, price_bytes, max(t.calls for t in every))
-        return Trial(partition, layout, aggregate, score, memory)
+        return Trial(partition, layout, aggregate, score, memory, work_s)
+
+    def _work_s(self, partition: Partition, cluster: Cluster) -> float:
+        """Seconds of the busiest rank's own work; none where nothing is known of it."""
+        if cluster.rates is None:
+            return 0.0
+        return float(work_seconds(partition, self.w, self.unique, cluster.rates, cluster.flops_per_s).max())
 
     def memory(self, partition: Partition) -> Spans[Memory]:
         return memory_of(partition, self.w, self.terms.optimizer, self.unique)

@@ -3,8 +3,8 @@
 In version 2 a layout had a field for each kind of what crosses; since version 3 it has one list of transfers, of which
 one had another name at first, and tables had fewer numbers. Who has which part of a dimension was written in three
 ways; since version 4 it is in one. Until then everything crossed in the model's dtype; since version 5 a transfer says
-so if it is another. Forms had other names in some files of version 2 (`descompiler.tables.aliases`); who
-edits a file may still write these.
+so if it is another. Since version 6 a plan has the seconds of its ranks' own work. Forms had other names in some files
+of version 2 (`descompiler.tables.aliases`); who edits a file may still write these.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from descompiler.layout.division import Division
 from descompiler.planning.json import encode
 from descompiler.tables.aliases import current_name
 
-VERSION = 5
+VERSION = 6
 """Of the plan files that are written."""
 
 DTYPES = {2: "float16", 4: "float32", 8: "float64"}
@@ -41,7 +41,9 @@ def as_of_now(data: dict[str, Any]) -> dict[str, Any]:
         divided = {name: _divided(data[name]) for name in ("splits", "pieces", "layout")}
         data = {**data, "version": 4, **divided}
     if data["version"] == 4:
-        data = {**data, "version": VERSION}
+        data = {**data, "version": 5}
+    if data["version"] == 5:
+        data = {**data, "version": VERSION, "work_s": 0.0, "seconds": {}}
     return _in_current_names(data) if data["version"] == VERSION else data
 
 
@@ -58,7 +60,7 @@ def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
         "forms": {table: current_name(form) for table, form in data["forms"].items()},
         "splits": {table: {**split, "form": current_name(split["form"])} for table, split in data["splits"].items()},
         "tables": [{**table, "refusals": by_form(table["refusals"])} for table in data["tables"]],
-        **{what: {table: by_form(x) for table, x in data[what].items()} for what in ("prices", "missing")},
+        **{what: {table: by_form(x) for table, x in data[what].items()} for what in ("prices", "seconds", "missing")},
     }
 
 

@@ -206,6 +206,8 @@ _FIELDS: dict[str, Any] = {
     "fingerprint": str,
     "objective": str,
     "price": float,
+    "work_s": float,
+    "seconds": dict[str, dict[str, float]],
     "bound": float,
     "exact": bool,
     "trials": int,

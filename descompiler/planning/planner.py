@@ -77,7 +77,7 @@ def choose(
     partition = best.partition
     if best.score.missing_bytes:
         raise PlanError(_does_not_fit(search, forms, best, pins))
-    prices, missing = _alternatives(search, forms, best.score.price_bytes)
+    prices, seconds, missing = _alternatives(search, forms, best.score)
     return Plan(
         ranks=w.ranks,
         rows=w.rows,
@@ -93,6 +93,8 @@ def choose(
         aggregate=best.aggregate,
         objective="bytes" if terms.cluster is None else "seconds",
         price=best.score.price,
+        work_s=best.work_s,
+        seconds=seconds if terms.cluster is not None else {},
         bound=bound,
         exact=search.exact and best.score.price <= bound,
         trials=search.trials,
@@ -122,10 +124,12 @@ def _tie_notes(least: Score, chosen: Score) -> list[str]:
 
 
 def _alternatives(
-    search: Search, forms: Mapping[str, str], price_bytes: int
-) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
-    """Bytes of the busiest rank, and bytes of memory that are missing, if the tables of a class took another form."""
-    prices = {o.name: {forms[o.name]: price_bytes} for o in search.operators}
+    search: Search, forms: Mapping[str, str], chosen: Score
+) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, float]], dict[str, dict[str, int]]]:
+    """Bytes of the busiest rank, the price, and bytes of memory that are missing, if the tables of a class took another
+    form."""
+    prices = {o.name: {forms[o.name]: chosen.price_bytes} for o in search.operators}
+    units = {o.name: {forms[o.name]: chosen.price} for o in search.operators}
     missing: dict[str, dict[str, int]] = {}
     for members in search.classes:
         for form in search.allowed[members[0].name]:
@@ -135,9 +139,10 @@ def _alternatives(
             score = search.score(search.tied(forms, changed))
             for n in changed:
                 prices[n].setdefault(form, score.price_bytes)
+                units[n].setdefault(form, score.price)
                 if score.missing_bytes:
                     missing.setdefault(n, {})[form] = score.missing_bytes
-    return prices, missing
+    return prices, units, missing
 
 
 def _does_not_fit(search: Search, forms: Mapping[str, str], best: Trial, pins: Mapping[str, str] | None) -> str:

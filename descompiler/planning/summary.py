@@ -58,6 +58,8 @@ def candidates(plan: Chosen, only: str | None = None) -> Sheet:
         head: tuple[Any, ...] = (kind.title, kind.rows, t.dim, t.ids)
         for number, (price, form) in enumerate([(kind.price, kind.form), *kind.others]):
             verdict = f"{'runner-up, ' * (number == 1)}{price - kind.price:+,} B" if number else "chosen"
+            if number and form in (seconds := plan.seconds.get(t.name, {})):
+                verdict += f", {1e3 * (seconds[form] - plan.price):+,.3g} ms"
             if above := kind.missing.get(form):
                 verdict += f"; {above:,} B above the limit of memory"
             alone = bytes_alone(plan, kind, form)
@@ -268,6 +270,9 @@ def choice(plan: Chosen) -> str:
     if plan.objective == "seconds":
         where = "" if plan.cluster is None else f" on {plan.cluster.name}"
         what, amount = f"seconds of the collectives{where}", format_seconds(plan.price)
+        if plan.work_s:
+            what = f"seconds of the collectives and of the busiest rank's own work{where}"
+            amount += f" ({format_seconds(plan.price - plan.work_s)} and {format_seconds(plan.work_s)})"
     sure = ""
     if plan.exact:
         sure = "; no choice of forms is cheaper"

@@ -1,0 +1,97 @@
+"""Seconds of what each rank does itself in a step of a partition, by the rates of a cluster.
+
+    lookups in the region     every rank that has a part of the table looks up the ids of all ranks, in its columns
+    lookups that are fetched  a rank makes its own ids unique; owners look up what all ranks ask them for
+    other lookups             own ids; where ranks exchange rows' gradients, an update of all ranks' rows
+    dense gradients           of all rows that a rank holds
+    values, products          inside the region on the global batch, of a rank's share; outside on own rows
+
+The formulas are those of `descompiler.cost_models.work`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import numpy as np
+
+from descompiler.cost_models.work import Rates, lookup_seconds
+from descompiler.graph.nodes import tail
+from descompiler.layout.spans import Spans
+from descompiler.planning.memory import activation_elements, held_elements
+from descompiler.region.cut import Weights, product_flops, work_bytes
+from descompiler.region.partition import Partition
+from descompiler.tables.form import Split, form_named
+from descompiler.tables.tables import Lookup, Operator
+
+
+def work_seconds(
+    partition: Partition, w: Weights, unique: Mapping[str, float], rates: Rates, flops_per_s: float | None
+) -> np.ndarray:
+    """Of each rank.
+
+    Parameters
+    ----------
+    unique : mapping of str to float
+        Expected unique ids of one rank's batch, by table.
+    flops_per_s : float, optional
+        Of products; without, they take no time.
+    """
+    seconds = np.zeros(w.ranks)
+    for o in partition.operators:
+        split = partition.splits[o.name]
+        held, _ = held_elements(split.pieces)
+        for x in o.lookups:
+            seconds += _of_lookup(o, x, split, held, w, unique[o.name], rates)
+        if o.trained and not o.sparse:
+            rows = held * (o.dim if split.pieces.dim == 0 else o.rows)
+            seconds += rows * rates.swept_s
+    inside, outside = activation_elements(partition, w.ranks)
+    seconds += w.rows * (inside * w.ranks + outside) * rates.value_s
+    if flops_per_s is not None:
+        seconds += _flops(partition, w) / flops_per_s
+    return seconds
+
+
+def _of_lookup(
+    o: Operator, x: Lookup, split: Split, held: np.ndarray, w: Weights, unique: float, rates: Rates
+) -> np.ndarray:
+    """Of one lookup of a table, by rank."""
+    width, by_columns = prod(tail(x.ids)), split.pieces.dim == 1
+    if split.placement(o, x) is not None:
+        ids = w.ranks * w.rows * _widths(split.columns(o, x), x, w.ranks)
+        columns = held if by_columns else np.where(held > 0, o.dim, 0)
+        looked_up: np.ndarray = np.where((held > 0) & (ids > 0), lookup_seconds(rates, ids, columns), 0.0)
+        return looked_up
+    own: float = lookup_seconds(rates, w.rows * width, o.dim)
+    if w.ranks == 1:
+        return np.full(1, own)
+    if form_named(split.form).fetches(split):
+        asked = w.ranks * unique * held / max(held.sum(), 1)
+        served: np.ndarray = np.where(held > 0, lookup_seconds(rates, asked, o.dim), 0.0)
+        return own + w.rows * width * rates.unique_s + served
+    if split.gathered:
+        own += lookup_seconds(rates, (w.ranks - 1) * unique, o.dim, calls=0)
+    return np.full(w.ranks, own)
+
+
+def _widths(columns: Spans[tuple[int, ...] | None], x: Lookup, ranks: int) -> np.ndarray:
+    """How many ids of a row each rank looks up."""
+    whole = tail(x.ids)
+    result = np.zeros(ranks)
+    for first, stop, chosen in columns:
+        result[first:stop] = prod(whole) if chosen is None else len(chosen) * prod(whole[1:])
+    return result
+
+
+def _flops(partition: Partition, w: Weights) -> float:
+    """Of the slowest rank's matrix products, forward and backward."""
+    total = 0.0
+    for n in partition.program.graph.nodes:
+        if n.op == "call_function" and (flops := product_flops(n, w.rows)):
+            total += flops
+            if n in partition.inside:
+                at = partition.candidates.placed[n].placement
+                total += work_bytes(n, at, partition.placements, w) * w.flops_per_byte / w.ranks
+    return total
