@@ -219,6 +219,112 @@ def test_its_state_is_in_checkpoints(kind, on_ranks, tmp_path):
             torch.testing.assert_close(state[name], x, rtol=1e-10, atol=1e-12)
 
 
+class Several(nn.Module):
+    """Tables of one width of which some are not used in every step, one has fewer rows than ranks, and one is wider."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tables = nn.ModuleList(nn.Embedding(n, 4, sparse=True) for n in (30, 1, 17, 40))
+        self.wide = nn.Embedding(30, 5, sparse=True)
+        self.top = nn.Linear(9, 1)
+
+    def forward(self, ids, weights):
+        vectors = sum(w * t(ids % t.num_embeddings) for t, w in zip(self.tables, weights.unbind(1), strict=True))
+        return self.top(torch.cat([vectors.tanh(), self.wide(ids % 30)], -1)).sum(1)
+
+
+WEIGHTS = torch.ones(12, 4, dtype=torch.float64)
+
+
+def _several(step):
+    """Without a loss of some tables in some steps: their rows have gradients of 0, or none."""
+    return WEIGHTS * (torch.arange(4) != step % 4)
+
+
+def _parts_of_one_storage(rank, ranks, kind, form):
+    torch.set_default_dtype(torch.float64)
+    cls, _, options = KINDS[kind]
+    module = des.compile(Several(), (IDS, WEIGHTS[:, :, None, None]), plan={"*": form}, loss="sum")
+    tables = des.fuse_optimizer(module, cls, **options)
+    rest = torch.optim.SGD(module.top.parameters(), 0.1)
+    moved = []
+    for step in range(6):
+        at = [des.local_tensor(p).data_ptr() for p in module.parameters()]
+        if step == 3:  # states that are loaded, and a table that is put elsewhere
+            tables.load_state_dict(copy.deepcopy(tables.state_dict()))
+            for p in module.tables.parameters():
+                p.data = p.data.clone()
+        rows = own(rank, ranks, step)
+        rest.zero_grad()
+        module(IDS[rows], _several(step)[rows][:, :, None, None]).pow(2).sum().backward()
+        rest.step()
+        moved.append(at != [des.local_tensor(p).data_ptr() for p in module.parameters()])
+    parts = [des.local_tensor(p) for p in module.tables.parameters() if len(des.local_tensor(p))]
+    parts += [des.local_tensor(tables.state[p]["sum"]) for p in module.tables.parameters() if kind == "Adagrad"]
+    return des.full_state_dict(module), moved, len({x.untyped_storage().data_ptr() for x in parts if x.numel()})
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    cases(
+        itertools.product(("Adagrad", "Adam", "SGD"), ("row_wise", "table_wise")),
+        [("Adagrad", "row_wise"), ("Adam", "table_wise")],
+    ),
+)
+def test_tables_of_one_width_are_updated_as_one(kind, form, on_ranks):
+    torch.set_default_dtype(torch.float64)
+    model = Several()
+    torch.set_default_dtype(torch.float32)
+    rest = torch.optim.SGD(model.top.parameters(), 0.1)
+    tables = KINDS[kind][1]([p for n, p in model.named_parameters() if "top" not in n])
+    for step in range(6):
+        model.zero_grad()
+        model(IDS, _several(step)[:, :, None, None]).pow(2).sum().backward()
+        tables.step()
+        rest.step()
+    for state, moved, storages in on_ranks(_parts_of_one_storage, 2, kind, form):
+        assert moved == [False] * 3 + [True] + [False] * 2  # only when something else has moved them
+        assert storages == 1 + (kind == "Adagrad")
+        for name, x in model.state_dict().items():
+            torch.testing.assert_close(state[name], x, rtol=1e-10, atol=1e-12)
+
+
+def _fails_once(rank, ranks):
+    module, tables, _ = fused("Adagrad", "row_wise")
+    loss = module(IDS).pow(2).sum()
+    failing = [True]
+
+    def fails(gradient):
+        if failing.pop() if failing else False:
+            raise RuntimeError("once")
+
+    before = des.full_state_dict(module)
+    handle = module.top.weight.register_hook(fails)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+    after = des.full_state_dict(module)
+    handle.remove()
+    module(IDS).pow(2).sum().backward()
+    more = raised(lambda: tables.add_param_group({"params": [module.top.weight]}))
+    return all(torch.equal(before[n], x) for n, x in after.items()), des.full_state_dict(module), more
+
+
+def test_a_backward_that_fails_updates_nothing(on_ranks):
+    expected = in_one_process("Adagrad", 0)
+    torch.set_default_dtype(torch.float64)
+    model = Model()
+    torch.set_default_dtype(torch.float32)
+    tables = KINDS["Adagrad"][1]([model.item.weight, model.bag.weight])
+    (2 * model(IDS).pow(2).sum()).backward()
+    tables.step()
+    for stands, state, more in on_ranks(_fails_once, 2):
+        assert stands
+        assert "fuse_optimizer(module, kind, params=[...]) fuses further tables" in more
+        torch.testing.assert_close(state["item.weight"], model.item.weight.detach(), rtol=1e-10, atol=1e-12)
+        assert not torch.equal(state["item.weight"], expected["item.weight"])
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()

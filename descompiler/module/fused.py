@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +18,14 @@ from descompiler.errors import InputError, PlanError, UnsupportedError
 from descompiler.layout.pieces import Pieces
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.installed import module_of
+from descompiler.module.updates import KINDS, Step, Update, as_one, rows_of, summed
 
 
 class FusedOptimizer(torch.optim.Optimizer):
     """What `fuse_optimizer` returns: it has the groups and the state, for schedulers and checkpoints.
 
-    ``step`` and ``zero_grad`` do nothing: the step was made in backward.
+    ``step`` and ``zero_grad`` do nothing: the step was made in backward. Tables of one width and dtype lie one behind
+    the other in one storage, and so does what the optimiser keeps of them; their rows are updated together.
     """
 
     def __init__(
@@ -32,35 +36,97 @@ class FusedOptimizer(torch.optim.Optimizer):
         row_wise: bool,
         kept_by: list[torch.optim.Optimizer],
     ):
+        self._handles: list[Any] = []
         super().__init__(parameters, options)
-        self._update, self._handles, self._kept_by = update, [], kept_by
+        self._update, self._kept_by = update, kept_by
         kept_by.append(self)  # a parameter's hooks would be gone with an optimiser that nobody keeps, without a word
+        self._waiting: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by backward: tables and their gradients
         me = weakref.ref(self)
 
-        def step(p: Tensor) -> None:
+        def came(p: Tensor) -> None:
             if (fused := me()) is not None:
-                fused._step_of(p)
+                fused._came(p)
 
         for p in parameters:
             for name in update.states:
                 self.state[p][name] = _numbers_of_rows(p) if row_wise else torch.zeros_like(p)
                 self.state[p][name].fill_(options.get("initial_accumulator_value", 0.0))
             self.state[p]["step"] = torch.zeros(())
-            self._handles.append(p.register_post_accumulate_grad_hook(step))
+            self._handles.append(p.register_post_accumulate_grad_hook(came))
+        for tables in self._alike():
+            self._of_storage(tables)
 
-    @torch.no_grad()
-    def _step_of(self, p: Tensor) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused but for the first: `fuse_optimizer` makes an optimiser of tables, whose gradients it waits for.
+
+        Raises
+        ------
+        InputError
+            Always.
+        """
+        if self._handles:
+            raise InputError("add_param_group: fuse_optimizer(module, kind, params=[...]) fuses further tables")
+        super().add_param_group(param_group)
+
+    def _came(self, p: Tensor) -> None:
+        """A table's gradient is there, in full; it is applied with the others of the same backward, at its end."""
         gradient, p.grad = p.grad, None
         if gradient is None:
             return
-        rows, values = _rows_of(gradient, self._update.linear)
-        options = next(g for g in self.param_groups if any(q is p for q in g["params"]))
-        state = self.state[p]
-        state["step"] += 1
+        backward = torch._C._current_graph_task_id()
+        if backward not in self._waiting:
+            for failed in sorted(self._waiting)[:-MOST_NESTED]:  # what a backward left that did not come to its end
+                del self._waiting[failed]
+            self._waiting[backward] = []
+            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._apply, backward))
+        self._waiting[backward].append((p, gradient))
+
+    @torch.no_grad()
+    def _apply(self, backward: int) -> None:
+        came = dict(self._waiting.pop(backward))
+        known: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+        for tables in self._alike():
+            starts = itertools.accumulate((len(plain(p)) for p in tables), initial=0)
+            parts: dict[float, list[tuple[Tensor, Tensor]]] = {}  # by how many steps a table has made
+            for p, start in zip(tables, starts, strict=False):
+                if p in came:
+                    self.state[p]["step"] += 1
+                    rows, values = rows_of(came[p])
+                    parts.setdefault(float(self.state[p]["step"]), []).append((rows + start if start else rows, values))
+            for number, several in parts.items():
+                self._update_rows(tables, several, number, known)
+
+    def _update_rows(
+        self,
+        tables: list[Tensor],
+        parts: list[tuple[Tensor, Tensor]],
+        number: float,
+        known: list[tuple[Tensor, tuple[Tensor, Tensor]]],
+    ) -> None:
+        """One update of rows of the tables as one; ``known`` are rows that were made unique."""
+        options = next(g for g in self.param_groups if any(q is tables[0] for q in g["params"]))
+        rows, values = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
+        if not self._update.linear:
+            rows, values = summed(rows, values, known)
         if options["maximize"]:
             values = -values
-        states = [plain(state[name]) for name in self._update.states]
-        self._update.of(Step(plain(p), rows, values, states, float(state["step"]), options))
+        table, *states = self._of_storage(tables)
+        self._update.of(Step(table, rows, values, states, number, options))
+
+    def _alike(self) -> list[list[Tensor]]:
+        """Tables that may be updated together, in the order of the parameter groups."""
+        result: dict[Any, list[Tensor]] = {}
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                kept = [plain(self.state[p][n]) for n in self._update.states]
+                of = [(x.dtype, x.device, x.shape[1:], x.is_contiguous()) for x in (plain(p), *kept)]
+                result.setdefault((number, *of), []).append(p)
+        return list(result.values())
+
+    def _of_storage(self, tables: list[Tensor]) -> list[Tensor]:
+        """The tables as one, and each state of them."""
+        kept = ([self.state[p][n] for p in tables] for n in self._update.states)
+        return [as_one(x) for x in (tables, *kept)]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Nothing: rows were updated in backward."""
@@ -77,97 +143,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._kept_by.remove(self)
 
 
-def _rows_of(gradient: Tensor, as_they_come: bool) -> tuple[Tensor, Tensor]:
-    """Rows that have a gradient, each once, and their gradients; or ``as_they_come``, some of them in several parts."""
-    if gradient.is_sparse:
-        if not as_they_come:
-            gradient = gradient.coalesce()  # an id that was looked up twice is one row
-        return gradient._indices()[0], gradient._values()
-    gradient = plain(gradient)  # of a table that every rank holds; where it is zero nothing moves
-    rows = gradient.flatten(1).any(1).nonzero()[:, 0]
-    return rows, gradient[rows]
-
-
-@dataclass
-class Step:
-    """One step of one table: the rows that have gradients, each once unless the update is linear.
-
-    Attributes
-    ----------
-    states : list of Tensor
-        Of the optimiser, by `Update.states`.
-    number : float
-        Of the table's steps, from 1.
-    """
-
-    table: Tensor
-    rows: Tensor
-    gradient: Tensor
-    states: list[Tensor]
-    number: float
-    options: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Update:
-    """How rows of a table are updated.
-
-    Attributes
-    ----------
-    states : tuple of str
-        Tensors of the optimiser, of the table's shape, or of one number a row.
-    options : mapping of str
-        With torch's defaults.
-    linear : bool
-        In gradients: parts of a row's may be applied one by one, and are not sorted and summed first.
-    """
-
-    of: Callable[[Step], None]
-    states: tuple[str, ...]
-    options: Mapping[str, Any]
-    linear: bool = False
-
-
-def _sgd(s: Step) -> None:
-    s.table.index_add_(0, s.rows, s.gradient, alpha=-s.options["lr"])
-
-
-def _adagrad(s: Step) -> None:
-    """Adagrad (Duchi et al., 2011), as `torch.optim.Adagrad` updates rows of sparse gradients."""
-    (total,), square = s.states, s.gradient.square()
-    if total.shape[1:] != square.shape[1:]:  # row-wise: the mean of a row's
-        square = square.mean(1, keepdim=True)
-    total.index_add_(0, s.rows, square)
-    root = total.index_select(0, s.rows).sqrt_().add_(s.options["eps"])
-    rate = s.options["lr"] / (1 + (s.number - 1) * s.options["lr_decay"])
-    s.table.index_add_(0, s.rows, s.gradient / root, alpha=-rate)
-
-
-def _adam(s: Step) -> None:
-    """Adam (Kingma and Ba, 2014) of the rows that have gradients, as `torch.optim.SparseAdam`."""
-    (beta1, beta2), g = s.options["betas"], s.gradient
-    first, second = (x.index_select(0, s.rows) for x in s.states)
-    first.lerp_(g, 1 - beta1)
-    second.lerp_(g.square(), 1 - beta2)
-    for state, x in zip(s.states, (first, second), strict=True):
-        state.index_copy_(0, s.rows, x)
-    rate = s.options["lr"] * (1 - beta2**s.number) ** 0.5 / (1 - beta1**s.number)
-    s.table.index_add_(0, s.rows, first / second.sqrt_().add_(s.options["eps"]), alpha=-rate)
-
-
-_ADAM = Update(_adam, ("exp_avg", "exp_avg_sq"), {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8})
-
-
-_ADAGRAD = {"lr": 1e-2, "eps": 1e-10, "lr_decay": 0.0, "initial_accumulator_value": 0.0}
-
-
-KINDS: dict[type[torch.optim.Optimizer], Update] = {
-    torch.optim.SGD: Update(_sgd, (), {"lr": 1e-3}, linear=True),
-    torch.optim.Adagrad: Update(_adagrad, ("sum",), _ADAGRAD),
-    torch.optim.Adam: _ADAM,
-    torch.optim.SparseAdam: _ADAM,
-}
-"""What tables may be updated by."""
+MOST_NESTED = 4
+"""Backwards that may be on their way inside of each other."""
 
 
 def fuse_optimizer(
@@ -178,11 +155,12 @@ def fuse_optimizer(
     row_wise: bool = False,
     **options: Any,
 ) -> FusedOptimizer:
-    """Update rows of tables in backward, as soon as their gradient is there; no gradient of a table's size is made.
+    """Update rows of tables at the end of backward, of all tables together; no gradient of a table's size is made.
 
-    Each backward is a step: gradients are not accumulated over several. Weights are those of the optimiser's own step,
-    duplicate ids included: of `torch.optim.SGD`, `torch.optim.Adagrad`, and, for Adam of tables with sparse gradients,
-    of `torch.optim.SparseAdam`, which leaves rows alone that were not looked up.
+    Each backward is a step: gradients are not accumulated over several. One that fails updates nothing. Tables of one
+    width and dtype, and what the optimiser keeps of them, are views of one storage from now on. Weights are those of
+    the optimiser's own step, duplicate ids included: of `torch.optim.SGD`, `torch.optim.Adagrad`, and, for Adam of
+    tables with sparse gradients, of `torch.optim.SparseAdam`, which leaves rows alone that were not looked up.
 
     Tables with dense gradients, as ``nn.Embedding`` makes them, are named by ``params``. SGD and Adagrad move no row
     without a gradient, so nothing else changes: those that ranks hold in part have sparse gradients from now on. Of a

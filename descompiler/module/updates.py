@@ -1,0 +1,146 @@
+"""Rows of tables, updated together: what optimisers do with the rows that have gradients, and where these rows lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from descompiler.eager.piece import plain
+
+
+def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that have a gradient, some of them in several parts, and these."""
+    if gradient.is_sparse:
+        return gradient._indices()[0], gradient._values()
+    gradient = plain(gradient)  # of a table that every rank holds; where it is zero nothing moves
+    rows = gradient.flatten(1).any(1).nonzero()[:, 0]
+    return rows, gradient[rows]
+
+
+def summed(rows: Tensor, values: Tensor, known: list[tuple[Tensor, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+    """Each row once, with the sum of its parts: an id that was looked up twice is one row.
+
+    Tables that are looked up with the same ids, as those of vectors and of weights are, have the same rows, and it is
+    less to compare them than to sort them.
+    """
+    unique = next((u for r, u in known if r.shape == rows.shape and torch.equal(r, rows)), None)
+    if unique is None:
+        unique = torch.unique(rows, return_inverse=True)
+        known.append((rows, unique))
+    once, positions = unique
+    return once, values.new_zeros(len(once), *values.shape[1:]).index_add_(0, positions, values)
+
+
+def as_one(tensors: list[Tensor]) -> Tensor:
+    """Tensors of one width, one behind the other in one storage, as one; they are moved there if they are not yet.
+
+    A state that was loaded, or a module that was moved, has storages of its own again.
+    """
+    tensors = [x for x in tensors if len(plain(x))] or tensors[:1]  # what is empty lies nowhere
+    first = plain(tensors[0])
+    if len(tensors) == 1:
+        return first
+    rows = sum(len(plain(x)) for x in tensors)
+    size, at = first.element_size() * first[:1].numel(), first.data_ptr()
+    storage = first.untyped_storage()
+    for x in map(plain, tensors):
+        if x.data_ptr() != at or not x.is_contiguous() or x.untyped_storage().data_ptr() != storage.data_ptr():
+            break
+        at += size * len(x)
+    else:
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
+    whole = first.new_empty(rows, *first.shape[1:])
+    start = 0
+    for x in tensors:  # one after the other: what was moved is free
+        part = whole[start : start + len(plain(x))]
+        part.copy_(plain(x))
+        with torch._C.DisableTorchFunctionSubclass():
+            x.data = part
+        start += len(part)
+    return whole
+
+
+@dataclass
+class Step:
+    """One step of one table: the rows that have gradients, each once unless the update is linear.
+
+    Attributes
+    ----------
+    states : list of Tensor
+        Of the optimiser, by `Update.states`.
+    number : float
+        Of the table's steps, from 1.
+    """
+
+    table: Tensor
+    rows: Tensor
+    gradient: Tensor
+    states: list[Tensor]
+    number: float
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Update:
+    """How rows of a table are updated.
+
+    Attributes
+    ----------
+    states : tuple of str
+        Tensors of the optimiser, of the table's shape, or of one number a row.
+    options : mapping of str
+        With torch's defaults.
+    linear : bool
+        In gradients: parts of a row's may be applied one by one, and are not sorted and summed first.
+    """
+
+    of: Callable[[Step], None]
+    states: tuple[str, ...]
+    options: Mapping[str, Any]
+    linear: bool = False
+
+
+def _sgd(s: Step) -> None:
+    s.table.index_add_(0, s.rows, s.gradient, alpha=-s.options["lr"])
+
+
+def _adagrad(s: Step) -> None:
+    """Adagrad (Duchi et al., 2011), as `torch.optim.Adagrad` updates rows of sparse gradients."""
+    (total,), square = s.states, s.gradient.square()
+    if total.shape[1:] != square.shape[1:]:  # row-wise: the mean of a row's
+        square = square.mean(1, keepdim=True)
+    total.index_add_(0, s.rows, square)
+    root = total.index_select(0, s.rows).sqrt_().add_(s.options["eps"])
+    rate = s.options["lr"] / (1 + (s.number - 1) * s.options["lr_decay"])
+    s.table.index_add_(0, s.rows, s.gradient / root, alpha=-rate)
+
+
+def _adam(s: Step) -> None:
+    """Adam (Kingma and Ba, 2014) of the rows that have gradients, as `torch.optim.SparseAdam`."""
+    (beta1, beta2), g = s.options["betas"], s.gradient
+    first, second = (x.index_select(0, s.rows) for x in s.states)
+    first.lerp_(g, 1 - beta1)
+    second.lerp_(g.square(), 1 - beta2)
+    for state, x in zip(s.states, (first, second), strict=True):
+        state.index_copy_(0, s.rows, x)
+    rate = s.options["lr"] * (1 - beta2**s.number) ** 0.5 / (1 - beta1**s.number)
+    s.table.index_add_(0, s.rows, first / second.sqrt_().add_(s.options["eps"]), alpha=-rate)
+
+
+_ADAM = Update(_adam, ("exp_avg", "exp_avg_sq"), {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8})
+
+
+_ADAGRAD = {"lr": 1e-2, "eps": 1e-10, "lr_decay": 0.0, "initial_accumulator_value": 0.0}
+
+
+KINDS: dict[type[torch.optim.Optimizer], Update] = {
+    torch.optim.SGD: Update(_sgd, (), {"lr": 1e-3}, linear=True),
+    torch.optim.Adagrad: Update(_adagrad, ("sum",), _ADAGRAD),
+    torch.optim.Adam: _ADAM,
+    torch.optim.SparseAdam: _ADAM,
+}
+"""What tables may be updated by."""
