@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import descompiler as des
 from descompiler.check.processes import on_ranks
+from descompiler.check.rates import measured_rates
 
 FIELDS = 26
 REPEATS = 7
@@ -116,6 +117,7 @@ def measure(
     rank: int, ranks: int, rows: int, dim: int, batch: int, sparse: bool, optimizer: str, device: str, profile: bool
 ) -> dict[str, float]:
     """Times of a step on one rank of several, which share the GPU."""
+    begin = time.perf_counter()
     torch.manual_seed(0)
     make: Any = OPTIMIZERS[optimizer]
     ids = (torch.rand(batch, FIELDS, device=device) ** 4 * (rows // FIELDS)).long()
@@ -125,6 +127,9 @@ def measure(
     steps: dict[str, Callable[[], None]] = {}
 
     def contest(name: str, module: Any, fused: bool) -> None:
+        if rank == 0 and ranks > 1:
+            forms = sorted(set(module.plan.forms.values()))
+            print(f"  {name}: {forms}, {time.perf_counter() - begin:.1f} s after the start", flush=True)
         if fused:
             des.fuse_optimizer(module, make, lr=0.01)
         parameters = [p for n, p in module.named_parameters() if not (fused and n.startswith("tables"))]
@@ -162,6 +167,7 @@ def main() -> None:
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     rate = copy_rate(args.device)
+    print(measured_rates(torch.device(args.device)))
     print(f"{name}, torch {torch.__version__}, {args.rows:,} rows in all, dim {args.dim}, a copy: {rate:.0f} GB/s")
     for batch in args.batch:
         for sparse, optimizer in ((True, "sgd"), (True, "adagrad"), (False, "sgd")):
