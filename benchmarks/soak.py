@@ -225,6 +225,13 @@ def refused_penalty(module: Any, ids: Tensor) -> None:
     loss_of(module(*features_of(ids))).backward()
 
 
+def fused(module: Any, ids: Tensor) -> None:
+    """Tables are updated in backward."""
+    if not module._fused:
+        des.fuse_optimizer(module, torch.optim.Adagrad)
+    once(module, ids)
+
+
 @dataclass(frozen=True)
 class Scenario:
     """What is trained, how it is compiled, and a step."""
@@ -241,6 +248,8 @@ SCENARIOS: dict[str, Scenario] = {
     "auto": Scenario(Towers),
     **{f: Scenario(Towers, {"plan": {"*": f}}) for f in FORMS},
     "sparse gather": Scenario(lambda d: Towers(d, sparse=True), {"plan": {"*": "sparse_all_gather"}}),
+    "together": Scenario(lambda d: Towers(d, sparse=True), {"plan": {"*": "column_wise"}}),
+    "fused": Scenario(lambda d: Towers(d, sparse=True), {"plan": {"*": "column_wise"}}, fused),
     "batch norm": Scenario(lambda d: Towers(d, norm=True), {"plan": {"*": "row_wise"}}),
     "shared columns": Scenario(Wide, {"plan": {"*": "column_wise"}, "loss": "row_mean"}),
     "in-batch": Scenario(InBatch, {"plan": {"*": "row_wise"}}),

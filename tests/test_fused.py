@@ -220,7 +220,7 @@ def test_its_state_is_in_checkpoints(kind, on_ranks, tmp_path):
 
 
 class Several(nn.Module):
-    """Tables of one width of which some are not used in every step, one has fewer rows than ranks, and two are of other widths."""
+    """Tables of one width, one with fewer rows than ranks, some not used in each step; and two of other widths."""
 
     def __init__(self):
         super().__init__()

@@ -61,6 +61,8 @@ class Emission:
         Of the placeholders: where their values come from.
     rows_local, rows : torch.fx.Node
         Emitted numbers of rows: own, and of the global batch.
+    checked : set of torch.fx.Node
+        Emitted ids that were looked at before anything is sent, on this rank or on the one that they come from.
     """
 
     rows_local: fx.Node
@@ -73,6 +75,7 @@ class Emission:
         self.constants: dict[str, torch.Tensor] = dict(partition.program.constants)
         self.sources: list[Source] = []
         self.makers: dict[Version, Callable[[fx.Node], Any]] = {}
+        self.checked: set[fx.Node] = set()
         self._values: dict[tuple[fx.Node, Version], Any] = {}
         self._form_constants: dict[str, dict[str, fx.Node]] = {}  # by table, what its form needs
         self.runtime = self.graph.placeholder("runtime")

@@ -129,7 +129,7 @@ def emit(partition: Partition, rank: int) -> Emitted:
     _reach_fetches(e, [scope_of(o).grad for o in outputs])
     held = zip([n for n in e.graph.nodes if n.op == "placeholder"][1:], e.sources, strict=True)
     weights = {n: program.parameters[s.name] for n, s in held if s.kind == "parameter"}
-    look_up_together(e.graph, lambda n: (weights[n].dtype, weights[n].shape[1:]) if n in weights else n)
+    look_up_together(e.graph, lambda n: (weights[n].dtype, weights[n].shape[1:]) if n in weights else n, e.checked)
     e.graph.lint()
     rows = tuple(scope_of(o).rows for o in outputs)
     module = fx.GraphModule(torch.nn.Module(), e.graph)
@@ -150,6 +150,7 @@ def _begin(e: Emission, outside: OutsideEmitter) -> tuple[Check, ...]:
     first = next(n for n in e.program.graph.nodes if (s := e.program.source(n)) and s.kind == "input")
     e.rows_local = e.call(aten.sym_size.int, e.own(first), 0)
     ids = [e.own(n) for n in checked]
+    e.checked.update(ids)
     if e.layout.early:
         outside.begin_fetch(ids)
     else:

@@ -49,7 +49,9 @@ class RegionEmitter:
         self._columns = {}
         for i, (n, entry) in enumerate(zip(self.partition.readers, e.layout.entries, strict=True)):
             if entry.goes_to(e.rank):
-                e.put(n, Version.ENTERED, e.item(arrived, i))
+                entered = e.item(arrived, i)
+                e.checked.add(entered)
+                e.put(n, Version.ENTERED, entered)
                 self._columns[n] = entry.columns_on(e.rank)
 
     def emit(self) -> None:

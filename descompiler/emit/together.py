@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
-from descompiler.ops.local import lookup_rows, lookups_rows
+from descompiler.graph.nodes import aten
+from descompiler.ops.local import lookup, lookup_rows, lookups_rows
+from descompiler.ops.together import lookups
 
 
-def look_up_together(graph: fx.Graph, kind_of: Callable[[fx.Node], object]) -> None:
-    """Make one `lookups_rows` of several `lookup_rows` whose ids are there in front of the first of them.
+def look_up_together(graph: fx.Graph, kind_of: Callable[[fx.Node], object], checked: Collection[fx.Node]) -> None:
+    """Make one operator of several lookups whose ids are there in front of the first of them.
+
+    `lookups_rows` of `lookup_rows`, and, of ids that were ``checked`` and tables with sparse gradients, `lookups` of
+    `lookup`: where tables are one table, an id of none of its rows would be one of another's.
 
     Parameters
     ----------
@@ -19,12 +26,14 @@ def look_up_together(graph: fx.Graph, kind_of: Callable[[fx.Node], object]) -> N
         Of the node of a weight: those of one kind, of one dtype and as many columns, may be looked up together.
     """
     position = {n: i for i, n in enumerate(graph.nodes)}
+    calls: dict[fx.Node, _Call] = {}
     latest: dict[object, list[fx.Node]] = {}
     groups: list[list[fx.Node]] = []
     for n in graph.nodes:
-        if n.target is not lookup_rows:
+        if (call := _call(n, checked)) is None:
             continue
-        kind = kind_of(n.args[0]), n.args[4:]
+        calls[n] = call
+        kind = kind_of(call.weight), call.target, call.options
         group = latest.get(kind)
         if group is None or any(position[x] > position[group[0]] for x in n.all_input_nodes):
             group = latest[kind] = []
@@ -33,12 +42,40 @@ def look_up_together(graph: fx.Graph, kind_of: Callable[[fx.Node], object]) -> N
     for group in groups:
         if len(group) == 1:
             continue
-        weights, ids, starts, paddings = (list(x) for x in zip(*(n.args[:4] for n in group), strict=True))
+        first = calls[group[0]]
+        each = [[calls[n].weight for n in group], *map(list, zip(*(calls[n].each for n in group), strict=True))]
         with graph.inserting_before(group[0]):
-            found = graph.call_function(lookups_rows, (weights, ids, starts, paddings, *group[0].args[4:]))
+            found = graph.call_function(first.target, (*each, *first.options))
             for i, n in enumerate(group):
                 value = graph.call_function(operator.getitem, (found, i))
                 value.meta.update(n.meta)
                 n.replace_all_uses_with(value)
         for n in group:
             graph.erase_node(n)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A lookup as one of several: what is its own, and what it has in common with those that it may be joined with."""
+
+    target: Callable[..., Any]
+    weight: fx.Node
+    each: tuple[Any, ...]
+    options: tuple[Any, ...]
+
+
+def _call(n: fx.Node, checked: Collection[fx.Node]) -> _Call | None:
+    given: tuple[Any, ...] = n.args
+    if n.target is lookup_rows:
+        return _Call(lookups_rows, given[0], given[1:4], given[4:])
+    if n.target is lookup:
+        given = (*given, *(-1, False)[len(given) - 2 :])
+    elif n.target is aten.embedding.default:
+        weight, ids, padding, by_frequency, sparse = given + (-1, False, False)[len(given) - 2 :]
+        given = (weight, ids, padding, sparse and not by_frequency)
+    else:
+        return None
+    weight, ids, padding, sparse = given
+    if not sparse or ids not in checked:
+        return None
+    return _Call(lookups, weight, (ids, padding), (sparse,))

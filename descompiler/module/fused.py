@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from descompiler.layout.pieces import Pieces
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.installed import module_of
 from descompiler.module.updates import KINDS, Step, Update, as_one, rows_of, summed
+from descompiler.ops.together import update_by
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -40,12 +41,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__init__(parameters, options)
         self._update, self._kept_by = update, kept_by
         kept_by.append(self)  # a parameter's hooks would be gone with an optimiser that nobody keeps, without a word
-        self._waiting: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by backward: tables and their gradients
+        # by backward: tables, rows and their gradients
+        self._waiting: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         me = weakref.ref(self)
 
         def came(p: Tensor) -> None:
             if (fused := me()) is not None:
-                fused._came(p)
+                fused._gradient_came(p)
 
         for p in parameters:
             for name in update.states:
@@ -53,6 +55,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.state[p][name].fill_(options.get("initial_accumulator_value", 0.0))
             self.state[p]["step"] = torch.zeros(())
             self._handles.append(p.register_post_accumulate_grad_hook(came))
+            update_by(p, self)
         for tables in self._alike():
             self._of_storage(tables)
 
@@ -64,35 +67,45 @@ class FusedOptimizer(torch.optim.Optimizer):
         InputError
             Always.
         """
-        if self._handles:
+        if hasattr(self, "_waiting"):
             raise InputError("add_param_group: fuse_optimizer(module, kind, params=[...]) fuses further tables")
         super().add_param_group(param_group)
 
-    def _came(self, p: Tensor) -> None:
-        """A table's gradient is there, in full; it is applied with the others of the same backward, at its end."""
+    def _gradient_came(self, p: Tensor) -> None:
+        """A table's gradient is there, as it is to others."""
         gradient, p.grad = p.grad, None
-        if gradient is None:
-            return
+        if gradient is not None:
+            self.came([(p, *rows_of(gradient))])
+
+    def takes(self, table: Tensor) -> bool:
+        """Whether rows of a table may come by themselves: no hook but this optimiser's waits for its gradient."""
+        hooks = len(table._post_accumulate_grad_hooks or ())
+        return bool(self._handles) and not table._backward_hooks and hooks == 1 and table.grad is None
+
+    def came(self, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Rows of tables and their gradients: applied with the others of the same backward, at its end."""
         backward = torch._C._current_graph_task_id()
         if backward not in self._waiting:
             for failed in sorted(self._waiting)[:-MOST_NESTED]:  # what a backward left that did not come to its end
                 del self._waiting[failed]
             self._waiting[backward] = []
             torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._apply, backward))
-        self._waiting[backward].append((p, gradient))
+        self._waiting[backward] += parts
 
     @torch.no_grad()
     def _apply(self, backward: int) -> None:
-        came = dict(self._waiting.pop(backward))
+        came: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for table, rows, values in self._waiting.pop(backward):
+            came.setdefault(id(table), []).append((rows, values))
         known: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
         for tables in self._alike():
             starts = itertools.accumulate((len(plain(p)) for p in tables), initial=0)
             parts: dict[float, list[tuple[Tensor, Tensor]]] = {}  # by how many steps a table has made
             for p, start in zip(tables, starts, strict=False):
-                if p in came:
+                if id(p) in came:
                     self.state[p]["step"] += 1
-                    rows, values = rows_of(came[p])
-                    parts.setdefault(float(self.state[p]["step"]), []).append((rows + start if start else rows, values))
+                    shifted = [(rows + start if start else rows, values) for rows, values in came[id(p)]]
+                    parts.setdefault(float(self.state[p]["step"]), []).extend(shifted)
             for number, several in parts.items():
                 self._update_rows(tables, several, number, known)
 
@@ -139,6 +152,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Leave gradients where they are from now on; those of rows alone stay so."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
         if self in self._kept_by:
             self._kept_by.remove(self)
 

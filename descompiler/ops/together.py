@@ -1,0 +1,151 @@
+"""Lookups of several tables as one operator, and of its gradients what goes to an optimiser as it is.
+
+Tables that lie in one storage, one behind the other or with others between them, are one table to `lookups`: one
+selection of rows in forward. In backward each table gets its sparse gradient, unless an optimiser updates all of them
+in backward (`updated_by`), and nothing else is to see their gradients: then it gets ids and values.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class Updater(Protocol):
+    """What updates rows of tables in backward."""
+
+    def takes(self, table: Tensor) -> bool:
+        """Whether it updates this table, and nobody else waits for its gradient."""
+        ...
+
+    def came(self, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Tables, ids and gradients of their rows, in the backward that is under way; an id may be there twice."""
+        ...
+
+
+_UPDATERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def update_by(table: Tensor, updater: Updater) -> None:
+    """Let an updater have the rows of a table; the last one that asked does."""
+    _UPDATERS[table] = weakref.ref(updater)
+
+
+def updated_by(tables: Sequence[Tensor]) -> Updater | None:
+    """What updates all of these tables; None if that is not one, or others have to see a gradient."""
+    found = _UPDATERS.get(tables[0])
+    updater = None if found is None else found()
+    if updater is None or not all(_UPDATERS.get(t) is found or _UPDATERS.get(t)() is updater for t in tables[1:]):
+        return None
+    return updater if all(updater.takes(t) for t in tables) else None
+
+
+def lookups(
+    weights: Sequence[Tensor], ids: Sequence[Tensor], paddings: Sequence[int], sparse: bool
+) -> tuple[Tensor, ...]:
+    """``nn.Embedding`` of several tables of one width and dtype, with sparse gradients; ids are known to be right.
+
+    >>> table = torch.arange(6.0).reshape(3, 2)
+    >>> [x.tolist() for x in lookups([table[:1], table[1:]], [torch.tensor([0]), torch.tensor([1, 0])], [-1, -1], True)]
+    [[[0.0, 1.0]], [[4.0, 5.0], [2.0, 3.0]]]
+    """
+    assert sparse
+    found: tuple[Tensor, ...] = _Lookups.apply(list(paddings), len(weights), *weights, *ids)
+    return found
+
+
+class _Lookups(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, paddings: list[int], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        weights, ids = tensors[:count], tensors[count:]
+        ctx.set_materialize_grads(False)  # of an output that no loss uses
+        ctx.paddings, ctx.tables = paddings, [weakref.ref(w) for w in weights]
+        ctx.shapes = [w.shape for w in weights]
+        ctx.save_for_backward(*ids)
+        if (found := one_table(weights)) is None:
+            return tuple(
+                plain(w).index_select(0, x.reshape(-1)).view(*x.shape, w.shape[1])
+                for w, x in zip(weights, ids, strict=True)
+            )
+        whole, starts = found
+        sizes = [x.numel() for x in ids]
+        flat = torch.cat([x.reshape(-1) for x in ids])
+        if any(starts):
+            shift = _on(tuple(starts), flat.device)
+            if len(set(sizes)) == 1:
+                flat = (flat.view(len(ids), -1) + shift[:, None]).view(-1)
+            else:
+                flat = flat + shift.repeat_interleave(torch.tensor(sizes, device=flat.device), output_size=sum(sizes))
+        rows = whole.index_select(0, flat).split(sizes)
+        return tuple(r.view(*x.shape, whole.shape[1]) for r, x in zip(rows, ids, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ids, count = ctx.saved_tensors, len(ctx.shapes)
+        parts = []
+        for i, (x, g, padding) in enumerate(zip(ids, grads, ctx.paddings, strict=True)):
+            if g is None or not ctx.needs_input_grad[2 + i]:
+                continue
+            rows, values = x.reshape(-1), g.reshape(-1, g.shape[-1])
+            if padding >= 0:
+                kept = rows != padding
+                rows, values = rows[kept], values[kept]
+            parts.append((i, rows, values))
+        if not parts:
+            return (None,) * (2 + 2 * count)
+        tables = [ctx.tables[i]() for i, _, _ in parts]
+        if not torch.is_grad_enabled() and all(t is not None for t in tables) and _all_accumulate(ctx, parts):
+            updater = updated_by(tables)
+            if updater is not None:
+                updater.came([(t, rows, values) for t, (_, rows, values) in zip(tables, parts, strict=True)])
+                return (None,) * (2 + 2 * count)
+        result: list[Tensor | None] = [None] * count
+        for i, rows, values in parts:
+            result[i] = torch.sparse_coo_tensor(rows[None], values, ctx.shapes[i], check_invariants=False)
+        return (None, None, *result, *(None,) * count)
+
+
+def _all_accumulate(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> bool:
+    """Whether this backward adds gradients to these tables, and does not only return them (`torch.autograd.grad`)."""
+    nodes = [ctx.next_functions[2 + i][0] for i, _, _ in parts]
+    if any(type(n).__name__ != "AccumulateGrad" for n in nodes):
+        return False  # something is computed of the table before it is looked up
+    try:
+        return all(torch._C._will_engine_execute_node(n) for n in nodes)
+    except RuntimeError:  # what PyTorch raises of a leaf in autograd.grad
+        return False
+
+
+def plain(x: Tensor) -> Tensor:
+    """A tensor's own memory, whatever its class says of it."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.detach().as_subclass(Tensor)
+
+
+def one_table(weights: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
+    """A table in which all of these lie, and where each begins; None if they are in several storages."""
+    first = weights[0]
+    width = first.shape[1]
+    size, storage = width * first.element_size(), first.untyped_storage()
+    base, starts = storage.data_ptr(), []
+    for w in weights:
+        if not w.is_contiguous() or not len(w) or w.untyped_storage().data_ptr() != base:
+            return None
+        start, rest = divmod(w.data_ptr() - base, size)
+        if rest:
+            return None
+        starts.append(start)
+    whole = plain(first).as_strided((storage.nbytes() // size, width), (width, 1), 0)
+    return whole, starts
+
+
+@functools.lru_cache(64)
+def _on(starts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Starts, on a device: to bring them there in each step would be to wait for it."""
+    return torch.tensor(starts, device=device)

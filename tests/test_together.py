@@ -1,0 +1,127 @@
+"""Lookups of several tables as one operator: as the original; rows go to who updates them, and to nobody else."""
+
+import pytest
+import torch
+from torch import nn
+
+import descompiler as des
+from descompiler.ops.local import lookup
+from descompiler.ops.together import lookups, one_table
+from tests.harness.cases import cases
+from tests.harness.failures import raised
+
+IDS = torch.randint(9, (8, 3), generator=torch.Generator().manual_seed(2))
+IDS[0] = 4  # of every table, and the padding row of one
+
+
+class Tables(nn.Module):
+    """Three tables, one of which has a padding row, and one that is looked up twice."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Embedding(9, 2, sparse=True), nn.Embedding(20, 2, sparse=True)
+        self.c = nn.Embedding(9, 2, sparse=True, padding_idx=4)
+        self.top = nn.Linear(2, 1)
+
+    def forward(self, ids):
+        x, y, z = ids.unbind(1)
+        return self.top((self.a(x) * self.b(y)).tanh() + self.c(z) * self.b(x))
+
+
+def _as_one(tables):
+    whole = torch.cat([t.detach() for t in tables])
+    return [nn.Parameter(x) for x in whole.split([len(t) for t in tables])]
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("alike", [False, True])
+def test_values_and_gradients_are_those_of_each_lookup(together, alike):
+    torch.manual_seed(0)
+    tables = [nn.Parameter(torch.randn(n, 3, dtype=torch.float64)) for n in (4, 1, 6)]
+    if together:
+        tables = _as_one(tables)
+        assert one_table(tables[::-1])[1] == [5, 4, 0]
+    else:
+        assert one_table(tables) is None
+    shapes = [(4,)] * 3 if alike else [(4,), (2, 3), (0,)]
+    ids = [torch.randint(len(t), s) for t, s in zip(tables, shapes, strict=True)]
+    paddings = [-1, -1, 2]
+    expected = [lookup(t, x, p, True) for t, x, p in zip(tables, ids, paddings, strict=True)]
+    found = lookups(tables, ids, paddings, True)
+    for e, f in zip(expected, found, strict=True):
+        assert torch.equal(e, f)
+    weights = [torch.randn_like(e) for e in expected]
+    for chosen in ((0, 2), (0, 1, 2)):  # of what nobody reads there is no gradient
+        grads = []
+        for outputs in (expected, found):
+            for t in tables:
+                t.grad = None
+            sum((outputs[i] * weights[i]).sum() for i in chosen).backward(retain_graph=True)
+            grads.append([t.grad for t in tables])
+        for e, f in zip(*grads, strict=True):
+            assert (e is None) == (f is None)
+            assert e is None or (f.is_sparse and torch.equal(e.to_dense(), f.to_dense()) and e._nnz() == f._nnz())
+
+
+def _grouped(module):
+    return sum(n.target is lookups for e in module._programs for n in e.module.graph.nodes)
+
+
+def _asked(rank, ranks, form, hooked):
+    module = des.compile(Tables(), (IDS,), plan={"*": form} if ranks > 1 else None, loss="sum")
+    tables = des.fuse_optimizer(module, torch.optim.SGD, lr=0.5)
+    rows, seen = IDS[rank::ranks], []
+    before = des.full_state_dict(module)
+    loss = module(rows).sum()
+    said = None
+    if ranks == 1:  # asked for, and not applied
+        (asked,) = torch.autograd.grad(loss, module.a.weight, retain_graph=True)
+        said = asked.to_dense()
+    stands = all(torch.equal(before[n], x) for n, x in des.full_state_dict(module).items())
+    if hooked:
+        module.a.weight.register_hook(lambda g: seen.append(g.layout))
+    loss.backward()
+    after, while_fused = des.full_state_dict(module), list(seen)
+    tables.unfuse()
+    module(rows).sum().backward()
+    kept = [p.grad is not None for p in (module.a.weight, module.b.weight, module.c.weight)]
+    return _grouped(module), said, stands, while_fused, after, kept
+
+
+@pytest.mark.parametrize(
+    ("ranks", "form", "hooked"),
+    cases(
+        [(1, "", False), (1, "", True), (2, "table_wise", False), (2, "column_wise", True)],
+        [(1, "", True), (2, "table_wise", False)],
+    ),
+)
+def test_gradients_are_where_they_are_waited_for(ranks, form, hooked, on_ranks):
+    model = Tables()
+    loss = model(IDS).sum()
+    gradients = torch.autograd.grad(loss, [t.weight for t in (model.a, model.b, model.c)])
+    for grouped, said, stands, seen, after, kept in on_ranks(_asked, ranks, form, hooked):
+        assert grouped >= 1 and stands
+        assert said is None or torch.allclose(said, gradients[0].to_dense())
+        assert seen == [torch.sparse_coo] * hooked or form == "table_wise"
+        for name, g in zip("abc", gradients, strict=True):
+            expected = getattr(model, name).weight.detach() - 0.5 * g.to_dense()
+            torch.testing.assert_close(after[f"{name}.weight"], expected)
+        assert form == "table_wise" or kept == [True] * 3
+
+
+def test_a_table_of_none_but_wrong_ids_is_not_its_neighbour():
+    """Ids are looked at before, also where tables are one."""
+    module = des.compile(Tables(), (IDS,))
+    des.fuse_optimizer(module, torch.optim.SGD, lr=0.5)
+    assert module(IDS).shape == (8, 1)
+    wrong = IDS.clone()
+    wrong[3, 0] = 9  # of the first table none, of the storage the first row of another
+    assert _grouped(module) and "table 'a.weight'" in raised(lambda: module(wrong))
+
+
+def test_parts_of_a_storage_that_are_no_rows_are_not_one():
+    whole = torch.zeros(11)
+    first, second = whole[:4].view(2, 2), whole[5:9].view(2, 2)
+    assert one_table([first, second]) is None
+    assert one_table([first, whole[4:8].view(2, 2)])[1] == [0, 2]
