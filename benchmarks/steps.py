@@ -50,12 +50,14 @@ from benchmarks.ranks import LINKS, LOOPBACK, ROOT, ask_link, on_ranks, tell
 from benchmarks.workloads import WORKLOADS
 
 CONTESTANTS: dict[str, Build] = {
-    **compiled.CONTESTANTS,
+    compiled.BY_BYTES: compiled.by_bytes,
     **ddp.CONTESTANTS,
     **torch_rec.CONTESTANTS,
     **dedup_pull.CONTESTANTS,
     **field_partials.CONTESTANTS,
+    **compiled.CONTESTANTS,
 }
+"""In the order in which they are built: the last ones are left out where memory does not suffice for all."""
 WARM_UP, ROUND_S, MOST_STEPS, BATCHES = 2, 0.1, 5, 8
 RTOL = 1e-4
 """Of losses, float32 after the same steps; their sums have other orders."""
@@ -86,6 +88,23 @@ def everywhere(value: Any) -> list[Any]:
     return values
 
 
+def check_room(case: Case, kept_free: int) -> None:
+    """Refuse what may not fit: three times the tables on each rank, weights, Adagrad's state and gradients.
+
+    ``kept_free``: how many times more are left, for gradients of steps and for the plan by the cluster.
+    """
+    one = case.ranks * case.workload.table_bytes
+    available = everywhere(_available())[0]  # rank 0's: all decide alike
+    if available < (3 + kept_free) * one:
+        raise NotPossible(f"memory: {available / 2**30:.1f} GiB are left")
+
+
+def _available() -> int:
+    """Bytes that Linux would give without swapping."""
+    of = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return 1024 * int(of["MemAvailable"].split()[0])
+
+
 def build_all(
     case: Case, contestants: Mapping[str, Build], progress: Callable[[str], None] = lambda text: None
 ) -> tuple[dict[str, Runner], dict[str, str]]:
@@ -94,13 +113,16 @@ def build_all(
     for name, build in contestants.items():
         begin = time.perf_counter()
         try:
+            check_room(case, 0 if name == compiled.BY_CLUSTER else 2)
             why, contestant = None, build(case)
         except NotPossible as error:
-            why = str(error)
+            why, contestant = str(error), None
         if said := [text for text in everywhere(why) if text]:
             refused[name] = said[0]
         else:
+            assert contestant is not None
             runners[name] = Runner(contestant)
+        del contestant
         gc.collect()
         progress(f"  {name}: {refused.get(name, 'built')} in {time.perf_counter() - begin:.1f} s")
     return runners, refused
@@ -146,20 +168,26 @@ def measure(runners: Mapping[str, Runner], batches: Any, rounds: int, most_s: fl
     return answer
 
 
-def void(runners: Mapping[str, Runner]) -> dict[str, str]:
-    """Contestants whose losses, the mean of all ranks', are not those of the most."""
-    means = {}
+def means(runners: Mapping[str, Runner]) -> dict[str, list[float]]:
+    """Each contestant's losses, step by step, the mean of all ranks'."""
+    answer = {}
     for name, runner in runners.items():
         losses = torch.stack(runner.losses)
         dist.all_reduce(losses)
-        means[name] = (losses / dist.get_world_size()).tolist()
+        answer[name] = (losses / dist.get_world_size()).tolist()
+    return answer
+
+
+def void(runners: Mapping[str, Runner]) -> dict[str, str]:
+    """Contestants whose losses are not those that most have."""
+    of = means(runners)
 
     def error(name: str, other: str) -> float:
-        return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(means[name], means[other], strict=False))
+        return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(of[name], of[other], strict=False))
 
-    agreeing = {name: sum(error(name, other) <= RTOL for other in means) for name in means}
-    reference = max(means, key=lambda name: agreeing[name])
-    return {n: f"losses differ by {error(n, reference):.1e}" for n in means if not error(n, reference) <= RTOL}
+    agreeing = {name: sum(error(name, other) <= RTOL for other in of) for name in of}
+    reference = max(of, key=lambda name: agreeing[name])
+    return {n: f"losses differ by {error(n, reference):.1e}" for n in of if not error(n, reference) <= RTOL}
 
 
 def worker(task: dict[str, Any]) -> None:

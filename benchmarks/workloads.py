@@ -140,22 +140,24 @@ class Workload:
     sizes : tuple of int
         Rows of each table, one for each field.
     hots : tuple of int
-        Ids of each field in a sample.
+        Ids of each field in a sample; one of each by default.
     dim : int
         Width of the vectors.
     build : callable
         ``(sparse)`` to the model, weights drawn from the current seed.
     tables : tuple of str
-        Modules of the model that look up: all are called with the same ids. The first is of the vectors, unless the
-        model has first-order weights alone.
+        Modules of the model that look up, all with the same ids: of vectors, of first-order weights. None where a table
+        is used otherwise too.
     pooled : bool
         Whether a lookup gives one vector a field; else one for each id.
+    first_order : str, optional
+        The module of the first-order weights, with the linear term and the bias.
     deep : str, optional
         The linear layer on ``cat(vectors, dense)``.
     factorised : bool
         Whether the logit has the factorisation machine's term.
-    draw : callable
-        ``(rows, seed)`` to ids, and features before and after them.
+    n_dense : int
+        Dense features.
     per_row : bool
         Whether the model returns each row's loss, rather than its logit.
     """
@@ -182,6 +184,11 @@ class Workload:
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The mean over the rank's rows."""
         return outputs.mean() if self.per_row else nn.functional.binary_cross_entropy_with_logits(outputs, labels)
+
+    @property
+    def table_bytes(self) -> int:
+        """Of all tables, float32."""
+        return 4 * sum(self.sizes) * (self.dim + (self.first_order is not None))
 
     @property
     def ids_per_row(self) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.workloads import Workload
 
 RATE, EPSILON = 0.01, 1e-8
+ADAGRAD = {"lr": RATE, "eps": EPSILON}
 
 
 class NotPossible(Exception):
@@ -87,4 +88,4 @@ class Module:
 
 def adagrad(parameters: Any) -> torch.optim.Optimizer:
     """The optimiser of all contestants, as PyTorch has it."""
-    return torch.optim.Adagrad(parameters, lr=RATE, eps=EPSILON)
+    return torch.optim.Adagrad(parameters, **ADAGRAD)

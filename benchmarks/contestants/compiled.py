@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import descompiler as des
-from benchmarks.contestants import EPSILON, RATE, Build, Case, Contestant, Module, NotPossible, adagrad
+from benchmarks.contestants import ADAGRAD, Build, Case, Contestant, Module, NotPossible, adagrad
 from benchmarks.workloads import one_table
 from descompiler.passes import FORMS
 
@@ -22,12 +22,12 @@ def compiled(case: Case, model: nn.Module, *, fused: bool = False, **options: An
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tables that are left whole: the plan says so
         try:
-            module = des.compile(model, case.example, **options)
+            module, optimizers = des.compile(model, case.example, **options), []
+            if fused:
+                tables = [p for name, p in module.named_parameters() if name in module.plan.forms]
+                optimizers.append(des.fuse_optimizer(module, torch.optim.Adagrad, params=tables, **ADAGRAD))
         except (des.PlanError, des.UnsupportedError) as error:
             raise NotPossible(str(error)) from None
-    optimizers = []
-    if fused:
-        optimizers.append(des.fuse_optimizer(module, torch.optim.Adagrad, lr=RATE, eps=EPSILON))
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     optimizers.append(adagrad([p for p in module.parameters() if id(p) not in held]))
 
