@@ -201,10 +201,13 @@ def worker(task: dict[str, Any]) -> None:
         if rank == 0:
             print(text, flush=True)
 
+    def wanted(contestant: str) -> bool:
+        return any(part in contestant for part in task["contestants"] or [""])
+
     for name, rows, batch, gradients in task["cases"]:
         say(f"{name}, {rows:,} rows, batch {batch}, {ranks} ranks, {gradients} gradients")
         case = Case(WORKLOADS[name](rows), batch, gradients == "sparse", rank, ranks)
-        chosen = {n: b for n, b in CONTESTANTS.items() if any(p in n for p in task["contestants"] or [""])}
+        chosen = {n: b for n, b in CONTESTANTS.items() if wanted(n)}
         batches = [case.batch(i) for i in range(BATCHES)]
         runners, refused = build_all(case, chosen, say)
         for link in task["links"]:
@@ -214,6 +217,7 @@ def worker(task: dict[str, Any]) -> None:
             if link not in clusters:
                 clusters[link] = des.calibrate(seconds_per_size=task["calibrate_s"])
             by_cluster = {compiled.BY_CLUSTER: partial(compiled.by_bytes, cluster=clusters[link])}
+            by_cluster = {n: b for n, b in by_cluster.items() if wanted(n)}
             added, refused_here = build_all(case, by_cluster, say)
             every = {**added, **runners}
             of = measure(every, batches, task["rounds"], task["most_s"], link != LOOPBACK)

@@ -8,7 +8,7 @@ losses, so that losses stay equal.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +34,8 @@ class Case:
         Of each rank's batch.
     sparse : bool
         Whether tables have sparse gradients where contestants leave it open.
+    shared : dict
+        What contestants of one file keep for each other.
     """
 
     workload: Workload
@@ -41,6 +43,7 @@ class Case:
     sparse: bool
     rank: int
     ranks: int
+    shared: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def example(self) -> tuple[Tensor, ...]:

@@ -12,7 +12,8 @@ from benchmarks.workloads import one_table
 
 def ddp(case: Case, sparse: bool | None = None, *, as_written: bool = False) -> Contestant:
     """All fields in one table, so that gradients of tables are one or two tensors; or a table a field."""
-    model = case.workload.model(case.sparse if sparse is None else sparse)
+    sparse = case.sparse if sparse is None else sparse
+    model = case.workload.model(sparse)
     if not as_written:
         model = one_table(model)
     module = DistributedDataParallel(model, gradient_as_bucket_view=not sparse)
