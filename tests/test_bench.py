@@ -25,7 +25,7 @@ def losses(rank, n_ranks, name, sparse):
     batches = [case.batch(i) for i in range(STEPS)]
     for runner in runners.values():
         runner.train(batches, STEPS)
-    return steps.means(runners), refused, steps.void(runners)
+    return {n: of.tolist() for n, of in steps.means(runners).items()}, refused, steps.void(runners)
 
 
 def single(name, n_ranks):

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from benchmarks.workloads import Workload
 
-RATE, EPSILON = 0.01, 1e-8
+RATE, EPSILON = 0.01, 0.01
 ADAGRAD = {"lr": RATE, "eps": EPSILON}
+"""With a small epsilon, steps would be as large for gradients that are wrong by a factor, and for rounding errors."""
 
 
 class NotPossible(Exception):
