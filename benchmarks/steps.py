@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import faulthandler
 import gc
 import itertools
 import json
@@ -195,6 +196,7 @@ def void(runners: Mapping[str, Runner]) -> dict[str, str]:
 
 
 def worker(task: dict[str, Any]) -> None:
+    faulthandler.enable()  # contestants are C++ underneath
     torch.set_num_threads(1)
     rank, ranks = task["rank"], task["ranks"]
     store = f"file://{task['folder']}/rendezvous"
