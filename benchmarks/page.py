@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from benchmarks.workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
 BAR = 40
+MANY = 1_000_000
+"""Rows, where a workload is asked for its name alone."""
 HEAD = """# Steps, side by side
 
 Written by `python benchmarks/page.py` from `benchmarks/results/` (`make bench`); do not edit.
@@ -104,6 +108,28 @@ def regrets(runs: Sequence[Mapping[str, Any]]) -> str:
     return markdown(f"{CASE} | fastest form | ms | regret by bytes | plan | regret by cluster | plan", rows)
 
 
+def summary(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Geometric means over all runs of a workload."""
+    columns, rows = others(runs), []
+    for name, factory in WORKLOADS.items():
+        of = [seconds(run) for run in runs if run["workload"] == name]
+        for chosen in (BY_BYTES, BY_CLUSTER):
+            mine = [times for times in of if chosen in times]
+            if mine:
+                forms = [min((t for n, t in times.items() if n.startswith(FORCED)), default=None) for times in mine]
+                regret = [times[chosen] / t for times, t in zip(mine, forms, strict=True) if t]
+                cells = [mean([times[n] / times[chosen] for times in mine if n in times]) for n in columns]
+                worst = f"{max(regret):.2f}" if regret else ""
+                title = f"{factory(MANY).name} | {chosen} | {len(mine)}"
+                rows.append(" | ".join([title, *cells, mean(regret), worst]))
+    return markdown(" | ".join(["model | plan | runs", *columns, "regret | worst regret"]), rows)
+
+
+def mean(ratios: Sequence[float]) -> str:
+    """Their geometric mean."""
+    return f"{math.exp(statistics.fmean(map(math.log, ratios))):.2f}" if ratios else ""
+
+
 def bars(run: Mapping[str, Any]) -> str:
     """Times of one run, the fastest first, with bars."""
     of, lines = seconds(run), []
@@ -129,9 +155,10 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
     """docs/benchmarks.md."""
     releases = {of["release"] for run in runs for of in run["contestants"].values() if "release" in of}
     parts = [HEAD.format(release=" " + ", ".join(sorted(releases)) if releases else "", rtol=RTOL)]
+    parts += ["## Ratios and regret, geometric means over all runs\n", summary(runs), ""]
     for name, factory in WORKLOADS.items():
         if of := [run for run in runs if run["workload"] == name]:
-            parts += [f"## {factory(of[0]['rows']).name}\n", factory.__doc__ or "", ""]
+            parts += [f"## {factory(MANY).name}\n", factory.__doc__ or "", ""]
             parts += [ratios(of), "", regrets(of), "", *(bars(run) for run in of), ""]
     return "\n".join(parts).rstrip() + "\n"
 

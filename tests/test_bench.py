@@ -45,22 +45,23 @@ def single(name, n_ranks):
 
 
 @pytest.mark.parametrize(
-    "name, sparse",
+    "name, sparse, n_ranks",
     [
-        pytest.param("lr", True, marks=pytest.mark.slow),
-        pytest.param("fm", True, marks=pytest.mark.slow),
-        pytest.param("wide_deep", True, marks=pytest.mark.slow),
-        ("deepfm", False),
-        ("dcnv2", True),
-        pytest.param("dlrm", True, marks=pytest.mark.slow),
-        pytest.param("sasrec", False, marks=pytest.mark.slow),
-        pytest.param("hstu", True, marks=pytest.mark.slow),
+        pytest.param("lr", True, 2, marks=pytest.mark.slow),
+        pytest.param("fm", True, 2, marks=pytest.mark.slow),
+        pytest.param("fm", False, 3, marks=pytest.mark.slow),
+        pytest.param("wide_deep", True, 2, marks=pytest.mark.slow),
+        ("deepfm", False, 2),
+        ("dcnv2", True, 2),
+        pytest.param("dlrm", True, 2, marks=pytest.mark.slow),
+        pytest.param("sasrec", False, 2, marks=pytest.mark.slow),
+        pytest.param("hstu", True, 2, marks=pytest.mark.slow),
     ],
 )
-def test_contestants_train_as_the_original(on_ranks, name, sparse):
+def test_contestants_train_as_the_original(on_ranks, name, sparse, n_ranks):
     pytest.importorskip("torchrec", reason="torchrec is not installed")
-    original = single(name, 2)
-    for means, refused, void in on_ranks(losses, 2, name, sparse):
+    original = single(name, n_ranks)
+    for means, refused, void in on_ranks(losses, n_ranks, name, sparse):
         assert set(means) | set(refused) == set(TRIED) and not void
         for contestant, of in means.items():
             assert of == pytest.approx(original, rel=steps.RTOL), contestant
@@ -98,6 +99,7 @@ def test_the_page_shows_what_is_stored(tmp_path):
     runs = page.load(tmp_path)
     assert [run["link"] for run in runs] == ["100 Mbit/s", "1 Gbit/s"]
     text = page.page(runs)
+    assert "| FM | by cluster | 2 |  | 0.75 | 2.50 | 2.50 |" in text
     assert (
         "| 1,000 | 2 | 16 | sparse | 1 Gbit/s | by bytes | 10.0 |  | 1.50 |" in text
     )  # a void contestant has no ratio
