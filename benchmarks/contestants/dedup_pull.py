@@ -45,7 +45,7 @@ class DedupPull:
         dist.all_to_all_single(received, sent)
         gives, takes = sent.tolist(), received.tolist()
         asked = exchange((keys % self.owned).int(), gives, takes)
-        rows = self.tables(asked.long().unsqueeze(0))[0]
+        rows = self.tables(asked.long().unsqueeze(0))[:, 0]
         pulled = exchange(rows.detach(), takes, gives).requires_grad_()
 
         looked_up = torch.nn.functional.embedding(place, pulled)

@@ -50,13 +50,13 @@ class FieldPartials:
         self.optimizer = adagrad([*dense, *([] if self.columns is None else [self.columns])])
 
     def partial(self, rows: Tensor) -> Tensor:
-        """What own tables add, ``[global batch, width]``, of their rows ``[tables, global batch, width]``."""
+        """What own tables add, ``[global batch, width]``, of their rows ``[global batch, tables, width]``."""
         vectors, weights = rows.split([self.dim, 1], dim=2)
-        parts = [weights.sum(0)]
+        parts = [weights.sum(1)]
         if self.factorised:
-            parts = [parts[0] - 0.5 * vectors.square().sum((0, 2)).unsqueeze(1), vectors.sum(0)]
+            parts = [parts[0] - 0.5 * vectors.square().sum((1, 2)).unsqueeze(1), vectors.sum(1)]
         if self.columns is not None:
-            parts.append(vectors.transpose(0, 1).flatten(1) @ self.columns.t())
+            parts.append(vectors.flatten(1) @ self.columns.t())
         return torch.cat(parts, dim=1)
 
     def outputs(self, sums: Tensor, dense: Tensor) -> Tensor:
