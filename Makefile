@@ -34,7 +34,7 @@ export PYTHONPATH := $(CURDIR)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check exits soak mutants rules zoo gpu-check report paper-table bench-links bench-memory clean
+.PHONY: help demo test test-all check exits soak mutants rules zoo gpu-check report paper-table bench bench-quick bench-links bench-memory clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' \
@@ -78,6 +78,14 @@ rules: $(INSTALLED_DEV)  ## write docs/rules.md: what rules owe, and the placeme
 
 zoo: $(INSTALLED_DEV)  ## verify every model of public libraries on 2 ranks, write docs/zoo.md (ARGS="part of a name")
 	OMP_NUM_THREADS=1 $(RUN) -m tests.harness.sweep $(ARGS)
+
+bench: $(INSTALLED_DEV)  ## steps side by side: plans, forms, DDP, TorchRec, by hand; writes docs/benchmarks.md (root; ARGS="--only fm")
+	PYTHONPATH=$(CURDIR) $(RUN) benchmarks/steps.py $(ARGS)
+	PYTHONPATH=$(CURDIR) $(RUN) benchmarks/page.py
+
+bench-quick: $(INSTALLED_DEV)  ## three minutes of it: LR, FM and DeepFM, 2 ranks, two links; into artefacts/bench
+	PYTHONPATH=$(CURDIR) $(RUN) benchmarks/steps.py --only lr fm deepfm --rows 1000000 --batch 1024 --ranks 2 \
+		--links unshaped "1 Gbit/s" --gradients sparse --rounds 5 --calibrate-s 0.2 --out artefacts/bench $(ARGS)
 
 bench-links: $(INSTALLED)  ## predicted against measured bytes and seconds on shaped links (root; ARGS="--verbose")
 	PYTHONPATH=$(CURDIR) $(RUN) benchmarks/links.py $(ARGS)

@@ -6,9 +6,6 @@ Each rank lives in a namespace of its own, behind a veth pair on a bridge, shape
 ranks and rate: the module is trained, and the bytes that its layout predicts are compared with what the interfaces of
 all ranks counted; then `des.calibrate` fits the links, and `des.audit` compares predicted and measured seconds of the
 step's collectives. Everything that it makes is removed at the end, also after an error or a signal.
-
-Shaping: htb at both ends of each pair; bursts of 16 KB at 100 Mbit/s and 128 KB at 1 Gbit/s (`BURST_BYTES`), below
-which nothing is shaped.
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -32,13 +28,13 @@ import torch
 import torch.distributed as dist
 
 import descompiler as des
+from benchmarks.network import counters, network, why_not
 from descompiler.examples import FM, DeepFM
 
 FIELDS, ROWS, DIM = 26, 38_462, 16  # a million rows in all
 TIMEOUT_S = 300
 N_DENSE = 13
 MBIT = {"100 Mbit/s": 100, "1 Gbit/s": 1000}
-SYSFS = "/sys/class/net/eth0/statistics"
 
 
 def fm() -> torch.nn.Module:
@@ -63,66 +59,6 @@ def inputs(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     order = torch.Generator().manual_seed(-1)  # the same for all batches
     ids = torch.stack([torch.randperm(ROWS, generator=order)[ranks[:, f]] for f in range(FIELDS)], dim=1)
     return torch.randn(rows, N_DENSE, generator=generator), ids
-
-
-def why_not() -> str | None:
-    """Why this machine can't run the benchmark; None if it can."""
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
-    if missing:
-        return f"{' and '.join(missing)} not found; on Debian: apt-get install iproute2"
-    probe = f"dscp{os.getpid()}"
-    tried = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
-    if tried.returncode:
-        return f"the kernel refuses a network namespace: {tried.stderr.strip()}"
-    run("ip", "netns", "delete", probe)
-    return None
-
-
-def run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
-
-
-@contextlib.contextmanager
-def network(ranks: int, mbit: int | None) -> Iterator[list[str]]:
-    """Namespaces with an interface ``eth0`` each, on one bridge; shaped, unless ``mbit`` is None."""
-    tag = f"dsc{os.getpid() % 100_000}"
-    names = [f"{tag}r{rank}" for rank in range(ranks)]
-    bridge = f"{tag}b"
-    try:
-        run("ip", "link", "add", bridge, "type", "bridge")
-        run("ip", "link", "set", bridge, "up")
-        for rank, name in enumerate(names):
-            outer = f"{tag}v{rank}"
-            run("ip", "netns", "add", name)
-            run("ip", "link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", name)
-            run("ip", "link", "set", outer, "master", bridge, "up")
-            inside = ["ip", "netns", "exec", name]
-            run(*inside, "ip", "link", "set", "lo", "up")
-            run(*inside, "ip", "address", "add", f"10.213.0.{rank + 1}/24", "dev", "eth0")
-            run(*inside, "ip", "link", "set", "eth0", "up")
-            if mbit is not None:
-                shape([], outer, mbit)
-                shape(inside, "eth0", mbit)
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)  # its veth pair goes with it
-        subprocess.run(["ip", "link", "delete", bridge], capture_output=True)
-
-
-BURST_BYTES = {100: 16_000, 1000: 128_000}
-
-
-def shape(inside: Sequence[str], device: str, mbit: int) -> None:
-    """An htb class of this rate for all traffic that leaves through a device."""
-    rate, burst = f"{mbit}mbit", str(BURST_BYTES[mbit])
-    run(*inside, "tc", "qdisc", "add", "dev", device, "root", "handle", "1:", "htb", "default", "1")
-    of = ["parent", "1:", "classid", "1:1", "htb", "rate", rate, "ceil", rate, "burst", burst, "cburst", burst]
-    run(*inside, "tc", "class", "add", "dev", device, *of)
 
 
 def on_namespaces(names: Sequence[str], arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -157,12 +93,6 @@ def on_namespaces(names: Sequence[str], arguments: dict[str, Any]) -> list[dict[
 
 
 # ---- on each rank
-
-
-def counters() -> tuple[int, int]:
-    """Bytes and packets that left this namespace."""
-    base = Path(SYSFS)  # `ip netns exec` mounts this namespace's /sys
-    return int((base / "tx_bytes").read_text()), int((base / "tx_packets").read_text())
 
 
 @contextlib.contextmanager

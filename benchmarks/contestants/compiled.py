@@ -1,0 +1,85 @@
+"""descompiler's compiled module: the plan by bytes, by the calibrated cluster, and every form forced."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import descompiler as des
+from benchmarks.contestants import ADAGRAD, Build, Case, Contestant, Module, NotPossible, adagrad
+from benchmarks.workloads import one_table
+from descompiler.builder import Builder
+from descompiler.compiler import distribute
+from descompiler.passes import FORMS
+from descompiler.planning.given import GivenPlan
+from descompiler.planning.objective import Terms
+
+LOSS = "rank_mean"
+BY_BYTES, BY_CLUSTER, FORCED = "by bytes", "by cluster", "form "
+
+
+def compiled(
+    case: Case,
+    model: nn.Module,
+    layout: str = "",
+    *,
+    fused: bool = False,
+    plan: GivenPlan = None,
+    cluster: des.Cluster | None = None,
+) -> Contestant:
+    """What `des.compile` makes; captured once for a case and layout, since that is most of its time.
+
+    ``fused``: tables step in backward, as FBGEMM's do.
+    """
+    key, terms = f"builder{layout}", Terms(cluster=cluster)
+    builder = case.shared[key] = case.shared.get(key) or Builder.of(model, case.example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tables that are left whole: the plan says so
+        try:
+            module = distribute(
+                model, lambda: builder, plan=plan, process_group=None, loss=LOSS, batch=None, seed=None, terms=terms
+            )
+            optimizers: list[torch.optim.Optimizer] = []
+            if fused:
+                tables = [p for name, p in module.named_parameters() if name in module.plan.forms]
+                optimizers.append(des.fuse_optimizer(module, torch.optim.Adagrad, params=tables, **ADAGRAD))
+        except (des.PlanError, des.UnsupportedError) as error:
+            raise NotPossible(str(error)) from None
+    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    optimizers.append(adagrad([p for p in module.parameters() if id(p) not in held]))
+
+    def says() -> dict[str, Any]:
+        forms = sorted(set(module.plan.forms.values()))
+        return {"traffic": module.traffic().total, "plan": " + ".join(forms)}
+
+    return Module(module, case.workload.loss, optimizers, says)
+
+
+def by_bytes(case: Case, **options: Any) -> Contestant:
+    """The plan that sends least, or what ``options`` say; the model as users write it."""
+    return compiled(case, case.workload.model(case.sparse), **options)
+
+
+def in_one_table(case: Case) -> Contestant:
+    """By bytes, of the model with all fields in one table."""
+    return compiled(case, one_table(case.workload.model(case.sparse)), " of one table")
+
+
+def forced(case: Case, form: str) -> Contestant:
+    """Every table in one form, if it can."""
+    contestant = by_bytes(case, plan={"*": form})
+    if form not in contestant.about()["plan"]:
+        raise NotPossible(f"no table can be {form}")
+    return contestant
+
+
+CONTESTANTS: dict[str, Build] = {
+    BY_BYTES: by_bytes,
+    f"{BY_BYTES}, fused optimiser": partial(by_bytes, fused=True),
+    f"{BY_BYTES}, one table": in_one_table,
+    **{f"{FORCED}{form.name}": partial(forced, form=form.name) for form in FORMS},
+}
