@@ -113,7 +113,7 @@ class _Lookups(torch.autograd.Function):
 
 def _all_accumulate(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> bool:
     """Whether this backward adds gradients to these tables, and does not only return them (`torch.autograd.grad`)."""
-    nodes = [ctx.next_functions[2 + i][0] for i, _, _ in parts]
+    nodes = [ctx.next_functions[i][0] for i, _, _ in parts]  # of tensors alone
     if any(type(n).__name__ != "AccumulateGrad" for n in nodes):
         return False  # something is computed of the table before it is looked up
     try:
