@@ -97,7 +97,7 @@ def _asked(rank, ranks, form, hooked):
     ("ranks", "form", "hooked"),
     cases(
         [(1, "", False), (1, "", True), (2, "table_wise", False), (2, "column_wise", True)],
-        [(1, "", True), (2, "table_wise", False)],
+        [(1, "", False), (1, "", True), (2, "table_wise", False)],
     ),
 )
 def test_gradients_are_where_they_are_waited_for(ranks, form, hooked, on_ranks):
