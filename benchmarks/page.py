@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants.compiled import BY_BYTES, BY_CLUSTER, FORCED
+from benchmarks.contestants.compiled import BY_BYTES, BY_CLUSTER, CHOSEN, FORCED, FUSED
 from benchmarks.ranks import LINKS, LOOPBACK
 from benchmarks.steps import RTOL
 from benchmarks.workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
+GPU = ROOT / "benchmarks" / "results" / "gpu.md"
+"""What `benchmarks/gpu.py` printed on a machine that had one, as a section of the page."""
 BAR = 40
 MANY = 1_000_000
 """Rows, where a workload is asked for its name alone."""
@@ -36,8 +38,9 @@ from their owners (dedup pull), and whole tables on ranks that send partial sums
 - All contestants of a run are built in the same processes and take turns. Times are medians of so many rounds, with the
   least and the most; a round takes as long as on its slowest rank. Losses are compared after the same steps: a
   contestant whose losses differ by more than {rtol:g} is void, and has no numbers.
-- A batch is each rank's rows. Ids are drawn with Zipf's distribution, exponent 1.05, popular ones anywhere in a table.
-- `by bytes` is what `des.compile` chooses by default, `by cluster` with `cluster=des.calibrate()` on these links.
+- A batch is each rank's rows. Ids have Zipf's distribution, exponent 1.05, popular ones lie anywhere in a table.
+- `by bytes` is what `des.compile` chooses by default, `by cluster` with `cluster=des.calibrate()` on these links. With a
+  `fused optimiser` tables are updated in backward (`des.fuse_optimizer`), as TorchRec's and those by hand are.
   The model has a table a field, as users write it; DDP has one table of all fields, but where it says otherwise.
 - **Ratios** are the other's time through the compiled module's: above 1, the compiled module is faster. **Regret** is
   the chosen plan's time through that of the fastest form: below 1, the plan is faster than every single form.
@@ -86,7 +89,7 @@ def ratios(runs: Sequence[Mapping[str, Any]]) -> str:
     columns, rows = others(runs), []
     for run in runs:
         of = seconds(run)
-        for chosen in (BY_BYTES, BY_CLUSTER):
+        for chosen in CHOSEN:
             if chosen in of:
                 cells = [f"{of[name] / of[chosen]:.2f}" if name in of else "" for name in columns]
                 rows.append(" | ".join([case(run), chosen, f"{of[chosen] * 1e3:.1f}", *cells]))
@@ -113,11 +116,12 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> str:
     columns, rows = others(runs), []
     for name, factory in WORKLOADS.items():
         of = [seconds(run) for run in runs if run["workload"] == name]
-        for chosen in (BY_BYTES, BY_CLUSTER):
+        for chosen in CHOSEN:
             mine = [times for times in of if chosen in times]
             if mine:
                 forms = [min((t for n, t in times.items() if n.startswith(FORCED)), default=None) for times in mine]
-                regret = [times[chosen] / t for times, t in zip(mine, forms, strict=True) if t]
+                unfused = not chosen.endswith(FUSED)  # as forms are
+                regret = [times[chosen] / t for times, t in zip(mine, forms, strict=True) if t and unfused]
                 cells = [mean([times[n] / times[chosen] for times in mine if n in times]) for n in columns]
                 worst = f"{max(regret):.2f}" if regret else ""
                 title = f"{factory(MANY).name} | {chosen} | {len(mine)}"
@@ -155,6 +159,8 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
     """docs/benchmarks.md."""
     releases = {of["release"] for run in runs for of in run["contestants"].values() if "release" in of}
     parts = [HEAD.format(release=" " + ", ".join(sorted(releases)) if releases else "", rtol=RTOL)]
+    if GPU.exists():
+        parts += [GPU.read_text()]
     parts += ["## Ratios and regret, geometric means over all runs\n", summary(runs), ""]
     for name, factory in WORKLOADS.items():
         if of := [run for run in runs if run["workload"] == name]:

@@ -222,7 +222,11 @@ def worker(task: dict[str, Any]) -> None:
             dist.barrier()
             if link not in clusters:
                 clusters[link] = des.calibrate(seconds_per_size=task["calibrate_s"])
-            by_cluster = {compiled.BY_CLUSTER: partial(compiled.by_bytes, cluster=clusters[link])}
+            chosen = partial(compiled.by_bytes, cluster=clusters[link])
+            by_cluster = {
+                compiled.BY_CLUSTER: chosen,
+                f"{compiled.BY_CLUSTER}{compiled.FUSED}": partial(chosen, fused=True),
+            }
             by_cluster = {n: b for n, b in by_cluster.items() if wanted(n)}
             added, refused_here = build_all(case, by_cluster, say)
             every = {**added, **runners}

@@ -20,6 +20,9 @@ from descompiler.planning.objective import Terms
 
 LOSS = "rank_mean"
 BY_BYTES, BY_CLUSTER, FORCED = "by bytes", "by cluster", "form "
+FUSED = ", fused optimiser"
+CHOSEN = (BY_BYTES, f"{BY_BYTES}{FUSED}", BY_CLUSTER, f"{BY_CLUSTER}{FUSED}")
+"""Plans, and what updates their tables: the optimiser in Python, or in backward as TorchRec's and those by hand do."""
 
 
 def compiled(
@@ -79,7 +82,7 @@ def forced(case: Case, form: str) -> Contestant:
 
 CONTESTANTS: dict[str, Build] = {
     BY_BYTES: by_bytes,
-    f"{BY_BYTES}, fused optimiser": partial(by_bytes, fused=True),
+    f"{BY_BYTES}{FUSED}": partial(by_bytes, fused=True),
     f"{BY_BYTES}, one table": in_one_table,
     **{f"{FORCED}{form.name}": partial(forced, form=form.name) for form in FORMS},
 }

@@ -56,8 +56,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.state[p]["step"] = torch.zeros(())
             self._handles.append(p.register_post_accumulate_grad_hook(came))
             update_by(p, self)
-        for tables in self._alike():
-            self._of_storage(tables)
+        self._addresses: list[int] = []
+        self._storages: list[tuple[dict[str, Any], list[Tensor]]] = []
+        self._places: dict[int, tuple[int, int]] = {}
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            self._stored()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused but for the first: `fuse_optimizer` makes an optimiser of tables, whose gradients it waits for.
@@ -94,52 +97,57 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _apply(self, backward: int) -> None:
-        came: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        for table, rows, values in self._waiting.pop(backward):
-            came.setdefault(id(table), []).append((rows, values))
+        with torch._C.DisableTorchFunctionSubclass():  # of a piece, its own memory
+            self._apply_parts(self._waiting.pop(backward))
+
+    def _apply_parts(self, came: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        storages, places = self._stored()
+        parts: dict[tuple[int, float], list[tuple[Tensor, Tensor]]] = {}  # by storage, and steps that a table has made
+        numbers: dict[int, float] = {}
+        for table, rows, values in came:
+            if id(table) not in numbers:
+                step = self.state[table]["step"]
+                step += 1
+                numbers[id(table)] = float(step)
+            storage, start = places[id(table)]
+            shifted = rows + start if start else rows
+            parts.setdefault((storage, numbers[id(table)]), []).append((shifted, values))
         known: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
-        for tables in self._alike():
-            starts = itertools.accumulate((len(plain(p)) for p in tables), initial=0)
-            parts: dict[float, list[tuple[Tensor, Tensor]]] = {}  # by how many steps a table has made
-            for p, start in zip(tables, starts, strict=False):
-                if id(p) in came:
-                    self.state[p]["step"] += 1
-                    shifted = [(rows + start if start else rows, values) for rows, values in came[id(p)]]
-                    parts.setdefault(float(self.state[p]["step"]), []).extend(shifted)
-            for number, several in parts.items():
-                self._update_rows(tables, several, number, known)
+        for (storage, number), several in parts.items():
+            options, (table, *states) = storages[storage]
+            rows, values = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*several, strict=True))
+            if not self._update.linear:
+                rows, values = summed(rows, values, known)
+            if options["maximize"]:
+                values = -values
+            self._update.of(Step(table, rows, values, states, number, options))
 
-    def _update_rows(
-        self,
-        tables: list[Tensor],
-        parts: list[tuple[Tensor, Tensor]],
-        number: float,
-        known: list[tuple[Tensor, tuple[Tensor, Tensor]]],
-    ) -> None:
-        """One update of rows of the tables as one; ``known`` are rows that were made unique."""
-        options = next(g for g in self.param_groups if any(q is tables[0] for q in g["params"]))
-        rows, values = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
-        if not self._update.linear:
-            rows, values = summed(rows, values, known)
-        if options["maximize"]:
-            values = -values
-        table, *states = self._of_storage(tables)
-        self._update.of(Step(table, rows, values, states, number, options))
+    def _stored(self) -> tuple[list[tuple[dict[str, Any], list[Tensor]]], dict[int, tuple[int, int]]]:
+        """Each storage's options, table and states, as one; and in which of them each table lies, from which row on.
 
-    def _alike(self) -> list[list[Tensor]]:
-        """Tables that may be updated together, in the order of the parameter groups."""
-        result: dict[Any, list[Tensor]] = {}
+        They are found anew where somebody has put a table or a state elsewhere.
+        """
+        if self._places and self._addresses == self._where():
+            return self._storages, self._places
+        alike: dict[Any, list[Tensor]] = {}
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
-                kept = [plain(self.state[p][n]) for n in self._update.states]
-                of = [(x.dtype, x.device, x.shape[1:], x.is_contiguous()) for x in (plain(p), *kept)]
-                result.setdefault((number, *of), []).append(p)
-        return list(result.values())
+                kept = [self.state[p][n] for n in self._update.states]
+                of = [(x.dtype, x.device, x.shape[1:], x.is_contiguous()) for x in (p, *kept)]
+                alike.setdefault((number, *of), []).append(p)
+        self._storages, self._places = [], {}
+        for (number, *_), tables in alike.items():
+            starts = itertools.accumulate((p.shape[0] for p in tables), initial=0)
+            self._places |= {id(p): (len(self._storages), start) for p, start in zip(tables, starts, strict=False)}
+            states = ([self.state[p][n] for p in tables] for n in self._update.states)
+            self._storages.append((self.param_groups[number], [as_one(x) for x in (tables, *states)]))
+        self._addresses = self._where()
+        return self._storages, self._places
 
-    def _of_storage(self, tables: list[Tensor]) -> list[Tensor]:
-        """The tables as one, and each state of them."""
-        kept = ([self.state[p][n] for p in tables] for n in self._update.states)
-        return [as_one(x) for x in (tables, *kept)]
+    def _where(self) -> list[int]:
+        """Where tables and states lie; as long as one is held as a part of a storage nothing else can lie there."""
+        names, tables = self._update.states, [p for group in self.param_groups for p in group["params"]]
+        return [x.data_ptr() for p in tables for x in (p, *(self.state[p][n] for n in names))]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Nothing: rows were updated in backward."""

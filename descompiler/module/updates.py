@@ -38,29 +38,29 @@ def summed(rows: Tensor, values: Tensor, known: list[tuple[Tensor, tuple[Tensor,
 def as_one(tensors: list[Tensor]) -> Tensor:
     """Tensors of one width, one behind the other in one storage, as one; they are moved there if they are not yet.
 
-    A state that was loaded, or a module that was moved, has storages of its own again.
+    A state that was loaded, or a module that was moved, has storages of its own again. Called where a piece is an
+    ordinary tensor (``torch._C.DisableTorchFunctionSubclass``).
     """
-    tensors = [x for x in tensors if len(plain(x))] or tensors[:1]  # what is empty lies nowhere
-    first = plain(tensors[0])
+    tensors = [x for x in tensors if x.shape[0]] or tensors[:1]  # what is empty lies nowhere
+    first = tensors[0]
     if len(tensors) == 1:
-        return first
-    rows = sum(len(plain(x)) for x in tensors)
+        return first.detach()
+    rows = sum(x.shape[0] for x in tensors)
     size, at = first.element_size() * first[:1].numel(), first.data_ptr()
     storage = first.untyped_storage()
-    for x in map(plain, tensors):
+    for x in tensors:
         if x.data_ptr() != at or not x.is_contiguous() or x.untyped_storage().data_ptr() != storage.data_ptr():
             break
-        at += size * len(x)
+        at += size * x.shape[0]
     else:
-        return first.as_strided((rows, *first.shape[1:]), first.stride())
+        return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
     whole = first.new_empty(rows, *first.shape[1:])
     start = 0
     for x in tensors:  # one after the other: what was moved is free
-        part = whole[start : start + len(plain(x))]
-        part.copy_(plain(x))
-        with torch._C.DisableTorchFunctionSubclass():
-            x.data = part
-        start += len(part)
+        part = whole[start : start + x.shape[0]]
+        part.copy_(x)
+        x.data = part
+        start += x.shape[0]
     return whole
 
 

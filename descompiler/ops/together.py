@@ -135,7 +135,7 @@ def one_table(weights: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
     size, storage = width * first.element_size(), first.untyped_storage()
     base, starts = storage.data_ptr(), []
     for w in weights:
-        if not w.is_contiguous() or not len(w) or w.untyped_storage().data_ptr() != base:
+        if not w.is_contiguous() or not w.shape[0] or w.untyped_storage().data_ptr() != base:
             return None
         start, rest = divmod(w.data_ptr() - base, size)
         if rest:
