@@ -39,8 +39,8 @@ from their owners (dedup pull), and whole tables on ranks that send partial sums
   least and the most; a round takes as long as on its slowest rank. Losses are compared after the same steps: a
   contestant whose losses differ by more than {rtol:g} is void, and has no numbers.
 - A batch is each rank's rows. Ids have Zipf's distribution, exponent 1.05, popular ones lie anywhere in a table.
-- `by bytes` is what `des.compile` chooses by default, `by cluster` with `cluster=des.calibrate()` on these links. With a
-  `fused optimiser` tables are updated in backward (`des.fuse_optimizer`), as TorchRec's and those by hand are.
+- `by bytes` is what `des.compile` chooses by default, `by cluster` with `cluster=des.calibrate()` on these links. With
+  a `fused optimiser` tables are updated in backward (`des.fuse_optimizer`), as TorchRec's and those by hand are.
   The model has a table a field, as users write it; DDP has one table of all fields, but where it says otherwise.
 - **Ratios** are the other's time through the compiled module's: above 1, the compiled module is faster. **Regret** is
   the chosen plan's time through that of the fastest form: below 1, the plan is faster than every single form.

@@ -41,7 +41,6 @@ def as_one(tensors: list[Tensor]) -> Tensor:
     A state that was loaded, or a module that was moved, has storages of its own again. Called where a piece is an
     ordinary tensor (``torch._C.DisableTorchFunctionSubclass``).
     """
-    tensors = [x for x in tensors if x.shape[0]] or tensors[:1]  # what is empty lies nowhere
     first = tensors[0]
     if len(tensors) == 1:
         return first.detach()
