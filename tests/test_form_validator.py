@@ -16,7 +16,7 @@ from torch import fx, nn
 import descompiler as des
 from descompiler.emit.together import look_up_together
 from descompiler.layout.pieces import ALL, Pieces, locate
-from descompiler.ops.local import lookup_rows, lookups_rows
+from descompiler.ops.local import lookup, lookup_rows, lookups_rows
 from descompiler.passes import FORMS
 from descompiler.tables.form import Choice
 from tests.harness.lookups import Looked, LookupCase, fetched, patterns
@@ -201,10 +201,28 @@ def test_lookups_are_made_one_where_their_ids_are_there_before():
     graph.output([first, second, third, fourth])
     before = fx.GraphModule(nn.Module(), graph)
     expected = before(table, torch.tensor([0, 1, 5]))
-    look_up_together(graph, lambda n: n)
+    look_up_together(graph, lambda n: n, ())
     graph.lint()
     calls = [n for n in graph.nodes if n.target is lookups_rows]
     assert len(calls) == 2 and lookup_rows not in [n.target for n in graph.nodes]
     found = fx.GraphModule(nn.Module(), graph)(table, torch.tensor([0, 1, 5]))
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_ids_that_nobody_checked_are_looked_up_in_their_own_table(checked):
+    """In one storage an id behind a table's end is a row of the next table."""
+    graph = fx.Graph()
+    weights = [graph.placeholder(name) for name in ("first", "second")]
+    ids = graph.placeholder("ids")
+    graph.output([graph.call_function(lookup, (w, ids, -1, True)) for w in weights])
+    look_up_together(graph, lambda n: "one kind", {ids} if checked else ())
+    graph.lint()
+    tables = torch.arange(8.0).reshape(4, 2).split(2)
+    found = fx.GraphModule(nn.Module(), graph)
+    assert [x.tolist() for x in found(*tables, torch.tensor([1]))] == [[[2.0, 3.0]], [[6.0, 7.0]]]
+    if not checked:
+        with pytest.raises(IndexError):
+            found(*tables, torch.tensor([2]))
+    assert (lookup in [n.target for n in graph.nodes]) is not checked

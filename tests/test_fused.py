@@ -251,7 +251,8 @@ def _parts_of_one_storage(rank, ranks, kind, form):
     rest = torch.optim.SGD(module.top.parameters(), 0.1)
     moved = []
     for step in range(6):
-        at = [des.local_tensor(p).data_ptr() for p in module.parameters()]
+        before = [des.local_tensor(p) for p in module.parameters()]  # held, so that nothing else comes to lie there
+        at = [x.data_ptr() for x in before]
         if step == 3:  # states that are loaded, and a table that is put elsewhere
             tables.load_state_dict(copy.deepcopy(tables.state_dict()))
             for p in module.tables.parameters():
