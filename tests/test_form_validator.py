@@ -216,12 +216,13 @@ def test_ids_that_nobody_checked_are_looked_up_in_their_own_table(checked):
     graph = fx.Graph()
     weights = [graph.placeholder(name) for name in ("first", "second")]
     ids = graph.placeholder("ids")
-    graph.output([graph.call_function(lookup, (w, ids, -1, True)) for w in weights])
+    found = [graph.call_function(lookup, (w, ids, -1, True)) for w in weights]
+    graph.output([graph.call_function(torch.neg, (x,)) for x in found])
     look_up_together(graph, lambda n: "one kind", {ids} if checked else ())
     graph.lint()
     tables = torch.arange(8.0).reshape(4, 2).split(2)
     found = fx.GraphModule(nn.Module(), graph)
-    assert [x.tolist() for x in found(*tables, torch.tensor([1]))] == [[[2.0, 3.0]], [[6.0, 7.0]]]
+    assert [x.tolist() for x in found(*tables, torch.tensor([1]))] == [[[-2.0, -3.0]], [[-6.0, -7.0]]]
     if not checked:
         with pytest.raises(IndexError):
             found(*tables, torch.tensor([2]))

@@ -116,6 +116,29 @@ def test_gradients_are_where_they_are_waited_for(ranks, form, hooked, on_ranks):
         assert form == "table_wise" or kept == [True] * 3
 
 
+class Vectors(nn.Module):
+    """Outputs that are lookups, one as it is and one as a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Embedding(9, 2, sparse=True), nn.Embedding(9, 2, sparse=True)
+
+    def forward(self, ids):
+        return self.a(ids), self.b(ids).unsqueeze(1)
+
+
+def test_outputs_that_are_lookups_may_be_changed_in_place():
+    model = Vectors()
+    module = des.compile(model, (IDS,))
+    for net in (model, module):
+        for x in net(IDS):
+            x.mul_(2)
+            x.sum().backward()
+    for name in "ab":
+        found, expected = (getattr(net, name).weight.grad.to_dense() for net in (module, model))
+        assert torch.equal(found, expected)
+
+
 def test_a_table_of_none_but_wrong_ids_is_not_its_neighbour():
     """Ids are looked at before, also where tables are one."""
     module = des.compile(Tables(), (IDS,))

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import fx
 
-from descompiler.graph.nodes import aten
+from descompiler.graph.nodes import aten, shares_memory
 from descompiler.ops.local import lookup, lookup_rows, lookups_rows
 from descompiler.ops.together import lookups
+from descompiler.runtime.runtime import Runtime
 
 
 def look_up_together(graph: fx.Graph, kind_of: Callable[[fx.Node], object], checked: Collection[fx.Node]) -> None:
@@ -26,11 +27,12 @@ def look_up_together(graph: fx.Graph, kind_of: Callable[[fx.Node], object], chec
         Of the node of a weight: those of one kind, of one dtype and as many columns, may be looked up together.
     """
     position = {n: i for i, n in enumerate(graph.nodes)}
+    returned = _returned(graph)
     calls: dict[fx.Node, _Call] = {}
     latest: dict[object, list[fx.Node]] = {}
     groups: list[list[fx.Node]] = []
     for n in graph.nodes:
-        if (call := _call(n, checked)) is None:
+        if (call := _call(n, checked)) is None or (n in returned and call.target is lookups):
             continue
         calls[n] = call
         kind = kind_of(call.weight), call.target, call.options
@@ -52,6 +54,20 @@ def look_up_together(graph: fx.Graph, kind_of: Callable[[fx.Node], object], chec
                 n.replace_all_uses_with(value)
         for n in group:
             graph.erase_node(n)
+
+
+def _returned(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose memory is that of outputs, which users may change in place: autograd lets nobody change views of
+    which one function returns several."""
+    result: set[fx.Node] = set()
+    waiting = [n for o in graph.nodes if o.op == "output" for n in o.all_input_nodes]
+    while waiting:
+        n = waiting.pop()
+        if n not in result:
+            result.add(n)
+            if shares_memory(n) or (n.op == "call_method" and n.target == Runtime.output.__name__):
+                waiting += n.all_input_nodes
+    return result
 
 
 @dataclass(frozen=True)

@@ -158,10 +158,15 @@ CASTS = frozenset({aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, a
 """Operators that return their operand in another dtype or place, or itself if it is so already."""
 
 
+def shares_memory(node: fx.Node) -> bool:
+    """Whether what an operator returns may share memory with an operand, by what the operator says of itself."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+
+
 def is_view(node: fx.Node) -> bool:
     """Whether what an operator returns shares memory with an operand."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not any(r.alias_info is not None for r in schema.returns):
+    if not shares_memory(node):
         return False
     if node.target not in CASTS:
         return True
