@@ -116,6 +116,24 @@ def test_gradients_are_where_they_are_waited_for(ranks, form, hooked, on_ranks):
         assert form == "table_wise" or kept == [True] * 3
 
 
+@pytest.mark.parametrize("chosen", [["a"], ["b", "c"], ["a", "b", "c"]])
+def test_tables_that_are_fused_in_part_are_looked_up_with_the_others(chosen):
+    """Those that are not have their gradients; and each has the rate that its optimiser has now."""
+    model = Tables()
+    module = des.compile(model, (IDS,))
+    fused = des.fuse_optimizer(module, torch.optim.SGD, lr=9.0, params=[getattr(module, n).weight for n in chosen])
+    fused.load_state_dict(fused.state_dict())  # which has groups of its own
+    fused.param_groups[0]["lr"] = 0.5
+    model(IDS).sum().backward()
+    module(IDS).sum().backward()
+    for name in "abc":
+        found, expected = getattr(module, name).weight, getattr(model, name).weight
+        if name in chosen:
+            torch.testing.assert_close(found.detach(), expected.detach() - 0.5 * expected.grad.to_dense())
+        else:
+            torch.testing.assert_close(found.grad.to_dense(), expected.grad.to_dense())
+
+
 class Vectors(nn.Module):
     """Outputs that are lookups, one as it is and one as a view."""
 

@@ -22,7 +22,7 @@ def ddp(case: Case, sparse: bool | None = None, *, as_written: bool = False) -> 
 
 AS_WRITTEN = "DDP, a table a field"
 """Run only where it is asked for: of many sparse gradients at once, processes with DeepFM died in its backward, in 4
-runs of 5 ("malloc(): unaligned tcache chunk detected", torch 2.13 with gloo), and in none of 3 without it."""
+runs of 6 ("malloc(): unaligned tcache chunk detected", torch 2.13 with gloo), and in none of 3 without it."""
 
 CONTESTANTS: dict[str, Build] = {
     "DDP sparse": partial(ddp, sparse=True),

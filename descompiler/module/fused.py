@@ -57,7 +57,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._handles.append(p.register_post_accumulate_grad_hook(came))
             update_by(p, self)
         self._addresses: list[int] = []
-        self._storages: list[tuple[dict[str, Any], list[Tensor]]] = []
+        self._storages: list[tuple[int, list[Tensor]]] = []
         self._places: dict[int, tuple[int, int]] = {}
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             self._stored()
@@ -114,7 +114,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             parts.setdefault((storage, numbers[id(table)]), []).append((shifted, values))
         known: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
         for (storage, number), several in parts.items():
-            options, (table, *states) = storages[storage]
+            group, (table, *states) = storages[storage]
+            options = self.param_groups[group]  # as they are now: a state that is loaded brings groups of its own
             rows, values = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*several, strict=True))
             if not self._update.linear:
                 rows, values = summed(rows, values, known)
@@ -122,8 +123,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 values = -values
             self._update.of(Step(table, rows, values, states, number, options))
 
-    def _stored(self) -> tuple[list[tuple[dict[str, Any], list[Tensor]]], dict[int, tuple[int, int]]]:
-        """Each storage's options, table and states, as one; and in which of them each table lies, from which row on.
+    def _stored(self) -> tuple[list[tuple[int, list[Tensor]]], dict[int, tuple[int, int]]]:
+        """Each storage's parameter group, table and states, as one; and where each table lies: storage and first row.
 
         They are found anew where somebody has put a table or a state elsewhere.
         """
@@ -140,7 +141,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             starts = itertools.accumulate((p.shape[0] for p in tables), initial=0)
             self._places |= {id(p): (len(self._storages), start) for p, start in zip(tables, starts, strict=False)}
             states = ([self.state[p][n] for p in tables] for n in self._update.states)
-            self._storages.append((self.param_groups[number], [as_one(x) for x in (tables, *states)]))
+            self._storages.append((number, [as_one(x) for x in (tables, *states)]))
         self._addresses = self._where()
         return self._storages, self._places
 

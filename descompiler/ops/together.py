@@ -39,9 +39,9 @@ def update_by(table: Tensor, updater: Updater) -> None:
 
 def updated_by(tables: Sequence[Tensor]) -> Updater | None:
     """What updates all of these tables; None if that is not one, or others have to see a gradient."""
-    found = _UPDATERS.get(tables[0])
+    found = _UPDATERS.get(tables[0])  # one optimiser has one reference
     updater = None if found is None else found()
-    if updater is None or not all(_UPDATERS.get(t) is found or _UPDATERS.get(t)() is updater for t in tables[1:]):
+    if updater is None or any(_UPDATERS.get(t) is not found for t in tables[1:]):
         return None
     return updater if all(updater.takes(t) for t in tables) else None
 
