@@ -47,8 +47,8 @@ def single(name, n_ranks):
 @pytest.mark.parametrize(
     "name, sparse, n_ranks",
     [
-        pytest.param("lr", True, 2, marks=pytest.mark.slow),
-        ("fm", True, 2),
+        ("lr", True, 2),
+        pytest.param("fm", True, 2, marks=pytest.mark.slow),
         pytest.param("fm", False, 3, marks=pytest.mark.slow),
         pytest.param("wide_deep", True, 2, marks=pytest.mark.slow),
         pytest.param("deepfm", False, 2, marks=pytest.mark.slow),

@@ -417,7 +417,7 @@ def rational(x, rows, length):
 SIZED = [halves, thirds, counted, viewed, rational]
 
 
-@pytest.mark.parametrize("of", cases(SIZED, SIZED[:2]))
+@pytest.mark.parametrize("of", cases(SIZED, SIZED[:1]))
 def test_arithmetic_of_sizes_is_that_of_the_global_batch(of, on_ranks):
     ids = torch.randint(20, (12, 6), generator=torch.Generator().manual_seed(0))
     des.verify(Sized(of), (ids,), plans=[{"*": "row_wise"}], launch=on_ranks)

@@ -53,7 +53,7 @@ def test_optimizers(on_ranks, optimizer):
     des.verify(model, make_inputs("deepfm", "fields", 8), ranks=2, plans=EVERY, optimizers=[optimizer], launch=on_ranks)
 
 
-@pytest.mark.parametrize("name", cases(["deepfm", "two_tower"], ["two_tower"]))
+@pytest.mark.parametrize("name", cases(["deepfm", "two_tower", "fm"], ["fm"]))
 def test_four_ranks(on_ranks, name):
     torch.manual_seed(0)
     des.verify(MODELS[name]("fields"), make_inputs(name, "fields", 8), ranks=4, plans=EVERY, launch=on_ranks)

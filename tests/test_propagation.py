@@ -17,6 +17,7 @@ from descompiler.model.sparse import equal, parts_of, with_parts
 from descompiler.passes import NORMALISE
 from descompiler.tables.computed import find_groups
 from descompiler.tables.form import find_tables
+from tests.harness.cases import cases
 from tests.harness.propagation import ITEMS, NGCF, STEPS, Cosine, LightGCN, Loss, Weighted, inputs
 
 HELD = [f"{layout} {how}" for layout in ("coo", "csr", "dense") for how in ("buffer", "attribute")]
@@ -88,7 +89,11 @@ def _verify(rank, ranks, names):
     return cases
 
 
-@pytest.mark.parametrize("ranks, names", [(2, list(MODELS)[:-1]), (3, list(MODELS)[-1:])])
+TWO, THREE = list(MODELS)[:-1], list(MODELS)[-1:]
+SOME = [(2, TWO[::2]), (3, THREE)]
+
+
+@pytest.mark.parametrize("ranks, names", cases([*SOME, (2, TWO[1::2])], SOME))
 def test_propagation_by_columns_trains_as_the_original(on_ranks, ranks, names):
     assert on_ranks(_verify, ranks, names) == [[2] * len(names)] * ranks
 
