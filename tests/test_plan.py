@@ -130,7 +130,9 @@ def test_a_file_with_the_names_that_forms_had_is_the_same_plan():
         found = json.loads(re.sub(r'[^\s"(]*\.py:\d+', "model.py:1", x.to_json()))
         return {**found, "tables": [{**t, "refusals": sorted({*t["refusals"]} - {*later})} for t in found["tables"]]}
 
-    assert data(loaded) == data(plan)
+    one, other = data(loaded), data(plan)
+    assert one.pop("unique") == pytest.approx(other.pop("unique"))  # processors round differently
+    assert one == other
     assert [loaded.traffic(r) for r in range(3)] == [plan.traffic(r) for r in range(3)]
     assert set(loaded.explain().split()) >= {"hot_rows:", "unique_rows:", "sparse_all_gather:", "table_wise:"}
     again = des.plan(EveryForm(), (ids,), plan=loaded, **{**terms, "ranks": None})
