@@ -133,6 +133,7 @@ def test_what_is_given_to_a_call_trains_as_the_original(on_ranks):
     des.verify(MODELS["fm"](), make_inputs("fm"), plans=[{"*": "last_rank"}], forms=[LastRank()], launch=on_ranks)
 
 
+@pytest.mark.slow  # the next one asks as much of one process
 def test_what_is_installed_is_known_to_plan_files(site, tmp_path):
     plan = des.plan(MODELS["fm"](), make_inputs("fm"), ranks=2, pins={"*.1": "last_rank"}, forms=[LastRank()])
     plan.save(tmp_path / "plan.json")

@@ -120,7 +120,7 @@ def test_curves_are_the_forms_own_costs(sparse):
 def test_explain_has_the_numbers_of_the_tables_and_no_other(mixed):
     for text, sheets in [
         (mixed.explain(), whole(mixed)),
-        *((mixed.explain(t.name), of_table(mixed, t.name)) for t in mixed.tables[:6]),
+        *((mixed.explain(t.name), of_table(mixed, t.name)) for t in mixed.tables[:6:2]),
     ]:
         data = json.loads(to_json(sheets))["sheets"]
         cells = [(c["unit"], row[c["title"]]) for s in data for c in s["columns"] for row in s["rows"]]
@@ -167,9 +167,10 @@ def test_printing_a_plan_explains_it(mixed, tmp_path):
     assert str(mixed) == mixed.explain()
     mixed.save(tmp_path / "plan.json")
     assert des.Plan.load(tmp_path / "plan.json").explain() == mixed.explain()
-    for t in mixed.tables:
-        assert mixed.explain(t.name) == mixed.explain(t.name.removesuffix(".weight"))
-        line = next(x for x in mixed.explain(t.name).splitlines() if str(mixed.splits[t.name]) in x)
+    for t in mixed.tables[::3]:
+        text = mixed.explain(t.name)
+        assert text == mixed.explain(t.name.removesuffix(".weight"))
+        line = next(x for x in text.splitlines() if str(mixed.splits[t.name]) in x)
         assert t.name in line and t.line in line and all(use in line for use in t.uses)
     with pytest.raises(
         des.PlanError, match=r"no table 'x'; there are first_order.weights.tables.0.weight.* and \d+ more"
