@@ -27,7 +27,7 @@ def test_what_is_given_is_meant():
 def test_a_class_is_assumed_by_device_and_limits_no_memory():
     for device, name in ASSUMED.items():
         found = cluster_of(None, 4, device)
-        assert found.name == f"{name}, assumed" and found.ranks == 4 and found.memory_bytes is None
+        assert found.name == f"{name} (assumed)" and found.ranks == 4 and found.memory_bytes is None
         assert found.rates is not None and found.flops_per_s is not None
     assert cluster_of(None, 4, "meta") == cluster_of(None, 4, "cpu")
 
@@ -42,7 +42,7 @@ def test_another_is_refused(wrong, text):
 
 def test_the_default_plan_is_for_the_class_and_says_so():
     default = des.plan(model(), INPUTS, ranks=4, batch=1024)
-    assert default.objective == "seconds" and "on ethernet-10g, assumed" in default.explain()
+    assert default.objective == "seconds" and "on ethernet-10g (assumed)" in default.explain()
     least = des.plan(model(), INPUTS, ranks=4, batch=1024, cluster=BYTES)
     assert least.objective == "bytes" and least.price_bytes < default.price_bytes
     # what columns save on the wire they cost in lookups of all ranks' ids in all tables

@@ -32,7 +32,7 @@ def cluster_of(given: GivenCluster, ranks: int, device: str = "cpu") -> Cluster 
         If no class has this name.
 
     >>> cluster_of(None, 4).name
-    'ethernet-10g, assumed'
+    'ethernet-10g (assumed)'
     >>> cluster_of("ethernet-100g", 4).ranks
     4
     >>> cluster_of("bytes", 4) is None
@@ -45,4 +45,4 @@ def cluster_of(given: GivenCluster, ranks: int, device: str = "cpu") -> Cluster 
     if given is not None:
         raise PlanError(f"cluster={given!r}; it is a Cluster, the name of a class of clusters, or {BYTES!r}")
     found = Cluster.builtin(ASSUMED.get(device, ASSUMED["cpu"]), ranks)
-    return replace(found, name=f"{found.name}, assumed", memory_bytes=None)
+    return replace(found, name=f"{found.name} (assumed)", memory_bytes=None)
