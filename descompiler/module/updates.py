@@ -114,8 +114,12 @@ def _adagrad(s: Step) -> None:
         square = square.mean(1, keepdim=True)
     total.index_add_(0, s.rows, square)
     root = total.index_select(0, s.rows).sqrt_().add_(s.options["eps"])
-    rate = s.options["lr"] / (1 + (s.number - 1) * s.options["lr_decay"])
-    _move(s, (s.gradient / root).mul_(-rate))
+    _move(s, (s.gradient / root).mul_(-adagrad_rate(s)))
+
+
+def adagrad_rate(s: Step) -> Any:
+    """What Adagrad multiplies in this step: ``lr``, less by ``lr_decay``."""
+    return s.options["lr"] / (1 + (s.number - 1) * s.options["lr_decay"])
 
 
 def _adam(s: Step) -> None:
