@@ -48,7 +48,7 @@ def test_values_and_gradients_are_those_of_each_lookup(together, alike):
     ids = [torch.randint(len(t), s) for t, s in zip(tables, shapes, strict=True)]
     paddings = [-1, -1, 2]
     expected = [lookup(t, x, p, True) for t, x, p in zip(tables, ids, paddings, strict=True)]
-    found = lookups(tables, ids, paddings, True)
+    found = lookups(tables, ids, paddings)
     for e, f in zip(expected, found, strict=True):
         assert torch.equal(e, f)
     weights = [torch.randn_like(e) for e in expected]

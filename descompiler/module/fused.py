@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from descompiler.eager.held import Whose, held
-from descompiler.eager.piece import Piece, plain
+from descompiler.eager.piece import Piece
 from descompiler.errors import InputError, PlanError, UnsupportedError
 from descompiler.layout.pieces import Pieces
 from descompiler.module import fbgemm
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.installed import module_of
 from descompiler.module.updates import KINDS, Step, Update, as_one, rows_of, summed
+from descompiler.ops.local import plain
 from descompiler.ops.together import update_by
 from descompiler.runtime.agreement import say
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descompiler.eager.piece import plain
+from descompiler.ops.local import plain
 
 
 def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from descompiler.ops.local import plain
+
 
 class Updater(Protocol):
     """What updates rows of tables in backward."""
@@ -46,16 +48,13 @@ def updated_by(tables: Sequence[Tensor]) -> Updater | None:
     return updater if all(updater.takes(t) for t in tables) else None
 
 
-def lookups(
-    weights: Sequence[Tensor], ids: Sequence[Tensor], paddings: Sequence[int], sparse: bool
-) -> tuple[Tensor, ...]:
+def lookups(weights: Sequence[Tensor], ids: Sequence[Tensor], paddings: Sequence[int]) -> tuple[Tensor, ...]:
     """``nn.Embedding`` of several tables of one width and dtype, with sparse gradients; ids are known to be right.
 
     >>> table = torch.arange(6.0).reshape(3, 2)
-    >>> [x.tolist() for x in lookups([table[:1], table[1:]], [torch.tensor([0]), torch.tensor([1, 0])], [-1, -1], True)]
+    >>> [x.tolist() for x in lookups([table[:1], table[1:]], [torch.tensor([0]), torch.tensor([1, 0])], [-1, -1])]
     [[[0.0, 1.0]], [[4.0, 5.0], [2.0, 3.0]]]
     """
-    assert sparse
     found: tuple[Tensor, ...] = _Lookups.apply(list(paddings), len(weights), *weights, *ids)
     return found
 
@@ -120,12 +119,6 @@ def _all_accumulate(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> bo
         return all(torch._C._will_engine_execute_node(n) for n in nodes)
     except RuntimeError:  # what PyTorch raises of a leaf in autograd.grad
         return False
-
-
-def plain(x: Tensor) -> Tensor:
-    """A tensor's own memory, whatever its class says of it."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return x.detach().as_subclass(Tensor)
 
 
 def one_table(weights: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
