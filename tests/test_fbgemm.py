@@ -8,7 +8,8 @@ from torch import nn
 
 import descompiler as des
 from descompiler.module import fbgemm
-from descompiler.module.updates import KINDS, Step, summed
+from descompiler.module.updates import KINDS, Step
+from descompiler.ops.together import summed
 from tests.harness.cases import cases
 from tests.harness.failures import raised
 

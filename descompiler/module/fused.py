@@ -19,9 +19,9 @@ from descompiler.layout.pieces import Pieces
 from descompiler.module import fbgemm
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.installed import module_of
-from descompiler.module.updates import KINDS, Step, Update, as_one, rows_of, summed
+from descompiler.module.updates import KINDS, Step, Update, as_one, rows_of
 from descompiler.ops.local import plain
-from descompiler.ops.together import update_by
+from descompiler.ops.together import summed, update_by
 from descompiler.runtime.agreement import say
 
 

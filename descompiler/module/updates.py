@@ -21,20 +21,6 @@ def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
     return rows, gradient[rows]
 
 
-def summed(rows: Tensor, values: Tensor, known: list[tuple[Tensor, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
-    """Each row once, with the sum of its parts: an id that was looked up twice is one row.
-
-    Tables that are looked up with the same ids, as those of vectors and of weights are, have the same rows, and it is
-    less to compare them than to sort them.
-    """
-    unique = next((u for r, u in known if r.shape == rows.shape and torch.equal(r, rows)), None)
-    if unique is None:
-        unique = torch.unique(rows, return_inverse=True)
-        known.append((rows, unique))
-    once, positions = unique
-    return once, values.new_zeros(len(once), *values.shape[1:]).index_add_(0, positions, values)
-
-
 def as_one(tensors: list[Tensor]) -> Tensor:
     """Tensors of one width, one behind the other in one storage, as one; they are moved there if they are not yet.
 

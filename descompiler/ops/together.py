@@ -1,8 +1,9 @@
 """Lookups of several tables as one operator, and of its gradients what goes to an optimiser as it is.
 
 Tables that lie in one storage, one behind the other or with others between them, are one table to `lookups`: one
-selection of rows in forward. In backward each table gets its sparse gradient, unless an optimiser updates all of them
-in backward (`updated_by`), and nothing else is to see their gradients: then it gets ids and values.
+selection of rows in forward. In backward each table gets its sparse gradient, whose rows are sorted with those of the
+others, unless an optimiser updates all of them in backward (`updated_by`), and nothing else is to see their gradients:
+then it gets ids and values.
 """
 
 from __future__ import annotations
@@ -105,9 +106,68 @@ class _Lookups(torch.autograd.Function):
                 updater.came([(t, rows, values) for t, (_, rows, values) in zip(tables, parts, strict=True)])
                 return (None,) * (2 + 2 * count)
         result: list[Tensor | None] = [None] * count
-        for i, rows, values in parts:
-            result[i] = torch.sparse_coo_tensor(rows[None], values, ctx.shapes[i], check_invariants=False)
+        if len(parts) > 1 and parts[0][1].device.type == "cpu" and not torch.is_grad_enabled():  # elsewhere it waits
+            for i, gradient in _coalesced(ctx, parts):
+                result[i] = gradient
+        else:
+            for i, rows, values in parts:
+                result[i] = torch.sparse_coo_tensor(rows[None], values, ctx.shapes[i], check_invariants=False)
         return (None, None, *result, *(None,) * count)
+
+
+def _coalesced(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> list[tuple[int, Tensor]]:
+    """Gradients of tables, coalesced: one sort of all their rows, where optimisers make one for each table.
+
+    Of a table that is looked up several times the first lookup has the gradient of all.
+    """
+    begins: dict[int, int] = {}
+    bounds, receivers, shifted = [0], [], []
+    for i, rows, _ in parts:
+        table = ctx.tables[i]()
+        key = -1 - i if table is None else id(table)
+        if key not in begins:
+            begins[key] = bounds[-1]
+            bounds.append(bounds[-1] + ctx.shapes[i][0])
+            receivers.append(i)
+        shifted.append(rows.long() + begins[key])
+    once, sums = summed(torch.cat(shifted), torch.cat([values for *_, values in parts]), [])
+    cuts = torch.searchsorted(once, torch.tensor(bounds)).tolist()
+    result, marks = [], []
+    for i, bound, start, end in zip(receivers, bounds, cuts, cuts[1:], strict=False):
+        rows = (once[start:end] - bound)[None]
+        marks.append((ctx.tables[i], rows))
+        gradient = torch.sparse_coo_tensor(
+            rows, sums[start:end], ctx.shapes[i], check_invariants=False, is_coalesced=True
+        )
+        result.append((i, gradient))
+    torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_say_coalesced, marks))
+    return result
+
+
+def _say_coalesced(marks: Sequence[tuple[weakref.ref[Tensor], Tensor]]) -> None:
+    """Say it again of gradients that tables have kept: autograd keeps the rows of a first one, and not what is known of
+    them. One that was added to another has rows of its own."""
+    with torch._C.DisableTorchFunctionSubclass():
+        for of, rows in marks:
+            gradient = None if (table := of()) is None else table.grad
+            if gradient is None or not gradient.is_sparse or gradient._nnz() != rows.shape[1]:
+                continue
+            if gradient._indices().data_ptr() == rows.data_ptr():
+                gradient._coalesced_(True)
+
+
+def summed(rows: Tensor, values: Tensor, known: list[tuple[Tensor, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+    """Each row once, with the sum of its parts: an id that was looked up twice is one row.
+
+    Tables that are looked up with the same ids, as those of vectors and of weights are, have the same rows, and it is
+    less to compare them than to sort them.
+    """
+    unique = next((u for r, u in known if r.shape == rows.shape and torch.equal(r, rows)), None)
+    if unique is None:
+        unique = torch.unique(rows, return_inverse=True)
+        known.append((rows, unique))
+    once, positions = unique
+    return once, values.new_zeros(len(once), *values.shape[1:]).index_add_(0, positions, values)
 
 
 def _all_accumulate(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> bool:
