@@ -9,6 +9,7 @@ then it gets ids and values.
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -75,13 +76,7 @@ class _Lookups(torch.autograd.Function):
             )
         whole, starts = found
         sizes = [x.numel() for x in ids]
-        flat = torch.cat([x.reshape(-1) for x in ids])
-        if any(starts):
-            shift = _on(tuple(starts), flat.device)
-            if len(set(sizes)) == 1:
-                flat = (flat.view(len(ids), -1) + shift[:, None]).view(-1)
-            else:
-                flat = flat + shift.repeat_interleave(torch.tensor(sizes, device=flat.device), output_size=sum(sizes))
+        flat = _shifted([x.reshape(-1) for x in ids], sizes, starts)
         rows = whole.index_select(0, flat).split(sizes)
         return tuple(r.view(*x.shape, whole.shape[1]) for r, x in zip(rows, ids, strict=True))
 
@@ -106,7 +101,8 @@ class _Lookups(torch.autograd.Function):
                 updater.came([(t, rows, values) for t, (_, rows, values) in zip(tables, parts, strict=True)])
                 return (None,) * (2 + 2 * count)
         result: list[Tensor | None] = [None] * count
-        if len(parts) > 1 and parts[0][1].device.type == "cpu" and not torch.is_grad_enabled():  # elsewhere it waits
+        on_cpu = parts[0][1].device.type == "cpu"  # the sizes of tables' gradients would be waited for elsewhere
+        if on_cpu and len(parts) > 1 and not torch.is_grad_enabled():
             for i, gradient in _coalesced(ctx, parts):
                 result[i] = gradient
         else:
@@ -121,32 +117,37 @@ def _coalesced(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> list[tu
     Of a table that is looked up several times the first lookup has the gradient of all.
     """
     begins: dict[int, int] = {}
-    bounds, receivers, shifted = [0], [], []
-    for i, rows, _ in parts:
+    bounds, receivers, starts = [0], [], []
+    for i, _, _ in parts:
         table = ctx.tables[i]()
         key = -1 - i if table is None else id(table)
         if key not in begins:
             begins[key] = bounds[-1]
             bounds.append(bounds[-1] + ctx.shapes[i][0])
             receivers.append(i)
-        shifted.append(rows.long() + begins[key])
-    once, sums = summed(torch.cat(shifted), torch.cat([values for *_, values in parts]), [])
-    cuts = torch.searchsorted(once, torch.tensor(bounds)).tolist()
+        starts.append(begins[key])
+    rows = _shifted([x.long() for _, x, _ in parts], [len(x) for _, x, _ in parts], starts)
+    once, sums = summed(rows, torch.cat([values for *_, values in parts]), _SORTED)
+    cuts = torch.searchsorted(once, _on(tuple(bounds), once.device)).tolist()
+    counts = [end - start for start, end in itertools.pairwise(cuts)]
+    once = once - _of_each(bounds[:-1], counts, once.device)
     result, marks = [], []
-    for i, bound, start, end in zip(receivers, bounds, cuts, cuts[1:], strict=False):
-        rows = (once[start:end] - bound)[None]
-        marks.append((ctx.tables[i], rows))
-        gradient = torch.sparse_coo_tensor(
-            rows, sums[start:end], ctx.shapes[i], check_invariants=False, is_coalesced=True
-        )
+    for i, own, values in zip(receivers, once[None].split(counts, 1), sums.split(counts), strict=True):
+        gradient = torch.sparse_coo_tensor(own, values, ctx.shapes[i], check_invariants=False, is_coalesced=True)
         result.append((i, gradient))
+        marks.append((ctx.tables[i], own))
     torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_say_coalesced, marks))
     return result
+
+
+_SORTED: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+"""What was sorted in the backward that is under way: tables of another width are often looked up with the same ids."""
 
 
 def _say_coalesced(marks: Sequence[tuple[weakref.ref[Tensor], Tensor]]) -> None:
     """Say it again of gradients that tables have kept: autograd keeps the rows of a first one, and not what is known of
     them. One that was added to another has rows of its own."""
+    _SORTED.clear()
     with torch._C.DisableTorchFunctionSubclass():
         for of, rows in marks:
             gradient = None if (table := of()) is None else table.grad
@@ -179,6 +180,22 @@ def _all_accumulate(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> bo
         return all(torch._C._will_engine_execute_node(n) for n in nodes)
     except RuntimeError:  # what PyTorch raises of a leaf in autograd.grad
         return False
+
+
+def _shifted(ids: Sequence[Tensor], sizes: Sequence[int], starts: Sequence[int]) -> Tensor:
+    """Ids of several tables as those of one, in which each begins somewhere."""
+    flat = ids[0] if len(ids) == 1 else torch.cat(list(ids))
+    if not any(starts):
+        return flat
+    if len(set(sizes)) == 1:
+        return (flat.view(len(ids), -1) + _on(tuple(starts), flat.device)[:, None]).view(-1)
+    return flat + _of_each(starts, sizes, flat.device)
+
+
+def _of_each(starts: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
+    """A start for each id."""
+    shift, lengths = _on(tuple(starts), device), torch.tensor(sizes, device=device)
+    return shift.repeat_interleave(lengths, output_size=sum(sizes))
 
 
 def one_table(weights: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
