@@ -6,7 +6,6 @@ from descompiler.check.calibrate import calibrate
 from descompiler.check.judge import Report
 from descompiler.check.verify import verify
 from descompiler.compiler import compile
-from descompiler.eager.piece import plain as local_tensor
 from descompiler.errors import (
     CaptureError,
     DescompilerError,
@@ -27,6 +26,7 @@ from descompiler.module.installed import module_of
 from descompiler.module.safetensors import load_safetensors, save_safetensors
 from descompiler.module.single import gather_rows, to_single
 from descompiler.module.state import full_state_dict, load_full_state_dict
+from descompiler.ops.local import plain as local_tensor
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.plan import Plan
 from descompiler.version import VERSION

@@ -15,7 +15,6 @@ from descompiler.eager.exchange import PieceExchange
 from descompiler.eager.functions import Finish
 from descompiler.eager.gradients import GradientSync
 from descompiler.eager.parameters import numbers_of_batch, substitute, weigh_outside
-from descompiler.eager.piece import plain
 from descompiler.emit.emit import Emitted
 from descompiler.errors import CaptureError, InputError, OtherShapesError, UnsupportedError, warn
 from descompiler.graph.nodes import Source
@@ -31,7 +30,7 @@ from descompiler.module.parts import Parts, UsersForward
 from descompiler.module.reports import Reports
 from descompiler.module.sizes import SAMPLE_ROWS, Programs, Sized, Sizes, begin_again
 from descompiler.module.standard import StandardCalls, watch_loading
-from descompiler.ops.local import differentiable, widest
+from descompiler.ops.local import differentiable, plain, widest
 from descompiler.planning.plan import Plan
 from descompiler.runtime.agreement import Call, Kind, OtherProgramError
 from descompiler.runtime.backward import Used, behind
