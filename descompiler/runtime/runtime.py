@@ -25,6 +25,7 @@ from descompiler.layout.rows import Rows
 from descompiler.layout.step import StepHeader
 from descompiler.layout.traffic import Traffic
 from descompiler.runtime.agreement import Agreement
+from descompiler.runtime.ahead import Ahead
 from descompiler.runtime.backward import Asked
 from descompiler.runtime.border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, apart, put_together
 from descompiler.runtime.carriers import carries
@@ -78,7 +79,8 @@ class Runtime(Agreement):
     seen: dict[str, list[bool]] = field(default_factory=dict)  # of this forward's leaves, as `Used` has it
     loss_scale: LossScale = field(default_factory=LossScale)  # of this forward
     regions: Regions | None = None  # of this step, where ranks' inputs have other sizes
-    begun_again: bool = False  # this step: another program was chosen behind the first header
+    ahead: Ahead | None = None  # of this step's batch
+    beside: Traffic = field(default_factory=Traffic)  # what this step has sent and no layout says
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.group, self.ranks)
@@ -87,10 +89,37 @@ class Runtime(Agreement):
         """Of another module on the same ranks."""
         return Runtime(self.group, self.rank, self.ranks, self.loss, channels=self.channels)
 
+    def new_step(self) -> None:
+        """A forward begins."""
+        self.traffic, self.unique, self.failures, self.beside = Traffic(), {}, [], Traffic()
+        self.started, self.regions, self.ahead, self.due = False, None, None, None
+
     def begin(self, rows: int, ids: Sequence[Tensor]) -> int:
         """Check ids, exchange row counts, agree with the other ranks; returns the rows of the global batch."""
-        self.header(rows, self.problem(ids))
+        if self.take_ahead() is None:
+            self.header(rows, self.problem(ids))
         return sum(self.rows)
+
+    def take_ahead(self) -> Ahead | None:
+        """What has gone ahead of this step's batch, if anything has: the step begins with it, unless ranks differ."""
+        if (ahead := self.ahead) is not None:
+            self.traffic.include(ahead.traffic)
+            self.beside.add(StepHeader.AHEAD, (self.ranks - 1) * StepHeader.AHEAD_BYTES)
+            ahead.taken = True
+            self.header_ahead(ahead.batch, ahead.rows)
+        return ahead
+
+    def leave_ahead(self) -> None:
+        """Not all ranks take what has gone ahead: the step begins again, with another header."""
+        if self.ahead is not None:
+            self.ahead.taken = False
+        self.traffic, self.unique, self.beside, self.ahead = Traffic(), {}, Traffic(), None
+        self.traffic.add(StepHeader.SEND, (self.ranks - 1) * StepHeader.BYTES)
+        self.another_header()
+
+    def another_header(self) -> None:
+        """This step has one more than layouts say."""
+        self.beside.add(StepHeader.SEND, (self.ranks - 1) * StepHeader.BYTES)
 
     def problem(self, ids: Sequence[Tensor]) -> str | None:
         """Why ids are wrong, or None."""
@@ -101,8 +130,7 @@ class Runtime(Agreement):
     def predicted(self, layout: Layout, itemsize: int, *, backward: bool) -> Traffic:
         """What this rank has to send in a step as the latest, in which that crosses which the layout says."""
         result = layout.predict(self.rank, self.rows, itemsize, backward=backward, unique=self.unique)
-        if self.begun_again:
-            result.add(StepHeader.SEND, (self.ranks - 1) * StepHeader.BYTES)
+        result.include(self.beside)
         return result
 
     # ---- tables that are used whole
@@ -117,6 +145,9 @@ class Runtime(Agreement):
     @carries(IdsIn)
     def enter_start(self, ids: Sequence[Tensor]) -> Handle:
         """Send each rank the ids that its tables need; ``ids`` follow ``layout.entries``."""
+        if self.ahead is not None:
+            assert self.ahead.entering is not None
+            return self.ahead.entering
         mine, dtype = self.rows[self.rank], torch.int32 if self.layout.id_bytes == 4 else torch.int64
         every = [self.layout.parts_on(r) for r in range(self.ranks)]
         sent = [mine * sum([p.width for p in parts]) for parts in every]
@@ -283,6 +314,7 @@ class Runtime(Agreement):
         eps: float,
     ) -> Tensor:
         """Batch norm in training of some channels ``mine``, of which this rank has the global batch."""
+        self.settle()
         if running_mean is None or running_var is None:
             return torch.batch_norm(x, weight, bias, None, None, True, momentum, eps, True)
         kept = [running_mean[mine], running_var[mine]]
@@ -331,6 +363,7 @@ class Runtime(Agreement):
 
     def draw(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A random draw that is the same on every rank: the next of this forward's."""
+        self.settle()
         with self.draws.next_of_forward(self.forwards, self.device):
             return function(*args, **kwargs)
 
