@@ -6,18 +6,21 @@ own rows, ids -> begin        (checks; unique ids asked)      becomes a program 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from descompiler.emit.emit import Emitted
 from descompiler.graph.arguments import training_norm
-from descompiler.graph.nodes import mutates
+from descompiler.graph.nodes import is_random, mutates
 from descompiler.graph.rewrite import ancestors
 from descompiler.runtime.agreement import any_rows
-from descompiler.runtime.fetch import begin_fetch
+from descompiler.runtime.fetch import begin_fetch, fetch_rows
+from descompiler.runtime.leaf import LeafOnRanks
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,11 @@ class Beginning:
 def beginning_of(emitted: Emitted) -> Beginning | None:
     """The beginning of a program; None if it takes more than inputs, buffers and constants.
 
-    None, too, where the step could not begin again: if forward branches on the rows of the batch, or moves what it
-    holds before anything is sent.
+    None, too, where the step could not begin again: if forward branches on the rows of the batch, or draws or moves
+    what it holds before the header has to be heard.
     """
     graph = emitted.module.graph
-    if emitted.accepts is not any_rows or any(mutates(n) or training_norm(n) is not None for n in graph.nodes):
+    if emitted.accepts is not any_rows or any(map(_happens_once, _unheard(emitted))):
         return None
     begin = next(n for n in graph.nodes if n.target == "begin" or n.target is begin_fetch)
     enter = next((n for n in graph.nodes if n.op == "call_method" and n.target == "enter_start"), None)
@@ -61,3 +64,17 @@ def beginning_of(emitted: Emitted) -> Beginning | None:
             found[n] = result.placeholder(n.name) if n.op == "placeholder" else result.node_copy(n, found.__getitem__)
     result.output(fx.map_arg(operands, found.__getitem__))
     return Beginning(fx.GraphModule(torch.nn.Module(), result), tuple(places))
+
+
+def _unheard(emitted: Emitted) -> Iterator[fx.Node]:
+    """Calls that come before the first after the beginning that sends something, on every rank."""
+    for n in emitted.module.graph.nodes:
+        if n.target == "exit_start" or (n.target is fetch_rows and emitted.layout.fetches[0].divided):
+            return
+        if n.op == "call_function" and not isinstance(n.target, LeafOnRanks):  # a leaf hears the header first
+            yield n
+
+
+def _happens_once(n: fx.Node) -> bool:
+    """Whether a call changes what the next one finds: numbers drawn, running statistics."""
+    return isinstance(n.target, OpOverload) and (is_random(n) or mutates(n) or training_norm(n) is not None)

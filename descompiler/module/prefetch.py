@@ -33,6 +33,10 @@ from descompiler.runtime.runtime import Runtime
 
 B = TypeVar("B")
 
+MANY_MISSED = 8
+"""Batches of which something was sent ahead in vain, and of none not: users are told."""
+
+
 LOOPS = 32
 """From this bit of a batch's number on it is that of its loop."""
 
@@ -102,7 +106,7 @@ class Prefetch(Generic[B]):
         self, loader: Iterable[B], module: DistributedModule, inputs: Callable[[B], Any] | None, *, active: bool
     ):
         self._loader, self._module, self._inputs = loader, module, inputs
-        self.taken, self.unused = 0, Traffic()
+        self.taken, self.unused, self._missed = 0, Traffic(), 0
         self._runtime: Runtime | None = None
         if active:
             assert module._runtime.channels is not None
@@ -139,6 +143,20 @@ class Prefetch(Generic[B]):
             return Prepared.of(self._runtime, module._now(), tensors, emitted, call, beginning)
         except Exception:  # what the user's inputs raise: forward does on every rank, if it is given them
             return None
+
+    def count(self, waiting: Waiting) -> None:
+        """What became of what had gone ahead of a batch."""
+        if waiting.ahead.taken:
+            self.taken += 1
+            return
+        self.unused.include(waiting.ahead.traffic)
+        self._missed += 1
+        if self._missed == MANY_MISSED and not self.taken and self._module._runtime.rank == 0:
+            warn(
+                f"prefetch has sent the ids of {MANY_MISSED} batches ahead, and forward got other tensors, or ran in "
+                "another mode: call it with the very objects of the batch (move or change them in the loader, or say "
+                "which they are with inputs=), and let no_grad() be around the loop, not in it"
+            )
 
     def arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward's, of a batch."""
@@ -286,7 +304,4 @@ class _Loop(Generic[B]):
             return
         if waiting in self._owner._module._ahead:
             self._owner._module._ahead.remove(waiting)
-        if waiting.ahead.taken:
-            self._owner.taken += 1
-        else:
-            self._owner.unused.include(waiting.ahead.traffic)
+        self._owner.count(waiting)
