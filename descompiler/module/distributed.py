@@ -283,7 +283,7 @@ class DistributedModule(StandardCalls, Reports):
         self._ahead.remove(found)
         return found.ahead
 
-    def _known_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Emitted, Call] | None:
+    def _known_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Sized, Call] | None:
         """Inputs, program and call of a forward on this batch now; None if nothing has been run so before."""
         assert self._signature is not None
         self._same_flags()
@@ -296,7 +296,7 @@ class DistributedModule(StandardCalls, Reports):
             self._given = before
         if found is None or self._now().moment().dtypes != self._dtypes:
             return None
-        return tensors, found.emitted, call
+        return tensors, found, call
 
     def _values(self, emitted: Emitted, sources: Sequence[Source], tensors: Sequence[Tensor] = ()) -> list[Tensor]:
         now = self._now()

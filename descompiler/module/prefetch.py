@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from descompiler.emit.ahead import beginning_of
 from descompiler.errors import InputError, RankError, warn
 from descompiler.layout.step import StepHeader
 from descompiler.layout.traffic import Traffic
@@ -135,12 +134,11 @@ class Prefetch(Generic[B]):
         module = self._module
         try:
             known = module._known_call(args, kwargs)
-            beginning = None if known is None else beginning_of(known[1])
-            if known is None or beginning is None:
+            if known is None or known[1].beginning is None:
                 return None
-            tensors, emitted, call = known
+            tensors, program, call = known
             self._runtime.device = next(iter(module._now().parameters.values())).device
-            return Prepared.of(self._runtime, module._now(), tensors, emitted, call, beginning)
+            return Prepared.of(self._runtime, module._now(), tensors, program.emitted, call, program.beginning)
         except Exception:  # what the user's inputs raise: forward does on every rank, if it is given them
             return None
 
@@ -233,6 +231,7 @@ class _Loop(Generic[B]):
             self._forget(queued)
         if self._announced is not None:
             self._owner.unused.include(self._announced.traffic)
+        self._given = self._announced = None
 
     def _pull(self) -> None:
         """Ask the loader for a batch, and announce it."""
@@ -242,6 +241,8 @@ class _Loop(Generic[B]):
             arguments = self._owner.arguments(batch)
             for other in self._queue:
                 if not other.seen.is_now(other.seen.tensors):
+                    self.end()  # nobody should train on what is left of them
+                    self._queue.clear()
                     raise InputError(
                         "the loader has changed a batch in place that it gave before: prefetch asks for batches two "
                         "steps before they are used. Let it give other tensors each time"

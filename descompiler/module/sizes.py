@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from descompiler.emit.ahead import Beginning, beginning_of
 from descompiler.emit.by_size import RegionOfSize, region_of_size, with_regions
 from descompiler.emit.emit import Emitted
 from descompiler.errors import InputError, warn
@@ -47,6 +48,10 @@ class Sized:
     @cached_property
     def region(self) -> RegionOfSize | None:
         return region_of_size(self.emitted)
+
+    @cached_property
+    def beginning(self) -> Beginning | None:
+        return beginning_of(self.emitted)
 
     @cached_property
     def module(self) -> fx.GraphModule:
