@@ -201,11 +201,8 @@ def _between(rank, ranks, plan, options):
                 if not options.get("norm"):  # of the plan, which is that of training, statistics cross
                     assert_counted(module, backward=False)
                 module.train()
-            if step == 8:  # changed in place, on one rank alone
-                if rank == 0:
-                    batch[1].copy_(batch[1].flip(0))
-                else:
-                    batch = (batch[0], batch[1].flip(0), batch[2])
+            if step == 8:
+                batch[1].copy_(batch[1].flip(0))
             if step == 9 and rank == 0:
                 batch = tuple(x.clone() for x in batch)
             if step == 10:
