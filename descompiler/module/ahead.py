@@ -12,6 +12,7 @@ from torch import Tensor
 from descompiler.emit.ahead import Beginning
 from descompiler.emit.emit import Emitted
 from descompiler.module.contents import Contents
+from descompiler.module.sizes import Sized
 from descompiler.runtime.agreement import Call
 from descompiler.runtime.ahead import Ahead, Announcement, Seen
 from descompiler.runtime.fetch import fetch_start
@@ -53,9 +54,12 @@ class Prepared:
 
     @classmethod
     def of(
-        cls, runtime: Runtime, now: Contents, tensors: Sequence[Tensor], emitted: Emitted, call: Call, first: Beginning
+        cls, runtime: Runtime, now: Contents, tensors: Sequence[Tensor], program: Sized, call: Call
     ) -> Prepared | None:
-        """None if an id is wrong, or nobody could tell whether the batch is changed."""
+        """None if nothing can be sent before the step, an id is wrong, or a change of the batch would not be seen."""
+        emitted, first = program.emitted, program.beginning
+        if first is None:
+            return None
         made_of = taken(first, emitted, now, tensors)
         if any(x.is_inference() for x in made_of):
             return None

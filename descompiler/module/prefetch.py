@@ -128,45 +128,50 @@ class Prefetch(Generic[B]):
         finally:
             loop.end()
 
-    def prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared | None:
+    def given(self, batch: B) -> Any:
+        """What the user says that forward gets of a batch."""
+        return batch if self._inputs is None else self._inputs(batch)
+
+    def prepared(self, given: Any) -> Prepared | None:
         """What can be sent of a batch; None if it is left to its step, which says what is wrong with it."""
         assert self._runtime is not None
         module = self._module
         try:
-            known = module._known_call(args, kwargs)
-            if known is None or known[1].beginning is None:
+            known = module._known_call(*self._arguments(given))
+            if known is None:
                 return None
             tensors, program, call = known
             self._runtime.device = next(iter(module._now().parameters.values())).device
-            return Prepared.of(self._runtime, module._now(), tensors, program.emitted, call, program.beginning)
+            return Prepared.of(self._runtime, module._now(), tensors, program, call)
         except Exception:  # what the user's inputs raise: forward does on every rank, if it is given them
             return None
 
-    def count(self, waiting: Waiting) -> None:
-        """What became of what had gone ahead of a batch."""
-        if waiting.ahead.taken:
+    def count(self, waiting: Waiting | None) -> None:
+        """What became of what had gone ahead of a batch, if anything had."""
+        if waiting is not None and waiting.ahead.taken:
             self.taken += 1
             return
-        self.unused.include(waiting.ahead.traffic)
+        if waiting is not None:
+            self.unused.include(waiting.ahead.traffic)
         self._missed += 1
         if self._missed == MANY_MISSED and not self.taken and self._module._runtime.rank == 0:
             warn(
-                f"prefetch has sent the ids of {MANY_MISSED} batches ahead, and forward got other tensors, or ran in "
-                "another mode: call it with the very objects of the batch (move or change them in the loader, or say "
-                "which they are with inputs=), and let no_grad() be around the loop, not in it"
+                f"of {MANY_MISSED} batches no step has used ids that prefetch sent ahead: forward got other tensors, "
+                "or ran in another mode. Call it with the very objects of the batch (move or change them in the "
+                "loader, or say which they are with inputs=), and let no_grad() be around the loop, not in it. "
+                "docs/standard.md says of which programs nothing can go ahead"
             )
 
-    def arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Forward's, of a batch."""
-        given = batch if self._inputs is None else self._inputs(batch)
-        signature = self._module._signature
-        assert signature is not None
-        args, kwargs = pytree.tree_unflatten([None] * signature.inputs.num_leaves, signature.inputs)
-        if isinstance(given, dict):
-            return (), given if self._inputs is not None or not kwargs else {k: given[k] for k in kwargs}
-        if not isinstance(given, tuple | list):
-            return (given,), {}
-        return tuple(given if self._inputs is not None else given[: len(args)]), {}
+    def _arguments(self, given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward's: of a batch, those of the example."""
+        assert self._module._signature is not None
+        args, kwargs = self._module._signature.inputs.children()
+        mine = self._inputs is None
+        if isinstance(given, dict) and not (mine and args.num_children):
+            return (), {k: given[k] for k in kwargs.context} if mine else given
+        if isinstance(given, tuple | list):
+            return tuple(given[: args.num_children] if mine else given), {}
+        return (given,), {}
 
 
 @dataclass
@@ -174,7 +179,7 @@ class _Queued(Generic[B]):
     """A batch between the loader and the user."""
 
     batch: B
-    seen: Seen
+    tensors: list[Tensor]
     waiting: Waiting | None = None
 
 
@@ -214,10 +219,8 @@ class _Loop(Generic[B]):
         while self._more and len(self._queue) <= self.AHEAD:
             self._hear()
             self._pull()
-        if not self._queue:
-            self._hear()
-            if self._error is not None:
-                raise self._error
+        if not self._queue and self._error is not None:
+            raise self._error
         return bool(self._queue)
 
     def take(self) -> B:
@@ -229,6 +232,7 @@ class _Loop(Generic[B]):
         """The user asks for no more."""
         for queued in (self._given, *self._queue):
             self._forget(queued)
+        self._queue.clear()
         if self._announced is not None:
             self._owner.unused.include(self._announced.traffic)
         self._given = self._announced = None
@@ -237,18 +241,17 @@ class _Loop(Generic[B]):
         """Ask the loader for a batch, and announce it."""
         queued = None
         try:
+            before = [Seen.of(other.tensors) for other in self._queue]
             batch = next(self._batches)
-            arguments = self._owner.arguments(batch)
-            for other in self._queue:
-                if not other.seen.is_now(other.seen.tensors):
-                    self.end()  # nobody should train on what is left of them
-                    self._queue.clear()
-                    raise InputError(
-                        "the loader has changed a batch in place that it gave before: prefetch asks for batches two "
-                        "steps before they are used. Let it give other tensors each time"
-                    )
+            if not all(seen.is_now(seen.tensors) for seen in before):
+                self.end()  # nobody should train on what is left of them
+                raise InputError(
+                    "the loader has changed a batch in place that it gave before: prefetch asks for batches two steps "
+                    "before they are used. Let it give other tensors each time"
+                )
+            given = self._owner.given(batch)
             tensors = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and not x.is_inference()]
-            queued = _Queued(batch, Seen.of(tensors))
+            queued = _Queued(batch, tensors)
             self._queue.append(queued)
         except StopIteration:
             self._more = False
@@ -257,7 +260,7 @@ class _Loop(Generic[B]):
         if not self._together:
             return
         ranks, self._number = self._runtime.ranks, self._number + 1
-        prepared = None if queued is None else self._owner.prepared(*arguments)
+        prepared = None if queued is None else self._owner.prepared(given)
         if prepared is not None:
             mine = prepared.announced(ranks, self._number)
         else:
@@ -300,9 +303,8 @@ class _Loop(Generic[B]):
 
     def _forget(self, queued: _Queued[B] | None) -> None:
         """The user has had this batch, or will not."""
-        waiting = None if queued is None else queued.waiting
-        if waiting is None:
+        if queued is None:
             return
-        if waiting in self._owner._module._ahead:
-            self._owner._module._ahead.remove(waiting)
-        self._owner.count(waiting)
+        if queued.waiting in self._owner._module._ahead:
+            self._owner._module._ahead.remove(queued.waiting)
+        self._owner.count(queued.waiting)

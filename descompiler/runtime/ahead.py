@@ -9,12 +9,14 @@ this very batch on every rank, which its header tells, goes on with what has arr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 from torch import Tensor
 
+from descompiler.layout.fetches import Counts
+from descompiler.layout.step import StepHeader
 from descompiler.layout.traffic import Traffic
-from descompiler.runtime.agreement import Header
+from descompiler.runtime.agreement import Agreement, Header
 from descompiler.runtime.border import Handle
 from descompiler.runtime.fetching import Fetching
 
@@ -96,3 +98,44 @@ class Ahead:
     fetching: Fetching | None
     traffic: Traffic
     taken: bool = False
+
+
+@dataclass
+class TakesAhead(Agreement):
+    """Ranks whose steps may begin with what has gone ahead.
+
+    Attributes
+    ----------
+    unique : dict of str to Counts
+        Unique ids of this step, by table.
+    ahead : Ahead or None
+        Of this step's batch.
+    beside : Traffic
+        What this step has sent and no layout says.
+    """
+
+    _: KW_ONLY
+    unique: dict[str, Counts] = field(default_factory=dict)
+    ahead: Ahead | None = None
+    beside: Traffic = field(default_factory=Traffic)
+
+    def take_ahead(self) -> Ahead | None:
+        """What has gone ahead of this step's batch, if anything has: the step begins with it, unless ranks differ."""
+        if (ahead := self.ahead) is not None:
+            self.traffic.include(ahead.traffic)
+            self.beside.add(StepHeader.AHEAD, (self.ranks - 1) * StepHeader.AHEAD_BYTES)
+            ahead.taken = True
+            self.header_ahead(ahead.batch, ahead.rows)
+        return ahead
+
+    def leave_ahead(self) -> None:
+        """Not all ranks take what has gone ahead: the step begins again, with another header."""
+        if self.ahead is not None:
+            self.ahead.taken = False
+        self.traffic, self.unique, self.beside, self.ahead = Traffic(), {}, Traffic(), None
+        self.traffic.add(StepHeader.SEND, (self.ranks - 1) * StepHeader.BYTES)
+        self.another_header()
+
+    def another_header(self) -> None:
+        """This step has one more than layouts say."""
+        self.beside.add(StepHeader.SEND, (self.ranks - 1) * StepHeader.BYTES)

@@ -17,15 +17,12 @@ import torch
 from torch import Tensor
 
 from descompiler.layout.border import IdsIn, ValuesOut
-from descompiler.layout.fetches import Counts
 from descompiler.layout.global_values import GatherRows, NormsInside, SumTerms, WholeTables
 from descompiler.layout.id_checks import Check, are_alike, are_in_range
 from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows
-from descompiler.layout.step import StepHeader
 from descompiler.layout.traffic import Traffic
-from descompiler.runtime.agreement import Agreement
-from descompiler.runtime.ahead import Ahead
+from descompiler.runtime.ahead import TakesAhead
 from descompiler.runtime.backward import Asked
 from descompiler.runtime.border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, apart, put_together
 from descompiler.runtime.carriers import carries
@@ -65,12 +62,11 @@ class Regions:
 
 
 @dataclass
-class Runtime(Agreement):
+class Runtime(TakesAhead):
     """What emitted operators know at run time. One per compiled module; programs set their layout before they run."""
 
     loss: str
     _: KW_ONLY
-    unique: dict[str, Counts] = field(default_factory=dict)
     layout: Layout = field(default_factory=lambda: Layout(1))
     checks: tuple[Check, ...] = ()
     forwards: int = 0
@@ -79,8 +75,6 @@ class Runtime(Agreement):
     seen: dict[str, list[bool]] = field(default_factory=dict)  # of this forward's leaves, as `Used` has it
     loss_scale: LossScale = field(default_factory=LossScale)  # of this forward
     regions: Regions | None = None  # of this step, where ranks' inputs have other sizes
-    ahead: Ahead | None = None  # of this step's batch
-    beside: Traffic = field(default_factory=Traffic)  # what this step has sent and no layout says
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.group, self.ranks)
@@ -99,27 +93,6 @@ class Runtime(Agreement):
         if self.take_ahead() is None:
             self.header(rows, self.problem(ids))
         return sum(self.rows)
-
-    def take_ahead(self) -> Ahead | None:
-        """What has gone ahead of this step's batch, if anything has: the step begins with it, unless ranks differ."""
-        if (ahead := self.ahead) is not None:
-            self.traffic.include(ahead.traffic)
-            self.beside.add(StepHeader.AHEAD, (self.ranks - 1) * StepHeader.AHEAD_BYTES)
-            ahead.taken = True
-            self.header_ahead(ahead.batch, ahead.rows)
-        return ahead
-
-    def leave_ahead(self) -> None:
-        """Not all ranks take what has gone ahead: the step begins again, with another header."""
-        if self.ahead is not None:
-            self.ahead.taken = False
-        self.traffic, self.unique, self.beside, self.ahead = Traffic(), {}, Traffic(), None
-        self.traffic.add(StepHeader.SEND, (self.ranks - 1) * StepHeader.BYTES)
-        self.another_header()
-
-    def another_header(self) -> None:
-        """This step has one more than layouts say."""
-        self.beside.add(StepHeader.SEND, (self.ranks - 1) * StepHeader.BYTES)
 
     def problem(self, ids: Sequence[Tensor]) -> str | None:
         """Why ids are wrong, or None."""
