@@ -19,6 +19,7 @@ from descompiler.errors import (
 from descompiler.layout.traffic import Traffic
 from descompiler.model.batch_size import BatchSize
 from descompiler.model.inputs import register_input
+from descompiler.module.advice import Advice
 from descompiler.module.checkpoint import TrainingState, load, save
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.fused import FusedOptimizer, fuse_optimizer
@@ -34,6 +35,7 @@ from descompiler.version import VERSION
 __version__ = VERSION
 
 __all__ = [
+    "Advice",
     "Audit",
     "BatchSize",
     "CaptureError",

@@ -16,7 +16,6 @@ from descompiler.builder import Builder
 from descompiler.compiler import distribute
 from descompiler.passes import FORMS
 from descompiler.planning.given import GivenPlan
-from descompiler.planning.objective import Terms
 
 LOSS = "rank_mean"
 BY_BYTES, BY_CLUSTER, FORCED = "by bytes", "by cluster", "form "
@@ -32,19 +31,19 @@ def compiled(
     *,
     fused: bool = False,
     plan: GivenPlan = None,
-    cluster: des.Cluster | None = None,
+    cluster: des.Cluster | str = "bytes",
 ) -> Contestant:
     """What `des.compile` makes; captured once for a case and layout, since that is most of its time.
 
     ``fused``: tables step in backward, as FBGEMM's do.
     """
-    key, terms = f"builder{layout}", Terms(cluster=cluster)
+    key = f"builder{layout}"
     builder = case.shared[key] = case.shared.get(key) or Builder.of(model, case.example)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tables that are left whole: the plan says so
         try:
             module = distribute(
-                model, lambda: builder, plan=plan, process_group=None, loss=LOSS, batch=None, seed=None, terms=terms
+                model, lambda: builder, plan=plan, process_group=None, loss=LOSS, batch=None, seed=None, cluster=cluster
             )
             optimizers: list[torch.optim.Optimizer] = []
             if fused:

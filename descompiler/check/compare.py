@@ -22,6 +22,7 @@ from descompiler.model.float64 import InDouble, double_meant
 from descompiler.model.inputs import by_path, map_tensors
 from descompiler.model.probe import CALL, blueprint, call_of
 from descompiler.module.distributed import DistributedModule
+from descompiler.planning.assumed import BYTES
 from descompiler.plugins import Kit
 from descompiler.region.rule import Rule
 from descompiler.tables.form import Form
@@ -57,7 +58,8 @@ def train_and_compare(
     model, inputs = model.to(device), map_tensors(lambda x: x.to(device), inputs)
     kit = Kit.of(rules, forms)
     builder = functools.cache(lambda: Builder(blueprint(model), inputs, method, kit))  # one capture serves every case
-    compiled = functools.partial(distribute, process_group=None, batch=None, seed=None)
+    # of plans, those of the fewest bytes keep the most in the region, on however few rows
+    compiled = functools.partial(distribute, process_group=None, batch=None, seed=None, cluster=BYTES)
     with double_meant():
         for plan in plans:
             for name in optimizers:

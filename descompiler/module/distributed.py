@@ -69,6 +69,7 @@ class DistributedModule(StandardCalls, Reports):
         vars(self)["_original"] = parts.template if parts.original is None else parts.original
         self._runtime, self._coverage, self._in_place = runtime, parts.coverage, parts.in_place
         self._signature, self._program_for, self._forward_for = signature, program_for, forward_for
+        self._advise, self._first = parts.advise, list[Any]()
         self._programs = Programs()
         self._forwards: dict[tuple[bool, ...], UsersForward] = {}  # by training flags
         self._flags = [name for name, _ in parts.template.named_modules()]
@@ -155,6 +156,7 @@ class DistributedModule(StandardCalls, Reports):
         self._planned = emitted.planned
         outputs = self._noticing(self._finishing(outputs) if self._in_place else outputs, emitted.outputs)
         emitted.signature.update(args, kwargs, outputs)
+        self._remember(args, kwargs)
         if self._attributes is not None:
             self._attributes.set(emitted.signature.sets)
         return emitted.signature.unflatten(outputs)
@@ -447,7 +449,7 @@ class DistributedModule(StandardCalls, Reports):
         values = {n: plain(p).detach().clone() for n, p in self.named_parameters()}
         buffers = copies_of(dict(self.named_buffers(remove_duplicate=False)), torch.clone)
         runtime, original = self._runtime.anew(), vars(self)["_original"]
-        parts = Parts(self, self.plan, runtime, values, buffers, self._coverage, original=original)
+        parts = Parts(self, self.plan, runtime, values, buffers, self._coverage, original=original, advise=self._advise)
         result = DistributedModule(parts, self._signature, self._program_for, self._forward_for)
         result._frozen, result._dtypes, result._sparse = self._frozen, self._dtypes, self._sparse
         return result

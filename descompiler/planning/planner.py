@@ -36,6 +36,7 @@ from descompiler.region.rule import Rule
 from descompiler.tables.computed import groups_of, notes_of_computed, whole_notes
 from descompiler.tables.form import fallback, form_named
 from descompiler.tables.tables import Operator
+from descompiler.units import format_seconds
 
 
 def choose(
@@ -105,7 +106,7 @@ def choose(
         limit_bytes=terms.limit_bytes,
         missing=missing,
         memories=best.memory or search.objective.memory(partition),
-        notes=_tie_notes(search.score(least), best.score)
+        notes=_tie_notes(search.score(least), best.score, terms.cluster is not None)
         + coupling_notes(program, best.layout.exchanges)
         + notes_of_computed(groups_of(operators), {n for n, f in forms.items() if form_named(f).by_columns})
         + whole_notes(operators, partition.splits),
@@ -114,11 +115,12 @@ def choose(
     )
 
 
-def _tie_notes(least: Score, chosen: Score) -> list[str]:
+def _tie_notes(least: Score, chosen: Score, seconds: bool) -> list[str]:
     if chosen.calls == least.calls:
         return []
+    what = f"seconds, {format_seconds(least.price)}," if seconds else f"bytes, {least.price_bytes:,} B,"
     return [
-        f"{chosen.calls} collectives a step where the least bytes, {least.price_bytes:,} B, take {least.calls}: within "
+        f"{chosen.calls} collectives a step where the least {what} take {least.calls}: within "
         f"{100 * TIE:g} % the fewest are chosen"
     ]
 

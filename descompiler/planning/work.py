@@ -17,7 +17,7 @@ from math import prod
 import numpy as np
 
 from descompiler.cost_models.work import Rates, lookup_seconds
-from descompiler.graph.nodes import tail
+from descompiler.graph.nodes import elements_per_row, tail
 from descompiler.layout.spans import Spans
 from descompiler.planning.memory import activation_elements, held_elements
 from descompiler.region.cut import Weights, product_flops, work_bytes
@@ -58,7 +58,7 @@ def _of_lookup(
     o: Operator, x: Lookup, split: Split, held: np.ndarray, w: Weights, unique: float, rates: Rates
 ) -> np.ndarray:
     """Of one lookup of a table, by rank."""
-    width, by_columns = prod(tail(x.ids)), split.pieces.dim == 1
+    width, by_columns = elements_per_row(x.ids), split.pieces.dim == 1
     if split.placement(o, x) is not None:
         ids = w.ranks * w.rows * _widths(split.columns(o, x), x, w.ranks)
         columns = held if by_columns else np.where(held > 0, o.dim, 0)
