@@ -23,6 +23,7 @@ from descompiler.module.checkpoint import TrainingState, load, save
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.fused import FusedOptimizer, fuse_optimizer
 from descompiler.module.installed import module_of
+from descompiler.module.prefetch import Prefetch, prefetch
 from descompiler.module.safetensors import load_safetensors, save_safetensors
 from descompiler.module.single import gather_rows, to_single
 from descompiler.module.state import full_state_dict, load_full_state_dict
@@ -46,6 +47,7 @@ __all__ = [
     "InputError",
     "Plan",
     "PlanError",
+    "Prefetch",
     "RankError",
     "Report",
     "Traffic",
@@ -63,6 +65,7 @@ __all__ = [
     "local_tensor",
     "module_of",
     "plan",
+    "prefetch",
     "register_input",
     "save",
     "save_safetensors",
