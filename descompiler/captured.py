@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from descompiler.builder import Builder, partition_of
@@ -19,7 +20,7 @@ from descompiler.layout.statistics import Statistics
 from descompiler.model.calls import Signature
 from descompiler.model.probe import CALL
 from descompiler.planning.cluster import Cluster
-from descompiler.planning.given import check_counts, setting_of
+from descompiler.planning.given import check_counts, setting_of, wire_dtype_of
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
 from descompiler.planning.plan import Plan
@@ -113,6 +114,7 @@ def plan(
     rules: Sequence[Rule] = (),
     forms: Sequence[Form] = (),
     solver: str = DEFAULT,
+    wire_dtype: torch.dtype | None = None,
 ) -> Plan:
     """Plan for any number of ranks, without a process group and without weights.
 
@@ -126,7 +128,7 @@ def plan(
         As `compile`'s ``plan``.
     plan : Plan or path, optional
         Follow it: price it for this model, with forms that were edited in its file.
-    cluster, forbid, memory_bytes, optimizer, samples, method, rules, forms, solver
+    cluster, forbid, memory_bytes, optimizer, samples, method, rules, forms, solver, wire_dtype
         As `compile`'s.
 
     Raises
@@ -139,6 +141,7 @@ def plan(
     kit = Kit.of(rules, forms)
     terms: dict[str, Any] = {"forbid": forbid or {}, "cluster": cluster}
     terms |= {"memory_bytes": memory_bytes, "optimizer": optimizer, "solver": solver}
+    terms["wire_dtype"] = wire_dtype_of(plan, wire_dtype)
     check_counts(ranks, batch)
     try:
         with explained("capturing the model"):

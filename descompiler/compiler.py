@@ -63,6 +63,7 @@ def compile(
     rules: Sequence[Rule] = (),
     forms: Sequence[Form] = (),
     solver: str = DEFAULT,
+    wire_dtype: torch.dtype | None = None,
     timeout: float = TIMEOUT_S,
 ) -> Any:
     """Compile a model into this rank's part of an equivalent distributed module.
@@ -121,6 +122,12 @@ def compile(
         Forms that tables may take beside those; see `descompiler.tables.form`.
     solver : {"dinic", "networkx"}
         Who finds the minimum cuts that decide where values are aggregated. Both find the same; networkx takes longer.
+    wire_dtype : torch.dtype, optional
+        Round values to it that cross to one receiver: those that leave the region, rows that are fetched, gradients of
+        both. They are summed in their own dtype. ``torch.bfloat16`` halves the bytes of a float32 model's, and training
+        is no longer the original's but for this rounding: `verify` with the same ``wire_dtype`` says how far it is.
+        float16 has more digits and ends at 65,504 and 6e-8: scale losses, as with autocast. What all ranks have to have
+        alike, or a collective sums, is not rounded: dense gradients, values that mix rows, whole tables, products.
     timeout : float
         Seconds that a rank waits for the others, in this call and in every step, before it raises `RankError` with the
         step, the collective and the ranks that did not come (under gloo; NCCL's watchdog has the same time). It has to
@@ -137,7 +144,7 @@ def compile(
     """
 
     check_model(model)
-    terms = Terms(forbid or {}, cluster, memory_bytes, optimizer, solver=solver)
+    terms = Terms(forbid or {}, cluster, memory_bytes, optimizer, solver=solver, wire_dtype=wire_dtype)
 
     def compile_for(inputs: Any) -> DistributedModule:
         return distribute(

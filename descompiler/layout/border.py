@@ -133,7 +133,7 @@ class ValuesOut(Transfer):
 
     def sent(self, step: Step) -> Iterator[Sent]:
         ranks = len(step.rows)
-        sizes = by_rank([e.widths for e in self.exits], ranks, [step.size_of(e.wire_dtype) for e in self.exits])
+        sizes = by_rank([e.widths for e in self.exits], ranks, [step.narrow_size_of(e.wire_dtype) for e in self.exits])
         yield Sent(self.SEND, sizes * step.rest)
         if self.exits:
             yield Sent(self.BACK, step.rows * (sizes.sum() - sizes))

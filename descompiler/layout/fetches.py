@@ -156,7 +156,7 @@ class Fetch(Transfer):
         result: Any = [0.0] * 5
         for t in self.tables:
             x = step.unique.get(t.name, Counts()) if t.counted else Counts()
-            gathered, row = x.shared * (t.trained and t.gathered), t.dim * step.size_of(t.wire_dtype)
+            gathered, row = x.shared * (t.trained and t.gathered), t.dim * step.narrow_size_of(t.wire_dtype)
             terms = (x.asked, x.served * row, x.asked * row * t.trained, gathered, gathered * row)
             result = [a + b for a, b in zip(result, terms, strict=True)]
         return np.stack([np.broadcast_to(x, len(step.rows)) for x in result])

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from descompiler.layout.border import Entry, Exit, IdsIn, Part, ValuesOut, parts_on
 from descompiler.layout.fetches import Fetch
@@ -33,11 +34,16 @@ class Layout:
         Those of one kind are in the order in which a step makes them.
     id_bytes : int
         Of an id of the model's tables.
+    wire_dtype : torch.dtype or None
+        What wider values are rounded to where they cross to be summed or used by their receiver alone: those that leave
+        the region, rows that are fetched, gradients of both. Not rounded is what a collective sums, what every rank has
+        to have alike, and what is compared or subtracted: dense gradients, coupled values, whole tables, products.
     """
 
     ranks: int
     transfers: tuple[Transfer, ...] = ()
     id_bytes: int = 8
+    wire_dtype: torch.dtype | None = None
 
     def of(self, kind: type[K]) -> tuple[K, ...]:
         """The transfers of a kind, in order."""
@@ -154,7 +160,7 @@ class Layout:
 
     def sends_as(self, other: Layout, rows: int, itemsize: int) -> bool:
         """Whether another layout sends the same, whatever the ids: what people are told besides may differ."""
-        if self.ranks != other.ranks or self.id_bytes != other.id_bytes:
+        if (self.ranks, self.id_bytes, self.wire_dtype) != (other.ranks, other.id_bytes, other.wire_dtype):
             return False
         crossed, others = (Counter((c.kind, c.width, c.ids) for c in x.crossed) for x in (self, other))
         tables = {t.name for x in (self, other) for f in x.fetches for t in f.tables}
@@ -171,7 +177,7 @@ class Layout:
         """What all ranks send, in order of stage."""
         if self.ranks == 1:
             return []
-        step = Step(np.asarray(rows, dtype=np.int64), itemsize, unique)
+        step = Step(np.asarray(rows, dtype=np.int64), itemsize, unique, self.wire_dtype)
         return sorted((s for t in self.transfers for s in t.sent(step)), key=lambda s: s.collective.stage)
 
     def _traffic(self, rank: int, sent: Sequence[Sent]) -> Traffic:

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import sympy
+import torch
 
 from descompiler.cost_models import baselines
 from descompiler.cost_models.baselines import ExpectedUse, Priced
@@ -23,7 +24,7 @@ from descompiler.layout.pieces import Pieces
 from descompiler.layout.spans import Spans, at
 from descompiler.layout.statistics import Statistics
 from descompiler.layout.traffic import Traffic
-from descompiler.layout.transfer import Crossed
+from descompiler.layout.transfer import Crossed, narrow_size
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.memory import Memory
 from descompiler.tables.form import Split, form_named
@@ -161,6 +162,11 @@ class Chosen:
     changes: dict[str, str] = field(default_factory=dict)
 
     @property
+    def wire_dtype(self) -> torch.dtype | None:
+        """What wider values are rounded to where they cross (see `Layout.wire_dtype`); None: nothing is rounded."""
+        return self.layout.wire_dtype
+
+    @property
     def sparse(self) -> set[str]:
         """Tables with sparse gradients."""
         return {t.name for t in self.tables if t.sparse}
@@ -174,7 +180,13 @@ class Chosen:
     def crossings(self) -> list[Crossing]:
         """What crosses the border of the region, or for a product with a divided table: the layout's list, labelled."""
         pairs = zip(self.layout.crossed, self.labels, strict=True)
-        return [Crossing(**vars(crossed), **vars(label)) for crossed, label in pairs]
+        return [Crossing(**vars(self._narrowed(crossed)), **vars(label)) for crossed, label in pairs]
+
+    def _narrowed(self, crossed: Crossed) -> Crossed:
+        """What crosses, in the dtype that it is rounded to."""
+        size = narrow_size(self.itemsize, crossed.wire_dtype, self.wire_dtype)
+        narrower = crossed.kind == "values" and self.wire_dtype is not None and size == self.wire_dtype.itemsize
+        return replace(crossed, wire_dtype=self.wire_dtype) if narrower else crossed
 
     @property
     def exits(self) -> list[str]:

@@ -65,7 +65,7 @@ def layout_of(partition: Partition) -> Layout:
     if dense := _dense_elements(p):
         others = tuple((dtype, n) for dtype, n in dense.items() if dtype is not None)
         transfers.append(DenseGradients(dense.get(None, 0), others))
-    return Layout(p.ranks, tuple(transfers), id_bytes)
+    return Layout(p.ranks, tuple(transfers), id_bytes, p.wire_dtype)
 
 
 def _border(p: Partition, id_bytes: int) -> list[Transfer]:

@@ -8,6 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from descompiler.errors import PlanError, step_of
 from descompiler.graph.program import Program
 from descompiler.graph.text import fingerprint
@@ -50,7 +52,7 @@ class Asked:
     differs : callable
         How the model of a plan with another fingerprint is not this one.
     search : callable
-        The best plan that satisfies pins, for so many rows.
+        The best plan that satisfies pins, for so many rows, of which values are rounded to a dtype (or to none).
     check : callable
         Raises unless a plan that was not made here is one of this rank's program.
     """
@@ -58,7 +60,7 @@ class Asked:
     fingerprint: str
     told: str
     differs: Callable[[Plan], str]
-    search: Callable[[Pins, int], Plan]
+    search: Callable[[Pins, int, torch.dtype | None], Plan]
     check: Callable[[Plan], Any]
 
     def read(self, plan: GivenPlan, ranks: int) -> Plan | Pins:
@@ -90,7 +92,9 @@ def asked_of(
         mine,
         f"({elements:,} elements in {len(program.parameters)} parameters; tables {tables})",
         lambda other: f"({other.fingerprint}, this one is {mine}): {_what_differs(other, operators)}",
-        lambda pins, rows: choose(program, operators, rules, replace(w, rows=rows), pins, terms=terms),
+        lambda pins, rows, wire_dtype: choose(
+            program, operators, rules, replace(w, rows=rows), pins, terms=replace(terms, wire_dtype=wire_dtype)
+        ),
         check,
     )
 
@@ -108,7 +112,12 @@ def agreed(asked: Asked, plan: GivenPlan, rows: int, terms: Terms, ranks: Ranks)
     PlanError
         On every rank, if the given plan is wrong or there is none that satisfies what is given.
     """
-    given = ranks.everywhere(step_of("reading the plan", lambda: asked.read(plan, ranks.count)))
+
+    def read() -> tuple[Plan | Pins, torch.dtype | None]:
+        given = asked.read(plan, ranks.count)
+        return given, wire_dtype_of(given, terms.wire_dtype)
+
+    given, wire_dtype = ranks.everywhere(step_of("reading the plan", read))
     ranks.same("model", asked.fingerprint, asked.told)
     if isinstance(given, Plan):
         ranks.same("plan", given.digest(), str(dict(sorted(given.forms.items()))))
@@ -123,7 +132,7 @@ def agreed(asked: Asked, plan: GivenPlan, rows: int, terms: Terms, ranks: Ranks)
     else:
         ranks.everywhere(step_of("following the plan", lambda: asked.check(given)))
         return given
-    found = ranks.by_first(step_of("planning", lambda: asked.search(pins, rows)))
+    found = ranks.by_first(step_of("planning", lambda: asked.search(pins, rows, wire_dtype)))
     text = ranks.of_first(found.to_json() if found is not None and ranks.count > 1 else "")
 
     def follow() -> Plan:
@@ -133,11 +142,30 @@ def agreed(asked: Asked, plan: GivenPlan, rows: int, terms: Terms, ranks: Ranks)
         asked.check(plan)
         return replace(
             plan,
-            replan=lambda changed: asked.search(changed, rows),
-            graph_of_cut=lambda: asked.search(plan.forms, rows).cut_graph(),
+            replan=lambda changed: asked.search(changed, rows, wire_dtype),
+            graph_of_cut=lambda: asked.search(plan.forms, rows, wire_dtype).cut_graph(),
         )
 
     return ranks.everywhere(step_of("following the first rank's plan", follow))
+
+
+def wire_dtype_of(plan: GivenPlan, wire_dtype: torch.dtype | None) -> torch.dtype | None:
+    """What values are rounded to where they cross: as a given plan has it, or as the user asks.
+
+    Raises
+    ------
+    PlanError
+        If the one is not the other.
+    """
+    given = loaded(plan)
+    if not isinstance(given, Plan) or given.wire_dtype == wire_dtype:
+        return wire_dtype
+    if wire_dtype is not None:
+        raise PlanError(
+            f"wire_dtype={wire_dtype}, and the plan has {given.wire_dtype}: plan again with des.plan(model, inputs, "
+            f"ranks={given.ranks}, pins=plan.forms, wire_dtype=...), or leave wire_dtype to the plan"
+        )
+    return given.wire_dtype
 
 
 def check_counts(ranks: Any, batch: Any) -> None:

@@ -13,8 +13,10 @@ over f in the product of the F(t). Tables share aggregation points, so the price
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 
+import torch
 from torch import fx
 
 from descompiler.classify.coupling import coupling_notes
@@ -23,6 +25,7 @@ from descompiler.graph.nodes import target_name, user_line
 from descompiler.graph.program import Program
 from descompiler.graph.text import fingerprint
 from descompiler.layout.layout import Layout
+from descompiler.layout.transfer import crosses_in
 from descompiler.planning.chosen import Label, PlannedTable
 from descompiler.planning.memory import check_optimizer
 from descompiler.planning.objective import Score, Terms, Trial
@@ -57,6 +60,7 @@ def choose(
     """
     terms = terms or Terms()
     w = w.worth(terms.cluster.flops_per_byte if terms.cluster is not None else None)
+    w = replace(w, wire_dtype=_narrower(program, terms.wire_dtype))
     check_optimizer(terms.optimizer)
     if terms.cluster is not None and terms.cluster.ranks != w.ranks:
         raise PlanError(
@@ -114,6 +118,15 @@ def choose(
     )
 
 
+def _narrower(program: Program, wire_dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype that values are to be rounded to, if anything of the model's would be."""
+    if wire_dtype is not None and program.dtype.is_complex:
+        raise PlanError(f"wire_dtype={wire_dtype}: the model is of {program.dtype}, and complex values are not rounded")
+    if wire_dtype is not None and crosses_in(program.dtype, wire_dtype) == program.dtype:
+        raise PlanError(f"wire_dtype={wire_dtype} is no narrower than the model's {program.dtype}: leave it out")
+    return wire_dtype
+
+
 def _tie_notes(least: Score, chosen: Score) -> list[str]:
     if chosen.calls == least.calls:
         return []
@@ -164,7 +177,7 @@ def _does_not_fit(search: Search, forms: Mapping[str, str], best: Trial, pins: M
             changed = sorted({f"{n}: {found[n]}" for n in found if found[n] != forms[n]})
             return "\n".join([*lines, f"without the pins and forbidden forms it fits, with {', '.join(changed[:8])}"])
     for factor in (2, 4, 8, 16, 32, 64):
-        more = Weights(w.ranks * factor, w.rows, w.itemsize, w.flops_per_byte, w.backward)
+        more = replace(w, ranks=w.ranks * factor)
         terms = Terms(search.terms.forbid, None, limit, search.terms.optimizer, solver=search.terms.solver)
         wider = Search(search.program, search.operators, search.rules, more, search.allowed, terms)
         if not min(wider.score(x) for x in wider.starts(frozenset())).missing_bytes:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import fx
 
 from descompiler.classify.coupling import Coupling, couple
@@ -40,6 +41,8 @@ class Partition:
         Those that are in the region, and those that leave it.
     planned : mapping of str to Pieces, optional
         What ranks hold already, by a plan for another graph of the model (other training flags).
+    wire_dtype : torch.dtype or None
+        As `descompiler.layout.layout.Layout` has it.
     """
 
     program: Program
@@ -49,6 +52,7 @@ class Partition:
     cut: Cut
     ranks: int
     planned: Mapping[str, Pieces] | None = None
+    wire_dtype: torch.dtype | None = None
 
     @cached_property
     def pieces(self) -> Mapping[str, Pieces]:

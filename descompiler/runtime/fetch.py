@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from descompiler.layout.fetches import Counts, Fetch
+from descompiler.layout.transfer import crosses_in
 from descompiler.ops.local import bag, lookup
 from descompiler.runtime.agreement import Message
 from descompiler.runtime.backward import differentiable_once, lookups_of
@@ -190,6 +191,7 @@ class _FetchRows(torch.autograd.Function):
         ctx.runtime, ctx.fetching = runtime, fetching
         ctx.weights = [w.detach() for w in weights]
         fetching.dtypes = [x.dtype for x in owned]
+        fetching.wires = [crosses_in(dtype, runtime.layout.wire_dtype) for dtype in fetching.dtypes]
         if fetch.divided:
             sent, sizes = (message_sizes(fetching, x) for x in (fetching.served, fetching.asked))
             fetching.answering = runtime.exchange(dealt(fetching, owned, fetching.served), sent, sizes, Fetch.ROWS)

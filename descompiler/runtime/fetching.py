@@ -46,6 +46,7 @@ class Fetching:
     served: list[list[int]] = field(default_factory=list)
     served_keys: list[Tensor] = field(default_factory=list)  # by class, in order of rank, key
     dtypes: list[torch.dtype] = field(default_factory=list)  # of the rows of each class
+    wires: list[torch.dtype] = field(default_factory=list)  # that they cross in
     asking: Pending | None = None  # keys
     answering: Pending | None = None  # rows
     returning: Pending | None = None  # gradients of rows
@@ -127,24 +128,27 @@ def _padding(fetch: Fetch, space: KeySpace, unique: Tensor, place: Tensor) -> li
 
 def message_sizes(fetching: Fetching, counts: Sequence[Sequence[int]]) -> list[int]:
     """Elements of each rank's part of a message, of ``[rank][class]`` rows."""
-    dims, dtypes = fetching.fetch.dims, fetching.dtypes
+    dims, dtypes = fetching.fetch.dims, fetching.wires
     return [size_in(message_dtype(dtypes), (n * d for n, d in zip(row, dims, strict=True)), dtypes) for row in counts]
 
 
 def dealt(fetching: Fetching, values: Sequence[Tensor], counts: Sequence[Sequence[int]]) -> Tensor:
     """Rows of each class, in order of rank, as one message in order of rank and class."""
-    parts = [torch.split(v, [row[c] for row in counts]) for c, v in enumerate(values)]
+    parts = [
+        torch.split(v.to(wire), [row[c] for row in counts])
+        for c, (v, wire) in enumerate(zip(values, fetching.wires, strict=True))
+    ]
     chunks = [p[r] for r in range(len(counts)) for p in parts]
-    return packed(chunks, message_dtype(fetching.dtypes), values[0].device)
+    return packed(chunks, message_dtype(fetching.wires), values[0].device)
 
 
 def collected(fetching: Fetching, message: Tensor, counts: Sequence[Sequence[int]]) -> list[list[Tensor]]:
     """The inverse of `dealt`: by class, the rows ``[n, dim]`` of each rank."""
     dims = fetching.fetch.dims
     sizes = [n * d for row in counts for n, d in zip(row, dims, strict=True)]
-    parts = iter(unpacked(message, sizes, fetching.dtypes * len(counts)))
+    parts = iter(unpacked(message, sizes, fetching.wires * len(counts)))
     result: list[list[Tensor]] = [[] for _ in dims]
     for row in counts:
         for c, (n, d) in enumerate(zip(row, dims, strict=True)):
-            result[c].append(next(parts).reshape(n, d))
+            result[c].append(next(parts).reshape(n, d).to(fetching.dtypes[c]))
     return result

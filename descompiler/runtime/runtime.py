@@ -24,6 +24,7 @@ from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows
 from descompiler.layout.step import StepHeader
 from descompiler.layout.traffic import Traffic
+from descompiler.layout.transfer import crosses_in
 from descompiler.runtime.agreement import Agreement
 from descompiler.runtime.backward import Asked
 from descompiler.runtime.border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, apart, put_together
@@ -211,7 +212,8 @@ class Runtime(Agreement):
                 assert self.regions is not None
                 present.extend(zip(self.regions.groups, (x.to(dtype) for x in v), strict=True))
         covers = [ranks for ranks, _ in present]
-        return [handle, ExitStart.apply(self, transfer, handle, covers, anchor, *(v for _, v in present))]
+        narrow = self.layout.wire_dtype
+        return [handle, ExitStart.apply(self, transfer, handle, covers, narrow, anchor, *(v for _, v in present))]
 
     def exit_wait(self, started: list[Any]) -> list[Tensor]:
         """The values for this rank's own rows: summed, or put together (`LOCAL` ranges left out)."""
@@ -219,11 +221,12 @@ class Runtime(Agreement):
         mine, exits = self.rows[self.rank], self.layout.exits
         senders = [(i, r) for r in range(self.ranks) for i, e in enumerate(exits) if e.width(r)]
         counts = [mine * exits[i].width(r) for i, r in senders]
-        dtypes = [self.dtype_of(exits[i].wire_dtype) for i, _ in senders]
+        own = [self.dtype_of(exits[i].wire_dtype) for i, _ in senders]
+        dtypes = [crosses_in(dtype, self.layout.wire_dtype) for dtype in own]
         parts = apart(ExitWait.apply(self, handle, counts, dtypes, token), counts, dtypes)
         by_exit: list[dict[int, Tensor]] = [{} for _ in exits]
-        for (i, r), p in zip(senders, parts, strict=True):
-            by_exit[i][r] = p.reshape(mine, *exits[i].tail_on(r))
+        for (i, r), p, dtype in zip(senders, parts, own, strict=True):
+            by_exit[i][r] = p.reshape(mine, *exits[i].tail_on(r)).to(dtype)  # sums are made in it
         return [put_together(e, by_exit[i]) for i, e in enumerate(exits)]
 
     # ---- weights that several ranks hold in part

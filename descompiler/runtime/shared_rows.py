@@ -41,8 +41,10 @@ def start_gathering(runtime: Communicator, fetching: Fetching, own: list[Tensor]
         counts.append([b - a for a, b in itertools.pairwise(ends)])
         keys.append(torch.split(part, counts[-1]))
     keys[rank] = tuple(fetching.shared_keys)
-    values = packed([own[c] for c in fetch.gathered_classes], message_dtype(fetching.dtypes), received.device)
+    rounded = [g.to(wire) for g, wire in zip(own, fetching.wires, strict=True)]
+    values = packed([rounded[c] for c in fetch.gathered_classes], message_dtype(fetching.wires), received.device)
     sizes = message_sizes(fetching, counts)
+    own = [g.to(dtype) for g, dtype in zip(rounded, fetching.dtypes, strict=True)]  # as the others get them
     return Gathering(to_all(runtime, values, sizes, Fetch.GATHERED_BACK), counts, keys, own)
 
 
