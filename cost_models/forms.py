@@ -13,6 +13,8 @@ A row that a rank's batch has with probability q is hot if 2 k s < q (i + 2 k s)
 What a plan prices is its own layout, exactly (`descompiler.layout.layout`); these are for crossovers and curves.
 """
 
+import sympy
+
 from descompiler.cost_models.baselines import ALL_REDUCE
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
 from descompiler.cost_models.symbols import UH, H, L, N, U, i, k, s, w
@@ -24,6 +26,17 @@ HOT_ROWS = (N - 1) / N * ((U - UH) * (i + 2 * k * s) + 2 * H * k * s)
 FSDP = ALL_REDUCE
 ALL_TO_ALL = IDS_IN + VALUES_OUT_AND_BACK.subs(w, L * k)
 PARTIAL_SUMS = IDS_IN + VALUES_OUT_AND_BACK.subs(w, N * w)  # each of N ranks sends a term
+
+
+def rounded(formula: sympy.Expr, itemsize: int) -> sympy.Expr:
+    """What a form sends where rows and values cross in elements of ``itemsize`` bytes; sums by all-reduce don't.
+
+    >>> rounded(UNIQUE_ROWS, 2), rounded(REPLICATE, 2) == REPLICATE
+    (U*(N - 1)*(i + 4*k)/N, True)
+    """
+    if formula == HOT_ROWS:
+        return (N - 1) / N * ((U - UH) * (i + 2 * k * itemsize) + 2 * H * k * s)
+    return formula if formula in (REPLICATE, FSDP) else formula.subs(s, itemsize)
 
 
 def hot_threshold(dim: int, itemsize: int, id_bytes: int, sparse: bool = False) -> float:

@@ -79,6 +79,7 @@ class Captured:
     ) -> Plan:
         """As `descompiler.plan`, without the capture; ``terms`` are those of `descompiler.planning.objective.Terms`."""
         ranks, batch, pins = setting_of(ranks, batch, pins, plan, terms.get("cluster"))
+        terms["wire_dtype"] = wire_dtype_of(plan, terms.get("wire_dtype"))
         if samples is not None:
             terms["statistics"] = self.measure(samples)
         w = self.weights(ranks, batch or self.rows)

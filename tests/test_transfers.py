@@ -36,6 +36,7 @@ from descompiler.layout.traffic import Collective, Stage, kind_of
 from descompiler.layout.transfer import Counts, Step, Transfer
 from descompiler.layout.vocabulary import Vocabulary
 from descompiler.planning.json import decode, encode
+from descompiler.planning.older import VERSION
 from descompiler.runtime import fetch, gradients, runtime  # noqa: F401 (all that carries transfers)
 from descompiler.runtime.carriers import CARRIERS
 from descompiler.tables import aliases
@@ -209,7 +210,7 @@ def test_a_plan_file_of_version_2_is_read():
         assert found.calls_by_collective == expected["calls"]
     assert {type(t) for t in plan.layout.transfers} == set(kinds()) - {LeafStatus, UsedOutputs}
     again = json.loads(plan.to_json())
-    assert again["version"] == 6 and des.Plan.from_json(plan.to_json()) == plan
+    assert again["version"] == VERSION and des.Plan.from_json(plan.to_json()) == plan
     again["layout"]["transfers"][0]["is"] = "Header"  # as some files of version 3 named the first kind
     assert des.Plan.from_json(json.dumps(again)) == plan
 

@@ -15,6 +15,7 @@ import torch
 
 from descompiler.cost_models import baselines
 from descompiler.cost_models.baselines import ExpectedUse, Priced
+from descompiler.cost_models.forms import rounded
 from descompiler.cost_models.symbols import N, b, i, s
 from descompiler.cost_models.table import OfTable
 from descompiler.errors import PlanError
@@ -182,6 +183,11 @@ class Chosen:
         pairs = zip(self.layout.crossed, self.labels, strict=True)
         return [Crossing(**vars(self._narrowed(crossed)), **vars(label)) for crossed, label in pairs]
 
+    def costs(self, t: PlannedTable, form: str) -> Mapping[str, sympy.Expr]:
+        """What a table would send in a form: formulas, by what is sent."""
+        formulas, itemsize = form_named(form).costs(t.sparse), narrow_size(t.itemsize, None, self.wire_dtype)
+        return {x: f if itemsize == t.itemsize else rounded(f, itemsize) for x, f in formulas.items()}
+
     def _narrowed(self, crossed: Crossed) -> Crossed:
         """What crosses, in the dtype that it is rounded to."""
         size = narrow_size(self.itemsize, crossed.wire_dtype, self.wire_dtype)
@@ -295,6 +301,6 @@ class Chosen:
         values = self.numbers_of(t)
         return {
             what: (formula, self.bytes_of(formula, **values))
-            for what, formula in form_named(split.form).costs(t.sparse).items()
+            for what, formula in self.costs(t, split.form).items()
             if {x.name for x in formula.free_symbols - known} <= set(values)
         }
