@@ -14,6 +14,7 @@ import torch
 from descompiler.layout.border import Entry, Exit, IdsIn, Part, ValuesOut, parts_on
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import CoupledValues, Whole, WholeTables
+from descompiler.layout.keys import expected_bytes
 from descompiler.layout.pieces import ALL
 from descompiler.layout.statistics import Statistics
 from descompiler.layout.step import LeafStatus
@@ -111,14 +112,17 @@ class Layout:
         batches = Counter(rows)
         for t in {t.name: t for f in self.fetches for t in f.tables}.values():
             stats = Statistics.assumed([t.table]) if statistics is None else statistics
-            asked, served, shared = np.zeros((3, self.ranks))
+            asked, served, shared, asked_bytes, shared_bytes = np.zeros((5, self.ranks))
             for batch, ranks in batches.items():
                 unique, shares = stats.unique(t.name, batch), stats.shares(t.name, t.pieces, batch)
                 own, here = shares[:ALL], np.equal(rows, batch)
                 asked[here] = unique * (1 - own[here] - shares[ALL])
                 served += (ranks - here) * unique * own
                 shared[here] = unique * shares[ALL]
-            result[t.name] = Counts(asked, served, shared)
+                sizes = expected_bytes(unique * shares, t.pieces.sizes)
+                asked_bytes[here] = sizes[:ALL].sum() - sizes[:ALL][here]
+                shared_bytes[here] = sizes[ALL]
+            result[t.name] = Counts(asked, served, shared, asked_bytes, shared_bytes)
         return result
 
     def predict_kinds(self, rows: int, itemsize: int, statistics: Statistics | None = None) -> list[Traffic]:
@@ -165,7 +169,10 @@ class Layout:
         crossed, others = (Counter((c.kind, c.width, c.ids) for c in x.crossed) for x in (self, other))
         tables = {t.name for x in (self, other) for f in x.fetches for t in f.tables}
         ranks = np.arange(1, self.ranks + 1)
-        unique = {n: Counts(ranks * i, ranks * (i + 7), ranks + i) for i, n in enumerate(sorted(tables), start=2)}
+        unique = {
+            n: Counts(ranks * i, ranks * (i + 7), ranks + i, ranks * (i + 3), ranks + 2 * i)
+            for i, n in enumerate(sorted(tables), start=2)
+        }
         every = [rows + i % 3 for i in range(self.ranks)]
         mine, its = (
             [(collective, np.asarray(size).tolist(), calls) for collective, size, calls in sent]

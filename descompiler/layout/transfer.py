@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
 from typing import ClassVar, NamedTuple
@@ -43,14 +43,18 @@ class Counts:
         Of the other ranks', those that this one owns.
     shared : float or ndarray
         Of this rank's, those that every rank holds.
+    asked_bytes, shared_bytes : float or ndarray
+        Of those ids as they cross, each as its distance to the one before it.
     """
 
     asked: float | np.ndarray = 0
     served: float | np.ndarray = 0
     shared: float | np.ndarray = 0
+    asked_bytes: float | np.ndarray = 0
+    shared_bytes: float | np.ndarray = 0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(self.asked + other.asked, self.served + other.served, self.shared + other.shared)
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Counts)))
 
 
 def crosses_in(dtype: torch.dtype, narrow: torch.dtype | None) -> torch.dtype:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+import numpy as np
 import sympy
 import torch
 
@@ -20,6 +21,7 @@ from descompiler.cost_models.symbols import N, b, i, s
 from descompiler.cost_models.table import OfTable
 from descompiler.errors import PlanError
 from descompiler.layout.fetches import Counts
+from descompiler.layout.keys import expected_bytes
 from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.spans import Spans, at
@@ -287,7 +289,8 @@ class Chosen:
         pieces, statistics = self.splits[t.name].pieces, Statistics.assumed([t.table])
         unique = self.unique.get(t.name, statistics.unique(t.name, self.rows))
         hot = unique * statistics.shares(t.name, pieces, self.rows)[-1]
-        return {"V": t.rows, "k": t.dim, "U": unique, "H": pieces.shared_size(), "U_H": hot}
+        id_bytes = float(expected_bytes(np.array([unique]), np.array([t.rows]))[0]) / max(unique, 1e-300)
+        return {"V": t.rows, "k": t.dim, "U": unique, "d": id_bytes, "H": pieces.shared_size(), "U_H": hot}
 
     def sends(self, t: PlannedTable) -> dict[str, tuple[sympy.Expr, int]]:
         """What a table sends by itself, outside the region: formula and bytes, by what is sent.

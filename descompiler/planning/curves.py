@@ -14,7 +14,7 @@ import sympy
 
 from descompiler.cost_models.crossovers import Crossover, crossovers
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
-from descompiler.cost_models.symbols import UH, H, L, N, U, V, b, i, k, p, s, w
+from descompiler.cost_models.symbols import UH, H, L, N, U, V, b, d, i, k, p, s, w
 from descompiler.layout.statistics import zipf_unique
 from descompiler.layout.transfer import narrow_size
 from descompiler.planning.chosen import Chosen, Crossing, PlannedTable
@@ -27,7 +27,7 @@ _VALUES = VALUES_OUT_AND_BACK.subs(w, p * k)
 _SUMS = VALUES_OUT_AND_BACK.subs(w, N * w)  # each of N ranks sends a term
 
 
-OWN_SYMBOLS = {N, b, s, i, V, k, U}
+OWN_SYMBOLS = {N, b, s, i, d, V, k, U}
 """Symbols that are a table's own, whatever is chosen for the others."""
 
 
@@ -74,7 +74,7 @@ def numbers(plan: Chosen, kind: TableKind) -> dict[sympy.Symbol, float]:
         s: t.itemsize,
         i: plan.layout.id_bytes,
         w: sums / plan.ranks,
-        **{x: sum(n[x.name] for n in own) / count for x in (V, k, U, H, UH)},
+        **{x: sum(n[x.name] for n in own) / count for x in (V, k, U, d, H, UH)},
     }
 
 

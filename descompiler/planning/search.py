@@ -19,7 +19,7 @@ from torch import fx
 
 from descompiler.classify.scope import trained_parameters
 from descompiler.cost_models.symbols import L as IDS
-from descompiler.cost_models.symbols import N, U, V, b, i, k, s
+from descompiler.cost_models.symbols import N, U, V, b, d, i, k, s
 from descompiler.errors import DescompilerError
 from descompiler.graph.nodes import shape_of, tail
 from descompiler.graph.program import Program
@@ -143,7 +143,7 @@ class Search:
         least = form_named(form).least_bytes(o, w.ranks, self.objective.statistics, w.rows, narrow)
         if least is not None:
             return FormCost(False, least * (1 - ROUNDING))
-        values: dict[Any, float] = {N: w.ranks, b: w.rows, s: narrow, i: 4, V: o.rows, k: o.dim, IDS: o.ids}
+        values: dict[Any, float] = {N: w.ranks, b: w.rows, s: narrow, i: 1, d: 1, V: o.rows, k: o.dim, IDS: o.ids}
         values[U] = self.objective.unique[o.name]
         total = 0.0
         known = o.trained and (not o.outputs or split.at_hand)  # products with a divided table are more

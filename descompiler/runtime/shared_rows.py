@@ -13,6 +13,7 @@ from descompiler.layout.pieces import ALL
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.collectives import Pending
 from descompiler.runtime.communicator import Communicator
+from descompiler.runtime.differences import decode
 from descompiler.runtime.fetching import Fetching, Gathering, collected, message_sizes
 from descompiler.runtime.messages import message_dtype, packed
 
@@ -32,8 +33,8 @@ def start_gathering(runtime: Communicator, fetching: Fetching, own: list[Tensor]
     """Send every rank the gradients of the shared rows that this one looked up."""
     fetch, rank = fetching.fetch, runtime.rank
     assert fetching.telling is not None
-    received = fetching.telling.wait().long()
     sizes = [0 if r == rank else n for r, n in enumerate(fetching.gathered_counts)]
+    received = decode(fetching.telling.wait(), sizes, fetch.digits)
     firsts = fetching.space.shared[torch.tensor([m.start for m in fetch.classes], device=received.device)]
     counts, keys = [], []
     for part in torch.split(received, sizes):  # in order of class
