@@ -309,7 +309,9 @@ def partition_of(
     inside = {n for node in cut.inside for n in candidates.placed[node].pieces}
     if lost := set(colocated) - inside:
         raise PlanError(f"weights {sorted(lost)} were cut for another graph (training flags differ); plan again")
-    return Partition(program, operators, splits, candidates, cut, plan.ranks, plan.pieces, plan.wire_dtype)
+    return Partition(
+        program, operators, splits, candidates, cut, plan.ranks, plan.pieces, plan.wire_dtype, bool(plan.layout.given)
+    )
 
 
 def _splits_of(operators: list[Operator], plan: Plan) -> dict[str, Split]:

@@ -20,7 +20,7 @@ from descompiler.layout.statistics import Statistics
 from descompiler.model.calls import Signature
 from descompiler.model.probe import CALL
 from descompiler.planning.cluster import Cluster
-from descompiler.planning.given import check_counts, setting_of, wire_dtype_of
+from descompiler.planning.given import as_planned, check_counts, setting_of
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
 from descompiler.planning.plan import Plan
@@ -79,11 +79,12 @@ class Captured:
     ) -> Plan:
         """As `descompiler.plan`, without the capture; ``terms`` are those of `descompiler.planning.objective.Terms`."""
         ranks, batch, pins = setting_of(ranks, batch, pins, plan, terms.get("cluster"))
-        terms["wire_dtype"] = wire_dtype_of(plan, terms.get("wire_dtype"))
         if samples is not None:
             terms["statistics"] = self.measure(samples)
         w = self.weights(ranks, batch or self.rows)
-        return choose(self.program, self.operators, self.build.kit.rules, w, pins, terms=Terms(**terms))
+        return choose(
+            self.program, self.operators, self.build.kit.rules, w, pins, terms=as_planned(plan, Terms(**terms))
+        )
 
     def weights(self, ranks: int, rows: int) -> Weights:
         """What the cut weighs with; an element is of the dtype that holds all of the model's numbers."""
@@ -116,6 +117,7 @@ def plan(
     forms: Sequence[Form] = (),
     solver: str = DEFAULT,
     wire_dtype: torch.dtype | None = None,
+    ids: str = "own",
 ) -> Plan:
     """Plan for any number of ranks, without a process group and without weights.
 
@@ -129,7 +131,7 @@ def plan(
         As `compile`'s ``plan``.
     plan : Plan or path, optional
         Follow it: price it for this model, with forms that were edited in its file.
-    cluster, forbid, memory_bytes, optimizer, samples, method, rules, forms, solver, wire_dtype
+    cluster, forbid, memory_bytes, optimizer, samples, method, rules, forms, solver, wire_dtype, ids
         As `compile`'s.
 
     Raises
@@ -142,7 +144,7 @@ def plan(
     kit = Kit.of(rules, forms)
     terms: dict[str, Any] = {"forbid": forbid or {}, "cluster": cluster}
     terms |= {"memory_bytes": memory_bytes, "optimizer": optimizer, "solver": solver}
-    terms["wire_dtype"] = wire_dtype_of(plan, wire_dtype)
+    terms |= {"wire_dtype": wire_dtype, "ids": ids}
     check_counts(ranks, batch)
     try:
         with explained("capturing the model"):
@@ -154,6 +156,8 @@ def plan(
             ranks, batch, pins = setting_of(ranks, batch, pins, plan, cluster)
             if samples is not None:
                 terms["statistics"] = measure_in_part(build.template, seen, samples, ranks, method)
-            return plan_partial(build.template, seen, ranks, batch or build.rows, pins, Terms(**terms))
+            return plan_partial(
+                build.template, seen, ranks, batch or build.rows, pins, as_planned(plan, Terms(**terms))
+            )
     with explained("planning"):
         return captured.plan(ranks=ranks, batch=batch, pins=pins, plan=plan, samples=samples, **terms)

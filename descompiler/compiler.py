@@ -64,6 +64,7 @@ def compile(
     forms: Sequence[Form] = (),
     solver: str = DEFAULT,
     wire_dtype: torch.dtype | None = None,
+    ids: str = "own",
     timeout: float = TIMEOUT_S,
 ) -> Any:
     """Compile a model into this rank's part of an equivalent distributed module.
@@ -128,6 +129,13 @@ def compile(
         is no longer the original's but for this rounding: `verify` with the same ``wire_dtype`` says how far it is.
         float16 has more digits and ends at 65,504 and 6e-8: scale losses, as with autocast. What all ranks have to have
         alike, or a collective sums, is not rounded: dense gradients, values that mix rows, whole tables, products.
+    ids : {"own", "global"}
+        Whose rows the ids are that a rank is given. "global": what lookups alone read is the *global batch's* on every
+        rank, in the order of the ranks, and everything else this rank's own rows. Then no ids cross, and tables take
+        forms that are computed for the global batch. For data that is read by columns: a rank needs the ids of its own
+        tables, and other columns may hold any valid id. A model of ids alone has an even share of the rows on each
+        rank, the first ranks one more. Batches of other sizes, or other ids where all ranks need all, raise on every
+        rank.
     timeout : float
         Seconds that a rank waits for the others, in this call and in every step, before it raises `RankError` with the
         step, the collective and the ranks that did not come (under gloo; NCCL's watchdog has the same time). It has to
@@ -144,7 +152,7 @@ def compile(
     """
 
     check_model(model)
-    terms = Terms(forbid or {}, cluster, memory_bytes, optimizer, solver=solver, wire_dtype=wire_dtype)
+    terms = Terms(forbid or {}, cluster, memory_bytes, optimizer, solver=solver, wire_dtype=wire_dtype, ids=ids)
 
     def compile_for(inputs: Any) -> DistributedModule:
         return distribute(
@@ -230,7 +238,7 @@ def distribute(
     # propose splits, price them, choose with a cut
     program, operators, w = captured.program, captured.operators, captured.weights(ranks.count, rows)
     follow = partial(build.follow, solver=terms.solver)
-    chosen = agreed(asked_of(program, operators, build.kit.rules, w, terms, follow), plan, rows, terms, ranks)
+    chosen = agreed(asked_of(program, operators, build.kit.rules, w, follow), plan, rows, terms, ranks)
     coverage = coverage_of(program, operators, chosen)
     for text in (None if operators else NO_OPERATORS, coverage.warning()):
         if text:

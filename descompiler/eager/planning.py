@@ -18,7 +18,7 @@ from descompiler.model.random_state import ONE_DRAW
 from descompiler.planning.checked import EDITED, check_pieces
 from descompiler.planning.coverage import IN_PART, Coverage, Covered
 from descompiler.planning.given import Asked
-from descompiler.planning.objective import Terms
+from descompiler.planning.objective import IDS, Terms
 from descompiler.planning.pins import allowed_forms, form_name
 from descompiler.planning.plan import Plan
 from descompiler.planning.planner import choose
@@ -28,16 +28,14 @@ from descompiler.tables.made import made_by_its_form
 from descompiler.tables.tables import WEIGHTS_RICH_ELEMENTS
 
 
-def asked_in_part(template: nn.Module, seen: Survey, ranks: int, terms: Terms) -> Asked:
+def asked_in_part(template: nn.Module, seen: Survey, ranks: int) -> Asked:
     """What is asked for a model of which the user's forward runs."""
     mine, parameters = _fingerprint(template), list(template.parameters())
     return Asked(
         mine,
         f"({sum(p.numel() for p in parameters):,} elements in {len(parameters)} parameters)",
         lambda other: f"({other.fingerprint}), or for a graph of this one; it is captured in part ({mine})",
-        lambda pins, rows, wire_dtype: plan_partial(
-            template, seen, ranks, rows, pins, replace(terms, wire_dtype=wire_dtype)
-        ),
+        lambda pins, rows, terms: plan_partial(template, seen, ranks, rows, pins, terms),
         lambda plan: _check(template, plan, outline_of(template, seen, ranks)),
     )
 
@@ -78,6 +76,8 @@ def plan_partial(
         As `choose`.
     """
     _check_wire_dtype(terms.wire_dtype)
+    if terms.ids != IDS[0]:
+        raise PlanError(f"ids={terms.ids!r}: no tracer captured the model, and its own forward reads ids of own rows")
     outline = outline_of(template, seen, ranks)
     wanted = {pattern: _in_part(form, pattern) for pattern, form in (pins or {}).items()}
     # small tables stay whole: each use of a divided one costs collectives of its own

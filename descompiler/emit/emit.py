@@ -147,14 +147,19 @@ def _begin(e: Emission, outside: OutsideEmitter) -> tuple[Check, ...]:
     for n in e.program.graph.nodes:
         if n in needed and n.op == "call_function":
             e.own(n)
-    first = next(n for n in e.program.graph.nodes if (s := e.program.source(n)) and s.kind == "input")
+    given = e.partition.given
+    inputs = [n for n in e.program.graph.nodes if (s := e.program.source(n)) and s.kind == "input"]
+    first = next((n for n in inputs if n not in given), inputs[0])
     e.rows_local = e.call(aten.sym_size.int, e.own(first), 0)
+    if first in given:
+        e.rows_local = e.on_runtime("share_of", e.rows_local)
     ids = [e.own(n) for n in checked]
     e.checked.update(ids)
     if e.layout.early:
         outside.begin_fetch(ids)
     else:
-        e.rows = e.on_runtime("begin", e.rows_local, ids)
+        total = [e.call(aten.sym_size.int, e.own(n), 0) for n in given[:1]]
+        e.rows = e.on_runtime("begin", e.rows_local, ids, *total)
     return (*(_check(e.partition.splits[o.name], o, x) for o, x in lookups), *(c for _, c in targets))
 
 

@@ -56,6 +56,11 @@ class Layout:
         return tuple(e for t in self.of(IdsIn) for e in t.entries)
 
     @cached_property
+    def given(self) -> tuple[int, ...]:
+        """Positions of the inputs that are the global batch's on every rank."""
+        return tuple(i for t in self.of(IdsIn) for i in t.given)
+
+    @cached_property
     def _parts(self) -> dict[int, tuple[Part, ...]]:
         return {}
 
@@ -164,7 +169,8 @@ class Layout:
 
     def sends_as(self, other: Layout, rows: int, itemsize: int) -> bool:
         """Whether another layout sends the same, whatever the ids: what people are told besides may differ."""
-        if (self.ranks, self.id_bytes, self.wire_dtype) != (other.ranks, other.id_bytes, other.wire_dtype):
+        options = [(x.ranks, x.id_bytes, x.wire_dtype, x.given) for x in (self, other)]
+        if options[0] != options[1]:
             return False
         crossed, others = (Counter((c.kind, c.width, c.ids) for c in x.crossed) for x in (self, other))
         tables = {t.name for x in (self, other) for f in x.fetches for t in f.tables}

@@ -16,6 +16,7 @@ import torch
 
 from descompiler.cost_models import baselines
 from descompiler.cost_models.baselines import ExpectedUse, Priced
+from descompiler.cost_models.exchange import IDS_IN
 from descompiler.cost_models.forms import rounded
 from descompiler.cost_models.symbols import N, b, i, s
 from descompiler.cost_models.table import OfTable
@@ -188,7 +189,8 @@ class Chosen:
     def costs(self, t: PlannedTable, form: str) -> Mapping[str, sympy.Expr]:
         """What a table would send in a form: formulas, by what is sent."""
         formulas, itemsize = form_named(form).costs(t.sparse), narrow_size(t.itemsize, None, self.wire_dtype)
-        return {x: f if itemsize == t.itemsize else rounded(f, itemsize) for x, f in formulas.items()}
+        cross = {x: f for x, f in formulas.items() if f != IDS_IN or not self.layout.given}
+        return {x: f if itemsize == t.itemsize else rounded(f, itemsize) for x, f in cross.items()}
 
     def _narrowed(self, crossed: Crossed) -> Crossed:
         """What crosses, in the dtype that it is rounded to."""

@@ -96,7 +96,7 @@ def chosen_curve(plan: Chosen, kind: TableKind) -> Curve | None:
 
 def _in_region(plan: Chosen, kind: TableKind, form: str, *, sums: bool, receivers: sympy.Expr | int = 1) -> Curve:
     """A form whose lookups are in the region: ids to each receiver, and vectors or sums back."""
-    ids = IDS_IN.subs(L, receivers * L)
+    ids = 0 if plan.layout.given else IDS_IN.subs(L, receivers * L)
     itemsize = narrow_size(kind.tables[0].itemsize, None, plan.wire_dtype)
     values = (_SUMS if sums else _VALUES).subs({} if plan.wire_dtype is None else {s: itemsize})
     return (f"{form}, partial sums" if sums else f"{form}, all-to-all"), ids + values

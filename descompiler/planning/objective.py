@@ -43,6 +43,10 @@ WIRE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What values may be rounded to where they cross."""
 
 
+IDS = ("own", "global")
+"""Whose rows the ids are that each rank is given: its own, or those of all."""
+
+
 @dataclass(frozen=True)
 class Terms:
     """What a plan has to satisfy, besides pins.
@@ -66,6 +70,8 @@ class Terms:
         Who finds the minimum cuts: a name of `descompiler.region.flow.SOLVERS`. All find the same.
     wire_dtype : torch.dtype, optional
         What wider values are rounded to where they cross (`descompiler.layout.layout.Layout`).
+    ids : {"own", "global"}
+        Whose rows the ids are that each rank is given.
     """
 
     forbid: Forbidden = field(default_factory=dict)
@@ -76,9 +82,12 @@ class Terms:
     statistics: Statistics | None = None
     solver: str = DEFAULT
     wire_dtype: torch.dtype | None = None
+    ids: str = IDS[0]
 
     def __post_init__(self) -> None:
         SOLVERS.named(self.solver)
+        if self.ids not in IDS:
+            raise PlanError(f"ids={self.ids!r}; it is one of {', '.join(map(repr, IDS))}")
         if self.wire_dtype not in (None, *WIRE_DTYPES):
             names = ", ".join(map(str, WIRE_DTYPES))
             raise PlanError(f"wire_dtype={self.wire_dtype!r}; it is one of {names}, or None: nothing is rounded")
@@ -160,7 +169,7 @@ class Objective:
                 cuts["lookups"] = other
             for aggregate, cut in cuts.items():
                 of = self.program, self.operators, splits, candidates, cut, self.w.ranks
-                partition = Partition(*of, wire_dtype=self.w.wire_dtype)
+                partition = Partition(*of, wire_dtype=self.w.wire_dtype, global_ids=self.w.global_ids)
                 found.append(self._price(partition, aggregate))
             best = min(found, key=lambda t: t.score)
             if not best.score.missing_bytes:

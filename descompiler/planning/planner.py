@@ -28,7 +28,7 @@ from descompiler.layout.layout import Layout
 from descompiler.layout.transfer import crosses_in
 from descompiler.planning.chosen import Label, PlannedTable
 from descompiler.planning.memory import check_optimizer
-from descompiler.planning.objective import Score, Terms, Trial
+from descompiler.planning.objective import IDS, Score, Terms, Trial
 from descompiler.planning.pins import allowed_forms
 from descompiler.planning.plan import Plan
 from descompiler.planning.search import TIE, Search
@@ -37,7 +37,7 @@ from descompiler.region.named import named_cut_graph
 from descompiler.region.partition import Partition
 from descompiler.region.rule import Rule
 from descompiler.tables.computed import groups_of, notes_of_computed, whole_notes
-from descompiler.tables.form import fallback, form_named
+from descompiler.tables.form import fallback, form_named, split_as
 from descompiler.tables.tables import Operator
 
 
@@ -60,7 +60,7 @@ def choose(
     """
     terms = terms or Terms()
     w = w.worth(terms.cluster.flops_per_byte if terms.cluster is not None else None)
-    w = replace(w, wire_dtype=_narrower(program, terms.wire_dtype))
+    w = replace(w, wire_dtype=_narrower(program, terms.wire_dtype), global_ids=terms.ids == IDS[1] and w.ranks > 1)
     check_optimizer(terms.optimizer)
     if terms.cluster is not None and terms.cluster.ranks != w.ranks:
         raise PlanError(
@@ -70,6 +70,8 @@ def choose(
     allowed = allowed_forms(operators, pins, terms.forbid, terms.optimizer)
     if w.ranks == 1:
         allowed = {o.name: (fallback().name,) for o in operators}
+    if w.global_ids:
+        allowed = {o.name: _inside(o, allowed[o.name], w.ranks) for o in operators}
     measured = terms.statistics.measured if terms.statistics is not None else {}
     for name, forms_of in allowed.items():
         if name not in measured and len(forms_of) > 1:
@@ -115,6 +117,22 @@ def choose(
         + whole_notes(operators, partition.splits),
         replan=lambda changed: choose(program, operators, rules, w, changed, terms=terms),
         graph_of_cut=lambda: named_cut_graph(program, partition.candidates, w, partition.inside),
+    )
+
+
+def _inside(o: Operator, forms: Sequence[str], ranks: int) -> tuple[str, ...]:
+    """The forms in which a table is looked up for the global batch."""
+
+    def inside(form: str) -> bool:
+        split = split_as(o, form, ranks)
+        return not (o.outputs or o.other_uses) and all(split.placement(o, x) is not None for x in o.lookups)
+
+    if found := tuple(form for form in forms if inside(form)):
+        return found
+    why = "; ".join(f"{f}: {reason}" for f, reason in o.refusals.items())
+    raise PlanError(
+        f"ids='global': table {o.name!r} is used on own rows in the forms that it may take ({', '.join(forms)})"
+        + (f", and it can't take {why}" if why else "")
     )
 
 

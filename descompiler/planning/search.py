@@ -138,7 +138,7 @@ class Search:
             for ids in dict.fromkeys(x.ids for x in o.lookups):
                 x = next(x for x in o.lookups if x.ids is ids)
                 width = summed(Entry(ids.name, tail(ids), split.columns(o, x)).widths)
-                sent += 4 * w.rows * (w.ranks - 1) * width / readers[ids]
+                sent += 4 * w.rows * (w.ranks - 1) * width / readers[ids] * (not w.global_ids)
             return FormCost(True, sent, len(split.pieces.owners) if split.pieces.dim == 1 else 1)
         least = form_named(form).least_bytes(o, w.ranks, self.objective.statistics, w.rows, narrow)
         if least is not None:

@@ -142,6 +142,8 @@ def crossings(plan: Chosen, only: str | None = None) -> Sheet:
         Column("line"),
     )
     notes = ["the mean over ranks; values include their gradients on the way back." if rows else "nothing: all local."]
+    if plan.layout.given:
+        notes.append("ids don't cross: every rank is given the global batch's.")
     if plan.wire_dtype is not None:
         notes.append(
             f"values and fetched rows, and gradients of both, are rounded to {plan.wire_dtype} and summed in their own "

@@ -63,6 +63,8 @@ class Weights:
         Whether gradients are sent back.
     wire_dtype : torch.dtype or None
         As `descompiler.layout.layout.Layout` has it.
+    global_ids : bool
+        Whether every rank is given the global batch of what lookups read.
     """
 
     ranks: int
@@ -71,6 +73,7 @@ class Weights:
     flops_per_byte: float = 40.0
     backward: bool = True
     wire_dtype: torch.dtype | None = None
+    global_ids: bool = False
 
     def size_of(self, wire_dtype: torch.dtype | None) -> int:
         """Bytes of an element that crosses in a dtype; None: in the model's."""

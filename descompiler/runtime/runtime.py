@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from descompiler.errors import InputError
 from descompiler.layout.border import IdsIn, ValuesOut
 from descompiler.layout.fetches import Counts
 from descompiler.layout.global_values import GatherRows, NormsInside, SumTerms, WholeTables
@@ -88,10 +89,24 @@ class Runtime(Agreement):
         """Of another module on the same ranks."""
         return Runtime(self.group, self.rank, self.ranks, self.loss, channels=self.channels)
 
-    def begin(self, rows: int, ids: Sequence[Tensor]) -> int:
-        """Check ids, exchange row counts, agree with the other ranks; returns the rows of the global batch."""
+    def begin(self, rows: int, ids: Sequence[Tensor], given: int | None = None) -> int:
+        """Check ids, exchange row counts, agree with the other ranks; returns the rows of the global batch.
+
+        ``given``: the rows of which this rank was given ids, as all ranks were (`Call` tells); if they are the global
+        batch's.
+        """
         self.header(rows, self.problem(ids))
+        if given not in (None, sum(self.rows)):  # on every rank
+            self.failed = True
+            raise InputError(
+                f"ids='global': ids are given for {given} rows, and ranks have {' + '.join(map(str, self.rows))} rows: "
+                "give every rank the ids of the global batch, in the order of the ranks"
+            )
         return sum(self.rows)
+
+    def share_of(self, rows: int) -> int:
+        """This rank's own of the rows of a global batch, where no input says how many."""
+        return share_of(rows, self.rank, self.ranks)
 
     def problem(self, ids: Sequence[Tensor]) -> str | None:
         """Why ids are wrong, or None."""
@@ -370,6 +385,15 @@ class Runtime(Agreement):
         if self.ranks == 1 or self.loss == "rank_mean" or not torch.is_grad_enabled():
             return list(tensors)
         return [self.loss_scale.divide(x) if x.requires_grad else x for x in tensors]
+
+
+def share_of(rows: int, rank: int, ranks: int) -> int:
+    """An even share: the first ranks have one row more.
+
+    >>> [share_of(8, r, 3) for r in range(3)]
+    [3, 3, 2]
+    """
+    return rows // ranks + (rank < rows % ranks)
 
 
 def _joined(ids: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
