@@ -26,6 +26,7 @@ from descompiler.module.installed import module_of
 from descompiler.module.safetensors import load_safetensors, save_safetensors
 from descompiler.module.single import gather_rows, to_single
 from descompiler.module.state import full_state_dict, load_full_state_dict
+from descompiler.parquet import ParquetColumns
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.plan import Plan
 from descompiler.version import VERSION
@@ -42,6 +43,7 @@ __all__ = [
     "EquivalenceError",
     "FusedOptimizer",
     "InputError",
+    "ParquetColumns",
     "Plan",
     "PlanError",
     "RankError",

@@ -18,6 +18,7 @@ from descompiler.classify.behind import Behind
 from descompiler.classify.scope import scope_of, trained_parameters
 from descompiler.emit.emission import Emission, Version
 from descompiler.emit.outside import OutsideEmitter
+from descompiler.emit.reads import columns_read
 from descompiler.emit.region import RegionEmitter
 from descompiler.emit.together import look_up_together
 from descompiler.graph.nodes import Source, aten
@@ -64,6 +65,8 @@ class Emitted:
         See `descompiler.emit.by_size.mixed_sizes`.
     accepts : callable
         Whether it is the program for so many rows of the global batch.
+    id_columns : mapping of int to (frozenset of int or None)
+        See `descompiler.emit.reads.columns_read`.
     planned : bool
         Whether the plan's crossings are those of the graph that it was emitted from.
     """
@@ -83,6 +86,7 @@ class Emitted:
     accepts: Callable[[int], bool] = any_rows
     labels: list[Label] = field(default_factory=list)
     planned: bool = True
+    id_columns: Mapping[int, frozenset[int] | None] = field(default_factory=dict)
 
     def constant(self, name: str, device: torch.device) -> torch.Tensor:
         """A constant where it is needed, and stays."""
@@ -136,7 +140,8 @@ def emit(partition: Partition, rank: int) -> Emitted:
     wanted = frozenset(n for n, p in program.parameters.items() if p.requires_grad)
     untrained = wanted - trained_parameters(program)
     behind = Behind(program)
-    return Emitted(module, e.sources, e.constants, e.layout, checks, rows, untrained, behind, program.reads, e.rows)
+    of = module, e.sources, e.constants, e.layout, checks, rows, untrained, behind, program.reads, e.rows
+    return Emitted(*of, id_columns=columns_read(partition, e.layout, rank) if e.layout.given else {})
 
 
 def _begin(e: Emission, outside: OutsideEmitter) -> tuple[Check, ...]:
