@@ -1,32 +1,45 @@
 """What the forms of a weights-rich operator send, per rank and step, the mean over ranks: the shapes of their curves.
 
     replicate, dense gradients          2 (N-1)/N V k s                           `REPLICATE`
-    replicate, unique rows' gradients   (N-1) U (k s + i)                         `SPARSE_ALL_GATHER`
-    pull unique rows                    (N-1)/N U (i + 2 k s)                     `UNIQUE_ROWS`
-    hot rows replicated, others pulled  (N-1)/N ((U - u) (i + 2 k s) + 2 H k s)   `HOT_ROWS`: u of H hot rows in a batch
+    replicate, unique rows' gradients   (N-1) U (k s + d)                         `SPARSE_ALL_GATHER`
+    pull unique rows                    (N-1)/N U (d + 2 k s)                     `UNIQUE_ROWS`
+    hot rows replicated, others pulled  (N-1)/N ((U - u) (d + 2 k s) + 2 H k s)   `HOT_ROWS`: u of H hot rows in a batch
     fully sharded, gathered whole       2 (N-1)/N V k s                           `FSDP`: forward and backward together
     split, values by all-to-all         (N-1)/N b L (i + 2 k s)                   `ALL_TO_ALL`
     table- or column-wise, a partial    (N-1)/N b L i + 2 (N-1) b w s             `PARTIAL_SUMS`: w elements a row
 
-A row that a rank's batch has with probability q is hot if 2 k s < q (i + 2 k s): `hot_threshold`.
+A row that a rank's batch has with probability q is hot if 2 k s < q (d + 2 k s): `hot_threshold`.
 
 What a plan prices is its own layout, exactly (`descompiler.layout.layout`); these are for crossovers and curves.
 """
 
+import sympy
+
 from descompiler.cost_models.baselines import ALL_REDUCE
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
-from descompiler.cost_models.symbols import UH, H, L, N, U, i, k, s, w
+from descompiler.cost_models.symbols import UH, H, L, N, U, d, k, s, w
 
 REPLICATE = ALL_REDUCE
-SPARSE_ALL_GATHER = (N - 1) * U * (k * s + i)
-UNIQUE_ROWS = (N - 1) / N * U * (i + 2 * k * s)
-HOT_ROWS = (N - 1) / N * ((U - UH) * (i + 2 * k * s) + 2 * H * k * s)
+SPARSE_ALL_GATHER = (N - 1) * U * (k * s + d)
+UNIQUE_ROWS = (N - 1) / N * U * (d + 2 * k * s)
+HOT_ROWS = (N - 1) / N * ((U - UH) * (d + 2 * k * s) + 2 * H * k * s)
 FSDP = ALL_REDUCE
 ALL_TO_ALL = IDS_IN + VALUES_OUT_AND_BACK.subs(w, L * k)
 PARTIAL_SUMS = IDS_IN + VALUES_OUT_AND_BACK.subs(w, N * w)  # each of N ranks sends a term
 
 
-def hot_threshold(dim: int, itemsize: int, id_bytes: int, sparse: bool = False) -> float:
+def rounded(formula: sympy.Expr, itemsize: int) -> sympy.Expr:
+    """What a form sends where rows and values cross in elements of ``itemsize`` bytes; sums by all-reduce don't.
+
+    >>> rounded(UNIQUE_ROWS, 2), rounded(REPLICATE, 2) == REPLICATE
+    (U*(N - 1)*(d + 4*k)/N, True)
+    """
+    if formula == HOT_ROWS:
+        return (N - 1) / N * ((U - UH) * (d + 2 * k * itemsize) + 2 * H * k * s)
+    return formula if formula in (REPLICATE, FSDP) else formula.subs(s, itemsize)
+
+
+def hot_threshold(dim: int, itemsize: int, id_bytes: float, sparse: bool = False) -> float:
     """The probability that a batch has a row, above which replicating the row sends less than pulling it.
 
     Where `HOT_ROWS` with the row among the hot ones, H + 1 and u + q for H and u, equals `HOT_ROWS` without. With

@@ -34,6 +34,8 @@ s = sympy.Symbol("s", integer=True, positive=True)
 """Bytes of an element."""
 i = sympy.Symbol("i", integer=True, positive=True)
 """Bytes of an id."""
+d = sympy.Symbol("d", positive=True)
+"""Bytes of a unique id, as its distance to the one before it."""
 l = sympy.Symbol("l", integer=True, nonnegative=True)  # noqa: E741
 """Bytes of a bag's length, where lengths are sent beside ids."""
 P = sympy.Symbol("P", integer=True, nonnegative=True)

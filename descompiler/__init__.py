@@ -28,6 +28,7 @@ from descompiler.module.safetensors import load_safetensors, save_safetensors
 from descompiler.module.single import gather_rows, to_single
 from descompiler.module.state import full_state_dict, load_full_state_dict
 from descompiler.ops.local import plain as local_tensor
+from descompiler.parquet import ParquetColumns
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.plan import Plan
 from descompiler.version import VERSION
@@ -45,6 +46,7 @@ __all__ = [
     "EquivalenceError",
     "FusedOptimizer",
     "InputError",
+    "ParquetColumns",
     "Plan",
     "PlanError",
     "Prefetch",

@@ -293,7 +293,7 @@ def partition_of(
 
     ``like``: names of what is inside in the graph for inputs of other sizes; weights are cut as they are there.
     """
-    w = Weights(plan.ranks, plan.rows, plan.itemsize).worth(
+    w = Weights(plan.ranks, plan.rows, plan.itemsize, wire_dtype=plan.wire_dtype).worth(
         plan.cluster.flops_per_byte if plan.cluster is not None else None
     )
     splits = _splits_of(operators, plan)
@@ -311,7 +311,9 @@ def partition_of(
     inside = {n for node in cut.inside for n in candidates.placed[node].pieces}
     if lost := set(colocated) - inside:
         raise PlanError(f"weights {sorted(lost)} were cut for another graph (training flags differ); plan again")
-    return Partition(program, operators, splits, candidates, cut, plan.ranks, plan.pieces)
+    return Partition(
+        program, operators, splits, candidates, cut, plan.ranks, plan.pieces, plan.wire_dtype, bool(plan.layout.given)
+    )
 
 
 def _splits_of(operators: list[Operator], plan: Plan) -> dict[str, Split]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from descompiler.builder import Builder, partition_of
@@ -19,7 +20,7 @@ from descompiler.layout.statistics import Statistics
 from descompiler.model.calls import Signature
 from descompiler.model.probe import CALL
 from descompiler.planning.assumed import BYTES, GivenCluster, cluster_of
-from descompiler.planning.given import check_counts, setting_of
+from descompiler.planning.given import as_planned, check_counts, setting_of
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
 from descompiler.planning.plan import Plan
@@ -89,7 +90,9 @@ class Captured:
         if samples is not None:
             terms["statistics"] = self.measure(samples)
         w = self.weights(ranks, batch or self.rows)
-        return choose(self.program, self.operators, self.build.kit.rules, w, pins, terms=Terms(**terms))
+        return choose(
+            self.program, self.operators, self.build.kit.rules, w, pins, terms=as_planned(plan, Terms(**terms))
+        )
 
     def weights(self, ranks: int, rows: int) -> Weights:
         """What the cut weighs with; an element is of the dtype that holds all of the model's numbers."""
@@ -135,6 +138,8 @@ def plan(
     rules: Sequence[Rule] = (),
     forms: Sequence[Form] = (),
     solver: str = DEFAULT,
+    wire_dtype: torch.dtype | None = None,
+    ids: str = "own",
 ) -> Plan:
     """Plan for any number of ranks, without a process group and without weights.
 
@@ -148,7 +153,7 @@ def plan(
         As `compile`'s ``plan``.
     plan : Plan or path, optional
         Follow it: price it for this model, with forms that were edited in its file.
-    cluster, forbid, memory_bytes, optimizer, samples, method, rules, forms, solver
+    cluster, forbid, memory_bytes, optimizer, samples, method, rules, forms, solver, wire_dtype, ids
         As `compile`'s.
 
     Raises
@@ -161,6 +166,7 @@ def plan(
     kit = Kit.of(rules, forms)
     terms: dict[str, Any] = {"forbid": forbid or {}}
     terms |= {"memory_bytes": memory_bytes, "optimizer": optimizer, "solver": solver}
+    terms |= {"wire_dtype": wire_dtype, "ids": ids}
     check_counts(ranks, batch)
     try:
         with explained("capturing the model"):
@@ -173,7 +179,9 @@ def plan(
             if samples is not None:
                 terms["statistics"] = measure_in_part(build.template, seen, samples, ranks, method)
             terms["cluster"] = cluster_of(cluster, ranks, build.device.type)
-            return plan_partial(build.template, seen, ranks, batch or build.rows, pins, Terms(**terms))
+            return plan_partial(
+                build.template, seen, ranks, batch or build.rows, pins, as_planned(plan, Terms(**terms))
+            )
     with explained("planning"):
         if samples is None:
             terms["statistics"] = captured.of_example()

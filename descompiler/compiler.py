@@ -31,7 +31,7 @@ from descompiler.module.standard import watch_optimizers
 from descompiler.planning.assumed import GivenCluster, cluster_of
 from descompiler.planning.chosen import NO_OPERATORS
 from descompiler.planning.coverage import coverage_of
-from descompiler.planning.given import GivenPlan, agreed, asked_of, check_counts
+from descompiler.planning.given import GivenPlan, agreed, as_planned, asked_of, check_counts
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
 from descompiler.planning.plan import Plan
@@ -65,6 +65,8 @@ def compile(
     rules: Sequence[Rule] = (),
     forms: Sequence[Form] = (),
     solver: str = DEFAULT,
+    wire_dtype: torch.dtype | None = None,
+    ids: str = "own",
     timeout: float = TIMEOUT_S,
 ) -> Any:
     """Compile a model into this rank's part of an equivalent distributed module.
@@ -125,6 +127,19 @@ def compile(
         Forms that tables may take beside those; see `descompiler.tables.form`.
     solver : {"dinic", "networkx"}
         Who finds the minimum cuts that decide where values are aggregated. Both find the same; networkx takes longer.
+    wire_dtype : torch.dtype, optional
+        Round values to it that cross to one receiver: those that leave the region, rows that are fetched, gradients of
+        both. They are summed in their own dtype. ``torch.bfloat16`` halves the bytes of a float32 model's, and training
+        is no longer the original's but for this rounding: `verify` with the same ``wire_dtype`` says how far it is.
+        float16 has more digits and ends at 65,504 and 6e-8: scale losses, as with autocast. What all ranks have to have
+        alike, or a collective sums, is not rounded: dense gradients, values that mix rows, whole tables, products.
+    ids : {"own", "global"}
+        Whose rows the ids are that a rank is given. "global": what lookups alone read is the *global batch's* on every
+        rank, in the order of the ranks, and everything else this rank's own rows. Then no ids cross, and tables take
+        forms that are computed for the global batch. For data that is read by columns: a rank needs the ids of its own
+        tables, and other columns may hold any valid id. A model of ids alone has an even share of the rows on each
+        rank, the first ranks one more. Batches of other sizes, or other ids where all ranks need all, raise on every
+        rank.
     timeout : float
         Seconds that a rank waits for the others, in this call and in every step, before it raises `RankError` with the
         step, the collective and the ranks that did not come (under gloo; NCCL's watchdog has the same time). It has to
@@ -141,7 +156,7 @@ def compile(
     """
 
     check_model(model)
-    terms = Terms(forbid or {}, None, memory_bytes, optimizer, solver=solver)
+    terms = Terms(forbid or {}, None, memory_bytes, optimizer, solver=solver, wire_dtype=wire_dtype, ids=ids)
 
     def compile_for(inputs: Any) -> DistributedModule:
         return distribute(
@@ -231,7 +246,7 @@ def distribute(
     # propose splits, price them, choose with a cut
     program, operators, w = captured.program, captured.operators, captured.weights(ranks.count, rows)
     follow = partial(build.follow, solver=terms.solver)
-    chosen = agreed(asked_of(program, operators, build.kit.rules, w, terms, follow), plan, rows, terms, ranks)
+    chosen = agreed(asked_of(program, operators, build.kit.rules, w, follow), plan, rows, terms, ranks)
     coverage = coverage_of(program, operators, chosen)
     for text in (None if operators else NO_OPERATORS, coverage.warning()):
         if text:
@@ -248,8 +263,8 @@ def distribute(
 
     def advise(batches: Sequence[Any]) -> tuple[Plan, Plan]:
         measured = ranks.of_first(ranks.by_first(lambda: _measured(captured, batches)))
-        of = replace(terms, statistics=measured)
-        asked = asked_of(program, operators, build.kit.rules, w, of, follow)
+        of = replace(as_planned(chosen, terms), statistics=measured)
+        asked = asked_of(program, operators, build.kit.rules, w, follow)
         kept = plan if isinstance(plan, Mapping) else None
         return agreed(asked, chosen.forms, rows, of, ranks), agreed(asked, kept, rows, of, ranks)
 

@@ -57,7 +57,7 @@ def distribute_in_part(
             return measure_in_part(build.template, seen, samples, ranks.count, build.method)
 
         terms = replace(terms, statistics=ranks.of_first(ranks.everywhere(measured)))
-    chosen = agreed(asked_in_part(build.template, seen, ranks.count, terms), plan, rows, terms, ranks)
+    chosen = agreed(asked_in_part(build.template, seen, ranks.count), plan, rows, terms, ranks)
     coverage = coverage_partial(build.template, seen, chosen, failures)
     if text := coverage.warning():
         ranks.warn(text)

@@ -16,7 +16,7 @@ from descompiler.cost_models.crossovers import crossovers
 from descompiler.cost_models.forms import ALL_TO_ALL, PARTIAL_SUMS, REPLICATE, UNIQUE_ROWS
 from descompiler.cost_models.memory import STATE, table_bytes
 from descompiler.cost_models.operators import extra_flops, linear_flops, pooling_flops
-from descompiler.cost_models.symbols import UG, L, N, S, U, V, alpha, b, beta, c, g, gamma, i, k, l, p, s, w
+from descompiler.cost_models.symbols import UG, L, N, S, U, V, alpha, b, beta, c, d, g, gamma, i, k, l, p, s, w
 from descompiler.cost_models.symbols import P as dense
 from descompiler.passes import FORMS
 
@@ -126,7 +126,24 @@ def test_costs_compose():
     }
 
 
-SMALL = {N: 8, g: 4, b: 64, L: 3, V: 5000, U: 150, UG: 600, k: 16, s: 4, i: 8, l: 4, p: 1, c: 2, w: 17, dense: 100}
+SMALL = {
+    N: 8,
+    g: 4,
+    b: 64,
+    L: 3,
+    V: 5000,
+    U: 150,
+    UG: 600,
+    k: 16,
+    s: 4,
+    i: 8,
+    d: 2,
+    l: 4,
+    p: 1,
+    c: 2,
+    w: 17,
+    dense: 100,
+}
 CURVES = {f.name: f.curve for f in FORMS if f.curve is not None} | {"all-to-all": ALL_TO_ALL, "partial": PARTIAL_SUMS}
 BYTES = {
     **{x.name: x.table.sent_bytes() + x.dense.sent_bytes() for x in BASELINES},
@@ -140,13 +157,13 @@ def test_bytes_scale_as_units(name):
     formula = BYTES[name]
     if name in ("data parallel, sparse gradients", "sparse_all_gather"):
         formula = formula.subs(sympy.Integer(8), i)  # its indices are int64 always
-    scaled = formula.subs({s: 3 * s, i: 3 * i, l: 3 * l}, simultaneous=True)
+    scaled = formula.subs({s: 3 * s, i: 3 * i, d: 3 * d, l: 3 * l}, simultaneous=True)
     assert sympy.simplify(scaled - 3 * formula) == 0
 
 
 @pytest.mark.parametrize("name", BYTES)
 @settings(max_examples=20)
-@given(st.sampled_from([N, b, L, V, U, UG, k, s, i, p, w, dense]), st.integers(1, 5))
+@given(st.sampled_from([N, b, L, V, U, UG, k, s, i, d, p, w, dense]), st.integers(1, 5))
 def test_bytes_never_shrink_as_anything_grows(name, symbol, factor):
     before = BYTES[name].subs(SMALL)
     assert BYTES[name].subs({**SMALL, symbol: SMALL[symbol] * factor}) >= before > 0
@@ -210,7 +227,7 @@ def test_flops_of_the_region():
     assert pooling_flops(2, 3, 4) == 48
 
 
-NUMBERS = {b: 1024, L: 26, k: 16, w: 17, s: 4, i: 4, U: 9000}
+NUMBERS = {b: 1024, L: 26, k: 16, w: 17, s: 4, i: 4, d: 4, U: 9000}
 
 
 def test_crossovers_in_closed_form():
@@ -218,12 +235,12 @@ def test_crossovers_in_closed_form():
     (x,) = crossovers(("all-to-all", ALL_TO_ALL), ("partial sums", PARTIAL_SUMS), N, NUMBERS)
     assert sympy.simplify(x.threshold - L * k / w) == 0 and (x.first, x.second) == ("all-to-all", "partial sums")
     assert x.start == 25 and "from 25 ranks" in str(x)
-    (y,) = crossovers(("replicate", REPLICATE), ("unique_rows", UNIQUE_ROWS), V, {U: 4000, k: 16, s: 4, i: 4, N: 8})
+    (y,) = crossovers(("replicate", REPLICATE), ("unique_rows", UNIQUE_ROWS), V, {U: 4000, k: 16, s: 4, d: 4, N: 8})
     assert y.first == "unique_rows" and y.value == pytest.approx(4000 * 132 / 128)
     assert crossovers(("unique_rows", UNIQUE_ROWS), ("unique_rows", UNIQUE_ROWS), N, NUMBERS) == []
     with pytest.raises(ValueError, match="solve for"):
         crossovers(("unique_rows", UNIQUE_ROWS), ("replicate", REPLICATE), V, {V: 3})
-    with pytest.raises(ValueError, match="numbers of N, U, i, k"):
+    with pytest.raises(ValueError, match="numbers of N, U, d, k"):
         crossovers(("unique_rows", UNIQUE_ROWS), ("replicate", REPLICATE), V, {s: 4})
 
 

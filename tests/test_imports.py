@@ -33,7 +33,7 @@ ORDER = (
     ("eager",),
     ("module",),
     ("plugins", "builder", "captured", "in_part", "compiler"),
-    ("check",),
+    ("check", "parquet"),
     ("__init__",),
     ("report",),
     ("cli",),

@@ -275,10 +275,10 @@ def test_a_limit_of_memory_is_kept():
     with torch.device("meta"):
         model = MODELS["fm"]("fields", vocab_sizes=[3000] * 4, dim=16)
     found = Captured.of(model, (torch.randn(4, 3), torch.zeros(4, 4, dtype=torch.int64)))
-    free = found.plan(ranks=4, batch=100_000)
+    free = found.plan(ranks=4, batch=1_000_000)
     assert set(free.forms.values()) == {"replicate"}
     less = free.memory(0).total - 1
-    split = found.plan(ranks=4, batch=100_000, memory_bytes=less)
+    split = found.plan(ranks=4, batch=1_000_000, memory_bytes=less)
     assert max(split.memory(r).total for r in range(4)) <= less and split.price_bytes > free.price_bytes
     whole = found.plan(ranks=4, batch=1, pins={"*": "replicate"}).memory(0).total
     limited = found.plan(ranks=4, batch=1, memory_bytes=whole // 2)
@@ -397,7 +397,7 @@ def test_every_rank_is_priced_where_all_are_different():
     expected = plan.layout.expected([rows] * ranks, found.measure(samples))
     sent = []
     for r in range(ranks):
-        own = {n: Counts(x.asked[r], x.served[r], x.shared[r]) for n, x in expected.items()}
+        own = {n: Counts(*(of[r] for of in vars(x).values())) for n, x in expected.items()}
         sent.append(plan.traffic(r, unique=own).total)
     assert max(sent) == plan.price_bytes and len(set(sent)) > 30
     assert not plan.exact or plan.price == plan.bound

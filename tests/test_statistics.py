@@ -8,8 +8,9 @@ from torch import nn
 import descompiler as des
 from descompiler.capture.ladder import capture
 from descompiler.cost_models.forms import HOT_ROWS
-from descompiler.cost_models.symbols import UH, H, N, U, i, k, s
+from descompiler.cost_models.symbols import UH, H, N, U, d, k, s
 from descompiler.cost_models.table import Table
+from descompiler.layout.keys import expected_bytes
 from descompiler.layout.pieces import ALL, Pieces
 from descompiler.layout.statistics import Statistics, zipf_unique
 from descompiler.model.probe import blueprint
@@ -100,15 +101,17 @@ def test_hot_rows_are_those_that_cost_less_replicated():
     split = form_named("hot_rows").split(table, 4, choice)
     ids, present, other = statistics.presence("item.weight", BATCH)
     everything = dict(zip(ids.tolist(), present.tolist(), strict=True))
-    values = {N: 4, k: 2, s: 4, i: 4, U: 100, UH: 50, H: 20}
+    unique = np.array([statistics.unique("item.weight", BATCH)])
+    each = expected_bytes(unique, np.array([1000])) / unique
+    values = {N: 4, k: 2, s: 4, d: each[0], U: 100, UH: 50, H: 20}
     hot = {row for r in split.pieces.shared() for row in range(r.start, r.stop)}
     assert 0 < len(hot) < 300
     for row in range(1000):
         q = everything.get(row, other)
         pays = HOT_ROWS.subs({**values, UH: 50 + q, H: 21}) < HOT_ROWS.subs(values)
         assert pays == (row in hot)
-    # the least that any hot rows cost: each row the cheaper way, q (i + 2 k s) fetched or 2 k s reduced
-    least = 3 * sum(min(everything.get(row, other) * 20, 16) for row in range(1000))
+    # the least that any hot rows cost: each row the cheaper way, q (d + 2 k s) fetched, d at least 1, or 2 k s reduced
+    least = 3 * sum(min(everything.get(row, other) * 17, 16) for row in range(1000))
     assert form_named("hot_rows").least_bytes(table, 4, statistics, BATCH, 4) == pytest.approx(least)
     shares = statistics.shares("item.weight", split.pieces, BATCH)
     assert max(shares[:4]) < 1.1 * min(shares[:4])

@@ -14,6 +14,7 @@ from torch import nn
 from descompiler.builder import Builder
 from descompiler.check.judge import Judge, OriginalStep, Report, own_rows, without_copying_parameters
 from descompiler.check.objective import Objective, batches, kind_of_loss
+from descompiler.check.rounding import RoundingJudge
 from descompiler.check.thorough import OWN_DTYPES, Trials, in_own_dtypes
 from descompiler.compiler import distribute
 from descompiler.errors import EquivalenceError
@@ -23,6 +24,7 @@ from descompiler.model.inputs import by_path, map_tensors
 from descompiler.model.probe import CALL, blueprint, call_of
 from descompiler.module.distributed import DistributedModule
 from descompiler.planning.assumed import BYTES
+from descompiler.planning.objective import Terms
 from descompiler.plugins import Kit
 from descompiler.region.rule import Rule
 from descompiler.tables.form import Form
@@ -52,14 +54,16 @@ def train_and_compare(
     rules: Sequence[Rule] = (),
     forms: Sequence[Form] = (),
     narrow: tuple[nn.Module, Any] | None = None,
+    wire_dtype: torch.dtype | None = None,
 ) -> Report:
     """``narrow``: the model and its inputs in its own dtypes, if the proof is to be thorough."""
-    report = Report(ranks)
+    report = Report(ranks, wire_dtype=wire_dtype)
     model, inputs = model.to(device), map_tensors(lambda x: x.to(device), inputs)
     kit = Kit.of(rules, forms)
     builder = functools.cache(lambda: Builder(blueprint(model), inputs, method, kit))  # one capture serves every case
     # of plans, those of the fewest bytes keep the most in the region, on however few rows
-    compiled = functools.partial(distribute, process_group=None, batch=None, seed=None, cluster=BYTES)
+    terms = Terms(wire_dtype=wire_dtype)
+    compiled = functools.partial(distribute, process_group=None, batch=None, seed=None, terms=terms, cluster=BYTES)
     with double_meant():
         for plan in plans:
             for name in optimizers:
@@ -104,7 +108,8 @@ def _case(
 ) -> None:
     drawn = any(note.startswith("random") for note in module.plan.notes)
     reference = copy.deepcopy(model, copied(model))
-    judge = Judge(report, title, module, reference, rank)
+    of = report, title, module, reference, rank
+    judge = Judge(*of) if report.wire_dtype is None else RoundingJudge(*of, wire_dtype=report.wire_dtype)
     judge.check_start()
     optimizers = [_optimizer(optimizer, net, module.plan.sparse) for net in (reference, module)]
     objective = Objective()
@@ -128,11 +133,13 @@ def _case(
         for outputs, offset in ((expected, 0), (got, first)):
             if (loss := objective(outputs, layouts, offset)).requires_grad:  # a model may have nothing to train
                 loss.backward()
-        judge.outputs(got, expected, layouts, first, counts[rank])
-        judge.arguments(local_given, local, given, (args, kwargs), first, counts[rank])
         again = lambda outputs, _, layouts=layouts: objective(outputs, layouts)  # noqa: E731
         draws = module.latest_draws if drawn else nullcontext
-        judge.gradients(OriginalStep(before, inputs_now, sum(counts), again, method, draws))
+        original = OriginalStep(before, inputs_now, sum(counts), again, method, draws)
+        judge.prepare(original, expected)
+        judge.outputs(got, expected, layouts, first, counts[rank])
+        judge.arguments(local_given, local, given, (args, kwargs), first, counts[rank])
+        judge.gradients(original)
         for o in (*optimizers[0], *optimizers[1]):
             o.step()
             o.zero_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +63,8 @@ class Report:
     tried: set[str] = field(default_factory=set)  # trials of `thorough`, those of the next two too
     refused: dict[str, str] = field(default_factory=dict)  # trials that the module refuses by name, and its words
     left_out: set[str] = field(default_factory=set)  # trials that the original raises on, or is not finite in
+    wire_dtype: torch.dtype | None = None  # that values were rounded to where they cross
+    share: float = 0.0  # of what rounding may do: the largest that it did
 
     def see(self, what: str, error: float) -> None:
         self.worst[what] = max(self.worst.get(what, 0.0), error)
@@ -74,6 +76,7 @@ class Report:
         self.tried |= other.tried
         self.left_out |= other.left_out
         self.refused |= other.refused
+        self.share = max(self.share, other.share)
         for name, share in other.conditioned.items():
             self.conditioned[name] = max(self.conditioned.get(name, 0.0), share)
         for what, error in other.worst.items():
@@ -82,6 +85,8 @@ class Report:
     def __str__(self) -> str:
         errors = ", ".join(f"{k} {v:.1e}" for k, v in sorted(self.worst.items()))
         text = f"{self.cases} cases on {self.ranks} ranks; largest relative errors: {errors}"
+        if self.wire_dtype is not None:
+            text += f"; rounded to {self.wire_dtype} to cross, which did {self.share:.0%} of what it may at most"
         text += f"; zero but for rounding: {', '.join(sorted(self.rounding))}" if self.rounding else ""
         moved = ", ".join(f"{name} {share:.1e}" for name, share in sorted(self.conditioned.items()))
         text += f"; moved by rounding the original's weights: {moved}" if moved else ""
@@ -138,6 +143,10 @@ class OriginalStep:
 
     def gradients(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of the original with these weights."""
+        return self.run(weights)[1]
+
+    def run(self, weights: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Outputs, gradients, and buffers afterwards, of the original with these weights."""
         other = copy.deepcopy(self.before, copied(self.before))
         other.zero_grad()
         with torch.no_grad():
@@ -146,23 +155,29 @@ class OriginalStep:
         args, kwargs = own_rows(self.inputs, 0, self.rows)
         with self.draws(), InDouble():
             outputs = call_of(other, self.method)(*args, **kwargs)
-        self.loss(outputs, (args, kwargs)).backward()
-        return {n: plain(p.grad).to_dense() for n, p in other.named_parameters() if p.grad is not None}
+        if (loss := self.loss(outputs, (args, kwargs))).requires_grad:  # a model may have nothing to train
+            loss.backward()
+        grads = {n: plain(p.grad).to_dense() for n, p in other.named_parameters() if p.grad is not None}
+        return [x.detach() for x in output_tensors(outputs)], grads, dict(other.named_buffers())
 
     def sensitivity(self, gradients: Mapping[str, Tensor]) -> dict[str, float]:
         """By how much entries of each gradient change when the weights are rounded otherwise."""
         moved = dict.fromkeys(gradients, 0.0)
+        for rounded in self.rounded(torch.finfo(torch.float64).eps):
+            for n, g in self.gradients(rounded).items():
+                moved[n] = max(moved[n], largest([g - gradients[n]]))
+        return moved
+
+    def rounded(self, share: float, draws: int = 3) -> Iterator[dict[str, Tensor]]:
+        """The weights, each changed at random by about a share of it."""
         generator = torch.Generator().manual_seed(0)
         weights = {n: p.detach() for n, p in self.before.named_parameters()}
-        for _ in range(3):
+        for _ in range(draws):
             noise = {
                 n: torch.randn(w.shape, generator=generator, dtype=torch.float64).to(w.device)
                 for n, w in weights.items()
             }
-            rounded = {n: w * (1 + torch.finfo(torch.float64).eps * noise[n]) for n, w in weights.items()}
-            for n, g in self.gradients(rounded).items():
-                moved[n] = max(moved[n], largest([g - gradients[n]]))
-        return moved
+            yield {n: w * (1 + share * noise[n]) for n, w in weights.items()}
 
 
 def own_rows(inputs: Any, first: int, count: int) -> Any:
@@ -190,6 +205,9 @@ class Judge:
 
     def wrong(self, text: str) -> None:
         self.found = self.found or f"{self.title}: {text}"
+
+    def prepare(self, step: OriginalStep, expected: Any) -> None:
+        """A step was computed, in which the original returned ``expected``. Collective."""
 
     def check_start(self) -> None:
         """Raise where there is nothing to compare, and see that training starts from the original's weights."""
@@ -265,11 +283,14 @@ class Judge:
     def gradients(self, step: OriginalStep, *, strict: bool = False) -> None:
         """Of every parameter. Collective. ``strict``: of inputs at their edges, where rounding alone may decide
         what the original has; and a gradient that it has none of is none, not zero."""
+        grads, found = self._gradients(strict)
+        self._compare(step, grads, found, strict)
+
+    def _gradients(self, strict: bool) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor, float]]]:
+        """The original's gradients; this rank's piece of each, the original's part, and the size of the whole."""
         module, pieces, rank = self.module, self.module.plan.pieces, self.rank
         grads = {n: plain(p.grad).to_dense() for n, p in self.reference.named_parameters() if p.grad is not None}
         are_sparse = {n for n, p in self.reference.named_parameters() if p.grad is not None and p.grad.is_sparse}
-        most = largest(grads.values())
-        rounding = ROUNDING_FLOAT64 * most
         found: dict[str, tuple[Tensor, Tensor, float]] = {}
         for name, p in module.named_parameters():
             if name not in grads:
@@ -287,6 +308,18 @@ class Judge:
                 if not torch.equal(_touched(p), touched):  # optimisers move what has a gradient of zero too
                     self.wrong(f"the gradient of {name!r} has other rows than the original's")
             found[name] = own, part, largest([grads[name]])
+        return grads, found
+
+    def _compare(
+        self,
+        step: OriginalStep,
+        grads: Mapping[str, Tensor],
+        found: Mapping[str, tuple[Tensor, Tensor, float]],
+        strict: bool,
+    ) -> None:
+        module, pieces, rank = self.module, self.module.plan.pieces, self.rank
+        most = largest(grads.values())
+        rounding = ROUNDING_FLOAT64 * most
         allowed = {n: max(rounding, size * TOLERANCE_FLOAT64) for n, (_, _, size) in found.items()}
         far = {n for n, (own, part, _) in found.items() if not _near(own, part, allowed[n])}
         if on_any_rank(bool(far)):

@@ -41,6 +41,7 @@ def verify(
     forms: Sequence[Form] = (),
     launch: Callable[..., list[Any]] | None = None,
     thorough: bool = False,
+    wire_dtype: torch.dtype | None = None,
 ) -> Report:
     """Prove on ``ranks`` local gloo processes that the compiled model trains as the original.
 
@@ -91,6 +92,12 @@ def verify(
         (`Report.left_out`); where rounding alone decides its gradient, as where all rows are equal in front of a batch
         norm, that gradient is not compared (`Report.conditioned`). What the module refuses by name is no difference;
         `Report.refused` has its words.
+    wire_dtype : torch.dtype, optional
+        As `compile`'s: measure what rounding to it does. `Report.worst` then has the largest relative errors of
+        outputs, gradients and weights that it causes, and what differs by more than rounding may do is raised: eight
+        times what the original's own results change when its weights are changed by the dtype's eps / 2, and eight
+        such shares of a result's largest entry (`descompiler.check.rounding` derives it). Equivalence itself is proved
+        without.
 
     Returns
     -------
@@ -104,6 +111,8 @@ def verify(
         Before anything is allocated, if this machine's memory does not suffice: what is missing.
     """
     check_model(model)
+    if thorough and wire_dtype is not None:
+        raise InputError("thorough=True proves equivalence, which wire_dtype= gives up: call verify once with each")
     if rows is not None:
         model = smaller(model, rows)
     check_memory(model, ranks, optimizers)
@@ -120,8 +129,9 @@ def verify(
     inputs = map_tensors(widen, own_inputs)
     model = model.double().cpu()
     widen_attributes(model)
-    report = Report(ranks)
-    what = (model, inputs, steps, list(plans), list(optimizers), device, method, tuple(rules), tuple(forms), narrow)
+    report = Report(ranks, wire_dtype=wire_dtype)
+    asked = (model, inputs, steps, list(plans), list(optimizers), device, method)
+    what = (*asked, tuple(rules), tuple(forms), narrow, wire_dtype)
     for other in (launch or on_ranks)(train_and_compare, ranks, *what, timeout_s=timeout_s):
         report.join(other)
     return report

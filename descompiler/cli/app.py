@@ -29,6 +29,7 @@ from descompiler.cli.options import (
     RanksOption,
     Spec,
     Style,
+    WireDtype,
     grouped,
     sizes,
     usage,
@@ -299,6 +300,7 @@ def verify_command(
     thorough: Annotated[
         bool, typer.Option("--thorough", help="try edges of the inputs, other sizes, losses, dtypes: some minutes")
     ] = False,
+    wire_dtype: WireDtype = None,
 ) -> None:
     """Prove on local processes that the compiled model trains as the original.
 
@@ -308,10 +310,13 @@ def verify_command(
         descompiler verify fm --ranks 3
         descompiler verify train.py:small_model --steps 5
         descompiler verify train.py:model --rows 1000
+        descompiler verify fm --wire-dtype bfloat16
     """
     model, inputs = load(spec, train=True)
     with working(f"training {spec} on {ranks} local ranks and on one"):
-        report = des.verify(model, inputs, ranks=ranks, steps=steps, rows=rows, thorough=thorough)
+        report = des.verify(
+            model, inputs, ranks=ranks, steps=steps, rows=rows, thorough=thorough, wire_dtype=wire_dtype
+        )
     typer.echo(printable(str(report)))
 
 

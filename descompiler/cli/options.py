@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
+import torch
 import typer
 
 import descompiler as des
@@ -16,6 +17,7 @@ from descompiler import examples, units
 from descompiler.cost_models.memory import STATE
 from descompiler.planning.assumed import BYTES, GivenCluster, cluster_of
 from descompiler.planning.cluster import CLUSTERS, COLLECTIVES, Cluster, Link
+from descompiler.planning.objective import WIRE_DTYPES
 from descompiler.tables.form import fallback
 
 T = TypeVar("T")
@@ -110,6 +112,21 @@ MemoryOption = Annotated[
 Optimizer = Annotated[str, typer.Option(help=f"for memory: {', '.join(STATE)}")]
 
 
+def _wire_dtype(text: str) -> torch.dtype:
+    names = {str(x).removeprefix("torch."): x for x in WIRE_DTYPES}
+    if text not in names:
+        raise des.InputError(f"{text!r} is none of {', '.join(names)}")
+    return names[text]
+
+
+WireDtype = Annotated[
+    Any,
+    typer.Option(
+        "--wire-dtype", parser=usage(_wire_dtype), metavar="DTYPE", help="round what crosses to bfloat16, or float16"
+    ),
+]
+
+
 Json = Annotated[bool, typer.Option("--json", help="print JSON, in SI units")]
 
 
@@ -173,6 +190,7 @@ class PlanTerms:
 
     memory: MemoryOption = None
     optimizer: Optimizer = "adagrad"
+    wire_dtype: WireDtype = None
     pin: Pins = None
     forbid: Forbid = None
 
@@ -183,7 +201,8 @@ class PlanTerms:
             table, form = _table_and_form("--forbid", text, f"*={fallback().name}")
             forbid.setdefault(table, []).append(form)
         pins = dict(_table_and_form("--pin", text, f"user.*={fallback().name}") for text in self.pin or ())
-        return {"pins": pins, "forbid": forbid, "memory_bytes": self.memory, "optimizer": self.optimizer}
+        terms = {"memory_bytes": self.memory, "optimizer": self.optimizer, "wire_dtype": self.wire_dtype}
+        return {"pins": pins, "forbid": forbid, **terms}
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from descompiler.eager.outline import Outline, fetched_form, outline_of
@@ -17,7 +18,7 @@ from descompiler.model.random_state import ONE_DRAW
 from descompiler.planning.checked import EDITED, check_pieces
 from descompiler.planning.coverage import IN_PART, Coverage, Covered
 from descompiler.planning.given import Asked
-from descompiler.planning.objective import Terms
+from descompiler.planning.objective import IDS, Terms
 from descompiler.planning.pins import allowed_forms, form_name
 from descompiler.planning.plan import Plan
 from descompiler.planning.planner import choose
@@ -27,14 +28,14 @@ from descompiler.tables.made import made_by_its_form
 from descompiler.tables.tables import WEIGHTS_RICH_ELEMENTS
 
 
-def asked_in_part(template: nn.Module, seen: Survey, ranks: int, terms: Terms) -> Asked:
+def asked_in_part(template: nn.Module, seen: Survey, ranks: int) -> Asked:
     """What is asked for a model of which the user's forward runs."""
     mine, parameters = _fingerprint(template), list(template.parameters())
     return Asked(
         mine,
         f"({sum(p.numel() for p in parameters):,} elements in {len(parameters)} parameters)",
         lambda other: f"({other.fingerprint}), or for a graph of this one; it is captured in part ({mine})",
-        lambda pins, rows: plan_partial(template, seen, ranks, rows, pins, terms),
+        lambda pins, rows, terms: plan_partial(template, seen, ranks, rows, pins, terms),
         lambda plan: _check(template, plan, outline_of(template, seen, ranks)),
     )
 
@@ -42,6 +43,7 @@ def asked_in_part(template: nn.Module, seen: Survey, ranks: int, terms: Terms) -
 def _check(template: nn.Module, plan: Plan, outline: Outline) -> None:
     """Raise unless the pieces of a plan are those that its forms make of the model."""
     check_pieces(plan, {n: tuple(p.shape) for n, p in template.named_parameters()})
+    _check_wire_dtype(plan.wire_dtype)
     operators = {o.name: o for o in outline.operators}
     for name, pieces in plan.pieces.items():
         split, o = plan.splits.get(name), operators.get(name)
@@ -55,6 +57,14 @@ def _check(template: nn.Module, plan: Plan, outline: Outline) -> None:
             raise PlanError(f"the plan's pieces of {name!r} are none that its form makes: {EDITED}")
 
 
+def _check_wire_dtype(wire_dtype: torch.dtype | None) -> None:
+    if wire_dtype is not None:
+        raise PlanError(
+            f"wire_dtype={wire_dtype}: no tracer captured the model, and what its own forward uses of other ranks' "
+            "rows is not rounded. Leave wire_dtype out, or make forward traceable (coverage() says what was in the way)"
+        )
+
+
 def plan_partial(
     template: nn.Module, seen: Survey, ranks: int, rows: int, pins: Mapping[str, str] | None, terms: Terms
 ) -> Plan:
@@ -65,6 +75,9 @@ def plan_partial(
     PlanError
         As `choose`.
     """
+    _check_wire_dtype(terms.wire_dtype)
+    if terms.ids != IDS[0]:
+        raise PlanError(f"ids={terms.ids!r}: no tracer captured the model, and its own forward reads ids of own rows")
     outline = outline_of(template, seen, ranks)
     wanted = {pattern: _in_part(form, pattern) for pattern, form in (pins or {}).items()}
     # small tables stay whole: each use of a divided one costs collectives of its own

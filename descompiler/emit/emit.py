@@ -23,6 +23,7 @@ from descompiler.classify.behind import Behind
 from descompiler.classify.scope import scope_of, trained_parameters
 from descompiler.emit.emission import Emission, Version
 from descompiler.emit.outside import OutsideEmitter
+from descompiler.emit.reads import columns_read
 from descompiler.emit.region import RegionEmitter
 from descompiler.emit.together import look_up_together
 from descompiler.graph.nodes import Source, aten
@@ -69,6 +70,8 @@ class Emitted:
         See `descompiler.emit.by_size.mixed_sizes`.
     accepts : callable
         Whether it is the program for so many rows of the global batch.
+    id_columns : mapping of int to (frozenset of int or None)
+        See `descompiler.emit.reads.columns_read`.
     planned : bool
         Whether the plan's crossings are those of the graph that it was emitted from.
     """
@@ -88,6 +91,7 @@ class Emitted:
     accepts: Callable[[int], bool] = any_rows
     labels: list[Label] = field(default_factory=list)
     planned: bool = True
+    id_columns: Mapping[int, frozenset[int] | None] = field(default_factory=dict)
 
     def constant(self, name: str, device: torch.device) -> torch.Tensor:
         """A constant where it is needed, and stays."""
@@ -145,7 +149,8 @@ def emit(partition: Partition, rank: int) -> Emitted:
     wanted = frozenset(n for n, p in program.parameters.items() if p.requires_grad)
     untrained = wanted - trained_parameters(program)
     behind = Behind(program)
-    return Emitted(module, e.sources, e.constants, e.layout, checks, rows, untrained, behind, program.reads, e.rows)
+    of = module, e.sources, e.constants, e.layout, checks, rows, untrained, behind, program.reads, e.rows
+    return Emitted(*of, id_columns=columns_read(partition, e.layout, rank) if e.layout.given else {})
 
 
 def _without(graph: fx.Graph, awaited: Collection[fx.Node]) -> list[fx.Node]:
@@ -162,14 +167,19 @@ def _begin(e: Emission, outside: OutsideEmitter) -> tuple[Check, ...]:
     for n in e.program.graph.nodes:
         if n in needed and n.op == "call_function":
             e.own(n)
-    first = next(n for n in e.program.graph.nodes if (s := e.program.source(n)) and s.kind == "input")
+    given = e.partition.given
+    inputs = [n for n in e.program.graph.nodes if (s := e.program.source(n)) and s.kind == "input"]
+    first = next((n for n in inputs if n not in given), inputs[0])
     e.rows_local = e.call(aten.sym_size.int, e.own(first), 0)
+    if first in given:
+        e.rows_local = e.on_runtime("share_of", e.rows_local)
     ids = [e.own(n) for n in checked]
     e.checked.update(ids)
     if e.layout.early:
         outside.begin_fetch(ids)
     else:
-        e.rows = e.on_runtime("begin", e.rows_local, ids)
+        total = [e.call(aten.sym_size.int, e.own(n), 0) for n in given[:1]]
+        e.rows = e.on_runtime("begin", e.rows_local, ids, *total)
     return (*(_check(e.partition.splits[o.name], o, x) for o, x in lookups), *(c for _, c in targets))
 
 

@@ -19,9 +19,10 @@ from descompiler.graph.arguments import operand
 from descompiler.graph.nodes import aten, tail, value
 from descompiler.graph.rewrite import ancestors
 from descompiler.graph.slicing import emit_slice, follow
+from descompiler.layout.border import Entry
 from descompiler.layout.placement import LOCAL, Partial, Shard
 from descompiler.layout.spans import at
-from descompiler.ops.local import join_local, scale_grad
+from descompiler.ops.local import join_local, scale_grad, take_columns
 from descompiler.region.rule import Part
 
 
@@ -41,18 +42,25 @@ class RegionEmitter:
     # ---- stages
 
     def enter_start(self) -> None:
-        self._entering = self.e.on_runtime("enter_start", [self.e.own(n) for n in self.partition.readers])
+        if not self.e.layout.given:
+            self._entering = self.e.on_runtime("enter_start", [self.e.own(n) for n in self.partition.readers])
 
     def enter_wait(self) -> None:
         e = self.e
-        arrived = e.on_runtime("enter_wait", self._entering)
+        arrived = None if e.layout.given else e.on_runtime("enter_wait", self._entering)
         self._columns = {}
         for i, (n, entry) in enumerate(zip(self.partition.readers, e.layout.entries, strict=True)):
             if entry.goes_to(e.rank):
-                entered = e.item(arrived, i)
+                entered = self._columns_of(n, entry) if arrived is None else e.item(arrived, i)
                 e.checked.add(entered)
                 e.put(n, Version.ENTERED, entered)
                 self._columns[n] = entry.columns_on(e.rank)
+
+    def _columns_of(self, n: fx.Node, entry: Entry) -> fx.Node:
+        """What this rank reads of ids that it has for the global batch."""
+        e, columns = self.e, entry.columns_on(self.e.rank)
+        ids = e.call(aten._to_copy.default, e.own(n), dtype=torch.int64)
+        return ids if columns is None else e.call(take_columns, ids, list(columns))
 
     def emit(self) -> None:
         """Values of the global batch, where this rank has a part of them."""

@@ -71,18 +71,28 @@ def parts_on(entries: Sequence[Entry], rank: int) -> tuple[Part, ...]:
 
 @dataclass(frozen=True)
 class IdsIn(Transfer):
-    """ids in: Local --> the global batch's, on the ranks that look them up."""
+    """ids in: Local --> the global batch's, on the ranks that look them up.
+
+    Attributes
+    ----------
+    given : tuple of int
+        Positions of the inputs that are the global batch's on every rank already: all that entries are made of. Then
+        nothing crosses.
+    """
 
     kind = "ids in"
     SEND = Collective("all_to_all (ids in)", Stage.IDS_IN)
 
     entries: tuple[Entry, ...]
     id_bytes: int = 8
+    given: tuple[int, ...] = ()
 
     def crossed(self) -> Iterator[Crossed]:
-        return (Crossed("ids", e.name, summed(e.widths), 0, None) for e in self.entries)
+        return iter(()) if self.given else (Crossed("ids", e.name, summed(e.widths), 0, None) for e in self.entries)
 
     def sent(self, step: Step) -> Iterator[Sent]:
+        if self.given:
+            return
         widths = by_rank([e.widths for e in self.entries], len(step.rows))
         yield Sent(self.SEND, self.id_bytes * step.rows * (widths.sum() - widths))
 
@@ -133,7 +143,7 @@ class ValuesOut(Transfer):
 
     def sent(self, step: Step) -> Iterator[Sent]:
         ranks = len(step.rows)
-        sizes = by_rank([e.widths for e in self.exits], ranks, [step.size_of(e.wire_dtype) for e in self.exits])
+        sizes = by_rank([e.widths for e in self.exits], ranks, [step.narrow_size_of(e.wire_dtype) for e in self.exits])
         yield Sent(self.SEND, sizes * step.rest)
         if self.exits:
             yield Sent(self.BACK, step.rows * (sizes.sum() - sizes))

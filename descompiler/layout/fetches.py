@@ -13,7 +13,7 @@ from torch import Tensor
 
 from descompiler.cost_models.table import OfTable
 from descompiler.layout.id_checks import Check
-from descompiler.layout.keys import KeySpace
+from descompiler.layout.keys import KeySpace, digits_of
 from descompiler.layout.pieces import ALL, Pieces
 from descompiler.layout.traffic import Collective, Stage
 from descompiler.layout.transfer import Counts, Sent, Step, Transfer
@@ -71,6 +71,7 @@ class Fetch(Transfer):
 
     kind = "fetch"
     COUNTS = Collective("all_to_all (unique ids, counts)", Stage.VALUES_OUT)
+    # ids: unique and sorted, each as its distance to the one before it
     GATHERED_IDS = Collective("all_to_all (gathered gradients, ids)", Stage.IDS_IN, trained=True)
     IDS = Collective("all_to_all (unique ids)", Stage.IDS_IN)
     ROWS = Collective("all_to_all (rows of unique ids)", Stage.VALUES_OUT)
@@ -151,13 +152,19 @@ class Fetch(Transfer):
         return [t for t, x in enumerate(self.tables) if x.trained and not x.gathered and x.sizes[ALL]]
 
     def demand(self, step: Step) -> np.ndarray:
-        """Sums over tables, of every rank, ``[5, N]``: ids that are asked for, bytes that are served, bytes that come
-        back as gradients, ids and bytes of gradients that are gathered."""
+        """Bytes, sums over tables, of every rank, ``[5, N]``: of ids that are asked for, of rows that are served, that
+        come back as gradients, of ids and of gradients that are gathered."""
         result: Any = [0.0] * 5
         for t in self.tables:
             x = step.unique.get(t.name, Counts()) if t.counted else Counts()
-            gathered, row = x.shared * (t.trained and t.gathered), t.dim * step.size_of(t.wire_dtype)
-            terms = (x.asked, x.served * row, x.asked * row * t.trained, gathered, gathered * row)
+            gathered, row = t.trained and t.gathered, t.dim * step.narrow_size_of(t.wire_dtype)
+            terms = (
+                x.asked_bytes,
+                x.served * row,
+                x.asked * row * t.trained,
+                x.shared_bytes * gathered,
+                x.shared * row * gathered,
+            )
             result = [a + b for a, b in zip(result, terms, strict=True)]
         return np.stack([np.broadcast_to(x, len(step.rows)) for x in result])
 
@@ -167,11 +174,11 @@ class Fetch(Transfer):
         if not self.early:
             yield Sent(self.COUNTS, others * self.COUNTS_BYTES)
         if self.divided:
-            yield Sent(self.IDS, _rounded(self.id_bytes * asked))
+            yield Sent(self.IDS, _rounded(asked))
             yield Sent(self.ROWS, _rounded(served))
             yield Sent(self.BACK, _rounded(asked_trained))
         if self.gathered_classes:
-            yield Sent(self.GATHERED_IDS, _rounded(others * self.id_bytes * gathered_ids))
+            yield Sent(self.GATHERED_IDS, _rounded(others * gathered_ids))
             yield Sent(self.GATHERED_BACK, _rounded(others * gathered))
         if self.reduced_tables:
             # one more for each row of a table with sparse gradients: who looked it up
@@ -180,9 +187,9 @@ class Fetch(Transfer):
             yield Sent(self.SUM_SHARED, size, len({x.wire_dtype for x in reduced}))
 
     @cached_property
-    def id_bytes(self) -> int:
-        """Of a key: 4 if no rank's are more than that numbers."""
-        return 4 if np.sum([t.sizes for t in self.tables], axis=0).max() < 1 << 31 else 8
+    def digits(self) -> int:
+        """Bytes of a key at most, as a distance to the one before it."""
+        return digits_of(int(np.sum([t.sizes for t in self.tables], axis=0).max()))
 
     @cached_property
     def padding_places(self) -> list[tuple[int, int]]:

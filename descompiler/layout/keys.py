@@ -19,6 +19,32 @@ from torch import Tensor
 
 from descompiler.layout.pieces import Pieces
 
+DIGIT_BITS = 7
+"""Of a byte of a distance between keys (`descompiler.runtime.differences`)."""
+
+
+def digits_of(rows: int) -> int:
+    """Digits that the distances between keys of so many rows have at most.
+
+    >>> digits_of(1), digits_of(128), digits_of(129), digits_of(1 << 31)
+    (1, 1, 2, 5)
+    """
+    return max(1, -(-(rows - 1).bit_length() // DIGIT_BITS))
+
+
+def expected_bytes(unique: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Bytes of so many unique keys that may be any of so many rows, as distances.
+
+    A distance has more than n digits if none of the next 2^7n rows is one of the keys.
+
+    >>> expected_bytes(np.array([0.0, 100.0, 1.0]), np.array([0, 100, 1 << 20])).round(2).tolist()
+    [0.0, 100.0, 2.98]
+    """
+    missing = 1 - np.divide(unique, rows, out=np.ones_like(unique, dtype=float), where=rows > 0).clip(0, 1)
+    digits = digits_of(int(rows.max(initial=1)))
+    sizes: np.ndarray = unique * (1 + sum(missing ** (1 << DIGIT_BITS * n) for n in range(1, digits)))
+    return sizes
+
 
 @dataclass(frozen=True)
 class KeySpace:

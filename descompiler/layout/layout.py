@@ -9,10 +9,12 @@ from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from descompiler.layout.border import Entry, Exit, IdsIn, Part, ValuesOut, parts_on
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import CoupledValues, Whole, WholeTables
+from descompiler.layout.keys import expected_bytes
 from descompiler.layout.pieces import ALL
 from descompiler.layout.statistics import Statistics
 from descompiler.layout.step import LeafStatus
@@ -33,11 +35,16 @@ class Layout:
         Those of one kind are in the order in which a step makes them.
     id_bytes : int
         Of an id of the model's tables.
+    wire_dtype : torch.dtype or None
+        What wider values are rounded to where they cross to be summed or used by their receiver alone: those that leave
+        the region, rows that are fetched, gradients of both. Not rounded is what a collective sums, what every rank has
+        to have alike, and what is compared or subtracted: dense gradients, coupled values, whole tables, products.
     """
 
     ranks: int
     transfers: tuple[Transfer, ...] = ()
     id_bytes: int = 8
+    wire_dtype: torch.dtype | None = None
 
     def of(self, kind: type[K]) -> tuple[K, ...]:
         """The transfers of a kind, in order."""
@@ -47,6 +54,11 @@ class Layout:
     def entries(self) -> tuple[Entry, ...]:
         """Ids that enter the region."""
         return tuple(e for t in self.of(IdsIn) for e in t.entries)
+
+    @cached_property
+    def given(self) -> tuple[int, ...]:
+        """Positions of the inputs that are the global batch's on every rank."""
+        return tuple(i for t in self.of(IdsIn) for i in t.given)
 
     @cached_property
     def _parts(self) -> dict[int, tuple[Part, ...]]:
@@ -105,14 +117,17 @@ class Layout:
         batches = Counter(rows)
         for t in {t.name: t for f in self.fetches for t in f.tables}.values():
             stats = Statistics.assumed([t.table]) if statistics is None else statistics
-            asked, served, shared = np.zeros((3, self.ranks))
+            asked, served, shared, asked_bytes, shared_bytes = np.zeros((5, self.ranks))
             for batch, ranks in batches.items():
                 unique, shares = stats.unique(t.name, batch), stats.shares(t.name, t.pieces, batch)
                 own, here = shares[:ALL], np.equal(rows, batch)
                 asked[here] = unique * (1 - own[here] - shares[ALL])
                 served += (ranks - here) * unique * own
                 shared[here] = unique * shares[ALL]
-            result[t.name] = Counts(asked, served, shared)
+                sizes = expected_bytes(unique * shares, t.pieces.sizes)
+                asked_bytes[here] = sizes[:ALL].sum() - sizes[:ALL][here]
+                shared_bytes[here] = sizes[ALL]
+            result[t.name] = Counts(asked, served, shared, asked_bytes, shared_bytes)
         return result
 
     def predict_kinds(self, rows: int, itemsize: int, statistics: Statistics | None = None) -> list[Traffic]:
@@ -154,12 +169,16 @@ class Layout:
 
     def sends_as(self, other: Layout, rows: int, itemsize: int) -> bool:
         """Whether another layout sends the same, whatever the ids: what people are told besides may differ."""
-        if self.ranks != other.ranks or self.id_bytes != other.id_bytes:
+        options = [(x.ranks, x.id_bytes, x.wire_dtype, x.given) for x in (self, other)]
+        if options[0] != options[1]:
             return False
         crossed, others = (Counter((c.kind, c.width, c.ids) for c in x.crossed) for x in (self, other))
         tables = {t.name for x in (self, other) for f in x.fetches for t in f.tables}
         ranks = np.arange(1, self.ranks + 1)
-        unique = {n: Counts(ranks * i, ranks * (i + 7), ranks + i) for i, n in enumerate(sorted(tables), start=2)}
+        unique = {
+            n: Counts(ranks * i, ranks * (i + 7), ranks + i, ranks * (i + 3), ranks + 2 * i)
+            for i, n in enumerate(sorted(tables), start=2)
+        }
         every = [rows + i % 3 for i in range(self.ranks)]
         mine, its = (
             [(collective, np.asarray(size).tolist(), calls) for collective, size, calls in sent]
@@ -171,7 +190,7 @@ class Layout:
         """What all ranks send, in order of stage."""
         if self.ranks == 1:
             return []
-        step = Step(np.asarray(rows, dtype=np.int64), itemsize, unique)
+        step = Step(np.asarray(rows, dtype=np.int64), itemsize, unique, self.wire_dtype)
         return sorted((s for t in self.transfers for s in t.sent(step)), key=lambda s: s.collective.stage)
 
     def _traffic(self, rank: int, sent: Sequence[Sent]) -> Traffic:

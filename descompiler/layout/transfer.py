@@ -9,14 +9,15 @@ A rank's bytes are counted for all ranks at once, as arrays ``[N]``: those that 
 
 Each value crosses in its own dtype. Where several of different ones share a message, it is one of bytes; a sum is made
 once for each. A ``wire_dtype`` says which it is if it is another than the model's, the one that holds the numbers of
-all parameters: a model of one dtype may be cast, and what crosses is cast with it.
+all parameters: a model of one dtype may be cast, and what crosses is cast with it. Where the user asks for it
+(`descompiler.layout.layout.Layout.wire_dtype`) some kinds cross in a narrower one: `crosses_in`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
 from typing import ClassVar, NamedTuple
@@ -42,14 +43,29 @@ class Counts:
         Of the other ranks', those that this one owns.
     shared : float or ndarray
         Of this rank's, those that every rank holds.
+    asked_bytes, shared_bytes : float or ndarray
+        Of those ids as they cross, each as its distance to the one before it.
     """
 
     asked: float | np.ndarray = 0
     served: float | np.ndarray = 0
     shared: float | np.ndarray = 0
+    asked_bytes: float | np.ndarray = 0
+    shared_bytes: float | np.ndarray = 0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(self.asked + other.asked, self.served + other.served, self.shared + other.shared)
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Counts)))
+
+
+def crosses_in(dtype: torch.dtype, narrow: torch.dtype | None) -> torch.dtype:
+    """The dtype that values of ``dtype`` cross in, where wider ones are rounded to ``narrow`` (None: none are).
+
+    >>> crosses_in(torch.float32, torch.bfloat16), crosses_in(torch.float16, torch.bfloat16)
+    (torch.bfloat16, torch.float16)
+    """
+    if narrow is None or not dtype.is_floating_point or dtype.itemsize <= narrow.itemsize:
+        return dtype
+    return narrow
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +80,14 @@ class Step:
         Bytes of an element of the model's dtype.
     unique : mapping of str to Counts
         Unique ids, by table.
+    narrow : torch.dtype or None
+        What wider values are rounded to, of the kinds that may be.
     """
 
     rows: np.ndarray
     itemsize: int
     unique: Mapping[str, Counts]
+    narrow: torch.dtype | None = None
 
     @cached_property
     def total(self) -> int:
@@ -88,6 +107,21 @@ class Step:
     def size_of(self, wire_dtype: torch.dtype | None) -> int:
         """Bytes of an element that crosses in a dtype; None: in the model's."""
         return self.itemsize if wire_dtype is None else wire_dtype.itemsize
+
+    def narrow_size_of(self, wire_dtype: torch.dtype | None) -> int:
+        """As `size_of`, of a kind that may cross in a narrower one."""
+        return narrow_size(self.itemsize, wire_dtype, self.narrow)
+
+
+def narrow_size(itemsize: int, wire_dtype: torch.dtype | None, narrow: torch.dtype | None) -> int:
+    """Bytes of an element of ``wire_dtype`` (None: the model's, of ``itemsize`` bytes) that may be rounded.
+
+    >>> narrow_size(4, None, torch.bfloat16), narrow_size(4, torch.int64, torch.bfloat16)
+    (2, 8)
+    """
+    if wire_dtype is not None:
+        return crosses_in(wire_dtype, narrow).itemsize
+    return itemsize if narrow is None else min(itemsize, narrow.itemsize)
 
 
 class Sent(NamedTuple):

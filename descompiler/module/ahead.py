@@ -78,8 +78,8 @@ class Prepared:
     def announced(self, ranks: int, batch: int) -> list[Announcement]:
         """What each rank is told of it."""
         fetching = self.fetching
-        asked = [0] * ranks if fetching is None else fetching.asked_counts(ranks)
-        gathered = 0 if fetching is None else fetching.gathered_count
+        asked = [0] * ranks if fetching is None else fetching.asked_told
+        gathered = 0 if fetching is None else fetching.gathered_told
         return [Announcement(False, n, gathered, self.rows, self.call, batch) for n in asked]
 
     def send(self, runtime: Runtime, told: Sequence[Announcement]) -> Waiting:

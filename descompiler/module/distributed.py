@@ -26,6 +26,7 @@ from descompiler.model.kept import copies_of
 from descompiler.model.kinds import Kinds
 from descompiler.module.ahead import Waiting
 from descompiler.module.contents import Contents
+from descompiler.module.global_ids import OTHER_SIZES, given_ids, told_ids
 from descompiler.module.parts import Parts, UsersForward
 from descompiler.module.reports import Reports
 from descompiler.module.sizes import SAMPLE_ROWS, Programs, Sized, Sizes, begin_again
@@ -78,6 +79,7 @@ class DistributedModule(StandardCalls, Reports):
         self._fused: list[torch.optim.Optimizer] = []  # they live as long as their hooks
         self._given: Kinds | None = None  # of the latest forward's inputs
         self._ahead: list[Waiting] = []  # batches of which something has gone ahead, in order
+        self._ids: dict[int, Tensor] = {}  # of the global batch, by position among them
         self._planned = True  # the latest forward's program
         self._used = self._told = Used()  # of the outputs of the forward that runs, and of the latest one
         self._reducer: Reducer | None = None
@@ -120,7 +122,8 @@ class DistributedModule(StandardCalls, Reports):
         self._same_flags()
         try:
             assert self._signature is not None
-            tensors, other = self._signature.call_of(args, kwargs)
+            own, self._ids = given_ids(self.plan.layout.given, args, kwargs, self._signature, runtime)
+            tensors, other = self._signature.call_of(*own)
             self._given = Kinds.of(tensors, self._programs.known(other))
             try:
                 emitted = self._program_for_inputs(tensors)
@@ -140,6 +143,8 @@ class DistributedModule(StandardCalls, Reports):
             try:
                 outputs = self._run_taking_ahead(tensors, emitted)
             except OtherProgramError:
+                if self._ids:
+                    runtime.raise_everywhere(OTHER_SIZES, InputError)
                 emitted, graph = self._begin_again(tensors)
                 outputs = self._run(tensors, emitted, graph)
         except Exception as error:
@@ -155,7 +160,7 @@ class DistributedModule(StandardCalls, Reports):
         self._planned = emitted.planned
         outputs = self._noticing(self._finishing(outputs) if self._in_place else outputs, emitted.outputs)
         emitted.signature.update(args, kwargs, outputs)
-        self._remember(args, kwargs)
+        self._remember(*own)
         if self._attributes is not None:
             self._attributes.set(emitted.signature.sets)
         return emitted.signature.unflatten(outputs)
@@ -187,6 +192,7 @@ class DistributedModule(StandardCalls, Reports):
     def _call_of(self, changes: Sequence[tuple[Place, Any]]) -> Call:
         """Which program this forward runs."""
         given, grads = () if self._given is None else self._given.told, torch.is_grad_enabled()
+        given = (*given, *told_ids(self._ids, self.plan.layout))
         moment = self._now().moment()
         said = repr((changes, given, sorted(self._sparse)))  # a program is another one for inputs of other dtypes
         key = said, grads
@@ -303,7 +309,7 @@ class DistributedModule(StandardCalls, Reports):
         now = self._now()
         parameters, buffers = now.every_parameter, now.every_buffer
         self._used.watch_hooks(tensors)
-        queue = iter(self._runtime.inputs(tensors))
+        queue = iter(self._runtime.inputs([self._ids.get(i, x) for i, x in enumerate(tensors)]))
         values = []
         for s in sources:
             if s.kind == "input":

@@ -64,8 +64,8 @@ def prefetch(loader: Iterable[B], module: nn.Module, inputs: Callable[[B], Any] 
 
     Notes
     -----
-    On one rank, in a model that was captured in part, and under NCCL nothing goes ahead; all but the first say so. A
-    program goes ahead from the first batch that comes after it was captured: at its first step.
+    On one rank, in a model that was captured in part, with ids="global" and under NCCL nothing goes ahead; all but the
+    first say so. A program goes ahead from the first batch that comes after it was captured: at its first step.
 
     Examples
     --------
@@ -85,6 +85,8 @@ def prefetch(loader: Iterable[B], module: nn.Module, inputs: Callable[[B], Any] 
         reason = "the model was captured in part: which ids its own forward looks up is known when it runs"
     elif runtime.ranks > 1 and dist.get_backend(runtime.group) != "gloo":
         reason = "ids go ahead under gloo only"
+    elif compiled.plan.layout.given:
+        reason = "with ids='global' no id crosses"
     if reason is not None and runtime.rank == 0:
         warn(f"prefetch gives batches as they come: {reason}")
     return Prefetch(loader, compiled, inputs, active=reason is None and runtime.ranks > 1)

@@ -103,6 +103,21 @@ class Reports(nn.Module):
         """Unique ids of the latest forward, by table that is fetched by unique rows."""
         return self._runtime.unique
 
+    def id_columns(self) -> dict[int, list[int] | None]:
+        """With ``ids="global"``: by position of the inputs of ids, the columns that this rank reads; None: all."""
+        found = self._sized().emitted.id_columns
+        return {i: None if columns is None else sorted(columns) for i, columns in found.items()}
+
+    @property
+    def rank(self) -> int:
+        """This one."""
+        return self._runtime.rank
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return self._runtime.ranks
+
     def coverage(self) -> Coverage:
         """What became of every weights-rich parameter, captured by which tracer, and why not better.
 

@@ -162,3 +162,8 @@ def sqrt_or_zero(x: Tensor) -> Tensor:
     """The square root; its gradient at 0 is 0, as a norm's."""
     positive = x > 0
     return torch.where(positive, torch.sqrt(torch.where(positive, x, torch.ones_like(x))), torch.zeros_like(x))
+
+
+def take_columns(ids: Tensor, columns: Sequence[int]) -> Tensor:
+    """Some columns of ids ``[rows, columns, ...]``."""
+    return ids[:, list(columns)]

@@ -223,7 +223,7 @@ class Relaxation:
         uncut = (self.fixed_bytes - sum(b for b, _, _ in self._saved)) / w.ranks
         best: Bound | None = None
         for widest in [0, *sorted({p[MIXED] for p in self.parts.values() if MIXED in p})]:
-            share = (w.ranks - 1) * w.rows * w.itemsize * -(-widest // shards) + (uncut if widest else 0)
+            share = (w.ranks - 1) * w.rows * w.narrow_size_of(None) * -(-widest // shards) + (uncut if widest else 0)
             if best is not None and share >= best.sent_bytes:
                 break  # and so are all wider ones
             cut = self.cut(forms, widest)
@@ -279,7 +279,7 @@ class Relaxation:
         """`cut_graph` without what tables cost: parts as they are inside, and as they leave, weights that are cut."""
         graph, w = nx.DiGraph(), self.w
         graph.add_nodes_from((flow.SOURCE, flow.SINK))
-        each = 2 * (w.ranks - 1) * w.rows * w.itemsize
+        each = 2 * (w.ranks - 1) * w.rows * w.narrow_size_of(None)
         for o in self.operators:
             table = ("table", o.name)
             graph.add_node(table)

@@ -6,24 +6,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+import numpy as np
 import sympy
+import torch
 
 from descompiler.cost_models import baselines
 from descompiler.cost_models.baselines import ExpectedUse, Priced
+from descompiler.cost_models.exchange import IDS_IN
+from descompiler.cost_models.forms import rounded
 from descompiler.cost_models.symbols import N, b, i, s
 from descompiler.cost_models.table import OfTable
 from descompiler.errors import PlanError
 from descompiler.layout.fetches import Counts
+from descompiler.layout.keys import expected_bytes
 from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.spans import Spans, at
 from descompiler.layout.statistics import Statistics
 from descompiler.layout.traffic import Traffic
-from descompiler.layout.transfer import Crossed
+from descompiler.layout.transfer import Crossed, narrow_size
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.memory import Memory
 from descompiler.tables.form import Split, form_named
@@ -161,6 +166,11 @@ class Chosen:
     changes: dict[str, str] = field(default_factory=dict)
 
     @property
+    def wire_dtype(self) -> torch.dtype | None:
+        """What wider values are rounded to where they cross (see `Layout.wire_dtype`); None: nothing is rounded."""
+        return self.layout.wire_dtype
+
+    @property
     def sparse(self) -> set[str]:
         """Tables with sparse gradients."""
         return {t.name for t in self.tables if t.sparse}
@@ -174,7 +184,19 @@ class Chosen:
     def crossings(self) -> list[Crossing]:
         """What crosses the border of the region, or for a product with a divided table: the layout's list, labelled."""
         pairs = zip(self.layout.crossed, self.labels, strict=True)
-        return [Crossing(**vars(crossed), **vars(label)) for crossed, label in pairs]
+        return [Crossing(**vars(self._narrowed(crossed)), **vars(label)) for crossed, label in pairs]
+
+    def costs(self, t: PlannedTable, form: str) -> Mapping[str, sympy.Expr]:
+        """What a table would send in a form: formulas, by what is sent."""
+        formulas, itemsize = form_named(form).costs(t.sparse), narrow_size(t.itemsize, None, self.wire_dtype)
+        cross = {x: f for x, f in formulas.items() if f != IDS_IN or not self.layout.given}
+        return {x: f if itemsize == t.itemsize else rounded(f, itemsize) for x, f in cross.items()}
+
+    def _narrowed(self, crossed: Crossed) -> Crossed:
+        """What crosses, in the dtype that it is rounded to."""
+        size = narrow_size(self.itemsize, crossed.wire_dtype, self.wire_dtype)
+        narrower = crossed.kind == "values" and self.wire_dtype is not None and size == self.wire_dtype.itemsize
+        return replace(crossed, wire_dtype=self.wire_dtype) if narrower else crossed
 
     @property
     def exits(self) -> list[str]:
@@ -269,7 +291,8 @@ class Chosen:
         pieces, statistics = self.splits[t.name].pieces, Statistics.assumed([t.table])
         unique = self.unique.get(t.name, statistics.unique(t.name, self.rows))
         hot = unique * statistics.shares(t.name, pieces, self.rows)[-1]
-        return {"V": t.rows, "k": t.dim, "U": unique, "H": pieces.shared_size(), "U_H": hot}
+        id_bytes = float(expected_bytes(np.array([unique]), np.array([t.rows]))[0]) / max(unique, 1e-300)
+        return {"V": t.rows, "k": t.dim, "U": unique, "d": id_bytes, "H": pieces.shared_size(), "U_H": hot}
 
     def sends(self, t: PlannedTable) -> dict[str, tuple[sympy.Expr, int]]:
         """What a table sends by itself, outside the region: formula and bytes, by what is sent.
@@ -283,6 +306,6 @@ class Chosen:
         values = self.numbers_of(t)
         return {
             what: (formula, self.bytes_of(formula, **values))
-            for what, formula in form_named(split.form).costs(t.sparse).items()
+            for what, formula in self.costs(t, split.form).items()
             if {x.name for x in formula.free_symbols - known} <= set(values)
         }

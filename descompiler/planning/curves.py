@@ -14,9 +14,10 @@ import sympy
 
 from descompiler.cost_models.crossovers import Crossover, crossovers
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
-from descompiler.cost_models.symbols import UH, H, L, N, U, V, b, i, k, p, s, w
+from descompiler.cost_models.symbols import UH, H, L, N, U, V, b, d, i, k, p, s, w
 from descompiler.layout.statistics import zipf_unique
-from descompiler.planning.chosen import Chosen, Crossing
+from descompiler.layout.transfer import narrow_size
+from descompiler.planning.chosen import Chosen, Crossing, PlannedTable
 from descompiler.planning.kinds import TableKind
 from descompiler.tables.form import FORMS, form_named
 
@@ -26,7 +27,7 @@ _VALUES = VALUES_OUT_AND_BACK.subs(w, p * k)
 _SUMS = VALUES_OUT_AND_BACK.subs(w, N * w)  # each of N ranks sends a term
 
 
-OWN_SYMBOLS = {N, b, s, i, V, k, U}
+OWN_SYMBOLS = {N, b, s, i, d, V, k, U}
 """Symbols that are a table's own, whatever is chosen for the others."""
 
 
@@ -34,9 +35,9 @@ Curve = tuple[str, sympy.Expr]
 """A name, and bytes per rank and step."""
 
 
-def formula_of(form: str, sparse: bool) -> sympy.Expr:
-    """Bytes that a form sends for a table, with or without sparse gradients: the mean over ranks."""
-    return sum(form_named(form).costs(sparse).values(), sympy.Integer(0))
+def formula_of(plan: Chosen, t: PlannedTable, form: str) -> sympy.Expr:
+    """Bytes that a form sends for a table of a plan: the mean over ranks."""
+    return sum(plan.costs(t, form).values(), sympy.Integer(0))
 
 
 def bytes_alone(plan: Chosen, kind: TableKind, form: str) -> int | None:
@@ -44,7 +45,7 @@ def bytes_alone(plan: Chosen, kind: TableKind, form: str) -> int | None:
 
     The formula of rows that are frequent has a number for the split that was chosen, and for no other.
     """
-    formula, known = formula_of(form, kind.tables[0].sparse), OWN_SYMBOLS | ({H, UH} if form == kind.form else set())
+    formula, known = formula_of(plan, kind.tables[0], form), OWN_SYMBOLS | ({H, UH} if form == kind.form else set())
     if formula.free_symbols <= known:
         return plan.bytes_of(formula, **{x.name: n for x, n in numbers(plan, kind).items()})
     return None
@@ -73,7 +74,7 @@ def numbers(plan: Chosen, kind: TableKind) -> dict[sympy.Symbol, float]:
         s: t.itemsize,
         i: plan.layout.id_bytes,
         w: sums / plan.ranks,
-        **{x: sum(n[x.name] for n in own) / count for x in (V, k, U, H, UH)},
+        **{x: sum(n[x.name] for n in own) / count for x in (V, k, U, d, H, UH)},
     }
 
 
@@ -84,19 +85,21 @@ def _leaving(plan: Chosen, kind: TableKind) -> list[Crossing]:
 
 def chosen_curve(plan: Chosen, kind: TableKind) -> Curve | None:
     """What tables send in the form that was chosen; None for a form whose curve depends on frequencies of ids."""
-    formula = formula_of(kind.form, kind.tables[0].sparse)
+    formula = formula_of(plan, kind.tables[0], kind.form)
     if formula.free_symbols <= OWN_SYMBOLS:
         return kind.form, formula
     if not (leave := _leaving(plan, kind)):
         return None
     several = not form_named(kind.form).has_owners and len(plan.splits[kind.tables[0].name].pieces.owners) > 1
-    return _in_region(kind.form, sums=all(c.sums for c in leave), receivers=N if several else 1)
+    return _in_region(plan, kind, kind.form, sums=all(c.sums for c in leave), receivers=N if several else 1)
 
 
-def _in_region(form: str, *, sums: bool, receivers: sympy.Expr | int = 1) -> Curve:
+def _in_region(plan: Chosen, kind: TableKind, form: str, *, sums: bool, receivers: sympy.Expr | int = 1) -> Curve:
     """A form whose lookups are in the region: ids to each receiver, and vectors or sums back."""
-    ids = IDS_IN.subs(L, receivers * L)
-    return (f"{form}, partial sums", ids + _SUMS) if sums else (f"{form}, all-to-all", ids + _VALUES)
+    ids = 0 if plan.layout.given else IDS_IN.subs(L, receivers * L)
+    itemsize = narrow_size(kind.tables[0].itemsize, None, plan.wire_dtype)
+    values = (_SUMS if sums else _VALUES).subs({} if plan.wire_dtype is None else {s: itemsize})
+    return (f"{form}, partial sums" if sums else f"{form}, all-to-all"), ids + values
 
 
 def curves(plan: Chosen, kind: TableKind) -> list[Curve]:
@@ -111,13 +114,13 @@ def curves(plan: Chosen, kind: TableKind) -> list[Curve]:
     possible = priced if kind.others else {form.name for form in FORMS if form.name not in t.refusals}
     result = [] if mine is None else [mine]
     for form in FORMS:
-        if form.name in possible and (formula := formula_of(form.name, t.sparse)).free_symbols <= OWN_SYMBOLS:
+        if form.name in possible and (formula := formula_of(plan, t, form.name)).free_symbols <= OWN_SYMBOLS:
             result.append((form.name, formula))
     for form in FORMS:
         if form.has_owners and form.name in possible:
-            result.append(_in_region(form.name, sums=False))
+            result.append(_in_region(plan, kind, form.name, sums=False))
             if numbers(plan, kind)[w]:
-                result.append(_in_region(form.name, sums=True))
+                result.append(_in_region(plan, kind, form.name, sums=True))
     names: dict[sympy.Expr, str] = {}
     for name, formula in result:
         names.setdefault(formula, name)  # of forms that cost the same, the chosen one or the first

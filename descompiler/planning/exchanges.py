@@ -65,7 +65,7 @@ def layout_of(partition: Partition) -> Layout:
     if dense := _dense_elements(p):
         others = tuple((dtype, n) for dtype, n in dense.items() if dtype is not None)
         transfers.append(DenseGradients(dense.get(None, 0), others))
-    return Layout(p.ranks, tuple(transfers), id_bytes)
+    return Layout(p.ranks, tuple(transfers), id_bytes, p.wire_dtype)
 
 
 def _border(p: Partition, id_bytes: int) -> list[Transfer]:
@@ -75,7 +75,8 @@ def _border(p: Partition, id_bytes: int) -> list[Transfer]:
         columns = [p.splits[o.name].columns(o, x) for o, x in users]
         entries.append(Entry(ids.name, tail(ids), union(columns, _together)))
     if entries:
-        result.append(IdsIn(tuple(entries), id_bytes))
+        inputs = [n for n in p.program.graph.nodes if (s := p.program.source(n)) and s.kind == "input"]
+        result.append(IdsIn(tuple(entries), id_bytes, tuple(inputs.index(n) for n in p.given)))
         result.append(ValuesOut(tuple(exit_of(p.program, n, p.candidates.placed[n].placement) for n in p.exits)))
     if p.norms:
         channels = tuple(tuple(map(len, p.channels(norm))) for norm in p.norms)

@@ -13,7 +13,7 @@ from descompiler.graph.program import Program
 from descompiler.graph.text import fingerprint
 from descompiler.planning.assumed import GivenCluster
 from descompiler.planning.cluster import Cluster
-from descompiler.planning.objective import Terms
+from descompiler.planning.objective import IDS, Terms
 from descompiler.planning.plan import Plan
 from descompiler.planning.planner import choose
 from descompiler.region.cut import Weights
@@ -51,7 +51,7 @@ class Asked:
     differs : callable
         How the model of a plan with another fingerprint is not this one.
     search : callable
-        The best plan that satisfies pins, for so many rows.
+        The best plan that satisfies pins and terms, for so many rows.
     check : callable
         Raises unless a plan that was not made here is one of this rank's program.
     """
@@ -59,7 +59,7 @@ class Asked:
     fingerprint: str
     told: str
     differs: Callable[[Plan], str]
-    search: Callable[[Pins, int], Plan]
+    search: Callable[[Pins, int, Terms], Plan]
     check: Callable[[Plan], Any]
 
     def read(self, plan: GivenPlan, ranks: int) -> Plan | Pins:
@@ -80,7 +80,6 @@ def asked_of(
     operators: list[Operator],
     rules: Sequence[Rule],
     w: Weights,
-    terms: Terms,
     check: Callable[[Plan], Any],
 ) -> Asked:
     """What is asked for a captured model."""
@@ -91,7 +90,7 @@ def asked_of(
         mine,
         f"({elements:,} elements in {len(program.parameters)} parameters; tables {tables})",
         lambda other: f"({other.fingerprint}, this one is {mine}): {_what_differs(other, operators)}",
-        lambda pins, rows: choose(program, operators, rules, replace(w, rows=rows), pins, terms=terms),
+        lambda pins, rows, terms: choose(program, operators, rules, replace(w, rows=rows), pins, terms=terms),
         check,
     )
 
@@ -109,7 +108,12 @@ def agreed(asked: Asked, plan: GivenPlan, rows: int, terms: Terms, ranks: Ranks)
     PlanError
         On every rank, if the given plan is wrong or there is none that satisfies what is given.
     """
-    given = ranks.everywhere(step_of("reading the plan", lambda: asked.read(plan, ranks.count)))
+
+    def read() -> tuple[Plan | Pins, Terms]:
+        given = asked.read(plan, ranks.count)
+        return given, as_planned(given, terms)
+
+    given, terms = ranks.everywhere(step_of("reading the plan", read))
     ranks.same("model", asked.fingerprint, asked.told)
     if isinstance(given, Plan):
         ranks.same("plan", given.digest(), str(dict(sorted(given.forms.items()))))
@@ -124,7 +128,7 @@ def agreed(asked: Asked, plan: GivenPlan, rows: int, terms: Terms, ranks: Ranks)
     else:
         ranks.everywhere(step_of("following the plan", lambda: asked.check(given)))
         return given
-    found = ranks.by_first(step_of("planning", lambda: asked.search(pins, rows)))
+    found = ranks.by_first(step_of("planning", lambda: asked.search(pins, rows, terms)))
     text = ranks.of_first(found.to_json() if found is not None and ranks.count > 1 else "")
 
     def follow() -> Plan:
@@ -134,11 +138,32 @@ def agreed(asked: Asked, plan: GivenPlan, rows: int, terms: Terms, ranks: Ranks)
         asked.check(plan)
         return replace(
             plan,
-            replan=lambda changed: asked.search(changed, rows),
-            graph_of_cut=lambda: asked.search(plan.forms, rows).cut_graph(),
+            replan=lambda changed: asked.search(changed, rows, terms),
+            graph_of_cut=lambda: asked.search(plan.forms, rows, terms).cut_graph(),
         )
 
     return ranks.everywhere(step_of("following the first rank's plan", follow))
+
+
+def as_planned(plan: GivenPlan, terms: Terms) -> Terms:
+    """The terms, with what values are rounded to and whose rows ids are as a given plan has them.
+
+    Raises
+    ------
+    PlanError
+        If the user asks for something else.
+    """
+    given = loaded(plan)
+    if not isinstance(given, Plan):
+        return terms
+    ids = IDS[1] if given.layout.given else IDS[0]
+    for what, asked, its in (("wire_dtype", terms.wire_dtype, given.wire_dtype), ("ids", terms.ids, ids)):
+        if asked not in (None, IDS[0], its) and given.ranks > 1:
+            raise PlanError(
+                f"{what}={asked}, and the plan has {its}: plan again with des.plan(model, inputs, ranks={given.ranks}, "
+                f"pins=plan.forms, {what}=...), or leave {what} to the plan"
+            )
+    return replace(terms, wire_dtype=given.wire_dtype, ids=ids)
 
 
 def check_counts(ranks: Any, batch: Any) -> None:

@@ -18,6 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 
+import torch
+
+from descompiler.errors import PlanError
 from descompiler.graph.nodes import elements_per_row
 from descompiler.graph.program import Program
 from descompiler.layout.layout import Layout
@@ -35,6 +38,13 @@ from descompiler.region.place import place
 from descompiler.region.rule import Rule
 from descompiler.tables.form import Choice, Split, form_named, split_as
 from descompiler.tables.tables import Operator
+
+WIRE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What values may be rounded to where they cross."""
+
+
+IDS = ("own", "global")
+"""Whose rows the ids are that each rank is given: its own, or those of all."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,10 @@ class Terms:
         Of the ids; assumed if not given.
     solver : str
         Who finds the minimum cuts: a name of `descompiler.region.flow.SOLVERS`. All find the same.
+    wire_dtype : torch.dtype, optional
+        What wider values are rounded to where they cross (`descompiler.layout.layout.Layout`).
+    ids : {"own", "global"}
+        Whose rows the ids are that each rank is given.
     """
 
     forbid: Forbidden = field(default_factory=dict)
@@ -67,9 +81,16 @@ class Terms:
     effort: int = 1
     statistics: Statistics | None = None
     solver: str = DEFAULT
+    wire_dtype: torch.dtype | None = None
+    ids: str = IDS[0]
 
     def __post_init__(self) -> None:
         SOLVERS.named(self.solver)
+        if self.ids not in IDS:
+            raise PlanError(f"ids={self.ids!r}; it is one of {', '.join(map(repr, IDS))}")
+        if self.wire_dtype not in (None, *WIRE_DTYPES):
+            names = ", ".join(map(str, WIRE_DTYPES))
+            raise PlanError(f"wire_dtype={self.wire_dtype!r}; it is one of {names}, or None: nothing is rounded")
 
     @property
     def limit_bytes(self) -> int | None:
@@ -147,7 +168,8 @@ class Objective:
             if cuts["cut"].exits != (other := at_lookups(candidates)).exits:
                 cuts["lookups"] = other
             for aggregate, cut in cuts.items():
-                partition = Partition(self.program, self.operators, splits, candidates, cut, self.w.ranks)
+                of = self.program, self.operators, splits, candidates, cut, self.w.ranks
+                partition = Partition(*of, wire_dtype=self.w.wire_dtype, global_ids=self.w.global_ids)
                 found.append(self._price(partition, aggregate))
             best = min(found, key=lambda t: t.score)
             if not best.score.missing_bytes:

@@ -3,8 +3,9 @@
 In version 2 a layout had a field for each kind of what crosses; since version 3 it has one list of transfers, of which
 one had another name at first, and tables had fewer numbers. Who has which part of a dimension was written in three
 ways; since version 4 it is in one. Until then everything crossed in the model's dtype; since version 5 a transfer says
-so if it is another. Since version 6 a plan has the seconds of its ranks' own work. Forms had other names in some files
-of version 2 (`descompiler.tables.aliases`); who edits a file may still write these.
+so if it is another. Since version 6 a plan has the seconds of its ranks' own work; since version 7 its layout says
+whether values are rounded where they cross, which a reader of version 6 would pass over. Forms had other names in some
+files of version 2 (`descompiler.tables.aliases`); who edits a file may still write these.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from descompiler.layout.division import Division
 from descompiler.planning.json import encode
 from descompiler.tables.aliases import current_name
 
-VERSION = 6
+VERSION = 7
 """Of the plan files that are written."""
 
 DTYPES = {2: "float16", 4: "float32", 8: "float64"}
@@ -43,7 +44,9 @@ def as_of_now(data: dict[str, Any]) -> dict[str, Any]:
     if data["version"] == 4:
         data = {**data, "version": 5}
     if data["version"] == 5:
-        data = {**data, "version": VERSION, "work_s": 0.0, "seconds": {}}
+        data = {**data, "version": 6, "work_s": 0.0, "seconds": {}}
+    if data["version"] == 6:
+        data = {**data, "version": VERSION}
     return _in_current_names(data) if data["version"] == VERSION else data
 
 

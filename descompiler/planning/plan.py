@@ -145,7 +145,7 @@ class Plan(Chosen):
     def diff(self, other: Plan) -> str:
         """What is different in another plan, in words; empty if nothing is."""
         lines = []
-        for what in ("fingerprint", "ranks", "rows", "objective", "statistics"):
+        for what in ("fingerprint", "ranks", "rows", "objective", "statistics", "wire_dtype"):
             a, b_ = getattr(self, what), getattr(other, what)
             if a != b_:
                 lines.append(f"{what}: {a} -> {b_}")

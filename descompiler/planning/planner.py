@@ -13,8 +13,10 @@ over f in the product of the F(t). Tables share aggregation points, so the price
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 
+import torch
 from torch import fx
 
 from descompiler.classify.coupling import coupling_notes
@@ -23,9 +25,10 @@ from descompiler.graph.nodes import target_name, user_line
 from descompiler.graph.program import Program
 from descompiler.graph.text import fingerprint
 from descompiler.layout.layout import Layout
+from descompiler.layout.transfer import crosses_in
 from descompiler.planning.chosen import Label, PlannedTable
 from descompiler.planning.memory import check_optimizer
-from descompiler.planning.objective import Score, Terms, Trial
+from descompiler.planning.objective import IDS, Score, Terms, Trial
 from descompiler.planning.pins import allowed_forms
 from descompiler.planning.plan import Plan
 from descompiler.planning.search import TIE, Search
@@ -34,7 +37,7 @@ from descompiler.region.named import named_cut_graph
 from descompiler.region.partition import Partition
 from descompiler.region.rule import Rule
 from descompiler.tables.computed import groups_of, notes_of_computed, whole_notes
-from descompiler.tables.form import fallback, form_named
+from descompiler.tables.form import fallback, form_named, split_as
 from descompiler.tables.tables import Operator
 from descompiler.units import format_seconds
 
@@ -58,6 +61,7 @@ def choose(
     """
     terms = terms or Terms()
     w = w.worth(terms.cluster.flops_per_byte if terms.cluster is not None else None)
+    w = replace(w, wire_dtype=_narrower(program, terms.wire_dtype), global_ids=terms.ids == IDS[1] and w.ranks > 1)
     check_optimizer(terms.optimizer)
     if terms.cluster is not None and terms.cluster.ranks != w.ranks:
         raise PlanError(
@@ -67,6 +71,8 @@ def choose(
     allowed = allowed_forms(operators, pins, terms.forbid, terms.optimizer)
     if w.ranks == 1:
         allowed = {o.name: (fallback().name,) for o in operators}
+    if w.global_ids:
+        allowed = {o.name: _inside(o, allowed[o.name], w.ranks) for o in operators}
     measured = terms.statistics.measured if terms.statistics is not None else {}
     for name, forms_of in allowed.items():
         if name not in measured and len(forms_of) > 1:
@@ -113,6 +119,31 @@ def choose(
         replan=lambda changed: choose(program, operators, rules, w, changed, terms=terms),
         graph_of_cut=lambda: named_cut_graph(program, partition.candidates, w, partition.inside),
     )
+
+
+def _inside(o: Operator, forms: Sequence[str], ranks: int) -> tuple[str, ...]:
+    """The forms in which a table is looked up for the global batch."""
+
+    def inside(form: str) -> bool:
+        split = split_as(o, form, ranks)
+        return not (o.outputs or o.other_uses) and all(split.placement(o, x) is not None for x in o.lookups)
+
+    if found := tuple(form for form in forms if inside(form)):
+        return found
+    why = "; ".join(f"{f}: {reason}" for f, reason in o.refusals.items())
+    raise PlanError(
+        f"ids='global': table {o.name!r} is used on own rows in the forms that it may take ({', '.join(forms)})"
+        + (f", and it can't take {why}" if why else "")
+    )
+
+
+def _narrower(program: Program, wire_dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype that values are to be rounded to, if anything of the model's would be."""
+    if wire_dtype is not None and program.dtype.is_complex:
+        raise PlanError(f"wire_dtype={wire_dtype}: the model is of {program.dtype}, and complex values are not rounded")
+    if wire_dtype is not None and crosses_in(program.dtype, wire_dtype) == program.dtype:
+        raise PlanError(f"wire_dtype={wire_dtype} is no narrower than the model's {program.dtype}: leave it out")
+    return wire_dtype
 
 
 def _tie_notes(least: Score, chosen: Score, seconds: bool) -> list[str]:
@@ -166,7 +197,7 @@ def _does_not_fit(search: Search, forms: Mapping[str, str], best: Trial, pins: M
             changed = sorted({f"{n}: {found[n]}" for n in found if found[n] != forms[n]})
             return "\n".join([*lines, f"without the pins and forbidden forms it fits, with {', '.join(changed[:8])}"])
     for factor in (2, 4, 8, 16, 32, 64):
-        more = Weights(w.ranks * factor, w.rows, w.itemsize, w.flops_per_byte, w.backward)
+        more = replace(w, ranks=w.ranks * factor)
         terms = Terms(search.terms.forbid, None, limit, search.terms.optimizer, solver=search.terms.solver)
         wider = Search(search.program, search.operators, search.rules, more, search.allowed, terms)
         if not min(wider.score(x) for x in wider.starts(frozenset())).missing_bytes:

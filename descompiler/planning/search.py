@@ -19,7 +19,7 @@ from torch import fx
 
 from descompiler.classify.scope import trained_parameters
 from descompiler.cost_models.symbols import L as IDS
-from descompiler.cost_models.symbols import N, U, V, b, i, k, s
+from descompiler.cost_models.symbols import N, U, V, b, d, i, k, s
 from descompiler.errors import DescompilerError
 from descompiler.graph.nodes import shape_of, tail
 from descompiler.graph.program import Program
@@ -132,19 +132,19 @@ class Search:
         return replace(self.w, itemsize=min(sizes))
 
     def _cost(self, o: Operator, form: str, readers: Mapping[fx.Node, int]) -> FormCost:
-        w = self.least
+        w, narrow = self.least, self.least.narrow_size_of(None)
         split = self.objective.split(o, form, w.ranks, self.objective.choice(o, form))
         if any(split.placement(o, x) is not None for x in o.lookups):
             sent = 0.0
             for ids in dict.fromkeys(x.ids for x in o.lookups):
                 x = next(x for x in o.lookups if x.ids is ids)
                 width = summed(Entry(ids.name, tail(ids), split.columns(o, x)).widths)
-                sent += 4 * w.rows * (w.ranks - 1) * width / readers[ids]
+                sent += 4 * w.rows * (w.ranks - 1) * width / readers[ids] * (not w.global_ids)
             return FormCost(True, sent, len(split.pieces.owners) if split.pieces.dim == 1 else 1)
-        least = form_named(form).least_bytes(o, w.ranks, self.objective.statistics, w.rows, w.itemsize)
+        least = form_named(form).least_bytes(o, w.ranks, self.objective.statistics, w.rows, narrow)
         if least is not None:
             return FormCost(False, least * (1 - ROUNDING))
-        values: dict[Any, float] = {N: w.ranks, b: w.rows, s: w.itemsize, i: 4, V: o.rows, k: o.dim, IDS: o.ids}
+        values: dict[Any, float] = {N: w.ranks, b: w.rows, s: narrow, i: 1, d: 1, V: o.rows, k: o.dim, IDS: o.ids}
         values[U] = self.objective.unique[o.name]
         total = 0.0
         known = o.trained and (not o.outputs or split.at_hand)  # products with a divided table are more

@@ -63,7 +63,7 @@ def candidates(plan: Chosen, only: str | None = None) -> Sheet:
             if above := kind.missing.get(form):
                 verdict += f"; {above:,} B above the limit of memory"
             alone = bytes_alone(plan, kind, form)
-            rows.append((*head, form, formula_of(form, t.sparse), alone, price, verdict))
+            rows.append((*head, form, formula_of(plan, t, form), alone, price, verdict))
             head = ("", "", "", "")
         rows += [(*head, form, None, None, None, f"not possible: {why}") for form, why in t.refusals.items()]
     columns = (
@@ -142,6 +142,13 @@ def crossings(plan: Chosen, only: str | None = None) -> Sheet:
         Column("line"),
     )
     notes = ["the mean over ranks; values include their gradients on the way back." if rows else "nothing: all local."]
+    if plan.layout.given:
+        notes.append("ids don't cross: every rank is given the global batch's.")
+    if plan.wire_dtype is not None:
+        notes.append(
+            f"values and fetched rows, and gradients of both, are rounded to {plan.wire_dtype} and summed in their own "
+            "dtype; the rest crosses as it is. des.verify(..., wire_dtype=...) says what the rounding does."
+        )
     if any(c.kind == "product" and "logits" in c.name for c in plan.crossings):
         notes.append("the full logits cross: compute the loss, or topk, in forward to leave them with the owners.")
     return Sheet("what crosses the wire", columns, tuple(rows), tuple(notes)).without_empty("line")

@@ -34,6 +34,7 @@ from descompiler.layout.border import Exit
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.placement import LOCAL, Local, Placement, Region, Shard, ranks_of
 from descompiler.layout.spans import alike, spans_of
+from descompiler.layout.transfer import narrow_size
 from descompiler.region import flow
 from descompiler.region.rule import Givens, Placed, Rule
 
@@ -60,6 +61,10 @@ class Weights:
         Ethernet of 10 Gbit/s (some 50 GFlop/s and 1.25 GB/s); a calibrated cluster says its own.
     backward : bool
         Whether gradients are sent back.
+    wire_dtype : torch.dtype or None
+        As `descompiler.layout.layout.Layout` has it.
+    global_ids : bool
+        Whether every rank is given the global batch of what lookups read.
     """
 
     ranks: int
@@ -67,10 +72,16 @@ class Weights:
     itemsize: int = 4
     flops_per_byte: float = 40.0
     backward: bool = True
+    wire_dtype: torch.dtype | None = None
+    global_ids: bool = False
 
     def size_of(self, wire_dtype: torch.dtype | None) -> int:
         """Bytes of an element that crosses in a dtype; None: in the model's."""
         return self.itemsize if wire_dtype is None else wire_dtype.itemsize
+
+    def narrow_size_of(self, wire_dtype: torch.dtype | None) -> int:
+        """As `size_of`, of what may be rounded to cross."""
+        return narrow_size(self.itemsize, wire_dtype, self.wire_dtype)
 
     def worth(self, flops_per_byte: float | None) -> Weights:
         """With the work that is worth a byte on a cluster, if it is known."""
@@ -127,7 +138,7 @@ def exit_bytes(program: Program, node: fx.Node, placement: Region, w: Weights) -
         sent = elements // size * (size - placement.width(LOCAL))
     else:
         sent = elements * len(ranks_of(placement))
-    itemsize = w.size_of(program.wire_dtype(value(node).dtype))
+    itemsize = w.narrow_size_of(program.wire_dtype(value(node).dtype))
     return (2 if w.backward else 1) * sent * (w.ranks - 1) * w.rows * itemsize
 
 

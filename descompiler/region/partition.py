@@ -10,14 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import fx
 
 from descompiler.classify.coupling import Coupling, couple
 from descompiler.classify.scope import GLOBAL, coupled_nodes, scope_of, trained_parameters
+from descompiler.errors import PlanError
 from descompiler.graph.arguments import BatchNormCall, training_norm
-from descompiler.graph.nodes import tail
+from descompiler.graph.nodes import tail, target_name, user_line
 from descompiler.graph.program import Program
-from descompiler.graph.rewrite import descendants
+from descompiler.graph.rewrite import ancestors, descendants
 from descompiler.layout.id_checks import Check
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.placement import Owned, Placement, Shard
@@ -40,6 +42,10 @@ class Partition:
         Those that are in the region, and those that leave it.
     planned : mapping of str to Pieces, optional
         What ranks hold already, by a plan for another graph of the model (other training flags).
+    wire_dtype : torch.dtype or None
+        As `descompiler.layout.layout.Layout` has it.
+    global_ids : bool
+        Whether every rank is given the global batch of what lookups read.
     """
 
     program: Program
@@ -49,6 +55,8 @@ class Partition:
     cut: Cut
     ranks: int
     planned: Mapping[str, Pieces] | None = None
+    wire_dtype: torch.dtype | None = None
+    global_ids: bool = False
 
     @cached_property
     def pieces(self) -> Mapping[str, Pieces]:
@@ -87,6 +95,30 @@ class Partition:
             if n in self.lookups and n in self.inside:
                 result.setdefault(self.lookups[n][1].ids, []).append(self.lookups[n])
         return result
+
+    @cached_property
+    def given(self) -> tuple[fx.Node, ...]:
+        """The inputs that are the global batch's, if ids are: those that lookups in the region read, and nothing else.
+
+        Raises
+        ------
+        PlanError
+            If anything else reads one, or ids are made of anything else.
+        """
+        if not self.global_ids or not self.inside:
+            return ()
+        graph, sources = self.program.graph, self.program.sources
+        needed = ancestors(self.readers)
+        inputs = {n for n in needed if n.op == "placeholder" and sources[n.name].kind == "input"}
+        for n in graph.nodes:
+            if n in needed and (n in inputs or not inputs.isdisjoint(ancestors([n]))):
+                for u in n.users:
+                    if u not in needed and u not in self.inside:
+                        raise PlanError(
+                            f"ids='global': {target_name(u)} reads {n.name!r} too, on a rank's own rows "
+                            f"({user_line(u)}); give ids that only lookups read, or leave ids='own'"
+                        )
+        return tuple(n for n in graph.nodes if n in inputs)
 
     @cached_property
     def norms(self) -> list[BatchNormCall]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from descompiler.layout.border import Exit, SharedColumns, ValuesOut
+from descompiler.layout.transfer import crosses_in
 from descompiler.runtime.agreement import Agreement
 from descompiler.runtime.backward import differentiable_once, lookups_of
 from descompiler.runtime.carriers import carries
@@ -33,7 +34,7 @@ class Handle:
 
 @carries(ValuesOut)
 class ExitStart(torch.autograd.Function):
-    """``covers``: the ranks whose rows are in each value, one after another. Values have the dtypes that they cross in.
+    """``covers``: the ranks whose rows are in each value, one after another. Wider values are rounded to ``narrow``.
 
     What it returns has no numbers: it is for the order, and `ExitWait` has what arrives.
     """
@@ -45,17 +46,18 @@ class ExitStart(torch.autograd.Function):
         out: ValuesOut,
         handle: Handle,
         covers: Sequence[Sequence[int]],
+        narrow: torch.dtype | None,
         anchor: Tensor,
         *values: Tensor,
     ) -> Tensor:
         ctx.runtime, ctx.handle, ctx.rows, ctx.covers = runtime, handle, list(runtime.rows), covers
-        ctx.shapes = [(v.shape[1:], v.dtype) for v in values]
+        ctx.like = [(v.shape[1:], v.dtype, crosses_in(v.dtype, narrow)) for v in values]
         ctx.anchor = anchor
-        dtypes = [runtime.dtype_of(e.wire_dtype) for e in out.exits]
+        dtypes = [crosses_in(runtime.dtype_of(e.wire_dtype), narrow) for e in out.exits]
         dtype = message_dtype(dtypes) if dtypes else runtime.wire_dtype
         chunks: list[list[Tensor]] = [[] for _ in ctx.rows]
-        for v, ranks in zip(values, covers, strict=True):
-            for r, part in zip(ranks, torch.split(v, [ctx.rows[r] for r in ranks]), strict=True):
+        for v, ranks, (_, _, wire) in zip(values, covers, ctx.like, strict=True):
+            for r, part in zip(ranks, torch.split(v.to(wire), [ctx.rows[r] for r in ranks]), strict=True):
                 chunks[r].append(part.reshape(-1))
         send = packed([c for of_rank in chunks for c in of_rank], dtype, runtime.device)
         mine = ctx.rows[runtime.rank]
@@ -69,15 +71,15 @@ class ExitStart(torch.autograd.Function):
     @differentiable_once(lambda ctx: lookups_of(ctx.runtime.checks))
     def backward(ctx: Any, *grads: Any) -> Any:
         buffer = ctx.handle.backward.wait()
-        shapes, pieces = ctx.shapes, [list[Tensor]() for _ in ctx.shapes]
+        like, pieces = ctx.like, [list[Tensor]() for _ in ctx.like]
         here = [(i, r) for r in range(len(ctx.rows)) for i, ranks in enumerate(ctx.covers) if r in ranks]
-        counts = [ctx.rows[r] * shapes[i][0].numel() for i, r in here]
-        parts = unpacked(buffer, counts, [shapes[i][1] for i, _ in here])
+        counts = [ctx.rows[r] * like[i][0].numel() for i, r in here]
+        parts = unpacked(buffer, counts, [like[i][2] for i, _ in here])
         for (i, r), part in zip(here, parts, strict=True):
-            pieces[i].append(part.reshape(ctx.rows[r], *shapes[i][0]))
+            pieces[i].append(part.reshape(ctx.rows[r], *like[i][0]))
         # Gradients are averaged over ranks; what the region's owner receives is the sum.
-        result = [torch.cat(p).div_(ctx.runtime.ranks) for p in pieces]
-        return None, None, None, None, torch.zeros_like(ctx.anchor), *result
+        result = [torch.cat(p).to(dtype).div_(ctx.runtime.ranks) for p, (_, dtype, _) in zip(pieces, like, strict=True)]
+        return None, None, None, None, None, torch.zeros_like(ctx.anchor), *result
 
 
 @carries(ValuesOut)

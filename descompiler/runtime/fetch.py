@@ -29,10 +29,12 @@ import torch
 from torch import Tensor
 
 from descompiler.layout.fetches import Counts, Fetch
+from descompiler.layout.transfer import crosses_in
 from descompiler.ops.local import bag, lookup
 from descompiler.runtime.agreement import Message
 from descompiler.runtime.backward import differentiable_once, lookups_of
 from descompiler.runtime.carriers import carries
+from descompiler.runtime.differences import decode
 from descompiler.runtime.fetching import Fetching, collected, dealt, message_sizes, prepare
 from descompiler.runtime.runtime import Runtime
 from descompiler.runtime.shared_rows import (
@@ -51,8 +53,8 @@ def begin_fetch(runtime: Runtime, rows: int, ids: Sequence[Tensor], fetch_ids: S
     problem = runtime.problem(ids)
     fetch = runtime.layout.fetches[0]
     fetching = None if problem else prepare(fetch, fetch_ids, runtime.ranks)
-    counts = fetching.asked_counts(runtime.ranks) if fetching else None
-    received = runtime.header(rows, problem, counts, fetching.gathered_count if fetching else 0)
+    counts = fetching.asked_told if fetching else None
+    received = runtime.header(rows, problem, counts, fetching.gathered_told if fetching else 0)
     assert fetching is not None
     fetching.hear(received)
     return [sum(runtime.rows), fetching]
@@ -74,8 +76,8 @@ def _begin_late(runtime: Runtime, fetch: Fetch, ids: Sequence[Tensor]) -> Fetchi
     """
     problem = next(filter(None, (c.problem(x) for c, x in zip(fetch.checks, ids, strict=True))), None)
     fetching = None if problem else prepare(fetch, ids, runtime.ranks)
-    asked = fetching.asked_counts(runtime.ranks) if fetching else [0] * runtime.ranks
-    gathered = fetching.gathered_count if fetching else 0
+    asked = fetching.asked_told if fetching else [0] * runtime.ranks
+    gathered = fetching.gathered_told if fetching else 0
     told = runtime.tell(Fetch.COUNTS, [Message(problem is not None, n, gathered) for n in asked], problem)
     assert fetching is not None
     fetching.hear(told)
@@ -87,13 +89,13 @@ def fetch_start(runtime: Runtime, fetching: Fetching) -> Fetching:
     """Ask the owners for rows, and tell the other ranks which shared rows will get a gradient."""
     if runtime.ahead is not None and runtime.ahead.fetching is fetching:
         return fetching
-    dtype = torch.int32 if fetching.fetch.id_bytes == 4 else torch.int64
     if fetching.fetch.gathered_classes and torch.is_grad_enabled():
-        keys = torch.cat([fetching.shared_keys[c] for c in fetching.fetch.gathered_classes]).to(dtype)
-        fetching.telling = to_all(runtime, keys, fetching.gathered_counts, Fetch.GATHERED_IDS)
+        ids = fetching.gathered_ids.encoded(fetching.gathered_bytes[runtime.rank])
+        fetching.telling = to_all(runtime, ids, fetching.gathered_bytes, Fetch.GATHERED_IDS)
     if fetching.fetch.divided:
-        asked = fetching.asked_counts(runtime.ranks)
-        fetching.asking = runtime.exchange(fetching.keys.to(dtype), asked, fetching.served_counts, Fetch.IDS)
+        asked = fetching.asked_bytes
+        ids = fetching.asking_ids.encoded(sum(asked))
+        fetching.asking = runtime.exchange(ids, asked, fetching.served_bytes, Fetch.IDS)
     return fetching
 
 
@@ -173,7 +175,8 @@ class _FetchRows(torch.autograd.Function):
     def forward(ctx: Any, runtime: Runtime, fetching: Fetching, *weights: Tensor) -> tuple[Tensor, ...]:
         fetch, space, rank = fetching.fetch, fetching.space, runtime.rank
         own = space.own[rank]
-        received = fetching.keys if fetching.asking is None else fetching.asking.wait().long()  # no keys if not divided
+        asked = space.own.new_empty(0, dtype=torch.uint8) if fetching.asking is None else fetching.asking.wait()
+        received = decode(asked, fetching.served_counts, fetch.digits)  # no keys if not divided
         sender = torch.repeat_interleave(torch.tensor(fetching.served_counts, device=received.device))
         table = torch.searchsorted(own, received, right=True) - 1
         _, of_table = fetch.on(received.device)
@@ -194,6 +197,7 @@ class _FetchRows(torch.autograd.Function):
         ctx.runtime, ctx.fetching = runtime, fetching
         ctx.weights = [w.detach() for w in weights]
         fetching.dtypes = [x.dtype for x in owned]
+        fetching.wires = [crosses_in(dtype, runtime.layout.wire_dtype) for dtype in fetching.dtypes]
         if fetch.divided:
             sent, sizes = (message_sizes(fetching, x) for x in (fetching.served, fetching.asked))
             fetching.answering = runtime.exchange(dealt(fetching, owned, fetching.served), sent, sizes, Fetch.ROWS)
@@ -299,6 +303,8 @@ def _record(runtime: Runtime, fetching: Fetching, served: Tensor) -> None:
     """Keep the step's unique ids, by table; ``served`` ``[N, T]``."""
     rank = runtime.rank
     others = (served.sum(0) - served[rank]).tolist()
-    for table, row, answered in zip(fetching.fetch.tables, fetching.by_table, others, strict=True):
-        counts = Counts(sum(row[:-1]) - row[rank], answered, row[-1])
+    every = zip(fetching.fetch.tables, fetching.by_table, fetching.bytes_by_table, others, strict=True)
+    for table, row, sizes, answered in every:
+        asked, asked_bytes = (sum(x[:-1]) - x[rank] for x in (row, sizes))
+        counts = Counts(asked, answered, row[-1], asked_bytes, sizes[-1])
         runtime.unique[table.name] = runtime.unique.get(table.name, Counts()) + counts

@@ -6,7 +6,7 @@ tensor: shared ones first, then those of each owner, in order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from descompiler.layout.fetches import Fetch
 from descompiler.layout.keys import KeySpace
 from descompiler.runtime.agreement import Message
 from descompiler.runtime.collectives import Pending
+from descompiler.runtime.differences import differences, encode, sizes_of
 from descompiler.runtime.messages import message_dtype, packed, size_in, unpacked
 
 
@@ -31,21 +32,28 @@ class Fetching:
         For each table, the place of its padding row; -1 where the batch has none.
     asked, served : list of list of int
         ``[rank][class]``: rows that this rank asks of a rank; that a rank asks of this one.
+    asking_ids, gathered_ids : Ids
+        Those that it asks for, in order of rank, class, key; and of shared rows whose gradients are gathered.
     """
 
     fetch: Fetch
     space: KeySpace
     positions: list[Tensor]
     padding: list[int]
-    keys: Tensor  # asked of other ranks, in order of rank, class, key
+    asking_ids: Ids
+    gathered_ids: Ids
     asked: list[list[int]]
     shared_keys: list[Tensor]  # by class
     by_table: list[list[int]]  # [table][owner, shared last]: unique keys
+    bytes_by_table: list[list[int]]  # of these, as they cross; of shared ones, if they do
     served_counts: list[int] = field(default_factory=list)
+    served_bytes: list[int] = field(default_factory=list)
     gathered_counts: list[int] = field(default_factory=list)
+    gathered_bytes: list[int] = field(default_factory=list)
     served: list[list[int]] = field(default_factory=list)
     served_keys: list[Tensor] = field(default_factory=list)  # by class, in order of rank, key
     dtypes: list[torch.dtype] = field(default_factory=list)  # of the rows of each class
+    wires: list[torch.dtype] = field(default_factory=list)  # that they cross in
     asking: Pending | None = None  # keys
     answering: Pending | None = None  # rows
     returning: Pending | None = None  # gradients of rows
@@ -55,15 +63,51 @@ class Fetching:
 
     def hear(self, told: Sequence[Message]) -> None:
         """Take in what each rank will ask of this one, and send to it."""
-        self.served_counts, self.gathered_counts = [m.asked for m in told], [m.gathered for m in told]
-
-    def asked_counts(self, ranks: int) -> list[int]:
-        return [sum(self.asked[r]) for r in range(ranks)]
+        self.served_counts, self.served_bytes = _told(m.asked for m in told)
+        self.gathered_counts, self.gathered_bytes = _told(m.gathered for m in told)
 
     @property
-    def gathered_count(self) -> int:
-        """Shared rows of which this rank will send a gradient to every other rank."""
-        return sum(len(self.shared_keys[c]) for c in self.fetch.gathered_classes)
+    def asked_told(self) -> list[int]:
+        """Of each rank: how many rows this one asks for, and the bytes of their ids, as one number."""
+        return [sum(of) | n << COUNT_BITS for of, n in zip(self.asked, self.asked_bytes, strict=True)]
+
+    @property
+    def asked_bytes(self) -> list[int]:
+        """Of the ids that each rank is asked for."""
+        return [sum(row[r] for row in self.bytes_by_table) for r in range(len(self.asked))]
+
+    @property
+    def gathered_told(self) -> int:
+        """Shared rows of which this rank will send a gradient to every other rank, and the bytes of their ids."""
+        count = sum(len(self.shared_keys[c]) for c in self.fetch.gathered_classes)
+        return count | sum(row[-1] for row in self.bytes_by_table) << COUNT_BITS
+
+
+COUNT_BITS = 32
+"""Of a told number: how many ids; above them, in how many bytes."""
+
+
+def _told(numbers: Iterable[int]) -> tuple[list[int], list[int]]:
+    several = list(numbers)
+    return [n & (1 << COUNT_BITS) - 1 for n in several], [n >> COUNT_BITS for n in several]
+
+
+@dataclass
+class Ids:
+    """Keys that are to cross, as distances, and the bytes of each."""
+
+    distances: Tensor
+    sizes: Tensor
+
+    @staticmethod
+    def of(keys: Tensor, owner: Tensor, digits: int) -> Ids:
+        """Keys in order of their owner."""
+        distances = differences(keys, owner)
+        return Ids(distances, sizes_of(distances, digits))
+
+    def encoded(self, total: int) -> Tensor:
+        """As so many bytes, which is what ``sizes`` add up to."""
+        return encode(self.distances, self.sizes, total)
 
 
 @dataclass
@@ -98,17 +142,24 @@ def prepare(fetch: Fetch, ids: Sequence[Tensor], ranks: int) -> Fetching:
     positions = torch.split(place[inverse], [len(p) for p in parts])
     counts = by_class.tolist()
     sizes = [n for row in counts for n in (row[-1], *row[:-1])]
-    chunks = torch.split(key[order], sizes)
-    keys = [chunks[c * (ranks + 1) + 1 + r] for r in range(ranks) for c in range(classes)]
+    chunks = torch.split(order, sizes)
+    asked = torch.cat([chunks[c * (ranks + 1) + 1 + r] for r in range(ranks) for c in range(classes)])
+    gathered = torch.cat([order[:0], *(chunks[c * (ranks + 1)] for c in fetch.gathered_classes)])
+    asking_ids, gathered_ids = (Ids.of(key[at], owner[at], fetch.digits) for at in (asked, gathered))
+    id_bytes = by_table.new_zeros(by_table.numel())
+    for at, crossing in ((asked, asking_ids), (gathered, gathered_ids)):
+        id_bytes.index_add_(0, (table * (ranks + 1) + owner)[at], crossing.sizes)
     return Fetching(
         fetch,
         space,
         [p.reshape(x.shape) for p, x in zip(positions, ids, strict=True)],
         _padding(fetch, space, unique, place),
-        torch.cat(keys),
+        asking_ids,
+        gathered_ids,
         [[counts[c][r] for c in range(classes)] for r in range(ranks)],
-        [chunks[c * (ranks + 1)] for c in range(classes)],
+        [key[chunks[c * (ranks + 1)]] for c in range(classes)],
         by_table.tolist(),
+        id_bytes.reshape(by_table.shape).tolist(),
     )
 
 
@@ -127,24 +178,27 @@ def _padding(fetch: Fetch, space: KeySpace, unique: Tensor, place: Tensor) -> li
 
 def message_sizes(fetching: Fetching, counts: Sequence[Sequence[int]]) -> list[int]:
     """Elements of each rank's part of a message, of ``[rank][class]`` rows."""
-    dims, dtypes = fetching.fetch.dims, fetching.dtypes
+    dims, dtypes = fetching.fetch.dims, fetching.wires
     return [size_in(message_dtype(dtypes), (n * d for n, d in zip(row, dims, strict=True)), dtypes) for row in counts]
 
 
 def dealt(fetching: Fetching, values: Sequence[Tensor], counts: Sequence[Sequence[int]]) -> Tensor:
     """Rows of each class, in order of rank, as one message in order of rank and class."""
-    parts = [torch.split(v, [row[c] for row in counts]) for c, v in enumerate(values)]
+    parts = [
+        torch.split(v.to(wire), [row[c] for row in counts])
+        for c, (v, wire) in enumerate(zip(values, fetching.wires, strict=True))
+    ]
     chunks = [p[r] for r in range(len(counts)) for p in parts]
-    return packed(chunks, message_dtype(fetching.dtypes), values[0].device)
+    return packed(chunks, message_dtype(fetching.wires), values[0].device)
 
 
 def collected(fetching: Fetching, message: Tensor, counts: Sequence[Sequence[int]]) -> list[list[Tensor]]:
     """The inverse of `dealt`: by class, the rows ``[n, dim]`` of each rank."""
     dims = fetching.fetch.dims
     sizes = [n * d for row in counts for n, d in zip(row, dims, strict=True)]
-    parts = iter(unpacked(message, sizes, fetching.dtypes * len(counts)))
+    parts = iter(unpacked(message, sizes, fetching.wires * len(counts)))
     result: list[list[Tensor]] = [[] for _ in dims]
     for row in counts:
         for c, (n, d) in enumerate(zip(row, dims, strict=True)):
-            result[c].append(next(parts).reshape(n, d))
+            result[c].append(next(parts).reshape(n, d).to(fetching.dtypes[c]))
     return result

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from descompiler.errors import InputError
 from descompiler.layout.border import IdsIn, ValuesOut
 from descompiler.layout.global_values import GatherRows, NormsInside, SumTerms, WholeTables
 from descompiler.layout.id_checks import Check, are_alike, are_in_range
 from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows
 from descompiler.layout.traffic import Traffic
+from descompiler.layout.transfer import crosses_in
 from descompiler.runtime.ahead import TakesAhead
 from descompiler.runtime.backward import Asked
 from descompiler.runtime.border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, apart, put_together
@@ -88,11 +90,25 @@ class Runtime(TakesAhead):
         self.traffic, self.unique, self.failures, self.beside = Traffic(), {}, [], Traffic()
         self.started, self.regions, self.ahead, self.due = False, None, None, None
 
-    def begin(self, rows: int, ids: Sequence[Tensor]) -> int:
-        """Check ids, exchange row counts, agree with the other ranks; returns the rows of the global batch."""
+    def begin(self, rows: int, ids: Sequence[Tensor], given: int | None = None) -> int:
+        """Check ids, exchange row counts, agree with the other ranks; returns the rows of the global batch.
+
+        ``given``: the rows of which this rank was given ids, as all ranks were (`Call` tells); if they are the global
+        batch's.
+        """
         if self.take_ahead() is None:
             self.header(rows, self.problem(ids))
+        if given not in (None, sum(self.rows)):  # on every rank
+            self.failed = True
+            raise InputError(
+                f"ids='global': ids are given for {given} rows, and ranks have {' + '.join(map(str, self.rows))} rows: "
+                "give every rank the ids of the global batch, in the order of the ranks"
+            )
         return sum(self.rows)
+
+    def share_of(self, rows: int) -> int:
+        """This rank's own of the rows of a global batch, where no input says how many."""
+        return share_of(rows, self.rank, self.ranks)
 
     def problem(self, ids: Sequence[Tensor]) -> str | None:
         """Why ids are wrong, or None."""
@@ -215,7 +231,8 @@ class Runtime(TakesAhead):
                 assert self.regions is not None
                 present.extend(zip(self.regions.groups, (x.to(dtype) for x in v), strict=True))
         covers = [ranks for ranks, _ in present]
-        return [handle, ExitStart.apply(self, transfer, handle, covers, anchor, *(v for _, v in present))]
+        narrow = self.layout.wire_dtype
+        return [handle, ExitStart.apply(self, transfer, handle, covers, narrow, anchor, *(v for _, v in present))]
 
     def exit_wait(self, started: list[Any]) -> list[Tensor]:
         """The values for this rank's own rows: summed, or put together (`LOCAL` ranges left out)."""
@@ -223,11 +240,12 @@ class Runtime(TakesAhead):
         mine, exits = self.rows[self.rank], self.layout.exits
         senders = [(i, r) for r in range(self.ranks) for i, e in enumerate(exits) if e.width(r)]
         counts = [mine * exits[i].width(r) for i, r in senders]
-        dtypes = [self.dtype_of(exits[i].wire_dtype) for i, _ in senders]
+        own = [self.dtype_of(exits[i].wire_dtype) for i, _ in senders]
+        dtypes = [crosses_in(dtype, self.layout.wire_dtype) for dtype in own]
         parts = apart(ExitWait.apply(self, handle, counts, dtypes, token), counts, dtypes)
         by_exit: list[dict[int, Tensor]] = [{} for _ in exits]
-        for (i, r), p in zip(senders, parts, strict=True):
-            by_exit[i][r] = p.reshape(mine, *exits[i].tail_on(r))
+        for (i, r), p, dtype in zip(senders, parts, own, strict=True):
+            by_exit[i][r] = p.reshape(mine, *exits[i].tail_on(r)).to(dtype)  # sums are made in it
         return [put_together(e, by_exit[i]) for i, e in enumerate(exits)]
 
     # ---- weights that several ranks hold in part
@@ -373,6 +391,15 @@ class Runtime(TakesAhead):
         if self.ranks == 1 or self.loss == "rank_mean" or not torch.is_grad_enabled():
             return list(tensors)
         return [self.loss_scale.divide(x) if x.requires_grad else x for x in tensors]
+
+
+def share_of(rows: int, rank: int, ranks: int) -> int:
+    """An even share: the first ranks have one row more.
+
+    >>> [share_of(8, r, 3) for r in range(3)]
+    [3, 3, 2]
+    """
+    return rows // ranks + (rank < rows % ranks)
 
 
 def _joined(ids: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:

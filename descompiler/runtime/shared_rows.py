@@ -13,6 +13,7 @@ from descompiler.layout.pieces import ALL
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.collectives import Pending
 from descompiler.runtime.communicator import Communicator
+from descompiler.runtime.differences import decode
 from descompiler.runtime.fetching import Fetching, Gathering, collected, message_sizes
 from descompiler.runtime.messages import message_dtype, packed
 
@@ -32,8 +33,8 @@ def start_gathering(runtime: Communicator, fetching: Fetching, own: list[Tensor]
     """Send every rank the gradients of the shared rows that this one looked up."""
     fetch, rank = fetching.fetch, runtime.rank
     assert fetching.telling is not None
-    received = fetching.telling.wait().long()
     sizes = [0 if r == rank else n for r, n in enumerate(fetching.gathered_counts)]
+    received = decode(fetching.telling.wait(), sizes, fetch.digits)
     firsts = fetching.space.shared[torch.tensor([m.start for m in fetch.classes], device=received.device)]
     counts, keys = [], []
     for part in torch.split(received, sizes):  # in order of class
@@ -41,8 +42,10 @@ def start_gathering(runtime: Communicator, fetching: Fetching, own: list[Tensor]
         counts.append([b - a for a, b in itertools.pairwise(ends)])
         keys.append(torch.split(part, counts[-1]))
     keys[rank] = tuple(fetching.shared_keys)
-    values = packed([own[c] for c in fetch.gathered_classes], message_dtype(fetching.dtypes), received.device)
+    rounded = [g.to(wire) for g, wire in zip(own, fetching.wires, strict=True)]
+    values = packed([rounded[c] for c in fetch.gathered_classes], message_dtype(fetching.wires), received.device)
     sizes = message_sizes(fetching, counts)
+    own = [g.to(dtype) for g, dtype in zip(rounded, fetching.dtypes, strict=True)]  # as the others get them
     return Gathering(to_all(runtime, values, sizes, Fetch.GATHERED_BACK), counts, keys, own)
 
 

@@ -21,6 +21,7 @@ import sympy
 
 from descompiler.cost_models.forms import HOT_ROWS, hot_threshold
 from descompiler.graph.program import Program
+from descompiler.layout.keys import expected_bytes
 from descompiler.layout.pieces import ALL, Pieces, even_sizes
 from descompiler.layout.statistics import Statistics
 from descompiler.tables.blocks import OwnRows, not_fetched, whole_rows
@@ -48,7 +49,8 @@ class HotRows(OwnRows):
         if operator.name not in statistics.measured:
             return Choice()
         ids, present, _ = statistics.presence(operator.name, batch_rows)
-        id_bytes = 4 if operator.rows < 1 << 31 else 8
+        unique = np.array([statistics.unique(operator.name, batch_rows)])
+        id_bytes = float(expected_bytes(unique, np.array([operator.rows]))[0] / unique[0])
         threshold = hot_threshold(operator.dim, operator.dtype.itemsize, id_bytes, operator.sparse)
         chosen = present > threshold
         hot = hot_ranges(ids[chosen])
@@ -86,7 +88,7 @@ class HotRows(OwnRows):
     ) -> float | None:
         """Every row the cheaper way."""
         _, present, other = statistics.presence(operator.name, batch_rows)
-        fetched, reduced = 4 + 2 * operator.dim * itemsize, 2 * operator.dim * itemsize
+        fetched, reduced = 1 + 2 * operator.dim * itemsize, 2 * operator.dim * itemsize
         some = float(np.minimum(present * fetched, reduced).sum())
         return (ranks - 1) * (some + (operator.rows - len(present)) * min(other * fetched, reduced))
 

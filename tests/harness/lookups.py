@@ -17,6 +17,7 @@ from descompiler.layout.fetches import Fetch, FetchTable
 from descompiler.layout.placement import Disjoint, Region
 from descompiler.layout.spans import at
 from descompiler.ops.local import bag
+from descompiler.runtime.differences import decode
 from descompiler.runtime.fetch import take
 from descompiler.runtime.fetching import Fetching, prepare
 from descompiler.tables.form import Choice, Form, LookupPart, Split
@@ -201,9 +202,11 @@ def _answered(fetching: Fetching, splits: list[Split], pieces: list[list[Tensor]
     """The rows of a fetch on a rank: shared ones of its own, then what each owner answers."""
     shared = [w[rank][s.pieces.own_size(rank) :] for s, w in zip(splits, pieces, strict=True)]
     parts, start = [torch.cat(shared)[fetching.shared_keys[0]]], 0
-    for owner, count in enumerate(fetching.asked_counts(RANKS)):
+    counts = [sum(of) for of in fetching.asked]
+    keys = decode(fetching.asking_ids.encoded(sum(fetching.asked_bytes)), counts, fetching.fetch.digits)
+    for owner, count in enumerate(counts):
         own = [w[owner][: s.pieces.own_size(owner)] for s, w in zip(splits, pieces, strict=True)]
-        parts.append(torch.cat(own)[fetching.keys[start : start + count]])
+        parts.append(torch.cat(own)[keys[start : start + count]])
         start += count
     return torch.cat(parts)
 
