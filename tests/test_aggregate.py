@@ -63,11 +63,11 @@ class Random(nn.Module):
 STEPS = ["sum", "fm", "deep", "mixed", "each", "norm", "wide", "mask"]
 
 
-def lay_out(program, operators, splits, candidates, inside, ranks):
+def lay_out(program, operators, splits, candidates, inside, w):
     """The layout of a set of inside nodes, and how the weights are divided then."""
     exits = tuple(n for n in candidates.placed if n in inside and any(u not in inside for u in n.users))
     cut = Cut(inside, 0, exits)
-    partition = Partition(program, operators, splits, candidates, cut, ranks)
+    partition = Partition(program, operators, splits, candidates, cut, w.ranks, wire_dtype=w.wire_dtype)
     return layout_of(partition), partition.pieces
 
 
@@ -77,13 +77,13 @@ def compare_with_layouts(program, operators, forms, w):
     splits = assign(operators, {o.name: f for o, f in zip(operators, forms, strict=True)}, ranks)
     candidates = place(program, operators, splits, RULES, ranks)
     placements, trained = candidates.placements(), trained_parameters(program)
-    largest, most = lay_out(program, operators, splits, candidates, frozenset(candidates.placed), ranks)
+    largest, most = lay_out(program, operators, splits, candidates, frozenset(candidates.placed), w)
     always = gradients_reduced(most, trained, w.itemsize) + norms(largest, w.itemsize)  # what no set saves
     costs = {}
     for inside in legal_sets(candidates):
-        layout, pieces = lay_out(program, operators, splits, candidates, inside, ranks)
+        layout, pieces = lay_out(program, operators, splits, candidates, inside, w)
         reduced = gradients_reduced(pieces, trained, w.itemsize) + norms(layout, w.itemsize)
-        out = values_out(layout, rows, w.itemsize)
+        out = values_out(layout, rows, w.itemsize if w.wire_dtype is None else w.wire_dtype.itemsize)
         exits = (n for n in inside if any(u not in inside for u in n.users))
         assert sum(exit_bytes(program, n, placements[n], w) for n in exits) == out
         saved = sum(saved_bytes(program, n, x, w) for n, x in candidates.placed.items() if n not in inside)
@@ -109,8 +109,10 @@ def test_costs_are_what_the_layout_of_every_legal_set_sends(step, draws):
     mixed = [draws.choice(["table_wise", "row_wise", "column_wise"]) for _ in range(2)]
     for forms, rows in ((["column_wise"] * 3, draws.choice([1, 2])), ([*mixed, "replicate"], draws.randint(1, 300))):
         ranks, work = draws.randint(2, 8), draws.random() < 0.5
-        print(f"{steps}, {forms}, {ranks=}, {rows=}, {work=}")
-        compare_with_layouts(program, operators, forms, Weights(ranks, rows, flops_per_byte=40 if work else inf))
+        for wire_dtype in (None, torch.bfloat16):
+            print(f"{steps}, {forms}, {ranks=}, {rows=}, {work=}, {wire_dtype=}")
+            w = Weights(ranks, rows, flops_per_byte=40 if work else inf, wire_dtype=wire_dtype)
+            compare_with_layouts(program, operators, forms, w)
 
 
 @pytest.mark.parametrize("ranks, at", [(2, {"aten.linear"}), (64, {"aten.stack"})])
