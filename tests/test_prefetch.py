@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import descompiler as des
 from descompiler.layout.border import IdsIn
 from descompiler.layout.fetches import Fetch
-from descompiler.layout.step import StepHeader
+from descompiler.layout.step import AHEAD
 from tests.harness.cases import cases
 from tests.harness.failures import raised
 from tests.harness.models import Branch, Recommender, batch_of
@@ -152,7 +152,7 @@ def test_ids_are_no_business_of_their_step(on_ranks, plan, name):
         assert spared["data"] == usual["data"] - 1 and spared["control"] == usual["control"]
         assert not any("ahead" in channel for channel in spared)
         # yet they are counted in it, with what was told of the batch
-        assert counted_ahead == counted | {StepHeader.AHEAD: 1} and counted[name] == 1
+        assert counted_ahead == counted | {AHEAD: 1} and counted[name] == 1
 
 
 def _header_is_late(rank, ranks):
@@ -241,7 +241,7 @@ def _swapped(rank, ranks):
     for step, _ in enumerate(des.prefetch([p[rank] for p in steps], module)):
         train(module, optimizer, *steps[order[rank][step]][rank])
         assert_counted(module)
-        taken.append(StepHeader.AHEAD in module.traffic().calls_by_collective)
+        taken.append(AHEAD in module.traffic().calls_by_collective)
         train(model, reference, *whole([steps[order[r][step]][r] for r in range(ranks)]))
     return difference(module, model), taken
 
@@ -294,7 +294,7 @@ def _unequal(rank, ranks, failing):
     def step_of(batch):
         train(module, optimizer, *batch)
         assert_counted(module)
-        given.append(StepHeader.AHEAD in module.traffic().calls_by_collective)
+        given.append(AHEAD in module.traffic().calls_by_collective)
 
     text = None
     try:

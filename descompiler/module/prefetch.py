@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from descompiler.errors import InputError, RankError, warn
-from descompiler.layout.step import StepHeader
+from descompiler.layout.step import AHEAD
 from descompiler.layout.traffic import Traffic
 from descompiler.module.ahead import Prepared, Waiting
 from descompiler.module.distributed import DistributedModule
@@ -269,9 +269,7 @@ class _Loop(Generic[B]):
             rows = NO_BATCH if queued is None else 0
             mine = [Announcement(True, rows=rows, call=Call(), batch=self._number)] * ranks
         self._runtime.traffic = traffic = Traffic()
-        self._announced = _Announced(
-            queued, prepared, self._number, self._runtime.telling(StepHeader.AHEAD, mine), traffic
-        )
+        self._announced = _Announced(queued, prepared, self._number, self._runtime.telling(AHEAD, mine), traffic)
 
     def _hear(self) -> None:
         """Hear what ranks have told of the batch that was announced last, and send its ids if all have theirs."""

@@ -14,7 +14,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from torch import Tensor
 
 from descompiler.layout.fetches import Counts
-from descompiler.layout.step import StepHeader
+from descompiler.layout.step import AHEAD, AHEAD_BYTES, StepHeader
 from descompiler.layout.traffic import Traffic
 from descompiler.runtime.agreement import Agreement, Header
 from descompiler.runtime.border import Handle
@@ -123,7 +123,7 @@ class TakesAhead(Agreement):
         """What has gone ahead of this step's batch, if anything has: the step begins with it, unless ranks differ."""
         if (ahead := self.ahead) is not None:
             self.traffic.include(ahead.traffic)
-            self.beside.add(StepHeader.AHEAD, (self.ranks - 1) * StepHeader.AHEAD_BYTES)
+            self.beside.add(AHEAD, (self.ranks - 1) * AHEAD_BYTES)
             ahead.taken = True
             self.header_ahead(ahead.batch, ahead.rows)
         return ahead

@@ -141,7 +141,7 @@ class Emitted:
             return put(self._given(x, rank, owner, buffers))
 
         rows = ROWS[rank] if owner == LOCAL else BATCH
-        runtime = SimpleNamespace(norm_inside=partial(Runtime.norm_inside, None))
+        runtime = SimpleNamespace(norm_inside=partial(Runtime.norm_inside, SimpleNamespace(settle=lambda: None)))
         part = Part(
             graph, put(runtime), self.site.program, rank, RANKS, owner, put(rows), self.at, self.pieces, operand, given
         )
