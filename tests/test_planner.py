@@ -17,6 +17,7 @@ from torch import nn
 
 import descompiler as des
 from descompiler.captured import Captured
+from descompiler.examples import zipf_ids
 from descompiler.layout.fetches import Counts
 from descompiler.passes import FORMS, RULES
 from descompiler.planning.cluster import CLUSTERS
@@ -516,3 +517,15 @@ def test_no_plan_is_below_the_bound_where_terms_meet_values_from_outside():
         for items in ("unique_rows", "row_wise", "replicate"):
             plan = found.plan(ranks=2, pins={"bags.weight": bags, "items.weight": items})
             assert 0 < plan.bound <= plan.price
+
+
+@pytest.mark.parametrize("form", ["hot_rows", "unique_rows", "sparse_all_gather"])
+def test_the_bound_of_measured_ids_is_below_their_price(form):
+    """As many ids are counted as were measured, and not as many as rows' probabilities add up to."""
+    sizes = [1000, 38_461, 1_000_000]
+    inputs = (torch.zeros(1024, 3), zipf_ids(sizes, (1024,), seed=1))
+    with torch.device("meta"):
+        model = MODELS["lr"]("fields", vocab_sizes=sizes, sparse=True)
+    for batch in (256, 1024, 4096):
+        plan = des.plan(model, inputs, ranks=2, batch=batch, samples=[inputs], pins={"*": form}, cluster="bytes")
+        assert plan.bound <= plan.price
