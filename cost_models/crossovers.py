@@ -86,13 +86,13 @@ def crossovers(
     Examples
     --------
     >>> from descompiler.cost_models.forms import ALL_TO_ALL, PARTIAL_SUMS, REPLICATE, UNIQUE_ROWS
-    >>> from descompiler.cost_models.symbols import L, N, U, V, b, i, k, s, w
+    >>> from descompiler.cost_models.symbols import L, N, U, V, b, d, i, k, s, w
     >>> fields = {L: 24, k: 1, w: 1, b: 1024, s: 4, i: 4}
     >>> print(crossovers(("all-to-all", ALL_TO_ALL), ("partial sums", PARTIAL_SUMS), N, fields)[0])
     all-to-all beats partial sums from 25 ranks (N > L*k/w)
-    >>> known = {U: 8000, k: 16, s: 4, i: 4, N: 8}
+    >>> known = {U: 8000, k: 16, s: 4, d: 1, N: 8}
     >>> print(crossovers(("unique rows", UNIQUE_ROWS), ("replicate", REPLICATE), V, known)[0])
-    unique rows beats replicate from 8,251 rows of the table (V > U*(i + 2*k*s)/(2*k*s))
+    unique rows beats replicate from 8,063 rows of the table (V > U*(d + 2*k*s)/(2*k*s))
     """
     if symbol in values:
         raise ValueError(f"{symbol} is what to solve for: give no number of it")

@@ -21,7 +21,6 @@ from descompiler.layout.pieces import Pieces
 from descompiler.model.probe import CALL
 from descompiler.passes import FORMS
 from descompiler.passes.forms.hot_rows import hot_ranges
-from descompiler.planning.objective import Terms
 from descompiler.tables.form import Choice, split_as
 from descompiler.tables.made import made_by_its_form
 from descompiler.tables.tables import Operator
@@ -230,7 +229,7 @@ def test_edits_are_refused_where_the_users_forward_runs():
             x |= {"dim": 1, "division": {"runs": [[4, 0, 2]]}}
 
     plan = des.Plan.from_json(text)
-    asked = asked_in_part(model, seen, 2, Terms())
+    asked = asked_in_part(model, seen, 2)
     assert asked.read(plan, 2) is plan
     asked.check(plan)
     for change in (turned, cut, columns):
