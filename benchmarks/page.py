@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants.compiled import BY_BYTES, BY_CLUSTER, CHOSEN, FORCED, FUSED
+from benchmarks.contestants.compiled import BY_BYTES, BY_CLUSTER, CHOSEN, FORCED, FUSED, PURE
 from benchmarks.ranks import LINKS, LOOPBACK
 from benchmarks.steps import RTOL
 from benchmarks.workloads import WORKLOADS
@@ -120,7 +120,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> str:
             mine = [times for times in of if chosen in times]
             if mine:
                 forms = [min((t for n, t in times.items() if n.startswith(FORCED)), default=None) for times in mine]
-                unfused = not chosen.endswith(FUSED)  # as forms are
+                unfused = not chosen.endswith((FUSED, PURE))  # as forms are
                 regret = [times[chosen] / t for times, t in zip(mine, forms, strict=True) if t and unfused]
                 cells = [mean([times[n] / times[chosen] for times in mine if n in times]) for n in columns]
                 worst = f"{max(regret):.2f}" if regret else ""

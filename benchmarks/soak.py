@@ -251,7 +251,7 @@ SCENARIOS: dict[str, Scenario] = {
     "together": Scenario(lambda d: Towers(d, sparse=True), {"plan": {"*": "column_wise"}}),
     "fused": Scenario(lambda d: Towers(d, sparse=True), {"plan": {"*": "column_wise"}}, fused),
     "batch norm": Scenario(lambda d: Towers(d, norm=True), {"plan": {"*": "row_wise"}}),
-    "shared columns": Scenario(Wide, {"plan": {"*": "column_wise"}, "loss": "row_mean"}),
+    "shared columns": Scenario(Wide, {"plan": {"*": "column_wise"}, "loss": "row_mean", "cluster": "bytes"}),
     "in-batch": Scenario(InBatch, {"plan": {"*": "row_wise"}}),
     "over the batch": Scenario(Centred, {"plan": {"*": "row_wise"}}),
     "used whole": Scenario(Softmax, {"plan": {"item*": "fsdp", "user*": "unique_rows"}}),

@@ -226,7 +226,8 @@ def worker(task: dict[str, Any]) -> None:
             chosen = partial(compiled.by_bytes, cluster=clusters[link])
             by_cluster = {
                 compiled.BY_CLUSTER: chosen,
-                f"{compiled.BY_CLUSTER}{compiled.FUSED}": partial(chosen, fused=True),
+                f"{compiled.BY_CLUSTER}{compiled.FUSED}": partial(chosen, fused="auto"),
+                f"{compiled.BY_CLUSTER}{compiled.PURE}": partial(chosen, fused="torch"),
             }
             by_cluster = {n: b for n, b in by_cluster.items() if wanted(n)}
             added, refused_here = build_all(case, by_cluster, say)

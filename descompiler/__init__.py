@@ -6,7 +6,6 @@ from descompiler.check.calibrate import calibrate
 from descompiler.check.judge import Report
 from descompiler.check.verify import verify
 from descompiler.compiler import compile
-from descompiler.eager.piece import plain as local_tensor
 from descompiler.errors import (
     CaptureError,
     DescompilerError,
@@ -19,13 +18,16 @@ from descompiler.errors import (
 from descompiler.layout.traffic import Traffic
 from descompiler.model.batch_size import BatchSize
 from descompiler.model.inputs import register_input
+from descompiler.module.advice import Advice
 from descompiler.module.checkpoint import TrainingState, load, save
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.fused import FusedOptimizer, fuse_optimizer
 from descompiler.module.installed import module_of
+from descompiler.module.prefetch import Prefetch, prefetch
 from descompiler.module.safetensors import load_safetensors, save_safetensors
 from descompiler.module.single import gather_rows, to_single
 from descompiler.module.state import full_state_dict, load_full_state_dict
+from descompiler.ops.local import plain as local_tensor
 from descompiler.parquet import ParquetColumns
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.plan import Plan
@@ -34,6 +36,7 @@ from descompiler.version import VERSION
 __version__ = VERSION
 
 __all__ = [
+    "Advice",
     "Audit",
     "BatchSize",
     "CaptureError",
@@ -46,6 +49,7 @@ __all__ = [
     "ParquetColumns",
     "Plan",
     "PlanError",
+    "Prefetch",
     "RankError",
     "Report",
     "Traffic",
@@ -63,6 +67,7 @@ __all__ = [
     "local_tensor",
     "module_of",
     "plan",
+    "prefetch",
     "register_input",
     "save",
     "save_safetensors",

@@ -259,7 +259,9 @@ class Builder:
             partition = partition_of(program, operators, plan, self.kit.rules, solver, like)
             emitted = emit(partition, rank)
             labels = labels_of(partition, emitted.layout)
-        return replace(emitted, labels=labels, signature=signature, mixed=mixed_sizes(program), accepts=program.accepts)
+        if program.guards:
+            emitted = replace(emitted, accepts=program.accepts)
+        return replace(emitted, labels=labels, signature=signature, mixed=mixed_sizes(program))
 
     def inside(self, plan: Plan, training: dict[str, bool], solver: str) -> frozenset[str]:
         """Names of the nodes that the plan keeps inside the region."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from descompiler.graph.program import Program
 from descompiler.layout.statistics import Statistics
 from descompiler.model.calls import Signature
 from descompiler.model.probe import CALL
-from descompiler.planning.cluster import Cluster
+from descompiler.planning.assumed import BYTES, GivenCluster, cluster_of
 from descompiler.planning.given import as_planned, check_counts, setting_of
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
@@ -32,6 +32,9 @@ from descompiler.region.partition import Partition
 from descompiler.region.rule import Rule
 from descompiler.tables.form import Form, find_tables
 from descompiler.tables.tables import Operator
+
+REAL_ROWS = 256
+"""Of an example that is taken for a batch of real ids; smaller ones are made up."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,15 @@ class Captured:
         pins: Mapping[str, str] | None = None,
         plan: Plan | str | Path | None = None,
         samples: Iterable[Any] | None = None,
+        cluster: GivenCluster = BYTES,
         **terms: Any,
     ) -> Plan:
-        """As `descompiler.plan`, without the capture; ``terms`` are those of `descompiler.planning.objective.Terms`."""
-        ranks, batch, pins = setting_of(ranks, batch, pins, plan, terms.get("cluster"))
+        """As `descompiler.plan`, without the capture and, unless ``cluster`` says otherwise, by bytes.
+
+        ``terms`` are the others of `descompiler.planning.objective.Terms`.
+        """
+        ranks, batch, pins = setting_of(ranks, batch, pins, plan, cluster)
+        terms["cluster"] = cluster_of(cluster, ranks, self.build.device.type)
         if samples is not None:
             terms["statistics"] = self.measure(samples)
         w = self.weights(ranks, batch or self.rows)
@@ -94,6 +102,20 @@ class Captured:
         """Statistics of the ids of sample batches."""
         return self.build.measure(self.program, self.signature, self.operators, samples)
 
+    def of_example(self) -> Statistics | None:
+        """Statistics of the example's ids, if it is as large as a real batch; of tables of which it has several ids.
+
+        None if it says nothing: small, without values, or all ids the same.
+        """
+        if self.rows < REAL_ROWS or self.build.device.type == "meta":
+            return None
+        found = self.measure([self.build.example_inputs])
+        several = {name: m for name, m in found.measured.items() if len(m.ids) > 1}
+        if not several:
+            return None
+        others = "" if len(several) == len(found.tables) else f"; assumed Zipf({found.zipf}) for the others"
+        return replace(found, measured=several, source=f"measured on the example's {self.rows:,} rows{others}")
+
     def partition(self, plan: Plan) -> Partition:
         """What a plan makes of the program: what the rules can place, and what the plan keeps inside the region."""
         return partition_of(self.program, self.operators, plan, self.build.kit.rules)
@@ -104,7 +126,7 @@ def plan(
     example_inputs: Any,
     *,
     ranks: int | None = None,
-    cluster: Cluster | None = None,
+    cluster: GivenCluster = None,
     batch: int | None = None,
     pins: Mapping[str, str] | None = None,
     plan: Plan | str | Path | None = None,
@@ -142,7 +164,7 @@ def plan(
     if isinstance(plan, Mapping):
         raise PlanError(f"plan={plan!r}: forms of tables are given as pins= here; plan= is a Plan, or the file of one")
     kit = Kit.of(rules, forms)
-    terms: dict[str, Any] = {"forbid": forbid or {}, "cluster": cluster}
+    terms: dict[str, Any] = {"forbid": forbid or {}}
     terms |= {"memory_bytes": memory_bytes, "optimizer": optimizer, "solver": solver}
     terms |= {"wire_dtype": wire_dtype, "ids": ids}
     check_counts(ranks, batch)
@@ -156,8 +178,11 @@ def plan(
             ranks, batch, pins = setting_of(ranks, batch, pins, plan, cluster)
             if samples is not None:
                 terms["statistics"] = measure_in_part(build.template, seen, samples, ranks, method)
+            terms["cluster"] = cluster_of(cluster, ranks, build.device.type)
             return plan_partial(
                 build.template, seen, ranks, batch or build.rows, pins, as_planned(plan, Terms(**terms))
             )
     with explained("planning"):
-        return captured.plan(ranks=ranks, batch=batch, pins=pins, plan=plan, samples=samples, **terms)
+        if samples is None:
+            terms["statistics"] = captured.of_example()
+        return captured.plan(ranks=ranks, batch=batch, pins=pins, plan=plan, samples=samples, cluster=cluster, **terms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from descompiler.emit.emit import Emitted
 from descompiler.errors import CaptureError, InputError, PlanError, UnsupportedError, step_of
 from descompiler.graph.program import Failure
 from descompiler.in_part import distribute_in_part, in_other_flags
+from descompiler.layout.statistics import Statistics
 from descompiler.model.attributes import dotted, unregistered
 from descompiler.model.inputs import map_tensors
 from descompiler.model.probe import CALL, check_model
@@ -27,12 +28,13 @@ from descompiler.module.initial import initial_values
 from descompiler.module.installed import install
 from descompiler.module.parts import Parts
 from descompiler.module.standard import watch_optimizers
+from descompiler.planning.assumed import GivenCluster, cluster_of
 from descompiler.planning.chosen import NO_OPERATORS
-from descompiler.planning.cluster import Cluster
 from descompiler.planning.coverage import coverage_of
-from descompiler.planning.given import GivenPlan, agreed, asked_of, check_counts
+from descompiler.planning.given import GivenPlan, agreed, as_planned, asked_of, check_counts
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import Forbidden
+from descompiler.planning.plan import Plan
 from descompiler.plugins import Kit
 from descompiler.region.flow import DEFAULT
 from descompiler.region.rule import Rule
@@ -54,7 +56,7 @@ def compile(
     batch: int | None = None,
     seed: int | None = None,
     forbid: Forbidden | None = None,
-    cluster: Cluster | None = None,
+    cluster: GivenCluster = None,
     memory_bytes: int | None = None,
     optimizer: str = "adagrad",
     samples: Iterable[Any] | None = None,
@@ -100,9 +102,11 @@ def compile(
         For weights on the meta device; rank 0's ``torch.initial_seed()`` by default.
     forbid : mapping of str to str or sequence of str, optional
         Forms that tables must not take, by name or pattern: ``{"*": ["replicate"]}``.
-    cluster : Cluster, optional
-        Minimise the seconds of a step's collectives on it; bytes of the busiest rank by default. Its memory is the
-        limit.
+    cluster : Cluster or str, optional
+        Whose seconds of a step are minimised: of the collectives, and of what ranks look up, update and compute. Its
+        memory is the limit. The name of a class ("ethernet-100g"), or one that `calibrate` has measured; "bytes": what
+        the busiest rank sends is minimised. By default a class is assumed, which `Plan.explain` names: 10 Gbit/s
+        Ethernet, and NVLink for models on GPUs.
     memory_bytes : int, optional
         Limit of each rank for weights, gradients, optimiser state and activations.
     optimizer : str
@@ -110,7 +114,7 @@ def compile(
         one no trained table is divided by columns.
     samples : iterable, optional
         Batches, each as ``example_inputs``, of which statistics of the ids are measured; rank 0's count. Without,
-        Zipf-distributed ids are assumed.
+        the example's are, if it has at least 256 rows; else Zipf-distributed ids are assumed.
     method : str
         What is compiled: by default a call of the model (its forward), or a method of it such as "calculate_loss".
     in_place : bool
@@ -152,7 +156,7 @@ def compile(
     """
 
     check_model(model)
-    terms = Terms(forbid or {}, cluster, memory_bytes, optimizer, solver=solver, wire_dtype=wire_dtype, ids=ids)
+    terms = Terms(forbid or {}, None, memory_bytes, optimizer, solver=solver, wire_dtype=wire_dtype, ids=ids)
 
     def compile_for(inputs: Any) -> DistributedModule:
         return distribute(
@@ -164,6 +168,7 @@ def compile(
             batch=batch,
             seed=seed,
             terms=terms,
+            cluster=cluster,
             samples=samples,
             host=model if in_place else None,
             timeout=timeout,
@@ -188,13 +193,14 @@ def distribute(
     batch: int | None,
     seed: int | None,
     terms: Terms | None = None,
+    cluster: GivenCluster = None,
     samples: Iterable[Any] | None = None,
     host: nn.Module | None = None,
     timeout: float = TIMEOUT_S,
 ) -> DistributedModule:
     """The pipeline of `compile`, given what captures the model: one builder serves many compilations of a model.
 
-    ``host``: the model whose parameters become pieces, in place.
+    ``cluster``: in place of the terms' own. ``host``: the model whose parameters become pieces, in place.
     """
     check_counts(None, batch)
     if loss not in LOSSES:
@@ -217,6 +223,8 @@ def distribute(
         same = Builder(build.template, example, build.method, build.kit)
         build, captured, failures = ranks.everywhere(lambda: _capture(same))
     rows = ranks.of_first(batch or build.rows)  # ranks may have examples of different sizes
+    where = ranks.everywhere(lambda: cluster_of(cluster, ranks.count, build.device.type))
+    terms = replace(terms, cluster=where)
     everywhere = all(ranks.of_every(captured is not None))
     if captured is None or not everywhere:
         return distribute_in_part(
@@ -232,9 +240,9 @@ def distribute(
             terms=terms,
             samples=samples,
         )
-    if samples is not None:
-        measured = ranks.everywhere(lambda: captured.measure(samples) if ranks.rank == 0 else None)
-        terms = replace(terms, statistics=ranks.of_first(measured))
+    measure = captured.of_example if samples is None else partial(captured.measure, samples)
+    measured = ranks.everywhere(lambda: measure() if ranks.rank == 0 else None)
+    terms = replace(terms, statistics=ranks.of_first(measured))
     # propose splits, price them, choose with a cut
     program, operators, w = captured.program, captured.operators, captured.weights(ranks.count, rows)
     follow = partial(build.follow, solver=terms.solver)
@@ -252,7 +260,15 @@ def distribute(
         model, build.template, chosen.pieces, seed, build.device, ranks, in_place=host is not None
     )
     runtime, in_place = ranks.runtime(loss), host is not None
-    parts = Parts(build.template, chosen, runtime, values, buffers, coverage, host, in_place)
+
+    def advise(batches: Sequence[Any]) -> tuple[Plan, Plan]:
+        measured = ranks.of_first(ranks.by_first(lambda: _measured(captured, batches)))
+        of = replace(as_planned(chosen, terms), statistics=measured)
+        asked = asked_of(program, operators, build.kit.rules, w, follow)
+        kept = plan if isinstance(plan, Mapping) else None
+        return agreed(asked, chosen.forms, rows, of, ranks), agreed(asked, kept, rows, of, ranks)
+
+    parts = Parts(build.template, chosen, runtime, values, buffers, coverage, host, in_place, advise=advise)
 
     def program_for(training: dict[str, bool], sparse: frozenset[str], *now: Any) -> Emitted:
         current = build.of_now(training, *now)
@@ -265,6 +281,13 @@ def distribute(
         program_for,
         lambda *now: in_other_flags(build, chosen, coverage, ranks.runtime(loss), *now),
     )
+
+
+def _measured(captured: Captured, batches: Sequence[Any]) -> Statistics:
+    """Statistics of the ids of training's first batches."""
+    if not batches:
+        raise InputError("module.advise() is about the ids of training, and no step of training has run yet")
+    return captured.measure(batches)
 
 
 def _for_loss(build: Builder, loss: str, ranks: int) -> Builder:

@@ -94,6 +94,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=CTR_MODELS, default="deepfm", help="a model of models.py")
     parser.add_argument("--layout", choices=("fields", "offsets"), default="fields", help="how tables are held")
     parser.add_argument("--seed", type=int, default=0, help="of weights, generated rows and their order")
+    parser.add_argument("--prefetch", action="store_true", help="exchange the next batch's ids during a step")
     parser.add_argument("--compare", action=argparse.BooleanOptionalAction, default=True, help="train on one rank too")
     args = parser.parse_args()
     for name in ("rows", "epochs", "batch", "dim"):
@@ -234,8 +235,10 @@ def run(args: argparse.Namespace, ranks: Ranks, console: Console) -> bool:
     def note_traffic(step: int) -> None:
         rows = tuple(row_counts(sizes[step % len(sizes)], ranks.size))
         if rows not in sent:
-            predicted = module.plan.traffic(ranks.rank, list(rows), unique=module.unique()).total
-            sent[rows] = (int(predicted), int(module.traffic().total))
+            predicted = module.plan.traffic(ranks.rank, list(rows), unique=module.unique())
+            if args.prefetch:  # steps whose ids went ahead tell one header more, which is no plan's
+                predicted = module.predicted_traffic()
+            sent[rows] = (int(predicted.total), int(module.traffic().total))
 
     def batches(rank: int, world_size: int) -> Iterable[Batch]:
         for epoch in range(args.epochs):
@@ -244,6 +247,8 @@ def run(args: argparse.Namespace, ranks: Ranks, console: Console) -> bool:
     steps = args.epochs * len(sizes)
     name = f"{args.model} on {ranks.size} rank{'s' if ranks.size > 1 else ''}"
     mine = batches(ranks.rank, ranks.size)
+    if args.prefetch:
+        mine = des.prefetch(mine, module)
     trained_s = train_with_bar(console, name, first, steps, module, mine, args.lr, note_traffic)
     logits = ranks.gather(predict(module, data.test.batches(args.batch, ranks.rank, ranks.size)))
     by_rank = ranks.gather(sent)

@@ -122,7 +122,7 @@ def test_deepfm_changes_its_form_with_the_ranks(ranks, at):
 
     model = MODELS["deepfm"]("fields", vocab_sizes=[100_000] * 26, dim=16, hidden=(64, 32))
     inputs = (torch.randn(4, 3), torch.randint(100, (4, 26)))
-    plan = des.plan(model, inputs, ranks=ranks, batch=1024, pins={"*": "table_wise"})
+    plan = des.plan(model, inputs, ranks=ranks, batch=1024, pins={"*": "table_wise"}, cluster="bytes")
     assert at <= {e.split()[0] for e in plan.exits}
 
 
@@ -130,7 +130,7 @@ def test_the_explanation_names_every_table_its_price_and_its_runner_up():
     import descompiler as des
 
     model = MODELS["deepfm"]("fields", vocab_sizes=[100_000] * 3, dim=16, hidden=(64, 32))
-    plan = des.plan(model, (torch.randn(4, 3), torch.randint(100, (4, 3))), ranks=4, batch=1024)
+    plan = des.plan(model, (torch.randn(4, 3), torch.randint(100, (4, 3))), ranks=4, batch=1024, cluster="bytes")
     text = plan.explain()
     for t in plan.tables:
         assert any(t.name in line and str(plan.splits[t.name]) in line for line in text.splitlines())

@@ -62,7 +62,7 @@ def _covered(rank, ranks):
         model = cls()
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
-            module = des.compile(model, (IDS,))
+            module = des.compile(model, (IDS,), cluster="bytes")
         coverage = module.coverage()
         entries = {c.name: c for c in coverage.parameters}
         wrong = []

@@ -56,8 +56,13 @@ REFUSED = {
     "no timeout": (lambda: des.compile(Table(), IDS, timeout="long"), des.InputError, "timeout='long'"),
     "no cluster": (
         lambda: des.plan(Table(), IDS, ranks=2, cluster="ethernet"),
+        des.PlanError,
+        "no cluster 'ethernet'; the clusters are ethernet-10g",
+    ),
+    "no limit": (
+        lambda: des.plan(Table(), IDS, ranks=2, memory_bytes="16 GB"),
         des.UnsupportedError,
-        "planning failed with AttributeError.*Check the arguments",
+        "planning failed with TypeError.*Check the arguments",
     ),
     "torch.compile's": (
         lambda: des.compile(torch.compile(Table()), IDS),

@@ -299,3 +299,38 @@ def test_statics_are_part_of_what_was_compiled():
         module(user=USER, items=ITEMS, length=LENGTH, name="there")
     with pytest.raises(des.InputError, match="dim 0 of every input is the batch"):
         module(user=USER[:3], items=ITEMS, length=LENGTH, name="here")
+
+
+class Pairs(nn.Module):
+    """A pair of ids of one table, and of numbers, which an example may have as one object."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.table, self.top = nn.Embedding(30, 4), nn.Linear(8, 1)
+
+    def forward(self, left, right, x, y):
+        values = torch.cat([self.table(left) * x.unsqueeze(1), self.table(right) * y.unsqueeze(1)], 1)
+        return self.top(values).squeeze(1)
+
+
+ZEROS, ONES, SEVERAL = torch.zeros(6, dtype=torch.int64), torch.ones(6), torch.arange(6)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        (ZEROS, ZEROS, ONES, ONES),
+        (SEVERAL, SEVERAL, torch.linspace(0, 1, 6), ONES),
+        {"left": SEVERAL, "right": SEVERAL, "x": ONES, "y": ONES},
+        (SEVERAL, SEVERAL[:], ONES, ONES.view(6)),
+        (ZEROS[:1], ZEROS[:1], ONES[:1], ONES[:1]),
+    ],
+    ids=["zeros", "several", "keywords", "views", "one row"],
+)
+def test_a_tensor_that_is_given_twice_is_two_inputs(example):
+    model = Pairs()
+    module = des.compile(model, example)
+    assert module.coverage().rung == "export"
+    inputs = (torch.arange(6), torch.arange(6) + 10, torch.randn(6), torch.randn(6))
+    torch.testing.assert_close(module(*inputs), model(*inputs))

@@ -123,6 +123,7 @@ def test_a_file_with_the_names_that_forms_had_is_the_same_plan():
     pins = {f"tables.{n}": form for n, form in enumerate(names) if n}
     later = [form.name for form in FORMS if form.name not in ("replicate", *names)]
     terms = {"ranks": 3, "batch": 32, "samples": [(ids,)], "memory_bytes": 19_700, "forbid": {"*": later}}
+    terms["cluster"] = "bytes"
     plan = des.plan(EveryForm(), (ids,), pins=pins, **terms)
     assert [plan.forms[f"tables.{n}.weight"] for n in range(8)] == names
 

@@ -102,7 +102,7 @@ def test_the_planner_divides_by_columns_and_sends_no_table():
     torch.manual_seed(0)
     model = Loss(LightGCN(users=300, items=200, dim=16))
     batch = inputs(rows=8, users=300, items=200, loss=True)
-    plan = des.plan(model, batch, ranks=4, batch=32)
+    plan = des.plan(model, batch, ranks=4, batch=32, cluster="bytes")
     assert plan.forms == {"model.user.weight": "column_wise", "model.item.weight": "column_wise"}
     assert plan.price_bytes < min(plan.baselines().values()) / 4  # every row has a gradient, whatever was looked up
     assert {c.width for c in plan.crossings if c.kind == "values"} == {4}  # regularisers too: a number a row and rank

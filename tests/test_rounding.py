@@ -37,7 +37,7 @@ class Ctr(nn.Module):
 def steps(rank, ranks, dtype, wire_dtype, form, sparse):
     """Three steps on rows of different numbers, one rank without any: bytes, predicted bytes, weights."""
     model = Ctr(sparse).to(dtype)
-    module = des.compile(model, (IDS,), plan={"*": form}, wire_dtype=wire_dtype, loss="sum")
+    module = des.compile(model, (IDS,), plan={"*": form}, wire_dtype=wire_dtype, loss="sum", cluster="bytes")
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     first, stop = [(0, 9), (9, 9), (9, 16)][rank] if ranks == 3 else [(0, 9), (9, 16)][rank]
     sent = []
@@ -99,8 +99,9 @@ def test_none_is_as_before(on_ranks):
 
 
 def test_plans_keep_it():
-    rounded = des.plan(Ctr(), (IDS,), ranks=4, pins={"*": "row_wise"}, wire_dtype=torch.bfloat16)
-    exact = des.plan(Ctr(), (IDS,), ranks=4, pins={"*": "row_wise"})
+    terms = {"ranks": 4, "pins": {"*": "row_wise"}, "cluster": "bytes"}
+    rounded = des.plan(Ctr(), (IDS,), wire_dtype=torch.bfloat16, **terms)
+    exact = des.plan(Ctr(), (IDS,), **terms)
     again = des.Plan.from_json(rounded.to_json())
     assert again == rounded and again.wire_dtype is torch.bfloat16
     assert des.plan(Ctr(), (IDS,), plan=again).wire_dtype is torch.bfloat16

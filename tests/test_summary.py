@@ -189,7 +189,7 @@ def test_of_a_model_that_runs_in_part_as_much_is_said():
         def forward(self, ids):
             return self.top(self.table(torch.tensor(ids.tolist())).mean(1))
 
-    plan = des.plan(InPart(), torch.zeros(8, 3, dtype=torch.int64), ranks=RANKS)
+    plan = des.plan(InPart(), torch.zeros(8, 3, dtype=torch.int64), ranks=RANKS, cluster="bytes")
     assert plan.forms == {"table.weight": "unique_rows"}
     sheets = {s.title.partition(":")[0]: s for s in whole(plan)}
     assert list(sheets) == [

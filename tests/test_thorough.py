@@ -45,10 +45,11 @@ def _found(rank, ranks, kinds):
     return said
 
 
+@pytest.mark.timeout(1200)  # most of a minute on idle cores
 @pytest.mark.parametrize("kinds", cases([(ALWAYS,), (VARIED,)], [(ALWAYS,)]))
 def test_every_wrong_module_is_found(kinds, on_ranks):
     assert len(EVERYTHING) >= 30
-    for said in on_ranks(_found, 2, kinds):
+    for said in on_ranks(_found, 2, kinds, timeout_s=1000):
         assert not set(kinds) - said.keys()
 
 

@@ -16,13 +16,13 @@ from descompiler.builder import Builder
 from descompiler.compiler import distribute
 from descompiler.passes import FORMS
 from descompiler.planning.given import GivenPlan
-from descompiler.planning.objective import Terms
 
 LOSS = "rank_mean"
 BY_BYTES, BY_CLUSTER, FORCED = "by bytes", "by cluster", "form "
-FUSED = ", fused optimiser"
-CHOSEN = (BY_BYTES, f"{BY_BYTES}{FUSED}", BY_CLUSTER, f"{BY_CLUSTER}{FUSED}")
-"""Plans, and what updates their tables: the optimiser in Python, or in backward as TorchRec's and those by hand do."""
+FUSED, PURE = ", fused optimiser", ", fused by PyTorch"
+CHOSEN = (BY_BYTES, f"{BY_BYTES}{FUSED}", BY_CLUSTER, f"{BY_CLUSTER}{FUSED}", f"{BY_CLUSTER}{PURE}")
+"""Plans, and what updates their tables: an ordinary optimiser, or one in backward as TorchRec's and those by hand, with
+FBGEMM's kernels as they have them, or with PyTorch's operators."""
 
 
 def compiled(
@@ -30,26 +30,28 @@ def compiled(
     model: nn.Module,
     layout: str = "",
     *,
-    fused: bool = False,
+    fused: str | None = None,
     plan: GivenPlan = None,
-    cluster: des.Cluster | None = None,
+    cluster: des.Cluster | str = "bytes",
 ) -> Contestant:
     """What `des.compile` makes; captured once for a case and layout, since that is most of its time.
 
-    ``fused``: tables step in backward, as FBGEMM's do.
+    ``fused``: tables step in backward, as FBGEMM's do, with this backend of `des.fuse_optimizer`.
     """
-    key, terms = f"builder{layout}", Terms(cluster=cluster)
+    key = f"builder{layout}"
     builder = case.shared[key] = case.shared.get(key) or Builder.of(model, case.example)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tables that are left whole: the plan says so
         try:
             module = distribute(
-                model, lambda: builder, plan=plan, process_group=None, loss=LOSS, batch=None, seed=None, terms=terms
+                model, lambda: builder, plan=plan, process_group=None, loss=LOSS, batch=None, seed=None, cluster=cluster
             )
             optimizers: list[torch.optim.Optimizer] = []
-            if fused:
+            if fused is not None:
                 tables = [p for name, p in module.named_parameters() if name in module.plan.forms]
-                optimizers.append(des.fuse_optimizer(module, torch.optim.Adagrad, params=tables, **ADAGRAD))
+                optimizers.append(
+                    des.fuse_optimizer(module, torch.optim.Adagrad, params=tables, backend=fused, **ADAGRAD)
+                )
         except (des.PlanError, des.UnsupportedError) as error:
             raise NotPossible(str(error)) from None
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
@@ -82,7 +84,7 @@ def forced(case: Case, form: str) -> Contestant:
 
 CONTESTANTS: dict[str, Build] = {
     BY_BYTES: by_bytes,
-    f"{BY_BYTES}{FUSED}": partial(by_bytes, fused=True),
+    f"{BY_BYTES}{FUSED}": partial(by_bytes, fused="auto"),
     f"{BY_BYTES}, one table": in_one_table,
     **{f"{FORCED}{form.name}": partial(forced, form=form.name) for form in FORMS},
 }

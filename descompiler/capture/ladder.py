@@ -30,7 +30,7 @@ from descompiler.graph.rewrite import Pass, run_passes
 from descompiler.model.attributes import Place, left_behind, reads_of, set_attributes
 from descompiler.model.calls import Signature, example_call, parameters_of
 from descompiler.model.float64 import InDouble
-from descompiler.model.inputs import ArgumentPath, flatten, leaf_paths, no_batch, split_statics
+from descompiler.model.inputs import ArgumentPath, apart, flatten, leaf_paths, no_batch, split_statics
 from descompiler.model.probe import (
     CALL,
     Flat,
@@ -216,7 +216,7 @@ def capture(
     call = example_call(template, example_inputs, method)
     leaves, spec = flatten(call)
     tensors, statics = split_statics(leaves)
-    tensors = at_least_two_rows(tensors or [no_batch()])
+    tensors = apart(at_least_two_rows(tensors or [no_batch()]))
     device = tensors[0].device
 
     updates: tuple[ArgumentPath, ...] = ()

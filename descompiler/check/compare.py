@@ -23,6 +23,7 @@ from descompiler.model.float64 import InDouble, double_meant
 from descompiler.model.inputs import by_path, map_tensors
 from descompiler.model.probe import CALL, blueprint, call_of
 from descompiler.module.distributed import DistributedModule
+from descompiler.planning.assumed import BYTES
 from descompiler.planning.objective import Terms
 from descompiler.plugins import Kit
 from descompiler.region.rule import Rule
@@ -60,8 +61,9 @@ def train_and_compare(
     model, inputs = model.to(device), map_tensors(lambda x: x.to(device), inputs)
     kit = Kit.of(rules, forms)
     builder = functools.cache(lambda: Builder(blueprint(model), inputs, method, kit))  # one capture serves every case
+    # of plans, those of the fewest bytes keep the most in the region, on however few rows
     terms = Terms(wire_dtype=wire_dtype)
-    compiled = functools.partial(distribute, process_group=None, batch=None, seed=None, terms=terms)
+    compiled = functools.partial(distribute, process_group=None, batch=None, seed=None, terms=terms, cluster=BYTES)
     with double_meant():
         for plan in plans:
             for name in optimizers:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from descompiler.check.objective import output_tensors
-from descompiler.eager.piece import plain
 from descompiler.errors import EquivalenceError
 from descompiler.layout.rows import Rows
 from descompiler.model.attributes import copied
@@ -24,6 +23,7 @@ from descompiler.model.random_state import ONE_DRAW
 from descompiler.model.sparse import equal
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.state import full_state_dict
+from descompiler.ops.local import plain
 
 TOLERANCE_FLOAT64 = 1e-10
 """Relative error allowed in float64: sums run in another order, nothing else differs."""

@@ -14,13 +14,13 @@ from descompiler.check.judge import Judge, OriginalStep, Report, largest, on_any
 from descompiler.check.judge import without_copying_parameters as kept
 from descompiler.check.objective import Objective, batches, kind_of_loss, output_tensors
 from descompiler.check.trials import Trial, trials_of
-from descompiler.eager.piece import plain
 from descompiler.errors import DescompilerError
 from descompiler.model.attributes import copied
 from descompiler.model.float64 import InDouble, widen
 from descompiler.model.inputs import by_path, flatten, map_tensors
 from descompiler.model.probe import call_of
 from descompiler.module.distributed import DistributedModule
+from descompiler.ops.local import plain
 
 Make = Callable[[str], DistributedModule]
 """The compiled model for a kind of loss, as the model was; collective."""

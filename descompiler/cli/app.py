@@ -35,6 +35,7 @@ from descompiler.cli.options import (
     usage,
 )
 from descompiler.cli.output import show, working
+from descompiler.planning.assumed import ASSUMED, BYTES
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.explain import costs, of_table, whole
 from descompiler.planning.plan import Plan
@@ -88,8 +89,8 @@ def cost(
 ) -> None:
     """What a model sends per step: every operator's candidates, the winner, and the strategies that users know.
 
-    Needs no process group and no weights. Bytes are per rank and step, ids included. With a cluster, the plan is the
-    fastest on it; without, the one that sends least.
+    Needs no process group and no weights. Bytes are per rank and step, ids included. The plan is the fastest on the
+    cluster, 10 Gbit/s Ethernet by default, or the one that sends least.
 
     Examples:
 
@@ -97,6 +98,7 @@ def cost(
         descompiler cost lr --ranks 8 --batch 4096
         descompiler cost fm --ranks 2:64 --bandwidth 25Gbit --latency 20us
         descompiler cost train.py:model --cluster ethernet-100g --markdown
+        descompiler cost deepfm --cluster bytes
         descompiler cost --paper --ranks 8 --batch 1024
     """
     if of_paper == (spec is not None):
@@ -199,7 +201,7 @@ def plan_show(
         descompiler plan show fm-64.json --cluster ethernet-100g
     """
     plan = Plan.load(file)
-    where = place.cluster_of(plan.ranks)
+    where = place.cluster_of(plan.ranks, BYTES)
     show(costs(plan, where), style, plan=str(file))
 
 
@@ -330,19 +332,21 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: graphs with bytes, curves with crossovers, formulas, what was rejected.
 
-    Without a cluster, times are those of 25 Gbit Ethernet.
+    Plans are for the cluster, as those of `cost`; with `--cluster bytes` they send least, and times are those of
+    10 Gbit/s Ethernet.
 
     Examples:
 
     \b
         descompiler report fm --html fm.html --ranks 16 --batch 4096
     """
-    where = place.cluster_of(ranks) or Cluster.builtin("ethernet-25g", ranks)
+    by = place.cluster_of(ranks)
+    where = by or Cluster.builtin(ASSUMED["cpu"], ranks)
     captured, options = captured_from(spec), terms.options()
     fixed = {name: options[name] for name in ("pins", "forbid")}
-    (plan,) = plans_for(captured, (ranks,), (batch,), **options)
-    over_ranks = plans_for(captured, pages.sweep_ranks(plan), (plan.rows,), **fixed)
-    over_rows = plans_for(captured, (ranks,), pages.sweep_rows(plan), **fixed)
+    (plan,) = plans_for(captured, (ranks,), (batch,), by, **options)
+    over_ranks = plans_for(captured, pages.sweep_ranks(plan), (plan.rows,), by, **fixed)
+    over_rows = plans_for(captured, (ranks,), pages.sweep_rows(plan), by, **fixed)
     html.write_text(pages.page(captured, plan, over_ranks, over_rows, title=spec, cluster=where), encoding="utf-8")
     typer.echo(f"wrote {html} ({format_bytes(html.stat().st_size)})")
 

@@ -16,6 +16,7 @@ import descompiler as des
 from descompiler import examples
 from descompiler.captured import Captured
 from descompiler.cli.output import working
+from descompiler.planning.assumed import BYTES
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.plan import Plan
 
@@ -94,7 +95,7 @@ def plans_for(
     with working("planning", len(points)) as next_is:
         for n, rows in points:
             next_is(f"planning for {n} ranks")
-            where = None if cluster is None else cluster.with_ranks(n)
+            where = BYTES if cluster is None else cluster.with_ranks(n)
             result.append(captured.plan(ranks=n, batch=rows, cluster=where, **options))
     return result
 

@@ -15,6 +15,7 @@ import typer
 import descompiler as des
 from descompiler import examples, units
 from descompiler.cost_models.memory import STATE
+from descompiler.planning.assumed import BYTES, GivenCluster, cluster_of
 from descompiler.planning.cluster import CLUSTERS, COLLECTIVES, Cluster, Link
 from descompiler.planning.objective import WIRE_DTYPES
 from descompiler.tables.form import fallback
@@ -82,7 +83,11 @@ Latency = Annotated[
 
 ClusterOption = Annotated[
     str | None,
-    typer.Option("--cluster", metavar="FILE|NAME", help=f"a cluster file, or one of {', '.join(CLUSTERS.names)}"),
+    typer.Option(
+        "--cluster",
+        metavar="FILE|NAME",
+        help=f"a cluster file, or one of {', '.join(CLUSTERS.names)}; {BYTES}: send least, whatever it takes",
+    ),
 ]
 
 
@@ -157,21 +162,23 @@ class PlaceOptions:
     cluster: ClusterOption = None
     ranks_per_node: PerNode = None
 
-    def cluster_of(self, ranks: int) -> Cluster | None:
-        """The cluster that the options describe; None if they describe none."""
+    def cluster_of(self, ranks: int, otherwise: GivenCluster = None) -> Cluster | None:
+        """The cluster that the options describe, or what is meant where they describe none; None if bytes count."""
         if self.cluster is not None:
             if self.bandwidth is not None or self.latency is not None:
                 raise typer.BadParameter("give --cluster, or --bandwidth and --latency, not both")
             if self.cluster in CLUSTERS.names:
                 return Cluster.builtin(self.cluster, ranks, self.ranks_per_node)
+            if self.cluster == BYTES:
+                return None
             if not Path(self.cluster).is_file():
-                names = ", ".join(CLUSTERS.names)
+                names = ", ".join((*CLUSTERS.names, BYTES))
                 raise typer.BadParameter(f"--cluster {self.cluster}: no such file, and the names are {names}")
             return Cluster.load(self.cluster).with_ranks(ranks, self.ranks_per_node)
         if self.bandwidth is None:
             if self.latency is not None:
                 raise typer.BadParameter("--latency needs --bandwidth")
-            return None
+            return cluster_of(otherwise, ranks)
         link = Link(self.latency or 0.0, self.bandwidth, source="command line")
         name = f"{units.format_bandwidth(self.bandwidth)}, {units.format_seconds(self.latency or 0.0)}"
         return Cluster(name, ranks, self.ranks_per_node or 1, {"inter": dict.fromkeys(COLLECTIVES, link)})

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from descompiler.eager.gradients import GradientSync, UseOfPiece
 from descompiler.eager.parameters import ShardedParameter
-from descompiler.eager.piece import plain
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import WholeTables
+from descompiler.ops.local import plain
 from descompiler.runtime.backward import Used, differentiable_once
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.runtime import Runtime

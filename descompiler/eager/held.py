@@ -43,11 +43,12 @@ from descompiler.eager.elements import (
     changes_in_place,
     is_local,
 )
-from descompiler.eager.piece import Piece, local, plain
+from descompiler.eager.piece import Piece, local
 from descompiler.errors import UnsupportedError
 from descompiler.layout.division import Division, Run
 from descompiler.layout.pieces import Pieces
 from descompiler.ops.functions import NORMS, function_name
+from descompiler.ops.local import plain
 from descompiler.runtime.collectives import all_gather, all_reduce
 from descompiler.runtime.runtime import Runtime
 

@@ -37,12 +37,12 @@ from descompiler.eager.elements import (
     is_local,
 )
 from descompiler.eager.held import Whose, on_pieces, refused, take_in_lists, tensors_among
-from descompiler.eager.piece import Piece, local, plain
+from descompiler.eager.piece import Piece, local
 from descompiler.eager.rows import are_constants, of_batch
 from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
 from descompiler.ops.functions import ELEMENTWISE, LOOKUPS, NORMS, PRODUCTS, SUM_FUNCTIONS, TERMS, function_name
-from descompiler.ops.local import scale_grad
+from descompiler.ops.local import plain, scale_grad
 from descompiler.runtime.agreement import Kind
 from descompiler.runtime.runtime import Runtime
 from descompiler.tables.form import fallback

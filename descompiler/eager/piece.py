@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
+from descompiler.ops.local import plain
 from descompiler.runtime.runtime import Runtime
 
 _PLANNER, _ADAFACTOR = "torch.distributed.checkpoint.default_planner", "torch.optim._adafactor"
@@ -28,20 +29,6 @@ def local(func: Any, args: Any, kwargs: Any) -> Any:
     """A call on what this rank holds, whatever that is a piece of."""
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
-
-
-def plain(x: Tensor) -> Tensor:
-    """What this rank holds of a parameter, its gradient or an optimiser's state, as an ordinary tensor.
-
-    It shares memory with the piece; sums, norms and indices of it are those of the piece alone.
-
-    >>> plain(torch.ones(2))
-    tensor([1., 1.])
-    """
-    if type(x) is Tensor:  # a sparse one can't be viewed as another class
-        return x
-    result: Tensor = local(Tensor.as_subclass, (x, Tensor), {})
-    return result
 
 
 class Piece:

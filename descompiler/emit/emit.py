@@ -1,14 +1,19 @@
 """Emission: this rank's program, from the graph, the splits and the chosen region.
 
-ids, begin (checks, header)  ->  enter_start  ->  enter_wait  ->  region, on the global batch  ->  exit_start
-->  local operators that need nothing of the region  ->  exit_wait  ->  the rest, and the outputs
+ids, begin (checks, header), fetch_start  ->  enter_start  ->  fetch_rows  ->  enter_wait
+->  region, on the global batch  ->  exit_start
+->  local operators that need nothing of what is under way, and the region's parts for own rows
+->  fetch_wait  ->  those that need nothing of the region  ->  exit_wait  ->  the rest, and the outputs
+
+Each exchange starts as soon as its operands are there, and is waited for where nothing else is left to do. Backward
+finds the same order the other way round.
 
 This file has the order; `descompiler.emit.region` and `descompiler.emit.outside` emit the values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -110,10 +115,14 @@ def emit(partition: Partition, rank: int) -> Emitted:
         region.enter_wait()
         region.emit()
         region.exit_start()
-    dependent = descendants(program.graph, inside)
-    for n in program.graph.nodes:
-        if n.op == "call_function" and n not in dependent and n not in inside:
-            outside.emit(n)
+    for awaited in ({*inside, *outside.fetched_early()}, inside):
+        for n in _without(program.graph, awaited):
+            if n.op == "call_function":
+                outside.emit(n)
+    after = descendants(program.graph, inside) - inside
+    for n in _without(program.graph, after):
+        if n in inside:
+            e.value(n, Version.LOCAL)
     if partition.exits:
         region.exit_wait()
     for n in program.graph.nodes:
@@ -142,6 +151,12 @@ def emit(partition: Partition, rank: int) -> Emitted:
     behind = Behind(program)
     of = module, e.sources, e.constants, e.layout, checks, rows, untrained, behind, program.reads, e.rows
     return Emitted(*of, id_columns=columns_read(partition, e.layout, rank) if e.layout.given else {})
+
+
+def _without(graph: fx.Graph, awaited: Collection[fx.Node]) -> list[fx.Node]:
+    """What needs none of some values, and is none of them."""
+    needing = descendants(graph, awaited)
+    return [n for n in graph.nodes if n not in needing and n not in awaited]
 
 
 def _begin(e: Emission, outside: OutsideEmitter) -> tuple[Check, ...]:

@@ -226,6 +226,12 @@ class OutsideEmitter:
         by_name = {n.name: x.ids for n, (_, x) in self.partition.lookups.items()}
         return [self.e.own(by_name[name]) for name in self.e.layout.fetches[number].names]
 
+    def fetched_early(self) -> list[fx.Node]:
+        """The lookups whose rows are under way from the start."""
+        if not self.e.layout.early:
+            return []
+        return [n for n in self.partition.lookups if self._fetched.get(n.name, (-1,))[0] == 0]
+
     def begin_fetch(self, ids: list[fx.Node]) -> None:
         begun = self.e.call(begin_fetch, self.e.runtime, self.e.rows_local, ids, self._fetch_ids(0))
         self.e.rows = self.e.item(begun, 0)

@@ -94,4 +94,4 @@ def _call(n: fx.Node, checked: Collection[fx.Node]) -> _Call | None:
     weight, ids, padding, sparse = given
     if not sparse or ids not in checked:
         return None
-    return _Call(lookups, weight, (ids, padding), (sparse,))
+    return _Call(lookups, weight, (ids, padding), ())

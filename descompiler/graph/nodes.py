@@ -59,14 +59,20 @@ def tail(node: fx.Node) -> tuple[int, ...]:
     return tuple(int(size_of(s)) for s in value(node).shape[1:])  # int() of torch's own would make the batch a number
 
 
+def shape_on(node: fx.Node, rows: int) -> list[int]:
+    """Shape on so many rows of the batch, wherever they are in it."""
+
+    def on(size: int | sympy.Expr) -> int:
+        if isinstance(size, int):
+            return size
+        return rows if size.is_Symbol else int(size.subs(dict.fromkeys(size.free_symbols, rows)))  # which is slow
+
+    return [on(s) for s in shape_of(node)]
+
+
 def elements_per_row(node: fx.Node) -> int:
     """Elements of a tensor per row of the batch, wherever the batch lies in it."""
-    shape = shape_of(node)
-    static = prod(s for s in shape if isinstance(s, int))
-    sizes = [s for s in shape if not isinstance(s, int)]
-    if len(sizes) == 1 and sizes[0].is_Symbol:  # nearly all, and substituting is slow
-        return static
-    one, two = (prod(int(s.subs(dict.fromkeys(s.free_symbols, n))) for s in sizes) * static for n in (1, 2))
+    one, two = (prod(shape_on(node, n)) for n in (1, 2))
     return two - one
 
 

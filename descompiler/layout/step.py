@@ -18,6 +18,9 @@ class StepHeader(Transfer):
     kind = "header"
     SEND = Collective("all_to_all (header)", Stage.HEADER)
     BYTES = 5 * 8  # rows, status, mode, unique ids asked, unique ids gathered: int64 each
+    AHEAD = Collective("all_to_all (header, ahead)", Stage.HEADER)
+    """Of a batch that `descompiler.prefetch` has seen: beside the header of its step, and no part of a plan."""
+    AHEAD_BYTES = BYTES + 8  # and which batch it is
 
     def sent(self, step: Step) -> Iterator[Sent]:
         yield Sent(self.SEND, step.others * self.BYTES)

@@ -28,6 +28,11 @@ class Traffic:
             self.bytes_by_collective[collective] = self.bytes_by_collective.get(collective, Fraction(0)) + sent_bytes
             self.calls_by_collective[collective] = self.calls_by_collective.get(collective, 0) + calls
 
+    def include(self, other: Traffic) -> None:
+        """Add what was sent besides."""
+        for collective, sent_bytes in other.bytes_by_collective.items():
+            self.add(collective, sent_bytes, other.calls_by_collective[collective])
+
     @property
     def total(self) -> int:
         """All bytes, rounded to an integer."""

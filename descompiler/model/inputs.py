@@ -287,6 +287,22 @@ def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
     return pytree.tree_unflatten([function(x) if isinstance(x, Tensor) else x for x in leaves], spec)
 
 
+def apart(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, each an object of its own: a tracer takes one that is given twice for one input.
+
+    >>> x = torch.zeros(3)
+    >>> a, b = apart([x, x])
+    >>> a is x, b is x, bool((a == b).all())
+    (True, False, True)
+    """
+    seen: set[int] = set()
+    result = []
+    for x in tensors:
+        result.append(x.detach().clone().requires_grad_(x.requires_grad) if id(x) in seen else x)
+        seen.add(id(x))
+    return result
+
+
 ArgumentPath = tuple[Any, ...]
 """Indices and keys of tuples, lists and dicts that lead to something in ``(args, kwargs)``."""
 

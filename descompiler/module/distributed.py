@@ -15,26 +15,26 @@ from descompiler.eager.exchange import PieceExchange
 from descompiler.eager.functions import Finish
 from descompiler.eager.gradients import GradientSync
 from descompiler.eager.parameters import numbers_of_batch, substitute, weigh_outside
-from descompiler.eager.piece import plain
 from descompiler.emit.emit import Emitted
 from descompiler.errors import CaptureError, InputError, OtherShapesError, UnsupportedError, warn
 from descompiler.graph.nodes import Source
 from descompiler.layout.rows import Rows
 from descompiler.layout.step import DenseGradients, UsedOutputs
-from descompiler.layout.traffic import Traffic
 from descompiler.model.attributes import AttributeWatch, Place
 from descompiler.model.calls import Signature
 from descompiler.model.kept import copies_of
 from descompiler.model.kinds import Kinds
+from descompiler.module.ahead import Waiting
 from descompiler.module.contents import Contents
 from descompiler.module.global_ids import OTHER_SIZES, given_ids, told_ids
 from descompiler.module.parts import Parts, UsersForward
 from descompiler.module.reports import Reports
 from descompiler.module.sizes import SAMPLE_ROWS, Programs, Sized, Sizes, begin_again
 from descompiler.module.standard import StandardCalls, watch_loading
-from descompiler.ops.local import differentiable, widest
+from descompiler.ops.local import differentiable, plain, widest
 from descompiler.planning.plan import Plan
-from descompiler.runtime.agreement import Call, Kind, OtherProgramError
+from descompiler.runtime.agreement import Call, Kind, NotAheadError, OtherProgramError
+from descompiler.runtime.ahead import Ahead
 from descompiler.runtime.backward import Used, behind
 from descompiler.runtime.gradients import Reducer
 from descompiler.runtime.untraced import untraced
@@ -69,6 +69,7 @@ class DistributedModule(StandardCalls, Reports):
         vars(self)["_original"] = parts.template if parts.original is None else parts.original
         self._runtime, self._coverage, self._in_place = runtime, parts.coverage, parts.in_place
         self._signature, self._program_for, self._forward_for = signature, program_for, forward_for
+        self._advise, self._first = parts.advise, list[Any]()
         self._programs = Programs()
         self._forwards: dict[tuple[bool, ...], UsersForward] = {}  # by training flags
         self._flags = [name for name, _ in parts.template.named_modules()]
@@ -77,6 +78,7 @@ class DistributedModule(StandardCalls, Reports):
         self._sparse: frozenset[str] = frozenset()  # tables whose gradients are, though the original's are dense
         self._fused: list[torch.optim.Optimizer] = []  # they live as long as their hooks
         self._given: Kinds | None = None  # of the latest forward's inputs
+        self._ahead: list[Waiting] = []  # batches of which something has gone ahead, in order
         self._ids: dict[int, Tensor] = {}  # of the global batch, by position among them
         self._planned = True  # the latest forward's program
         self._used = self._told = Used()  # of the outputs of the forward that runs, and of the latest one
@@ -115,8 +117,7 @@ class DistributedModule(StandardCalls, Reports):
         """The original's forward on this rank's rows: outputs for them."""
         runtime = self._runtime
         self._refuse_wrapped()
-        runtime.traffic, runtime.unique, runtime.failures = Traffic(), {}, []
-        runtime.started, runtime.begun_again, runtime.regions = False, False, None
+        runtime.new_step()
         self._gradients.begin()
         self._same_flags()
         try:
@@ -138,9 +139,9 @@ class DistributedModule(StandardCalls, Reports):
             runtime.device = next(iter(self._now().parameters.values())).device
             if (dtypes := self._now().moment().dtypes) != self._dtypes:
                 self._cast(dtypes, emitted)
-            self._begin(emitted)
+            runtime.ahead = self._gone_ahead(emitted, tensors)
             try:
-                outputs = self._run(tensors, emitted, emitted.module)
+                outputs = self._run_taking_ahead(tensors, emitted)
             except OtherProgramError:
                 if self._ids:
                     runtime.raise_everywhere(OTHER_SIZES, InputError)
@@ -159,6 +160,7 @@ class DistributedModule(StandardCalls, Reports):
         self._planned = emitted.planned
         outputs = self._noticing(self._finishing(outputs) if self._in_place else outputs, emitted.outputs)
         emitted.signature.update(args, kwargs, outputs)
+        self._remember(*own)
         if self._attributes is not None:
             self._attributes.set(emitted.signature.sets)
         return emitted.signature.unflatten(outputs)
@@ -265,7 +267,43 @@ class DistributedModule(StandardCalls, Reports):
     def _run(self, tensors: Any, emitted: Emitted, module: nn.Module) -> list[Tensor]:
         values = self._values(emitted, emitted.sources, tensors)
         with torch._C.DisableTorchFunctionSubclass():  # the program knows that it holds pieces
-            return module(self._runtime, *values)
+            outputs: list[Tensor] = module(self._runtime, *values)
+        self._runtime.settle()
+        return outputs
+
+    def _run_taking_ahead(self, tensors: Sequence[Tensor], emitted: Emitted) -> list[Tensor]:
+        """The outputs of a program; with what has gone ahead of its batch, if every rank takes it."""
+        self._begin(emitted)
+        try:
+            return self._run(tensors, emitted, emitted.module)
+        except NotAheadError:
+            self._runtime.leave_ahead()
+            self._runtime.call = self._runtime.call.begun_alike()
+        self._begin(emitted)
+        return self._run(tensors, emitted, emitted.module)
+
+    def _gone_ahead(self, emitted: Emitted, tensors: Sequence[Tensor]) -> Ahead | None:
+        """What was sent of these very inputs for this program, which is taken once."""
+        found = next((w for w in self._ahead if w.is_of(self._runtime.call, emitted, self._now(), tensors)), None)
+        if found is None:
+            return None
+        self._ahead.remove(found)
+        return found.ahead
+
+    def _known_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Sized, Call] | None:
+        """Inputs, program and call of a forward on this batch now; None if nothing has been run so before."""
+        assert self._signature is not None
+        self._same_flags()
+        tensors, other = self._signature.call_of(args, kwargs)
+        before, self._given = self._given, Kinds.of(tensors, self._programs.known(other))
+        try:
+            found = self._programs.find(self._program_key(), self._given)
+            call = self._call_of(self._changes()).with_sizes(self._given.sizes)
+        finally:
+            self._given = before
+        if found is None or self._now().moment().dtypes != self._dtypes:
+            return None
+        return tensors, found, call
 
     def _values(self, emitted: Emitted, sources: Sequence[Source], tensors: Sequence[Tensor] = ()) -> list[Tensor]:
         now = self._now()
@@ -336,15 +374,19 @@ class DistributedModule(StandardCalls, Reports):
         """What users changed of the plain attributes that forward reads, in a model that was compiled in place."""
         return () if self._attributes is None else self._attributes.changes()
 
-    def _program_now(self, sample: Sequence[Tensor] | None) -> Sized:
-        now, changes = self._now(), self._changes()
+    def _program_key(self) -> tuple[Any, ...]:
+        """What programs are told apart by, sizes aside."""
+        now = self._now()
         moment = now.moment()
         if "thawed" not in moment.known:
             known = zip(now.parameters, moment.trained, strict=True)
             moment.known["thawed"] = tuple(n for n, trained in known if trained and n in self._frozen)
-        flags, thawed = moment.flags, moment.known["thawed"]
         given = self._given and (self._given.dtypes, self._given.called, self._given.trained)
-        key = flags, moment.held, thawed, changes, given, self._sparse
+        return moment.flags, moment.held, moment.known["thawed"], self._changes(), given, self._sparse
+
+    def _program_now(self, sample: Sequence[Tensor] | None) -> Sized:
+        key, now = self._program_key(), self._now()
+        flags, held_now, thawed, changes, *_ = key
 
         def make() -> Emitted:
             assert self._program_for is not None
@@ -354,7 +396,7 @@ class DistributedModule(StandardCalls, Reports):
                     "value. A buffer may change without that"
                 )
             training = dict(zip(self._flags, flags, strict=True))
-            held = dict(zip((*now.parameters, *now.buffers), moment.held, strict=True))
+            held = dict(zip((*now.parameters, *now.buffers), held_now, strict=True))
             return self._program_for(training, self._sparse, held, thawed, changes, self._given, sample)
 
         return self._programs.get(key, self._given, make)
@@ -412,7 +454,7 @@ class DistributedModule(StandardCalls, Reports):
         values = {n: plain(p).detach().clone() for n, p in self.named_parameters()}
         buffers = copies_of(dict(self.named_buffers(remove_duplicate=False)), torch.clone)
         runtime, original = self._runtime.anew(), vars(self)["_original"]
-        parts = Parts(self, self.plan, runtime, values, buffers, self._coverage, original=original)
+        parts = Parts(self, self.plan, runtime, values, buffers, self._coverage, original=original, advise=self._advise)
         result = DistributedModule(parts, self._signature, self._program_for, self._forward_for)
         result._frozen, result._dtypes, result._sparse = self._frozen, self._dtypes, self._sparse
         return result

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from descompiler.eager.held import Whose, held
-from descompiler.eager.piece import Piece, plain
+from descompiler.eager.piece import Piece
 from descompiler.errors import InputError, PlanError, UnsupportedError
 from descompiler.layout.pieces import Pieces
+from descompiler.module import fbgemm
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.installed import module_of
-from descompiler.module.updates import KINDS, Step, Update, as_one, rows_of, summed
-from descompiler.ops.together import update_by
+from descompiler.module.updates import KINDS, Step, Update, as_one, rows_of
+from descompiler.ops.local import plain
+from descompiler.ops.together import summed, update_by
+from descompiler.runtime.agreement import say
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -27,6 +30,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     ``step`` and ``zero_grad`` do nothing: the step was made in backward. Tables of one width and dtype lie one behind
     the other in one storage, and so does what the optimiser keeps of them; their rows are updated together.
+
+    Attributes
+    ----------
+    backend : {"fbgemm", "torch"}
+        Whose kernels update them, where FBGEMM's can.
     """
 
     def __init__(
@@ -36,10 +44,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         update: Update,
         row_wise: bool,
         kept_by: list[torch.optim.Optimizer],
+        kernel: Callable[[Step], bool] | None = None,
     ):
         self._handles: list[Any] = []
         super().__init__(parameters, options)
-        self._update, self._kept_by = update, kept_by
+        self._update, self._kernel, self._kept_by = update, kernel, kept_by
+        self.backend = TORCH if kernel is None else FBGEMM
         kept_by.append(self)  # a parameter's hooks would be gone with an optimiser that nobody keeps, without a word
         # by backward: tables, rows and their gradients
         self._waiting: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
@@ -117,11 +127,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             group, (table, *states) = storages[storage]
             options = self.param_groups[group]  # as they are now: a state that is loaded brings groups of its own
             rows, values = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*several, strict=True))
+            step = Step(table, rows, -values if options["maximize"] else values, states, number, options)
+            if self._kernel is not None and self._kernel(step):
+                continue
             if not self._update.linear:
-                rows, values = summed(rows, values, known)
-            if options["maximize"]:
-                values = -values
-            self._update.of(Step(table, rows, values, states, number, options))
+                step.rows, step.gradient = summed(step.rows, step.gradient, known)
+            self._update.of(step)
 
     def _stored(self) -> tuple[list[tuple[int, list[Tensor]]], dict[int, tuple[int, int]]]:
         """Each storage's parameter group, table and states, as one; and where each table lies: storage and first row.
@@ -169,6 +180,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 MOST_NESTED = 4
 """Backwards that may be on their way inside of each other."""
 
+AUTO, FBGEMM, TORCH = BACKENDS = "auto", "fbgemm", "torch"
+
 
 def fuse_optimizer(
     module: nn.Module,
@@ -176,6 +189,7 @@ def fuse_optimizer(
     *,
     params: Iterable[nn.Parameter] | None = None,
     row_wise: bool = False,
+    backend: str = AUTO,
     **options: Any,
 ) -> FusedOptimizer:
     """Update rows of tables at the end of backward, of all tables together; no gradient of a table's size is made.
@@ -200,6 +214,9 @@ def fuse_optimizer(
         Tables; by default all that have sparse gradients. Give the others to an optimiser of their own.
     row_wise : bool
         Adagrad with one number for each row, the mean of its squares.
+    backend : {"auto", "fbgemm", "torch"}
+        Whose kernels make the step: FBGEMM's where every rank has it and it is the same to rounding in less time, which
+        is Adagrad of float32 tables on CPUs, and PyTorch's for the rest. With "fbgemm" a rank that lacks it raises.
     **options
         As the optimiser's: ``lr``, ``eps``, ``betas``, ``lr_decay``, ``initial_accumulator_value``, ``maximize``.
 
@@ -213,7 +230,8 @@ def fuse_optimizer(
     InputError
         For another optimiser or option, a parameter that is no table, or Adam of dense gradients.
     UnsupportedError
-        For ``row_wise`` where whole rows are on no rank, and for tables that are used beside their lookups.
+        For ``row_wise`` where whole rows are on no rank, for tables that are used beside their lookups, and for FBGEMM
+        where it is not installed.
     """
     compiled = module_of(module)
     if kind not in KINDS:
@@ -227,6 +245,8 @@ def fuse_optimizer(
         )
     if row_wise and kind is not torch.optim.Adagrad:
         raise InputError("fuse_optimizer: one number for each row is Adagrad's")
+    if backend not in BACKENDS:
+        raise InputError(f"fuse_optimizer: backend={backend!r} is none of {', '.join(BACKENDS)}")
     held_names = {id(p): n for n, p in compiled.named_parameters()}
     sparse = [p for n, p in compiled.named_parameters() if n in compiled.plan.sparse and p.requires_grad]
     chosen = sparse if params is None else list(params)
@@ -249,8 +269,23 @@ def fuse_optimizer(
             "fuse_optimizer: the module has no table with sparse gradients (sparse=True); name others, "
             "params=[module.item.weight]"
         )
+    kernel = _agreed_kernel(compiled, kind, backend, chosen)
     _let_be_sparse(compiled, [name for name in dense if not _is_averaged(compiled, name)])
-    return FusedOptimizer(chosen, known | options, update, row_wise, compiled._fused)
+    return FusedOptimizer(chosen, known | options, update, row_wise, compiled._fused, kernel)
+
+
+def _agreed_kernel(
+    compiled: DistributedModule, kind: type[torch.optim.Optimizer], backend: str, chosen: Sequence[Tensor]
+) -> Callable[[Step], bool] | None:
+    """FBGEMM's kernel for this optimiser, if every rank has it: what all ranks hold alike they have to round alike."""
+    kernel = fbgemm.KERNELS.get(kind) if any(fbgemm.is_for(p) for p in chosen) else None
+    if backend == TORCH or (backend == AUTO and kernel is None):
+        return None
+    told = say(fbgemm.lacks(), compiled._runtime.group, compiled._runtime.ranks)
+    lacking = [f"rank {rank}: {why}" for rank, why in enumerate(told) if why is not None]
+    if lacking and backend == FBGEMM:
+        raise UnsupportedError("\n".join(["fuse_optimizer(backend='fbgemm'):", *lacking]))
+    return None if lacking else kernel
 
 
 def _check_dense(compiled: DistributedModule, name: str, kind: type[torch.optim.Optimizer]) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from descompiler.eager.functions import total
 from descompiler.eager.parameters import SynchroniseNorms
-from descompiler.eager.piece import plain
 from descompiler.eager.survey import MEAN, ROWS, SAME, SUM
 from descompiler.emit.emit import Emitted
 from descompiler.errors import InputError, UnsupportedError, warn
@@ -28,7 +27,7 @@ from descompiler.model.kinds import Kinds
 from descompiler.model.random_state import drawn_by_python
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.parts import Parts
-from descompiler.ops.local import scale_grad, widest
+from descompiler.ops.local import plain, scale_grad, widest
 from descompiler.runtime.agreement import Kind
 from descompiler.runtime.backward import Used
 from descompiler.runtime.guard import Guard

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,6 +42,8 @@ class Parts:
         Whether the host is the user's own object.
     original : nn.Module, optional
         The model without its weights, of its own class; the template by default.
+    advise : callable, optional
+        From batches (rank 0's) the plan priced for their ids, and the best one. Collective.
     """
 
     template: nn.Module
@@ -53,6 +55,7 @@ class Parts:
     host: nn.Module | None = None
     in_place: bool = False
     original: nn.Module | None = None
+    advise: Callable[[Sequence[Any]], tuple[Plan, Plan]] | None = None
 
     def fill(self, module: nn.Module) -> None:
         """Give a module its submodules, parameters and buffers."""

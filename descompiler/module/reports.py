@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from descompiler.emit.emit import Emitted
-from descompiler.errors import CaptureError
+from descompiler.errors import CaptureError, UnsupportedError
 from descompiler.layout.fetches import Counts
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.rows import Rows
 from descompiler.layout.step import DenseGradients
 from descompiler.layout.traffic import Traffic
+from descompiler.model.inputs import map_tensors
+from descompiler.module.advice import FIRST, WORTH_IT, Advice
 from descompiler.module.parts import UsersForward
 from descompiler.module.sizes import Sized
 from descompiler.planning.coverage import Coverage
@@ -33,6 +36,8 @@ class Reports(nn.Module):
     _planned: bool
     _told: Used
     _forwards: dict[tuple[bool, ...], UsersForward]
+    _advise: Callable[[Sequence[Any]], tuple[Plan, Plan]] | None
+    _first: list[Any]
 
     def _sized(self, sample: Sequence[Tensor] | None = None) -> Sized:
         raise NotImplementedError
@@ -42,6 +47,40 @@ class Reports(nn.Module):
 
     def _replicas(self, program: Emitted) -> Mapping[str, nn.Parameter]:
         raise NotImplementedError
+
+    def _remember(self, args: Any, kwargs: Any) -> None:
+        """Keep the first batches of training: they say which ids come."""
+        if len(self._first) < FIRST and self.training and torch.is_grad_enabled() and self._runtime.rank == 0:
+            self._first.append(map_tensors(Tensor.detach, (args, kwargs)))
+
+    def advise(self, threshold: float = WORTH_IT) -> Advice:
+        """Whether another plan would be cheaper for ids as those of the first steps of training. Collective.
+
+        A plan that is made without ``samples=`` assumes how often ids repeat. Here the ids of rank 0's first batches
+        are measured, the plan is priced for them, and so is the best one under the same terms; pins stay.
+
+        Parameters
+        ----------
+        threshold : float
+            Share of a step that the other plan has to save to be advised.
+
+        Returns
+        -------
+        Advice
+            ``print`` says it in words.
+
+        Raises
+        ------
+        InputError
+            On every rank, if no step of training has run.
+        UnsupportedError
+            If the model was captured in part.
+        """
+        if self._advise is None:
+            raise UnsupportedError(
+                "the model is captured in part, and its plan is not priced anew: compile with samples=, some batches"
+            )
+        return Advice(*self._advise(self._first), threshold)
 
     def traffic(self) -> Traffic:
         """Bytes and calls of each collective on this rank since the latest forward began."""

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from descompiler.eager.piece import plain
 from descompiler.errors import InputError, UnsupportedError
 from descompiler.layout.pieces import Pieces
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.installed import module_of, ranks_for
 from descompiler.module.state import pieces_by_name
+from descompiler.ops.local import plain
 from descompiler.runtime.blocks import BLOCK_ELEMENTS, collect_rows
 from descompiler.runtime.ranks import Ranks
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from descompiler.emit.ahead import Beginning, beginning_of
 from descompiler.emit.by_size import RegionOfSize, region_of_size, with_regions
 from descompiler.emit.emit import Emitted
 from descompiler.errors import InputError, warn
@@ -49,6 +50,10 @@ class Sized:
         return region_of_size(self.emitted)
 
     @cached_property
+    def beginning(self) -> Beginning | None:
+        return beginning_of(self.emitted)
+
+    @cached_property
     def module(self) -> fx.GraphModule:
         return with_regions(self.emitted)
 
@@ -76,11 +81,18 @@ class Programs:
             )
         return called
 
+    def _fitting(self, key: Any, given: Kinds | None) -> list[Sized]:
+        sizes, rows = (None, None) if given is None else (given.sizes, given.rows)
+        return [p for p in self._programs.get((key, sizes), []) if rows is None or p.emitted.accepts(rows)]
+
+    def find(self, key: Any, given: Kinds | None) -> Sized | None:
+        """The program that `get` has, if it need not be made."""
+        return next(iter(self._fitting(key, given)), None)
+
     def get(self, key: Any, given: Kinds | None, make: Callable[[], Emitted]) -> Sized:
         """A program, made if there is none; of several, which are for other rows, the one that was asked for last."""
-        sizes, rows = (None, None) if given is None else (given.sizes, given.rows)
-        found = self._programs.get((key, sizes), [])
-        fitting = [p for p in found if rows is None or p.emitted.accepts(rows)]
+        sizes = None if given is None else given.sizes
+        found, fitting = self._programs.get((key, sizes), []), self._fitting(key, given)
         if not fitting:
             if len(self._programs) == MOST_KEPT:
                 del self._programs[next(iter(self._programs))]
@@ -120,7 +132,7 @@ def begin_again(
     InputError
         On every rank, if any can't capture a program, or what mixes rows would mix other sizes.
     """
-    runtime.begun_again = True
+    runtime.another_header()
     programs, every = _programs_of_all(runtime, tensors, program)
     mine = programs[every[runtime.rank]].emitted
     begins(mine)

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from descompiler.eager.held import Held
-from descompiler.eager.piece import plain
 from descompiler.errors import InputError, UnsupportedError
+from descompiler.ops.local import plain
 from descompiler.planning.plan import Plan
 from descompiler.runtime.runtime import Runtime
 

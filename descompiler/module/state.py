@@ -9,11 +9,11 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from descompiler.eager.piece import plain
 from descompiler.errors import InputError
 from descompiler.layout.pieces import Pieces
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.installed import module_of, ranks_for
+from descompiler.ops.local import plain
 from descompiler.runtime.blocks import BLOCK_ELEMENTS, broadcast_tensor, collect, gather, scatter
 from descompiler.runtime.room import check_room
 

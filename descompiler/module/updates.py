@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descompiler.eager.piece import plain
+from descompiler.ops.local import plain
 
 
 def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,20 +19,6 @@ def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
     gradient = plain(gradient)  # of a table that every rank holds; where it is zero nothing moves
     rows = gradient.flatten(1).any(1).nonzero()[:, 0]
     return rows, gradient[rows]
-
-
-def summed(rows: Tensor, values: Tensor, known: list[tuple[Tensor, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
-    """Each row once, with the sum of its parts: an id that was looked up twice is one row.
-
-    Tables that are looked up with the same ids, as those of vectors and of weights are, have the same rows, and it is
-    less to compare them than to sort them.
-    """
-    unique = next((u for r, u in known if r.shape == rows.shape and torch.equal(r, rows)), None)
-    if unique is None:
-        unique = torch.unique(rows, return_inverse=True)
-        known.append((rows, unique))
-    once, positions = unique
-    return once, values.new_zeros(len(once), *values.shape[1:]).index_add_(0, positions, values)
 
 
 def as_one(tensors: list[Tensor]) -> Tensor:
@@ -114,8 +100,12 @@ def _adagrad(s: Step) -> None:
         square = square.mean(1, keepdim=True)
     total.index_add_(0, s.rows, square)
     root = total.index_select(0, s.rows).sqrt_().add_(s.options["eps"])
-    rate = s.options["lr"] / (1 + (s.number - 1) * s.options["lr_decay"])
-    _move(s, (s.gradient / root).mul_(-rate))
+    _move(s, (s.gradient / root).mul_(-adagrad_rate(s)))
+
+
+def adagrad_rate(s: Step) -> Any:
+    """What Adagrad multiplies in this step: ``lr``, less by ``lr_decay``."""
+    return s.options["lr"] / (1 + (s.number - 1) * s.options["lr_decay"])
 
 
 def _adam(s: Step) -> None:

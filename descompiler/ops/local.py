@@ -97,6 +97,20 @@ def pool(rows: Tensor, ids: Tensor, mode: str, padding_idx: int | None) -> Tenso
     return total
 
 
+def plain(x: Tensor) -> Tensor:
+    """What this rank holds of a parameter, its gradient or an optimiser's state, as an ordinary tensor.
+
+    It shares memory with the piece; sums, norms and indices of it are those of the piece alone.
+
+    >>> plain(torch.ones(2))
+    tensor([1., 1.])
+    """
+    if type(x) is Tensor:  # a sparse one can't be viewed as another class
+        return x
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.as_subclass(Tensor)
+
+
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:

@@ -1,13 +1,15 @@
 """Lookups of several tables as one operator, and of its gradients what goes to an optimiser as it is.
 
 Tables that lie in one storage, one behind the other or with others between them, are one table to `lookups`: one
-selection of rows in forward. In backward each table gets its sparse gradient, unless an optimiser updates all of them
-in backward (`updated_by`), and nothing else is to see their gradients: then it gets ids and values.
+selection of rows in forward. In backward each table gets its sparse gradient, whose rows are sorted with those of the
+others, unless an optimiser updates all of them in backward (`updated_by`), and nothing else is to see their gradients:
+then it gets ids and values.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -15,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from descompiler.ops.local import plain
 
 
 class Updater(Protocol):
@@ -46,16 +50,13 @@ def updated_by(tables: Sequence[Tensor]) -> Updater | None:
     return updater if all(updater.takes(t) for t in tables) else None
 
 
-def lookups(
-    weights: Sequence[Tensor], ids: Sequence[Tensor], paddings: Sequence[int], sparse: bool
-) -> tuple[Tensor, ...]:
+def lookups(weights: Sequence[Tensor], ids: Sequence[Tensor], paddings: Sequence[int]) -> tuple[Tensor, ...]:
     """``nn.Embedding`` of several tables of one width and dtype, with sparse gradients; ids are known to be right.
 
     >>> table = torch.arange(6.0).reshape(3, 2)
-    >>> [x.tolist() for x in lookups([table[:1], table[1:]], [torch.tensor([0]), torch.tensor([1, 0])], [-1, -1], True)]
+    >>> [x.tolist() for x in lookups([table[:1], table[1:]], [torch.tensor([0]), torch.tensor([1, 0])], [-1, -1])]
     [[[0.0, 1.0]], [[4.0, 5.0], [2.0, 3.0]]]
     """
-    assert sparse
     found: tuple[Tensor, ...] = _Lookups.apply(list(paddings), len(weights), *weights, *ids)
     return found
 
@@ -75,13 +76,7 @@ class _Lookups(torch.autograd.Function):
             )
         whole, starts = found
         sizes = [x.numel() for x in ids]
-        flat = torch.cat([x.reshape(-1) for x in ids])
-        if any(starts):
-            shift = _on(tuple(starts), flat.device)
-            if len(set(sizes)) == 1:
-                flat = (flat.view(len(ids), -1) + shift[:, None]).view(-1)
-            else:
-                flat = flat + shift.repeat_interleave(torch.tensor(sizes, device=flat.device), output_size=sum(sizes))
+        flat = _shifted([x.reshape(-1) for x in ids], sizes, starts)
         rows = whole.index_select(0, flat).split(sizes)
         return tuple(r.view(*x.shape, whole.shape[1]) for r, x in zip(rows, ids, strict=True))
 
@@ -106,9 +101,74 @@ class _Lookups(torch.autograd.Function):
                 updater.came([(t, rows, values) for t, (_, rows, values) in zip(tables, parts, strict=True)])
                 return (None,) * (2 + 2 * count)
         result: list[Tensor | None] = [None] * count
-        for i, rows, values in parts:
-            result[i] = torch.sparse_coo_tensor(rows[None], values, ctx.shapes[i], check_invariants=False)
+        on_cpu = parts[0][1].device.type == "cpu"  # the sizes of tables' gradients would be waited for elsewhere
+        if on_cpu and len(parts) > 1 and not torch.is_grad_enabled():
+            for i, gradient in _coalesced(ctx, parts):
+                result[i] = gradient
+        else:
+            for i, rows, values in parts:
+                result[i] = torch.sparse_coo_tensor(rows[None], values, ctx.shapes[i], check_invariants=False)
         return (None, None, *result, *(None,) * count)
+
+
+def _coalesced(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> list[tuple[int, Tensor]]:
+    """Gradients of tables, coalesced: one sort of all their rows, where optimisers make one for each table.
+
+    Of a table that is looked up several times the first lookup has the gradient of all.
+    """
+    begins: dict[int, int] = {}
+    bounds, receivers, starts = [0], [], []
+    for i, _, _ in parts:
+        table = ctx.tables[i]()
+        key = -1 - i if table is None else id(table)
+        if key not in begins:
+            begins[key] = bounds[-1]
+            bounds.append(bounds[-1] + ctx.shapes[i][0])
+            receivers.append(i)
+        starts.append(begins[key])
+    rows = _shifted([x.long() for _, x, _ in parts], [len(x) for _, x, _ in parts], starts)
+    once, sums = summed(rows, torch.cat([values for *_, values in parts]), _SORTED)
+    cuts = torch.searchsorted(once, _on(tuple(bounds), once.device)).tolist()
+    counts = [end - start for start, end in itertools.pairwise(cuts)]
+    once = once - _of_each(bounds[:-1], counts, once.device)
+    result, marks = [], []
+    for i, own, values in zip(receivers, once[None].split(counts, 1), sums.split(counts), strict=True):
+        gradient = torch.sparse_coo_tensor(own, values, ctx.shapes[i], check_invariants=False, is_coalesced=True)
+        result.append((i, gradient))
+        marks.append((ctx.tables[i], own))
+    torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_say_coalesced, marks))
+    return result
+
+
+_SORTED: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+"""What was sorted in the backward that is under way: tables of another width are often looked up with the same ids."""
+
+
+def _say_coalesced(marks: Sequence[tuple[weakref.ref[Tensor], Tensor]]) -> None:
+    """Say it again of gradients that tables have kept: autograd keeps the rows of a first one, and not what is known of
+    them. One that was added to another has rows of its own."""
+    _SORTED.clear()
+    with torch._C.DisableTorchFunctionSubclass():
+        for of, rows in marks:
+            gradient = None if (table := of()) is None else table.grad
+            if gradient is None or not gradient.is_sparse or gradient._nnz() != rows.shape[1]:
+                continue
+            if gradient._indices().data_ptr() == rows.data_ptr():
+                gradient._coalesced_(True)
+
+
+def summed(rows: Tensor, values: Tensor, known: list[tuple[Tensor, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+    """Each row once, with the sum of its parts: an id that was looked up twice is one row.
+
+    Tables that are looked up with the same ids, as those of vectors and of weights are, have the same rows, and it is
+    less to compare them than to sort them.
+    """
+    unique = next((u for r, u in known if r.shape == rows.shape and torch.equal(r, rows)), None)
+    if unique is None:
+        unique = torch.unique(rows, return_inverse=True)
+        known.append((rows, unique))
+    once, positions = unique
+    return once, values.new_zeros(len(once), *values.shape[1:]).index_add_(0, positions, values)
 
 
 def _all_accumulate(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> bool:
@@ -122,10 +182,20 @@ def _all_accumulate(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> bo
         return False
 
 
-def plain(x: Tensor) -> Tensor:
-    """A tensor's own memory, whatever its class says of it."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return x.detach().as_subclass(Tensor)
+def _shifted(ids: Sequence[Tensor], sizes: Sequence[int], starts: Sequence[int]) -> Tensor:
+    """Ids of several tables as those of one, in which each begins somewhere."""
+    flat = ids[0] if len(ids) == 1 else torch.cat(list(ids))
+    if not any(starts):
+        return flat
+    if len(set(sizes)) == 1:
+        return (flat.view(len(ids), -1) + _on(tuple(starts), flat.device)[:, None]).view(-1)
+    return flat + _of_each(starts, sizes, flat.device)
+
+
+def _of_each(starts: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
+    """A start for each id."""
+    shift, lengths = _on(tuple(starts), device), torch.tensor(sizes, device=device)
+    return shift.repeat_interleave(lengths, output_size=sum(sizes))
 
 
 def one_table(weights: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:

@@ -265,7 +265,8 @@ class Cluster:
             return kind.with_ranks(ranks, ranks_per_node)
         links = {link: dict.fromkeys(COLLECTIVES, value) for link, value in kind.links.items()}
         per_node = min(ranks, ranks_per_node or kind.ranks_per_node)
-        return cls(name, ranks, per_node, links, kind.memory_bytes, None, kind.backend, dict(kind.sources))
+        sources = {**kind.sources, "flops_per_s": kind.flops_source}
+        return cls(name, ranks, per_node, links, kind.memory_bytes, kind.flops_per_s, kind.backend, sources, kind.rates)
 
 
 @dataclass(frozen=True)
@@ -276,6 +277,9 @@ class _Kind:
     ranks_per_node: int
     backend: str
     links: Mapping[str, Link]
+    rates: Rates
+    flops_per_s: float
+    flops_source: str
     memory_bytes: int | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -294,6 +298,12 @@ LOOPBACK_BYTES_PER_S = 1.3e9
 """Measured: gloo's all-to-all, 1 MiB to each of 2 processes of one machine with 2 cores, median of 15."""
 
 
+CPU = Rates(3.7e-4, 1.7e-7, 5.4e-9, 4.4e-8, 6e-9, 1.8e-9, "measured: one core of a server, torch 2.13")
+CPU_FLOPS_PER_S = 5e10
+GPU = Rates(8.5e-4, 1.5e-9, 3e-11, 1e-8, 1.6e-10, 1.6e-10, "measured: one H200, torch 2.11")
+"""What a rank does itself, where nobody has measured it: by `descompiler.check.rates.measured_rates`."""
+
+
 _NCCL = "latency: NCCL 2.19, src/graph/tuning.cc, hwLat and baseLat, ring, simple protocol"
 
 
@@ -309,10 +319,15 @@ def _ethernet(gigabits_per_s: int) -> _Kind:
             "intra": Link(NETWORK_S, LOOPBACK_BYTES_PER_S, CALL_S, local),
             "inter": Link(NETWORK_S, rate, CALL_S, source),
         },
+        CPU,
+        CPU_FLOPS_PER_S,
+        "measured: products of 512 x 512 float32 matrices, one core",
     )
 
 
-def _nvlink(gigabytes_per_s: float, gpu: str, memory_gigabytes: int, nic_gigabits_per_s: float, node: str) -> _Kind:
+def _nvlink(
+    gigabytes_per_s: float, gpu: str, memory_gigabytes: int, teraflops: float, nic_gigabits_per_s: float, node: str
+) -> _Kind:
     near = f"NVLink, one direction: half of the {2 * gigabytes_per_s:.0f} GB/s of the {gpu} data sheet; {_NCCL}"
     far = f"{nic_gigabits_per_s:.0f} Gbit/s a node: network of the {node} data sheet; {_NCCL}"
     return _Kind(
@@ -323,6 +338,9 @@ def _nvlink(gigabytes_per_s: float, gpu: str, memory_gigabytes: int, nic_gigabit
             "intra": Link(NVLINK_S, gigabytes_per_s * 1e9, CALL_S, near),
             "inter": Link(NETWORK_S, nic_gigabits_per_s * 1e9 / 8, CALL_S, far),
         },
+        GPU,
+        teraflops * 1e12,
+        f"NVIDIA {gpu} data sheet: {teraflops:g} Tflop/s in float32",
         memory_gigabytes * 10**9,
         {"memory_bytes": f"NVIDIA {gpu} data sheet: {memory_gigabytes} GB"},
     )
@@ -335,9 +353,9 @@ CLUSTERS: Registry[_Kind | Cluster] = Registry(
         _ethernet(25),
         _ethernet(100),
         _ethernet(400),
-        _nvlink(150, "V100 SXM2", 32, 4 * 100, "DGX-1 (4 x 100 Gbit/s InfiniBand)"),
-        _nvlink(300, "A100 SXM", 80, 8 * 200, "DGX A100 (8 x 200 Gbit/s InfiniBand)"),
-        _nvlink(450, "H100 SXM", 80, 8 * 400, "DGX H100 (8 x 400 Gbit/s InfiniBand)"),
+        _nvlink(150, "V100 SXM2", 32, 15.7, 4 * 100, "DGX-1 (4 x 100 Gbit/s InfiniBand)"),
+        _nvlink(300, "A100 SXM", 80, 19.5, 8 * 200, "DGX A100 (8 x 200 Gbit/s InfiniBand)"),
+        _nvlink(450, "H100 SXM", 80, 67, 8 * 400, "DGX H100 (8 x 400 Gbit/s InfiniBand)"),
     ),
 )
 """Clusters that have names: classes, from published numbers (Ethernet: one link a node), and those of plug-ins."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from descompiler.errors import PlanError, step_of
 from descompiler.graph.program import Program
 from descompiler.graph.text import fingerprint
+from descompiler.planning.assumed import GivenCluster
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.objective import IDS, Terms
 from descompiler.planning.plan import Plan
@@ -202,14 +203,14 @@ def setting_of(
     batch: int | None,
     pins: Mapping[str, str] | None,
     plan: Plan | str | Path | None,
-    cluster: Cluster | None,
+    cluster: GivenCluster,
 ) -> tuple[int, int | None, Mapping[str, str] | None]:
     """Ranks, rows and pins to plan for; those of a plan where there is one."""
     given = loaded(plan)
     if ranks is None:
-        if cluster is None and given is None:
+        if not isinstance(cluster, Cluster) and given is None:
             raise PlanError("des.plan needs ranks=, or cluster= with them")
-        ranks = cluster.ranks if cluster is not None else given.ranks  # type: ignore[union-attr]
+        ranks = cluster.ranks if isinstance(cluster, Cluster) else given.ranks  # type: ignore[union-attr]
     if given is not None:
         batch, pins = batch or given.rows, {**given.forms, **given.changes, **(pins or {})}
     return ranks, batch, pins

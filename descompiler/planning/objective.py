@@ -7,7 +7,7 @@ A choice determines a plan:
     placements    of every operator that a rule keeps in the region (`descompiler.region.place.place`)
     aggregation   the minimum cut, or the lookups themselves where the busiest rank then sends less (`Objective.trial`)
 
-Its price is the bytes that the busiest rank sends in a step or, given a cluster, the seconds of the step's collectives
+Its price is the bytes that the busiest rank sends in a step or, on a cluster, the seconds of the step's collectives
 and, if the cluster's rates are known, of what the busiest rank does itself (`descompiler.planning.work`).
 """
 

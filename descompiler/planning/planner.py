@@ -39,6 +39,7 @@ from descompiler.region.rule import Rule
 from descompiler.tables.computed import groups_of, notes_of_computed, whole_notes
 from descompiler.tables.form import fallback, form_named, split_as
 from descompiler.tables.tables import Operator
+from descompiler.units import format_seconds
 
 
 def choose(
@@ -111,7 +112,7 @@ def choose(
         limit_bytes=terms.limit_bytes,
         missing=missing,
         memories=best.memory or search.objective.memory(partition),
-        notes=_tie_notes(search.score(least), best.score)
+        notes=_tie_notes(search.score(least), best.score, terms.cluster is not None)
         + coupling_notes(program, best.layout.exchanges)
         + notes_of_computed(groups_of(operators), {n for n, f in forms.items() if form_named(f).by_columns})
         + whole_notes(operators, partition.splits),
@@ -145,11 +146,12 @@ def _narrower(program: Program, wire_dtype: torch.dtype | None) -> torch.dtype |
     return wire_dtype
 
 
-def _tie_notes(least: Score, chosen: Score) -> list[str]:
+def _tie_notes(least: Score, chosen: Score, seconds: bool) -> list[str]:
     if chosen.calls == least.calls:
         return []
+    what = f"seconds, {format_seconds(least.price)}," if seconds else f"bytes, {least.price_bytes:,} B,"
     return [
-        f"{chosen.calls} collectives a step where the least bytes, {least.price_bytes:,} B, take {least.calls}: within "
+        f"{chosen.calls} collectives a step where the least {what} take {least.calls}: within "
         f"{100 * TIE:g} % the fewest are chosen"
     ]
 

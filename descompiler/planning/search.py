@@ -28,6 +28,7 @@ from descompiler.layout.spans import summed
 from descompiler.planning.bound import FormCost, Relaxation
 from descompiler.planning.cluster import COLLECTIVES
 from descompiler.planning.objective import Objective, Score, Terms, Trial
+from descompiler.planning.work import least_flops, of_operator
 from descompiler.region.cut import Weights
 from descompiler.region.rule import Rule
 from descompiler.tables.computed import groups_of
@@ -163,6 +164,33 @@ class Search:
         fixed = 2 * (w.ranks - 1) * dense * w.itemsize
         return Relaxation(program, self.operators, self.rules, w, self.costs, fixed, self.terms.solver)
 
+    def bound_of(self, sent_bytes: float, allowed: Mapping[str, Sequence[str]]) -> float:
+        """A bound on the objective, of choices among such forms, from one on the bytes of the busiest rank.
+
+        The busiest rank works at least as long as ranks do on average.
+        """
+        bound, cluster = self.in_units(sent_bytes), self.terms.cluster
+        if cluster is None or cluster.rates is None:
+            return bound
+        work = sum(min(self.work_s[name][f] for f in forms) for name, forms in allowed.items())
+        if cluster.flops_per_s is not None:
+            work += least_flops(self.program, self.w) / cluster.flops_per_s
+        return bound + work * (1 - ROUNDING)
+
+    @cached_property
+    def work_s(self) -> dict[str, dict[str, float]]:
+        """By table and allowed form, seconds of its lookups and updates, the mean over ranks: whoever owns its rows."""
+        cluster, objective = self.terms.cluster, self.objective
+        assert cluster is not None and cluster.rates is not None
+        rates = cluster.rates
+
+        def least(o: Operator, form: str) -> float:
+            choices = (objective.choice(o, form, by_memory) for by_memory in (False, True))
+            splits = (objective.split(o, form, self.w.ranks, choice) for choice in choices)
+            return min(float(of_operator(o, x, self.w, objective.unique[o.name], rates).mean()) for x in splits)
+
+        return {o.name: {f: least(o, f) for f in self.allowed[o.name]} for o in self.operators}
+
     def in_units(self, sent_bytes: float) -> float:
         """A bound on the objective from one on the bytes of the busiest rank: seconds at the fastest of the links."""
         cluster = self.terms.cluster
@@ -185,7 +213,7 @@ class Search:
             If the plan is cheaper than the bound: then one of them is wrong.
         """
         relaxed = self.relaxation.solve(self.allowed)
-        bound = self.in_units(relaxed.sent_bytes)
+        bound = self.bound_of(relaxed.sent_bytes, self.allowed)
         forms = min(self.starts(relaxed.inside), key=self.score)
         improved = True
         while improved and self.trials < self.budget:
@@ -283,7 +311,7 @@ class Search:
             for position, form in enumerate(self.allowed[free[depth]]):
                 nodes += 1
                 child = {**partial, free[depth]: (form,)}
-                children.append((self.in_units(self.relaxation.solve(child).sent_bytes), position, child))
+                children.append((self.bound_of(self.relaxation.solve(child).sent_bytes, child), position, child))
             for below, _, child in sorted(children, key=lambda x: x[:2]):
                 if below >= self.score(best).price:
                     continue

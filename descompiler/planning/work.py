@@ -17,7 +17,8 @@ from math import prod
 import numpy as np
 
 from descompiler.cost_models.work import Rates, lookup_seconds
-from descompiler.graph.nodes import tail
+from descompiler.graph.nodes import elements_per_row, tail
+from descompiler.graph.program import Program
 from descompiler.layout.spans import Spans
 from descompiler.planning.memory import activation_elements, held_elements
 from descompiler.region.cut import Weights, product_flops, work_bytes
@@ -40,13 +41,7 @@ def work_seconds(
     """
     seconds = np.zeros(w.ranks)
     for o in partition.operators:
-        split = partition.splits[o.name]
-        held, _ = held_elements(split.pieces)
-        for x in o.lookups:
-            seconds += _of_lookup(o, x, split, held, w, unique[o.name], rates)
-        if o.trained and not o.sparse:
-            rows = held * (o.dim if split.pieces.dim == 0 else o.rows)
-            seconds += rows * rates.swept_s
+        seconds += of_operator(o, partition.splits[o.name], w, unique[o.name], rates)
     inside, outside = activation_elements(partition, w.ranks)
     seconds += w.rows * (inside * w.ranks + outside) * rates.value_s
     if flops_per_s is not None:
@@ -54,11 +49,27 @@ def work_seconds(
     return seconds
 
 
+def of_operator(o: Operator, split: Split, w: Weights, unique: float, rates: Rates) -> np.ndarray:
+    """Of each rank: the lookups of a table, and its dense gradient."""
+    held, _ = held_elements(split.pieces)
+    seconds = np.zeros(w.ranks)
+    for x in o.lookups:
+        seconds += _of_lookup(o, x, split, held, w, unique, rates)
+    if o.trained and not o.sparse:
+        seconds += held * (o.dim if split.pieces.dim == 0 else o.rows) * rates.swept_s
+    return seconds
+
+
+def least_flops(program: Program, w: Weights) -> float:
+    """Of a rank's matrix products in any plan, forward and backward: those of its own rows."""
+    return float(sum(product_flops(n, w.rows) for n in program.graph.nodes if n.op == "call_function"))
+
+
 def _of_lookup(
     o: Operator, x: Lookup, split: Split, held: np.ndarray, w: Weights, unique: float, rates: Rates
 ) -> np.ndarray:
     """Of one lookup of a table, by rank."""
-    width, by_columns = prod(tail(x.ids)), split.pieces.dim == 1
+    width, by_columns = elements_per_row(x.ids), split.pieces.dim == 1
     if split.placement(o, x) is not None:
         ids = w.ranks * w.rows * _widths(split.columns(o, x), x, w.ranks)
         columns = held if by_columns else np.where(held > 0, o.dim, 0)
@@ -87,11 +98,9 @@ def _widths(columns: Spans[tuple[int, ...] | None], x: Lookup, ranks: int) -> np
 
 def _flops(partition: Partition, w: Weights) -> float:
     """Of the slowest rank's matrix products, forward and backward."""
-    total = 0.0
-    for n in partition.program.graph.nodes:
-        if n.op == "call_function" and (flops := product_flops(n, w.rows)):
-            total += flops
-            if n in partition.inside:
-                at = partition.candidates.placed[n].placement
-                total += work_bytes(n, at, partition.placements, w) * w.flops_per_byte / w.ranks
+    total = least_flops(partition.program, w)
+    for n in partition.inside:
+        if n.op == "call_function" and product_flops(n, w.rows):
+            at = partition.candidates.placed[n].placement
+            total += work_bytes(n, at, partition.placements, w) * w.flops_per_byte / w.ranks
     return total

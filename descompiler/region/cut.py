@@ -28,7 +28,7 @@ from torch import fx
 
 from descompiler.cost_models.operators import extra_flops, linear_flops
 from descompiler.graph.arguments import operand, training_norm
-from descompiler.graph.nodes import aten, elements_per_row, is_tensor, shape_of, tail, value
+from descompiler.graph.nodes import aten, is_tensor, shape_on, tail, value
 from descompiler.graph.program import Program
 from descompiler.layout.border import Exit
 from descompiler.layout.pieces import Pieces
@@ -171,14 +171,15 @@ def product_flops(node: fx.Node, rows: int) -> int:
     x = node.args[0]
     if not isinstance(x, fx.Node) or not is_tensor(x):
         return 0
-    inner = shape_of(x)[-1] if shape_of(x) else 1
+    shape = shape_on(x, rows)
+    inner = shape[-1] if shape else 1
     if node.target in (aten.linear.default, aten.bmm.default, aten.matmul.default):
-        return int(linear_flops(rows, inner, elements_per_row(node)))
+        return int(linear_flops(1, inner, prod(shape_on(node, rows))))
     if node.target in (aten.gru.input, aten.lstm.input):
         weights = [value(n).numel() for n in node.all_input_nodes if value(n).dim() == 2]
-        return int(linear_flops(rows, elements_per_row(x) // inner, sum(weights)))
+        return int(linear_flops(1, prod(shape) // max(inner, 1), sum(weights)))
     if node.target is aten.scaled_dot_product_attention.default:
-        return int(2 * linear_flops(rows, shape_of(x)[-2], elements_per_row(operand(node, 1))))
+        return int(2 * linear_flops(1, shape[-2], prod(shape_on(operand(node, 1), rows))))
     return 0
 
 

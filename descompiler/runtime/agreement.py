@@ -5,6 +5,8 @@ they tell numbers, and words follow only where all raise; when they compile, whi
 
     when                                    what is told                    raised unless
     a step begins, or Python uses a piece   a `Header` to each rank         none failed, and all make the same `Call`
+    the same, of a batch that went ahead    the same, heard before more     the same; all take that batch, or none does
+                                            is sent (`Agreement.settle`)
     a fetch begins late                     a `Message` to each rank        none failed
     a leaf was run, backward has ended      a byte                          none failed
     ranks compile                           words (`say`)                   none failed (`settle`), all say the same
@@ -55,12 +57,20 @@ class Kind(IntEnum):
     NORM = 3
     FETCH = 4
     WHOLE = 5
+    AHEAD = 6  # a program, with what went ahead of a batch
 
 
 class OtherProgramError(Exception):
     """Ranks know from the header that this program is not the step's; all raise, and begin the step with another.
 
     It is caught where programs are chosen (`descompiler.module.sizes`).
+    """
+
+
+class NotAheadError(Exception):
+    """Ranks know from the header that not all of them take what went ahead of one batch; all begin the step again.
+
+    It is caught where programs are run (`descompiler.module.distributed`).
     """
 
 
@@ -102,6 +112,10 @@ class Call:
     def without_sizes(self) -> Call:
         return replace(self, number=self.number & (1 << SIZES) - 1)
 
+    def begun_alike(self) -> Call:
+        """The call of a program, whether or not its ids went ahead."""
+        return replace(self, kind=Kind.PROGRAM) if self.kind is Kind.AHEAD else self
+
     def encode(self) -> int:
         return self.number << 3 | self.kind
 
@@ -118,7 +132,7 @@ class Message:
     ----------
     failed : bool
     asked : int
-        How many rows it will ask of the other; or another number for that one alone.
+        How many rows it will ask of the other; or another number for that one alone; or which batch went ahead.
     gathered : int
         Of how many shared rows it will send a gradient to every rank.
     """
@@ -188,13 +202,19 @@ class Agreement(Communicator):
     failed: bool = False
     accepts: Callable[[int], bool] = any_rows
 
-    def tell(self, name: str, mine: Sequence[M], problem: str | None) -> list[M]:
-        """Send ``mine[r]`` to rank r; returns what each told this one. Unless none has failed, all raise."""
+    def telling(self, name: str, mine: Sequence[M]) -> Callable[[], list[M]]:
+        """Begin to send ``mine[r]`` to rank r; what is returned waits, and has what each told this one."""
         kind = type(mine[0])
         send = torch.tensor([m.encode() for m in mine], dtype=torch.int64, device=self.header_device())
         sizes = [send.shape[1]] * self.ranks
-        table = self.exchange(send.reshape(-1), sizes, sizes, name, control=True).wait().reshape(send.shape)
-        told = [kind.decode(numbers) for numbers in table.tolist()]
+        under_way = self.exchange(send.reshape(-1), sizes, sizes, name, control=True)
+        return lambda: [kind.decode(numbers) for numbers in under_way.wait().reshape(send.shape).tolist()]
+
+    def tell(self, name: str, mine: Sequence[M], problem: str | None) -> list[M]:
+        """Send ``mine[r]`` to rank r; returns what each told this one. Unless none has failed, all raise."""
+        return self._unfailed(self.telling(name, mine)(), problem)
+
+    def _unfailed(self, told: list[M], problem: str | None) -> list[M]:
         if any(m.failed for m in told):
             self.raise_everywhere(problem, InputError)
         return told
@@ -227,6 +247,8 @@ class Agreement(Communicator):
         ------
         OtherProgramError
             If calls differ in nothing but the sizes of inputs, or the program is not that for so many rows.
+        NotAheadError
+            If some rank takes what went ahead of a batch.
         """
         self.started = True
         if self.ranks == 1:
@@ -236,16 +258,33 @@ class Agreement(Communicator):
             told = [Header(False, rows=rows, call=self.call)]  # it asks nobody
         else:
             asked, failed = [0] * self.ranks if asked is None else asked, problem is not None
-            if self.channels is not None:
-                self.channels.watch.call = self.call.name
+            self._name_call()
             told = self.tell(
                 step.StepHeader.SEND, [Header(failed, n, gathered, rows, self.call) for n in asked], problem
             )
+        return self._agreed(told, same_call=same_call)
+
+    def header_ahead(self, batch: int, rows: Sequence[int]) -> None:
+        """The header of a step whose ids went ahead, with the ``rows`` of all ranks; it is heard in `settle`."""
+        self.started, self.rows, self.call = True, list(rows), replace(self.call, kind=Kind.AHEAD)
+        self._name_call()
+        mine = Header(False, batch, rows=rows[self.rank], call=self.call)
+        told = self.telling(step.StepHeader.SEND, [mine] * self.ranks)
+        self.due = lambda: self._agreed(self._unfailed(told(), None), same_call=True)
+
+    def _name_call(self) -> None:
+        if self.channels is not None:
+            self.channels.watch.call = self.call.name
+
+    def _agreed(self, told: list[Header], *, same_call: bool) -> list[Header]:
+        """What ranks have told, if they go on: the end of `header`."""
         self.rows = [m.rows for m in told]
-        if same_call and len({m.call for m in told}) > 1:
-            if len({m.call.without_sizes() for m in told}) == 1:
-                raise OtherProgramError
-            self.raise_different()
+        if same_call and len(calls := {m.call.begun_alike() for m in told}) > 1:
+            if len({c.without_sizes() for c in calls}) > 1:
+                self.raise_different()
+            raise OtherProgramError if not any(m.call.kind is Kind.AHEAD for m in told) else NotAheadError
+        if same_call and len({m.asked if m.call.kind is Kind.AHEAD else None for m in told}) > 1:
+            raise NotAheadError
         if not self.accepts(sum(self.rows)):
             raise OtherProgramError
         return told

@@ -30,6 +30,8 @@ class Communicator:
         The model's: the one that holds the numbers of all parameters.
     clock : Clock, optional
         Set while `descompiler.audit` runs.
+    due : callable, optional
+        What has to be heard before anything else is sent; see `settle`.
     """
 
     group: Any
@@ -41,6 +43,13 @@ class Communicator:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     clock: Clock | None = None
     channels: Channels | None = None
+    due: Callable[[], object] | None = None
+
+    def settle(self) -> None:
+        """Hear what is due. Nothing that can't be done twice is done before."""
+        if self.due is not None:
+            due, self.due = self.due, None
+            due()
 
     def dtype_of(self, wire_dtype: torch.dtype | None) -> torch.dtype:
         """The dtype in which something crosses, as layouts say it."""
@@ -48,6 +57,7 @@ class Communicator:
 
     def collective(self, name: str, sent_bytes: int | Fraction, call: Callable[[], T]) -> T:
         """Make a collective, ``call()``: count it, and time it under a clock."""
+        self.settle()
         self.traffic.add(name, sent_bytes)
         self.name_next(name)
         return call() if self.clock is None else self.clock.time(name, self.group, call)

@@ -48,6 +48,8 @@ from descompiler.runtime.shared_rows import (
 
 def begin_fetch(runtime: Runtime, rows: int, ids: Sequence[Tensor], fetch_ids: Sequence[Tensor]) -> list[Any]:
     """`Runtime.begin` for programs that fetch: the header carries the counts. Returns the global rows, and a fetch."""
+    if (ahead := runtime.take_ahead()) is not None:
+        return [sum(runtime.rows), ahead.fetching]
     problem = runtime.problem(ids)
     fetch = runtime.layout.fetches[0]
     fetching = None if problem else prepare(fetch, fetch_ids, runtime.ranks)
@@ -85,6 +87,8 @@ def _begin_late(runtime: Runtime, fetch: Fetch, ids: Sequence[Tensor]) -> Fetchi
 @carries(Fetch)
 def fetch_start(runtime: Runtime, fetching: Fetching) -> Fetching:
     """Ask the owners for rows, and tell the other ranks which shared rows will get a gradient."""
+    if runtime.ahead is not None and runtime.ahead.fetching is fetching:
+        return fetching
     if fetching.fetch.gathered_classes and torch.is_grad_enabled():
         ids = fetching.gathered_ids.encoded(fetching.gathered_bytes[runtime.rank])
         fetching.telling = to_all(runtime, ids, fetching.gathered_bytes, Fetch.GATHERED_IDS)

@@ -41,6 +41,8 @@ class LeafOnRanks:
     def __call__(
         self, runtime: Runtime, tensors: Sequence[Tensor], rows: Sequence[Tensor], state: Sequence[Tensor]
     ) -> list[Tensor]:
+        runtime.settle()
+
         def run() -> list[Tensor]:
             try:
                 out = self._guarded(runtime, tensors, rows, state)

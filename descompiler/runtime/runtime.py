@@ -18,15 +18,13 @@ from torch import Tensor
 
 from descompiler.errors import InputError
 from descompiler.layout.border import IdsIn, ValuesOut
-from descompiler.layout.fetches import Counts
 from descompiler.layout.global_values import GatherRows, NormsInside, SumTerms, WholeTables
 from descompiler.layout.id_checks import Check, are_alike, are_in_range
 from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows, share_of
-from descompiler.layout.step import StepHeader
 from descompiler.layout.traffic import Traffic
 from descompiler.layout.transfer import crosses_in
-from descompiler.runtime.agreement import Agreement
+from descompiler.runtime.ahead import TakesAhead
 from descompiler.runtime.backward import Asked
 from descompiler.runtime.border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, apart, put_together
 from descompiler.runtime.carriers import carries
@@ -66,12 +64,11 @@ class Regions:
 
 
 @dataclass
-class Runtime(Agreement):
+class Runtime(TakesAhead):
     """What emitted operators know at run time. One per compiled module; programs set their layout before they run."""
 
     loss: str
     _: KW_ONLY
-    unique: dict[str, Counts] = field(default_factory=dict)
     layout: Layout = field(default_factory=lambda: Layout(1))
     checks: tuple[Check, ...] = ()
     forwards: int = 0
@@ -80,7 +77,6 @@ class Runtime(Agreement):
     seen: dict[str, list[bool]] = field(default_factory=dict)  # of this forward's leaves, as `Used` has it
     loss_scale: LossScale = field(default_factory=LossScale)  # of this forward
     regions: Regions | None = None  # of this step, where ranks' inputs have other sizes
-    begun_again: bool = False  # this step: another program was chosen behind the first header
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.group, self.ranks)
@@ -89,13 +85,19 @@ class Runtime(Agreement):
         """Of another module on the same ranks."""
         return Runtime(self.group, self.rank, self.ranks, self.loss, channels=self.channels)
 
+    def new_step(self) -> None:
+        """A forward begins."""
+        self.traffic, self.unique, self.failures, self.beside = Traffic(), {}, [], Traffic()
+        self.started, self.regions, self.ahead, self.due = False, None, None, None
+
     def begin(self, rows: int, ids: Sequence[Tensor], given: int | None = None) -> int:
         """Check ids, exchange row counts, agree with the other ranks; returns the rows of the global batch.
 
         ``given``: the rows of which this rank was given ids, as all ranks were (`Call` tells); if they are the global
         batch's.
         """
-        self.header(rows, self.problem(ids))
+        if self.take_ahead() is None:
+            self.header(rows, self.problem(ids))
         if given not in (None, sum(self.rows)):  # on every rank
             self.failed = True
             raise InputError(
@@ -117,8 +119,7 @@ class Runtime(Agreement):
     def predicted(self, layout: Layout, itemsize: int, *, backward: bool) -> Traffic:
         """What this rank has to send in a step as the latest, in which that crosses which the layout says."""
         result = layout.predict(self.rank, self.rows, itemsize, backward=backward, unique=self.unique)
-        if self.begun_again:
-            result.add(StepHeader.SEND, (self.ranks - 1) * StepHeader.BYTES)
+        result.include(self.beside)
         return result
 
     # ---- tables that are used whole
@@ -133,6 +134,9 @@ class Runtime(Agreement):
     @carries(IdsIn)
     def enter_start(self, ids: Sequence[Tensor]) -> Handle:
         """Send each rank the ids that its tables need; ``ids`` follow ``layout.entries``."""
+        if self.ahead is not None:
+            assert self.ahead.entering is not None
+            return self.ahead.entering
         mine, dtype = self.rows[self.rank], torch.int32 if self.layout.id_bytes == 4 else torch.int64
         every = [self.layout.parts_on(r) for r in range(self.ranks)]
         sent = [mine * sum([p.width for p in parts]) for parts in every]
@@ -301,6 +305,7 @@ class Runtime(Agreement):
         eps: float,
     ) -> Tensor:
         """Batch norm in training of some channels ``mine``, of which this rank has the global batch."""
+        self.settle()
         if running_mean is None or running_var is None:
             return torch.batch_norm(x, weight, bias, None, None, True, momentum, eps, True)
         kept = [running_mean[mine], running_var[mine]]
@@ -349,6 +354,7 @@ class Runtime(Agreement):
 
     def draw(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A random draw that is the same on every rank: the next of this forward's."""
+        self.settle()
         with self.draws.next_of_forward(self.forwards, self.device):
             return function(*args, **kwargs)
 

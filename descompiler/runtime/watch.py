@@ -176,7 +176,8 @@ class Watch:
         if self.broken is not None:
             raise RankError(f"an earlier step has failed, and its collectives can't go on: start anew. {self.broken}")
         index = self.entered[channel] = self.entered.get(channel, 0) + 1
-        return Entered(self, channel, index, f"{self.name}: {self.call}" if channel == "control" else self.name)
+        told = f"{self.name}: {self.call}" if channel.startswith("control") else self.name
+        return Entered(self, channel, index, told)
 
     def wait(self, work: Any, entered: Entered) -> None:
         """See `Entered.wait`."""
@@ -336,6 +337,11 @@ class Channels:
     What is agreed on, what is exchanged and what the reducer averages each have a group of their own. Ranks that do
     different things then wait for each other, which the watch sees; in one group gloo would take one's message for the
     other's, and end the process.
+
+    Attributes
+    ----------
+    loops : int
+        Over batches of which something is sent ahead, begun so far.
     """
 
     parent: Any
@@ -343,6 +349,19 @@ class Channels:
     control: Any
     reducer: Any
     watch: Watch
+    loops: int = 0
+    _ahead: Channels | None = None
+
+    def ahead(self) -> Channels:
+        """Those of what is sent of batches before their steps: no step's are mistaken for it. Collective, once."""
+        if self._ahead is None:
+            limit, kind = timedelta(seconds=self.watch.timeout + 10 * LAST_WORDS_S), dist.get_backend(self.data)
+            members = dist.get_process_group_ranks(self.parent)
+            data, control = (_new_group(self.parent, members, limit, kind) for _ in range(2))
+            self._ahead = Channels(self.parent, data, control, self.reducer, self.watch)
+            self.watch.groups = (*self.watch.groups, data, control)
+            _watch_groups(self.watch, {"data ahead": data, "control ahead": control})
+        return self._ahead
 
     @classmethod
     def of(cls, parent: Any, timeout: float = TIMEOUT_S) -> Channels:
@@ -365,10 +384,15 @@ class Channels:
             watch = Watch(board, timeout, groups=(data, control, reducer))
             watch.begin(0)
             _CHANNELS[key] = cls(parent, data, control, reducer, watch)
-            for channel, group in (("data", data), ("control", control), ("reducer", reducer)):
-                if dist.get_backend(group) == "gloo":  # NCCL waits on the device, and ends the process by itself
-                    _WATCHED[group.group_name] = (watch, channel)
+            _watch_groups(watch, {"data": data, "control": control, "reducer": reducer})
         return _CHANNELS[key]
+
+
+def _watch_groups(watch: Watch, groups: Mapping[str, Any]) -> None:
+    """Let a watch look after groups, by the names of their channels."""
+    for channel, group in groups.items():
+        if dist.get_backend(group) == "gloo":  # NCCL waits on the device, and ends the process by itself
+            _WATCHED[group.group_name] = (watch, channel)
 
 
 def _new_group(parent: Any, members: list[int], timeout: timedelta, backend: str | None) -> Any:

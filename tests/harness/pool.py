@@ -60,7 +60,7 @@ class RankPools:
             pool.close()
 
     def __call__(
-        self, function: Callable[..., Any], ranks: int, *arguments: Any, timeout_s: float = 120.0
+        self, function: Callable[..., Any], ranks: int, *arguments: Any, timeout_s: float = 240.0
     ) -> list[Any]:
         pool = self._pools.setdefault(ranks, RankPool(ranks))
         return pool(function, *arguments, timeout_s=timeout_s)
@@ -110,7 +110,7 @@ class RankPool:
             self._processes.append(process)
             self._pipes.append(ours)
 
-    def __call__(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
+    def __call__(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240.0) -> list[Any]:
         if not self._processes:
             self._start()
         message = pickle.dumps((timeout_s, function, arguments))
