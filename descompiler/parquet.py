@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from descompiler.errors import InputError
+from descompiler.layout.rows import share_of
 from descompiler.module.distributed import DistributedModule
-from descompiler.runtime.runtime import share_of
 
 
 class ParquetColumns:

@@ -55,3 +55,12 @@ class Rows:
     def narrow(self, x: Tensor, first: int, count: int) -> Tensor:
         """``count`` rows of ``x`` from ``first``, lying as in ``x``."""
         return self.restore(self.lead(x).narrow(0, first, count))
+
+
+def share_of(rows: int, rank: int, ranks: int) -> int:
+    """An even share: the first ranks have one row more.
+
+    >>> [share_of(8, r, 3) for r in range(3)]
+    [3, 3, 2]
+    """
+    return rows // ranks + (rank < rows % ranks)

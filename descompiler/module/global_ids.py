@@ -13,9 +13,10 @@ from torch import Tensor
 
 from descompiler.errors import InputError
 from descompiler.layout.layout import Layout
+from descompiler.layout.rows import share_of
 from descompiler.model.calls import Signature, bound
 from descompiler.model.inputs import flatten, split_statics, unflatten_with
-from descompiler.runtime.runtime import Runtime, share_of
+from descompiler.runtime.runtime import Runtime
 
 OTHER_SIZES = (
     "ids='global': ranks' inputs have other sizes than each other, or forward branches on the rows of the batch, and "

@@ -21,7 +21,7 @@ from descompiler.layout.border import IdsIn, ValuesOut
 from descompiler.layout.global_values import GatherRows, NormsInside, SumTerms, WholeTables
 from descompiler.layout.id_checks import Check, are_alike, are_in_range
 from descompiler.layout.layout import Layout
-from descompiler.layout.rows import Rows
+from descompiler.layout.rows import Rows, share_of
 from descompiler.layout.traffic import Traffic
 from descompiler.layout.transfer import crosses_in
 from descompiler.runtime.ahead import TakesAhead
@@ -391,15 +391,6 @@ class Runtime(TakesAhead):
         if self.ranks == 1 or self.loss == "rank_mean" or not torch.is_grad_enabled():
             return list(tensors)
         return [self.loss_scale.divide(x) if x.requires_grad else x for x in tensors]
-
-
-def share_of(rows: int, rank: int, ranks: int) -> int:
-    """An even share: the first ranks have one row more.
-
-    >>> [share_of(8, r, 3) for r in range(3)]
-    [3, 3, 2]
-    """
-    return rows // ranks + (rank < rows % ranks)
 
 
 def _joined(ids: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
