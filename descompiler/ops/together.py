@@ -116,6 +116,8 @@ def _coalesced(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> list[tu
 
     Of a table that is looked up several times the first lookup has the gradient of all.
     """
+    if len(_SORTED) >= MOST_SORTED:  # backwards that failed have not come to their ends, which clear it
+        _SORTED.clear()
     begins: dict[int, int] = {}
     bounds, receivers, starts = [0], [], []
     for i, _, _ in parts:
@@ -139,6 +141,9 @@ def _coalesced(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> list[tu
     torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_say_coalesced, marks))
     return result
 
+
+MOST_SORTED = 16
+"""Kinds of rows that are kept to be compared with."""
 
 _SORTED: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
 """What was sorted in the backward that is under way: tables of another width are often looked up with the same ids."""
