@@ -32,7 +32,7 @@ def functions() -> list[type]:
     while queue:
         children = queue.pop().__subclasses__()
         queue += children
-        found += [c for c in children if c.__module__.startswith("descompiler")]
+        found += [c for c in children if c.__module__.startswith("descompiler") and "forward" in vars(c)]
     return sorted(found, key=lambda c: c.__qualname__)
 
 

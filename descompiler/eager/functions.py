@@ -17,6 +17,7 @@ from descompiler.eager.parameters import ShardedParameter
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import WholeTables
 from descompiler.ops.local import plain
+from descompiler.ops.operation import Operation
 from descompiler.runtime.backward import Used, differentiable_once
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.runtime import Runtime
@@ -54,7 +55,7 @@ def _anchor(sync: GradientSync, parameter: ShardedParameter) -> Tensor:
         return _Anchor.apply(parameter)
 
 
-class _Anchor(torch.autograd.Function):
+class _Anchor(Operation):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor) -> Tensor:
         return torch.zeros((), device=parameter.device)
@@ -65,7 +66,7 @@ class _Anchor(torch.autograd.Function):
 
 
 @carries(Fetch)
-class _Fetched(torch.autograd.Function):
+class _Fetched(Operation):
     @staticmethod
     def forward(ctx: Any, sync: GradientSync, use: UseOfPiece, anchor: Tensor) -> Tensor:
         ctx.sync, ctx.use = sync, use
@@ -79,7 +80,7 @@ class _Fetched(torch.autograd.Function):
 
 
 @carries(WholeTables)
-class _Gathered(torch.autograd.Function):
+class _Gathered(Operation):
     @staticmethod
     def forward(ctx: Any, sync: GradientSync, use: UseOfPiece, anchor: Tensor) -> Tensor:
         ctx.sync, ctx.use = sync, use
@@ -106,7 +107,7 @@ def _of_every_rank(runtime: Runtime, x: Tensor, what: str) -> Tensor:
     return torch.tensor(told, dtype=torch.int64).view(torch.float64).to(x)
 
 
-class _Scalars(torch.autograd.Function):
+class _Scalars(Operation):
     @staticmethod
     def forward(ctx: Any, runtime: Runtime, x: Tensor, what: str) -> Tensor:
         ctx.rank, ctx.shape = runtime.rank, x.shape
@@ -118,7 +119,7 @@ class _Scalars(torch.autograd.Function):
         return None, grads[0][ctx.rank].reshape(ctx.shape), None
 
 
-class _Total(torch.autograd.Function):
+class _Total(Operation):
     @staticmethod
     def forward(ctx: Any, runtime: Runtime, x: Tensor, what: str) -> Tensor:
         ctx.set_materialize_grads(False)
@@ -130,7 +131,7 @@ class _Total(torch.autograd.Function):
         return None, grads[0], None
 
 
-class Finish(torch.autograd.Function):
+class Finish(Operation):
     """Identity on a forward's outputs; in backward it makes sure that the gradients' exchange takes place.
 
     Outputs that any rank's loss uses have a gradient on every rank, so that all make the same collectives; the others

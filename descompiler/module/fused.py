@@ -21,8 +21,9 @@ from descompiler.module.distributed import DistributedModule
 from descompiler.module.installed import module_of
 from descompiler.module.updates import KINDS, Step, Update, as_one, rows_of
 from descompiler.ops.local import plain
-from descompiler.ops.together import summed, update_by
+from descompiler.ops.together import on_device, summed, update_by
 from descompiler.runtime.agreement import say
+from descompiler.runtime.backward import TakesNone
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -53,12 +54,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         kept_by.append(self)  # a parameter's hooks would be gone with an optimiser that nobody keeps, without a word
         # by backward: tables, rows and their gradients
         self._waiting: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        me = weakref.ref(self)
-
-        def came(p: Tensor) -> None:
-            if (fused := me()) is not None:
-                fused._gradient_came(p)
-
+        came = _Came(weakref.ref(self))
         for p in parameters:
             for name in update.states:
                 self.state[p][name] = _numbers_of_rows(p) if row_wise else torch.zeros_like(p)
@@ -67,8 +63,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._handles.append(p.register_post_accumulate_grad_hook(came))
             update_by(p, self)
         self._addresses: list[int] = []
+        self._steps = torch.zeros(0)
         self._storages: list[tuple[int, list[Tensor]]] = []
-        self._places: dict[int, tuple[int, int]] = {}
+        self._places: dict[int, tuple[int, int, int]] = {}
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             self._stored()
 
@@ -86,14 +83,22 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _gradient_came(self, p: Tensor) -> None:
         """A table's gradient is there, as it is to others."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if p.grad is None:  # its rows came by themselves
+                return
         gradient, p.grad = p.grad, None
-        if gradient is not None:
-            self.came([(p, *rows_of(gradient))])
+        assert gradient is not None
+        self.came([(p, *rows_of(gradient))])
 
-    def takes(self, table: Tensor) -> bool:
-        """Whether rows of a table may come by themselves: no hook but this optimiser's waits for its gradient."""
-        hooks = len(table._post_accumulate_grad_hooks or ())
-        return bool(self._handles) and not table._backward_hooks and hooks == 1 and table.grad is None
+    def takes(self, tables: Sequence[Tensor]) -> bool:
+        """Whether rows of tables may come by themselves: no hook but this optimiser's waits for their gradients."""
+        if not self._handles:
+            return False
+        with torch._C.DisableTorchFunctionSubclass():
+            for t in tables:
+                if t._backward_hooks or len(t._post_accumulate_grad_hooks or ()) != 1 or t.grad is not None:
+                    return False
+        return True
 
     def came(self, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Rows of tables and their gradients: applied with the others of the same backward, at its end."""
@@ -112,16 +117,14 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _apply_parts(self, came: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         storages, places = self._stored()
+        here = [places[id(table)] for table, _, _ in came]
+        self._steps[on_device(tuple({number for _, _, number in here}), self._steps.device)] += 1
+        steps = self._steps.tolist()
         parts: dict[tuple[int, float], list[tuple[Tensor, Tensor]]] = {}  # by storage, and steps that a table has made
-        numbers: dict[int, float] = {}
-        for table, rows, values in came:
-            if id(table) not in numbers:
-                step = self.state[table]["step"]
-                step += 1
-                numbers[id(table)] = float(step)
-            storage, start = places[id(table)]
-            shifted = rows + start if start else rows
-            parts.setdefault((storage, numbers[id(table)]), []).append((shifted, values))
+        for (storage, start, which), (_, rows, values) in zip(here, came, strict=True):
+            if rows.shape[0]:
+                shifted = rows + start if start else rows
+                parts.setdefault((storage, steps[which]), []).append((shifted, values))
         known: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
         for (storage, number), several in parts.items():
             group, (table, *states) = storages[storage]
@@ -134,8 +137,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 step.rows, step.gradient = summed(step.rows, step.gradient, known)
             self._update.of(step)
 
-    def _stored(self) -> tuple[list[tuple[int, list[Tensor]]], dict[int, tuple[int, int]]]:
-        """Each storage's parameter group, table and states, as one; and where each table lies: storage and first row.
+    def _stored(self) -> tuple[list[tuple[int, list[Tensor]]], dict[int, tuple[int, int, int]]]:
+        """Each storage's parameter group, table and states, as one; and where each table lies: storage, first row, and
+        which of the numbers of steps is its own.
 
         They are found anew where somebody has put a table or a state elsewhere.
         """
@@ -147,10 +151,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                 kept = [self.state[p][n] for n in self._update.states]
                 of = [(x.dtype, x.device, x.shape[1:], x.is_contiguous()) for x in (p, *kept)]
                 alike.setdefault((number, *of), []).append(p)
+        every = [p for tables in alike.values() for p in tables]
+        self._steps = torch.stack([self.state[p]["step"].float() for p in every])
+        numbers = {id(p): i for i, p in enumerate(every)}
+        for p, step in zip(every, self._steps, strict=True):
+            self.state[p]["step"] = step
         self._storages, self._places = [], {}
         for (number, *_), tables in alike.items():
             starts = itertools.accumulate((p.shape[0] for p in tables), initial=0)
-            self._places |= {id(p): (len(self._storages), start) for p, start in zip(tables, starts, strict=False)}
+            for p, start in zip(tables, starts, strict=False):
+                self._places[id(p)] = len(self._storages), start, numbers[id(p)]
             states = ([self.state[p][n] for p in tables] for n in self._update.states)
             self._storages.append((number, [as_one(x) for x in (tables, *states)]))
         self._addresses = self._where()
@@ -158,8 +168,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _where(self) -> list[int]:
         """Where tables and states lie; as long as one is held as a part of a storage nothing else can lie there."""
-        names, tables = self._update.states, [p for group in self.param_groups for p in group["params"]]
-        return [x.data_ptr() for p in tables for x in (p, *(self.state[p][n] for n in names))]
+        result = []
+        for table, states in self.state.items():  # nothing is looked up by a tensor, which asks Python for its hash
+            result.append(table.data_ptr())
+            result += [x.data_ptr() for x in states.values()]
+        return result
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Nothing: rows were updated in backward."""
@@ -175,6 +188,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._handles.clear()
         if self in self._kept_by:
             self._kept_by.remove(self)
+
+
+class _Came(TakesNone):
+    """The hook on a table that waits for its gradient, for an optimiser that does not live because of it."""
+
+    def __init__(self, optimizer: weakref.ref[FusedOptimizer]):
+        self._optimizer = optimizer
+
+    def __call__(self, p: Tensor) -> None:
+        if (fused := self._optimizer()) is not None:
+            fused._gradient_came(p)
 
 
 MOST_NESTED = 4

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from descompiler.ops.operation import Operation
+
 
 def bag(
     weight: Tensor,
@@ -111,7 +113,7 @@ def plain(x: Tensor) -> Tensor:
         return x.as_subclass(Tensor)
 
 
-class _ScaleGradient(torch.autograd.Function):
+class _ScaleGradient(Operation):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor

@@ -16,16 +16,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from descompiler.ops.local import plain
+from descompiler.ops.operation import Operation
 
 
 class Updater(Protocol):
     """What updates rows of tables in backward."""
 
-    def takes(self, table: Tensor) -> bool:
-        """Whether it updates this table, and nobody else waits for its gradient."""
+    def takes(self, tables: Sequence[Tensor]) -> bool:
+        """Whether it updates these tables, and nobody else waits for a gradient of theirs."""
         ...
 
     def came(self, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
@@ -33,21 +33,27 @@ class Updater(Protocol):
         ...
 
 
-_UPDATERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_UPDATERS: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Updater]]] = {}
+"""By table, which is asked for in each backward: a dictionary of weak references asks each key in Python."""
 
 
 def update_by(table: Tensor, updater: Updater) -> None:
     """Let an updater have the rows of a table; the last one that asked does."""
-    _UPDATERS[table] = weakref.ref(updater)
+    number = id(table)
+    _UPDATERS[number] = weakref.ref(table, lambda _: _UPDATERS.pop(number, None)), weakref.ref(updater)
 
 
 def updated_by(tables: Sequence[Tensor]) -> Updater | None:
     """What updates all of these tables; None if that is not one, or others have to see a gradient."""
-    found = _UPDATERS.get(tables[0])  # one optimiser has one reference
-    updater = None if found is None else found()
-    if updater is None or any(_UPDATERS.get(t) is not found for t in tables[1:]):
+    known = _UPDATERS.get(id(tables[0]))
+    updater = None if known is None else known[1]()
+    if updater is None:
         return None
-    return updater if all(updater.takes(t) for t in tables) else None
+    for t in tables:
+        known = _UPDATERS.get(id(t))
+        if known is None or known[0]() is not t or known[1]() is not updater:
+            return None
+    return updater if updater.takes(tables) else None
 
 
 def lookups(weights: Sequence[Tensor], ids: Sequence[Tensor], paddings: Sequence[int]) -> tuple[Tensor, ...]:
@@ -61,7 +67,7 @@ def lookups(weights: Sequence[Tensor], ids: Sequence[Tensor], paddings: Sequence
     return found
 
 
-class _Lookups(torch.autograd.Function):
+class _Lookups(Operation):
     @staticmethod
     def forward(ctx: Any, paddings: list[int], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         weights, ids = tensors[:count], tensors[count:]
@@ -94,12 +100,8 @@ class _Lookups(torch.autograd.Function):
             parts.append((i, rows, values))
         if not parts:
             return (None,) * (2 + 2 * count)
-        tables = [ctx.tables[i]() for i, _, _ in parts]
-        if not torch.is_grad_enabled() and all(t is not None for t in tables) and _all_accumulate(ctx, parts):
-            updater = updated_by(tables)
-            if updater is not None:
-                updater.came([(t, rows, values) for t, (_, rows, values) in zip(tables, parts, strict=True)])
-                return (None,) * (2 + 2 * count)
+        if are_updated(ctx, [i for i, _, _ in parts], [(ctx.tables[i](), rows, g) for i, rows, g in parts]):
+            return (None,) * (2 + 2 * count)
         result: list[Tensor | None] = [None] * count
         on_cpu = parts[0][1].device.type == "cpu"  # the sizes of tables' gradients would be waited for elsewhere
         if on_cpu and len(parts) > 1 and not torch.is_grad_enabled():
@@ -130,7 +132,7 @@ def _coalesced(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> list[tu
         starts.append(begins[key])
     rows = _shifted([x.long() for _, x, _ in parts], [len(x) for _, x, _ in parts], starts)
     once, sums = summed(rows, torch.cat([values for *_, values in parts]), _SORTED)
-    cuts = torch.searchsorted(once, _on(tuple(bounds), once.device)).tolist()
+    cuts = torch.searchsorted(once, on_device(tuple(bounds), once.device)).tolist()
     counts = [end - start for start, end in itertools.pairwise(cuts)]
     once = once - _of_each(bounds[:-1], counts, once.device)
     result, marks = [], []
@@ -176,9 +178,31 @@ def summed(rows: Tensor, values: Tensor, known: list[tuple[Tensor, tuple[Tensor,
     return once, values.new_zeros(len(once), *values.shape[1:]).index_add_(0, positions, values)
 
 
-def _all_accumulate(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> bool:
+def are_updated(ctx: Any, positions: Sequence[int], parts: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> bool:
+    """Give rows of tables to what updates all of them in backward; False if they have to become gradients.
+
+    Parameters
+    ----------
+    ctx : autograd function's
+    positions : sequence of int
+        Of these tables among the tensors that the function took.
+    parts : sequence of tuple
+        Tables (None: one that is gone), ids and gradients of their rows.
+    """
+    present = [(t, rows, values) for t, rows, values in parts if t is not None]
+    if torch.is_grad_enabled() or len(present) < len(parts) or not _all_accumulate(ctx, positions):
+        return False
+    updater = updated_by([t for t, _, _ in present])
+    if updater is None:
+        return False
+    updater.came(present)
+    return True
+
+
+def _all_accumulate(ctx: Any, positions: Sequence[int]) -> bool:
     """Whether this backward adds gradients to these tables, and does not only return them (`torch.autograd.grad`)."""
-    nodes = [ctx.next_functions[i][0] for i, _, _ in parts]  # of tensors alone
+    functions = ctx.next_functions  # of tensors alone
+    nodes = [functions[i][0] for i in positions]
     if any(type(n).__name__ != "AccumulateGrad" for n in nodes):
         return False  # something is computed of the table before it is looked up
     try:
@@ -193,13 +217,13 @@ def _shifted(ids: Sequence[Tensor], sizes: Sequence[int], starts: Sequence[int])
     if not any(starts):
         return flat
     if len(set(sizes)) == 1:
-        return (flat.view(len(ids), -1) + _on(tuple(starts), flat.device)[:, None]).view(-1)
+        return (flat.view(len(ids), -1) + on_device(tuple(starts), flat.device)[:, None]).view(-1)
     return flat + _of_each(starts, sizes, flat.device)
 
 
 def _of_each(starts: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
     """A start for each id."""
-    shift, lengths = _on(tuple(starts), device), torch.tensor(sizes, device=device)
+    shift, lengths = on_device(tuple(starts), device), torch.tensor(sizes, device=device)
     return shift.repeat_interleave(lengths, output_size=sum(sizes))
 
 
@@ -207,20 +231,18 @@ def one_table(weights: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
     """A table in which all of these lie, and where each begins; None if they are in several storages."""
     first = weights[0]
     width = first.shape[1]
-    size, storage = width * first.element_size(), first.untyped_storage()
+    size, storage = first.element_size(), first.untyped_storage()
     base, starts = storage.data_ptr(), []
     for w in weights:
-        if not w.is_contiguous() or not w.shape[0] or w.untyped_storage().data_ptr() != base:
+        offset = w.storage_offset()
+        if not w.is_contiguous() or not w.shape[0] or w.data_ptr() - offset * size != base or offset % width:
             return None
-        start, rest = divmod(w.data_ptr() - base, size)
-        if rest:
-            return None
-        starts.append(start)
-    whole = plain(first).as_strided((storage.nbytes() // size, width), (width, 1), 0)
+        starts.append(offset // width)
+    whole = plain(first).as_strided((storage.nbytes() // (size * width), width), (width, 1), 0)
     return whole, starts
 
 
 @functools.lru_cache(64)
-def _on(starts: tuple[int, ...], device: torch.device) -> Tensor:
-    """Starts, on a device: to bring them there in each step would be to wait for it."""
-    return torch.tensor(starts, device=device)
+def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers of every step, on a device: to bring them there in each would be to wait for it."""
+    return torch.tensor(numbers, device=device)

@@ -23,6 +23,7 @@ from descompiler.errors import UnsupportedError, running_at
 from descompiler.layout.id_checks import Check
 from descompiler.layout.step import UsedOutputs
 from descompiler.model.reach import leaves_of
+from descompiler.ops.operation import Operation
 from descompiler.runtime.agreement import Agreement
 from descompiler.runtime.carriers import carries
 
@@ -115,7 +116,7 @@ def differentiable_once(
     return mark
 
 
-class _Once(torch.autograd.Function):
+class _Once(Operation):
     """Identity, which refuses to go back; the anchor requires a gradient."""
 
     @staticmethod
@@ -245,7 +246,8 @@ class Used:
                             "register_post_accumulate_grad_hook), or act after backward"
                         )
                     hooks.update({k: _WithGradient(h) for k, h in hooks.items() if _wants_gradient(h)})
-                if waiting := x._post_accumulate_grad_hooks:
+                waiting = x._post_accumulate_grad_hooks
+                if waiting and (x.grad is not None or not all(isinstance(h, TakesNone) for h in waiting.values())):
                     before = _accumulated(x)
                     plain = {k: h.hook if isinstance(h, _Accumulated) else h for k, h in waiting.items()}
                     waiting.update({k: _Accumulated(h, before) for k, h in plain.items()})
@@ -255,7 +257,7 @@ class Used:
         return _Gate.apply(self, name, p) if self.told and p.requires_grad else p
 
 
-class _Gate(torch.autograd.Function):
+class _Gate(Operation):
     @staticmethod
     def forward(ctx: Any, used: Used, name: str, p: Tensor) -> Tensor:
         ctx.used, ctx.name = used, name
@@ -286,6 +288,10 @@ def _wants_gradient(hook: Any) -> bool:
     return not isinstance(hook, _WithGradient) and not _is_of_several(hook)
 
 
+class TakesNone:
+    """A hook that waits for an accumulated gradient, and looks itself whether there is one."""
+
+
 @dataclass
 class _Accumulated:
     """A hook that waits for an accumulated gradient, which autograd calls even where there was none to accumulate.
@@ -300,10 +306,13 @@ class _Accumulated:
     before: tuple[int, ...] = ()
 
     def __call__(self, p: Tensor) -> Any:
-        return None if self.before == _accumulated(p) else self.hook(p)
+        with torch._C.DisableTorchFunctionSubclass():
+            now = _accumulated(p)
+        return None if self.before == now else self.hook(p)
 
 
 def _accumulated(p: Tensor) -> tuple[int, ...]:
+    """Called where a piece is an ordinary tensor: pieces of a gradient are made anew whenever they are asked for."""
     grad = p.grad
     return torch._C._current_graph_task_id(), *(() if grad is None else (id(grad), grad._version))
 
@@ -329,7 +338,7 @@ def behind(
     return result
 
 
-class _Begin(torch.autograd.Function):
+class _Begin(Operation):
     """Identity; the sentinel is a leaf that nobody asks for by name, so it is left out unless all is asked for."""
 
     @staticmethod

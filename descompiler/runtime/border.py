@@ -7,6 +7,7 @@ where a rank owns nothing, and the all-reduce of the columns that all ranks shar
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from descompiler.layout.border import Exit, SharedColumns, ValuesOut
 from descompiler.layout.transfer import crosses_in
+from descompiler.ops.operation import Operation
+from descompiler.ops.together import are_updated
 from descompiler.runtime.agreement import Agreement
 from descompiler.runtime.backward import differentiable_once, lookups_of
 from descompiler.runtime.carriers import carries
@@ -33,7 +36,7 @@ class Handle:
 
 
 @carries(ValuesOut)
-class ExitStart(torch.autograd.Function):
+class ExitStart(Operation):
     """``covers``: the ranks whose rows are in each value, one after another. Wider values are rounded to ``narrow``.
 
     What it returns has no numbers: it is for the order, and `ExitWait` has what arrives.
@@ -83,7 +86,7 @@ class ExitStart(torch.autograd.Function):
 
 
 @carries(ValuesOut)
-class ExitWait(torch.autograd.Function):
+class ExitWait(Operation):
     """What arrives, ``counts`` elements of some ``dtypes``: those of each dtype, one after another, by dtype."""
 
     @staticmethod
@@ -137,30 +140,40 @@ def put_together(e: Exit, parts: dict[int, Tensor]) -> Tensor:
     return torch.cat([next(queues[owner]) for _, owner in ranges if owner in queues], e.dim)
 
 
-class Anchor(torch.autograd.Function):
+class Anchor(Operation):
     """Identity; weights get zeros in a layout, or nothing (None)."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, kinds: Sequence[torch.layout | None], *weights: Tensor) -> Tensor:
         ctx.like = [(w.shape, w.dtype, w.device, k) for k, w in zip(kinds, weights, strict=True)]
+        ctx.sparse = [(i, weakref.ref(w)) for i, w in enumerate(weights) if kinds[i] is torch.sparse_coo]
         return anchor.view_as(anchor)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], None, *(_zeros(*like) for like in ctx.like)
+        result = [None if like[3] is torch.sparse_coo else _zeros(*like) for like in ctx.like]
+        found = [(1 + i, (table(), *_no_rows(*ctx.like[i][:3]))) for i, table in ctx.sparse]  # behind the anchor
+        if found and not are_updated(ctx, [i for i, _ in found], [part for _, part in found]):
+            for i, _ in ctx.sparse:
+                result[i] = _zeros(*ctx.like[i])
+        return grads[0], None, *result
 
 
 def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device, kind: torch.layout | None) -> Tensor | None:
     """No gradient's values: zeros; of a sparse one no rows, each a tensor as those of other gradients of its kind."""
     if kind is None or kind is torch.strided:
         return None if kind is None else torch.zeros(shape, dtype=dtype, device=device)
-    rows = torch.empty(1, 0, dtype=torch.int64, device=device)
-    values = torch.empty(0, *shape[1:], dtype=dtype, device=device)
-    return torch.sparse_coo_tensor(rows, values, shape, check_invariants=False)
+    rows, values = _no_rows(shape, dtype, device)
+    return torch.sparse_coo_tensor(rows[None], values, shape, check_invariants=False)
+
+
+def _no_rows(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and gradients of none of a table's rows."""
+    return torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, *shape[1:], dtype=dtype, device=device)
 
 
 @carries(SharedColumns)
-class ReduceShared(torch.autograd.Function):
+class ReduceShared(Operation):
     """Identity; in backward an all-reduce of all slices' gradients of each dtype.
 
     The anchor that it returns feeds the exchange, so that on every rank the exchange's backward comes first: the order

@@ -31,6 +31,7 @@ from torch import Tensor
 from descompiler.layout.fetches import Counts, Fetch
 from descompiler.layout.transfer import crosses_in
 from descompiler.ops.local import bag, lookup
+from descompiler.ops.operation import Operation
 from descompiler.runtime.agreement import Message
 from descompiler.runtime.backward import differentiable_once, lookups_of
 from descompiler.runtime.carriers import carries
@@ -165,7 +166,7 @@ def _read(weights: Sequence[Tensor], keys: Tensor, bounds: Tensor, moves: Sequen
 
 
 @carries(Fetch)
-class _FetchRows(torch.autograd.Function):
+class _FetchRows(Operation):
     """Pieces of tables -> the rows that were asked of this rank, under way to who asked; and the shared rows, by class.
 
     Backward: what the others send back is this rank's pieces' gradient.
@@ -249,7 +250,7 @@ def _gradient(like: Tensor, sparse: bool, padding: int, parts: Sequence[tuple[Te
 
 
 @carries(Fetch)
-class _FetchWait(torch.autograd.Function):
+class _FetchWait(Operation):
     """Rows under way, and shared rows -> the rows of each class. Backward: their gradients are under way."""
 
     @staticmethod

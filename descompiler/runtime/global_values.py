@@ -28,6 +28,7 @@ from descompiler.layout.global_values import (
 )
 from descompiler.layout.rows import Rows
 from descompiler.ops.local import differentiable, widest
+from descompiler.ops.operation import Operation
 from descompiler.runtime.agreement import Agreement
 from descompiler.runtime.backward import differentiable_once
 from descompiler.runtime.carriers import carries
@@ -35,7 +36,7 @@ from descompiler.runtime.messages import message_dtype, packed, size_in, unpacke
 
 
 @carries(GatherRows)
-class Gather(torch.autograd.Function):
+class Gather(Operation):
     @staticmethod
     def forward(
         ctx: Any, runtime: Agreement, name: str, rows: Sequence[int], layouts: list[Rows], *values: Tensor
@@ -56,7 +57,7 @@ class Gather(torch.autograd.Function):
 
 
 @carries(SumTerms)
-class ReduceTerms(torch.autograd.Function):
+class ReduceTerms(Operation):
     @staticmethod
     def forward(ctx: Any, runtime: Agreement, name: str, *terms: Tensor) -> tuple[Tensor, ...]:
         flat = torch.cat([x.reshape(-1) for x in terms])
@@ -73,7 +74,7 @@ class ReduceTerms(torch.autograd.Function):
 
 
 @carries(SliceRows)
-class Slice(torch.autograd.Function):
+class Slice(Operation):
     @staticmethod
     def forward(ctx: Any, runtime: Agreement, rows: Sequence[int], layout: Rows, x: Tensor) -> Tensor:
         ctx.runtime, ctx.rows, ctx.layout = runtime, rows, layout
@@ -89,7 +90,7 @@ class Slice(torch.autograd.Function):
 
 
 @carries(SpreadValue)
-class Spread(torch.autograd.Function):
+class Spread(Operation):
     @staticmethod
     def forward(ctx: Any, runtime: Agreement, x: Tensor) -> Tensor:
         ctx.runtime = runtime
@@ -123,7 +124,7 @@ def _gather_rows(runtime: Agreement, rows: Sequence[int], values: Sequence[Tenso
 
 
 @carries(TableTotal)
-class SumOverRanks(torch.autograd.Function):
+class SumOverRanks(Operation):
     """Backward: the ranks' gradients are averaged, as those of every parameter."""
 
     @staticmethod
@@ -139,7 +140,7 @@ class SumOverRanks(torch.autograd.Function):
         return None, grad, grad if ctx.shared else None
 
 
-class Together(torch.autograd.Function):
+class Together(Operation):
     @staticmethod
     def forward(
         ctx: Any, runtime: Agreement, failures: list[tuple[str, Exception]] | None, *outputs: Tensor
@@ -155,7 +156,7 @@ class Together(torch.autograd.Function):
 
 
 @carries(WholeTables)
-class GatherTables(torch.autograd.Function):
+class GatherTables(Operation):
     """Whole tables, in one collective; gradients of pieces are averages over ranks."""
 
     @staticmethod
@@ -191,7 +192,7 @@ class GatherTables(torch.autograd.Function):
 
 
 @carries(NormOutside)
-class SyncBatchNorm(torch.autograd.Function):
+class SyncBatchNorm(Operation):
     """Statistics by the pairwise formula of Chan et al. (1979) over the ranks' (count, mean, M2)."""
 
     @staticmethod

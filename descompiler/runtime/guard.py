@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from descompiler.model.reach import leaves_of
+from descompiler.ops.operation import Operation
 from descompiler.runtime.backward import differentiable_once
 
 
@@ -67,7 +68,7 @@ def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
             live.update(before)
 
 
-class _Leave(torch.autograd.Function):
+class _Leave(Operation):
     @staticmethod
     def forward(
         ctx: Any,

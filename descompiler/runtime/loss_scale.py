@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor
+
+from descompiler.ops.operation import Operation
 
 
 @dataclass
@@ -30,7 +31,7 @@ class LossScale:
         return cast(Tensor, _AtInput.apply(given, self))
 
 
-class _AtOutput(torch.autograd.Function):
+class _AtOutput(Operation):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
@@ -42,7 +43,7 @@ class _AtOutput(torch.autograd.Function):
         return None if grads[0] is None else _Times.apply(grads[0], ctx.factor), None
 
 
-class _AtInput(torch.autograd.Function):
+class _AtInput(Operation):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: LossScale) -> Tensor:
         ctx.scale = scale
@@ -55,7 +56,7 @@ class _AtInput(torch.autograd.Function):
         return grads[0] if grads[0] is None or factor in (0, 1) else _Times.apply(grads[0], 1 / factor), None
 
 
-class _Times(torch.autograd.Function):
+class _Times(Operation):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, factor: float) -> Tensor:
         return grad * factor

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from descompiler.layout.vocabulary import Vocabulary
+from descompiler.ops.operation import Operation
 from descompiler.ops.vocabulary import partial_of, shaped
 from descompiler.runtime.backward import differentiable_once
 from descompiler.runtime.carriers import carries
@@ -99,7 +100,7 @@ def _merge(spec: Vocabulary, values: Sequence[Tensor], ids: Sequence[Tensor]) ->
 
 
 @carries(Vocabulary)
-class _Exchange(torch.autograd.Function):
+class _Exchange(Operation):
     """Rows of x to the owners, their partial results back; in backward the same with gradients.
 
     With J the mean over ranks of each rank's loss, a rank's gradients are N dJ/dx. Its rows of x get that; an owner's
