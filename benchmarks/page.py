@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants.compiled import BY_BYTES, BY_CLUSTER, CHOSEN, FORCED, FUSED, PURE
+from benchmarks import goals
+from benchmarks.contestants.compiled import AHEAD, BY_BYTES, BY_CLUSTER, CHOSEN, FORCED, FUSED, PURE
+from benchmarks.goals import is_other, seconds
 from benchmarks.ranks import LINKS, LOOPBACK
 from benchmarks.steps import RTOL
 from benchmarks.workloads import WORKLOADS
@@ -60,16 +62,12 @@ def load(folder: Path) -> list[dict[str, Any]]:
     return sorted(runs, key=place)
 
 
-def seconds(run: Mapping[str, Any]) -> dict[str, float]:
-    """Medians of the contestants that are not void."""
-    return {name: of["median_s"] for name, of in run["contestants"].items() if name not in run["void"]}
-
-
 def case(run: Mapping[str, Any]) -> str:
     """The cells that say which run it is."""
     return "{rows:,} | {ranks} | {batch:,} | {gradients} | {link}".format(**run)
 
 
+GOALS_HEAD = "goal | limit | met in runs | median | worst | where"
 CASE = "rows | ranks | batch | gradients | link"
 
 
@@ -81,7 +79,7 @@ def markdown(head: str, rows: Sequence[str]) -> str:
 def others(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Contestants that are no plans, in the order of the first run that has them."""
     names = [n for run in runs for n in (*run["contestants"], *run["refused"])]
-    return [n for n in dict.fromkeys(names) if not n.startswith((BY_BYTES, BY_CLUSTER, FORCED))]
+    return [n for n in dict.fromkeys(names) if is_other(n)]
 
 
 def ratios(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -120,7 +118,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> str:
             mine = [times for times in of if chosen in times]
             if mine:
                 forms = [min((t for n, t in times.items() if n.startswith(FORCED)), default=None) for times in mine]
-                unfused = not chosen.endswith((FUSED, PURE))  # as forms are
+                unfused = not chosen.endswith((FUSED, PURE, AHEAD))  # as forms are
                 regret = [times[chosen] / t for times, t in zip(mine, forms, strict=True) if t and unfused]
                 cells = [mean([times[n] / times[chosen] for times in mine if n in times]) for n in columns]
                 worst = f"{max(regret):.2f}" if regret else ""
@@ -161,6 +159,9 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
     parts = [HEAD.format(release=" " + ", ".join(sorted(releases)) if releases else "", rtol=RTOL)]
     if GPU.exists():
         parts += [GPU.read_text()]
+    parts += ["## Goals\n", markdown(GOALS_HEAD, goals.rows(runs)), ""]
+    by_workload = markdown(" | ".join(["model", *LINKS]), goals.by_workload(runs))
+    parts += ["The step by cluster with FBGEMM through the best of all others, geometric means:\n", by_workload, ""]
     parts += ["## Ratios and regret, geometric means over all runs\n", summary(runs), ""]
     for name, factory in WORKLOADS.items():
         if of := [run for run in runs if run["workload"] == name]:

@@ -37,6 +37,7 @@ from torch import Tensor
 
 import descompiler as des
 from benchmarks.contestants import (
+    BATCHES,
     Build,
     Case,
     Contestant,
@@ -44,6 +45,7 @@ from benchmarks.contestants import (
     compiled,
     ddp,
     dedup_pull,
+    eager,
     field_partials,
     torch_rec,
 )
@@ -53,6 +55,7 @@ from benchmarks.workloads import WORKLOADS
 
 CONTESTANTS: dict[str, Build] = {
     compiled.BY_BYTES: compiled.by_bytes,
+    **eager.CONTESTANTS,
     **ddp.CONTESTANTS,
     **torch_rec.CONTESTANTS,
     **dedup_pull.CONTESTANTS,
@@ -60,7 +63,7 @@ CONTESTANTS: dict[str, Build] = {
     **compiled.CONTESTANTS,
 }
 """In the order in which they are built: the last ones are left out where memory does not suffice for all."""
-WARM_UP, ROUND_S, MOST_STEPS, BATCHES = 2, 0.1, 5, 8
+WARM_UP, ROUND_S, MOST_STEPS = 2, 0.1, 5
 RTOL = 1e-4
 """Of losses, float32 after the same steps; their sums have other orders."""
 
@@ -228,6 +231,7 @@ def worker(task: dict[str, Any]) -> None:
                 compiled.BY_CLUSTER: chosen,
                 f"{compiled.BY_CLUSTER}{compiled.FUSED}": partial(chosen, fused="auto"),
                 f"{compiled.BY_CLUSTER}{compiled.PURE}": partial(chosen, fused="torch"),
+                f"{compiled.BY_CLUSTER}{compiled.AHEAD}": partial(chosen, fused="auto", ahead=True),
             }
             by_cluster = {n: b for n, b in by_cluster.items() if wanted(n)}
             added, refused_here = build_all(case, by_cluster, say)
@@ -236,6 +240,7 @@ def worker(task: dict[str, Any]) -> None:
             voided = void(every)
             run = {"workload": name, "rows": rows, "batch": batch, "ranks": ranks, "gradients": gradients, "link": link}
             run |= {"contestants": of, "refused": refused | refused_here, "void": voided}
+            run["predicted_s"] = compiled.predicted(case, clusters[link])
             tell(rank, run)
             del added, every
     dist.barrier()

@@ -20,6 +20,9 @@ RATE, EPSILON = 0.01, 0.01
 ADAGRAD = {"lr": RATE, "eps": EPSILON}
 """With a small epsilon, steps would be as large for gradients that are wrong by a factor, and for rounding errors."""
 
+BATCHES = 8
+"""That contestants train on, again and again."""
+
 
 class NotPossible(Exception):
     """Why a contestant can't run a case."""

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import descompiler as des
-from benchmarks.contestants import ADAGRAD, Build, Case, Contestant, Module, NotPossible, adagrad
+from benchmarks.contestants import ADAGRAD, BATCHES, Build, Case, Contestant, Module, NotPossible, adagrad
 from benchmarks.workloads import one_table
 from descompiler.builder import Builder
+from descompiler.captured import Captured
 from descompiler.compiler import distribute
 from descompiler.passes import FORMS
 from descompiler.planning.given import GivenPlan
 
 LOSS = "rank_mean"
 BY_BYTES, BY_CLUSTER, FORCED = "by bytes", "by cluster", "form "
-FUSED, PURE = ", fused optimiser", ", fused by PyTorch"
-CHOSEN = (BY_BYTES, f"{BY_BYTES}{FUSED}", BY_CLUSTER, f"{BY_CLUSTER}{FUSED}", f"{BY_CLUSTER}{PURE}")
+FUSED, PURE, AHEAD = ", fused optimiser", ", fused by PyTorch", ", fused, prefetched"
+CHOSEN = (
+    BY_BYTES,
+    f"{BY_BYTES}{FUSED}",
+    BY_CLUSTER,
+    f"{BY_CLUSTER}{FUSED}",
+    f"{BY_CLUSTER}{PURE}",
+    f"{BY_CLUSTER}{AHEAD}",
+)
 """Plans, and what updates their tables: an ordinary optimiser, or one in backward as TorchRec's and those by hand, with
-FBGEMM's kernels as they have them, or with PyTorch's operators."""
+FBGEMM's kernels as they have them, or with PyTorch's operators; and with ids of the next batch sent ahead."""
 
 
 def compiled(
@@ -33,10 +43,12 @@ def compiled(
     fused: str | None = None,
     plan: GivenPlan = None,
     cluster: des.Cluster | str = "bytes",
+    ahead: bool = False,
 ) -> Contestant:
     """What `des.compile` makes; captured once for a case and layout, since that is most of its time.
 
-    ``fused``: tables step in backward, as FBGEMM's do, with this backend of `des.fuse_optimizer`.
+    ``fused``: tables step in backward, as FBGEMM's do, with this backend of `des.fuse_optimizer`. ``ahead``: batches
+    come by `des.prefetch`.
     """
     key = f"builder{layout}"
     builder = case.shared[key] = case.shared.get(key) or Builder.of(model, case.example)
@@ -61,7 +73,24 @@ def compiled(
         forms = sorted(set(module.plan.forms.values()))
         return {"traffic": module.traffic().total, "plan": " + ".join(forms)}
 
-    return Module(module, case.workload.loss, optimizers, says)
+    loss = case.workload.loss
+    return Prefetched(module, loss, optimizers, says, case) if ahead else Module(module, loss, optimizers, says)
+
+
+@dataclass
+class Prefetched(Module):
+    """The same batches, of which ids go ahead: other tensors each time, as a loader's."""
+
+    case: Case | None = None
+
+    def __post_init__(self) -> None:
+        assert self.case is not None
+        batches = [self.case.batch(i) for i in range(BATCHES)]
+        loader = ((tuple(x.clone() for x in inputs), labels) for inputs, labels in itertools.cycle(batches))
+        self.coming = iter(des.prefetch(loader, self.module, inputs=lambda batch: batch[0]))
+
+    def step(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        return super().step(*next(self.coming))
 
 
 def by_bytes(case: Case, **options: Any) -> Contestant:
@@ -80,6 +109,24 @@ def forced(case: Case, form: str) -> Contestant:
     if form not in contestant.about()["plan"]:
         raise NotPossible(f"no table can be {form}")
     return contestant
+
+
+def predicted(case: Case, cluster: des.Cluster) -> dict[str, float]:
+    """Seconds of a step in each form, as the planner has them on a cluster; of those that a table can take."""
+    builder, found = case.shared.get("builder"), {}
+    if builder is None:  # no compiled module is among the contestants
+        return {}
+    captured = Captured.by(builder)
+    known = captured.of_example()
+    for form in FORMS:
+        try:
+            plan = captured.plan(
+                ranks=case.ranks, batch=case.rows, pins={"*": form.name}, cluster=cluster, statistics=known
+            )
+        except des.PlanError:
+            continue
+        found[f"{FORCED}{form.name}"] = plan.price
+    return found
 
 
 CONTESTANTS: dict[str, Build] = {

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from descompiler.ops.local import are_alike
+
 
 @dataclass(frozen=True)
 class Check:
@@ -74,7 +76,7 @@ def are_in_range(checks: Sequence[Check], ids: Sequence[Tensor]) -> bool:
         if c.starts is not None:
             return False
     together = torch.stack(list(ids)).reshape(len(ids), -1)
-    rows = _limits(tuple(c.rows for c in checks), together.device)
+    rows = _limits((*[c.rows for c in checks],), together.device)
     return not bool(((together < 0) | (together >= rows[:, None])).any())
 
 
@@ -82,8 +84,3 @@ def are_in_range(checks: Sequence[Check], ids: Sequence[Tensor]) -> bool:
 def _limits(rows: tuple[int, ...], device: torch.device) -> Tensor:
     """Rows of tables, on a device: to bring them there in each step would be to wait for it."""
     return torch.tensor(rows, device=device)
-
-
-def are_alike(ids: Sequence[Tensor]) -> bool:
-    """Whether ids have one shape and one dtype."""
-    return len({(x.dtype, x.shape) for x in ids}) == 1

@@ -39,6 +39,9 @@ from descompiler.runtime.backward import Used, behind
 from descompiler.runtime.gradients import Reducer
 from descompiler.runtime.untraced import untraced
 
+OF_A_STEP = frozenset(("_given", "_ids", "_used", "_planned", "_told", "_latest", "_looked"))
+"""What a forward sets: no part of the module."""
+
 
 class DistributedModule(StandardCalls, Reports):
     """This rank's part of a model; called, trained and moved as the original.
@@ -87,6 +90,7 @@ class DistributedModule(StandardCalls, Reports):
         self._reduced: dict[str, nn.Parameter] = {}  # of the latest step, by the reducer
         parts.fill(self)
         self._latest: Contents | None = None
+        self._looked = False
         runtime.wire_dtype, self._dtypes = widest(self.parameters()), self._now().moment().dtypes
         self._attributes = AttributeWatch(host) if self._in_place and host is not None else None
         self._gradients = GradientSync(runtime, in_part=not self.predicts_traffic)
@@ -110,11 +114,25 @@ class DistributedModule(StandardCalls, Reports):
             [p for n, p in self.named_parameters() if self.plan.pieces[n].is_replicated and n not in left_out]
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OF_A_STEP:  # what it is no module looks at each time
+            vars(self)[name] = value
+        else:
+            super().__setattr__(name, value)
+
     # ---- calls
 
     @untraced
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward on this rank's rows: outputs for them."""
+        self._now()
+        self._looked = True  # once a step: what modules hold changes between them
+        try:
+            return self._step(args, kwargs)
+        finally:
+            self._looked = False
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         runtime = self._runtime
         self._refuse_wrapped()
         runtime.new_step()
@@ -176,7 +194,7 @@ class DistributedModule(StandardCalls, Reports):
 
     def _now(self) -> Contents:
         """What this module holds."""
-        if self._latest is None or not self._latest.is_current():
+        if self._latest is None or not (self._looked or self._latest.is_current()):
             self._latest = Contents(self, self._flags)
         return self._latest
 
@@ -306,18 +324,21 @@ class DistributedModule(StandardCalls, Reports):
         return tensors, found, call
 
     def _values(self, emitted: Emitted, sources: Sequence[Source], tensors: Sequence[Tensor] = ()) -> list[Tensor]:
-        now = self._now()
+        now, used = self._now(), self._used
         parameters, buffers = now.every_parameter, now.every_buffer
-        self._used.watch_hooks(tensors)
+        used.watch_hooks(tensors)
         queue = iter(self._runtime.inputs([self._ids.get(i, x) for i, x in enumerate(tensors)]))
-        values = []
-        for s in sources:
+        values: list[Tensor] = []
+        for s in sources:  # nothing is called for a table
             if s.kind == "input":
-                values.append(self._used.gate(s.name, next(queue)))
+                value = next(queue)
             elif s.kind == "constant":
-                values.append(emitted.constant(s.name, self._runtime.device))
+                value = emitted.constant(s.name, self._runtime.device)
             else:
-                values.append(self._used.gate(s.name, parameters[s.name]) if s.kind == "parameter" else buffers[s.name])
+                value = parameters[s.name] if s.kind == "parameter" else buffers[s.name]
+            if used.told and s.kind in ("input", "parameter"):
+                value = used.gate(s.name, value)
+            values += (value,)
         return values
 
     def _program_for_inputs(self, tensors: Sequence[Tensor]) -> Emitted:

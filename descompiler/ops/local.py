@@ -29,6 +29,11 @@ def bag(
     )
 
 
+def are_alike(ids: Sequence[Tensor]) -> bool:
+    """Whether ids have one shape and one dtype."""
+    return len({(x.dtype, x.shape) for x in ids}) == 1
+
+
 def lookup(weight: Tensor, ids: Tensor, padding_idx: int = -1, sparse: bool = False) -> Tensor:
     """``weight[ids]`` with the gradients of ``nn.Embedding``; ``padding_idx`` -1 is none."""
     return torch.ops.aten.embedding.default(weight, ids, padding_idx, False, sparse)

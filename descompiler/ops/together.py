@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from descompiler.ops.local import plain
+from descompiler.ops.local import are_alike, plain
 from descompiler.ops.operation import Operation
 
 
@@ -81,10 +81,13 @@ class _Lookups(Operation):
                 for w, x in zip(weights, ids, strict=True)
             )
         whole, starts = found
-        sizes = [x.numel() for x in ids]
-        flat = _shifted([x.reshape(-1) for x in ids], sizes, starts)
-        rows = whole.index_select(0, flat).split(sizes)
-        return tuple(r.view(*x.shape, whole.shape[1]) for r, x in zip(rows, ids, strict=True))
+        flat = _shifted(ids, starts)
+        rows = whole.index_select(0, flat)
+        if are_alike(ids):
+            return rows.view(len(ids), *ids[0].shape, whole.shape[1]).unbind()
+        return tuple(
+            [r.view(*x.shape, whole.shape[1]) for r, x in zip(rows.split([x.numel() for x in ids]), ids, strict=True)]
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -130,7 +133,7 @@ def _coalesced(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> list[tu
             bounds.append(bounds[-1] + ctx.shapes[i][0])
             receivers.append(i)
         starts.append(begins[key])
-    rows = _shifted([x.long() for _, x, _ in parts], [len(x) for _, x, _ in parts], starts)
+    rows = _shifted([x.long() for _, x, _ in parts], starts)
     once, sums = summed(rows, torch.cat([values for *_, values in parts]), _SORTED)
     cuts = torch.searchsorted(once, on_device(tuple(bounds), once.device)).tolist()
     counts = [end - start for start, end in itertools.pairwise(cuts)]
@@ -211,14 +214,15 @@ def _all_accumulate(ctx: Any, positions: Sequence[int]) -> bool:
         return False
 
 
-def _shifted(ids: Sequence[Tensor], sizes: Sequence[int], starts: Sequence[int]) -> Tensor:
-    """Ids of several tables as those of one, in which each begins somewhere."""
-    flat = ids[0] if len(ids) == 1 else torch.cat(list(ids))
-    if not any(starts):
-        return flat
-    if len(set(sizes)) == 1:
-        return (flat.view(len(ids), -1) + on_device(tuple(starts), flat.device)[:, None]).view(-1)
-    return flat + _of_each(starts, sizes, flat.device)
+def _shifted(ids: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
+    """Ids of several tables as those of one, in which each begins somewhere; flat."""
+    if len(ids) == 1:
+        return ids[0].reshape(-1) + starts[0] if starts[0] else ids[0].reshape(-1)
+    if are_alike(ids):
+        rows = torch.stack(list(ids)).view(len(ids), -1)
+        return (rows + on_device(tuple(starts), rows.device)[:, None] if any(starts) else rows).view(-1)
+    flat = torch.cat([x.reshape(-1) for x in ids])
+    return flat + _of_each(starts, [x.numel() for x in ids], flat.device) if any(starts) else flat
 
 
 def _of_each(starts: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:

@@ -19,11 +19,12 @@ from torch import Tensor
 from descompiler.errors import InputError
 from descompiler.layout.border import IdsIn, ValuesOut
 from descompiler.layout.global_values import GatherRows, NormsInside, SumTerms, WholeTables
-from descompiler.layout.id_checks import Check, are_alike, are_in_range
+from descompiler.layout.id_checks import Check, are_in_range
 from descompiler.layout.layout import Layout
 from descompiler.layout.rows import Rows, share_of
 from descompiler.layout.traffic import Traffic
 from descompiler.layout.transfer import crosses_in
+from descompiler.ops.local import are_alike
 from descompiler.runtime.ahead import TakesAhead
 from descompiler.runtime.backward import Asked
 from descompiler.runtime.border import Anchor, ExitStart, ExitWait, Handle, ReduceShared, apart, put_together
@@ -267,8 +268,10 @@ class Runtime(TakesAhead):
         """
         anchor = torch.zeros((), dtype=self.wire_dtype, device=self.device, requires_grad=True)
         kinds: list[torch.layout | None] = [torch.strided] * len(used_elsewhere)
-        for x, s in zip(region, sparse, strict=True):  # one that this rank uses gets its gradient there
-            kinds.append(None if 0 not in x.shape else torch.sparse_coo if s else torch.strided)
+        kinds += [  # one that this rank uses gets its gradient there
+            None if 0 not in x.shape else torch.sparse_coo if s else torch.strided
+            for x, s in zip(region, sparse, strict=True)
+        ]
         return Anchor.apply(anchor, kinds, *used_elsewhere, *region)
 
     def vocabulary(
