@@ -22,6 +22,7 @@ from descompiler.module.installed import module_of
 from descompiler.module.updates import KINDS, Step, Update, as_one, rows_of
 from descompiler.ops.local import plain
 from descompiler.ops.together import on_device, summed, update_by
+from descompiler.ops.unique import Unique
 from descompiler.runtime.agreement import say
 from descompiler.runtime.backward import TakesNone
 
@@ -125,7 +126,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if rows.shape[0]:
                 shifted = rows + start if start else rows
                 parts.setdefault((storage, steps[which]), []).append((shifted, values))
-        known: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+        known: list[tuple[Tensor, Unique]] = []
         for (storage, number), several in parts.items():
             group, (table, *states) = storages[storage]
             options = self.param_groups[group]  # as they are now: a state that is loaded brings groups of its own

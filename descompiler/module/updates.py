@@ -90,7 +90,7 @@ class Update:
 
 
 def _sgd(s: Step) -> None:
-    _move(s, s.gradient * -s.options["lr"])
+    s.table.index_add_(0, s.rows, s.gradient * -s.options["lr"])  # rows may be there several times
 
 
 def _adagrad(s: Step) -> None:
@@ -98,9 +98,9 @@ def _adagrad(s: Step) -> None:
     (total,), square = s.states, s.gradient.square()
     if total.shape[1:] != square.shape[1:]:  # row-wise: the mean of a row's
         square = square.mean(1, keepdim=True)
-    total.index_add_(0, s.rows, square)
-    root = total.index_select(0, s.rows).sqrt_().add_(s.options["eps"])
-    _move(s, (s.gradient / root).mul_(-adagrad_rate(s)))
+    now = total.index_select(0, s.rows).add_(square)
+    total.index_copy_(0, s.rows, now)
+    _move(s, (s.gradient / now.sqrt_().add_(s.options["eps"])).mul_(-adagrad_rate(s)))
 
 
 def adagrad_rate(s: Step) -> Any:
@@ -121,8 +121,8 @@ def _adam(s: Step) -> None:
 
 
 def _move(s: Step, by: Tensor) -> None:
-    """Add to the table's rows; multiplied before, since index_add_ with alpha is several times slower on a CPU."""
-    s.table.index_add_(0, s.rows, by)
+    """Add to the table's rows, each of which is there once: to add to rows that may repeat takes twice as long."""
+    s.table.index_copy_(0, s.rows, s.table.index_select(0, s.rows).add_(by))
 
 
 _ADAM = Update(_adam, ("exp_avg", "exp_avg_sq"), {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8})

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from descompiler.ops.local import are_alike, plain
 from descompiler.ops.operation import Operation
+from descompiler.ops.unique import Unique, unique
 
 
 class Updater(Protocol):
@@ -150,7 +151,7 @@ def _coalesced(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> list[tu
 MOST_SORTED = 16
 """Kinds of rows that are kept to be compared with."""
 
-_SORTED: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+_SORTED: list[tuple[Tensor, Unique]] = []
 """What was sorted in the backward that is under way: tables of another width are often looked up with the same ids."""
 
 
@@ -167,18 +168,17 @@ def _say_coalesced(marks: Sequence[tuple[weakref.ref[Tensor], Tensor]]) -> None:
                 gradient._coalesced_(True)
 
 
-def summed(rows: Tensor, values: Tensor, known: list[tuple[Tensor, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+def summed(rows: Tensor, values: Tensor, known: list[tuple[Tensor, Unique]]) -> tuple[Tensor, Tensor]:
     """Each row once, with the sum of its parts: an id that was looked up twice is one row.
 
     Tables that are looked up with the same ids, as those of vectors and of weights are, have the same rows, and it is
     less to compare them than to sort them.
     """
-    unique = next((u for r, u in known if r.shape == rows.shape and torch.equal(r, rows)), None)
-    if unique is None:
-        unique = torch.unique(rows, return_inverse=True)
-        known.append((rows, unique))
-    once, positions = unique
-    return once, values.new_zeros(len(once), *values.shape[1:]).index_add_(0, positions, values)
+    found = next((u for r, u in known if r.shape == rows.shape and torch.equal(r, rows)), None)
+    if found is None:
+        found = unique(rows)
+        known.append((rows, found))
+    return found.ids, found.sums(values)
 
 
 def are_updated(ctx: Any, positions: Sequence[int], parts: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> bool:

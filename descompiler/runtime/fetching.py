@@ -14,6 +14,7 @@ from torch import Tensor
 
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.keys import KeySpace
+from descompiler.ops.unique import unique
 from descompiler.runtime.agreement import Message
 from descompiler.runtime.collectives import Pending
 from descompiler.runtime.differences import differences, encode, sizes_of
@@ -126,10 +127,10 @@ def prepare(fetch: Fetch, ids: Sequence[Tensor], ranks: int) -> Fetching:
     space, of_table = fetch.on(device)
     tables, classes = len(fetch.tables), len(fetch.classes)
     parts = [x.reshape(-1).long() + space.offsets[t] for x, t in zip(ids, fetch.lookups, strict=True)]
-    unique, inverse = torch.unique(torch.cat(parts), return_inverse=True)
-    owner, key = space.locate(unique)
+    once = unique(torch.cat(parts))
+    owner, key = space.locate(once.ids)
     owner = torch.where(owner < 0, ranks, owner)
-    table = torch.searchsorted(space.offsets, unique, right=True) - 1
+    table = torch.searchsorted(space.offsets, once.ids, right=True) - 1
     by_table = torch.bincount(table * (ranks + 1) + owner, minlength=tables * (ranks + 1)).reshape(tables, -1)
     by_class = by_table.new_zeros((classes, ranks + 1)).index_add_(0, of_table, by_table)
     # shared rows first, then the owners' in order
@@ -139,7 +140,7 @@ def prepare(fetch: Fetch, ids: Sequence[Tensor], ranks: int) -> Fetching:
     place = torch.empty_like(order)
     firsts = ends - by_class.sum(1)
     place[order] = torch.arange(len(order), device=device) - firsts[of_table[table[order]]]
-    positions = torch.split(place[inverse], [len(p) for p in parts])
+    positions = torch.split(place[once.inverse], [len(p) for p in parts])
     counts = by_class.tolist()
     sizes = [n for row in counts for n in (row[-1], *row[:-1])]
     chunks = torch.split(order, sizes)
@@ -153,7 +154,7 @@ def prepare(fetch: Fetch, ids: Sequence[Tensor], ranks: int) -> Fetching:
         fetch,
         space,
         [p.reshape(x.shape) for p, x in zip(positions, ids, strict=True)],
-        _padding(fetch, space, unique, place),
+        _padding(fetch, space, once.ids, place),
         asking_ids,
         gathered_ids,
         [[counts[c][r] for c in range(classes)] for r in range(ranks)],
