@@ -7,6 +7,7 @@ from torch import nn
 import descompiler as des
 from descompiler.ops.local import lookup
 from descompiler.ops.together import lookups, one_table
+from descompiler.runtime.border import Anchor
 from tests.harness.cases import cases
 from tests.harness.failures import raised
 
@@ -239,3 +240,9 @@ def test_parts_of_a_storage_that_are_no_rows_are_not_one():
     first, second = whole[:4].view(2, 2), whole[5:9].view(2, 2)
     assert one_table([first, second]) is None
     assert one_table([first, whole[4:8].view(2, 2)])[1] == [0, 2]
+
+
+def test_a_table_without_rows_has_a_gradient_of_the_same_kind():
+    table, anchor = torch.zeros(0, 4, requires_grad=True), torch.zeros((), requires_grad=True)
+    Anchor.apply(anchor, [torch.sparse_coo], table).backward()
+    assert (table.grad.sparse_dim(), table.grad.dense_dim(), table.grad.shape) == (1, 1, table.shape)

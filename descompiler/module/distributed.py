@@ -25,7 +25,7 @@ from descompiler.model.calls import Signature
 from descompiler.model.kept import copies_of
 from descompiler.model.kinds import Kinds
 from descompiler.module.ahead import Waiting
-from descompiler.module.contents import Contents
+from descompiler.module.contents import Contents, Moment
 from descompiler.module.global_ids import OTHER_SIZES, given_ids, told_ids
 from descompiler.module.parts import Parts, UsersForward
 from descompiler.module.reports import Reports
@@ -39,7 +39,7 @@ from descompiler.runtime.backward import Used, behind
 from descompiler.runtime.gradients import Reducer
 from descompiler.runtime.untraced import untraced
 
-OF_A_STEP = frozenset(("_given", "_ids", "_used", "_planned", "_told", "_latest", "_looked"))
+OF_A_STEP = frozenset(("_given", "_ids", "_used", "_planned", "_told", "_latest", "_looked", "_of_step"))
 """What a forward sets: no part of the module."""
 
 
@@ -91,7 +91,8 @@ class DistributedModule(StandardCalls, Reports):
         parts.fill(self)
         self._latest: Contents | None = None
         self._looked = False
-        runtime.wire_dtype, self._dtypes = widest(self.parameters()), self._now().moment().dtypes
+        self._of_step: Moment | None = None
+        runtime.wire_dtype, self._dtypes = widest(self.parameters()), self._moment().dtypes
         self._attributes = AttributeWatch(host) if self._in_place and host is not None else None
         self._gradients = GradientSync(runtime, in_part=not self.predicts_traffic)
         me = weakref.ref(self)
@@ -125,7 +126,7 @@ class DistributedModule(StandardCalls, Reports):
     @untraced
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward on this rank's rows: outputs for them."""
-        self._now()
+        self._moment()
         self._looked = True  # once a step: what modules hold changes between them
         try:
             return self._step(args, kwargs)
@@ -155,7 +156,7 @@ class DistributedModule(StandardCalls, Reports):
             runtime.call = self._call_of(changes).with_sizes(self._given.sizes)
             runtime.layout, runtime.checks, runtime.accepts = emitted.layout, emitted.checks, emitted.accepts
             runtime.device = next(iter(self._now().parameters.values())).device
-            if (dtypes := self._now().moment().dtypes) != self._dtypes:
+            if (dtypes := self._moment().dtypes) != self._dtypes:
                 self._cast(dtypes, emitted)
             runtime.ahead = self._gone_ahead(emitted, tensors)
             try:
@@ -198,6 +199,12 @@ class DistributedModule(StandardCalls, Reports):
             self._latest = Contents(self, self._flags)
         return self._latest
 
+    def _moment(self) -> Moment:
+        """What a step's program depends on; asked once in a step."""
+        if not self._looked or self._of_step is None:
+            self._of_step = self._now().moment()
+        return self._of_step
+
     def _cast(self, dtypes: tuple[torch.dtype, ...], emitted: Emitted) -> None:
         """The parameters are of other dtypes now: other bytes cross, and the plan says so."""
         dtype, plan = widest(self.parameters()), self.plan
@@ -211,7 +218,7 @@ class DistributedModule(StandardCalls, Reports):
         """Which program this forward runs."""
         given, grads = () if self._given is None else self._given.told, torch.is_grad_enabled()
         given = (*given, *told_ids(self._ids, self.plan.layout))
-        moment = self._now().moment()
+        moment = self._moment()
         said = repr((changes, given, sorted(self._sparse)))  # a program is another one for inputs of other dtypes
         key = said, grads
         of, call = moment.known.get("call", (None, Call()))
@@ -319,7 +326,7 @@ class DistributedModule(StandardCalls, Reports):
             call = self._call_of(self._changes()).with_sizes(self._given.sizes)
         finally:
             self._given = before
-        if found is None or self._now().moment().dtypes != self._dtypes:
+        if found is None or self._moment().dtypes != self._dtypes:
             return None
         return tensors, found, call
 
@@ -374,7 +381,7 @@ class DistributedModule(StandardCalls, Reports):
 
     def _trained(self) -> list[bool]:
         """By parameter, whether this forward's backward gives it a gradient: the same on every rank."""
-        trained = self._now().moment().trained
+        trained = self._moment().trained
         return trained if torch.is_grad_enabled() else [False] * len(trained)
 
     def _gradients_mode(self) -> str:
@@ -383,7 +390,7 @@ class DistributedModule(StandardCalls, Reports):
         return f"gradients on, {self._trained().count(False)} parameters frozen"
 
     def _training_flags(self) -> tuple[bool, ...]:
-        return self._now().moment().flags
+        return self._moment().flags
 
     def _sized(self, sample: Sequence[Tensor] | None = None) -> Sized:
         found = self._program_now(sample)
@@ -398,7 +405,7 @@ class DistributedModule(StandardCalls, Reports):
     def _program_key(self) -> tuple[Any, ...]:
         """What programs are told apart by, sizes aside."""
         now = self._now()
-        moment = now.moment()
+        moment = self._moment()
         if "thawed" not in moment.known:
             known = zip(now.parameters, moment.trained, strict=True)
             moment.known["thawed"] = tuple(n for n, trained in known if trained and n in self._frozen)
@@ -425,7 +432,7 @@ class DistributedModule(StandardCalls, Reports):
     def _replicas(self, program: Emitted) -> dict[str, nn.Parameter]:
         """The parameters whose gradients the reducer averages: whole on every rank, trained, and used."""
         now = self._now()
-        moment = now.moment()
+        moment = self._moment()
         of, replicas = moment.known.get("replicas", (None, {}))
         if of is not program:
             pieces, splits = self.plan.pieces, self.plan.splits
