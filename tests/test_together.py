@@ -6,7 +6,7 @@ from torch import nn
 
 import descompiler as des
 from descompiler.ops.local import lookup
-from descompiler.ops.together import lookups, one_table
+from descompiler.ops.together import lookups, one_table, stacked
 from descompiler.runtime.border import Anchor
 from tests.harness.cases import cases
 from tests.harness.failures import raised
@@ -64,6 +64,102 @@ def test_values_and_gradients_are_those_of_each_lookup(together, alike):
             assert (e is None) == (f is None)
             assert e is None or (f.is_sparse and torch.equal(e.to_dense(), f.to_dense()))
             assert e is None or (f.is_coalesced() and torch.equal(e.coalesce().indices(), f.indices()))
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("shape", [(4,), (2, 3), (0,)])
+@pytest.mark.parametrize("paddings", [[-1, -1, -1], [-1, -1, 2]])
+def test_stacked_lookups_are_lookups_that_are_stacked(together, shape, paddings):
+    torch.manual_seed(0)
+    tables = [nn.Parameter(torch.randn(n, 3, dtype=torch.float64)) for n in (4, 1, 6)]
+    tables = _as_one(tables) if together else tables
+    tables[1].requires_grad_(shape != (2, 3))
+    ids = [torch.randint(len(t), shape) for t in tables]
+    grads = []
+    for found in (torch.stack(lookups(tables, ids, paddings), 1), stacked(tables, ids, paddings)):
+        for t in tables:
+            t.grad = None
+        (found * torch.arange(found.numel()).view(found.shape)).sum().backward()
+        grads.append([found.detach(), *(t.grad if t.grad is None else t.grad.to_dense() for t in tables)])
+    for e, f in zip(*grads, strict=True):
+        assert f is e is None or torch.equal(e, f)
+
+
+class Fields(nn.Module):
+    """A table a field, of which two step otherwise than the third; results are stacked."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tables = nn.ModuleList(nn.Embedding(9, 2, sparse=True) for _ in range(3))
+        self.top = nn.Linear(2, 1)
+
+    def forward(self, ids):
+        return self.top(torch.stack([t(x) for t, x in zip(self.tables, ids.unbind(1), strict=True)], 1).prod(1))
+
+
+def _of_fields(rank, ranks, form, ahead):
+    example = IDS if ranks > 1 else IDS.int()
+    module = des.compile(Fields(), (example,), plan={"*": form} if ranks > 1 else None, loss="sum")
+    tables = [p for n, p in module.named_parameters() if n.startswith("tables")]
+    options = {"lr": 0.5, "lr_decay": 0.3}
+    fused = [des.fuse_optimizer(module, torch.optim.Adagrad, params=tables, **options)]
+    fused[0].state[tables[0]]["step"] += ahead  # tables of one storage that have made other numbers of steps
+    mine = IDS.tensor_split(ranks)[rank] if ranks > 1 else IDS.int()
+    for _ in range(3):
+        module(mine).sum().backward()
+    count = sum(n.target is stacked for e in module._programs for n in e.module.graph.nodes)
+    return count, des.full_state_dict(module)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "form", "ahead"), [(1, "", 0), (1, "", 2), (2, "column_wise", 2), (2, "row_wise", 0)]
+)
+def test_stacked_tables_are_updated_as_in_one_process(ranks, form, ahead, on_ranks):
+    model = Fields()
+    optimizers = [torch.optim.Adagrad(t.parameters(), lr=0.5, lr_decay=0.3) for t in model.tables]
+    optimizers[0].state[model.tables[0].weight]["step"] += ahead
+    for _ in range(3):
+        model.zero_grad()
+        model(IDS).sum().backward()
+        for o in optimizers:
+            o.step()
+    for count, weights in on_ranks(_of_fields, ranks, form, ahead):
+        assert count == (form != "row_wise")
+        for name, p in model.named_parameters():
+            if name.startswith("tables"):
+                torch.testing.assert_close(weights[name], p.detach())
+
+
+class PutTogether(Fields):
+    def __init__(self, put):
+        super().__init__()
+        self.put = put
+
+    def forward(self, ids):
+        found = self.put([t(x) for t, x in zip(self.tables, ids.unbind(1), strict=True)])
+        return (found * torch.arange(found[0].numel()).view(found.shape[1:])).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda x: torch.stack(x, 1),
+        lambda x: torch.stack(x[::-1], 1),
+        lambda x: torch.stack(x, 2),
+        lambda x: torch.stack([*x, x[0]], 1),
+        lambda x: torch.stack(x[:2], 1) + x[2][:, None],
+        lambda x: torch.stack(x, 1) * x[1][:, None],
+    ],
+)
+def test_only_what_is_stacked_in_order_is_one(put):
+    model = PutTogether(put)
+    module = des.compile(model, (IDS,))
+    torch.testing.assert_close(module(IDS), model(IDS))
+    model(IDS).sum().backward()
+    module(IDS).sum().backward()
+    for t, u in zip(model.parameters(), module.parameters(), strict=True):
+        assert t.grad is u.grad is None or torch.equal(t.grad.to_dense(), u.grad.to_dense())
 
 
 def _grouped(module):

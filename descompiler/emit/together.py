@@ -11,7 +11,7 @@ from torch import fx
 
 from descompiler.graph.nodes import aten, shares_memory
 from descompiler.ops.local import lookup, lookup_rows, lookups_rows
-from descompiler.ops.together import lookups
+from descompiler.ops.together import lookups, stacked
 from descompiler.runtime.runtime import Runtime
 
 
@@ -54,6 +54,26 @@ def look_up_together(graph: fx.Graph, kind_of: Callable[[fx.Node], object], chec
                 n.replace_all_uses_with(value)
         for n in group:
             graph.erase_node(n)
+        if first.target is lookups:
+            _stack(graph, found)
+
+
+def _stack(graph: fx.Graph, found: fx.Node) -> None:
+    """Lookups that are nothing but stacked, as a model with a table a field does, are stacked as they are made."""
+    results = list(found.users)
+    readers = {reader for x in results for reader in x.users}
+    weights: Any = found.args[0]
+    if len(readers) != 1 or len(results) != len(weights):
+        return
+    (reader,) = readers
+    if reader.target is not aten.stack.default or reader.args != (results, 1):
+        return
+    with graph.inserting_before(found):
+        value = graph.call_function(stacked, found.args)
+    value.meta.update(reader.meta)
+    reader.replace_all_uses_with(value)
+    for n in (reader, *results, found):
+        graph.erase_node(n)
 
 
 def _returned(graph: fx.Graph) -> set[fx.Node]:

@@ -21,7 +21,7 @@ from descompiler.module.distributed import DistributedModule
 from descompiler.module.installed import module_of
 from descompiler.module.updates import KINDS, Step, Update, as_one, rows_of
 from descompiler.ops.local import plain
-from descompiler.ops.together import on_device, summed, update_by
+from descompiler.ops.together import Part, flat, on_device, summed, update_by
 from descompiler.ops.unique import Unique
 from descompiler.runtime.agreement import say
 from descompiler.runtime.backward import TakesNone
@@ -53,8 +53,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._update, self._kernel, self._kept_by = update, kernel, kept_by
         self.backend = TORCH if kernel is None else FBGEMM
         kept_by.append(self)  # a parameter's hooks would be gone with an optimiser that nobody keeps, without a word
-        # by backward: tables, rows and their gradients
-        self._waiting: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self._waiting: dict[int, list[Part[Tensor]]] = {}  # by backward
         came = _Came(weakref.ref(self))
         for p in parameters:
             for name in update.states:
@@ -89,7 +88,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 return
         gradient, p.grad = p.grad, None
         assert gradient is not None
-        self.came([(p, *rows_of(gradient))])
+        self.came([Part.of(p, *rows_of(gradient))])
 
     def takes(self, tables: Sequence[Tensor]) -> bool:
         """Whether rows of tables may come by themselves: no hook but this optimiser's waits for their gradients."""
@@ -101,7 +100,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     return False
         return True
 
-    def came(self, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def came(self, parts: Sequence[Part[Tensor]]) -> None:
         """Rows of tables and their gradients: applied with the others of the same backward, at its end."""
         backward = torch._C._current_graph_task_id()
         if backward not in self._waiting:
@@ -116,21 +115,27 @@ class FusedOptimizer(torch.optim.Optimizer):
         with torch._C.DisableTorchFunctionSubclass():  # of a piece, its own memory
             self._apply_parts(self._waiting.pop(backward))
 
-    def _apply_parts(self, came: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def _apply_parts(self, came: list[Part[Tensor]]) -> None:
         storages, places = self._stored()
-        here = [places[id(table)] for table, _, _ in came]
-        self._steps[on_device(tuple({number for _, _, number in here}), self._steps.device)] += 1
+        here = [[places[id(table)] for table in p.tables] for p in came]
+        stepped = {number for of_part in here for _, _, number in of_part}
+        self._steps[on_device(tuple(stepped), self._steps.device)] += 1
         steps = self._steps.tolist()
-        parts: dict[tuple[int, float], list[tuple[Tensor, Tensor]]] = {}  # by storage, and steps that a table has made
-        for (storage, start, which), (_, rows, values) in zip(here, came, strict=True):
-            if rows.shape[0]:
-                shifted = rows + start if start else rows
-                parts.setdefault((storage, steps[which]), []).append((shifted, values))
+        # by storage, and steps that a table has made: parts, and where their tables begin
+        parts: dict[tuple[int, float], list[tuple[Part[Tensor], list[int]]]] = {}
+        for p, of_part in zip(came, here, strict=True):
+            of_tables = [((storage, steps[number]), start) for storage, start, number in of_part]
+            if p.ids.shape[0] and len({key for key, _ in of_tables}) == 1:
+                parts.setdefault(of_tables[0][0], []).append((p, [start for _, start in of_tables]))
+            elif p.ids.shape[0]:
+                for i, (key, start) in enumerate(of_tables):
+                    part = Part.of(p.tables[i], p.ids[:, i], p.gradients[:, i])
+                    parts.setdefault(key, []).append((part, [start]))
         known: list[tuple[Tensor, Unique]] = []
         for (storage, number), several in parts.items():
             group, (table, *states) = storages[storage]
             options = self.param_groups[group]  # as they are now: a state that is loaded brings groups of its own
-            rows, values = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*several, strict=True))
+            rows, values = flat(*zip(*several, strict=True))
             step = Step(table, rows, -values if options["maximize"] else values, states, number, options)
             if self._kernel is not None and self._kernel(step):
                 continue

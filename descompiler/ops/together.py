@@ -12,7 +12,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,26 @@ from torch import Tensor
 from descompiler.ops.local import are_alike, plain
 from descompiler.ops.operation import Operation
 from descompiler.ops.unique import Unique, unique
+
+T = TypeVar("T")
+
+
+class Part(NamedTuple, Generic[T]):
+    """Ids of tables, ``[n, tables]``, and gradients of their rows, ``[n, tables, ...]``; an id may be there twice."""
+
+    tables: Sequence[T]
+    ids: Tensor
+    gradients: Tensor
+
+    @classmethod
+    def of(cls, table: T, ids: Tensor, gradients: Tensor) -> Part[T]:
+        """Of one table: ids ``[n]``, gradients ``[n, ...]``."""
+        return cls([table], ids[:, None], gradients[:, None])
+
+    def flat(self, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Rows ``[n * tables]`` where each table begins somewhere, and their gradients."""
+        ids = self.ids + on_device(tuple(starts), self.ids.device) if any(starts) else self.ids
+        return ids.reshape(-1), self.gradients.reshape(-1, *self.gradients.shape[2:])
 
 
 class Updater(Protocol):
@@ -29,8 +49,8 @@ class Updater(Protocol):
         """Whether it updates these tables, and nobody else waits for a gradient of theirs."""
         ...
 
-    def came(self, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Tables, ids and gradients of their rows, in the backward that is under way; an id may be there twice."""
+    def came(self, parts: Sequence[Part[Tensor]]) -> None:
+        """Rows of tables and their gradients, in the backward that is under way."""
         ...
 
 
@@ -64,60 +84,92 @@ def lookups(weights: Sequence[Tensor], ids: Sequence[Tensor], paddings: Sequence
     >>> [x.tolist() for x in lookups([table[:1], table[1:]], [torch.tensor([0]), torch.tensor([1, 0])], [-1, -1])]
     [[[0.0, 1.0]], [[4.0, 5.0], [2.0, 3.0]]]
     """
-    found: tuple[Tensor, ...] = _Lookups.apply(list(paddings), len(weights), *weights, *ids)
+    found: tuple[Tensor, ...] = _Lookups.apply(False, list(paddings), len(weights), *weights, *ids)
+    return found
+
+
+def stacked(weights: Sequence[Tensor], ids: Sequence[Tensor], paddings: Sequence[int]) -> Tensor:
+    """`torch.stack` of `lookups` along dim 1: no table has a result of its own that is copied, nor a gradient.
+
+    >>> table = torch.arange(6.0).reshape(3, 2)
+    >>> stacked([table[:1], table[1:]], [torch.tensor([0]), torch.tensor([1])], [-1, -1]).tolist()
+    [[[0.0, 1.0], [4.0, 5.0]]]
+    """
+    found: Tensor = _Lookups.apply(True, list(paddings), len(weights), *weights, *ids)
     return found
 
 
 class _Lookups(Operation):
     @staticmethod
-    def forward(ctx: Any, paddings: list[int], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, stack: bool, paddings: list[int], count: int, *tensors: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
         weights, ids = tensors[:count], tensors[count:]
         ctx.set_materialize_grads(False)  # of an output that no loss uses
-        ctx.paddings, ctx.tables = paddings, [weakref.ref(w) for w in weights]
+        ctx.stack, ctx.paddings, ctx.tables = stack, paddings, [weakref.ref(w) for w in weights]
         ctx.shapes = [w.shape for w in weights]
         ctx.save_for_backward(*ids)
         if (found := one_table(weights)) is None:
-            return tuple(
+            each = [
                 plain(w).index_select(0, x.reshape(-1)).view(*x.shape, w.shape[1])
                 for w, x in zip(weights, ids, strict=True)
-            )
+            ]
+            return torch.stack(each, 1) if stack else tuple(each)
         whole, starts = found
-        flat = _shifted(ids, starts)
-        rows = whole.index_select(0, flat)
-        if are_alike(ids):
-            return rows.view(len(ids), *ids[0].shape, whole.shape[1]).unbind()
-        return tuple(
-            [r.view(*x.shape, whole.shape[1]) for r, x in zip(rows.split([x.numel() for x in ids]), ids, strict=True)]
-        )
+        alike, width = are_alike(ids), whole.shape[1]
+        if stack and alike and ids[0].dim() == 1:
+            rows = torch.stack(list(ids), 1) + on_device(tuple(starts), ids[0].device)
+            return whole.index_select(0, rows.view(-1)).view(*rows.shape, width)
+        rows = whole.index_select(0, _shifted(ids, starts))
+        if alike and not stack:
+            return rows.view(len(ids), *ids[0].shape, width).unbind()
+        each = [r.view(*x.shape, width) for r, x in zip(rows.split([x.numel() for x in ids]), ids, strict=True)]
+        return torch.stack(each, 1) if stack else tuple(each)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        ids, count = ctx.saved_tensors, len(ctx.shapes)
-        parts = []
-        for i, (x, g, padding) in enumerate(zip(ids, grads, ctx.paddings, strict=True)):
-            if g is None or not ctx.needs_input_grad[2 + i]:
-                continue
-            rows, values = x.reshape(-1), g.reshape(-1, g.shape[-1])
-            if padding >= 0:
-                kept = rows != padding
-                rows, values = rows[kept], values[kept]
-            parts.append((i, rows, values))
+        parts, count = _parts(ctx, grads), len(ctx.shapes)
+        nothing = (None,) * (3 + 2 * count)
         if not parts:
-            return (None,) * (2 + 2 * count)
-        if are_updated(ctx, [i for i, _, _ in parts], [(ctx.tables[i](), rows, g) for i, rows, g in parts]):
-            return (None,) * (2 + 2 * count)
+            return nothing
+        positions = [i for p in parts for i in p.tables]
+        if are_updated(ctx, positions, [Part([ctx.tables[i]() for i in p.tables], *p[1:]) for p in parts]):
+            return nothing
         result: list[Tensor | None] = [None] * count
-        on_cpu = parts[0][1].device.type == "cpu"  # the sizes of tables' gradients would be waited for elsewhere
-        if on_cpu and len(parts) > 1 and not torch.is_grad_enabled():
+        on_cpu = parts[0].ids.device.type == "cpu"  # the sizes of tables' gradients would be waited for elsewhere
+        if on_cpu and len(positions) > 1 and not torch.is_grad_enabled():
             for i, gradient in _coalesced(ctx, parts):
                 result[i] = gradient
         else:
-            for i, rows, values in parts:
-                result[i] = torch.sparse_coo_tensor(rows[None], values, ctx.shapes[i], check_invariants=False)
-        return (None, None, *result, *(None,) * count)
+            for p in parts:
+                for i, ids, values in zip(p.tables, p.ids.unbind(1), p.gradients.unbind(1), strict=True):
+                    result[i] = torch.sparse_coo_tensor(ids[None], values, ctx.shapes[i], check_invariants=False)
+        return (None, None, None, *result, *(None,) * count)
 
 
-def _coalesced(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> list[tuple[int, Tensor]]:
+def _parts(ctx: Any, grads: Sequence[Tensor | None]) -> list[Part[int]]:
+    """What a backward brings, by positions of tables among the weights."""
+    ids, trained = ctx.saved_tensors, ctx.needs_input_grad[3 : 3 + len(ctx.shapes)]
+    if ctx.stack:
+        (gradient,) = grads
+        if gradient is None:
+            return []
+        if ids[0].dim() == 1 and all(trained) and max(ctx.paddings) < 0:
+            return [Part(range(len(ids)), torch.stack(ids, 1), gradient)]
+        grads = gradient.unbind(1)
+    parts = []
+    for i, (x, g, padding) in enumerate(zip(ids, grads, ctx.paddings, strict=True)):
+        if g is None or not trained[i]:
+            continue
+        rows, values = x.reshape(-1), g.reshape(-1, g.shape[-1])
+        if padding >= 0:
+            kept = rows != padding
+            rows, values = rows[kept], values[kept]
+        parts.append(Part.of(i, rows, values))
+    return parts
+
+
+def _coalesced(ctx: Any, parts: Sequence[Part[int]]) -> list[tuple[int, Tensor]]:
     """Gradients of tables, coalesced: one sort of all their rows, where optimisers make one for each table.
 
     Of a table that is looked up several times the first lookup has the gradient of all.
@@ -126,16 +178,17 @@ def _coalesced(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> list[tu
         _SORTED.clear()
     begins: dict[int, int] = {}
     bounds, receivers, starts = [0], [], []
-    for i, _, _ in parts:
-        table = ctx.tables[i]()
-        key = -1 - i if table is None else id(table)
-        if key not in begins:
-            begins[key] = bounds[-1]
-            bounds.append(bounds[-1] + ctx.shapes[i][0])
-            receivers.append(i)
-        starts.append(begins[key])
-    rows = _shifted([x.long() for _, x, _ in parts], starts)
-    once, sums = summed(rows, torch.cat([values for *_, values in parts]), _SORTED)
+    for p in parts:
+        starts.append(list[int]())
+        for i in p.tables:
+            table = ctx.tables[i]()
+            key = -1 - i if table is None else id(table)
+            if key not in begins:
+                begins[key] = bounds[-1]
+                bounds.append(bounds[-1] + ctx.shapes[i][0])
+                receivers.append(i)
+            starts[-1].append(begins[key])
+    once, sums = summed(*flat(parts, starts), _SORTED)
     cuts = torch.searchsorted(once, on_device(tuple(bounds), once.device)).tolist()
     counts = [end - start for start, end in itertools.pairwise(cuts)]
     once = once - _of_each(bounds[:-1], counts, once.device)
@@ -146,6 +199,17 @@ def _coalesced(ctx: Any, parts: Sequence[tuple[int, Tensor, Tensor]]) -> list[tu
         marks.append((ctx.tables[i], own))
     torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_say_coalesced, marks))
     return result
+
+
+def flat(parts: Sequence[Part[Any]], starts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Rows of one table, in which those of parts begin somewhere, and their gradients, one part after another."""
+    if len(parts) == 1:
+        return parts[0].flat(starts[0])
+    if all(len(p.tables) == 1 for p in parts):
+        rows = _shifted([p.ids[:, 0] for p in parts], [start for (start,) in starts])
+        return rows, torch.cat([p.gradients[:, 0] for p in parts])
+    rows_of, gradients = zip(*(p.flat(s) for p, s in zip(parts, starts, strict=True)), strict=True)
+    return torch.cat(rows_of), torch.cat(gradients)
 
 
 MOST_SORTED = 16
@@ -174,6 +238,7 @@ def summed(rows: Tensor, values: Tensor, known: list[tuple[Tensor, Unique]]) -> 
     Tables that are looked up with the same ids, as those of vectors and of weights are, have the same rows, and it is
     less to compare them than to sort them.
     """
+    rows = rows.long()
     found = next((u for r, u in known if r.shape == rows.shape and torch.equal(r, rows)), None)
     if found is None:
         found = unique(rows)
@@ -181,7 +246,7 @@ def summed(rows: Tensor, values: Tensor, known: list[tuple[Tensor, Unique]]) -> 
     return found.ids, found.sums(values)
 
 
-def are_updated(ctx: Any, positions: Sequence[int], parts: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> bool:
+def are_updated(ctx: Any, positions: Sequence[int], parts: Sequence[Part[Tensor | None]]) -> bool:
     """Give rows of tables to what updates all of them in backward; False if they have to become gradients.
 
     Parameters
@@ -189,16 +254,16 @@ def are_updated(ctx: Any, positions: Sequence[int], parts: Sequence[tuple[Tensor
     ctx : autograd function's
     positions : sequence of int
         Of these tables among the tensors that the function took.
-    parts : sequence of tuple
-        Tables (None: one that is gone), ids and gradients of their rows.
+    parts : sequence of Part
+        Of tables; None: one that is gone.
     """
-    present = [(t, rows, values) for t, rows, values in parts if t is not None]
-    if torch.is_grad_enabled() or len(present) < len(parts) or not _all_accumulate(ctx, positions):
+    tables = [t for p in parts for t in p.tables if t is not None]
+    if torch.is_grad_enabled() or len(tables) < len(positions) or not _all_accumulate(ctx, positions):
         return False
-    updater = updated_by([t for t, _, _ in present])
+    updater = updated_by(tables)
     if updater is None:
         return False
-    updater.came(present)
+    updater.came(cast(Sequence[Part[Tensor]], parts))
     return True
 
 

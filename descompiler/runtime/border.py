@@ -18,7 +18,7 @@ from torch import Tensor
 from descompiler.layout.border import Exit, SharedColumns, ValuesOut
 from descompiler.layout.transfer import crosses_in
 from descompiler.ops.operation import Operation
-from descompiler.ops.together import are_updated
+from descompiler.ops.together import Part, are_updated
 from descompiler.runtime.agreement import Agreement
 from descompiler.runtime.backward import differentiable_once, lookups_of
 from descompiler.runtime.carriers import carries
@@ -152,7 +152,7 @@ class Anchor(Operation):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         result = [None if like[3] is torch.sparse_coo else _zeros(*like) for like in ctx.like]
-        found = [(1 + i, (table(), *_no_rows(*ctx.like[i][:3]))) for i, table in ctx.sparse]  # behind the anchor
+        found = [(1 + i, Part.of(table(), *_no_rows(*ctx.like[i][:3]))) for i, table in ctx.sparse]  # behind the anchor
         if found and not are_updated(ctx, [i for i, _ in found], [part for _, part in found]):
             for i, _ in ctx.sparse:
                 result[i] = _zeros(*ctx.like[i])
