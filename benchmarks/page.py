@@ -21,8 +21,8 @@ from benchmarks.steps import RTOL
 from benchmarks.workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
-GPU = ROOT / "benchmarks" / "results" / "gpu.md"
-"""What `benchmarks/gpu.py` printed on a machine that had one, as a section of the page."""
+SECTIONS = [ROOT / "benchmarks" / "results" / name for name in ("where.md", "gpu.md")]
+"""What `benchmarks/where.py` wrote, and `benchmarks/gpu.py` printed on a machine that had a GPU."""
 BAR = 40
 MANY = 1_000_000
 """Rows, where a workload is asked for its name alone."""
@@ -157,8 +157,7 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
     """docs/benchmarks.md."""
     releases = {of["release"] for run in runs for of in run["contestants"].values() if "release" in of}
     parts = [HEAD.format(release=" " + ", ".join(sorted(releases)) if releases else "", rtol=RTOL)]
-    if GPU.exists():
-        parts += [GPU.read_text()]
+    parts += [file.read_text() for file in SECTIONS if file.exists()]
     parts += ["## Goals\n", markdown(GOALS_HEAD, goals.rows(runs)), ""]
     by_workload = markdown(" | ".join(["model", *LINKS]), goals.by_workload(runs))
     parts += ["The step by cluster with FBGEMM through the best of all others, geometric means:\n", by_workload, ""]
