@@ -16,6 +16,7 @@ from descompiler.eager.functions import Finish
 from descompiler.eager.gradients import GradientSync
 from descompiler.eager.parameters import numbers_of_batch, substitute, weigh_outside
 from descompiler.emit.emit import Emitted
+from descompiler.emit.stages import staged
 from descompiler.errors import CaptureError, InputError, OtherShapesError, UnsupportedError, warn
 from descompiler.graph.nodes import Source
 from descompiler.layout.rows import Rows
@@ -37,7 +38,7 @@ from descompiler.runtime.agreement import Call, Kind, NotAheadError, OtherProgra
 from descompiler.runtime.ahead import Ahead
 from descompiler.runtime.backward import Used, behind
 from descompiler.runtime.gradients import Reducer
-from descompiler.runtime.untraced import untraced
+from descompiler.runtime.untraced import is_compiled, untraced
 
 
 class DistributedModule(StandardCalls, Reports):
@@ -273,14 +274,15 @@ class DistributedModule(StandardCalls, Reports):
 
     def _run_taking_ahead(self, tensors: Sequence[Tensor], emitted: Emitted) -> list[Tensor]:
         """The outputs of a program; with what has gone ahead of its batch, if every rank takes it."""
+        program = staged(emitted.module) if is_compiled() else emitted.module
         self._begin(emitted)
         try:
-            return self._run(tensors, emitted, emitted.module)
+            return self._run(tensors, emitted, program)
         except NotAheadError:
             self._runtime.leave_ahead()
             self._runtime.call = self._runtime.call.begun_alike()
         self._begin(emitted)
-        return self._run(tensors, emitted, emitted.module)
+        return self._run(tensors, emitted, program)
 
     def _gone_ahead(self, emitted: Emitted, tensors: Sequence[Tensor]) -> Ahead | None:
         """What was sent of these very inputs for this program, which is taken once."""
