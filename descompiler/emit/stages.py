@@ -1,4 +1,4 @@
-"""Stages: what a program computes between two calls of the runtime, each a function that `torch.compile` can take whole.
+"""Stages: what a program computes between two calls of the runtime, a function that `torch.compile` takes whole.
 
 begin, enter_start | linear ...  | exit_wait, take | cat, linear, relu ...  | output     becomes
 begin, enter_start , stage_0(..) , exit_wait, take , stage_1(...)           , output
@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
 from descompiler.emit.ahead import happens_once
 from descompiler.graph.nodes import aten, shares_memory
-from descompiler.ops.local import join_local, pool, take_columns
+from descompiler.ops.local import join_local, plain, pool, take_columns
 from descompiler.runtime.untraced import traced
 
 PURE = frozenset({pool, join_local, take_columns, torch.real})
@@ -43,7 +43,12 @@ class Stage(nn.Module):
 
     def forward(self, *values: Any) -> Any:
         """The stage's values, of those that it takes."""
-        return traced(self.program.forward, *values)
+        return traced(self.program.forward, *map(_known, values))
+
+
+def _known(x: Any) -> Any:
+    """A piece of a parameter as a tensor of torch's own, which is what compilers know."""
+    return plain(x) if isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) else x
 
 
 def staged(module: fx.GraphModule) -> fx.GraphModule:
@@ -118,7 +123,8 @@ def _is_inside(n: fx.Node) -> bool:
     if n.op != "call_function":
         return False
     if n.target is operator.getitem:  # of what the runtime or a lookup returns it is no computation
-        return _is_inside(n.args[0]) and not happens_once(n.args[0])
+        of: Any = n.args[0]
+        return _is_inside(of) and not happens_once(of)
     known = isinstance(n.target, OpOverload) or n.target in PURE or n.target.__module__ == operator.add.__module__
     return known and n.target not in LOOKUPS
 

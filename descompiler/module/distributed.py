@@ -274,7 +274,7 @@ class DistributedModule(StandardCalls, Reports):
 
     def _run_taking_ahead(self, tensors: Sequence[Tensor], emitted: Emitted) -> list[Tensor]:
         """The outputs of a program; with what has gone ahead of its batch, if every rank takes it."""
-        program = staged(emitted.module) if is_compiled() else emitted.module
+        program = self._compilable(emitted)
         self._begin(emitted)
         try:
             return self._run(tensors, emitted, program)
@@ -283,6 +283,18 @@ class DistributedModule(StandardCalls, Reports):
             self._runtime.call = self._runtime.call.begun_alike()
         self._begin(emitted)
         return self._run(tensors, emitted, program)
+
+    def _compilable(self, emitted: Emitted) -> nn.Module:
+        """What a forward runs: in stages, if it is called within `torch.compile`."""
+        if not is_compiled():
+            return emitted.module
+        if self._runtime.ranks == 1 and len({x for x in emitted.behind.possible if x}) > 1:  # on several they tell
+            warn(
+                "torch.compile: this model runs uncompiled on one rank, as some parameters are behind some of its "
+                "outputs only, and where a loss ignores one a compiled graph gives them zeros in place of no gradient"
+            )
+            return emitted.module
+        return staged(emitted.module)
 
     def _gone_ahead(self, emitted: Emitted, tensors: Sequence[Tensor]) -> Ahead | None:
         """What was sent of these very inputs for this program, which is taken once."""

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
-from torch._C._dynamo.eval_frame import set_eval_frame
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy, set_eval_frame
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,14 +34,15 @@ def untraced(method: F) -> F:
             _AROUND.reset(before)
             set_eval_frame(around)
 
-    @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not plain:  # not at the import: this one takes a second, and a process that only plans needs none
             reason = "a module of descompiler exchanges values with other ranks: its stages are compiled"
             plain.append(torch.compiler.disable(left, recursive=False, reason=reason))
         return plain[0](*args, **kwargs)
 
-    return run  # type: ignore[return-value]
+    # a frame of its own would be compiled for each mode that it is called in
+    set_code_exec_strategy(run.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
+    return functools.update_wrapper(run, method)  # type: ignore[return-value]
 
 
 def is_compiled() -> bool:
