@@ -39,13 +39,18 @@ def rounded(formula: sympy.Expr, itemsize: int) -> sympy.Expr:
     return formula if formula in (REPLICATE, FSDP) else formula.subs(s, itemsize)
 
 
-def hot_threshold(dim: int, itemsize: int, id_bytes: float, sparse: bool = False) -> float:
+def hot_threshold(
+    dim: int, itemsize: int, id_bytes: float, sparse: bool = False, rounded_to: int | None = None
+) -> float:
     """The probability that a batch has a row, above which replicating the row sends less than pulling it.
 
     Where `HOT_ROWS` with the row among the hot ones, H + 1 and u + q for H and u, equals `HOT_ROWS` without. With
-    sparse gradients, one more element a row is all-reduced: whether it was looked up.
+    sparse gradients, one more element a row is all-reduced: whether it was looked up. Elements of pulled rows that are
+    ``rounded_to`` fewer bytes make it dearer to replicate.
 
     >>> hot_threshold(1, 4, 4), round(hot_threshold(16, 4, 4), 3), hot_threshold(1, 4, 4, sparse=True)
     (0.6666666666666666, 0.97, 1.3333333333333333)
+    >>> hot_threshold(1, 8, 4, rounded_to=2)
+    2.0
     """
-    return 2 * (dim + sparse) * itemsize / (id_bytes + 2 * dim * itemsize)
+    return 2 * (dim + sparse) * itemsize / (id_bytes + 2 * dim * (rounded_to or itemsize))

@@ -139,7 +139,8 @@ def compile(
         forms that are computed for the global batch. For data that is read by columns: a rank needs the ids of its own
         tables, and other columns may hold any valid id. A model of ids alone has an even share of the rows on each
         rank, the first ranks one more. Batches of other sizes, or other ids where all ranks need all, raise on every
-        rank.
+        rank. That ranks have the same ids where some of them need them is yours to see to: a table that is on one rank
+        is looked up with the ids that this rank was given, whatever the others have.
     timeout : float
         Seconds that a rank waits for the others, in this call and in every step, before it raises `RankError` with the
         step, the collective and the ranks that did not come (under gloo; NCCL's watchdog has the same time). It has to

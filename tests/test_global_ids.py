@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import descompiler as des
+from descompiler.check import compare
 from descompiler.layout.border import IdsIn
 from examples.models import MODELS
 
@@ -180,3 +181,55 @@ def test_wrong_use_raises_on_every_rank(what, kind, text, on_ranks):
     for name, words, shape in on_ranks(wrong, 2, what):
         assert name == kind and re.search(text, words), words
         assert shape == (3,)
+
+
+def of_owners(rank, ranks):
+    """Ranks are given other ids than each other, and each table is on one of them."""
+    model = _deepfm("fields")
+    module = des.compile(copy.deepcopy(model), (_dense(6), _ids(6)), plan={"*": "table_wise"}, ids="global")
+    with torch.no_grad():
+        return module(_dense(6)[3 * rank : 3 * rank + 3], _ids(6, seed=rank)), module.id_columns()[1]
+
+
+def test_a_table_is_looked_up_with_the_ids_of_its_rank(on_ranks):
+    """What is yours to see to: no rank has the others' ids to compare, and the batch is of what owners were given."""
+    results = on_ranks(of_owners, 2)
+    ids = _ids(6)
+    for rank, (_, columns) in enumerate(results):
+        ids[:, list(columns)] = _ids(6, seed=rank)[:, list(columns)]
+    with torch.no_grad():
+        expected = _deepfm("fields")(_dense(6), ids)
+    assert torch.allclose(torch.cat([out for out, _ in results]), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("make, ranks", [("offsets", 2), ("ids only", 2), ("fields", 3), ("fields", 1)])
+def test_verify_gives_every_rank_the_ids(make, ranks, on_ranks):
+    inputs = (_ids(6),) if make == "ids only" else (_dense(6), _ids(6))
+    plans = [None, {"*": "table_wise"}, {"*": "row_wise"}]
+    report = des.verify(MAKES[make](), inputs, ranks=ranks, plans=plans, ids="global", launch=on_ranks)
+    assert report.cases == len(plans) and report.worst["output"] <= 1e-10
+
+
+def with_other_ids(rank, ranks, *args):
+    """What `verify` runs on a rank; the last one is given the ids in another order."""
+    plain = compare.with_global_ids
+    if rank == ranks - 1:
+        compare.with_global_ids = lambda local, whole, given: plain(local, ([x.flip(0) for x in whole[0]], {}), given)
+    try:
+        return compare.train_and_compare(rank, ranks, *args)
+    finally:
+        compare.with_global_ids = plain
+
+
+def test_verify_sees_other_ids(on_ranks):
+    launch = lambda _, ranks, *args, timeout_s: on_ranks(with_other_ids, ranks, *args)  # noqa: E731
+    for form, text in ("table_wise", "output .* differs"), ("row_wise", "checksum"):
+        with pytest.raises(des.EquivalenceError, match=text):
+            des.verify(_deepfm("fields"), (_dense(6), _ids(6)), plans=[{"*": form}], ids="global", launch=launch)
+
+
+def test_verify_refuses_what_it_does_not_try():
+    with pytest.raises(des.InputError, match="call verify once with each"):
+        des.verify(_deepfm("fields"), (_dense(6), _ids(6)), ids="global", thorough=True)
+    with pytest.raises(des.PlanError, match="it is one of 'own', 'global'"):
+        des.verify(_deepfm("fields"), (_dense(6), _ids(6)), ids="all")

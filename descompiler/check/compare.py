@@ -18,9 +18,10 @@ from descompiler.check.rounding import RoundingJudge
 from descompiler.check.thorough import OWN_DTYPES, Trials, in_own_dtypes
 from descompiler.compiler import distribute
 from descompiler.errors import EquivalenceError
+from descompiler.layout.rows import share_of
 from descompiler.model.attributes import copied
 from descompiler.model.float64 import InDouble, double_meant
-from descompiler.model.inputs import by_path, map_tensors
+from descompiler.model.inputs import by_path, flatten, map_tensors, split_statics, unflatten_with
 from descompiler.model.probe import CALL, blueprint, call_of
 from descompiler.module.distributed import DistributedModule
 from descompiler.planning.assumed import BYTES
@@ -54,15 +55,15 @@ def train_and_compare(
     rules: Sequence[Rule] = (),
     forms: Sequence[Form] = (),
     narrow: tuple[nn.Module, Any] | None = None,
-    wire_dtype: torch.dtype | None = None,
+    terms: Terms | None = None,
 ) -> Report:
     """``narrow``: the model and its inputs in its own dtypes, if the proof is to be thorough."""
-    report = Report(ranks, wire_dtype=wire_dtype)
+    terms = terms or Terms()
+    report = Report(ranks, wire_dtype=terms.wire_dtype)
     model, inputs = model.to(device), map_tensors(lambda x: x.to(device), inputs)
     kit = Kit.of(rules, forms)
     builder = functools.cache(lambda: Builder(blueprint(model), inputs, method, kit))  # one capture serves every case
     # of plans, those of the fewest bytes keep the most in the region, on however few rows
-    terms = Terms(wire_dtype=wire_dtype)
     compiled = functools.partial(distribute, process_group=None, batch=None, seed=None, terms=terms, cluster=BYTES)
     with double_meant():
         for plan in plans:
@@ -94,6 +95,28 @@ def _optimizer(name: str, module: nn.Module, sparse: set[str]) -> list[torch.opt
     return chosen + ([OPTIMIZERS["adagrad"](rest)] if rest else [])
 
 
+def with_global_ids(local: Any, whole: Any, given: Sequence[int]) -> Any:
+    """A rank's call; tensors of these positions are the global batch's.
+
+    >>> with_global_ids(([torch.ones(1)], {}), ([torch.ones(3)], {}), given=[0])
+    ([tensor([1., 1., 1.])], {})
+    """
+    if not given:
+        return local
+    leaves, spec = flatten(local)
+    own, statics = split_statics(leaves)
+    every, _ = split_statics(flatten(whole)[0])
+    return unflatten_with([every[i] if i in given else x for i, x in enumerate(own)], spec, statics)
+
+
+def even_shares(counts: list[int], inputs: Any, given: Sequence[int]) -> list[int]:
+    """Rows of each rank: shares as even as can be where all inputs are the global batch's, and none says how many."""
+    tensors, _ = split_statics(flatten(inputs)[0])
+    if not given or len(given) < len(tensors):
+        return counts
+    return [share_of(sum(counts), rank, len(counts)) for rank in range(len(counts))]
+
+
 def _case(
     report: Report,
     model: nn.Module,
@@ -115,6 +138,7 @@ def _case(
     objective = Objective()
     for step in range(steps):
         inputs_now, counts = batches(inputs, step, ranks)
+        counts = even_shares(counts, inputs_now, module.plan.layout.given)
         first = sum(counts[:rank])
         before = without_copying_parameters(reference)
         args, kwargs = own_rows(inputs_now, 0, sum(counts))
@@ -128,7 +152,8 @@ def _case(
             ) from error
         local = own_rows(inputs_now, first, counts[rank])
         local_given = by_path(local)
-        got = module(*local[0], **local[1])
+        call = with_global_ids(local, (args, kwargs), module.plan.layout.given)
+        got = module(*call[0], **call[1])
         layouts = module.output_rows
         for outputs, offset in ((expected, 0), (got, first)):
             if (loss := objective(outputs, layouts, offset)).requires_grad:  # a model may have nothing to train

@@ -20,6 +20,7 @@ from descompiler.model.float64 import widen, widen_attributes
 from descompiler.model.inputs import map_tensors, normalise_inputs
 from descompiler.model.kept import keep_as_buffers
 from descompiler.model.probe import CALL, blueprint, check_model, method_of
+from descompiler.planning.objective import Terms
 from descompiler.region.rule import Rule
 from descompiler.runtime.room import free_bytes
 from descompiler.tables.form import Form
@@ -42,6 +43,7 @@ def verify(
     launch: Callable[..., list[Any]] | None = None,
     thorough: bool = False,
     wire_dtype: torch.dtype | None = None,
+    ids: str = "own",
 ) -> Report:
     """Prove on ``ranks`` local gloo processes that the compiled model trains as the original.
 
@@ -98,6 +100,8 @@ def verify(
         times what the original's own results change when its weights are changed by the dtype's eps / 2, and eight
         such shares of a result's largest entry (`descompiler.check.rounding` derives it). Equivalence itself is proved
         without.
+    ids : {"own", "global"}
+        As `compile`'s: with "global" every rank is given the ids of the global batch, and own rows of the rest.
 
     Returns
     -------
@@ -113,6 +117,9 @@ def verify(
     check_model(model)
     if thorough and wire_dtype is not None:
         raise InputError("thorough=True proves equivalence, which wire_dtype= gives up: call verify once with each")
+    if thorough and ids != "own":
+        raise InputError(f"thorough=True tries ranks' own inputs, and not ids={ids!r}: call verify once with each")
+    terms = Terms(wire_dtype=wire_dtype, ids=ids)
     if rows is not None:
         model = smaller(model, rows)
     check_memory(model, ranks, optimizers)
@@ -131,7 +138,7 @@ def verify(
     widen_attributes(model)
     report = Report(ranks, wire_dtype=wire_dtype)
     asked = (model, inputs, steps, list(plans), list(optimizers), device, method)
-    what = (*asked, tuple(rules), tuple(forms), narrow, wire_dtype)
+    what = (*asked, tuple(rules), tuple(forms), narrow, terms)
     for other in (launch or on_ranks)(train_and_compare, ranks, *what, timeout_s=timeout_s):
         report.join(other)
     return report

@@ -47,7 +47,7 @@ def beginning_of(emitted: Emitted) -> Beginning | None:
     what it holds before the header has to be heard.
     """
     graph = emitted.module.graph
-    if emitted.accepts is not any_rows or any(map(_happens_once, _unheard(emitted))):
+    if emitted.accepts is not any_rows or any(map(happens_once, _unheard(emitted))):
         return None
     begin = next(n for n in graph.nodes if n.target == "begin" or n.target is begin_fetch)
     enter = next((n for n in graph.nodes if n.op == "call_method" and n.target == "enter_start"), None)
@@ -75,6 +75,6 @@ def _unheard(emitted: Emitted) -> Iterator[fx.Node]:
             yield n
 
 
-def _happens_once(n: fx.Node) -> bool:
+def happens_once(n: fx.Node) -> bool:
     """Whether a call changes what the next one finds: numbers drawn, running statistics."""
     return isinstance(n.target, OpOverload) and (is_random(n) or mutates(n) or training_norm(n) is not None)

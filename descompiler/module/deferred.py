@@ -23,7 +23,8 @@ class DeferredModule(DistributedModule):
     @untraced
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         compiled = self._compile_for((args, kwargs))
-        hooks = {name: x for name, x in vars(self).items() if "_hook" in name}  # users', which this call runs
+        # users', which this call runs, and what module.compile() has made
+        hooks = {name: x for name, x in vars(self).items() if "_hook" in name or name == "_compiled_call_impl"}
         for name, x in hooks.items():
             if isinstance(x, dict):
                 x.update(vars(compiled)[name])

@@ -16,6 +16,7 @@ from descompiler.eager.functions import Finish
 from descompiler.eager.gradients import GradientSync
 from descompiler.eager.parameters import numbers_of_batch, substitute, weigh_outside
 from descompiler.emit.emit import Emitted
+from descompiler.emit.stages import staged
 from descompiler.errors import CaptureError, InputError, OtherShapesError, UnsupportedError, warn
 from descompiler.graph.nodes import Source
 from descompiler.layout.rows import Rows
@@ -37,7 +38,7 @@ from descompiler.runtime.agreement import Call, Kind, NotAheadError, OtherProgra
 from descompiler.runtime.ahead import Ahead
 from descompiler.runtime.backward import Used, behind
 from descompiler.runtime.gradients import Reducer
-from descompiler.runtime.untraced import untraced
+from descompiler.runtime.untraced import is_compiled, untraced
 
 OF_A_STEP = frozenset(("_given", "_ids", "_used", "_planned", "_told", "_latest", "_looked", "_of_step"))
 """What a forward sets: no part of the module."""
@@ -298,14 +299,27 @@ class DistributedModule(StandardCalls, Reports):
 
     def _run_taking_ahead(self, tensors: Sequence[Tensor], emitted: Emitted) -> list[Tensor]:
         """The outputs of a program; with what has gone ahead of its batch, if every rank takes it."""
+        program = self._compilable(emitted)
         self._begin(emitted)
         try:
-            return self._run(tensors, emitted, emitted.module)
+            return self._run(tensors, emitted, program)
         except NotAheadError:
             self._runtime.leave_ahead()
             self._runtime.call = self._runtime.call.begun_alike()
         self._begin(emitted)
-        return self._run(tensors, emitted, emitted.module)
+        return self._run(tensors, emitted, program)
+
+    def _compilable(self, emitted: Emitted) -> nn.Module:
+        """What a forward runs: in stages, if it is called within `torch.compile`."""
+        if not is_compiled():
+            return emitted.module
+        if self._runtime.ranks == 1 and len({x for x in emitted.behind.possible if x}) > 1:  # on several they tell
+            warn(
+                "torch.compile: this model runs uncompiled on one rank, as some parameters are behind some of its "
+                "outputs only, and where a loss ignores one a compiled graph gives them zeros in place of no gradient"
+            )
+            return emitted.module
+        return staged(emitted.module)
 
     def _gone_ahead(self, emitted: Emitted, tensors: Sequence[Tensor]) -> Ahead | None:
         """What was sent of these very inputs for this program, which is taken once."""

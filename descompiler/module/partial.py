@@ -31,7 +31,7 @@ from descompiler.ops.local import plain, scale_grad, widest
 from descompiler.runtime.agreement import Kind
 from descompiler.runtime.backward import Used
 from descompiler.runtime.guard import Guard
-from descompiler.runtime.untraced import untraced
+from descompiler.runtime.untraced import is_compiled, untraced
 
 
 class PartialModule(DistributedModule):
@@ -61,6 +61,8 @@ class PartialModule(DistributedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward on this rank's rows: outputs for them."""
         runtime = self._runtime
+        if is_compiled():
+            warn("torch.compile: the model is captured in part, so its own forward runs, uncompiled")
         runtime.traffic = Traffic()
         self._gradients.begin()
         self._same_flags()

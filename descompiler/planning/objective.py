@@ -26,6 +26,7 @@ from descompiler.graph.program import Program
 from descompiler.layout.layout import Layout
 from descompiler.layout.spans import Spans
 from descompiler.layout.statistics import Statistics
+from descompiler.layout.transfer import crosses_in
 from descompiler.planning.cluster import Cluster
 from descompiler.planning.exchanges import layout_of
 from descompiler.planning.memory import Memory, memory_of
@@ -150,7 +151,8 @@ class Objective:
 
     def _choice(self, o: Operator, form: str, by_memory: bool = False) -> Choice:
         """Boundaries of rows, and hot rows, by statistics; with ``by_memory``, ranks hold equally many rows."""
-        return form_named(form).choose(o, self.w.ranks, self.statistics, self.w.rows, by_memory)
+        size = crosses_in(o.dtype, self.w.wire_dtype).itemsize
+        return form_named(form).choose(o, self.w.ranks, self.statistics, self.w.rows, by_memory, size)
 
     @cached_property
     def unique(self) -> dict[str, float]:

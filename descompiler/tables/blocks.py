@@ -66,7 +66,13 @@ class ByRows:
     """What forms have in common of which each rank owns consecutive rows."""
 
     def choose(
-        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, by_memory: bool = False
+        self,
+        operator: Operator,
+        ranks: int,
+        statistics: Statistics,
+        batch_rows: int,
+        by_memory: bool = False,
+        itemsize: int | None = None,
     ) -> Choice:
         if by_memory or operator.name not in statistics.measured:
             return Choice()
@@ -84,7 +90,13 @@ class Plain:
     curve: ClassVar[sympy.Expr | None] = None
 
     def choose(
-        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, by_memory: bool = False
+        self,
+        operator: Operator,
+        ranks: int,
+        statistics: Statistics,
+        batch_rows: int,
+        by_memory: bool = False,
+        itemsize: int | None = None,
     ) -> Choice:
         return Choice()
 

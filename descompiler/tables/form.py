@@ -190,10 +190,16 @@ class Form(Protocol):
         ...
 
     def choose(
-        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, by_memory: bool = False
+        self,
+        operator: Operator,
+        ranks: int,
+        statistics: Statistics,
+        batch_rows: int,
+        by_memory: bool = False,
+        itemsize: int | None = None,
     ) -> Choice:
         """What is best for one rank's batches of ``batch_rows`` rows; with ``by_memory``, what the ranks hold is
-        balanced, not what they are asked for."""
+        balanced, not what they are asked for; elements of rows cross in ``itemsize`` bytes (None: their own)."""
         ...
 
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:

@@ -4,7 +4,8 @@ Rows that nearly every rank's batch has are held by all ranks, and their gradien
 pulled. A row is hot where being replicated sends less than being pulled, `HOT_THRESHOLD` of the probability that a
 batch has it: an all-reduced row needs no ids. That is little for wide rows and up to a half for a table of width 1;
 beyond bytes, popular rows then load no owner. With sparse gradients, the all-reduce also counts which rows were looked
-up, so that exactly those get a gradient.
+up, so that exactly those get a gradient. With ``wire_dtype`` pulled rows are rounded on their way, and sums are not, so
+that rows of half as many bytes are hot only where ids are wider than they are.
 
 Which rows are hot is measured (`descompiler.layout.statistics`). Without, the first sixteenth is, as in a vocabulary
 that is sorted by frequency; nothing chooses that by itself.
@@ -43,7 +44,13 @@ class HotRows(OwnRows):
         return whole_rows(operator) or not_fetched(operator)
 
     def choose(
-        self, operator: Operator, ranks: int, statistics: Statistics, batch_rows: int, by_memory: bool = False
+        self,
+        operator: Operator,
+        ranks: int,
+        statistics: Statistics,
+        batch_rows: int,
+        by_memory: bool = False,
+        itemsize: int | None = None,
     ) -> Choice:
         """Hot rows by cost, the cold ones balanced."""
         if operator.name not in statistics.measured:
@@ -51,7 +58,7 @@ class HotRows(OwnRows):
         ids, present, _ = statistics.presence(operator.name, batch_rows)
         unique = np.array([statistics.unique(operator.name, batch_rows)])
         id_bytes = float(expected_bytes(unique, np.array([operator.rows]))[0] / unique[0])
-        threshold = hot_threshold(operator.dim, operator.dtype.itemsize, id_bytes, operator.sparse)
+        threshold = hot_threshold(operator.dim, operator.dtype.itemsize, id_bytes, operator.sparse, itemsize)
         chosen = present > threshold
         hot = hot_ranges(ids[chosen])
         if len(hot) > MOST_RANGES:  # the most frequent rows, of which there are at least as many as ranges
@@ -91,7 +98,7 @@ class HotRows(OwnRows):
         total = present.sum() + other * (operator.rows - len(present))
         share = statistics.unique(operator.name, batch_rows) / max(float(total), 1e-300)
         present, other = present * share, other * share
-        fetched, reduced = 1 + 2 * operator.dim * itemsize, 2 * operator.dim * itemsize
+        fetched, reduced = 1 + 2 * operator.dim * itemsize, 2 * operator.dim * operator.dtype.itemsize
         some = float(np.minimum(present * fetched, reduced).sum())
         return (ranks - 1) * (some + (operator.rows - len(present)) * min(other * fetched, reduced))
 
