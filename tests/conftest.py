@@ -22,7 +22,11 @@ hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write tests/golden and tests/normalise anew")
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="write tests/golden, tests/normalise and samples of docs/cli.md anew",
+    )
     parser.addoption("--seed", type=int, default=secrets.randbelow(1 << 32), help="of tests that draw their examples")
 
 

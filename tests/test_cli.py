@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -13,6 +14,8 @@ from descompiler import units
 from descompiler.cli.app import app, plan_app
 from descompiler.errors import InputError
 from descompiler.planning.cluster import Cluster
+
+DOCS = Path(__file__).parents[1] / "docs" / "cli.md"
 
 MODEL = """
 import torch
@@ -252,6 +255,21 @@ def test_the_other_examples_of_the_help_run(example, tmp_path, monkeypatch):
         if file in example and "write" not in example:
             run("plan", "write", "lr", "--ranks", "4", "--out", file)
     assert run(*shlex.split(example)[1:]).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["cost", "explain"])
+def test_samples_of_the_docs_are_what_commands_print(command, request):
+    """``pytest -m "" --update-golden`` writes them anew; read the difference before committing it."""
+    text = DOCS.read_text()
+    # the line with the command, whatever is said of it, and what follows it up to the next heading
+    found = re.search(rf"^`descompiler ({command} [^`]*)`[^\n]*\n\n(.*?)(?=\n\n## )", text, re.M | re.S)
+    printed = run(*shlex.split(found[1])).stdout.strip()
+    if found[2].startswith("```text"):
+        printed = "```text\n" + "\n".join(line.rstrip() for line in printed.splitlines()) + "\n```"
+    if request.config.getoption("--update-golden"):
+        DOCS.write_text(text[: found.start(2)] + printed + text[found.end(2) :])
+    assert found[2] == printed
 
 
 def test_memory_limits_are_followed_or_say_what_is_missing(file):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import descompiler as des
 from descompiler.check import compare
@@ -143,6 +143,73 @@ def test_what_no_loss_uses_has_no_gradient(ranks, on_ranks):
     """A compiled graph gives it zeros: on several ranks these are dropped, on one the model is not compiled."""
     for without, graphs in on_ranks(_of_one_output, ranks):
         assert without == ["b.weight", "b.bias"] and (graphs > 0) == (ranks > 1)
+
+
+class Layer(nn.Module):
+    """A layer of which each rank computes its part, from vectors that it has columns of."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.top = nn.Embedding(50, 6), nn.Linear(18, 1)
+
+    def forward(self, ids):
+        return self.top((self.table(ids) * 2.0).flatten(1)).squeeze(1)
+
+
+def _layer(rank, ranks, deferred):
+    """The graphs of a model whose layer is divided; its gradients are compared."""
+    ids = torch.arange(24).reshape(8, 3)
+    model = Layer().double()
+    arguments = () if deferred else ((ids,),)
+    module = des.compile(copy.deepcopy(model), *arguments, plan={"*": "column_wise"}, loss="sum", cluster="bytes")
+    backend = Counting("aot_eager")
+    module.compile(backend=backend)
+    module(ids[4 * rank : 4 * rank + 4]).square().sum().backward()
+    model(ids).square().sum().backward()
+    pieces = module.plan.pieces
+    assert not all(pieces[n].is_replicated for n in ("top.weight", "table.weight"))
+    for name, p in module.named_parameters():
+        expected = pieces[name].cut(dict(model.named_parameters())[name].grad, rank)
+        torch.testing.assert_close(des.local_tensor(p.grad), expected, rtol=1e-10, atol=1e-12)
+    return backend.graphs
+
+
+def test_pieces_of_a_layer_are_compiled(on_ranks):
+    assert on_ranks(_layer, 2, False) == [2, 2]
+
+
+def test_a_module_that_its_first_call_makes_is_compiled(on_ranks):
+    assert on_ranks(_layer, 2, True) == [2, 2]
+
+
+def test_calls_that_send_nothing_part_no_stage():
+    """Rows that have come are taken between two layers, in front of both."""
+    graph = fx.Graph()
+    runtime, x = graph.placeholder("runtime"), graph.placeholder("x")
+    rows = graph.call_method("fetched", (runtime,))
+    first = graph.call_function(torch.ops.aten.relu.default, (graph.call_function(_take, (rows, 0)),))
+    second = graph.call_function(torch.ops.aten.add.Tensor, (first, graph.call_function(_take, (rows, 1))))
+    last = graph.call_method("output", (runtime, second))
+    graph.output([graph.call_function(torch.ops.aten.mul.Tensor, (last, x))])
+    module = fx.GraphModule(nn.Module(), graph)
+    result = staged(module)
+    assert sum(isinstance(m, Stage) for m in result.modules()) == 2
+    values = Fetched(), torch.tensor([3.0])
+    assert torch.equal(result(*values)[0], module(*values)[0])
+
+
+class Fetched:
+    """A runtime that has two rows."""
+
+    def fetched(self):
+        return [torch.tensor([1.0]), torch.tensor([2.0])]
+
+    def output(self, x):
+        return x
+
+
+def _take(rows, index):
+    return rows[index]
 
 
 def _failing(rank, ranks, what):
