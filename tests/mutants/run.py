@@ -123,9 +123,6 @@ class Found:
     why: str
     seconds: float
 
-    def __str__(self) -> str:
-        return f"{self.result:7} {self.seconds:5.0f} s  {self.name}\n{'':17}{self.why}"
-
 
 class Results:
     """What was found before of the same commit and patches, and what is found now, line by line in a file."""
@@ -162,7 +159,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     chosen = [m for m in mutants() if not options.names or any(part in m.file.name for part in options.names)]
     results, counts = Results(options.results, options.anew), Counter[str]()
-    not_killed: list[Found] = []
+    not_killed: list[str] = []
+    whats = {m.file.stem: m.what for m in chosen}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         free: SimpleQueue[Bench] = SimpleQueue()
         for job in range(options.jobs):
@@ -199,11 +197,11 @@ def main(arguments: list[str]) -> int:
         for i, done in enumerate(as_completed(changed), 1):
             found = done.result()
             # what killed it is told too: a test that took too long on a busy machine has seen nothing
-            print(f"{i:3}/{len(changed)} {found}", flush=True)
+            said = f"{found.result:7} {found.seconds:5.0f} s  {found.name}: {whats[found.name]}\n{'':17}{found.why}"
+            print(f"{i:3}/{len(changed)} {said}", flush=True)
             counts[found.result] += 1
-            not_killed += [found] * (found.result != KILLED)
-    for found in not_killed:
-        print(found)
+            not_killed += [said] * (found.result != KILLED)
+    print(*not_killed, sep="\n")
     print(", ".join(f"{counts[kind]} {kind}" for kind in (KILLED, LIVED, BROKEN)))
     return int(bool(not_killed))
 
