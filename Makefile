@@ -52,7 +52,7 @@ test: $(INSTALLED_DEV)  ## run the tests that are not marked slow (WORKERS=2)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PARALLEL) $(ARGS)
 
 test-all: $(INSTALLED_DEV)  ## run every test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "" $(PARALLEL) $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "" --trace-anew $(PARALLEL) $(ARGS)
 
 # Doctests run on descompiler alone: its links reach passes/ and cost_models/ under their import names, once.
 # pytest's exit status 5 says that there was no doctest, which is not a failure.

@@ -168,6 +168,7 @@ def plan(
     terms |= {"memory_bytes": memory_bytes, "optimizer": optimizer, "solver": solver}
     terms |= {"wire_dtype": wire_dtype, "ids": ids}
     check_counts(ranks, batch)
+    cluster_of(cluster, setting_of(ranks, batch, pins, plan, cluster)[0])  # refused before the long capture
     try:
         with explained("capturing the model"):
             captured = Captured.of(model, example_inputs, method, kit)

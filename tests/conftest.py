@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 
 from tests.harness.pool import RankPools
+from tests.harness.traces import remember_traces
 
 # deepctr-torch asks a package index for its newest version whenever it is imported. Tests touch no network: a
 # proxy that nobody serves refuses the question at once, in this process and in the ranks that it starts.
@@ -28,6 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="write tests/golden, tests/normalise and samples of docs/cli.md anew",
     )
     parser.addoption("--seed", type=int, default=secrets.randbelow(1 << 32), help="of tests that draw their examples")
+    parser.addoption("--trace-anew", action="store_true", help="capture equal models again: see tests/harness/traces")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--trace-anew"):
+        remember_traces()
 
 
 FEW_BUT_LONG = (
@@ -55,12 +62,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def on_ranks():
+def on_ranks(request: pytest.FixtureRequest):
     """As `descompiler.check.processes.on_ranks`, on processes that stay for all tests: starting some takes seconds.
 
     For ``des.verify(..., launch=on_ranks)`` too. Tests of how processes start, end and time out take fresh ones.
     """
-    with RankPools() as pools:
+    with RankPools(remember=not request.config.getoption("--trace-anew")) as pools:
         yield pools
 
 

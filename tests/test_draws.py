@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import descompiler as des
 from descompiler.captured import Captured
 from descompiler.classify.scope import GLOBAL, scope_of
+from descompiler.model.random_state import seeded
 
 IDS = torch.randint(0, 300, (8, 3), generator=torch.Generator().manual_seed(5))
 SAME = torch.zeros(8, 3, dtype=torch.int64)
@@ -194,3 +195,18 @@ def _generators(rank, ranks, seeds):
 def test_a_models_own_generator_draws_as_in_one_process(on_ranks):
     assert all(max(errors) < 1e-6 for errors in on_ranks(_generators, 2, [3, 3]))
     on_ranks(_generators, 2, [3, 4])
+
+
+def test_seeding_is_torchs_on_the_devices_in_use_alone(monkeypatch):
+    """A device that is not in use would be seeded later, when the user begins to use it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        expected = torch.rand(4)
+    asked = []
+    for kind in (torch.cuda, torch.xpu, torch.mtia):
+        monkeypatch.setattr(kind, "manual_seed_all", lambda seed, kind=kind: asked.append(kind.__name__))
+    before = torch.get_rng_state()
+    with seeded(5, torch.device("cpu")):
+        assert torch.equal(torch.rand(4), expected)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert asked == ["torch.cuda"] * torch.cuda.is_initialized()

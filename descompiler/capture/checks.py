@@ -17,6 +17,7 @@ from descompiler.graph.rewrite import copy_program, interpret
 from descompiler.model.float64 import widen
 from descompiler.model.folded import has_own_values
 from descompiler.model.probe import Flat, run_eager
+from descompiler.model.random_state import seed_torch
 from descompiler.model.reach import reached
 from descompiler.model.sparse import equal
 from descompiler.ops.local import real_parts
@@ -110,7 +111,7 @@ def check_reproduces(program: Program, probe: Flat, tensors: list[Tensor]) -> No
     left = {n: b.clone() for n, b in probe.model.named_buffers()}
     for n, b in probe.model.named_buffers():
         b.copy_(state[n])
-    torch.manual_seed(11)
+    seed_torch(11)
     try:
         with probe.arithmetic():
             graph, _ = interpret(program, values)

@@ -39,6 +39,7 @@ from descompiler.graph.program import Program
 from descompiler.graph.slicing import MIXES, along
 from descompiler.layout.rows import Rows
 from descompiler.model.attributes import held_tensors
+from descompiler.model.random_state import seed_torch
 
 JUDGED = ("scope", "spare_row")
 """What a node's meta has of it: a `Scope`, and an `OnSpareRow` where it can't run on no rows."""
@@ -81,7 +82,7 @@ class _Classifier:
 
     def run(self) -> None:
         with torch.random.fork_rng(), torch.enable_grad():
-            torch.manual_seed(31)
+            seed_torch(31)
             for node in self.program.graph.nodes:
                 if node.op == "placeholder":
                     self._placeholder(node)

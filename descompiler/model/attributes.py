@@ -16,6 +16,9 @@ from descompiler.model.inputs import adapt
 from descompiler.model.inside import MISSING, PLAIN, Inside, Reading, numbers_inside, put_inside, value_at
 from descompiler.model.kept import with_attributes
 
+BARE = frozenset(vars(nn.Module()))
+
+
 COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
@@ -24,7 +27,8 @@ def held_values(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     for module in model.modules():
         for name, x in list(vars(module).items()):
             if name not in ("_parameters", "_buffers", "_modules"):
-                yield module, name, pytree.tree_map(adapt, x)
+                holds_nothing = type(x) in PLAIN or (name in BARE and not x)  # as nearly all of them
+                yield module, name, x if holds_nothing else pytree.tree_map(adapt, x)
 
 
 def unregistered(model: nn.Module) -> list[str]:
@@ -104,9 +108,6 @@ def copy_with(template: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
         for n, p in template.named_parameters()
     }
     return copy.deepcopy(template, copied(template) | memo)
-
-
-BARE = frozenset(vars(nn.Module()))
 
 
 Place = tuple[str, str]

@@ -18,6 +18,7 @@ from descompiler.model.float64 import InDouble, is_double_meant, widen, widen_at
 from descompiler.model.folded import Folded, probe_parameters
 from descompiler.model.inputs import ArgumentPath, argument_at, by_path, flatten, split_statics, unflatten_with
 from descompiler.model.kept import check_memory, copies_of, is_kept, keep_as_buffers, with_attributes
+from descompiler.model.random_state import seed_torch
 
 
 def check_model(model: nn.Module) -> None:
@@ -250,7 +251,7 @@ def move_parameters(probe: Flat) -> None:
 
 
 def run_eager(probe: Flat, tensors: list[Tensor]) -> list[Tensor]:
-    torch.manual_seed(11)
+    seed_torch(11)
     with probe.arithmetic():
         return probe(*(t.clone() for t in tensors))  # forward may change them in place
 

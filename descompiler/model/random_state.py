@@ -48,9 +48,20 @@ def seeded(seed: int, device: torch.device) -> Iterator[Callable[[], bool]]:
 
 def seed_generators(seed: int) -> None:
     """Seed torch's, Python's and NumPy's global generators; a model's own generators are its own."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
+
+
+def seed_torch(seed: int) -> None:
+    """Seed torch's generators: the CPU's, and CUDA's if it is in use.
+
+    `torch.manual_seed` has a stack trace taken for each kind of device that is not in use, which takes longer than a
+    small forward, and has it seeded when it is: the user's own numbers there would be these.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def taken(device: torch.device) -> tuple[Any, ...]:

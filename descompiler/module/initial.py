@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
 from descompiler.model.kept import buffers_of, copies_of, trainable
+from descompiler.model.random_state import seed_torch
 from descompiler.runtime import collectives
 from descompiler.runtime.blocks import broadcast_tensor, scatter
 from descompiler.runtime.ranks import Ranks
@@ -264,5 +265,5 @@ def _in_blocks(
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Context that draws from a seed, without gradients, and leaves the generators as they were."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed)
+        seed_torch(seed)
         yield

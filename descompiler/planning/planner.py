@@ -80,7 +80,7 @@ def choose(
     search = Search(program, operators, rules, w, allowed, terms, progress)
     least, bound = search.run()
     forms = search.with_fewest_calls(least)
-    best = search.objective.trial(forms)
+    best = search.trial(forms)
     partition = best.partition
     if best.score.missing_bytes:
         raise PlanError(_does_not_fit(search, forms, best, pins))

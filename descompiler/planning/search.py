@@ -72,6 +72,7 @@ class Search:
         self.allowed, self.terms, self.progress = allowed, terms, progress
         self.objective = Objective(program, operators, rules, w, terms)
         self.best: Trial | None = None
+        self.best_key: tuple[str, ...] = ()
         self.scores: dict[tuple[str, ...], Score] = {}
         self.exact = False
         self.groups = groups_of(operators)
@@ -105,14 +106,23 @@ class Search:
 
     def score(self, forms: Mapping[str, str]) -> Score:
         """The score of a choice, remembered; the best trial so far is kept."""
-        key = tuple(forms[o.name] for o in self.operators)
+        key = self._key(forms)
         if key not in self.scores:
             trial = self.objective.trial(forms)
             self.scores[key] = trial.score
             if self.best is None or trial.score < self.best.score:
-                self.best = trial
+                self.best, self.best_key = trial, key
                 self.progress(f"{self.trials} trials, {trial.score.price_bytes:,} B")
         return self.scores[key]
+
+    def trial(self, forms: Mapping[str, str]) -> Trial:
+        """A choice with all that belongs to it; that of the best score is there."""
+        if self.best is not None and self.best_key == self._key(forms):
+            return self.best
+        return self.objective.trial(forms)
+
+    def _key(self, forms: Mapping[str, str]) -> tuple[str, ...]:
+        return tuple(forms[o.name] for o in self.operators)
 
     # ---- what forms cost by themselves
 

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from descompiler.check.processes import local_context
 from descompiler.errors import EquivalenceError
 from descompiler.tables.form import FORMS
+from tests.harness.traces import remember_traces
 
 GRACE_S = 10.0
 """How long the other ranks may still answer once one has failed."""
@@ -49,8 +50,9 @@ class RankPoolError(EquivalenceError):
 class RankPools:
     """A pool for each number of ranks that is asked for, called as `on_ranks` of descompiler; a context."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, remember: bool = False) -> None:
         self._pools: dict[int, RankPool] = {}
+        self.remember = remember
 
     def __enter__(self) -> RankPools:
         return self
@@ -62,18 +64,18 @@ class RankPools:
     def __call__(
         self, function: Callable[..., Any], ranks: int, *arguments: Any, timeout_s: float = 240.0
     ) -> list[Any]:
-        pool = self._pools.setdefault(ranks, RankPool(ranks))
+        pool = self._pools.setdefault(ranks, RankPool(ranks, remember=self.remember))
         return pool(function, *arguments, timeout_s=timeout_s)
 
 
 class RankPool:
     """``pool(function, *arguments)`` is ``[function(rank, ranks, *arguments) for each rank]``, on the ranks.
 
-    Used as a context manager; functions and arguments are pickled.
+    Used as a context manager; functions and arguments are pickled. ``remember``: see `tests.harness.traces`.
     """
 
-    def __init__(self, ranks: int):
-        self.ranks = ranks
+    def __init__(self, ranks: int, *, remember: bool = False):
+        self.ranks, self.remember = ranks, remember
         self.started = 0
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
@@ -103,7 +105,7 @@ class RankPool:
         self.started += 1
         for rank in range(self.ranks):
             ours, theirs = context.Pipe()
-            arguments = (rank, self.ranks, self._folder.name, theirs)
+            arguments = (rank, self.ranks, self._folder.name, theirs, self.remember)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -134,10 +136,12 @@ class RankPool:
         return [result for _, result in answers]
 
 
-def _serve(rank: int, ranks: int, folder: str, pipe: Any) -> None:
+def _serve(rank: int, ranks: int, folder: str, pipe: Any, remember: bool) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     draws = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    if remember:
+        remember_traces()
     gc.freeze()  # what was imported stays: a collection then costs little
     for call in count():
         try:
