@@ -22,7 +22,7 @@ EMPTY = 0
 """What a cell holds that holds no slot: slot 0 is nobody's."""
 
 FEWEST_CELLS = 17
-FULL, CROWDED, GROWTH = 0.8, 0.6, 1.5
+FULL, CROWDED, GROWTH = 0.8, 0.6, 1.4
 """Of its cells a slice uses at most `FULL`; at `CROWDED` on average the next layout is begun, larger by `GROWTH`."""
 
 MOVED_FOR_EACH = 5

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +37,7 @@ def normal_row(key: int, dim: int, mean: float, std: float) -> list[float]:
 
 
 def sgd(row: list[float], grad: list[float], state: dict[str, Any], step: int) -> list[float]:
-    return [x - LR * g for x, g in zip(row, grad, strict=True)]
+    return [x - LR / 100 * g for x, g in zip(row, grad, strict=True)]
 
 
 def adagrad(row: list[float], grad: list[float], state: dict[str, Any], step: int) -> list[float]:
@@ -55,12 +55,12 @@ def sparse_adam(row: list[float], grad: list[float], state: dict[str, Any], step
 
 LR = 0.1
 OPTIMIZERS: dict[str, tuple[Callable[..., list[float]], Callable[[Iterable[Any]], torch.optim.Optimizer]]] = {
-    "sgd": (sgd, lambda p: torch.optim.SGD(p, lr=LR)),
+    "sgd": (sgd, lambda p: torch.optim.SGD(p, lr=LR / 100)),
     "adagrad": (adagrad, lambda p: torch.optim.Adagrad(p, lr=LR, initial_accumulator_value=0.25)),
     "sparse_adam": (sparse_adam, lambda p: torch.optim.SparseAdam(list(p), lr=LR)),
 }
 
-ADMIT = {"always": Always(), "sightings": AfterSightings(3, width=4096), "probability": WithProbability(0.4)}
+ADMIT = {"always": Always(), "sightings": AfterSightings(2, width=4096), "probability": WithProbability(0.4)}
 EVICT = {"none": None, "lru": Capacity(64 * 8), "lfu": Capacity(64 * 8, by="lfu"), "ttl": TimeToLive(16)}
 """Capacity of 64 slices with 8 rows each; a time to live with which slices are looked at in two turns."""
 
@@ -141,9 +141,10 @@ class Oracle:
                 if self.slice(i) % turns == self.step % turns and self.step - row.last >= self.evict.steps
             ]
         if isinstance(self.evict, Capacity):
-            share, gone = self.evict.rows // self.slices, []
-            for s in range(self.slices):
-                mine = [i for i in self.rows if self.slice(i) == s]
+            share, gone, held = self.evict.rows // self.slices, [], defaultdict(list)
+            for i in self.rows:
+                held[self.slice(i)].append(i)
+            for mine in held.values():
                 if len(mine) > share:
                     by = self.evict.by == "lfu"
                     mine.sort(key=lambda i: (self.rows[i].count if by else 0, self.rows[i].last, signed(self.key(i))))
@@ -158,8 +159,9 @@ def train(table: DynamicEmbedding, optimizer: torch.optim.Optimizer, lookups: Se
     losses = []
     for ids in lookups:
         rows = table(ids)
-        slopes = torch.tensor([[slope(i, c) for c in range(rows.shape[-1])] for i in ids.reshape(-1).tolist()])
-        losses.append((0.5 * rows.square() + slopes.to(rows).view(rows.shape) * rows).sum())
+        asked = [[slope(i, c) for c in range(rows.shape[-1])] for i in ids.reshape(-1).tolist()]
+        slopes = torch.tensor(asked, dtype=torch.float64).view(rows.shape)
+        losses.append((0.5 * rows.square() + slopes * rows).sum())
     sum(losses).backward()
     optimizer.step()
 
