@@ -257,6 +257,8 @@ def test_dense_gradients_are_refused():
     (table(IDS(3)).sum() + table.weight.square().sum()).backward()
     with pytest.raises(des.UnsupportedError, match=r"dense gradient.*Penalise the rows"):
         torch.optim.SGD(table.parameters(), lr=0.1).step()
+    with pytest.raises(des.UnsupportedError, match="dense gradient"):
+        table.end_step()
 
 
 @pytest.mark.parametrize("ids", [torch.ones(2), torch.ones(2, dtype=torch.int16), [1, 2], torch.ones(2).bool()])
@@ -316,6 +318,24 @@ def _compiled(rank, ranks):
 def test_compiling_is_refused_on_every_rank(on_ranks, ranks):
     said = on_ranks(_compiled, ranks)
     assert all("module '0' is a DynamicEmbedding" in text and "to_embedding" in text for text in said), said
+
+
+def test_a_state_with_more_slots_than_rows_allowed_is_taken():
+    """Most of its slots are free, and the optimiser's state has them too."""
+    large, small = DynamicEmbedding(2, evict=TimeToLive(1)), DynamicEmbedding(2, evict=TimeToLive(1), max_rows=300)
+    one, other = (torch.optim.SparseAdam(list(t.parameters()), lr=0.1) for t in (large, small))
+    for ids in (IDS(3000), IDS(2990, 3010), IDS(2990, 3010)):
+        large(ids).sum().backward()
+        one.step()
+        one.zero_grad()
+    small.load_state_dict(large.state_dict())
+    other.load_state_dict(one.state_dict())
+    for table, opt in ((large, one), (small, other)):
+        for ids in (IDS(2995, 3200), IDS(3050, 3250)):
+            table(ids).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+    assert contents(large) == contents(small)
 
 
 def test_all_strategies_are_tried():

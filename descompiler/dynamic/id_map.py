@@ -25,8 +25,8 @@ FEWEST_CELLS = 17
 FULL, CROWDED, GROWTH = 0.8, 0.6, 1.4
 """Of its cells a slice uses at most `FULL`; at `CROWDED` on average the next layout is begun, larger by `GROWTH`."""
 
-MOVED_FOR_EACH = 5
-"""Keys that move to the next layout for each key that is inserted: all have, before a quarter more is there."""
+MOVED_FOR_EACH = 4
+"""Keys that move to the next layout for each key that is inserted: all have, when a quarter more is there."""
 
 _LOW = 0xFFFFFFFF
 

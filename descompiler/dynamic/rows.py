@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from descompiler.dynamic.storage import Growing
+from descompiler.errors import UnsupportedError
 
 FEWEST_ROWS = 256
 WIDER = 4
@@ -51,9 +52,10 @@ class Rows:
         """Go on with another parameter, or with what a cast or a move has put into this one."""
         with torch.no_grad():
             self._held = Growing.holding(parameter.detach(), self.most)
-        self.parameter = parameter
+        known, self.parameter = self.parameter, parameter
         self._assign(self._held.tensor)
-        self._watch()
+        if known is not parameter:
+            self._watch()
 
     def write(self, slots: Tensor, values: Tensor) -> None:
         """Set rows of slots, for which there is room then."""
@@ -65,7 +67,8 @@ class Rows:
     def need(self, size: int) -> None:
         """Let the parameter have at least so many rows."""
         if size > len(self.tensor):
-            self._widen(max(size, len(self.tensor) * (WIDER + 1) // WIDER))
+            wider = max(size, len(self.tensor) * (WIDER + 1) // WIDER)
+            self._widen(wider if self.most is None else max(size, min(wider, self.most)))
 
     def clear(self, slots: Tensor) -> None:
         """Rows have gone: what comes of their gradients is nobody's."""
@@ -74,8 +77,7 @@ class Rows:
         for ticket in self.tickets:
             ticket.gone.append(slots)
         self.tensor[slots.to(self.tensor.device)] = 0
-        grad = self.parameter.grad
-        if grad is not None:
+        if (grad := self.gradient()) is not None:
             self.parameter.grad = _part(grad, torch.isin(grad._indices()[0], slots.to(grad.device)).logical_not_())
 
     def end_step(self, end: int) -> None:
@@ -86,8 +88,24 @@ class Rows:
 
     def pending(self) -> Tensor:
         """Slots whose gradient waits for an optimiser."""
-        grad = self.parameter.grad
+        grad = self.gradient()
         return torch.empty(0, dtype=torch.int64) if grad is None else grad._indices()[0].cpu()
+
+    def gradient(self) -> Tensor | None:
+        """The parameter's gradient.
+
+        Raises
+        ------
+        UnsupportedError
+            If it is dense.
+        """
+        grad = self.parameter.grad
+        if grad is not None and not grad.is_sparse:
+            raise UnsupportedError(
+                "the weight of a dynamic table has a dense gradient: it was used otherwise than by lookups, as in a "
+                "penalty on table.weight. Penalise the rows that lookups return"
+            )
+        return grad
 
     def settle(self) -> None:
         """Let the gradient have the parameter's shape."""
@@ -106,7 +124,7 @@ class Rows:
         return found
 
     def _widen(self, size: int) -> None:
-        self._held.grow(size if self.most is None else max(min(size, self.most), len(self.tensor)))
+        self._held.grow(size)
         self._assign(self._held.tensor)
 
     def _assign(self, data: Tensor) -> None:

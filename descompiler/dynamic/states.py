@@ -97,12 +97,7 @@ class States:
                     f"{name}({option}={group[option]}) on the weight of a dynamic table changes rows that the step has "
                     f"not looked up: give the table a parameter group with {option}=0"
                 )
-        grad = self._rows.parameter.grad
-        if grad is not None and not grad.is_sparse:
-            raise UnsupportedError(
-                "the weight of a dynamic table has a dense gradient: it was used otherwise than by lookups, as in a "
-                "penalty on table.weight. Penalise the rows that lookups return"
-            )
+        self._rows.gradient()
 
 
 def step_with(parameter: nn.Parameter, table: Stepped) -> None:
