@@ -291,8 +291,12 @@ def test_tables_that_can_not_be(make, text):
 
 @pytest.mark.parametrize("move", [lambda t: t.share_memory(), lambda t: t.to("meta")])
 def test_rows_stay_where_they_can_come_and_go(move):
+    table = DynamicEmbedding(2, name="user")
+    rows = table(IDS(4)).detach()
     with pytest.raises(des.UnsupportedError, match="can't be"):
-        move(DynamicEmbedding(2, name="user"))
+        move(table)
+    table(IDS(3000)).sum().backward()
+    assert torch.equal(table(IDS(4)), rows) and not table.weight.is_shared()
 
 
 def test_it_says_what_it_is():

@@ -130,6 +130,8 @@ class DynamicTable(nn.Module):
         super()._apply(fn, recurse)
         if self.weight.is_shared() or self.weight.is_meta:
             what = "shared between processes" if self.weight.is_shared() else "on the meta device"
+            self._parameters["weight"] = self._table.parameter  # as it was
+            self._table.adopt(self._table.parameter)
             raise UnsupportedError(f"the rows of a dynamic table{self._called()} can't be {what}: they come and go")
         if self.weight is not self._table.parameter or self.weight.data_ptr() != self._table.rows.tensor.data_ptr():
             self._table.adopt(self.weight)
