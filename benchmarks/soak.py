@@ -62,6 +62,15 @@ class Wide(Towers):
         return self.top(torch.cat([self.user(ids[:, 0]), self.item(ids[:, 1]), dense], 1)).squeeze(1)
 
 
+class DynamicTowers(Towers):
+    """Two tables whose rows come and go."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim)
+        evict = des.dynamic.Capacity(ITEMS // 2)
+        self.user, self.item = (des.DynamicEmbedding(dim, name=n, evict=evict) for n in ("user", "item"))
+
+
 class InBatch(Towers):
     """Negatives of the batch, a mean over it, a regulariser over a whole table."""
 
@@ -240,6 +249,8 @@ class Scenario:
     options: dict[str, Any] = field(default_factory=dict)
     step: Callable[[Any, Tensor], None] = once
     inputs: Callable[[Tensor], tuple[Tensor, ...]] = lambda ids: (ids,)
+    alone: bool = False
+    """Whether each rank trains the model as it is, by itself."""
 
 
 FORMS = ("row_wise", "column_wise", "table_wise", "unique_rows", "hot_rows", "sparse_all_gather", "fsdp", "replicate")
@@ -250,6 +261,7 @@ SCENARIOS: dict[str, Scenario] = {
     "sparse gather": Scenario(lambda d: Towers(d, sparse=True), {"plan": {"*": "sparse_all_gather"}}),
     "together": Scenario(lambda d: Towers(d, sparse=True), {"plan": {"*": "column_wise"}}),
     "fused": Scenario(lambda d: Towers(d, sparse=True), {"plan": {"*": "column_wise"}}, fused),
+    "dynamic": Scenario(DynamicTowers, alone=True),
     "batch norm": Scenario(lambda d: Towers(d, norm=True), {"plan": {"*": "row_wise"}}),
     "shared columns": Scenario(Wide, {"plan": {"*": "column_wise"}, "loss": "row_mean", "cluster": "bytes"}),
     "in-batch": Scenario(InBatch, {"plan": {"*": "row_wise"}}),
@@ -279,6 +291,8 @@ def prepared(scenario: Scenario, rows: int, dim: int) -> tuple[Any, Tensor]:
     """A scenario's module on this rank, and ids for a step."""
     torch.manual_seed(0)
     ids = torch.randint(0, ITEMS, (rows, 2))
+    if scenario.alone:
+        return scenario.model(dim), ids
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return des.compile(scenario.model(dim), scenario.inputs(ids[:8]), **scenario.options), ids

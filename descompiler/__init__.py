@@ -1,11 +1,13 @@
 """descompiler: compile an ordinary PyTorch recommender model into an equivalent distributed module."""
 
+from descompiler import dynamic
 from descompiler.captured import plan
 from descompiler.check.audit import Audit, audit
 from descompiler.check.calibrate import calibrate
 from descompiler.check.judge import Report
 from descompiler.check.verify import verify
 from descompiler.compiler import compile
+from descompiler.dynamic import DynamicEmbedding, DynamicEmbeddingBag
 from descompiler.errors import (
     CaptureError,
     DescompilerError,
@@ -13,6 +15,7 @@ from descompiler.errors import (
     InputError,
     PlanError,
     RankError,
+    TableFullError,
     UnsupportedError,
 )
 from descompiler.layout.traffic import Traffic
@@ -43,6 +46,8 @@ __all__ = [
     "Cluster",
     "DescompilerError",
     "DistributedModule",
+    "DynamicEmbedding",
+    "DynamicEmbeddingBag",
     "EquivalenceError",
     "FusedOptimizer",
     "InputError",
@@ -52,12 +57,14 @@ __all__ = [
     "Prefetch",
     "RankError",
     "Report",
+    "TableFullError",
     "Traffic",
     "TrainingState",
     "UnsupportedError",
     "audit",
     "calibrate",
     "compile",
+    "dynamic",
     "full_state_dict",
     "fuse_optimizer",
     "gather_rows",

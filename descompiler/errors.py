@@ -52,6 +52,10 @@ class InputError(DescompilerError, ValueError):
     """The inputs of a forward are not what the compiled model takes."""
 
 
+class TableFullError(DescompilerError):
+    """A dynamic table would have more rows than its ``max_rows``; nothing of it was changed."""
+
+
 class OtherShapesError(CaptureError, InputError):
     """There is no graph for the sizes of the inputs, which are not those of the example."""
 

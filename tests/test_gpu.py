@@ -45,3 +45,20 @@ def _created_on_the_device(rank, ranks):
 
 def test_tables_of_a_meta_model_are_created_on_the_device():
     assert on_ranks(_created_on_the_device, 2) == [({"cuda"}, "cuda")] * 2
+
+
+def test_a_dynamic_table_is_that_of_the_cpu():
+    """Rows on the device, who is resident on the host: the same rows in float64, through growth and eviction."""
+    found = []
+    for device in ("cpu", "cuda"):
+        table = des.DynamicEmbedding(4, evict=des.dynamic.Capacity(640), dtype=torch.float64, device=device)
+        opt = torch.optim.Adagrad(table.parameters(), lr=0.1)
+        for step in range(8):
+            opt.zero_grad()
+            ids = torch.arange(100 * step, 100 * step + 700, device=device)
+            (table(ids).square().sum() + table(ids[::3]).sum()).backward()
+            opt.step()
+        embedding, ids = table.to_embedding()
+        found.append((ids, embedding.weight.detach().cpu()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-10, atol=1e-10)

@@ -19,6 +19,7 @@ ORDER = (
     ("sheet",),
     ("cost_models",),
     ("ops",),
+    ("dynamic",),
     ("model",),
     ("layout",),
     ("graph",),
@@ -108,7 +109,9 @@ def test_every_folder_says_what_lives_in_it() -> None:
         assert len(ast.get_docstring(ast.parse(sources[name])) or "") > 80, name
 
 
-@pytest.mark.parametrize("ground", ["cost_models", "ops", "model", "layout", "graph", "classify", "tables", "region"])
+@pytest.mark.parametrize(
+    "ground", ["cost_models", "ops", "dynamic", "model", "layout", "graph", "classify", "tables", "region"]
+)
 def test_what_is_below_the_run_time_knows_no_process_group(ground: str) -> None:
     for module, source in package_sources().items():
         if folder(module) == ground:

@@ -1,0 +1,32 @@
+"""Tables without a vocabulary: rows come with the ids that training sees, and go again; in one process.
+
+The key space of a table is divided into slices, of which each decides by itself, from its own ids: who is resident,
+what was sighted, who has to go. So nothing changes when slices are divided among several owners.
+
+`embedding` has the modules that users hold, `table` what a lookup and the end of a step do, `residence` who has a row,
+`id_map` in which slot, `rows` the parameter that grows, `states` what optimisers keep for it, `admission` and
+`eviction` the strategies, `saved` what a state dict has, `static` and `export` the ways in from and out to what doesn't
+grow; `owners` says which rank has which slices. Start with `Table.look_up`; docs/dynamic.md has the whole picture.
+
+May import: errors.
+"""
+
+from descompiler.dynamic.admission import AfterSightings, Always, WithProbability
+from descompiler.dynamic.embedding import DynamicEmbedding, DynamicEmbeddingBag
+from descompiler.dynamic.eviction import Capacity, TimeToLive
+from descompiler.dynamic.initial import Constant, Normal, Uniform
+from descompiler.dynamic.static import from_embedding
+
+__all__ = [
+    "AfterSightings",
+    "Always",
+    "Capacity",
+    "Constant",
+    "DynamicEmbedding",
+    "DynamicEmbeddingBag",
+    "Normal",
+    "TimeToLive",
+    "Uniform",
+    "WithProbability",
+    "from_embedding",
+]

@@ -1,0 +1,190 @@
+"""Rows: the parameter of a dynamic table, which widens when rows come, and the lookup whose gradient knows who went."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from descompiler.dynamic.storage import Growing
+from descompiler.errors import UnsupportedError
+
+FEWEST_ROWS = 256
+WIDER = 4
+"""The parameter has a quarter more rows than it needs, or room for the step with most new rows twice over."""
+
+
+class Ticket:
+    """What the gradient of one lookup has to know: slots whose rows have gone since."""
+
+    __slots__ = ("__weakref__", "gone")
+
+    def __init__(self) -> None:
+        self.gone: list[Tensor] = []
+
+
+class Rows:
+    """The rows of a table in one parameter, by slot. Row 0 is the default row; rows of free slots are zeros.
+
+    The parameter gets wider between steps, if that is enough for the next one. If it isn't, lookups of before and after
+    have gradients of different shapes, which autograd takes to the parameter by different ways: they are brought to one
+    shape as they come.
+    """
+
+    def __init__(self, dim: int, dtype: torch.dtype, device: torch.device, most: int | None):
+        self.most = None if most is None else most + 1
+        self._held = Growing((1, dim), dtype, device, self.most)
+        self._coming = self._largest = 0
+        self._waiting: Tensor | None = None
+        self.tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
+        self.parameter = nn.Parameter(self._held.tensor)
+        self._watch()
+        self._widen(FEWEST_ROWS if self.most is None else min(FEWEST_ROWS, self.most))
+
+    @property
+    def tensor(self) -> Tensor:
+        """The rows, without history."""
+        return self._held.tensor
+
+    def adopt(self, parameter: nn.Parameter) -> None:
+        """Go on with another parameter, or with what a cast or a move has put into this one."""
+        with torch.no_grad():
+            self._held = Growing.holding(parameter.detach(), self.most)
+        known, self.parameter = self.parameter, parameter
+        self._assign(self._held.tensor)
+        if known is not parameter:
+            self._watch()
+
+    def write(self, slots: Tensor, values: Tensor) -> None:
+        """Set rows of slots, for which there is room then."""
+        self._coming += len(slots)
+        if len(slots):
+            self.need(int(slots.max()) + 1)
+            self.tensor[slots.to(self.tensor.device)] = values.to(self.tensor)
+
+    def need(self, size: int) -> None:
+        """Let the parameter have at least so many rows."""
+        if size > len(self.tensor):
+            wider = max(size, len(self.tensor) * (WIDER + 1) // WIDER)
+            self._widen(wider if self.most is None else max(size, min(wider, self.most)))
+
+    def clear(self, slots: Tensor) -> None:
+        """Rows have gone: what comes of their gradients is nobody's."""
+        if not len(slots):
+            return
+        for ticket in self.tickets:
+            ticket.gone.append(slots)
+        self.tensor[slots.to(self.tensor.device)] = 0
+        if (grad := self.gradient()) is not None:
+            self.parameter.grad = _part(grad, torch.isin(grad._indices()[0], slots.to(grad.device)).logical_not_())
+
+    def end_step(self, end: int) -> None:
+        """Widen the parameter for what the next step may bring, of which slots up to an end are taken now."""
+        self._largest, self._coming = max(self._largest, self._coming), 0
+        if end + self._largest > len(self.tensor):
+            self.need(end + 2 * self._largest)
+
+    def pending(self) -> Tensor:
+        """Slots whose gradient waits for an optimiser."""
+        grad = self.gradient()
+        return torch.empty(0, dtype=torch.int64) if grad is None else grad._indices()[0].cpu()
+
+    def gradient(self) -> Tensor | None:
+        """The parameter's gradient.
+
+        Raises
+        ------
+        UnsupportedError
+            If it is dense.
+        """
+        grad = self.parameter.grad
+        if grad is not None and not grad.is_sparse:
+            raise UnsupportedError(
+                "the weight of a dynamic table has a dense gradient: it was used otherwise than by lookups, as in a "
+                "penalty on table.weight. Penalise the rows that lookups return"
+            )
+        return grad
+
+    def settle(self) -> None:
+        """Let the gradient have the parameter's shape."""
+        grad = self.parameter.grad
+        if grad is not None and grad.is_sparse and grad.shape != self.parameter.shape:
+            self.parameter.grad = _shaped(grad, self.parameter.shape)
+
+    def look_up(self, slots: Tensor) -> Tensor:
+        """Rows of slots, with a history if gradients are asked for."""
+        slots = slots.to(self.tensor.device)
+        if not (torch.is_grad_enabled() and self.parameter.requires_grad):
+            return self.tensor.index_select(0, slots)
+        ticket = Ticket()
+        self.tickets.add(ticket)
+        found: Tensor = _LookUp.apply(self.parameter, slots, ticket)
+        return found
+
+    def _widen(self, size: int) -> None:
+        self._held.grow(size)
+        self._assign(self._held.tensor)
+
+    def _assign(self, data: Tensor) -> None:
+        # what accumulates the gradient knows the parameter's shape, and lives as long as graphs that lead to it; it is
+        # given up only when the dtype changes
+        other = torch.float16 if data.dtype != torch.float16 else torch.float32
+        self.parameter.data = torch.empty(0, dtype=other, device=data.device)
+        self.parameter.data = data
+
+    def _watch(self) -> None:
+        rows = weakref.ref(self)
+
+        def comes(grad: Tensor) -> None:
+            held = rows()
+            if held is not None and (before := held.parameter.grad) is not None and before.shape != grad.shape:
+                held._waiting, held.parameter.grad = before, None  # a sum of two shapes would fail
+
+        def came(parameter: nn.Parameter) -> None:
+            if (held := rows()) is None or parameter is not held.parameter:
+                return
+            held.settle()
+            if held._waiting is not None and parameter.grad is not None:
+                parameter.grad = _shaped(held._waiting, parameter.shape) + parameter.grad
+                held._waiting = None
+
+        self.parameter.register_hook(comes)
+        self.parameter.register_post_accumulate_grad_hook(came)
+
+
+def _shaped(grad: Tensor, shape: torch.Size) -> Tensor:
+    """A sparse gradient in another number of rows."""
+    return torch.sparse_coo_tensor(
+        grad._indices(), grad._values(), shape, check_invariants=False, is_coalesced=grad.is_coalesced()
+    )
+
+
+def _part(grad: Tensor, rows: Tensor) -> Tensor:
+    """Some entries of a sparse gradient."""
+    return torch.sparse_coo_tensor(
+        grad._indices()[:, rows],
+        grad._values()[rows],
+        grad.shape,
+        check_invariants=False,
+        is_coalesced=grad.is_coalesced(),
+    )
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, slots: Tensor, ticket: Ticket) -> Tensor:
+        ctx.save_for_backward(slots)
+        ctx.shape, ctx.ticket = weight.shape, ticket
+        return weight.detach().index_select(0, slots)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (slots,) = ctx.saved_tensors
+        trained = slots != 0
+        for gone in ctx.ticket.gone:
+            trained.logical_and_(torch.isin(slots, gone.to(slots.device)).logical_not_())
+        values = grad[trained]
+        return torch.sparse_coo_tensor(slots[trained][None], values, ctx.shape, check_invariants=False), None, None

@@ -1,0 +1,142 @@
+"""A dynamic table: who is resident, their rows, and what optimisers keep; `Table.look_up` and `Table.end_step`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from descompiler.dynamic.admission import Admission
+from descompiler.dynamic.eviction import Eviction
+from descompiler.dynamic.hashing import mix, unmix, word_of
+from descompiler.dynamic.initial import Initial
+from descompiler.dynamic.residence import Residence
+from descompiler.dynamic.rows import Rows
+from descompiler.dynamic.states import States, step_with
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a table is made from; those of equal configurations that see the same sets of ids step by step are equal."""
+
+    dim: int
+    name: str
+    seed: int
+    init: Initial
+    admit: Admission
+    evict: Eviction | None
+    max_rows: int | None
+
+    @property
+    def salt(self) -> int:
+        """What makes the keys of this table other ones than those of another name or seed."""
+        return word_of(self.seed, self.name)
+
+
+class Table:
+    """The rows of ids, which come and go.
+
+    Parameters
+    ----------
+    config : Config
+    dtype : torch.dtype
+        Of rows.
+    device : torch.device
+        Of rows; who is resident is known on the CPU.
+
+    Examples
+    --------
+    >>> from descompiler.dynamic import Always, Constant
+    >>> config = Config(2, "user", 0, Constant(0.5), Always(), None, None)
+    >>> table = Table(config, torch.float32, torch.device("cpu"))
+    >>> table.look_up(torch.tensor([7, -7]), create=True).tolist()
+    [[0.5, 0.5], [0.5, 0.5]]
+    >>> table.look_up(torch.tensor([7, 8]), create=False).tolist()
+    [[0.5, 0.5], [0.0, 0.0]]
+    >>> table.resident().tolist()
+    [-7, 7]
+    """
+
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device):
+        self.config, self._salt = config, config.salt
+        self.restart()
+        self.rows = Rows(config.dim, dtype, device, config.max_rows)
+        self.states = States(self.rows)
+        step_with(self.rows.parameter, self)
+
+    residence: Residence
+
+    def restart(self) -> Residence:
+        """Nobody is resident any more; rows are as they were."""
+        self.residence = Residence(self.config.admit, self.config.evict, self.config.max_rows)
+        return self.residence
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The rows, by slot."""
+        return self.rows.parameter
+
+    def adopt(self, parameter: nn.Parameter) -> None:
+        """Have the rows in another parameter, or in what this one was cast or moved to."""
+        self.rows.adopt(parameter)
+        step_with(parameter, self)
+
+    def keys(self, ids: Tensor) -> Tensor:
+        """The keys of ids."""
+        return mix(ids ^ self._salt)
+
+    def look_up(self, ids: Tensor, *, create: bool) -> Tensor:
+        """The rows of ids (int64 ``[n]``, on the CPU), default rows for those that have none.
+
+        Parameters
+        ----------
+        ids : Tensor
+        create : bool
+            Whether this is training: ids are sighted, and get rows if they are admitted.
+
+        Raises
+        ------
+        TableFullError
+            If there would be more rows than ``max_rows``; nothing has changed.
+        """
+        keys = self.keys(ids)
+        if not create:
+            return self.rows.look_up(self.residence.find(keys))
+        slots, came, places = self.residence.look_up(keys)
+        self._begin(came, places)
+        return self.rows.look_up(slots)
+
+    def end_step(self) -> None:
+        """End a step: rows go, and what was sighted counts from now on.
+
+        Steps of the parameter's optimiser do that. A row whose gradient an optimiser has not taken yet stays.
+        """
+        self._end_step(self.rows.pending())
+
+    def after_optimizer(self) -> None:
+        """End a step whose gradients have been taken."""
+        self._end_step(torch.empty(0, dtype=torch.int64))
+
+    def enter(self, ids: Tensor, rows: Tensor) -> None:
+        """Give rows to ids that differ and have none, and are not asked whether they are admitted."""
+        places = self.residence.enter(self.keys(ids))
+        self.states.fresh.append(places)
+        self.rows.write(places, rows)
+
+    def ids_of(self, slots: Tensor) -> Tensor:
+        """The ids of slots that are taken."""
+        return unmix(self.residence.map.keys.tensor[slots]) ^ self._salt
+
+    def resident(self) -> Tensor:
+        """The ids that have rows, sorted."""
+        return self.ids_of(self.residence.resident()).sort().values
+
+    def _begin(self, came: Tensor, places: Tensor) -> None:
+        if len(came):
+            self.states.fresh.append(places)
+            self.rows.write(places, self.config.init.values(came, self.config.dim))
+
+    def _end_step(self, kept: Tensor) -> None:
+        self.rows.clear(self.residence.end_step(kept))
+        self.rows.end_step(self.residence.free.end)
