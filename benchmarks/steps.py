@@ -224,23 +224,23 @@ def worker(task: dict[str, Any]) -> None:
             dist.barrier()
             ask_link(rank, link)
             dist.barrier()
-            if link not in clusters:
+            if link not in clusters and ranks > 1:
                 clusters[link] = des.calibrate(seconds_per_size=task["calibrate_s"])
-            chosen = partial(compiled.by_bytes, cluster=clusters[link])
+            chosen = partial(compiled.by_bytes, cluster=clusters.get(link, "bytes"))
             by_cluster = {
                 compiled.BY_CLUSTER: chosen,
                 f"{compiled.BY_CLUSTER}{compiled.FUSED}": partial(chosen, fused="auto"),
                 f"{compiled.BY_CLUSTER}{compiled.PURE}": partial(chosen, fused="torch"),
                 f"{compiled.BY_CLUSTER}{compiled.AHEAD}": partial(chosen, fused="auto", ahead=True),
             }
-            by_cluster = {n: b for n, b in by_cluster.items() if wanted(n)}
+            by_cluster = {n: b for n, b in by_cluster.items() if wanted(n) and link in clusters}
             added, refused_here = build_all(case, by_cluster, say)
             every = {**added, **runners}
             of = measure(every, batches, task["rounds"], task["most_s"], link != LOOPBACK)
             voided = void(every)
             run = {"workload": name, "rows": rows, "batch": batch, "ranks": ranks, "gradients": gradients, "link": link}
             run |= {"contestants": of, "refused": refused | refused_here, "void": voided}
-            run["predicted_s"] = compiled.predicted(case, clusters[link])
+            run["predicted_s"] = compiled.predicted(case, clusters[link]) if link in clusters else {}
             tell(rank, run)
             del added, every
     dist.barrier()
