@@ -257,9 +257,14 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the checkout; marked where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+    """Of the checkout; marked where files differ from it, beside those that results go to."""
+    written = [":!benchmarks/results", ":!docs/benchmarks.md"]
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    return (_git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def key(run: Mapping[str, Any]) -> str:
