@@ -38,8 +38,8 @@ from descompiler.planning.plan import Plan
 from descompiler.plugins import Kit
 from descompiler.region.flow import DEFAULT
 from descompiler.region.rule import Rule
+from descompiler.runtime.channels import TIMEOUT_S
 from descompiler.runtime.ranks import Ranks
-from descompiler.runtime.watch import TIMEOUT_S
 from descompiler.tables.form import Form
 from descompiler.version import VERSION
 

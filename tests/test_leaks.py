@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import descompiler
 from benchmarks.soak import SCENARIOS, memory, prepared
-from descompiler.runtime.watch import _WATCHED, Channels
+from descompiler.runtime.channels import _WATCHED, Channels
 from tests.harness.cases import cases
 from tests.harness.pool import RankPool
 

@@ -12,7 +12,6 @@ import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -30,7 +29,19 @@ from descompiler.classify.batch_values import (
 )
 from descompiler.classify.decisions import Decisions, decides_for_others
 from descompiler.classify.operator_kinds import DRAWN_BY_ROW, DROPPING, HEAVY, SEARCHED, SUM_OPERATORS
-from descompiler.classify.scope import CONSTANT, GLOBAL, OWN, OWN_ROWS, SIZE, SIZED, WHOLE, Scope, polynomial
+from descompiler.classify.scope import (
+    CONSTANT,
+    GLOBAL,
+    OWN,
+    OWN_ROWS,
+    SIZE,
+    SIZED,
+    WHOLE,
+    Scope,
+    polynomial,
+    symbols,
+    symbols_of,
+)
 from descompiler.classify.spare_row import OnSpareRow, reached_without_rows
 from descompiler.graph.arguments import LookupCall, operand, training_norm
 from descompiler.graph.leaf import Leaf
@@ -78,7 +89,7 @@ class _Classifier:
         inputs = [n for n, source in program.sources.items() if source.kind == "input"]
         self.trained = {n for i, n in enumerate(inputs) if i in trained}
         # sizes of inputs; a size with any other symbol depends on the values of data
-        self.known = {s for n in program.graph.nodes if n.op == "placeholder" for s in _symbols(value(n))}
+        self.known = {s for n in program.graph.nodes if n.op == "placeholder" for s in symbols(value(n))}
 
     def run(self) -> None:
         with torch.random.fork_rng(), torch.enable_grad():
@@ -95,9 +106,9 @@ class _Classifier:
 
     def _candidates(self, fake: Any) -> list[Rows]:
         """The ways in which a batch can lie in the one dimension of a fake tensor that depends on the batch size."""
-        if not isinstance(fake, Tensor) or not _symbols(fake) <= self.known:
+        if not isinstance(fake, Tensor) or not symbols(fake) <= self.known:
             return []
-        dims = [d for d, size in enumerate(fake.shape) if self.program.batch in _symbols_of(size)]
+        dims = [d for d, size in enumerate(fake.shape) if self.program.batch in symbols_of(size)]
         if len(dims) != 1:
             return []
         size: Any = fake.shape[dims[0]]
@@ -388,14 +399,6 @@ class _Classifier:
             return all(assembles(r, x, w) for r, w, *x in zip(rows, whole, *parts, strict=True))
 
         return bool(decides_for_others(run, reproduces, sum(self.batch.splits[0])))
-
-
-def _symbols_of(size: Any) -> set[sympy.Symbol]:
-    return set() if isinstance(size, int) else set(size.node.expr.free_symbols)
-
-
-def _symbols(x: Any) -> set[sympy.Symbol]:
-    return set().union(*map(_symbols_of, x.shape)) if isinstance(x, Tensor) else set()
 
 
 def _only_drops(node: fx.Node) -> bool:

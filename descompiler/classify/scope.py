@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+from torch import Tensor
 from torch import fx
 
 from descompiler.graph.nodes import value
@@ -97,3 +98,13 @@ def polynomial(expr: Any, program: Program) -> tuple[int, ...] | None:
         return None
     found = tuple(sympy.Poly(expr, batch).all_coeffs()[::-1])
     return tuple(int(c) for c in found) if all(c.is_Integer for c in found) else None
+
+
+def symbols_of(size: Any) -> set[sympy.Symbol]:
+    """What a size is made of; a number of nothing."""
+    return set() if isinstance(size, int) else set(size.node.expr.free_symbols)
+
+
+def symbols(x: Any) -> set[sympy.Symbol]:
+    """What the sizes of a value are made of."""
+    return set().union(*map(symbols_of, x.shape)) if isinstance(x, Tensor) else set()

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from descompiler.eager.elements import (
     COPIES,
@@ -33,9 +32,9 @@ from descompiler.eager.elements import (
     INITIALISERS,
     RANDOM,
     SPECIAL,
-    changes_in_place,
     is_local,
 )
+from descompiler.eager.fetched import fetched
 from descompiler.eager.held import Whose, on_pieces, refused, take_in_lists, tensors_among
 from descompiler.eager.piece import Piece, local
 from descompiler.eager.rows import are_constants, of_batch
@@ -133,30 +132,6 @@ NEVER_USES = GIVES_PIECES | COPIES | INITIALISERS | RANDOM
 """What uses none, also where a graph is made."""
 
 
-class Fetched(Tensor):
-    """Rows of a piece's original, asked for where no graph is made: a copy, where one process has a view."""
-
-    original: str
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if changes_in_place(func) and args and isinstance(args[0], Fetched):
-            raise UnsupportedError(
-                f"{function_name(func)} of rows of {args[0].original!r}: they are a copy, fetched from the ranks that "
-                "hold them, and a change of it is lost. Write the rows themselves, p[3] = 0 or p[:7] = 0, under "
-                "torch.no_grad(), or the whole, des.load_full_state_dict(module, state)"
-            )
-        result = local(func, args, kwargs or {})
-        given = args[0] if args else None
-        if type(result) is Tensor and isinstance(given, Fetched) and _is_view(result, given):
-            return _fetched(result, given.original)  # of the copy
-        return result
-
-
-def _is_view(x: Tensor, of: Tensor) -> bool:
-    return x.numel() > 0 and x.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
-
-
 class OfParameters(Tensor):
     """Computed of parameters alone outside of the compiled method, or a number of the global batch that it returned."""
 
@@ -251,7 +226,7 @@ def _intercept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         result = _fetched_lookup(func, args, kwargs)
         found = _on_whole(func, args, kwargs) if result is NotImplemented else _looked_up(result, args, kwargs)
         if func is Tensor.__getitem__ and isinstance(args[0], ShardedParameter) and not torch.is_grad_enabled():
-            return found if has_indices(args[1]) else _fetched(found, args[0].original)
+            return found if has_indices(args[1]) else fetched(found, args[0].original)
         return found
     if func in PRODUCTS:
         return _on_whole(func, args, kwargs)
@@ -282,12 +257,6 @@ def _intercept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def has_indices(key: Any) -> bool:
     """Whether indexing copies: by tensors or lists. By numbers and slices it is a view."""
     return any(isinstance(k, Tensor | list | np.ndarray) for k in (key if isinstance(key, tuple) else (key,)))
-
-
-def _fetched(x: Tensor, original: str) -> Fetched:
-    result: Fetched = plain(x).as_subclass(Fetched)
-    result.original = original
-    return result
 
 
 def _common(args: Any, kwargs: Any) -> Any:
@@ -415,31 +384,3 @@ def _index_rows(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         ids = torch.where(ids < 0, ids + weight.pieces.shape[0], ids)
     rows, inverse, _ = weight.exchange.fetch(weight, ids, False)
     return rows[inverse]
-
-
-class SynchroniseNorms(TorchFunctionMode):
-    """Batch norm in training takes its statistics over the global batch."""
-
-    def __init__(self, exchange: PieceTransport, *, spare: bool = False):
-        super().__init__()
-        self.exchange = exchange
-        self.spare = spare  # the rows are none of the batch
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.batch_norm:
-            return func(*args, **(kwargs or {}))
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        call: dict[str, Any] = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
-        call |= dict(zip(names, args, strict=False)) | (kwargs or {})
-        if not call["training"]:
-            return func(*args, **(kwargs or {}))
-        self.exchange.agree("batch norm", Kind.NORM)
-        x = call["input"][:0] if self.spare else call["input"]
-        arguments = (call[n] for n in ("weight", "bias", "running_mean", "running_var", "momentum", "eps"))
-        out = self.exchange.runtime.batch_norm(x, *arguments)
-        if out.requires_grad:
-            out.register_hook(self._before_backward)
-        return call["input"] + out.sum() if self.spare else out  # a sum over no rows: 0
-
-    def _before_backward(self, gradient: Tensor) -> None:
-        self.exchange.runtime.meet("backward of batch norm")

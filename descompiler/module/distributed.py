@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,35 +15,35 @@ from descompiler.eager.functions import Finish
 from descompiler.eager.gradients import GradientSync
 from descompiler.eager.parameters import numbers_of_batch, substitute, weigh_outside
 from descompiler.emit.emit import Emitted
-from descompiler.emit.stages import staged
-from descompiler.errors import CaptureError, InputError, OtherShapesError, UnsupportedError, warn
+from descompiler.errors import CaptureError, InputError, UnsupportedError
 from descompiler.graph.nodes import Source
 from descompiler.layout.rows import Rows
 from descompiler.layout.step import DenseGradients, UsedOutputs
-from descompiler.model.attributes import AttributeWatch, Place
+from descompiler.model.attributes import AttributeWatch
 from descompiler.model.calls import Signature
 from descompiler.model.kept import copies_of
 from descompiler.model.kinds import Kinds
 from descompiler.module.ahead import Waiting
 from descompiler.module.contents import Contents, Moment
-from descompiler.module.global_ids import OTHER_SIZES, given_ids, told_ids
+from descompiler.module.global_ids import OTHER_SIZES, given_ids
 from descompiler.module.parts import Parts, UsersForward
+from descompiler.module.programs import ChoosesPrograms
 from descompiler.module.reports import Reports
-from descompiler.module.sizes import SAMPLE_ROWS, Programs, Sized, Sizes, begin_again
+from descompiler.module.sizes import Programs
 from descompiler.module.standard import StandardCalls, watch_loading
 from descompiler.ops.local import differentiable, plain, widest
 from descompiler.planning.plan import Plan
-from descompiler.runtime.agreement import Call, Kind, NotAheadError, OtherProgramError
+from descompiler.runtime.agreement import NotAheadError, OtherProgramError
 from descompiler.runtime.ahead import Ahead
 from descompiler.runtime.backward import Used, behind
 from descompiler.runtime.gradients import Reducer
-from descompiler.runtime.untraced import is_compiled, untraced
+from descompiler.runtime.untraced import untraced
 
 OF_A_STEP = frozenset(("_given", "_ids", "_used", "_planned", "_told", "_latest", "_looked", "_of_step"))
 """What a forward sets: no part of the module."""
 
 
-class DistributedModule(StandardCalls, Reports):
+class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
     """This rank's part of a model; called, trained and moved as the original.
 
     Parameters keep the original names; each is this rank's piece (0 rows or columns where it owns nothing).
@@ -215,54 +214,6 @@ class DistributedModule(StandardCalls, Reports):
         self._runtime.wire_dtype, self._dtypes = dtype, dtypes
         object.__setattr__(self, "plan", replace(plan, itemsize=dtype.itemsize, layout=layout, labels=labels))
 
-    def _call_of(self, changes: Sequence[tuple[Place, Any]]) -> Call:
-        """Which program this forward runs."""
-        given, grads = () if self._given is None else self._given.told, torch.is_grad_enabled()
-        given = (*given, *told_ids(self._ids, self.plan.layout))
-        moment = self._moment()
-        said = repr((changes, given, sorted(self._sparse)))  # a program is another one for inputs of other dtypes
-        key = said, grads
-        of, call = moment.known.get("call", (None, Call()))
-        if of != key:
-            number = zlib.crc32(bytes((*moment.flags, *self._trained())) + said.encode())
-            name = ", ".join(["training" if self.training else "evaluation", self._gradients_mode(), *given])
-            if changes and self._attributes is not None:
-                name += f", {self._attributes.told(changes)}"
-            call = Call(Kind.PROGRAM, 2 * number + grads, name)
-            moment.known["call"] = key, call
-        return call
-
-    def _users_forward(self, error: CaptureError) -> UsersForward:
-        """What runs the user's own forward, where the graph for these training flags was not captured.
-
-        Raises
-        ------
-        CaptureError
-            If gradients are on: those of the pieces are the other graph's business.
-        OtherShapesError
-            If they are on, and it is for these sizes of inputs that there is no graph.
-        """
-        if torch.is_grad_enabled():
-            if isinstance(error, OtherShapesError):
-                raise error
-            raise CaptureError(
-                f"the model was captured in other training flags (dtypes, sizes) only, not in these ({error}). Its own "
-                "forward can run in these with gradients off: call it within torch.no_grad()",
-                error.failures,
-            ) from error
-        key = self._training_flags()
-        if key not in self._forwards:
-            assert self._forward_for is not None
-            warn(
-                "the model was not captured as a graph in these training flags; its own forward runs, and fetches or "
-                f"gathers what it uses of split parameters. {error}"
-            )
-            values = {n: plain(p).detach() for n, p in self.named_parameters()}
-            self._forwards[key] = self._forward_for(
-                dict(zip(self._flags, key, strict=True)), values, dict(self.named_buffers(remove_duplicate=False))
-            )
-        return self._forwards[key]
-
     def _noticing(self, outputs: Sequence[Tensor], rows: Sequence[Rows | None]) -> list[Tensor]:
         """The outputs, so that ranks agree which gradients a backward is asked for; ``rows``: of each."""
         me, r = weakref.ref(self), self._runtime
@@ -309,18 +260,6 @@ class DistributedModule(StandardCalls, Reports):
         self._begin(emitted)
         return self._run(tensors, emitted, program)
 
-    def _compilable(self, emitted: Emitted) -> nn.Module:
-        """What a forward runs: in stages, if it is called within `torch.compile`."""
-        if not is_compiled():
-            return emitted.module
-        if self._runtime.ranks == 1 and len({x for x in emitted.behind.possible if x}) > 1:  # on several they tell
-            warn(
-                "torch.compile: this model runs uncompiled on one rank, as some parameters are behind some of its "
-                "outputs only, and where a loss ignores one a compiled graph gives them zeros in place of no gradient"
-            )
-            return emitted.module
-        return staged(emitted.module)
-
     def _gone_ahead(self, emitted: Emitted, tensors: Sequence[Tensor]) -> Ahead | None:
         """What was sent of these very inputs for this program, which is taken once."""
         found = next((w for w in self._ahead if w.is_of(self._runtime.call, emitted, self._now(), tensors)), None)
@@ -328,21 +267,6 @@ class DistributedModule(StandardCalls, Reports):
             return None
         self._ahead.remove(found)
         return found.ahead
-
-    def _known_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], Sized, Call] | None:
-        """Inputs, program and call of a forward on this batch now; None if nothing has been run so before."""
-        assert self._signature is not None
-        self._same_flags()
-        tensors, other = self._signature.call_of(args, kwargs)
-        before, self._given = self._given, Kinds.of(tensors, self._programs.known(other))
-        try:
-            found = self._programs.find(self._program_key(), self._given)
-            call = self._call_of(self._changes()).with_sizes(self._given.sizes)
-        finally:
-            self._given = before
-        if found is None or self._moment().dtypes != self._dtypes:
-            return None
-        return tensors, found, call
 
     def _values(self, emitted: Emitted, sources: Sequence[Source], tensors: Sequence[Tensor] = ()) -> list[Tensor]:
         now, used = self._now(), self._used
@@ -362,29 +286,6 @@ class DistributedModule(StandardCalls, Reports):
             values += (value,)
         return values
 
-    def _program_for_inputs(self, tensors: Sequence[Tensor]) -> Emitted:
-        """The program; captured on these inputs, if the example's can't be given their sizes."""
-        try:
-            return self._sized().emitted
-        except OtherShapesError:
-            raise
-        except InputError:
-            return self._sized([x[:SAMPLE_ROWS] for x in tensors]).emitted
-
-    def _begin_again(self, tensors: Sequence[Tensor]) -> tuple[Emitted, nn.Module]:
-        """What this rank runs where ranks' inputs have other sizes, or their rows are others. Collective."""
-        mine = self._given
-
-        def program(sizes: Sizes, rows: int, sample: Sequence[Tensor] | None) -> Sized:
-            assert mine is not None
-            self._given = replace(mine, sizes=sizes, rows=rows)
-            return self._sized(sample)
-
-        try:
-            return begin_again(self._runtime, tensors, program, self._values, self._begin)
-        finally:
-            self._given = mine
-
     def _same_flags(self) -> None:
         """This module and its host are one module under two names; users switch one of them to evaluation."""
         host = vars(self)["_host"]
@@ -392,56 +293,6 @@ class DistributedModule(StandardCalls, Reports):
             self.training = host.training
         elif host is not None:
             host.training = self.training
-
-    def _trained(self) -> list[bool]:
-        """By parameter, whether this forward's backward gives it a gradient: the same on every rank."""
-        trained = self._moment().trained
-        return trained if torch.is_grad_enabled() else [False] * len(trained)
-
-    def _gradients_mode(self) -> str:
-        if not torch.is_grad_enabled():
-            return "gradients off"
-        return f"gradients on, {self._trained().count(False)} parameters frozen"
-
-    def _training_flags(self) -> tuple[bool, ...]:
-        return self._moment().flags
-
-    def _sized(self, sample: Sequence[Tensor] | None = None) -> Sized:
-        found = self._program_now(sample)
-        if self._attributes is not None and self._attributes.add(found.emitted.reads):
-            found = self._program_now(sample)  # it is the first, or the first in these training flags
-        return found
-
-    def _changes(self) -> tuple[tuple[Place, Any], ...]:
-        """What users changed of the plain attributes that forward reads, in a model that was compiled in place."""
-        return () if self._attributes is None else self._attributes.changes()
-
-    def _program_key(self) -> tuple[Any, ...]:
-        """What programs are told apart by, sizes aside."""
-        now = self._now()
-        moment = self._moment()
-        if "thawed" not in moment.known:
-            known = zip(now.parameters, moment.trained, strict=True)
-            moment.known["thawed"] = tuple(n for n, trained in known if trained and n in self._frozen)
-        given = self._given and (self._given.dtypes, self._given.called, self._given.trained)
-        return moment.flags, moment.held, moment.known["thawed"], self._changes(), given, self._sparse
-
-    def _program_now(self, sample: Sequence[Tensor] | None) -> Sized:
-        key, now = self._program_key(), self._now()
-        flags, held_now, thawed, changes, *_ = key
-
-        def make() -> Emitted:
-            assert self._program_for is not None
-            if changes and self._attributes is not None:
-                warn(
-                    f"{self._attributes.told(changes)}: the model is captured anew, as it will be for every other "
-                    "value. A buffer may change without that"
-                )
-            training = dict(zip(self._flags, flags, strict=True))
-            held = dict(zip((*now.parameters, *now.buffers), held_now, strict=True))
-            return self._program_for(training, self._sparse, held, thawed, changes, self._given, sample)
-
-        return self._programs.get(key, self._given, make)
 
     def _replicas(self, program: Emitted) -> dict[str, nn.Parameter]:
         """The parameters whose gradients the reducer averages: whole on every rank, trained, and used."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from descompiler.eager.functions import total
-from descompiler.eager.parameters import SynchroniseNorms
+from descompiler.eager.norms import SynchroniseNorms
 from descompiler.eager.survey import MEAN, ROWS, SAME, SUM
 from descompiler.emit.emit import Emitted
 from descompiler.errors import InputError, UnsupportedError, warn

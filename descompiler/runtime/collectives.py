@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from descompiler.runtime.watch import Entered, entered, over
+from descompiler.runtime.channels import entered, over
+from descompiler.runtime.watch import Entered
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from descompiler.layout.traffic import Traffic, all_gather_bytes, all_reduce_bytes
+from descompiler.runtime.channels import Channels
 from descompiler.runtime.collectives import Clock, Pending, all_gather, all_reduce, all_to_all
-from descompiler.runtime.watch import Channels
 
 T = TypeVar("T")
 

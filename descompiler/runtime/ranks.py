@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 from descompiler.errors import DescompilerError, RankError, warn
 from descompiler.runtime.agreement import say, settle
+from descompiler.runtime.channels import TIMEOUT_S, Channels
 from descompiler.runtime.collectives import broadcast_object
 from descompiler.runtime.runtime import Runtime
 from descompiler.runtime.shutdown import rest_at_exit
-from descompiler.runtime.watch import TIMEOUT_S, Channels
 
 T = TypeVar("T")
 
