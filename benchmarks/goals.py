@@ -113,7 +113,13 @@ def _order(run: Run, _: Sequence[Run]) -> float | None:
     both = [n for n in predicted if n in times]
     if len(both) < 3 or run["ranks"] == 1:
         return None
-    return statistics.correlation([predicted[n] for n in both], [times[n] for n in both], method="ranked")
+    return statistics.correlation(_ranks([predicted[n] for n in both]), _ranks([times[n] for n in both]))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """The place of each among all, the mean of places where they are equal."""
+    ordered = sorted(values)
+    return [ordered.index(x) + (ordered.count(x) - 1) / 2 for x in values]
 
 
 GOALS = (

@@ -41,8 +41,9 @@ from their owners (dedup pull), and whole tables on ranks that send partial sums
   least and the most; a round takes as long as on its slowest rank. Losses are compared after the same steps: a
   contestant whose losses differ by more than {rtol:g} is void, and has no numbers.
 - A batch is each rank's rows. Ids have Zipf's distribution, exponent 1.05, popular ones lie anywhere in a table.
-- `by bytes` is what `des.compile` chooses by default, `by cluster` with `cluster=des.calibrate()` on these links. With
-  a `fused optimiser` tables are updated in backward (`des.fuse_optimizer`), as TorchRec's and those by hand are.
+- `by bytes` is the plan with `cluster="bytes"`, `by cluster` with `cluster=des.calibrate()` on these links. With
+  a `fused optimiser` tables are updated in backward (`des.fuse_optimizer`), as TorchRec's and those by hand are;
+  `prefetched`: ids of the next batch travel during this one's step (`des.prefetch`).
   The model has a table a field, as users write it; DDP has one table of all fields, but where it says otherwise.
 - **Ratios** are the other's time through the compiled module's: above 1, the compiled module is faster. **Regret** is
   the chosen plan's time through that of the fastest form: below 1, the plan is faster than every single form.
@@ -106,6 +107,8 @@ def regrets(runs: Sequence[Mapping[str, Any]]) -> str:
                 plan = run["contestants"].get(chosen, {}).get("plan", "")
                 cells += [f"{of[chosen] / forms[fastest]:.2f}" if chosen in of else "", plan]
             rows.append(" | ".join(cells))
+    if not rows:
+        return ""
     return markdown(f"{CASE} | fastest form | ms | regret by bytes | plan | regret by cluster | plan", rows)
 
 

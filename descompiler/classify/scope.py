@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
-from torch import Tensor
-from torch import fx
+from torch import Tensor, fx
 
 from descompiler.graph.nodes import value
 from descompiler.graph.program import Program

@@ -68,6 +68,7 @@ class ChoosesPrograms(nn.Module):
         moment = self._moment()
         said = repr((changes, given, sorted(self._sparse)))  # a program is another one for inputs of other dtypes
         key = said, grads
+        call: Call
         of, call = moment.known.get("call", (None, Call()))
         if of != key:
             number = zlib.crc32(bytes((*moment.flags, *self._trained())) + said.encode())
