@@ -1,5 +1,6 @@
 """Rows of dynamic tables and what optimisers keep: growing within a step, late gradients, slots used anew."""
 
+import copy
 import gc
 import weakref
 
@@ -259,6 +260,42 @@ def test_a_cast_keeps_the_table():
     assert torch.equal(table(IDS(400)), of(seed=3)(IDS(400)).float())
     table.to("cpu")
     assert len(table) == 2 * FEWEST_ROWS
+
+
+def test_a_frozen_table_is_copied_and_thawed():
+    table = of()
+    table(IDS(3))
+    table.requires_grad_(False)
+    other = copy.deepcopy(table)
+    assert not other.weight.requires_grad and not other(IDS(5)).requires_grad
+    other.requires_grad_(True)
+    lookups = [other(IDS(4)), other(IDS(4 * FEWEST_ROWS))]
+    (lookups[0].sum() + lookups[1].sum()).backward()
+    assert float(other.weight.grad.to_dense().sum()) == 2 * (4 + 4 * FEWEST_ROWS)
+
+
+def test_rows_that_come_in_inference_mode_are_trained():
+    table, alike = of(admit=AfterSightings(2)), of(admit=AfterSightings(2))
+    with torch.inference_mode():
+        table(IDS(3 * FEWEST_ROWS))
+    alike(IDS(3 * FEWEST_ROWS))
+    for t in (table, alike):
+        t.end_step()
+        opt = torch.optim.Adagrad(t.parameters(), lr=0.1)
+        t(IDS(2, 9)).square().sum().backward()
+        opt.step()
+    assert contents(table) == contents(alike) and len(table) == 7
+
+
+def test_a_gradient_asked_for_leaves_the_one_that_waits():
+    """Of lookups since the parameter has grown; that of before has its shape since."""
+    table = of()
+    table(IDS(3)).sum().backward()
+    rows = table(IDS(4 * FEWEST_ROWS))
+    assert table.weight.grad.shape == table.weight.shape
+    (asked,) = torch.autograd.grad(rows.sum(), table.weight)
+    assert float(asked.to_dense().sum()) == 8 * FEWEST_ROWS
+    assert float(table.weight.grad.to_dense().sum()) == 6
 
 
 def test_nothing_is_held_of_steps_and_tables():

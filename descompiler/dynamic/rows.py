@@ -126,6 +126,7 @@ class Rows:
     def _widen(self, size: int) -> None:
         self._held.grow(size)
         self._assign(self._held.tensor)
+        self.settle()
 
     def _assign(self, data: Tensor) -> None:
         # what accumulates the gradient knows the parameter's shape, and lives as long as graphs that lead to it; it is
@@ -150,8 +151,11 @@ class Rows:
                 parameter.grad = _shaped(held._waiting, parameter.shape) + parameter.grad
                 held._waiting = None
 
+        trained = self.parameter.requires_grad  # a frozen one may be thawed, and takes no hooks until then
+        self.parameter.requires_grad_(True)
         self.parameter.register_hook(comes)
         self.parameter.register_post_accumulate_grad_hook(came)
+        self.parameter.requires_grad_(trained)
 
 
 def _shaped(grad: Tensor, shape: torch.Size) -> Tensor:

@@ -100,11 +100,13 @@ class Table:
         TableFullError
             If there would be more rows than ``max_rows``; nothing has changed.
         """
-        keys = self.keys(ids)
         if not create:
-            return self.rows.look_up(self.residence.find(keys))
-        slots, came, places = self.residence.look_up(keys)
-        self._begin(came, places)
+            return self.rows.look_up(self.residence.find(self.keys(ids)))
+        with torch.inference_mode(False):  # what comes in such a mode stays, and is trained later
+            slots, came, places = self.residence.look_up(self.keys(ids))
+            if len(came):
+                self.states.fresh.append(places)
+                self.rows.write(places, self.config.init.values(came, self.config.dim))
         return self.rows.look_up(slots)
 
     def end_step(self) -> None:
@@ -131,11 +133,6 @@ class Table:
     def resident(self) -> Tensor:
         """The ids that have rows, sorted."""
         return self.ids_of(self.residence.resident()).sort().values
-
-    def _begin(self, came: Tensor, places: Tensor) -> None:
-        if len(came):
-            self.states.fresh.append(places)
-            self.rows.write(places, self.config.init.values(came, self.config.dim))
 
     def _end_step(self, kept: Tensor) -> None:
         self.rows.clear(self.residence.end_step(kept))
