@@ -55,7 +55,6 @@ from benchmarks.workloads import WORKLOADS
 
 CONTESTANTS: dict[str, Build] = {
     compiled.BY_BYTES: compiled.by_bytes,
-    **eager.CONTESTANTS,
     **ddp.CONTESTANTS,
     **torch_rec.CONTESTANTS,
     **dedup_pull.CONTESTANTS,
@@ -214,10 +213,12 @@ def worker(task: dict[str, Any]) -> None:
         asked = task["contestants"]
         return any(part in contestant for part in asked) if asked else contestant != ddp.AS_WRITTEN
 
+    contestants = CONTESTANTS | (eager.CONTESTANTS if ranks == 1 else {})
+
     for name, rows, batch, gradients in task["cases"]:
         say(f"{name}, {rows:,} rows, batch {batch}, {ranks} ranks, {gradients} gradients")
         case = Case(WORKLOADS[name](rows), batch, gradients == "sparse", rank, ranks)
-        chosen = {n: b for n, b in CONTESTANTS.items() if wanted(n)}
+        chosen = {n: b for n, b in contestants.items() if wanted(n)}
         batches = [case.batch(i) for i in range(BATCHES)]
         runners, refused = build_all(case, chosen, say)
         for link in task["links"]:

@@ -350,3 +350,27 @@ def test_a_hook_that_waits_for_several_gradients_is_refused_where_they_are_of_pi
     for message in on_ranks(_with_a_hook_of_several, 2, "row_wise"):
         assert message.startswith("UnsupportedError: register_multi_grad_hook on ")
     assert on_ranks(_with_a_hook_of_several, 2, "replicate") == ["nothing", "nothing"]
+
+
+def _of_one_row(rank, ranks, rows):
+    torch.manual_seed(0)
+    module = des.compile(Tasks().double(), (IDS,), loss="sum")
+    number = module(IDS[:rows] if rank == 0 else IDS[rows:4])[2]
+    constant, said = torch.ones(1, dtype=torch.float64), None
+    if (rows, rank) == (1, 0):
+        said, constant = raised(lambda: number * constant), constant[0]
+    (number * constant * 3).sum().backward()
+    return said, des.local_tensor(module.b.bias.grad)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_constant_of_one_row_is_not_taken_for_a_row(rows, on_ranks):
+    """On a rank with one row nobody can tell which of both it is; elsewhere it counts once."""
+    torch.manual_seed(0)
+    model = Tasks().double()
+    (model(IDS[:4])[2] * 3).backward()
+    for said, gradient in on_ranks(_of_one_row, 2, rows):
+        assert said is None or all(
+            x in said for x in ("UnsupportedError", "test_unused.py", "one row", "Python number")
+        )
+        assert not gradient.numel() or torch.allclose(gradient, model.b.bias.grad)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks.contestants import Build, Case, Contestant, Module, NotPossible, adagrad
+from benchmarks.contestants import Build, Case, Contestant, Module, adagrad
 
 
 def eager(case: Case) -> Contestant:
     """The model and its optimiser, both PyTorch's."""
-    if case.ranks > 1:
-        raise NotPossible("of one process")
     model = case.workload.model(case.sparse)
     return Module(model, case.workload.loss, [adagrad(model.parameters())])
 

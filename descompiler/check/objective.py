@@ -54,8 +54,10 @@ class Objective:
                 continue
             o = o if layout is None else layout.lead(o)
             x = real_parts(o.reshape(1, -1) if layout is None else o.unsqueeze(-1).flatten(1)).flatten(1)
-            rows = torch.arange(x.shape[0], dtype=torch.float64, device=o.device).reshape(-1, 1)
-            rows = rows if layout is None else rows + first
+            # of what has no rows a number without dimensions: a tensor of one row would be taken for a batch's
+            rows = torch.zeros((), dtype=torch.float64, device=o.device)
+            if layout is not None:
+                rows = first + torch.arange(x.shape[0], dtype=torch.float64, device=o.device).reshape(-1, 1)
             terms = x if self.plain else (1 + (x - torch.cos(rows)) ** 2).sqrt()
             if weights is not None and layout is not None:
                 terms = terms * weights.to(x.device).reshape(-1, 1)

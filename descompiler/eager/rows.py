@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from descompiler.ops.functions import TERMS
+from descompiler.errors import UnsupportedError, running_at
+from descompiler.ops.functions import TERMS, function_name
 from descompiler.runtime.agreement import Agreement
 
 
@@ -37,6 +38,11 @@ def are_constants(
     """Whether tensors that have as many rows as this rank can't be the batch's: the global one would not fit there.
 
     A zero that terms of a loss are added to, in turn, has one.
+
+    Raises
+    ------
+    UnsupportedError
+        If that is not known: on a rank with one row, a constant of one row looks as that row's labels do.
     """
     if any(x.grad_fn is not None for x in batch):
         return False
@@ -59,4 +65,11 @@ def are_constants(
             return False
         return True
 
+    if rows == 1 and runtime.ranks > 1 and fits(every):
+        at = running_at()
+        raise UnsupportedError(
+            f"{function_name(func)}{f' at {at}' if at else ''}: what counts once for the whole batch meets a tensor of "
+            f"shape {tuple(batch[0].shape)} on a rank that has one row: is that a constant, or this row's? Write a "
+            "constant as a Python number or a tensor without dimensions; compute what is of rows in the compiled method"
+        )
     return bool(rows) and every != rows and not fits(every) and fits(rows)
