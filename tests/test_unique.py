@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from descompiler.ops.unique import unique
@@ -14,6 +14,7 @@ IDS = st.one_of(
 )
 
 
+@example([2**61, 1, 2**61, 1 - 2**61, 5], torch.int64, (3,))  # beside positions of three bits
 @given(IDS, st.sampled_from([torch.int64, torch.int32]), st.sampled_from([(), (3,), (2, 2), (0,)]))
 def test_it_is_torchs_and_sums_in_order(ids, dtype, tail):
     given_ids = torch.tensor(ids, dtype=torch.int64).to(dtype)
