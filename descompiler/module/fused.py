@@ -245,8 +245,8 @@ def fuse_optimizer(
     row_wise : bool
         Adagrad with one number for each row, the mean of its squares.
     backend : {"auto", "fbgemm", "torch"}
-        Whose kernels make the step: FBGEMM's where every rank has it and it is the same to rounding in less time, which
-        is Adagrad of float32 tables on CPUs, and PyTorch's for the rest. With "fbgemm" a rank that lacks it raises.
+        Whose kernels make the step: FBGEMM's where every rank has it and it is the same to rounding, which is Adagrad
+        of float32 tables on CPUs, and PyTorch's for the rest. With "fbgemm" a rank that lacks it raises.
     **options
         As the optimiser's: ``lr``, ``eps``, ``betas``, ``lr_decay``, ``initial_accumulator_value``, ``maximize``.
 
