@@ -1,9 +1,9 @@
 """FBGEMM's Adagrad for rows of tables, over tables and states that stay PyTorch's (``descompiler[fbgemm]``).
 
 This kernel sorts ids, and then sums, squares and moves each row while it is in the cache. PyTorch's operators pass over
-the rows several times, but tables looked up with the same ids share a sort (`descompiler.ops.unique`): neither is the
-faster always, docs/benchmarks.md has both. The kernel is for float32 on CPUs; lookups, SGD and Adagrad of one number a row
-take PyTorch's operators no more time.
+the rows several times, but tables looked up with the same ids share a sort (`descompiler.ops.unique`). Neither is the
+faster always: docs/benchmarks.md has both. The kernel is for float32 on CPUs; lookups, SGD and Adagrad of one number
+a row take PyTorch's operators no more time.
 """
 
 from __future__ import annotations
