@@ -23,6 +23,8 @@ class Table:
         Whether its gradient is sparse.
     line : str
         Of the user's code, where it is first used.
+    dynamic : bool
+        Whether its rows come and go, and ids are any numbers of 64 bits; ``rows`` are those that are expected.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Table:
     sparse: bool = False
     trained: bool = True
     line: str = ""
+    dynamic: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -324,7 +324,7 @@ def _splits_of(operators: list[Operator], plan: Plan) -> dict[str, Split]:
             result[o.name] = split_as(o, fallback().name, plan.ranks)
             if not plan.pieces[o.name].is_replicated:
                 raise PlanError(f"weight {o.name!r} was cut for another graph (training flags differ); plan again")
-        elif reason := o.refusals.get(result[o.name].form):
+        elif plan.ranks > 1 and (reason := o.refusals.get(result[o.name].form)):
             raise PlanError(
                 f"table {o.name!r} was split by {result[o.name].form} for another graph (training flags differ), and "
                 f"in this one {reason}: pin it to another form"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from descompiler.builder import Builder
 from descompiler.captured import Captured
+from descompiler.dynamic.embedding import DynamicTable
 from descompiler.emit.emit import Emitted
 from descompiler.errors import CaptureError, InputError, PlanError, UnsupportedError, step_of
 from descompiler.graph.program import Failure
@@ -24,6 +25,7 @@ from descompiler.model.probe import CALL, check_model
 from descompiler.model.stale import Stale
 from descompiler.module.deferred import DeferredModule
 from descompiler.module.distributed import DistributedModule
+from descompiler.module.dynamic import dynamic_tables
 from descompiler.module.initial import initial_values
 from descompiler.module.installed import install
 from descompiler.module.parts import Parts
@@ -257,9 +259,14 @@ def distribute(
             f"{', '.join(names)}: the method that is compiled sets what its graph does not compute, so who reads it "
             "afterwards gets an error. Return the value from the method, let it be a buffer, or set it where it is read"
         )
-    values, buffers = initial_values(
-        model, build.template, chosen.pieces, seed, build.device, ranks, in_place=host is not None
-    )
+    if host is not None and captured.program.dynamic:
+        raise UnsupportedError(
+            f"in_place=True of a model with dynamic tables ({', '.join(sorted(captured.program.dynamic))}): this "
+            "rank's rows would have to leave the user's object. Compile it without, and use the module"
+        )
+    tables = dynamic_tables(model, build.template, chosen.pieces, ranks)
+    of = model, build.template, chosen.pieces, seed, build.device, ranks
+    values, buffers = initial_values(*of, in_place=host is not None, without=tables)
     runtime, in_place = ranks.runtime(loss), host is not None
 
     def advise(batches: Sequence[Any]) -> tuple[Plan, Plan]:
@@ -269,7 +276,8 @@ def distribute(
         kept = plan if isinstance(plan, Mapping) else None
         return agreed(asked, chosen.forms, rows, of, ranks), agreed(asked, kept, rows, of, ranks)
 
-    parts = Parts(build.template, chosen, runtime, values, buffers, coverage, host, in_place, advise=advise)
+    held = values, buffers, coverage, host, in_place
+    parts = Parts(build.template, chosen, runtime, *held, advise=advise, tables=tables)
 
     def program_for(training: dict[str, bool], sparse: frozenset[str], *now: Any) -> Emitted:
         current = build.of_now(training, *now)
@@ -319,7 +327,9 @@ def _warn_of_what_is_lost(model: nn.Module, host: nn.Module | None, ranks: Ranks
             f"{', '.join(names)} hold tensors that require gradients and are not among parameters(): they are "
             "constants of the compiled model. Use nn.ParameterList, or register them, if they are to be trained"
         )
-    hooked = [n for n, p in model.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks]
+    own = {id(m.weight) for m in model.modules() if isinstance(m, DynamicTable)}  # its own hooks, in every copy
+    every = [(n, p) for n, p in model.named_parameters() if id(p) not in own]
+    hooked = [n for n, p in every if p._backward_hooks or p._post_accumulate_grad_hooks]
     if hooked and host is None:
         ranks.warn(
             f"gradient hooks on {', '.join(hooked)} are the original's and are not called: register them on the "

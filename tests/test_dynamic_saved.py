@@ -310,21 +310,6 @@ def test_it_says_what_it_is():
     assert bool(DynamicEmbedding(2)) and len(DynamicEmbedding(2)) == 0
 
 
-def _compiled(rank, ranks):
-    model = nn.Sequential(DynamicEmbedding(2), nn.Linear(2, 1))
-    try:
-        des.compile(model, (torch.arange(3),))
-    except des.UnsupportedError as error:
-        return str(error)
-    return "compiled"
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_compiling_is_refused_on_every_rank(on_ranks, ranks):
-    said = on_ranks(_compiled, ranks)
-    assert all("module '0' is a DynamicEmbedding" in text and "to_embedding" in text for text in said), said
-
-
 def test_a_state_with_more_slots_than_rows_allowed_is_taken():
     """Most of its slots are free, and the optimiser's state has them too."""
     large, small = DynamicEmbedding(2, evict=TimeToLive(1)), DynamicEmbedding(2, evict=TimeToLive(1), max_rows=300)

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.export import _trace
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, ShapeEnv
 
+from descompiler.dynamic.stand_in import named_stand_ins
 from descompiler.errors import CaptureError, innermost
 from descompiler.graph.nodes import Source, aten
 from descompiler.graph.program import Program
@@ -372,4 +373,5 @@ def _program_of(exported: Any, template: nn.Module, traced: Flat, registered: se
     if batch is None:
         raise CaptureError("the batch size was specialised while tracing: forward depends on its value")
     parameters = {n: p.detach().requires_grad_(p.requires_grad) for n, p in template.named_parameters()}
-    return Program(graph, sources, constants, parameters, traced.training, batch)
+    dynamic = frozenset(name for name, _ in named_stand_ins(template))
+    return Program(graph, sources, constants, parameters, traced.training, batch, dynamic=dynamic)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,25 @@ from descompiler.errors import InputError, UnsupportedError
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MODES = ("sum", "mean", "max")
+
+
+def check_ids(ids: Any, named: str) -> None:
+    """Raise unless these are ids of any dynamic table."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise InputError(
+            f"{named} was given ids of {kind}: ids are int64 or int32 tensors; "
+            "hash strings, and don't convert ids to floating numbers, which are exact up to 2**53 (2**24) only"
+        )
+
+
+def check_bags(ids: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None, mode: str) -> None:
+    """Raise unless these are bags of a mode."""
+    if per_sample_weights is not None and mode != "sum":
+        raise InputError(f"per_sample_weights are of mode='sum', and the bags' mode is {mode!r}")
+    if (ids.dim(), offsets is not None) not in ((1, True), (2, False)):
+        given = "without offsets" if offsets is None else "and offsets"
+        raise InputError(f"ids of {ids.dim()} dimensions {given}: bags are ids [bags, length], or [n] with offsets")
 
 
 class DynamicTable(nn.Module):
@@ -96,6 +116,23 @@ class DynamicTable(nn.Module):
         """
         export.to_parquet(self._table, path)
 
+    def part_of(self, owners: Tensor | None, rank: int) -> DynamicTable:
+        """A table of the same kind, empty, which looks up the ids of a rank's slices of the key space alone.
+
+        Parameters
+        ----------
+        owners : Tensor or None
+            The rank of each slice; None: all are this rank's.
+        rank : int
+        """
+        made = type(self).__new__(type(self))
+        vars(made).update({n: copy.copy(x) if isinstance(x, dict) else x for n, x in vars(self).items()})
+        table = made._table = Table(self._table.config, self.weight.dtype, self.weight.device)
+        table.owners, table.rank = owners, rank
+        made._parameters["weight"] = table.parameter
+        table.parameter.requires_grad_(self.weight.requires_grad)
+        return made
+
     def extra_repr(self) -> str:
         config = self._table.config
         parts = [str(config.dim), f"rows={len(self)}"]
@@ -106,14 +143,14 @@ class DynamicTable(nn.Module):
 
     def _rows_of(self, ids: Tensor) -> Tensor:
         """Rows of ids of any shape."""
-        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
-            kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-            raise InputError(
-                f"{type(self).__name__}{self._called()} was given ids of {kind}: ids are int64 or int32 tensors; "
-                "hash strings, and don't convert ids to floating numbers, which are exact up to 2**53 (2**24) only"
-            )
+        check_ids(ids, type(self).__name__ + self._called())
         flat = ids.reshape(-1).to("cpu", torch.int64)
         table, create = self._table, self.training
+        if table.owners is not None:
+            raise UnsupportedError(
+                f"{type(self).__name__}{self._called()} of a compiled module is called outside of its forward, and "
+                "this rank has rows of some ids only: call the compiled module"
+            )
         if self.padding_idx is None:
             rows = table.look_up(flat, create=create)
         else:
@@ -254,11 +291,7 @@ class DynamicEmbeddingBag(DynamicTable):
         InputError
             For ids of other shapes or kinds, and weights without mode="sum".
         """
-        if per_sample_weights is not None and self.mode != "sum":
-            raise InputError(f"per_sample_weights are of mode='sum', and the bags' mode is {self.mode!r}")
-        if (ids.dim(), offsets is not None) not in ((1, True), (2, False)):
-            given = "without offsets" if offsets is None else "and offsets"
-            raise InputError(f"ids of {ids.dim()} dimensions {given}: bags are ids [bags, length], or [n] with offsets")
+        check_bags(ids, offsets, per_sample_weights, self.mode)
         rows = self._rows_of(ids).view(-1, self.embedding_dim)
         at, padding = torch.arange(ids.numel(), device=rows.device).view(ids.shape), len(rows)
         if self.padding_idx is not None or not ids.numel():  # torch makes no bags of no rows

@@ -86,6 +86,10 @@ class Residence:
     def __len__(self) -> int:
         return len(self.map)
 
+    def slices_of(self, keys: Tensor) -> Tensor:
+        """The slice of each key."""
+        return slice_of(keys, self.slices)
+
     def find(self, keys: Tensor) -> Tensor:
         """Slots of keys; 0, the default row's, for those without a row."""
         return self.map.find(keys)

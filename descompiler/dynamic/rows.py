@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,23 @@ from torch import Tensor, nn
 from descompiler.dynamic.storage import Growing
 from descompiler.errors import UnsupportedError
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 FEWEST_ROWS = 256
 WIDER = 4
 """The parameter has a quarter more rows than it needs, or room for the step with most new rows twice over."""
+
+
+def as_plain(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function see tensors as plain ones: the parameter may be of a class that ranks' parts of a table have."""
+
+    @functools.wraps(function)
+    def seen(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
+
+    return seen
 
 
 class Ticket:
@@ -38,6 +54,8 @@ class Rows:
         self._held = Growing((1, dim), dtype, device, self.most)
         self._coming = self._largest = 0
         self._waiting: Tensor | None = None
+        self.marked: Callable[[Tensor], Tensor] = lambda x: x
+        """What an optimiser's state of these rows is, beside a tensor: of a rank's part of a table, a piece."""
         self.tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
         self.parameter = nn.Parameter(self._held.tensor)
         self._watch()
@@ -70,6 +88,7 @@ class Rows:
             wider = max(size, len(self.tensor) * (WIDER + 1) // WIDER)
             self._widen(wider if self.most is None else max(size, min(wider, self.most)))
 
+    @as_plain
     def clear(self, slots: Tensor) -> None:
         """Rows have gone: what comes of their gradients is nobody's."""
         if not len(slots):
@@ -86,11 +105,13 @@ class Rows:
         if end + self._largest > len(self.tensor):
             self.need(end + 2 * self._largest)
 
+    @as_plain
     def pending(self) -> Tensor:
         """Slots whose gradient waits for an optimiser."""
         grad = self.gradient()
         return torch.empty(0, dtype=torch.int64) if grad is None else grad._indices()[0].cpu()
 
+    @as_plain
     def gradient(self) -> Tensor | None:
         """The parameter's gradient.
 
@@ -107,27 +128,30 @@ class Rows:
             )
         return grad
 
+    @as_plain
     def settle(self) -> None:
         """Let the gradient have the parameter's shape."""
         grad = self.parameter.grad
         if grad is not None and grad.is_sparse and grad.shape != self.parameter.shape:
             self.parameter.grad = _shaped(grad, self.parameter.shape)
 
-    def look_up(self, slots: Tensor) -> Tensor:
-        """Rows of slots, with a history if gradients are asked for."""
+    def look_up(self, slots: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Rows of slots, with a history if gradients are asked for: of the parameter, or what has been made of it."""
         slots = slots.to(self.tensor.device)
         if not (torch.is_grad_enabled() and self.parameter.requires_grad):
             return self.tensor.index_select(0, slots)
         ticket = Ticket()
         self.tickets.add(ticket)
-        found: Tensor = _LookUp.apply(self.parameter, slots, ticket)
+        found: Tensor = _LookUp.apply(self.parameter if weight is None else weight, self.tensor, slots, ticket)
         return found
 
+    @as_plain
     def _widen(self, size: int) -> None:
         self._held.grow(size)
         self._assign(self._held.tensor)
         self.settle()
 
+    @as_plain
     def _assign(self, data: Tensor) -> None:
         # what accumulates the gradient knows the parameter's shape, and lives as long as graphs that lead to it; it is
         # given up only when the dtype changes
@@ -138,11 +162,13 @@ class Rows:
     def _watch(self) -> None:
         rows = weakref.ref(self)
 
+        @as_plain
         def comes(grad: Tensor) -> None:
             held = rows()
             if held is not None and (before := held.parameter.grad) is not None and before.shape != grad.shape:
                 held._waiting, held.parameter.grad = before, None  # a sum of two shapes would fail
 
+        @as_plain
         def came(parameter: nn.Parameter) -> None:
             if (held := rows()) is None or parameter is not held.parameter:
                 return
@@ -178,10 +204,11 @@ def _part(grad: Tensor, rows: Tensor) -> Tensor:
 
 class _LookUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, slots: Tensor, ticket: Ticket) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, rows: Tensor, slots: Tensor, ticket: Ticket) -> Tensor:
+        # a view of the weight may have been made before the rows that have come since
         ctx.save_for_backward(slots)
         ctx.shape, ctx.ticket = weight.shape, ticket
-        return weight.detach().index_select(0, slots)
+        return rows.index_select(0, slots)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -191,4 +218,9 @@ class _LookUp(torch.autograd.Function):
         for gone in ctx.ticket.gone:
             trained.logical_and_(torch.isin(slots, gone.to(slots.device)).logical_not_())
         values = grad[trained]
-        return torch.sparse_coo_tensor(slots[trained][None], values, ctx.shape, check_invariants=False), None, None
+        return (
+            torch.sparse_coo_tensor(slots[trained][None], values, ctx.shape, check_invariants=False),
+            None,
+            None,
+            None,
+        )

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from descompiler.dynamic.rows import Rows
 from descompiler.dynamic.storage import Growing
 from descompiler.errors import UnsupportedError
+from descompiler.ops.local import plain
 
 INITIAL: dict[type[Optimizer], Callable[[Mapping[str, Any]], dict[str, float]]] = {
     SGD: lambda defaults: {},
@@ -65,9 +66,10 @@ class States:
             state = known.state.get(self._rows.parameter, {})
             for name, value in initial.items():
                 if name in state:
-                    state[name] = self._grown(held, name, state[name])
+                    grown = self._grown(held, name, plain(state[name]))
                     if fresh is not None:
-                        state[name][fresh.to(state[name].device)] = value
+                        grown[fresh.to(grown.device)] = value
+                    state[name] = self._rows.marked(grown)
         self.fresh.clear()
         self._rows.settle()
 
@@ -78,7 +80,7 @@ class States:
         if len(state) == size:
             return state
         growing = held.get(name)
-        if growing is None or growing.tensor is not state:  # loaded, or the optimiser's own
+        if growing is None or growing.tensor.data_ptr() != state.data_ptr():  # loaded, or the optimiser's own
             growing = held[name] = Growing.holding(state, self._rows.most)
         growing.grow(size)
         return growing.tensor

@@ -66,6 +66,9 @@ class Table:
         step_with(self.rows.parameter, self)
 
     residence: Residence
+    rank = 0
+    owners: Tensor | None = None
+    """The rank of each slice: ids of this one's are looked up here. None: all are."""
 
     def restart(self) -> Residence:
         """Nobody is resident any more; rows are as they were."""
@@ -100,14 +103,45 @@ class Table:
         TableFullError
             If there would be more rows than ``max_rows``; nothing has changed.
         """
+        return self.rows.look_up(self._slots(self.keys(ids), create=create))
+
+    def look_up_owned(
+        self, ids: Tensor, *, create: bool, padding_idx: int | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        """As `look_up`, of those ids that this table owns; zeros for the others, and for padding.
+
+        ``weight``: the parameter as the caller has it, which the gradient goes to.
+        """
+        keys = self.keys(ids)
+        mine = torch.ones_like(ids, dtype=torch.bool)
+        if self.owners is not None:
+            mine = self.owners[self.residence.slices_of(keys)] == self.rank
+        if padding_idx is not None:
+            mine &= ids != padding_idx
+        slots = torch.zeros_like(keys)
+        slots[mine] = self._slots(keys[mine], create=create)
+        return self.rows.look_up(slots, weight)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no slice is this rank's."""
+        return self.owners is not None and not bool((self.owners == self.rank).any())
+
+    def owner(self, ids: Tensor) -> Tensor:
+        """The rank of each id."""
+        slices = self.residence.slices_of(self.keys(ids))
+        return torch.zeros_like(slices) if self.owners is None else self.owners[slices]
+
+    def _slots(self, keys: Tensor, *, create: bool) -> Tensor:
+        """Slots of keys, 0 of those that have no rows; after those have come that are to have."""
         if not create:
-            return self.rows.look_up(self.residence.find(self.keys(ids)))
+            return self.residence.find(keys)
         with torch.inference_mode(False):  # what comes in such a mode stays, and is trained later
-            slots, came, places = self.residence.look_up(self.keys(ids))
+            slots, came, places = self.residence.look_up(keys)
             if len(came):
                 self.states.fresh.append(places)
                 self.rows.write(places, self.config.init.values(came, self.config.dim))
-        return self.rows.look_up(slots)
+        return slots
 
     def end_step(self) -> None:
         """End a step: rows go, and what was sighted counts from now on.

@@ -258,9 +258,17 @@ def _given_away(x: Tensor, parameter: Any) -> Any:
     """A parameter's gradient or data."""
     if not x.is_sparse:
         return held(x, parameter) if parameter.runtime.ranks > 1 else x
-    if sys._getframe(4).f_globals.get("__name__") == "torch.amp.grad_scaler" and parameter.runtime.ranks > 1:
+    if _asked_by("torch.amp.grad_scaler") and parameter.runtime.ranks > 1:
         return _Scaled(x, parameter)
     return x  # a sparse tensor can't be of another class
+
+
+def _asked_by(module: str) -> bool:
+    """Whether code of a module has made the call that is under way: the first that is none of this room."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(__package__):
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") == module
 
 
 class _Scaled:

@@ -16,8 +16,10 @@ from torch import fx
 
 from descompiler.classify import scope
 from descompiler.graph.nodes import Source
+from descompiler.ops.local import pool
 from descompiler.planning.exchanges import layout_of
 from descompiler.region.partition import Partition
+from descompiler.runtime.dynamic import look_up_dynamic
 from descompiler.tables.form import LookupPart, form_named
 
 
@@ -141,6 +143,10 @@ class Emission:
     def lookup(self, n: fx.Node, ids: fx.Node, weight: fx.Node) -> fx.Node:
         """This rank's part of a lookup, as the table's form has it."""
         o, x = self.partition.lookups[n]
+        if x.dynamic is not None:
+            of = o.name, weight, ids, x.dynamic.create, x.dynamic.padding_idx
+            rows = self.call(look_up_dynamic, self.runtime, *of)
+            return rows if x.mode is None else self.call(pool, rows, ids, x.mode, None)
         split, constants = self.partition.splits[o.name], self._form_constants.get(o.name, {})
         part = LookupPart(self.graph, self.runtime, self.rank, self.ranks, o, x, split, weight, ids, constants)
         return form_named(split.form).emit(part)

@@ -20,6 +20,7 @@ from descompiler.graph.leaf import Leaf
 from descompiler.graph.nodes import aten, is_tensor, signature, value
 from descompiler.layout.rows import Rows
 from descompiler.ops.local import differentiable, scale_grad
+from descompiler.runtime.dynamic import pull_dynamic
 from descompiler.runtime.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait, take
 from descompiler.runtime.leaf import LeafOnRanks
 from descompiler.tables.totals import emit_total
@@ -243,6 +244,10 @@ class OutsideEmitter:
 
     def _emit_fetched(self, n: fx.Node) -> fx.Node:
         number, index = self._fetched[n.name]
+        o, x = self.partition.lookups[n]
+        if x.dynamic is not None:
+            of = self.e.weight(o.name), self.e.own(x.ids), x.mode, x.dynamic.create, x.dynamic.padding_idx
+            return self.e.call(pull_dynamic, self.e.runtime, number, *of)
         if number not in self._fetched_rows:
             if number not in self._fetches:
                 begun = self.e.call(fetch_late, self.e.runtime, number, self._fetch_ids(number))
@@ -251,4 +256,4 @@ class OutsideEmitter:
             under_way = self._fetches[number]
             fetching = self.e.item(under_way, 0)
             self._fetched_rows[number] = fetching, self.e.call(fetch_wait, self.e.runtime, under_way)
-        return self.e.call(take, *self._fetched_rows[number], index, self.partition.lookups[n][1].mode)
+        return self.e.call(take, *self._fetched_rows[number], index, x.mode)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from descompiler.dynamic.stand_in import DynamicIds
 from descompiler.graph.nodes import aten, signature, value
 from descompiler.ops.local import bag, widest
 from descompiler.ops.vocabulary import Request, vocabulary
@@ -47,6 +48,14 @@ class LookupCall:
     @property
     def ids(self) -> fx.Node:
         return operand(self.node, 1)
+
+    @property
+    def dynamic(self) -> DynamicIds | None:
+        """How ids are looked up in a dynamic table; they are the operand of `ids` then. None: in a static one."""
+        if self.ids.target is not torch.ops.descompiler.stand_in_rows.default:
+            return None
+        _, salt, slices, rows, padding_idx, create = signature(self.ids).values()
+        return DynamicIds(salt, slices, rows, padding_idx, create)
 
     @property
     def mode(self) -> str | None:

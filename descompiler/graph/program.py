@@ -61,6 +61,8 @@ class Program:
         Numbers and flags that forward reads: a module's path, and its attribute's name. The graph has their values.
     guards : tuple of sympy.Basic
         Conditions on the rows of the global batch, in ``batch``: forward branches on it, and the graph has one way.
+    dynamic : frozenset of str
+        The parameters that stand in for the rows of dynamic tables.
     """
 
     graph: fx.Graph
@@ -76,6 +78,7 @@ class Program:
     left_behind: tuple[str, ...] = ()
     reads: frozenset[Place] = frozenset()
     guards: tuple[sympy.Basic, ...] = ()
+    dynamic: frozenset[str] = frozenset()
 
     def accepts(self, rows: int) -> bool:
         """Whether the graph is that of batches of so many rows; of one as of two, which it was traced on at least."""

@@ -14,10 +14,10 @@ from descompiler.ops.local import are_alike
 
 @dataclass(frozen=True)
 class Check:
-    """What the ids of a lookup have to be."""
+    """What the ids of a lookup have to be: below ``rows``, or any integers (None)."""
 
     table: str
-    rows: int
+    rows: int | None
     starts: tuple[int, ...] | None = None  # fields of an offsets table: column f's ids lie in its own range
     line: str = ""
     ignored: int | None = None  # an id that is allowed too: a target without a loss
@@ -32,7 +32,7 @@ class Check:
         name = self.named
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             return f"{name}: ids must be integers, and are {ids.dtype}; convert them with .long()"
-        if not ids.numel():
+        if not ids.numel() or self.rows is None:
             return None
         if self.starts is None:
             low, high = torch.stack(ids.aminmax()).tolist()  # one wait for the device
@@ -72,12 +72,12 @@ def are_in_range(checks: Sequence[Check], ids: Sequence[Tensor]) -> bool:
     """
     if len(ids) < 2 or not ids[0].numel() or not are_alike(ids) or ids[0].dtype not in (torch.int64, torch.int32):
         return False
-    for c in checks:
-        if c.starts is not None:
-            return False
+    rows = [c.rows for c in checks if c.starts is None and c.rows is not None]
+    if len(rows) < len(checks):
+        return False
     together = torch.stack(list(ids)).reshape(len(ids), -1)
-    rows = _limits((*[c.rows for c in checks],), together.device)
-    return not bool(((together < 0) | (together >= rows[:, None])).any())
+    limits = _limits((*rows,), together.device)
+    return not bool(((together < 0) | (together >= limits[:, None])).any())
 
 
 @functools.lru_cache(64)

@@ -23,6 +23,10 @@ DIGIT_BITS = 7
 """Of a byte of a distance between keys (`descompiler.runtime.differences`)."""
 
 
+ID_BYTES = 8
+"""Of an id of a dynamic table: ids that are hashes lie too far apart for distances."""
+
+
 def digits_of(rows: int) -> int:
     """Digits that the distances between keys of so many rows have at most.
 
@@ -44,6 +48,11 @@ def expected_bytes(unique: np.ndarray, rows: np.ndarray) -> np.ndarray:
     digits = digits_of(int(rows.max(initial=1)))
     sizes: np.ndarray = unique * (1 + sum(missing ** (1 << DIGIT_BITS * n) for n in range(1, digits)))
     return sizes
+
+
+def ids_bytes(unique: np.ndarray, rows: np.ndarray, *, dynamic: bool) -> np.ndarray:
+    """Bytes of so many unique ids as they cross: as distances, or as they are where they are any of 64 bits."""
+    return unique * ID_BYTES if dynamic else expected_bytes(unique, rows)
 
 
 @dataclass(frozen=True)

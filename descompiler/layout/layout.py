@@ -14,7 +14,7 @@ import torch
 from descompiler.layout.border import Entry, Exit, IdsIn, Part, ValuesOut, parts_on
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import CoupledValues, Whole, WholeTables
-from descompiler.layout.keys import expected_bytes
+from descompiler.layout.keys import ids_bytes
 from descompiler.layout.pieces import ALL
 from descompiler.layout.statistics import Statistics
 from descompiler.layout.step import LeafStatus
@@ -124,7 +124,7 @@ class Layout:
                 asked[here] = unique * (1 - own[here] - shares[ALL])
                 served += (ranks - here) * unique * own
                 shared[here] = unique * shares[ALL]
-                sizes = expected_bytes(unique * shares, t.pieces.sizes)
+                sizes = ids_bytes(unique * shares, t.pieces.sizes, dynamic=t.table.dynamic)
                 asked_bytes[here] = sizes[:ALL].sum() - sizes[:ALL][here]
                 shared_bytes[here] = sizes[ALL]
             result[t.name] = Counts(asked, served, shared, asked_bytes, shared_bytes)

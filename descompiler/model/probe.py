@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from descompiler.dynamic.embedding import DynamicTable
+from descompiler.dynamic.stand_in import stand_ins
 from descompiler.errors import CaptureError, InputError, UnsupportedError, warn
 from descompiler.model.attributes import copied, held_values, plain_attributes
 from descompiler.model.batch_size import BatchSize
@@ -43,11 +43,6 @@ def check_model(model: nn.Module) -> None:
                 f"{f'module {name!r}' if name else 'the model'} is TorchScript's, whose parameters can't be replaced "
                 "by pieces: compile with the Python module that was scripted or traced (functions may be scripted)"
             )
-        if isinstance(module, DynamicTable):
-            raise UnsupportedError(
-                f"module {name!r} is a {type(module).__name__}, whose rows come and go: it is not distributed yet. "
-                "Train the model in one process as it is, or with a static table: module.to_embedding() has its rows"
-            )
     check_memory(model)
     for name, p in model.named_parameters():
         if p.layout is not torch.strided and p.requires_grad:
@@ -74,7 +69,7 @@ def blueprint(model: nn.Module) -> nn.Module:
         else with_attributes(nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad), p)
         for p in model.parameters()
     }
-    result = copy.deepcopy(model, copied(model) | memo)
+    result = copy.deepcopy(model, copied(model) | memo | stand_ins(model, torch.device("meta")))
     keep_as_buffers(result)
     lost = []
     for prefix, module in result.named_modules():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from descompiler.eager.dynamic import substitute_dynamic
 from descompiler.eager.exchange import PieceExchange
 from descompiler.eager.functions import Finish
 from descompiler.eager.gradients import GradientSync
@@ -89,6 +90,7 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         self._reducer_key: Any = None
         self._reduced: dict[str, nn.Parameter] = {}  # of the latest step, by the reducer
         parts.fill(self)
+        runtime.tables = {name: table._table for name, table in parts.tables.items()}
         self._latest: Contents | None = None
         self._looked = False
         self._of_step: Moment | None = None
@@ -99,7 +101,10 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         self._exchange = PieceExchange(self._gradients, lambda: () if (module := me()) is None else module.buffers())
         self._exchange.weighs = runtime.loss != "rank_mean" and runtime.ranks > 1
         for name, p in self.named_parameters():
-            if not plan.pieces[name].is_replicated:
+            if name in runtime.tables:
+                if runtime.ranks > 1:
+                    substitute_dynamic(p, name, plan.pieces[name], runtime.tables[name], runtime)
+            elif not plan.pieces[name].is_replicated:
                 substitute(p, name, plan.pieces[name], self._exchange)
             elif self._in_place and self._exchange.weighs:
                 weigh_outside(p, self._exchange)

@@ -33,8 +33,11 @@ def initial_values(
     ranks: Ranks,
     *,
     in_place: bool = False,
+    without: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """This rank's pieces, from rank 0's model or from ``reset_parameters``; and rank 0's buffers. Collective.
+
+    ``without``: parameters that have their values otherwise.
 
     ``in_place``: the model's own parameters become the pieces, one by one, so that each original is freed before the
     next is cut.
@@ -44,25 +47,35 @@ def initial_values(
     PlanError
         On every rank, before anything is allocated, if the memory of a machine does not suffice.
     """
-    values = {}
+    values: dict[str, Tensor] = {}
     meta = ranks.of_first([n for n, p in trainable(model).items() if p.is_meta])
     instead = (
         "Run more ranks on more machines, create the model on the meta device, or compile it with in_place=True, which "
         "frees the original's parameters as they are cut"
     )
-    room = _room(model, pieces, ranks.rank, device, in_place=in_place)
+    room = _room(model, pieces, ranks.rank, device, without, in_place=in_place)
     check_room(ranks, room, device, "pieces of parameters", instead)
     if meta:
         seed = ranks.of_first(torch.initial_seed() if seed is None else seed)
         values = ranks.everywhere(lambda: reset_pieces(template, pieces, seed, ranks.rank, device, meta))
-    values |= send_from_first(template, model, pieces, ranks, without=meta, in_place=in_place)
+    values |= send_from_first(template, model, pieces, ranks, without=[*meta, *without], in_place=in_place)
     return values, send_buffers(model, template, ranks.group, ranks.rank, ranks.count)
 
 
-def _room(model: nn.Module, pieces: Mapping[str, Pieces], rank: int, device: torch.device, *, in_place: bool) -> int:
+def _room(
+    model: nn.Module,
+    pieces: Mapping[str, Pieces],
+    rank: int,
+    device: torch.device,
+    without: Collection[str],
+    *,
+    in_place: bool,
+) -> int:
     """Bytes that a rank has to allocate for its pieces, at most at one time."""
     free, most = 0, 0
     for name, p in trainable(model).items():
+        if name in without:
+            continue
         size = pieces[name].numel(rank) * p.element_size()
         kept = in_place and p.device == device  # the original is freed, or becomes the piece
         whole = kept and pieces[name].is_replicated

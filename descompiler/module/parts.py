@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from descompiler.dynamic.embedding import DynamicTable
 from descompiler.errors import UnsupportedError
 from descompiler.layout.rows import Rows
 from descompiler.model.kept import keep_as_buffers, with_attributes
@@ -44,6 +45,8 @@ class Parts:
         The model without its weights, of its own class; the template by default.
     advise : callable, optional
         From batches (rank 0's) the plan priced for their ids, and the best one. Collective.
+    tables : mapping of str to DynamicTable
+        This rank's part of each dynamic table, by the name of its weight.
     """
 
     template: nn.Module
@@ -56,6 +59,7 @@ class Parts:
     in_place: bool = False
     original: nn.Module | None = None
     advise: Callable[[Sequence[Any]], tuple[Plan, Plan]] | None = None
+    tables: Mapping[str, DynamicTable] = field(default_factory=dict)
 
     def fill(self, module: nn.Module) -> None:
         """Give a module its submodules, parameters and buffers."""
@@ -70,13 +74,16 @@ class Parts:
         mirrored: dict[int, nn.Module] = {id(self.template): module}  # a module of two names stays one
         scopes: dict[str, nn.Module] = {}
         for name, source in self.template.named_modules(remove_duplicate=False):
+            table = self.tables.get(f"{name}.weight".lstrip("."))
             if id(source) not in mirrored:
-                mirrored[id(source)] = _shell_of(source)
+                mirrored[id(source)] = _shell_of(source) if table is None else table
             scope = scopes[name] = mirrored[id(source)]
             scope.training = source.training
             if name:
                 parent, _, leaf = name.rpartition(".")
                 scopes[parent]._modules[leaf] = scope
+            if table is not None:
+                continue
             for leaf, p in source._parameters.items():
                 if p is None:
                     scope._parameters[leaf] = None

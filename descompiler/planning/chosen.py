@@ -22,7 +22,7 @@ from descompiler.cost_models.symbols import N, b, i, s
 from descompiler.cost_models.table import OfTable
 from descompiler.errors import PlanError
 from descompiler.layout.fetches import Counts
-from descompiler.layout.keys import expected_bytes
+from descompiler.layout.keys import ids_bytes
 from descompiler.layout.layout import Layout
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.spans import Spans, at
@@ -291,7 +291,8 @@ class Chosen:
         pieces, statistics = self.splits[t.name].pieces, Statistics.assumed([t.table])
         unique = self.unique.get(t.name, statistics.unique(t.name, self.rows))
         hot = unique * statistics.shares(t.name, pieces, self.rows)[-1]
-        id_bytes = float(expected_bytes(np.array([unique]), np.array([t.rows]))[0]) / max(unique, 1e-300)
+        of = np.array([unique]), np.array([t.rows])
+        id_bytes = float(ids_bytes(*of, dynamic=t.table.dynamic)[0]) / max(unique, 1e-300)
         return {"V": t.rows, "k": t.dim, "U": unique, "d": id_bytes, "H": pieces.shared_size(), "U_H": hot}
 
     def sends(self, t: PlannedTable) -> dict[str, tuple[sympy.Expr, int]]:

@@ -42,7 +42,7 @@ from descompiler.tables.totals import exchanges as total_exchanges
 def layout_of(partition: Partition) -> Layout:
     """What the programs of a partition exchange: the same on every rank, and known without emitting one."""
     p, nodes = partition, partition.program.graph.nodes
-    id_bytes = 4 if all(o.rows < 1 << 31 for o in p.operators) else 8
+    id_bytes = 4 if all(o.rows < 1 << 31 and o.dynamic is None for o in p.operators) else 8
     own, coupled = set(nodes) - p.inside, tuple[CoupledValues, ...]()
     if is_coupled(p.program):
         coupled, demands = p.coupling.exchanges, p.coupling.demands

@@ -166,7 +166,8 @@ class Partition:
         users = lookups_by_node([o for o in self.operators if form_named(splits[o.name].form).fetches(splits[o.name])])
         late = descendants(self.program.graph, {*self.inside, *users}) | coupled_nodes(self.program)
         order = [users[n] for n in self.program.graph.nodes if n in users]
-        return [u for u in order if u[1].ids not in late], [u for u in order if u[1].ids in late]
+        early = [u for u in order if u[1].ids not in late and u[1].dynamic is None]  # of these who has which row
+        return early, [u for u in order if u not in early]
 
     @cached_property
     def wholes(self) -> dict[str, fx.Node]:

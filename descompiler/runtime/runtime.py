@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from descompiler.dynamic.table import Table
 from descompiler.errors import InputError
 from descompiler.layout.border import IdsIn, ValuesOut
 from descompiler.layout.global_values import GatherRows, NormsInside, SumTerms, WholeTables
@@ -78,6 +79,7 @@ class Runtime(TakesAhead):
     seen: dict[str, list[bool]] = field(default_factory=dict)  # of this forward's leaves, as `Used` has it
     loss_scale: LossScale = field(default_factory=LossScale)  # of this forward
     regions: Regions | None = None  # of this step, where ranks' inputs have other sizes
+    tables: dict[str, Table] = field(default_factory=dict)  # dynamic ones, by their weights' names
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.group, self.ranks)
@@ -269,10 +271,14 @@ class Runtime(TakesAhead):
         anchor = torch.zeros((), dtype=self.wire_dtype, device=self.device, requires_grad=True)
         kinds: list[torch.layout | None] = [torch.strided] * len(used_elsewhere)
         kinds += [  # one that this rank uses gets its gradient there
-            None if 0 not in x.shape else torch.sparse_coo if s else torch.strided
+            None if 0 not in x.shape and not self._is_idle(x) else torch.sparse_coo if s else torch.strided
             for x, s in zip(region, sparse, strict=True)
         ]
         return Anchor.apply(anchor, kinds, *used_elsewhere, *region)
+
+    def _is_idle(self, x: Tensor) -> bool:
+        """Whether a weight is a dynamic table's, of which this rank has no slices."""
+        return any(t.is_idle and t.rows.tensor.data_ptr() == x.data_ptr() for t in self.tables.values())
 
     def vocabulary(
         self, number: int, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Sequence[Tensor]

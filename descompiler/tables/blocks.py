@@ -65,6 +65,8 @@ def not_fetched(operator: Operator) -> str | None:
 class ByRows:
     """What forms have in common of which each rank owns consecutive rows."""
 
+    one_owner: ClassVar[bool] = True
+
     def choose(
         self,
         operator: Operator,
@@ -74,8 +76,8 @@ class ByRows:
         by_memory: bool = False,
         itemsize: int | None = None,
     ) -> Choice:
-        if by_memory or operator.name not in statistics.measured:
-            return Choice()
+        if by_memory or operator.name not in statistics.measured or operator.dynamic is not None:
+            return Choice()  # keys are hashes: equal shares of them are asked for equally often
         return Choice(sizes=tuple(statistics.balanced_rows(operator.name, ranks, batch_rows)))
 
 
@@ -84,6 +86,7 @@ class Plain:
 
     fallback: ClassVar[bool] = False
     has_owners: ClassVar[bool] = False
+    one_owner: ClassVar[bool] = False
     by_columns: ClassVar[bool] = False
     needs_statistics: ClassVar[bool] = False
     in_part: ClassVar[str | None] = None
@@ -101,7 +104,8 @@ class Plain:
         return Choice()
 
     def check(self, split: Split, operator: Operator) -> Check:
-        return Check(operator.name, operator.rows, None, operator.line)
+        rows = None if operator.dynamic is not None else operator.rows
+        return Check(operator.name, rows, None, operator.line)
 
     def constants(self, split: Split, rank: int) -> Mapping[str, Tensor]:
         return {}
@@ -148,7 +152,9 @@ class OwnRows(Plain):
 
 
 def by_rows(operator: Operator, ranks: int, choice: Choice) -> Pieces:
-    """Contiguous ranges of rows to ranks."""
+    """Contiguous ranges of rows to ranks; of a dynamic table's slices as their owners are (`DynamicIds`)."""
+    if operator.dynamic is not None:
+        return Pieces.of(operator.shape, 0, operator.dynamic.divided(ranks), ranks)
     if choice.sizes is None:
         return Pieces.even(operator.shape, 0, ranks)
     return Pieces.by_sizes(operator.shape, 0, choice.sizes, ranks)

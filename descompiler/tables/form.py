@@ -159,6 +159,11 @@ class Form(Protocol):
         ...
 
     @property
+    def one_owner(self) -> bool:
+        """Whether each row is whole on one rank, so that rows may come and go there: a dynamic table's."""
+        ...
+
+    @property
     def by_columns(self) -> bool:
         """Whether ranks have columns of a table.
 
@@ -279,9 +284,16 @@ def split_as(operator: Operator, form: str, ranks: int, choice: Choice | None = 
         If there is no such form, or the operator can't take it.
     """
     found = form_named(form)
-    if form in operator.refusals:
+    if form in operator.refusals and not (ranks == 1 and found.fallback):
         raise PlanError(f"table {operator.name!r} can't be split by {form}: {operator.refusals[form]}")
     return found.split(operator, ranks, Choice() if choice is None else choice)
+
+
+def _refuses(form: Form, program: Program, operator: Operator) -> str | None:
+    """Why an operator can't be divided by a form on several ranks; None if it can."""
+    if operator.dynamic is not None and not form.one_owner:
+        return "rows of a dynamic table come and go, each on the one rank that has it whole"
+    return form.refuses(program, operator)
 
 
 def find_tables(program: Program, forms: Iterable[Form] = FORMS) -> list[Operator]:
@@ -294,7 +306,7 @@ def find_tables(program: Program, forms: Iterable[Form] = FORMS) -> list[Operato
     """
     result = []
     for operator in find_operators(program):
-        answers = {f.name: f.refuses(program, operator) for f in forms}
+        answers = {f.name: _refuses(f, program, operator) for f in forms}
         refused = {name: reason for name, reason in answers.items() if reason is not None}
         possible = tuple(name for name in answers if name not in refused)
         result.append(replace(operator, forms=possible, refusals=refused))

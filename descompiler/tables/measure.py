@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from descompiler.errors import InputError
+from descompiler.graph.arguments import LookupCall
 from descompiler.layout.id_checks import Check
 from descompiler.layout.statistics import ZIPF, Measured, Statistics
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from descompiler.graph.program import Program
-    from descompiler.tables.tables import Operator
+    from descompiler.tables.tables import Lookup, Operator
 
 
 def measure(
@@ -44,7 +45,7 @@ def measure(
     InputError
         If there is no sample, or ids are out of range.
     """
-    wanted = {o.name: [x.ids for x in o.lookups if x.computed is None] for o in operators}
+    wanted = {o.name: [_counted(x) for x in o.lookups if x.computed is None] for o in operators}
     order = _computable(program, [n for nodes in wanted.values() for n in nodes])
     tables = [o for o in operators if wanted[o.name] and all(n in order for n in wanted[o.name])]
     gathered: dict[str, list[tuple[int, np.ndarray, int]]] = {o.name: [] for o in tables}
@@ -61,6 +62,11 @@ def measure(
             drawn = np.concatenate([x.reshape(-1).cpu().numpy() for x in parts]).astype(np.int64)
             gathered[o.name].append((size, drawn, int((drawn == o.padding_idx).sum())))
     return statistics_of(operators, gathered, batches, rows, zipf)
+
+
+def _counted(x: Lookup) -> fx.Node:
+    """What tells the rows of a lookup: its ids, or the rows that a dynamic table's stand-in has for them."""
+    return x.ids if x.dynamic is None else LookupCall(x.node).ids
 
 
 def statistics_of(

@@ -11,6 +11,7 @@ from torch import fx
 
 from descompiler.classify.scope import GLOBAL, coupled_nodes, scope_of, trained_parameters
 from descompiler.cost_models.table import OfTable, Table
+from descompiler.dynamic.stand_in import DynamicIds
 from descompiler.errors import PlanError, UnsupportedError
 from descompiler.graph.arguments import LookupCall, VocabularyCall, operand
 from descompiler.graph.nodes import aten, elements_per_row, shape_of, storage_roots, tail, user_line, where
@@ -28,7 +29,8 @@ class Lookup:
     """One use of a table: ``node = table[ids]``, pooled over dim 1 if ``mode`` is given; padding -1 is none.
 
     Of a `computed` table, made of this one and perhaps of others (`descompiler.tables.computed`), if ``computed`` is
-    given: then it has ``computed`` rows.
+    given: then it has ``computed`` rows. Of a dynamic table, whose rows the graph has a stand-in for, if ``dynamic`` is
+    given: then ids are any integers.
     """
 
     node: fx.Node
@@ -37,6 +39,7 @@ class Lookup:
     padding_idx: int = -1
     sparse: bool = False
     computed: int | None = None
+    dynamic: DynamicIds | None = None
 
     @property
     def padding(self) -> int | None:
@@ -102,6 +105,11 @@ class Operator(OfTable):
     refusals: dict[str, str] = field(default_factory=dict, hash=False)
 
     @property
+    def dynamic(self) -> DynamicIds | None:
+        """How ids are looked up if it is the stand-in of a dynamic table."""
+        return next((x.dynamic for x in self.lookups), None)
+
+    @property
     def uniform(self) -> bool:
         """Whether all lookups have the same padding row and kind of gradient."""
         return len({(x.padding_idx, x.sparse) for x in self.lookups}) <= 1
@@ -148,6 +156,7 @@ def find_operators(program: Program) -> list[Operator]:
         for n in node.all_input_nodes:
             if (name := program.parameter(n)) is not None:
                 uses.setdefault(name, []).append(node)
+    _check_dynamic(program, uses, found)
     order = {name: i for i, name in enumerate(program.parameters)}
     depends = descendants(program.graph, {x.node for xs in found.values() for x in xs})
     coupled = coupled_nodes(program)
@@ -190,9 +199,10 @@ def find_operators(program: Program) -> list[Operator]:
                     sparse=sparse,
                     trained=name in trained,
                     line=user_line((*nodes, *others)[0]),
+                    dynamic=name in program.dynamic,
                 ),
                 lookups,
-                _starts(program, lookups),
+                None if program.dynamic & {name} else _starts(program, lookups),
                 outputs=outputs,
                 other_uses=others,
                 group=group,
@@ -203,6 +213,19 @@ def find_operators(program: Program) -> list[Operator]:
             )
         )
     return result
+
+
+def _check_dynamic(
+    program: Program, uses: Mapping[str, Sequence[fx.Node]], found: Mapping[str, Sequence[Lookup]]
+) -> None:
+    """Raise if anything but lookups has a dynamic table's rows."""
+    for name in program.dynamic & uses.keys():
+        looked_up = {x.node for x in found.get(name, ()) if x.dynamic is not None}
+        if others := [n for n in uses[name] if n not in looked_up]:
+            raise UnsupportedError(
+                f"the rows of dynamic table {name.removesuffix('.weight')!r} are used by {where(others[0])}: they come "
+                "and go, and nothing but its own lookups can have them"
+            )
 
 
 @contextmanager
@@ -230,7 +253,9 @@ def sparse_lookups(program: Program, names: Collection[str]) -> Iterator[None]:
 
 def _lookup_of(call: LookupCall, *, computed: bool = False) -> Lookup:
     rows = int(shape_of(call.weight)[0]) if computed else None
-    return Lookup(call.node, call.ids, call.mode, call.padding_idx, call.sparse, rows)
+    dynamic = call.dynamic
+    ids = call.ids if dynamic is None else operand(call.ids)
+    return Lookup(call.node, ids, call.mode, call.padding_idx, call.sparse, rows, dynamic)
 
 
 def _starts(program: Program, lookups: Sequence[Lookup]) -> tuple[int, ...] | None:

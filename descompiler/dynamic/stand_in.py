@@ -1,0 +1,147 @@
+"""Stand-ins: what a model's copy has in the place of a dynamic table, to be captured, planned for and cut as others.
+
+A stand-in is a static table of as many rows as the dynamic one is expected to have. The row of an id is the place of
+its key among all keys, so rows side by side are slices of the key space, and a division of rows divides these. Its
+numbers are nobody's: a rank's program has the ids where the stand-in has rows, and the table itself where it has the
+weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from descompiler.dynamic.embedding import DynamicEmbeddingBag, DynamicTable, check_bags, check_ids
+from descompiler.dynamic.hashing import mix, shifted
+from descompiler.dynamic.owners import Owners
+from descompiler.errors import UnsupportedError
+
+ROWS_OF_A_SLICE = 256
+"""Rows that a slice is expected to have of a table without a limit."""
+
+
+@torch.library.custom_op("descompiler::stand_in_rows", mutates_args=())
+def stand_in_rows(ids: Tensor, salt: int, slices: int, rows: int, padding_idx: int | None, create: bool) -> Tensor:
+    """The rows of a stand-in that ids have; ``padding_idx`` and ``create`` are for the table itself."""
+    bits = slices.bit_length() - 1
+    keys = mix(ids.to(torch.int64) ^ salt)
+    within = (shifted(keys << bits, 33) * (rows // slices)) >> 31
+    return shifted(keys, 64 - bits) * (rows // slices) + within
+
+
+@stand_in_rows.register_fake
+def _(ids: Tensor, salt: int, slices: int, rows: int, padding_idx: int | None, create: bool) -> Tensor:
+    return torch.empty_like(ids, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class DynamicIds:
+    """How a program looks ids up in a dynamic table: the arguments of `stand_in_rows`.
+
+    >>> DynamicIds(salt=5, slices=64, rows=640).owners(2).of_slices.bincount().tolist()
+    [32, 32]
+    """
+
+    salt: int
+    slices: int
+    rows: int
+    padding_idx: int | None = None
+    create: bool = False
+
+    def owners(self, ranks: int) -> Owners:
+        """Which rank has which slices."""
+        return Owners(self.slices, ranks)
+
+    def divided(self, ranks: int) -> list[tuple[int, int]]:
+        """The same of the stand-in's rows: how many follow each other, and whose they are."""
+        return [(self.rows // self.slices, owner) for owner in self.owners(ranks).of_slices.tolist()]
+
+    def owner(self, ids: Tensor, ranks: int) -> Tensor:
+        """The rank of each id."""
+        return self.owners(ranks).of(mix(ids ^ self.salt))
+
+
+class StandIn(nn.Module):
+    """A module that stands for a dynamic table (`descompiler.dynamic.embedding.DynamicTable`) in a model's copy.
+
+    Parameters
+    ----------
+    table : DynamicTable
+        Of which it is. Not kept: a copy of the model has no rows.
+    device : torch.device
+        Of the weight.
+
+    Raises
+    ------
+    UnsupportedError
+        For maxima over bags with padding.
+    """
+
+    def __init__(self, table: DynamicTable, device: torch.device):
+        super().__init__()
+        config, slices = table._table.config, table._table.residence.slices
+        capacity = config.max_rows if config.evict is None or config.evict.capacity is None else config.evict.capacity
+        each = ROWS_OF_A_SLICE if capacity is None else -(-capacity // slices)
+        self.rows, self.slices, self.salt = each * slices, slices, config.salt
+        self.embedding_dim, self.padding_idx = config.dim, table.padding_idx
+        self.named = type(table).__name__ + table._called()
+        self.mode: str | None = None
+        self.include_last_offset = False
+        if isinstance(table, DynamicEmbeddingBag):
+            self.mode, self.include_last_offset = table.mode, table.include_last_offset
+            if self.mode == "max" and self.padding_idx is not None:
+                raise UnsupportedError(
+                    f"{self.named}: maxima over bags with padding_idx={self.padding_idx} are not distributed; use "
+                    "mode='sum' or 'mean'"
+                )
+        weight = torch.empty(self.rows, config.dim, dtype=table.weight.dtype, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=table.weight.requires_grad)
+        self.training = table.training
+
+    def forward(self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        check_ids(ids, self.named)
+        at = stand_in_rows(ids, self.salt, self.slices, self.rows, self.padding_idx, self.training)
+        if self.mode is None:
+            return self._without_padding(F.embedding(at, self.weight, sparse=True), ids)
+        check_bags(ids, offsets, per_sample_weights, self.mode)
+        if offsets is None and (self.padding_idx is not None or self.mode == "max"):
+            rows = self._without_padding(F.embedding(at, self.weight, sparse=True), ids)
+            if self.mode == "max":
+                return rows.max(1).values
+            if per_sample_weights is not None:
+                rows = rows * per_sample_weights.unsqueeze(-1)
+            total = rows.sum(1)
+            return total if self.mode == "sum" else total / (ids.ne(self.padding_idx or 0)).sum(1, True).clamp(min=1)
+        if self.padding_idx is not None:
+            raise UnsupportedError(
+                f"{self.named}: bags of offsets with padding_idx={self.padding_idx} are not distributed; give ids "
+                "[bags, length], or leave padding out of the bags"
+            )
+        return F.embedding_bag(
+            at,
+            self.weight,
+            offsets,
+            mode=self.mode,
+            sparse=True,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+        )
+
+    def _without_padding(self, rows: Tensor, ids: Tensor) -> Tensor:
+        return rows if self.padding_idx is None else rows * (ids != self.padding_idx).unsqueeze(-1)
+
+
+def named_stand_ins(template: nn.Module) -> Iterator[tuple[str, StandIn]]:
+    """The stand-ins of a model's copy, by the names of their weights; each once."""
+    for name, module in template.named_modules():
+        if isinstance(module, StandIn):
+            yield f"{name}.weight".lstrip("."), module
+
+
+def stand_ins(model: nn.Module, device: torch.device) -> dict[int, StandIn]:
+    """Stand-ins of a model's dynamic tables, by the id of the table's module: what a deep copy takes as its memo."""
+    return {id(m): StandIn(m, device) for m in model.modules() if isinstance(m, DynamicTable)}
