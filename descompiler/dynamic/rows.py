@@ -38,6 +38,8 @@ class Rows:
         self._held = Growing((1, dim), dtype, device, self.most)
         self._coming = self._largest = 0
         self._waiting: Tensor | None = None
+        self.untaken = False
+        """Whether a gradient has come since an optimiser took the last one."""
         self.tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
         self.parameter = nn.Parameter(self._held.tensor)
         self._watch()
@@ -146,6 +148,7 @@ class Rows:
         def came(parameter: nn.Parameter) -> None:
             if (held := rows()) is None or parameter is not held.parameter:
                 return
+            held.untaken = True
             held.settle()
             if held._waiting is not None and parameter.grad is not None:
                 parameter.grad = _shaped(held._waiting, parameter.shape) + parameter.grad

@@ -118,6 +118,7 @@ class Table:
 
     def after_optimizer(self) -> None:
         """End a step whose gradients have been taken."""
+        self.rows.untaken = False
         self._end_step(torch.empty(0, dtype=torch.int64))
 
     def enter(self, ids: Tensor, rows: Tensor) -> None:
@@ -128,7 +129,11 @@ class Table:
 
     def ids_of(self, slots: Tensor) -> Tensor:
         """The ids of slots that are taken."""
-        return unmix(self.residence.map.keys.tensor[slots]) ^ self._salt
+        return self.ids_by(self.residence.map.keys.tensor[slots])
+
+    def ids_by(self, keys: Tensor) -> Tensor:
+        """The ids of keys."""
+        return unmix(keys) ^ self._salt
 
     def resident(self) -> Tensor:
         """The ids that have rows, sorted."""

@@ -166,6 +166,12 @@ def train(table: DynamicEmbedding, optimizer: torch.optim.Optimizer, lookups: Se
     optimizer.step()
 
 
+def run(table: DynamicEmbedding, optimizer: torch.optim.Optimizer, steps: Iterable[Sequence[Sequence[int]]]) -> None:
+    """Train on steps of a stream."""
+    for step in steps:
+        train(table, optimizer, [torch.tensor(ids, dtype=torch.int64) for ids in step])
+
+
 def contents(table: DynamicEmbedding) -> dict[int, list[float]]:
     """The rows of a table by id."""
     embedding, ids = table.to_embedding()
