@@ -1,7 +1,5 @@
 """The state of a dynamic table by id: taken out, divided among owners and put in again, it goes on as it would have."""
 
-from dataclasses import fields
-
 import pytest
 import torch
 
@@ -10,7 +8,7 @@ from descompiler.dynamic import AfterSightings, Capacity, DynamicEmbedding, Time
 from descompiler.dynamic.by_id import joined, keys_of, put_in, take_out
 from descompiler.dynamic.owners import Owners
 from tests.harness.cases import cases
-from tests.harness.dynamic import ADMIT, EVICT, OPTIMIZERS, assert_equal, contents, made, oracle_of, run, stream
+from tests.harness.dynamic import ADMIT, EVICT, OPTIMIZERS, assert_equal, contents, made, oracle_of, run, same, stream
 
 ALL = [(a, e, o) for a in ADMIT for e in EVICT for o in OPTIMIZERS]
 SOME = [("always", "lru", "sgd"), ("sightings", "lfu", "sparse_adam"), ("probability", "ttl", "adagrad")]
@@ -31,18 +29,6 @@ def seen_by(table, rank, ranks, ids):
     """Of ids those of a rank's slices."""
     ids = torch.tensor(ids, dtype=torch.int64)
     return ids[Owners(table._table.residence.slices, ranks).of(table._table.keys(ids)) == rank].tolist()
-
-
-def same(one, other):
-    """Whether two states are equal, bit for bit."""
-    for f in fields(one):
-        a, b = getattr(one, f.name), getattr(other, f.name)
-        if f.name == "kept" and a is not None:
-            assert a.optimizer == b.optimizer and a.scalars == b.scalars and a.rows.keys() == b.rows.keys()
-            assert all(torch.equal(a.rows[n], b.rows[n]) for n in a.rows)
-        else:
-            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, f.name
-    return True
 
 
 @pytest.mark.parametrize(("admit", "evict", "optimizer"), cases(ALL, SOME))

@@ -155,9 +155,10 @@ def take_out(table: Table, optimizer: Optimizer | None = None, slices: Tensor | 
     return of_slots(table, residence.map.in_slices(slices), slices, optimizer)
 
 
-def of_slots(table: Table, slots: Tensor, slices: Tensor, optimizer: Optimizer | None) -> ById:
+def of_slots(table: Table, slots: Tensor, slices: Tensor, optimizer: Optimizer | None, *, sketch: bool = True) -> ById:
     """What a table has in some slots that are taken, and of slices that are sorted. See `take_out`."""
     residence, rows = table.residence, table.rows
+    counters = residence.sketch.counters if sketch and residence.sketch is not None else None
     if rows.untaken and rows.gradient() is not None:
         raise UnsupportedError(
             f"{_called(table)} has a gradient that no optimiser has taken, and a state has no gradients: take it after "
@@ -166,7 +167,6 @@ def of_slots(table: Table, slots: Tensor, slices: Tensor, optimizer: Optimizer |
     slots = slots[sorted_by_key(residence.map.keys.tensor[slots])]
     sighted = torch.cat([torch.empty(0, dtype=torch.int64), *residence.sighted]).unique()
     sighted = sighted[torch.isin(slice_of(sighted, residence.slices), slices)]
-    sketch = residence.sketch
     return ById(
         made=made_from(table),
         step=residence.step,
@@ -175,7 +175,7 @@ def of_slots(table: Table, slots: Tensor, slices: Tensor, optimizer: Optimizer |
         rows=rows.tensor[slots.to(rows.tensor.device)].cpu(),
         last=None if residence.last is None else residence.last.tensor[slots],
         counts=None if residence.counts is None else residence.counts.tensor[slots],
-        sketch=None if sketch is None else sketch.counters.view(residence.slices, -1)[slices],
+        sketch=None if counters is None else counters.view(residence.slices, -1)[slices],
         sighted=table.ids_by(sighted[sorted_by_key(sighted)]),
         kept=None if optimizer is None else _kept(table, optimizer, slots),
     )

@@ -40,10 +40,25 @@ class Rows:
         self._waiting: Tensor | None = None
         self.untaken = False
         """Whether a gradient has come since an optimiser took the last one."""
+        self.writes = 0
+        """How often something else than optimisers and the table has written rows, as far as `notice` saw it."""
         self.tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
         self.parameter = nn.Parameter(self._held.tensor)
+        self._version = self._written()
         self._watch()
         self._widen(FEWEST_ROWS if self.most is None else min(FEWEST_ROWS, self.most))
+
+    def notice(self) -> None:
+        """Look whether somebody has written to the parameter since an optimiser did."""
+        known, self._version = self._version, self._written()
+        self.writes += self._version != known
+
+    def taken(self) -> None:
+        """An optimiser has taken the gradient, and written to the parameter."""
+        self.untaken, self._version = False, self._written()
+
+    def _written(self) -> int:
+        return 0 if self.parameter.is_inference() else self.parameter._version
 
     @property
     def tensor(self) -> Tensor:
@@ -55,6 +70,7 @@ class Rows:
         with torch.no_grad():
             self._held = Growing.holding(parameter.detach(), self.most)
         known, self.parameter = self.parameter, parameter
+        self.writes, self._version = self.writes + 1, self._written()
         self._assign(self._held.tensor)
         if known is not parameter:
             self._watch()

@@ -76,6 +76,7 @@ class States:
             For optimisers that would be something else on these rows, and for dense gradients.
         """
         self._check(optimizer, group)
+        self._rows.notice()
         self._held.setdefault(optimizer, {})
         fresh = torch.cat(self.fresh) if self.fresh else None
         for known, held in self._held.items():

@@ -4,13 +4,14 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from descompiler.dynamic import AfterSightings, Always, Capacity, DynamicEmbedding, Normal, TimeToLive, WithProbability
+from descompiler.dynamic.by_id import ById
 from descompiler.dynamic.hashing import word_of
 
 WORD = 1 << 64
@@ -184,6 +185,18 @@ def assert_equal(found: dict[int, list[float]], expected: dict[int, list[float]]
     if expected:
         a, b = (torch.tensor([x[i] for i in expected], dtype=torch.float64) for x in (found, expected))
         assert (a - b).abs().max() <= 1e-10 * max(1.0, float(b.abs().max()))
+
+
+def same(one: ById, other: ById) -> bool:
+    """Whether two states are equal, bit for bit."""
+    for f in fields(one):
+        a, b = getattr(one, f.name), getattr(other, f.name)
+        if f.name == "kept" and a is not None:
+            assert a.optimizer == b.optimizer and a.scalars == b.scalars and a.rows.keys() == b.rows.keys()
+            assert all(torch.equal(a.rows[n], b.rows[n]) for n in a.rows)
+        else:
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, f.name
+    return True
 
 
 def made(admit: str, evict: str, *, dim: int = 3, **options: Any) -> DynamicEmbedding:
