@@ -59,9 +59,7 @@ def test_an_update_has_what_changed_and_no_more():
         table(torch.tensor([3]))
     assert sorted(changes.update(every, opt).now.ids.tolist()) == [1, 2, 3] and not len(changes.update(every, opt).gone)
     assert sorted(rows.update(every, None).now.ids.tolist()) == [1, 2]
-    run(
-        table, opt, [[[3]], [[4, 9]], [[1, 9]]]
-    )  # 4 and 1 go and come again; 2 and 3 go; 9 is sighted
+    run(table, opt, [[[3]], [[4, 9]], [[1, 9]]])  # 4 and 1 go and come again; 2 and 3 go; 9 is sighted
     update = changes.update(every, opt)
     assert sorted(update.now.ids.tolist()) == [1, 4, 9] == table.resident().tolist()
     assert sorted(update.gone.tolist()) == [2, 3]
