@@ -62,7 +62,7 @@ def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Itera
     yield header
     for name in order:
         if tensors[name].numel():  # a view of bytes has to have some
-            yield memoryview(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
+            yield tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def decoded(data: bytes | bytearray) -> tuple[dict[str, Tensor], dict[str, str]]:

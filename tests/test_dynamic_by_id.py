@@ -8,7 +8,19 @@ from descompiler.dynamic import AfterSightings, Capacity, DynamicEmbedding, Time
 from descompiler.dynamic.by_id import joined, keys_of, put_in, take_out
 from descompiler.dynamic.owners import Owners
 from tests.harness.cases import cases
-from tests.harness.dynamic import ADMIT, EVICT, OPTIMIZERS, assert_equal, contents, made, oracle_of, run, same, stream
+from tests.harness.dynamic import (
+    ADMIT,
+    EVICT,
+    OPTIMIZERS,
+    assert_equal,
+    contents,
+    made,
+    oracle_of,
+    run,
+    same,
+    seen_by,
+    stream,
+)
 
 ALL = [(a, e, o) for a in ADMIT for e in EVICT for o in OPTIMIZERS]
 SOME = [("always", "lru", "sgd"), ("sightings", "lfu", "sparse_adam"), ("probability", "ttl", "adagrad")]
@@ -23,12 +35,6 @@ def owned(table, ranks):
     """The slices of each rank."""
     of_slices = Owners(table._table.residence.slices, ranks).of_slices
     return [(of_slices == rank).nonzero()[:, 0] for rank in range(ranks)]
-
-
-def seen_by(table, rank, ranks, ids):
-    """Of ids those of a rank's slices."""
-    ids = torch.tensor(ids, dtype=torch.int64)
-    return ids[Owners(table._table.residence.slices, ranks).of(table._table.keys(ids)) == rank].tolist()
 
 
 @pytest.mark.parametrize(("admit", "evict", "optimizer"), cases(ALL, SOME))

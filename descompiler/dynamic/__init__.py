@@ -15,6 +15,7 @@ May import: errors.
 from descompiler.dynamic.admission import AfterSightings, Always, WithProbability
 from descompiler.dynamic.embedding import DynamicEmbedding, DynamicEmbeddingBag
 from descompiler.dynamic.eviction import Capacity, TimeToLive
+from descompiler.dynamic.increments import Increments
 from descompiler.dynamic.initial import Constant, Normal, Uniform
 from descompiler.dynamic.static import from_embedding
 
@@ -25,6 +26,7 @@ __all__ = [
     "Constant",
     "DynamicEmbedding",
     "DynamicEmbeddingBag",
+    "Increments",
     "Normal",
     "TimeToLive",
     "Uniform",

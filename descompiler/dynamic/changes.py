@@ -152,4 +152,4 @@ class Update:
             sketch = sketch >> self.halved
             sketch[torch.isin(before.slices, self.lines)] = self.sketch
         rows = {n: torch.cat([old[n][stay] if n in old else none[n], new[n]]) for n in new}
-        return replace(self.now.with_rows(rows), sketch=sketch)
+        return replace(self.now.with_rows(rows), slices=before.slices, sketch=sketch)

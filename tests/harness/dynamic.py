@@ -5,6 +5,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from descompiler.dynamic import AfterSightings, Always, Capacity, DynamicEmbedding, Normal, TimeToLive, WithProbability
 from descompiler.dynamic.by_id import ById
 from descompiler.dynamic.hashing import word_of
+from descompiler.dynamic.owners import Owners
 
 WORD = 1 << 64
 MASK = WORD - 1
@@ -185,6 +187,17 @@ def assert_equal(found: dict[int, list[float]], expected: dict[int, list[float]]
     if expected:
         a, b = (torch.tensor([x[i] for i in expected], dtype=torch.float64) for x in (found, expected))
         assert (a - b).abs().max() <= 1e-10 * max(1.0, float(b.abs().max()))
+
+
+@cache
+def owners_of(slices: int, ranks: int) -> Owners:
+    return Owners(slices, ranks)
+
+
+def seen_by(table: DynamicEmbedding, rank: int, ranks: int, ids: Sequence[int]) -> list[int]:
+    """Of ids those of a rank's slices."""
+    given, owners = torch.tensor(ids, dtype=torch.int64), owners_of(table._table.residence.slices, ranks)
+    return given[owners.of(table._table.keys(given)) == rank].tolist()
 
 
 def same(one: ById, other: ById) -> bool:
