@@ -13,8 +13,8 @@ from tests.harness.dynamic import (
     contents,
     made,
     oracle_of,
+    run,
     stream,
-    train,
 )
 
 ALL = [f"{admit} {evict} {optimizer}" for admit in ADMIT for evict in EVICT for optimizer in OPTIMIZERS]
@@ -25,11 +25,6 @@ FEW = [
 
 PAIRS = [(admit, evict) for admit in ADMIT for evict in EVICT]
 SOME = [("always", "lru"), ("sightings", "lfu"), ("probability", "ttl")]
-
-
-def run(table, optimizer, steps):
-    for step in steps:
-        train(table, optimizer, [torch.tensor(ids, dtype=torch.int64) for ids in step])
 
 
 def trained(admit, evict, optimizer, steps, **options):

@@ -10,15 +10,10 @@ from torch import nn
 
 import descompiler as des
 from descompiler.dynamic import AfterSightings, Capacity, Constant, DynamicEmbedding, DynamicEmbeddingBag, TimeToLive
-from tests.harness.dynamic import ADMIT, EVICT, OPTIMIZERS, assert_equal, contents, made, stream, train
+from tests.harness.dynamic import ADMIT, EVICT, OPTIMIZERS, assert_equal, contents, made, run, stream
 
 IDS = torch.arange
 CASES = [("always", "none", "adagrad"), ("sightings", "lfu", "sparse_adam"), ("probability", "ttl", "sgd")]
-
-
-def run(table, optimizer, steps):
-    for step in steps:
-        train(table, optimizer, [torch.tensor(ids, dtype=torch.int64) for ids in step])
 
 
 def restored(how, table, optimizer, make):

@@ -15,7 +15,7 @@ PACKAGE = TESTS.parent / "descompiler"
 
 ORDER = (
     ("errors", "examples", "version"),
-    ("registry", "units"),
+    ("registry", "tensor_file", "units"),
     ("sheet",),
     ("cost_models",),
     ("ops",),

@@ -5,8 +5,9 @@ what was sighted, who has to go. So nothing changes when slices are divided amon
 
 `embedding` has the modules that users hold, `table` what a lookup and the end of a step do, `residence` who has a row,
 `id_map` in which slot, `rows` the parameter that grows, `states` what optimisers keep for it, `admission` and
-`eviction` the strategies, `saved` what a state dict has, `static` and `export` the ways in from and out to what doesn't
-grow; `owners` says which rank has which slices. Start with `Table.look_up`; docs/dynamic.md has the whole picture.
+`eviction` the strategies, `saved` what a state dict has, by slot, `by_id` the state by id, of any slices, `static` and
+`export` the ways in from and out to what doesn't grow; `owners` says which rank has which slices. Start with
+`Table.look_up`; docs/dynamic.md has the whole picture.
 
 May import: errors.
 """
@@ -14,6 +15,7 @@ May import: errors.
 from descompiler.dynamic.admission import AfterSightings, Always, WithProbability
 from descompiler.dynamic.embedding import DynamicEmbedding, DynamicEmbeddingBag
 from descompiler.dynamic.eviction import Capacity, TimeToLive
+from descompiler.dynamic.increments import Increments
 from descompiler.dynamic.initial import Constant, Normal, Uniform
 from descompiler.dynamic.static import from_embedding
 
@@ -24,6 +26,7 @@ __all__ = [
     "Constant",
     "DynamicEmbedding",
     "DynamicEmbeddingBag",
+    "Increments",
     "Normal",
     "TimeToLive",
     "Uniform",

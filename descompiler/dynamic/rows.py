@@ -56,10 +56,27 @@ class Rows:
         self._waiting: Tensor | None = None
         self.marked: Callable[[Tensor], Tensor] = lambda x: x
         """What an optimiser's state of these rows is, beside a tensor: of a rank's part of a table, a piece."""
+        self.untaken = False
+        """Whether a gradient has come since an optimiser took the last one."""
+        self.writes = 0
+        """How often something else than optimisers and the table has written rows, as far as `notice` saw it."""
         self.tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
         self.parameter = nn.Parameter(self._held.tensor)
+        self._version = self._written()
         self._watch()
         self._widen(FEWEST_ROWS if self.most is None else min(FEWEST_ROWS, self.most))
+
+    def notice(self) -> None:
+        """Look whether somebody has written to the parameter since an optimiser did."""
+        known, self._version = self._version, self._written()
+        self.writes += self._version != known
+
+    def taken(self) -> None:
+        """An optimiser has taken the gradient, and written to the parameter."""
+        self.untaken, self._version = False, self._written()
+
+    def _written(self) -> int:
+        return 0 if self.parameter.is_inference() else self.parameter._version
 
     @property
     def tensor(self) -> Tensor:
@@ -71,6 +88,7 @@ class Rows:
         with torch.no_grad():
             self._held = Growing.holding(parameter.detach(), self.most)
         known, self.parameter = self.parameter, parameter
+        self.writes, self._version = self.writes + 1, self._written()
         self._assign(self._held.tensor)
         if known is not parameter:
             self._watch()
@@ -172,6 +190,7 @@ class Rows:
         def came(parameter: nn.Parameter) -> None:
             if (held := rows()) is None or parameter is not held.parameter:
                 return
+            held.untaken = True
             held.settle()
             if held._waiting is not None and parameter.grad is not None:
                 parameter.grad = _shaped(held._waiting, parameter.shape) + parameter.grad

@@ -62,6 +62,10 @@ class Sketch:
         if self.halve_every is not None and (step + 1) % self.halve_every == 0:
             self.counters.bitwise_right_shift_(1)
 
+    def halvings(self, since: int, until: int) -> int:
+        """How often counters were halved, of steps that ended since a step."""
+        return 0 if self.halve_every is None else until // self.halve_every - since // self.halve_every
+
     def _cells(self, keys: Tensor) -> Tensor:
         drawn = mix(keys ^ _OTHER)
         lanes = torch.arange(0, 64, _LANE)

@@ -27,6 +27,24 @@ INITIAL: dict[type[Optimizer], Callable[[Mapping[str, Any]], dict[str, float]]] 
 }
 """Optimisers whose steps on sparse gradients change the gradient's rows alone; how their state of rows begins."""
 
+
+def initial_of(optimizer: Optimizer) -> dict[str, float]:
+    """How what an optimiser keeps for a row begins, by its names.
+
+    Raises
+    ------
+    UnsupportedError
+        For optimisers that would be something else on these rows.
+    """
+    name, known = type(optimizer).__name__, ", ".join(f"torch.optim.{x.__name__}" for x in INITIAL)
+    if type(optimizer) not in INITIAL:  # a class of its own may do more, where it has one as its base
+        raise UnsupportedError(
+            f"{name} steps on the weight of a dynamic table: of its state it is not known how new rows begin. Use "
+            f"{known} for dynamic tables"
+        )
+    return INITIAL[type(optimizer)](optimizer.defaults)
+
+
 _TABLES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _HOOKS: list[Any] = []
 
@@ -59,10 +77,11 @@ class States:
             For optimisers that would be something else on these rows, and for dense gradients.
         """
         self._check(optimizer, group)
+        self._rows.notice()
         self._held.setdefault(optimizer, {})
         fresh = torch.cat(self.fresh) if self.fresh else None
         for known, held in self._held.items():
-            initial = INITIAL[type(known)](known.defaults)
+            initial = initial_of(known)
             state = known.state.get(self._rows.parameter, {})
             for name, value in initial.items():
                 if name in state:
@@ -86,13 +105,8 @@ class States:
         return growing.tensor
 
     def _check(self, optimizer: Optimizer, group: Mapping[str, Any]) -> None:
+        initial_of(optimizer)
         name = type(optimizer).__name__
-        known = ", ".join(f"torch.optim.{x.__name__}" for x in INITIAL)
-        if type(optimizer) not in INITIAL:  # a class of its own may do more, where it has one as its base
-            raise UnsupportedError(
-                f"{name} steps on the weight of a dynamic table: of its state it is not known how new rows begin. Use "
-                f"{known} for dynamic tables"
-            )
         for option in ("momentum", "weight_decay"):
             if group.get(option):
                 raise UnsupportedError(

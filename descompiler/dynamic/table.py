@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,16 @@ class Config:
         return word_of(self.seed, self.name)
 
 
+class Watcher(Protocol):
+    """What a table tells of its changes, by slot."""
+
+    def restarted(self) -> None: ...
+    def looked_up(self, slots: Tensor, came: Tensor) -> None: ...
+    def changed(self, slots: Tensor) -> None: ...
+    def ends_step(self) -> None: ...
+    def went(self, slots: Tensor) -> None: ...
+
+
 class Table:
     """The rows of ids, which come and go.
 
@@ -60,6 +72,7 @@ class Table:
 
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device):
         self.config, self._salt = config, config.salt
+        self.watching: weakref.WeakSet[Watcher] = weakref.WeakSet()
         self.restart()
         self.rows = Rows(config.dim, dtype, device, config.max_rows)
         self.states = States(self.rows)
@@ -73,6 +86,8 @@ class Table:
     def restart(self) -> Residence:
         """Nobody is resident any more; rows are as they were."""
         self.residence = Residence(self.config.admit, self.config.evict, self.config.max_rows)
+        for watcher in self.watching:
+            watcher.restarted()
         return self.residence
 
     @property
@@ -141,6 +156,8 @@ class Table:
             if len(came):
                 self.states.fresh.append(places)
                 self.rows.write(places, self.config.init.values(came, self.config.dim))
+            for watcher in self.watching:
+                watcher.looked_up(slots, places)
         return slots
 
     def end_step(self) -> None:
@@ -152,6 +169,9 @@ class Table:
 
     def after_optimizer(self) -> None:
         """End a step whose gradients have been taken."""
+        self.rows.taken()
+        for watcher in self.watching:
+            watcher.changed(self.rows.pending())
         self._end_step(torch.empty(0, dtype=torch.int64))
 
     def enter(self, ids: Tensor, rows: Tensor) -> None:
@@ -159,15 +179,26 @@ class Table:
         places = self.residence.enter(self.keys(ids))
         self.states.fresh.append(places)
         self.rows.write(places, rows)
+        for watcher in self.watching:
+            watcher.changed(places)
 
     def ids_of(self, slots: Tensor) -> Tensor:
         """The ids of slots that are taken."""
-        return unmix(self.residence.map.keys.tensor[slots]) ^ self._salt
+        return self.ids_by(self.residence.map.keys.tensor[slots])
+
+    def ids_by(self, keys: Tensor) -> Tensor:
+        """The ids of keys."""
+        return unmix(keys) ^ self._salt
 
     def resident(self) -> Tensor:
         """The ids that have rows, sorted."""
         return self.ids_of(self.residence.resident()).sort().values
 
     def _end_step(self, kept: Tensor) -> None:
-        self.rows.clear(self.residence.end_step(kept))
+        for watcher in self.watching:
+            watcher.ends_step()
+        gone = self.residence.end_step(kept)
+        self.rows.clear(gone)
+        for watcher in self.watching:
+            watcher.went(gone)
         self.rows.end_step(self.residence.free.end)

@@ -1,8 +1,7 @@
 """Weights in safetensors files, Hugging Face's format: names and shapes of the original, and no code to run.
 
-A file is the length of a header, the header (JSON: each tensor's dtype, shape and place) and the tensors' bytes. Rank 0
-writes it, block by block, as the rows come from the ranks that hold them: bytes of one page that two machines write are
-not safe on every file system that they share. Each rank reads its own pieces.
+Rank 0 writes a file (`descompiler.tensor_file`), block by block, as the rows come from the ranks that hold them: bytes
+of one page that two machines write are not safe on every file system that they share. Each rank reads its own pieces.
 """
 
 from __future__ import annotations
@@ -27,24 +26,7 @@ from descompiler.module.state import pieces_by_name
 from descompiler.ops.local import plain
 from descompiler.runtime.blocks import BLOCK_ELEMENTS, collect_rows
 from descompiler.runtime.ranks import Ranks
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""By their names in the format; it has no others of torch's that models use."""
-
+from descompiler.tensor_file import NAMES, header_of
 
 INDEX = ".index.json"
 """The end of the name of what says which of several files a tensor is in."""
@@ -112,24 +94,21 @@ def _rows_of(mine: Tensor, pieces: Pieces, ranks: Ranks) -> Iterator[Tensor]:
 def _header(
     held: Mapping[str, Tensor], cut: Mapping[str, Pieces | None], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[str]]:
-    """What stands in front of the tensors, and their order: wide elements first, so that each starts at a multiple."""
-    known = {dtype: name for name, dtype in DTYPES.items()}
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    """What stands in front of the tensors, and their order.
+
+    Raises
+    ------
+    InputError
+        For what the format lacks.
+    """
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise InputError(f"metadata of a safetensors file is text, and {key!r} is {value!r}")
-    position, order = 0, sorted(held, key=lambda n: (-held[n].element_size(), n))
-    for name in order:
-        x, pieces = held[name], cut[name]
-        if x.layout is not torch.strided or x.dtype not in known:
+    for name, x in held.items():
+        if x.layout is not torch.strided or x.dtype not in NAMES:
             raise InputError(f"{name!r} is {x.layout}, {x.dtype}: a safetensors file can't hold that; use des.save")
-        shape = tuple(x.shape) if pieces is None else pieces.shape
-        size = prod(shape) * x.element_size()
-        entries[name] = {"dtype": known[x.dtype], "shape": shape, "data_offsets": [position, position + size]}
-        position += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, order
+    shapes = {n: tuple(x.shape) if (pieces := cut[n]) is None else pieces.shape for n, x in held.items()}
+    return header_of({n: (x.dtype, shapes[n]) for n, x in held.items()}, {"format": "pt", **metadata})
 
 
 class _Out:

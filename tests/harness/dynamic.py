@@ -4,14 +4,17 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from descompiler.dynamic import AfterSightings, Always, Capacity, DynamicEmbedding, Normal, TimeToLive, WithProbability
+from descompiler.dynamic.by_id import ById
 from descompiler.dynamic.hashing import word_of
+from descompiler.dynamic.owners import Owners
 
 WORD = 1 << 64
 MASK = WORD - 1
@@ -166,6 +169,12 @@ def train(table: DynamicEmbedding, optimizer: torch.optim.Optimizer, lookups: Se
     optimizer.step()
 
 
+def run(table: DynamicEmbedding, optimizer: torch.optim.Optimizer, steps: Iterable[Sequence[Sequence[int]]]) -> None:
+    """Train on steps of a stream."""
+    for step in steps:
+        train(table, optimizer, [torch.tensor(ids, dtype=torch.int64) for ids in step])
+
+
 def contents(table: DynamicEmbedding) -> dict[int, list[float]]:
     """The rows of a table by id."""
     embedding, ids = table.to_embedding()
@@ -178,6 +187,29 @@ def assert_equal(found: dict[int, list[float]], expected: dict[int, list[float]]
     if expected:
         a, b = (torch.tensor([x[i] for i in expected], dtype=torch.float64) for x in (found, expected))
         assert (a - b).abs().max() <= 1e-10 * max(1.0, float(b.abs().max()))
+
+
+@cache
+def owners_of(slices: int, ranks: int) -> Owners:
+    return Owners(slices, ranks)
+
+
+def seen_by(table: DynamicEmbedding, rank: int, ranks: int, ids: Sequence[int]) -> list[int]:
+    """Of ids those of a rank's slices."""
+    given, owners = torch.tensor(ids, dtype=torch.int64), owners_of(table._table.residence.slices, ranks)
+    return given[owners.of(table._table.keys(given)) == rank].tolist()
+
+
+def same(one: ById, other: ById) -> bool:
+    """Whether two states are equal, bit for bit."""
+    for f in fields(one):
+        a, b = getattr(one, f.name), getattr(other, f.name)
+        if f.name == "kept" and a is not None:
+            assert a.optimizer == b.optimizer and a.scalars == b.scalars and a.rows.keys() == b.rows.keys()
+            assert all(torch.equal(a.rows[n], b.rows[n]) for n in a.rows)
+        else:
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, f.name
+    return True
 
 
 def made(admit: str, evict: str, *, dim: int = 3, **options: Any) -> DynamicEmbedding:
