@@ -1,0 +1,256 @@
+"""Train on an endless click stream whose ids come and go: dynamic tables beside hashed ids, in the same memory.
+
+    torchrun --standalone --nproc-per-node 2 examples/streaming.py                # until Ctrl-C; goes on the next time
+    torchrun --standalone --nproc-per-node 2 examples/streaming.py --steps 400 --anew
+    python examples/streaming.py                                                  # one rank
+
+Two models of ``contest.py`` are trained on the stream of ``clicks.py``, each compiled by `des.compile`. They differ in
+their tables: one has `des.DynamicEmbedding`, the other ``nn.Embedding`` with the id modulo its rows, and as many bytes.
+The folder gets a drawing, ``stream.svg``, and a checkpoint from which a run goes on exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from clicks import Stream
+from contest import BEST, DYNAMIC, HASHED, Contest, Record, settings
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from train_ctr import Ranks
+
+import torch
+from typing import Any
+from contest import Contestant
+from descompiler.dynamic.embedding import DynamicTable
+from descompiler.report import charts
+from descompiler.units import format_bytes, format_count
+
+LATEST = "latest"
+"""The file of a folder that names its last whole checkpoint."""
+
+
+class GoOnError(Exception):
+    """A run can't go on from what is in the folder."""
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, help="stop when so many have been made, earlier runs' included")
+    parser.add_argument("--folder", type=Path, default=Path("artefacts/stream"), help="of the checkpoint and drawing")
+    parser.add_argument("--anew", action="store_true", help="begin again, whatever is in the folder")
+    parser.add_argument("--batch", type=int, default=1024, help="rows of a global batch, over all ranks")
+    parser.add_argument("--dim", type=int, default=16, help="width of an embedding")
+    parser.add_argument("--lr", type=float, default=0.1, help="Adagrad's learning rate")
+    parser.add_argument("--capacity", type=int, default=8192, help="rows of each dynamic table")
+    parser.add_argument("--hashed-rows", type=int, help="rows of each hashed table; default: as many bytes")
+    parser.add_argument("--form", help="how both tables are divided; default: as the planner chooses")
+    parser.add_argument("--every", type=int, default=20, help="steps from report to report")
+    parser.add_argument("--window", type=int, default=100, help="steps that AUC and log loss are of")
+    parser.add_argument("--save-every", type=int, default=200, help="steps from checkpoint to checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="of stream and weights")
+    parser.add_argument("--smaller", type=int, default=1, help="so many times fewer users and items")
+    args = parser.parse_args(given)
+    for name in ("steps", "batch", "dim", "hashed_rows", "every", "window", "save_every", "smaller"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("steps", "save_every"):
+        if (getattr(args, name) or 0) % args.every:
+            parser.error(f"--{name.replace('_', '-')} must be a multiple of --every {args.every}")
+    return args
+
+
+class Line:
+    """One line of progress, written over in a terminal; elsewhere a line for each report."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+
+    def __enter__(self) -> Line:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, record: Record) -> None:
+        """Show a report."""
+        aucs = ", ".join(f"{record[f'{name} auc']:.4f} {name}" for name in (DYNAMIC, HASHED, BEST))
+        text = (
+            f"step {int(record['step']):,}: AUC {aucs}; {int(record['rows']):,} rows of {int(record['seen']):,} ids, "
+            f"{format_bytes(record['dynamic bytes'])}; {format_bytes(record['dynamic sent'])} a step and rank"
+        )
+        if self._live is None:
+            self._console.print(text, highlight=False, soft_wrap=True)
+        else:
+            self._live.update(Text(text, overflow="ellipsis", no_wrap=True), refresh=True)
+
+
+class Stop:
+    """Whether Ctrl-C or a SIGTERM has come: the run ends at the next report, with a checkpoint."""
+
+    def __enter__(self) -> Stop:
+        self._asked = False
+        # torchrun passes them on, so a rank may get one twice
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+
+def write(contestant: Contestant, ranks: Ranks, path: Path, **values: Any) -> None:
+    """Interim: until `des.save` knows dynamic tables."""
+    module = contestant.module
+    state = {"module": module.state_dict(), "optimizer": contestant.optimizer.state_dict(), "values": values}
+    torch.save(state, path.with_suffix(f".{ranks.rank}"))
+
+
+def read(contestant: Contestant, ranks: Ranks, path: Path) -> dict[str, Any]:
+    """Interim: until `des.load` knows dynamic tables."""
+    state = torch.load(path.with_suffix(f".{ranks.rank}"), weights_only=False)
+    tables = {n: contestant.module.get_submodule(n) for n in ("user", "item")}
+    dynamic = {n: t for n, t in tables.items() if isinstance(t, DynamicTable)}
+    rest = {k: v for k, v in state["module"].items() if k.partition(".")[0] not in dynamic}
+    contestant.module.load_state_dict(rest, strict=False)
+    for n, table in dynamic.items():
+        table.load_state_dict({k.partition(".")[2]: v for k, v in state["module"].items() if k.startswith(n)})
+    contestant.optimizer.load_state_dict(state["optimizer"])
+    return state["values"]
+
+
+def save(contest: Contest, ranks: Ranks, folder: Path) -> None:
+    """Write a checkpoint; the one of before is the folder's until this one is whole. Collective."""
+    name = f"step-{contest.done}"
+    for of, contestant in contest.contestants.items():
+        path = folder / name / of
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(contestant, ranks, path, step=contest.done, **contest.state())
+    if ranks.rank == 0:
+        written = folder / f"{LATEST}.new"
+        written.write_text(name)
+        written.replace(folder / LATEST)
+        for other in folder.glob("step-*"):
+            if other.name != name:
+                shutil.rmtree(other)
+
+
+def go_on(contest: Contest, ranks: Ranks, folder: Path) -> None:
+    """Go on from the folder's checkpoint, if it has one. Collective.
+
+    Raises
+    ------
+    GoOnError
+        On every rank, if it is of a run with other options.
+    """
+    latest = folder / LATEST
+    name = ranks.agree(latest.read_text() if ranks.rank == 0 and latest.exists() else None)
+    if name is None:
+        return
+    for of, contestant in contest.contestants.items():
+        values = read(contestant, ranks, folder / name / of)
+    there, here = json.loads(values["settings"]), settings(contest.args)
+    if other := [n for n in here if here[n] != there.get(n)]:
+        said = ", ".join(f"--{n.replace('_', '-')} {there.get(n)}" for n in other)
+        raise GoOnError(f"{folder} has a run with {said}: give the same, another --folder, or --anew")
+    contest.go_on(values.pop("step"), values)
+
+
+def draw(history: list[Record], path: Path) -> None:
+    """Write what the history shows as a drawing."""
+    steps = [r["step"] for r in history]
+
+    def chart(title: str, lines: dict[str, str], say: Callable[[float], str], even: str) -> str:
+        of = [charts.Line(text, tuple(r[name] for r in history), name.startswith(DYNAMIC)) for name, text in lines.items()]
+        return charts.line_chart(title, "step", steps, of, format_x=format_count, format_y=say, even=even)
+
+    kinds = {DYNAMIC: "dynamic tables", HASHED: "hashed ids", BEST: "the stream's own odds"}
+    drawn = {
+        "AUC of the last steps, before training on them": chart(
+            "AUC", {f"{n} auc": text for n, text in kinds.items()}, lambda x: f"{x:.3f}", "xy"
+        ),
+        "log loss of the last steps": chart(
+            "log loss", {f"{n} log loss": text for n, text in kinds.items()}, lambda x: f"{x:.3f}", "xy"
+        ),
+        "ids": chart("ids", {"seen": "seen so far", "rows": "with rows"}, format_count, "x"),
+        "memory of all ranks": chart(
+            "memory",
+            {"process bytes": "processes", "dynamic bytes": "dynamic tables", "hashed bytes": "hashed tables"},
+            format_bytes,
+            "x",
+        ),
+    }
+    if history[-1]["pushed"]:
+        sent = {"dynamic sent": "dynamic tables", "hashed sent": "hashed ids"}
+        pushed = {"pushed": "each id pulled, pushed", "pushed unique": "each unique id"}
+        drawn["sent by a rank in a step"] = chart("sent", sent | pushed, format_bytes, "x")
+    path.write_text(charts.standing_alone("a click stream", drawn), encoding="utf-8")
+
+
+def run(args: argparse.Namespace, ranks: Ranks, console: Console, stop: Callable[[], bool]) -> list[Record]:
+    """Train until a step or a stop; the history. Collective."""
+    contest = Contest(args, ranks, Stream(args.seed).smaller(args.smaller))
+    if args.anew and ranks.rank == 0:  # the others hear of it
+        (args.folder / LATEST).unlink(missing_ok=True)
+    go_on(contest, ranks, args.folder)
+    saved, stopped = contest.done, False
+
+    def keep() -> None:
+        nonlocal saved
+        save(contest, ranks, args.folder)
+        if ranks.rank == 0 and len(contest.history) > 1:
+            draw(contest.history, args.folder / "stream.svg")
+        saved = contest.done
+
+    with Line(console) as line:
+        while not stopped and (args.steps is None or contest.done < args.steps):
+            contest.step()
+            if contest.done % args.every:
+                continue
+            stopped = contest.report(stop())
+            line.show(contest.history[-1])
+            if contest.done % args.save_every == 0:
+                keep()
+    if saved != contest.done:
+        keep()
+    return contest.history
+
+
+def main() -> None:
+    """Run on this rank."""
+    args = arguments()
+    ranks = Ranks.start()
+    console = Console(quiet=ranks.rank != 0)
+    try:
+        with Stop() as stop:
+            run(args, ranks, console, stop)
+    except GoOnError as error:
+        console.print(f"error: {error}", markup=False, soft_wrap=True)  # on every rank
+        sys.exit(1)
+    finally:
+        ranks.stop()
+
+
+if __name__ == "__main__":
+    main()
