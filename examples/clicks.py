@@ -96,7 +96,7 @@ class Stream:
         word = word_of(self.seed, f"step {step}")
         drawn = torch.Generator().manual_seed(word)
         users, items = self._users.draw(step, rows, drawn), self._items.draw(step, rows, drawn)
-        once = torch.rand(rows, generator=drawn) < self.passing
+        once = torch.rand(rows, generator=drawn, dtype=torch.float64) < self.passing
         users = torch.where(once, mix(word + torch.arange(rows)), users)
         hours = (step // 20 + torch.randint(0, 3, (rows,), generator=drawn)) % HOURS
         positions = torch.randint(0, POSITIONS, (rows,), generator=drawn).double() / (POSITIONS - 1)
@@ -109,7 +109,7 @@ class Stream:
         user, item = self._traits("user", users), self._traits("item", items)
         likes = (user[:, 2:] * item[:, 2:]).sum(1) * (1.6 / self.traits**0.5)
         phase = item[:, 1] * 3.0  # when in the day an item is liked
-        daily = torch.cos(2 * torch.pi * hours / HOURS + phase)
+        daily = torch.cos(hours.double() * (2 * torch.pi / HOURS) + phase)
         return likes + 0.5 * user[:, 0] + 0.9 * item[:, 0] + 0.4 * daily - 1.0 * positions - 0.7
 
     def _traits(self, kind: str, ids: Tensor) -> Tensor:

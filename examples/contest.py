@@ -61,7 +61,7 @@ def hashed_rows(args: argparse.Namespace, ranks: int) -> int:
     return (5 * args.capacity // 4 * (row + 12) + ranks * of_ranks) // row
 
 
-def models(args: argparse.Namespace, ranks: int) -> dict[str, nn.Module]:
+def models(args: argparse.Namespace) -> dict[str, nn.Module]:
     """The two models, from the same weights beside the tables."""
     start = des.dynamic.Normal(std=0.05)
     options = {
@@ -71,8 +71,7 @@ def models(args: argparse.Namespace, ranks: int) -> dict[str, nn.Module]:
         "seed": args.seed,
     }
     dynamic = [des.DynamicEmbedding(args.dim, name=name, **options) for name in ("user", "item")]
-    rows = args.hashed_rows or hashed_rows(args, ranks)
-    hashed = [Hashed(rows, args.dim, sparse=True) for _ in range(2)]
+    hashed = [Hashed(args.hashed_rows, args.dim, sparse=True) for _ in range(2)]
     made = {}
     for name, tables in ((DYNAMIC, dynamic), (HASHED, hashed)):
         torch.manual_seed(args.seed)
@@ -129,7 +128,7 @@ class Contest:
         counts = row_counts(args.batch, ranks.size)
         self._first = sum(counts[: ranks.rank])
         self._end = self._first + counts[ranks.rank]
-        example, made = stream.batch(0, args.batch).part(0, max(counts)).inputs, models(args, ranks.size)
+        example, made = stream.batch(0, args.batch).part(0, max(counts)).inputs, models(args)
         # rows, and what Adagrad keeps for them
         self._hashed_bytes = sum(2 * x.weight.nbytes for x in made[HASHED].modules() if isinstance(x, Hashed))
         self.contestants = {name: Contestant(model, example, args) for name, model in made.items()}
@@ -193,7 +192,6 @@ class Contest:
     def state(self) -> dict[str, Any]:
         """Beside the models, what a run that goes on has to know; the same on every rank."""
         return {
-            "settings": json.dumps(settings(self.args)),
             "history": json.dumps(self.history),
             "seen": self.seen.smallest,
             **{f"logits_{name}": torch.stack(tuple(x)) for name, x in self._logits.items()},

@@ -16,12 +16,13 @@ import json
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 from clicks import Stream
-from contest import BEST, DYNAMIC, HASHED, Contest, Record, settings
+from contest import BEST, DYNAMIC, HASHED, Contest, Record, hashed_rows, settings
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -34,8 +35,8 @@ from descompiler.dynamic.embedding import DynamicTable
 from descompiler.report import charts
 from descompiler.units import format_bytes, format_count
 
-LATEST = "latest"
-"""The file of a folder that names its last whole checkpoint."""
+LATEST = "latest.json"
+"""The file of a folder that names its last whole checkpoint, and the options of its run."""
 
 
 class GoOnError(Exception):
@@ -149,7 +150,7 @@ def save(contest: Contest, ranks: Ranks, folder: Path) -> None:
         write(contestant, ranks, path, step=contest.done, **contest.state())
     if ranks.rank == 0:
         written = folder / f"{LATEST}.new"
-        written.write_text(name)
+        written.write_text(json.dumps({"checkpoint": name, "settings": settings(contest.args)}))
         written.replace(folder / LATEST)
         for other in folder.glob("step-*"):
             if other.name != name:
@@ -165,51 +166,50 @@ def go_on(contest: Contest, ranks: Ranks, folder: Path) -> None:
         On every rank, if it is of a run with other options.
     """
     latest = folder / LATEST
-    name = ranks.agree(latest.read_text() if ranks.rank == 0 and latest.exists() else None)
-    if name is None:
+    text = ranks.agree(latest.read_text() if ranks.rank == 0 and latest.exists() else None)
+    if text is None:
         return
-    for of, contestant in contest.contestants.items():
-        values = read(contestant, ranks, folder / name / of)
-    there, here = json.loads(values["settings"]), settings(contest.args)
-    if other := [n for n in here if here[n] != there.get(n)]:
-        said = ", ".join(f"--{n.replace('_', '-')} {there.get(n)}" for n in other)
+    saved, here = json.loads(text), settings(contest.args)
+    if other := [name for name in here if here[name] != saved["settings"].get(name)]:
+        said = ", ".join(f"--{name.replace('_', '-')} {saved['settings'].get(name)}" for name in other)
         raise GoOnError(f"{folder} has a run with {said}: give the same, another --folder, or --anew")
+    values: dict[str, Any] = {}
+    for name, contestant in contest.contestants.items():
+        values = read(contestant, ranks, folder / saved["checkpoint"] / name)
     contest.go_on(values.pop("step"), values)
 
 
-def draw(history: list[Record], path: Path) -> None:
+def draw(history: list[Record], window: int, path: Path) -> None:
     """Write what the history shows as a drawing."""
     steps = [r["step"] for r in history]
 
-    def chart(title: str, lines: dict[str, str], say: Callable[[float], str], even: str) -> str:
-        of = [charts.Line(text, tuple(r[name] for r in history), name.startswith(DYNAMIC)) for name, text in lines.items()]
-        return charts.line_chart(title, "step", steps, of, format_x=format_count, format_y=say, even=even)
+    def chart(lines: dict[str, str], say: Callable[[float], str], even: str) -> str:
+        of = [charts.Line(text, tuple(r[n] for r in history), n.startswith(DYNAMIC)) for n, text in lines.items()]
+        return charts.draw_lines("step", steps, of, format_x=format_count, format_y=say, even=even)
+
+    def share(x: float) -> str:
+        return f"{x:.3f}"
 
     kinds = {DYNAMIC: "dynamic tables", HASHED: "hashed ids", BEST: "the stream's own odds"}
+    memory = {"dynamic bytes": "dynamic tables", "hashed bytes": "hashed tables", "process bytes": "processes"}
     drawn = {
-        "AUC of the last steps, before training on them": chart(
-            "AUC", {f"{n} auc": text for n, text in kinds.items()}, lambda x: f"{x:.3f}", "xy"
+        f"AUC of the last {window} steps, predicted before they were trained on": chart(
+            {f"{name} auc": text for name, text in kinds.items()}, share, "xy"
         ),
-        "log loss of the last steps": chart(
-            "log loss", {f"{n} log loss": text for n, text in kinds.items()}, lambda x: f"{x:.3f}", "xy"
-        ),
-        "ids": chart("ids", {"seen": "seen so far", "rows": "with rows"}, format_count, "x"),
-        "memory of all ranks": chart(
-            "memory",
-            {"process bytes": "processes", "dynamic bytes": "dynamic tables", "hashed bytes": "hashed tables"},
-            format_bytes,
-            "x",
-        ),
+        "log loss of the same": chart({f"{name} log loss": text for name, text in kinds.items()}, share, "xy"),
+        "ids, by how many there are": chart({"seen": "seen so far", "rows": "with rows"}, format_count, "x"),
+        "memory, of all ranks": chart(memory, format_bytes, "x"),
     }
     if history[-1]["pushed"]:
         sent = {"dynamic sent": "dynamic tables", "hashed sent": "hashed ids"}
-        pushed = {"pushed": "each id pulled, pushed", "pushed unique": "each unique id"}
-        drawn["sent by a rank in a step"] = chart("sent", sent | pushed, format_bytes, "x")
+        pushed = {"pushed": "each id pulled and pushed", "pushed unique": "each unique id so"}
+        drawn["sent by a rank in a step"] = chart(sent | pushed, format_bytes, "x")
     path.write_text(charts.standing_alone("a click stream", drawn), encoding="utf-8")
 
 
 def run(args: argparse.Namespace, ranks: Ranks, console: Console, stop: Callable[[], bool]) -> list[Record]:
     """Train until a step or a stop; the history. Collective."""
+    args.hashed_rows = args.hashed_rows or hashed_rows(args, ranks.size)
     contest = Contest(args, ranks, Stream(args.seed).smaller(args.smaller))
     if args.anew and ranks.rank == 0:  # the others hear of it
         (args.folder / LATEST).unlink(missing_ok=True)
@@ -220,7 +220,7 @@ def run(args: argparse.Namespace, ranks: Ranks, console: Console, stop: Callable
         nonlocal saved
         save(contest, ranks, args.folder)
         if ranks.rank == 0 and len(contest.history) > 1:
-            draw(contest.history, args.folder / "stream.svg")
+            draw(contest.history, args.window, args.folder / "stream.svg")
         saved = contest.done
 
     with Line(console) as line:
@@ -240,6 +240,7 @@ def run(args: argparse.Namespace, ranks: Ranks, console: Console, stop: Callable
 def main() -> None:
     """Run on this rank."""
     args = arguments()
+    warnings.filterwarnings("ignore", message="Sparse invariant checks")  # of Adagrad's steps on sparse gradients
     ranks = Ranks.start()
     console = Console(quiet=ranks.rank != 0)
     try:

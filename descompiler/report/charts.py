@@ -27,6 +27,10 @@ LABEL_PX = 15
 """Least distance of two labels at the ends of lines."""
 
 
+MOST_DOTS = 30
+"""Points of a line up to which they are drawn as such."""
+
+
 COLOURS = 7
 """Colour classes that the page defines."""
 
@@ -95,7 +99,6 @@ def line_chart(
     format_x: Callable[[float], str],
     format_y: Callable[[float], str],
     marks: Sequence[Mark] = (),
-    even: str = "",
 ) -> str:
     """Lines over logarithmic axes; values that are not positive are left out.
 
@@ -103,12 +106,39 @@ def line_chart(
     ----------
     marks : sequence of Mark
         Numbered on the chart, and listed below it.
+    """
+    if len(xs) < 2 or not any(v > 0 for line in lines for v in line.values):
+        return f"<p class='note'>{html.escape(title)}: nothing to draw.</p>"
+    out = [
+        f"<svg class='chart' viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{html.escape(title, quote=True)}'>",
+        f"<title>{html.escape(title)}</title>",
+        draw_lines(x_title, xs, lines, format_x=format_x, format_y=format_y, marks=marks),
+        "</svg>",
+    ]
+    if marks:
+        items = "".join(f"<li>{html.escape(m.text)}</li>" for m in marks)
+        out.append(f"<ol class='marks'>{items}</ol>")
+    return "\n".join(out)
+
+
+def draw_lines(
+    x_title: str,
+    xs: Sequence[float],
+    lines: Sequence[Line],
+    *,
+    format_x: Callable[[float], str],
+    format_y: Callable[[float], str],
+    marks: Sequence[Mark] = (),
+    even: str = "",
+) -> str:
+    """What `line_chart` has inside of its ``svg``, of two positions or more.
+
+    Parameters
+    ----------
     even : {"", "x", "y", "xy"}
         Axes that are not logarithmic.
     """
     values = [v for line in lines for v in line.values if Axis(1, 1, "y" in even).shows(v)]
-    if len(xs) < 2 or not values:
-        return f"<p class='note'>{html.escape(title)}: nothing to draw.</p>"
     across, up = Axis(xs[0], xs[-1], "x" in even), Axis.of(values, "y" in even)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
@@ -118,10 +148,7 @@ def line_chart(
     def y_px(y: float) -> float:
         return bottom - (bottom - TOP) * up.at(y)
 
-    out = [
-        f"<svg class='chart' viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{html.escape(title, quote=True)}'>",
-        f"<title>{html.escape(title)}</title>",
-    ]
+    out = []
     for y in up.ticks():
         out.append(f"<line class='grid' x1='{LEFT}' y1='{y_px(y):.1f}' x2='{right}' y2='{y_px(y):.1f}'/>")
         out.append(f"<text class='tick' x='{LEFT - 8}' y='{y_px(y) + 4:.1f}' text-anchor='end'>{format_y(y)}</text>")
@@ -142,7 +169,7 @@ def line_chart(
         kind = f"curve c{number % COLOURS}" + (" strong" if line.strong else "")
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         out.append(f"<polyline class='{kind}' points='{path}'/>")
-        if line.strong:
+        if line.strong and len(points) <= MOST_DOTS:
             out += [f"<circle class='dot c{number % COLOURS}' cx='{x:.1f}' cy='{y:.1f}' r='3.2'/>" for x, y in points]
         ends.append((points[-1][1], number, line))
     for (y, number, line), label_y in zip(sorted(ends, key=lambda e: e[0]), _apart([e[0] for e in ends]), strict=True):
@@ -156,10 +183,6 @@ def line_chart(
         out.append(f"<line class='mark' x1='{x:.1f}' y1='{TOP}' x2='{x:.1f}' y2='{bottom}'/>")
         out.append(f"<circle class='mark' cx='{x:.1f}' cy='{y:.1f}' r='8'/>")
         out.append(f"<text class='mark' x='{x:.1f}' y='{y + 4:.1f}' text-anchor='middle'>{number}</text>")
-    out.append("</svg>")
-    if marks:
-        items = "".join(f"<li>{html.escape(m.text)}</li>" for m in marks)
-        out.append(f"<ol class='marks'>{items}</ol>")
     return "\n".join(out)
 
 
@@ -243,19 +266,18 @@ def bars(
     return "\n".join(out)
 
 
-def standing_alone(title: str, charts: Mapping[str, str]) -> str:
-    """Charts of `line_chart` below one another, by their headings, as one SVG file with its style."""
+def standing_alone(title: str, drawn: Mapping[str, str]) -> str:
+    """What `draw_lines` has drawn, below one another and by headings, as one SVG file with its style."""
     each = HEIGHT + HEADING
-    total = each * len(charts)
+    total = each * len(drawn)
     style = (resources.files("descompiler.report") / "report.css").read_text(encoding="utf-8")
     out = [
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {total}' role='img'>",
         f"<title>{html.escape(title)}</title>",
-        f"<style>{style} svg {{ max-width: {WIDTH}px; }} svg svg {{ width: {WIDTH}px; height: {HEIGHT}px; }}"
-        " rect.sheet { fill: var(--bg); }</style>",
+        f"<style>{style} svg {{ max-width: {WIDTH}px; }} rect.sheet {{ fill: var(--bg); }}</style>",
         f"<rect class='sheet' width='{WIDTH}' height='{total}'/>",
     ]
-    for number, (heading, chart) in enumerate(charts.items()):
+    for number, (heading, chart) in enumerate(drawn.items()):
         out.append(f"<g transform='translate(0 {number * each})'>")
         out.append(f"<text class='strong' x='{LEFT}' y='{HEADING - 8}'>{html.escape(heading)}</text>")
         out.append(f"<g transform='translate(0 {HEADING})'>{chart}</g></g>")
