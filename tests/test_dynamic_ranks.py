@@ -189,3 +189,73 @@ def test_what_is_refused_by_name(on_ranks):
         assert all("each on the one rank" in said[x] for x in ("pinned", "everywhere")), said
         assert "padding_idx=0" in said["max"]
         assert all(said.values()), [name for name, text in said.items() if not text]
+
+
+def trained(model, steps, rank=0, ranks=1, first=0):
+    """Train a model, compiled or not, on a rank's shares of steps."""
+    opt = OPTIMIZERS["adagrad"](model.parameters())
+    train_on(model, opt, range(first, first + steps), rank, ranks)
+    return opt
+
+
+def train_on(model, opt, steps, rank, ranks):
+    for step in steps:
+        counts = shares(10, ranks)
+        begin = sum(counts[:rank])
+        F.softplus(model(*(x[begin : begin + counts[rank]] for x in stream(step)))).sum().backward()
+        opt.step()
+        opt.zero_grad()
+
+
+def assert_same_tables(one, other):
+    for name in ("user", "tags"):
+        a, b = (m.get_submodule(name)._table for m in (one, other))
+        assert torch.equal(a.resident(), b.resident()) and len(a.residence)
+        torch.testing.assert_close(rows_of(a, a.resident()), rows_of(b, a.resident()), rtol=1e-10, atol=1e-12)
+        assert a.residence.step == b.residence.step
+
+
+def there_and_back(rank, ranks, plan):
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    original = Clicks(**OPTIONS["sightings, lru"])
+    trained(original, 6)
+    module = des.compile(copy.deepcopy(original), stream(0), plan=plan, loss="sum")  # with the rows that it has
+    state = des.full_state_dict(module)
+    other = Clicks(**OPTIONS["sightings, lru"])
+    other.load_state_dict(state)
+    assert_same_tables(other, original)
+    for model, share in ((module, (rank, ranks)), (original, (0, 1))):
+        trained(model, 5, *share, first=6)
+    single = des.to_single(module)
+    if rank == 0:
+        assert type(single.user) is des.DynamicEmbedding
+        assert_same_tables(single, original)
+        trained(single, 1, first=11)
+    # the whole into the ranks' parts again, and each part's own state into it
+    des.load_full_state_dict(module, state)
+    at_first = des.full_state_dict(module)
+    assert all(torch.equal(x, at_first[n]) for n, x in state.items())
+    mine = copy.deepcopy(module.state_dict())
+    trained(module, 2, rank, ranks)
+    module.load_state_dict(mine)
+    assert all(torch.equal(x, state[n]) for n, x in des.full_state_dict(module).items())
+    said = []
+    for wrong in (state, {**mine, "user.rank": torch.tensor(7)}):
+        with pytest.raises(des.InputError) as error:
+            module.load_state_dict(wrong)
+        said.append(str(error.value))
+    with pytest.raises(des.InputError, match="part that rank"):
+        other.load_state_dict(mine)
+    opt = trained(module, 1, rank, ranks)
+    theirs = trained(original, 1)
+    opt.load_state_dict(theirs.state_dict())
+    with pytest.raises(des.DescompilerError):
+        train_on(module, opt, [3], rank, ranks)
+    return said
+
+
+@pytest.mark.parametrize(("ranks", "plan"), [(2, "unique_rows"), (3, "both")])
+def test_weights_go_in_and_out(on_ranks, ranks, plan):
+    for whole, other in on_ranks(there_and_back, ranks, PLANS[plan]):
+        assert "is the whole" in whole and "rank 7" in other
