@@ -36,7 +36,7 @@ from descompiler.errors import DescompilerError, InputError, UnsupportedError
 from descompiler.module.checksums import check_sums, write_checksums
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.dynamic import tables_of
-from descompiler.module.dynamic_saved import SavedTables, aside, has_others, to_save
+from descompiler.module.dynamic_saved import SavedTables, aside, check_names, has_others, to_save
 from descompiler.module.installed import ranks_for
 from descompiler.runtime.ranks import Ranks
 
@@ -190,6 +190,7 @@ def load(module: nn.Module, optimizers: Optimizers, path: str | os.PathLike[str]
         reader = SafeReader(found)
         metadata = reader.read_metadata()
         saved = set(metadata.state_dict_metadata)
+        check_names(_named_parts(module), saved)
         _check_no_more(path, saved, room)
         room["values"] = dict(_values_of(metadata))
         _leave_out_unsaved(room["optimizers"], saved)

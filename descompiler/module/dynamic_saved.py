@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,6 +144,23 @@ class _Like:
         self.whose = whose
 
 
+def check_names(module: nn.Module, saved: Collection[str]) -> None:
+    """Raise unless a checkpoint that has these names has the dynamic tables of a module, and no others."""
+    tables = tables_of(module)
+    for name in tables:
+        if f"{TABLES}{name}.{LIVE}" in saved:
+            continue
+        if f"app.module.{name}.weight" in saved:
+            raise InputError(
+                f"{name!r} is a static table in the checkpoint, and a dynamic one here: load it into the model "
+                "with nn.Embedding, and make the dynamic table with des.dynamic.from_embedding"
+            )
+        raise InputError(f"the checkpoint has no dynamic table {name!r}")
+    known = tuple(f"{TABLES}{name}." for name in tables)
+    if more := sorted(n for n in saved if n.startswith(TABLES) and not (known and n.startswith(known))):
+        raise InputError(f"the checkpoint has dynamic tables that the model has not: {', '.join(more[:3])}")
+
+
 class SavedTables:
     """What a checkpoint has of a module's dynamic tables, to be read by this rank.
 
@@ -169,7 +186,6 @@ class SavedTables:
         self.tables = {name: part._table for name, part in tables_of(module).items()}
         self.optimizers, self.ranks = optimizers, ranks
         self._saved: dict[str, Any] = metadata.state_dict_metadata
-        self._check_names()
         self._small = {name: self._every_ranks(name) for name in self.tables}
         if self._small:
             read({"dynamic": self._small})
@@ -201,20 +217,6 @@ class SavedTables:
             if group is not None:
                 options = json.loads(small[OPTIONS])
                 group.update({n: tuple(x) if isinstance(x, list) else x for n, x in options.items()})
-
-    def _check_names(self) -> None:
-        prefixes = tuple(f"{TABLES}{name}." for name in self.tables)
-        for name in self.tables:
-            if f"{TABLES}{name}.{LIVE}" in self._saved:
-                continue
-            if f"app.module.{name}.weight" in self._saved:
-                raise InputError(
-                    f"{name!r} is a static table in the checkpoint, and a dynamic one here: load it into the model "
-                    "with nn.Embedding, and make the dynamic table with des.dynamic.from_embedding"
-                )
-            raise InputError(f"the checkpoint has no dynamic table {name!r}")
-        if more := sorted(n for n in self._saved if n.startswith(TABLES) and not n.startswith(prefixes or (" ",))):
-            raise InputError(f"the checkpoint has dynamic tables that the model has not: {', '.join(more[:3])}")
 
     def _every_ranks(self, name: str) -> dict[str, Any]:
         """Room for what every rank reads of a table."""
