@@ -17,6 +17,7 @@ from descompiler.dynamic.hashing import mix, signed, slice_of, word_of
 from descompiler.dynamic.states import initial_of
 from descompiler.dynamic.table import Table
 from descompiler.errors import InputError, UnsupportedError
+from descompiler.ops.local import plain
 
 Scalar = int | float | Tensor
 """What an optimiser keeps once for all rows, as its step: a number, or a tensor without dimensions."""
@@ -191,7 +192,7 @@ def _kept(table: Table, optimizer: Optimizer, slots: Tensor) -> Kept:
             continue
         there = (slots < len(value)).logical_and_(~fresh)
         found = torch.full((len(slots), *value.shape[1:]), initial[name], dtype=value.dtype)
-        found[there] = value[slots[there].to(value.device)].cpu()
+        found[there] = plain(value)[slots[there].to(value.device)].cpu()
         rows[name] = found
     return Kept(type(optimizer).__name__, rows, scalars)
 
@@ -313,6 +314,8 @@ def _by_slot(table: Table, state: ById, *, begins_anew: bool) -> dict[str, Tenso
         "fresh": torch.arange(1, len(resident)) if begins_anew else torch.empty(0, dtype=torch.int64),
     }
     found |= {n: shifted(x) for n, x in (("last_seen", state.last), ("counts", state.counts)) if x is not None}
+    if table.owners is not None:
+        found |= {"owners": table.owners, "rank": torch.tensor(table.rank)}
     if state.sketch is not None:
         sketch = state.sketch.new_zeros(table.residence.slices, state.sketch.shape[1])
         sketch[state.slices] = state.sketch
@@ -324,7 +327,7 @@ def _kept_by_slot(table: Table, optimizer: Optimizer, kept: Kept) -> dict[str, S
     initial, device = initial_of(optimizer), table.rows.tensor.device
     scalars = {n: x.clone() if isinstance(x, Tensor) else x for n, x in kept.scalars.items()}
     rows = {n: torch.cat([x.new_full((1, *x.shape[1:]), initial[n]), x]).to(device) for n, x in kept.rows.items()}
-    return {**scalars, **rows}
+    return {**scalars, **{n: table.rows.marked(x) for n, x in rows.items()}}
 
 
 def _called(table: Table) -> str:

@@ -34,6 +34,8 @@ def state_of(table: Table, *, rows: bool = True) -> dict[str, Tensor]:
         "sighted": _joined(residence.sighted),
         "fresh": _joined(table.states.fresh),
     }
+    if table.owners is not None:
+        state |= {"owners": table.owners, "rank": torch.tensor(table.rank)}
     if rows:
         state["weight"] = table.rows.tensor[:end].clone()
     if residence.last is not None:
@@ -76,6 +78,7 @@ def _check(table: Table, state: Mapping[str, Tensor], what: str) -> None:
                 else "it is not one that a DynamicEmbedding has saved"
             )
         )
+    _check_part(table, state, what)
     if (dim := state["weight"].shape[1]) != config.dim:
         raise InputError(f"this state of {what} has rows of {dim} numbers, and the table of {config.dim}")
     if state["made_from"].tolist() != [signed(config.seed), config.salt]:
@@ -101,6 +104,20 @@ def _check(table: Table, state: Mapping[str, Tensor], what: str) -> None:
                 f"the sketch in this state of {what} has {there.numel()} counters of {there.dtype}, and the table's "
                 f"{here.numel()} of {here.dtype}: make it with the admission and the capacity of the one that was saved"
             )
+
+
+def _check_part(table: Table, state: Mapping[str, Tensor], what: str) -> None:
+    """Raise unless a state is of the whole for a whole table, and of the same part for one of a rank's."""
+    mine, theirs = table.owners, state.get("owners")
+    if mine is None and theirs is None:
+        return
+    if mine is None or theirs is None or not torch.equal(mine, theirs) or int(state["rank"]) != table.rank:
+        there = "the whole" if theirs is None else f"the part that rank {int(state['rank'])} had of it"
+        here = "the whole" if mine is None else f"rank {table.rank}'s part"
+        raise InputError(
+            f"this state of {what} is {there}, and this is {here}: load des.full_state_dict(module) with "
+            "des.load_full_state_dict, or a checkpoint of des.save with des.load, which know whose rows are where"
+        )
 
 
 def restore(table: Table, state: Mapping[str, Tensor]) -> None:

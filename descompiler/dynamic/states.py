@@ -85,6 +85,7 @@ class States:
             state = known.state.get(self._rows.parameter, {})
             for name, value in initial.items():
                 if name in state:
+                    self._check_state(known, name, state[name])
                     grown = self._grown(held, name, plain(state[name]))
                     if fresh is not None:
                         grown[fresh.to(grown.device)] = value
@@ -108,6 +109,13 @@ class States:
             growing = held[name] = Growing.holding(state, self._rows.most)
         growing.grow(size)
         return growing.tensor
+
+    def _check_state(self, optimizer: Optimizer, name: str, state: Tensor) -> None:
+        if type(state) is not type(self._rows.marked(plain(state))):
+            raise UnsupportedError(
+                f"{name!r} of {type(optimizer).__name__} for the weight of a dynamic table is not this rank's: it was "
+                "loaded from elsewhere, and is of other rows. Load a checkpoint with des.load(module, optimizer, path)"
+            )
 
     def _check(self, optimizer: Optimizer, group: Mapping[str, Any]) -> None:
         initial_of(optimizer)

@@ -138,6 +138,13 @@ class Table:
         return self.rows.look_up(slots, weight)
 
     @property
+    def own_slices(self) -> Tensor:
+        """The slices whose ids are looked up here."""
+        if self.owners is None:
+            return torch.arange(self.residence.slices)
+        return (self.owners == self.rank).nonzero()[:, 0]
+
+    @property
     def is_idle(self) -> bool:
         """Whether no slice is this rank's."""
         return self.owners is not None and not bool((self.owners == self.rank).any())

@@ -101,13 +101,18 @@ def copied(model: nn.Module) -> dict[int, Tensor]:
     }
 
 
-def copy_with(template: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the model with these values as parameters, wherever it keeps them."""
+def copy_with(
+    template: nn.Module, values: Mapping[str, Tensor], modules: Mapping[int, nn.Module] | None = None
+) -> nn.Module:
+    """A copy of the model with these values as parameters, wherever it keeps them.
+
+    ``modules``: what it has in the place of some modules, by their ids.
+    """
     memo: dict[int, Any] = {
         id(p): with_attributes(nn.Parameter(values[n], requires_grad=p.requires_grad), p)
         for n, p in template.named_parameters()
     }
-    return copy.deepcopy(template, copied(template) | memo)
+    return copy.deepcopy(template, copied(template) | memo | dict(modules or {}))
 
 
 Place = tuple[str, str]

@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.stateful import Stateful
 
-from descompiler.errors import DescompilerError, InputError
+from descompiler.errors import DescompilerError, InputError, UnsupportedError
 from descompiler.module.checksums import check_sums, write_checksums
 from descompiler.module.distributed import DistributedModule
+from descompiler.module.dynamic import tables_of
+from descompiler.module.dynamic_saved import SavedTables, aside, check_names, has_others, to_save
 from descompiler.module.installed import ranks_for
 from descompiler.runtime.ranks import Ranks
 
@@ -83,16 +86,32 @@ class TrainingState(Stateful):
     def state_dict(self) -> dict[str, Any]:
         """By the original's names; of what is cut, this rank's pieces."""
         named = _named_parts(self.module)
-        states = {str(i): get_optimizer_state_dict(named, o) for i, o in enumerate(self.optimizers)}
-        return {"module": get_model_state_dict(named), "optimizers": states, "values": self.values}
+        tables = to_save(named, self.optimizers, _ranks(named))
+        return self._beside_tables() | ({"dynamic": tables} if tables else {})
+
+    def _beside_tables(self) -> dict[str, Any]:
+        """What is saved beside dynamic tables."""
+        named = _named_parts(self.module)
+        with aside(named, self.optimizers):
+            several = [(i, o) for i, o in enumerate(self.optimizers) if has_others(o)]
+            states = {str(i): get_optimizer_state_dict(named, o) for i, o in several}
+            return {"module": get_model_state_dict(named), "optimizers": states, "values": self.values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What `torch.distributed.checkpoint.load` has read into `state_dict`."""
         named = _named_parts(self.module)
-        set_model_state_dict(named, state["module"])
-        for i, optimizer in enumerate(self.optimizers):  # of parameters that had no gradient yet there is no state
-            options = StateDictOptions(strict=False)
-            set_optimizer_state_dict(named, optimizer, state["optimizers"][str(i)], options=options)
+        if tables_of(named):
+            raise UnsupportedError("dynamic tables are read by des.load: how many rows they have is in the checkpoint")
+        self._load_beside_tables(state)
+
+    def _load_beside_tables(self, state: Mapping[str, Any]) -> None:
+        named = _named_parts(self.module)
+        with aside(named, self.optimizers):
+            set_model_state_dict(named, state["module"])
+            for i, optimizer in enumerate(self.optimizers):
+                if has_others(optimizer):  # of parameters that had no gradient yet there is no state
+                    options = StateDictOptions(strict=False)
+                    set_optimizer_state_dict(named, optimizer, state["optimizers"][str(i)], options=options)
         self.values = dict(state["values"])
 
 
@@ -160,7 +179,7 @@ def load(module: nn.Module, optimizers: Optimizers, path: str | os.PathLike[str]
         another model or of other optimisers.
     """
     state, ranks = TrainingState(module, optimizers), _ranks_of(module, "des.load")
-    room = state.state_dict()
+    room = state._beside_tables()
 
     def look() -> SafeReader:
         """Whether it can be loaded: until every rank has said so, none reads."""
@@ -171,15 +190,23 @@ def load(module: nn.Module, optimizers: Optimizers, path: str | os.PathLike[str]
         reader = SafeReader(found)
         metadata = reader.read_metadata()
         saved = set(metadata.state_dict_metadata)
+        check_names(_named_parts(module), saved)
         _check_no_more(path, saved, room)
         room["values"] = dict(_values_of(metadata))
         _leave_out_unsaved(room["optimizers"], saved)
         return reader
 
+    def read_into(reader: SafeReader, some: dict[str, Any]) -> None:
+        dcp.load({"app": some}, storage_reader=reader, planner=_SafePlanner(), process_group=ranks.group)
+
     def read(reader: SafeReader) -> None:
+        named = _named_parts(module)
         with _named(f"{path} is no checkpoint of this model and these optimisers"):
-            dcp.load({"app": room}, storage_reader=reader, planner=_SafePlanner(), process_group=ranks.group)
-            state.load_state_dict(room)
+            of = named, state.optimizers, reader.read_metadata(), ranks
+            tables = SavedTables(*of, partial(read_into, reader))
+            read_into(reader, room | ({"dynamic": tables.room} if tables.room else {}))
+            tables.take_in()
+            state._load_beside_tables(room)
 
     with _named(f"{path} is no checkpoint that can be read"):
         reader = ranks.everywhere(look, "could not load")
@@ -288,6 +315,14 @@ def _ranks_of(module: nn.Module, what: str) -> Ranks:
     if not isinstance(named, DistributedModule):  # the original, in one process
         return Ranks(None, 0, 1)
     return ranks_for(named, what)
+
+
+def _ranks(named: nn.Module) -> Ranks:
+    """The ranks of what is under way already."""
+    if not isinstance(named, DistributedModule):
+        return Ranks(None, 0, 1)
+    runtime = named._runtime
+    return Ranks(runtime.group, runtime.rank, runtime.ranks, runtime.channels)
 
 
 def _make_room(path: Path) -> None:

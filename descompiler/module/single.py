@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from descompiler.errors import InputError
 from descompiler.model.attributes import copy_with
+from descompiler.module.dynamic import in_their_places, tables_of
 from descompiler.module.installed import module_of
 from descompiler.module.state import full_state_dict
 from descompiler.runtime.agreement import say
@@ -31,7 +32,11 @@ def to_single(module: nn.Module) -> nn.Module | None:
     state = full_state_dict(compiled, rank0_only=True)
     if compiled._runtime.rank:
         return None
-    result = copy_with(vars(compiled)["_original"], state)
+    original: nn.Module = vars(compiled)["_original"]
+    tables = {n: part.part_of(None, 0) for n, part in tables_of(compiled).items()}
+    for name, table in tables.items():
+        table.load_state_dict({n.removeprefix(f"{name}."): x for n, x in state.items() if n.startswith(f"{name}.")})
+    result = copy_with(original, state, in_their_places(original, tables))
     with torch.no_grad():
         for name, buffer in result.named_buffers():
             if name in state:

@@ -61,6 +61,8 @@ def _take_pieces(module: Compiled, state: dict[str, Any], prefix: str, metadata:
         )
     rank, names = module._runtime.rank, {id(p): n for n, p in module.named_parameters()}
     for name, p in module.named_parameters(remove_duplicate=False):
+        if names[id(p)] in module._runtime.tables:  # it looks itself whether the rows are its own
+            continue
         value, pieces = state.get(prefix + name), module.plan.pieces[names[id(p)]]
         if not isinstance(value, Tensor) or pieces.is_replicated:
             continue

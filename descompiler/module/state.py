@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from descompiler.errors import InputError
 from descompiler.layout.pieces import Pieces
 from descompiler.module.distributed import DistributedModule
+from descompiler.module.dynamic import load_whole, tables_of, whole_table, without_tables
 from descompiler.module.installed import module_of, ranks_for
 from descompiler.ops.local import plain
 from descompiler.runtime.blocks import BLOCK_ELEMENTS, broadcast_tensor, collect, gather, scatter
@@ -36,7 +37,9 @@ def full_state_dict(module: nn.Module, *, rank0_only: bool = False) -> dict[str,
     """
     module = module_of(module)
     ranks = ranks_for(module, "full_state_dict")
-    held, cut = {n: plain(x) for n, x in module.state_dict().items()}, pieces_by_name(module)
+    tables = tables_of(module) if ranks.count > 1 else {}
+    held = {n: plain(x) for n, x in without_tables(module.state_dict(), tables).items()}
+    cut = pieces_by_name(module)
     takes = not rank0_only or ranks.rank == 0
     shapes = {n: tuple(x.shape) if (p := cut[n]) is None else p.shape for n, x in held.items()}
     place = torch.device("cpu") if rank0_only else None
@@ -59,6 +62,9 @@ def full_state_dict(module: nn.Module, *, rank0_only: bool = False) -> dict[str,
             gather(local, pieces, ranks, full)
         if full is not None:
             result[name] = full
+    for name, part in tables.items():
+        if (whole := whole_table(part, ranks, first_only=rank0_only)) is not None:
+            result |= whole.state_dict(prefix=f"{name}.")
     return result
 
 
@@ -88,10 +94,15 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank
     """
     module = module_of(module)
     ranks = ranks_for(module, "load_full_state_dict")
-    mine = {n: plain(x) for n, x in module.state_dict().items()}
+    tables = tables_of(module)
+    mine = {n: plain(x) for n, x in without_tables(module.state_dict(), tables).items()}
+    every, state = state, without_tables(state, tables)
     ranks.everywhere(
         lambda: _check_state(module, mine, state) if not rank0_only or ranks.rank == 0 else None, "could not load"
     )
+    for name, part in tables.items():
+        of_table = {n.removeprefix(f"{name}."): x for n, x in every.items() if n.startswith(f"{name}.")}
+        load_whole(part, name, None if rank0_only and ranks.rank else of_table, ranks)
     if not rank0_only:
         ranks.same("state_dict", _digest(module, state), doing="load")
     with torch.no_grad():

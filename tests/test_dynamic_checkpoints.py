@@ -1,0 +1,119 @@
+"""Checkpoints of dynamic tables: saved by any ranks, loaded by any other, under any plan; what is wrong is said."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import descompiler as des
+from descompiler.dynamic import Capacity, TimeToLive, WithProbability
+from tests.harness.dynamic_ranks import OPTIMIZERS, OPTIONS, PLANS, Clicks, assert_same_tables, stream, train_on
+
+
+def compiled(options, plan, optimizer):
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    model = Clicks(**OPTIONS[options])
+    module = model if plan is None else des.compile(model, stream(0), plan=PLANS[plan], loss="sum")
+    return module, OPTIMIZERS[optimizer](module)
+
+
+def save(rank, ranks, path, options, plan, optimizer, steps):
+    module, opts = compiled(options, plan, optimizer)
+    train_on(module, opts, range(steps), rank, ranks)
+    des.save(module, opts, path, step=steps)
+
+
+def load_and_go_on(rank, ranks, path, options, plan, optimizer, until, again):
+    """Load, train on, save again; on one rank compare with the original, which was never saved."""
+    module, opts = compiled(options, plan, optimizer)
+    for o in opts:
+        for group in o.param_groups:
+            group["lr"] = 17.0  # the checkpoint has the options
+    train_on(module, opts, range(2), rank, ranks)  # what is there is replaced
+    step = des.load(module, opts, path)["step"]
+    train_on(module, opts, range(step, until), rank, ranks)
+    des.save(module, opts, again, step=until)
+    if plan is None:
+        original, theirs = compiled(options, None, optimizer)
+        train_on(original, theirs, range(until), 0, 1)
+        assert_same_tables(module, original)
+        for p, q in zip(module.head.parameters(), original.head.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "optimizer", "way"),
+    [
+        ("sightings, lru", "adagrad", [(2, "row_wise"), (3, "unique_rows"), (1, None)]),
+        ("lfu", "sparse_adam", [(1, None), (2, "both"), (2, "unique_rows"), (1, None)]),
+    ],
+)
+def test_from_ranks_to_other_ranks(on_ranks, tmp_path, options, optimizer, way):
+    (ranks, plan), *others = way
+    on_ranks(save, ranks, str(tmp_path / "0"), options, plan, optimizer, 6)
+    for i, (ranks, plan) in enumerate(others):
+        paths = str(tmp_path / str(i)), str(tmp_path / str(i + 1))
+        on_ranks(load_and_go_on, ranks, paths[0], options, plan, optimizer, 6 + 4 * (i + 1), paths[1])
+
+
+OTHERS = {
+    "dim=": lambda: Clicks(dim=5, max_rows=7000),
+    "seed=": lambda: Clicks(seed=4, max_rows=7000),
+    "admit=": lambda: Clicks(admit=WithProbability(0.5), max_rows=7000),
+    "evict=": lambda: Clicks(evict=TimeToLive(9), max_rows=7000),
+    "slices": lambda: Clicks(evict=Capacity(100_000)),
+    "max_rows=": lambda: Clicks(max_rows=70),
+    "no dynamic table 'people'": lambda: Clicks(dynamic_name="people", max_rows=7000),
+}
+
+
+def save_static(rank, ranks, path):
+    static = nn.ModuleDict({"user": nn.Embedding(9, 4), "item": nn.Embedding(50, 4), "head": nn.Linear(12, 1)})
+    des.save(static, None, path)
+
+
+def refusals(rank, ranks, folder):
+    torch.manual_seed(0)
+    model = Clicks(max_rows=7000)
+    module = des.compile(model, stream(0), plan=PLANS["row_wise"], loss="sum")
+    opts = OPTIMIZERS["adagrad"](module)
+    for step in range(20):
+        nn.functional.softplus(module(*stream(step))).sum().backward()
+        if step == 3:
+            with pytest.raises(des.DescompilerError, match="gradient that no optimiser has taken"):
+                des.save(module, opts, f"{folder}/within")
+        for o in opts:
+            o.step()
+            o.zero_grad()
+    des.save(module, opts, f"{folder}/there")
+    said = {}
+    for words, make in OTHERS.items():
+        other = des.compile(make(), stream(0), plan={"*": "row_wise"}, loss="sum")
+        before = copy.deepcopy(other.state_dict())
+        try:
+            des.load(other, OPTIMIZERS["adagrad"](other), f"{folder}/there")
+            said[words] = ""
+        except des.DescompilerError as error:
+            said[words] = str(error)
+        after = other.state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(x, after[n]) for n, x in before.items())
+    for words, other, opts in [
+        ("saved with Adagrad", module, OPTIMIZERS["sgd"](module)),
+        ("static table in the checkpoint", module, OPTIMIZERS["adagrad"](module)),
+    ]:
+        path = f"{folder}/{words.split()[0] if words.startswith('static') else 'there'}"
+        try:
+            des.load(other, opts, path)
+            said[words] = ""
+        except des.DescompilerError as error:
+            said[words] = str(error)
+    return said
+
+
+def test_a_wrong_checkpoint_is_refused_by_name_and_nothing_changes(on_ranks, tmp_path):
+    on_ranks(save_static, 1, str(tmp_path / "static"))
+    for said in on_ranks(refusals, 2, str(tmp_path)):
+        for words, text in said.items():
+            assert words in text, (words, text)
