@@ -53,8 +53,9 @@ class Towers(nn.Module):
 def hashed_rows(args: argparse.Namespace, ranks: int) -> int:
     """Rows of a hashed table of at least as many bytes as a dynamic one may take, on all ranks together.
 
-    That has room for a quarter more rows than its capacity, and beside each row and its Adagrad sum 12 bytes: its key
-    and the last step that saw it. Each rank has cells of the map and counters of the sketch for every slice.
+    That has room for a quarter more rows than its capacity, if few of them are new in one step, and beside each row
+    and its Adagrad sum 12 bytes: its key and the last step that saw it. Each rank has cells of the map and counters of
+    the sketch for every slice.
     """
     row = 2 * args.dim * torch.get_default_dtype().itemsize
     of_ranks = 10 * args.capacity + 4 * SKETCH_WIDTH * slices_for(args.capacity)
@@ -85,7 +86,7 @@ class Contestant:
     """A model in training, and what it has predicted since the last report."""
 
     def __init__(self, model: nn.Module, example: Inputs, args: argparse.Namespace):
-        plan = {name: args.form for name in ("user", "item")} if args.form else None
+        plan = dict.fromkeys(("user", "item"), args.form) if args.form else None
         rows = len(example.users)
         self.module = des.compile(model, tuple(example), plan=plan, loss="row_mean", batch=rows)
         self.optimizer = torch.optim.Adagrad(self.module.parameters(), lr=args.lr)

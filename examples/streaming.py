@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from clicks import Stream
 from contest import BEST, DYNAMIC, HASHED, Contest, Record, hashed_rows, settings
@@ -28,10 +29,7 @@ from rich.live import Live
 from rich.text import Text
 from train_ctr import Ranks
 
-import torch
-from typing import Any
-from contest import Contestant
-from descompiler.dynamic.embedding import DynamicTable
+import descompiler as des
 from descompiler.report import charts
 from descompiler.units import format_bytes, format_count
 
@@ -121,33 +119,13 @@ class Stop:
         self._asked = True
 
 
-def write(contestant: Contestant, ranks: Ranks, path: Path, **values: Any) -> None:
-    """Interim: until `des.save` knows dynamic tables."""
-    module = contestant.module
-    state = {"module": module.state_dict(), "optimizer": contestant.optimizer.state_dict(), "values": values}
-    torch.save(state, path.with_suffix(f".{ranks.rank}"))
-
-
-def read(contestant: Contestant, ranks: Ranks, path: Path) -> dict[str, Any]:
-    """Interim: until `des.load` knows dynamic tables."""
-    state = torch.load(path.with_suffix(f".{ranks.rank}"), weights_only=False)
-    tables = {n: contestant.module.get_submodule(n) for n in ("user", "item")}
-    dynamic = {n: t for n, t in tables.items() if isinstance(t, DynamicTable)}
-    rest = {k: v for k, v in state["module"].items() if k.partition(".")[0] not in dynamic}
-    contestant.module.load_state_dict(rest, strict=False)
-    for n, table in dynamic.items():
-        table.load_state_dict({k.partition(".")[2]: v for k, v in state["module"].items() if k.startswith(n)})
-    contestant.optimizer.load_state_dict(state["optimizer"])
-    return state["values"]
-
-
 def save(contest: Contest, ranks: Ranks, folder: Path) -> None:
     """Write a checkpoint; the one of before is the folder's until this one is whole. Collective."""
     name = f"step-{contest.done}"
+    (folder / name).mkdir(parents=True, exist_ok=True)
     for of, contestant in contest.contestants.items():
         path = folder / name / of
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(contestant, ranks, path, step=contest.done, **contest.state())
+        des.save(contestant.module, contestant.optimizer, path, step=contest.done, **contest.state())
     if ranks.rank == 0:
         written = folder / f"{LATEST}.new"
         written.write_text(json.dumps({"checkpoint": name, "settings": settings(contest.args)}))
@@ -157,25 +135,31 @@ def save(contest: Contest, ranks: Ranks, folder: Path) -> None:
                 shutil.rmtree(other)
 
 
-def go_on(contest: Contest, ranks: Ranks, folder: Path) -> None:
-    """Go on from the folder's checkpoint, if it has one. Collective.
+def begun(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
+    """What the folder's last checkpoint is and which options its run has; None without. Collective.
 
     Raises
     ------
     GoOnError
-        On every rank, if it is of a run with other options.
+        On every rank, if the options are others.
     """
-    latest = folder / LATEST
+    latest = args.folder / LATEST
     text = ranks.agree(latest.read_text() if ranks.rank == 0 and latest.exists() else None)
     if text is None:
-        return
-    saved, here = json.loads(text), settings(contest.args)
-    if other := [name for name in here if here[name] != saved["settings"].get(name)]:
-        said = ", ".join(f"--{name.replace('_', '-')} {saved['settings'].get(name)}" for name in other)
-        raise GoOnError(f"{folder} has a run with {said}: give the same, another --folder, or --anew")
-    values: dict[str, Any] = {}
+        return None
+    found: dict[str, Any] = json.loads(text)
+    there, here = found["settings"], settings(args)
+    here["hashed_rows"] = here["hashed_rows"] or there["hashed_rows"]  # their default is another for other ranks
+    if other := [name for name in here if here[name] != there[name]]:
+        said = ", ".join(f"--{name.replace('_', '-')} {there[name]}" for name in other)
+        raise GoOnError(f"{args.folder} has a run with {said}: give the same, another --folder, or --anew")
+    return found
+
+
+def go_on(contest: Contest, path: Path) -> None:
+    """Go on from a checkpoint, of any number of ranks. Collective."""
     for name, contestant in contest.contestants.items():
-        values = read(contestant, ranks, folder / saved["checkpoint"] / name)
+        values = des.load(contestant.module, contestant.optimizer, path / name)
     contest.go_on(values.pop("step"), values)
 
 
@@ -209,11 +193,13 @@ def draw(history: list[Record], window: int, path: Path) -> None:
 
 def run(args: argparse.Namespace, ranks: Ranks, console: Console, stop: Callable[[], bool]) -> list[Record]:
     """Train until a step or a stop; the history. Collective."""
-    args.hashed_rows = args.hashed_rows or hashed_rows(args, ranks.size)
-    contest = Contest(args, ranks, Stream(args.seed).smaller(args.smaller))
     if args.anew and ranks.rank == 0:  # the others hear of it
         (args.folder / LATEST).unlink(missing_ok=True)
-    go_on(contest, ranks, args.folder)
+    found = begun(args, ranks)
+    args.hashed_rows = found["settings"]["hashed_rows"] if found else args.hashed_rows or hashed_rows(args, ranks.size)
+    contest = Contest(args, ranks, Stream(args.seed).smaller(args.smaller))
+    if found:
+        go_on(contest, args.folder / found["checkpoint"])
     saved, stopped = contest.done, False
 
     def keep() -> None:

@@ -3,6 +3,7 @@
 import html
 import io
 import itertools
+import math
 import random
 import re
 import shutil
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import zlib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
