@@ -44,7 +44,7 @@ demo: $(INSTALLED)  ## train a CTR model on RANKS local ranks (RANKS=2, DATA=, A
 	OMP_NUM_THREADS=1 $(TORCHRUN) --standalone --nproc-per-node $(RANKS) \
 		examples/train_ctr.py $(if $(DATA),--data $(DATA)) $(ARGS)
 
-stream: $(INSTALLED)  ## train on an endless click stream until Ctrl-C; goes on the next time; into artefacts/stream (RANKS=2, ARGS=)
+stream: $(INSTALLED)  ## train on an endless click stream until Ctrl-C, and go on the next time (RANKS=2, ARGS=)
 	OMP_NUM_THREADS=1 $(TORCHRUN) --standalone --nproc-per-node $(RANKS) examples/streaming.py $(ARGS)
 
 # Two at a time, whole files to one worker, in the order of tests/conftest.py: tests of a file share captures and ranks.

@@ -148,6 +148,22 @@ def test_two_ranks_are_one(whole, tmp_path):
     assert all(r["dynamic sent"] > 0 for r in history)
 
 
+def test_a_batch_is_predicted_before_it_is_trained_on():
+    """The first one by weights that nobody has trained; the second by others."""
+    args = streaming.arguments([*SMALL, "--every", "1", "--window", "1", "--hashed-rows", "50"])
+    untrained = contest.models(args)
+    stream = clicks.Stream(0).smaller(60)
+    both = contest.Contest(args, Ranks(0, 1), stream)
+    for _ in range(2):
+        both.step()
+        both.report(False)
+    for step, record in enumerate(both.history):
+        batch = stream.batch(step, 40)
+        for name, model in untrained.items():
+            loss = data.log_loss(batch.labels, model(*batch.inputs))
+            assert (record[f"{name} log loss"] == pytest.approx(loss, rel=1e-6)) == (step == 0), name
+
+
 def test_what_a_run_reports(whole):
     """By hand: what is of the stream alone."""
     history, folder = whole
