@@ -92,7 +92,7 @@ def test_a_state_within_a_step_has_what_the_step_has_sighted_and_entered(draws, 
     for pair in (one, other):
         run(*pair, steps[20:])
     assert_equal(contents(other[0]), contents(one[0]))
-    assert same(take_out(one[0]._table, one[1]), take_out(other[0]._table, other[1]))
+    assert same(take_out(one[0]._table, one[1]), take_out(other[0]._table, other[1]), 1e-10)
 
 
 def test_a_gradient_that_waits_is_not_left_behind():

@@ -11,7 +11,7 @@ import torch
 import descompiler as des
 from descompiler.dynamic import DynamicEmbedding, Increments
 from descompiler.dynamic.by_id import joined, take_out
-from descompiler.dynamic.increments import slices_of_owner
+from descompiler.dynamic.owned import slices_of_owner
 from tests.harness.cases import cases
 from tests.harness.dynamic import ADMIT, EVICT, OPTIMIZERS, made, run, same, seen_by, stream
 from tests.harness.killed import killed_after, killed_at
@@ -55,24 +55,25 @@ class Owners:
 
 @pytest.mark.parametrize(("admit", "evict", "optimizer"), cases(ALL, SOME))
 def test_saved_and_loaded_by_other_owners_it_is_the_table_that_went_on(draws, tmp_path, admit, evict, optimizer):
-    """One, then three, then two owners: each loads what those before saved, and all are bit for bit as one."""
+    """One, then three, then two owners: each loads bit for bit what those before had, and goes on as one."""
     steps = list(stream(draws, 24, most=25))
     one, given = Owners(tmp_path / "one", 1, admit, evict, optimizer), (admit, evict, optimizer)
-    kinds, done = set(), 0
+    kinds, done, before = set(), 0, None
     for ranks, until in ((1, 8), (3, 16), (2, 24)):
         owners = Owners(tmp_path / "path", ranks, *given, compact_at=0.7)
         assert owners.load() == (None if done == 0 else {"done": done})
+        assert before is None or same(owners.state(), before)
         for number in range(done, until):
             owners.train(steps[number : number + 1])
             one.train(steps[number : number + 1])
             if number % 2:
                 owners.save(done=number + 1)
                 kinds |= {f.name.split(".")[-2] for f in (tmp_path / "path").glob("*.safetensors")}
-        done = until
-        assert same(owners.state(), one.state())
+        done, before = until, owners.state()
+        assert same(before, one.state(), 1e-10)
     assert kinds == {"full", "update"}
     last = Owners(tmp_path / "path", 1, *given)
-    assert last.load() == {"done": 24} and same(last.state(), one.state())
+    assert last.load() == {"done": 24} and same(last.state(), before)
 
 
 def files(path):
@@ -109,7 +110,7 @@ def test_a_save_that_not_all_have_finished_is_not_there(draws, tmp_path):
             increments.save(done=number + 1)
     one.train(steps[:3])
     other = Owners(tmp_path, 3)
-    assert other.load() == {"done": 3} and same(other.state(), one.state())
+    assert other.load() == {"done": 3} and same(other.state(), one.state(), 1e-10)
     other.train(steps[3:5])
     one.train(steps[3:5])
     other.held[0][2].save(done=5)  # alone: the run before is the last one that is whole
@@ -117,7 +118,7 @@ def test_a_save_that_not_all_have_finished_is_not_there(draws, tmp_path):
     assert again.load() == {"done": 3}
     for _, _, increments in other.held[1:]:
         increments.save(done=5)
-    assert again.load() == {"done": 5} and same(again.state(), one.state())
+    assert again.load() == {"done": 5} and same(again.state(), one.state(), 1e-10)
     other.save(done=5)
     assert not [n for n in files(tmp_path) if n.startswith("000001")]  # all owners are further
 
@@ -262,7 +263,9 @@ def test_a_directory_that_can_not_be_written_keeps_the_changes(tmp_path, monkeyp
     one.train(steps)
     other = Owners(tmp_path / "path", 1)
     other.load()
-    assert same(other.state(), one.state()) and not [n for n in files(tmp_path / "path") if n.endswith(".writing")]
+    assert same(other.state(), one.state(), 1e-10) and not [
+        n for n in files(tmp_path / "path") if n.endswith(".writing")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -310,7 +313,7 @@ def check(path, steps, ranks=1):
     found = other.load() or {"done": 0}
     one.train(steps[:STEPS])
     other.train(steps[found["done"] : STEPS])
-    assert same(other.state(), one.state())
+    assert same(other.state(), one.state(), 1e-10)
     return found["done"]
 
 
@@ -340,7 +343,7 @@ def test_killed_at_every_call_nothing_is_lost(tmp_path):
     steps, number, done = killed_stream(random.Random(3)), 1, set()
     while killed_at(number, work(tmp_path / str(number), steps)) is None:
         done.add(check(tmp_path / str(number), steps))
-        shutil.rmtree(tmp_path / str(number))
+        shutil.rmtree(tmp_path / str(number), ignore_errors=True)  # the first calls are before there is one
         number += 1
     assert number > 100 and done == set(range(STEPS + 1))
 

@@ -13,10 +13,13 @@ May import: errors.
 """
 
 from descompiler.dynamic.admission import AfterSightings, Always, WithProbability
+from descompiler.dynamic.deltas import Deltas
 from descompiler.dynamic.embedding import DynamicEmbedding, DynamicEmbeddingBag
 from descompiler.dynamic.eviction import Capacity, TimeToLive
 from descompiler.dynamic.increments import Increments
 from descompiler.dynamic.initial import Constant, Normal, Uniform
+from descompiler.dynamic.redis_store import RedisStore
+from descompiler.dynamic.replica import Replica
 from descompiler.dynamic.static import from_embedding
 
 __all__ = [
@@ -24,10 +27,13 @@ __all__ = [
     "Always",
     "Capacity",
     "Constant",
+    "Deltas",
     "DynamicEmbedding",
     "DynamicEmbeddingBag",
     "Increments",
     "Normal",
+    "RedisStore",
+    "Replica",
     "TimeToLive",
     "Uniform",
     "WithProbability",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from descompiler.dynamic import saved
-from descompiler.dynamic.hashing import mix, signed, slice_of, word_of
+from descompiler.dynamic.hashing import mix, signed, slice_of, unmix, word_of
 from descompiler.dynamic.states import initial_of
 from descompiler.dynamic.table import Table
 from descompiler.errors import InputError, UnsupportedError
@@ -104,6 +104,11 @@ _KEPT = "kept."
 def keys_of(made: Mapping[str, str | int], ids: Tensor) -> Tensor:
     """The keys of ids in a table that was made from this."""
     return mix(ids ^ word_of(made["seed"], made["name"]))
+
+
+def ids_of(made: Mapping[str, str | int], keys: Tensor) -> Tensor:
+    """The ids of keys in a table that was made from this."""
+    return unmix(keys) ^ word_of(made["seed"], made["name"])
 
 
 def sorted_by_key(keys: Tensor) -> Tensor:

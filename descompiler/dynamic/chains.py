@@ -102,11 +102,6 @@ class Chain:
         run = max((int(m["run"]) for m in _matches(store.names())), default=0) + 1
         self.listed, self.next = Listed(kind, run, rank, ranks, ()), 0
 
-    @property
-    def is_first(self) -> bool:
-        """Whether nothing of this run has been written."""
-        return not self.listed.entries
-
     def append(self, number: int, parts: Iterable[Any], *, full: bool) -> Entry:
         """Write a part, and list it.
 

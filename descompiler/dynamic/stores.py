@@ -49,6 +49,11 @@ class Store(Protocol):
         ...
 
 
+def store_of(place: str | os.PathLike[str] | Store) -> Store:
+    """The store of a place: a directory, if it is a path."""
+    return Folder(place) if isinstance(place, str | os.PathLike) else place
+
+
 class Summed:
     """Bytes that pass, counted and summed."""
 
