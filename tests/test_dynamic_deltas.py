@@ -292,7 +292,10 @@ def test_a_real_server(tmp_path):
             time.sleep(0.05)
         url = f"unix://{socket}"
         table, replica = DynamicEmbedding(4), Replica(RedisStore(url, "rows"))
-        opt, deltas = torch.optim.SGD(table.parameters(), lr=0.1), Deltas(RedisStore(url, "rows"), {"t": table}, keep=2)
+        opt, deltas = (
+            torch.optim.SGD(table.parameters(), lr=0.1),
+            Deltas(RedisStore(url, "rows"), {"t": table}, keep=2, compact_at=0.2),
+        )
         for number in range(30):
             run(table, opt, [[[number, 1, 2]]])
             deltas.publish()

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,47 @@ def test_a_save_that_not_all_have_finished_is_not_there(draws, tmp_path):
     assert again.load() == {"done": 5} and same(again.state(), one.state(), 1e-10)
     other.save(done=5)
     assert not [n for n in files(tmp_path) if n.startswith("000001")]  # all owners are further
+
+
+def test_owners_that_go_back_begin_anew_together(draws, tmp_path):
+    """One has saved what the other has not: both load what was before, go on otherwise, and what they save is whole."""
+    owners = Owners(tmp_path, 2)
+    steps = list(stream(draws, 4, most=25))
+    owners.train(steps[:1])
+    owners.save(done=1)
+    owners.train(steps[1:2])
+    owners.held[0][2].save(done=2)
+    assert owners.load() == {"done": 1}
+    owners.train(steps[2:3])
+    owners.save(done=3)
+    other = Owners(tmp_path, 1)
+    assert other.load() == {"done": 3} and same(other.state(), owners.state())
+
+
+def test_an_optimiser_that_was_given_a_state_is_saved_whole(tmp_path):
+    """Rows have not changed, and what it keeps for them has."""
+    owners = Owners(tmp_path, 1, "always", "none", "adagrad")
+    ((_, opt, _),) = owners.held
+    owners.train([[[1, 2, 3]], [[1]]])
+    owners.save()
+    state = opt.state_dict()
+    state["state"][0]["sum"] = state["state"][0]["sum"] + 1
+    opt.load_state_dict(state)
+    owners.train([[[1]]])
+    owners.save()
+    other = Owners(tmp_path, 1, "always", "none", "adagrad")
+    other.load()
+    assert same(other.state(), owners.state())
+
+
+def test_owners_that_do_not_write_are_told_of(tmp_path):
+    first, _ = Owners(tmp_path, 2).held
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first[2].save()
+        first[2].save()
+    with pytest.warns(UserWarning, match=r"owners \[1\] have written nothing to run 1.*owner 0 3 times"):
+        first[2].save()
 
 
 def saved(path, **options):

@@ -13,13 +13,16 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from descompiler.dynamic.stores import Store
-from descompiler.errors import InputError
+from descompiler.errors import InputError, warn
 
 FORMAT = 1
+
+LATE = 3
+"""When an owner has written so often, all others have begun."""
 
 _NAME = re.compile(r"(?P<run>\d{6})-(?P<rank>\d+)-of-(?P<ranks>\d+)(?P<rest>[.-].*)")
 _LIST = ".json"
@@ -116,11 +119,23 @@ class Chain:
         entry = Entry(number, full, file, *self._store.write(file, parts))
         self._list((*listed.entries, entry))
         self.next = number + 1
+        if len(self.listed.entries) == LATE:
+            self._look_for_others()
         self._prune()
         return entry
 
+    def _look_for_others(self) -> None:
+        listed, there = self.listed, set(self._store.names())
+        others = [replace(listed, rank=rank) for rank in range(listed.ranks)]
+        if missing := [other.rank for other in others if other.name not in there]:
+            warn(
+                f"owners {missing} have written nothing to run {listed.run} of {self._store}, and owner {listed.rank} "
+                f"{LATE} times: it can't be restored. Each owner has to begin before any of them writes, and to write "
+                "after the same steps"
+            )
+
     def _list(self, entries: tuple[Entry, ...]) -> None:
-        listed = Listed(self.listed.kind, self.listed.run, self.listed.rank, self.listed.ranks, entries)
+        listed = replace(self.listed, entries=entries)
         self._store.write(listed.name, [listed.encoded()])
         self.listed = listed
 

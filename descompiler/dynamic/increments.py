@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from descompiler.dynamic.by_id import ById, joined, put_in, take_out
@@ -31,7 +32,7 @@ class Increments:
     before it is removed then.
 
     Several owners write into one directory without a word to each other, each what it has of the tables, after the same
-    steps. All of them make their `Increments` before any of them saves. They are loaded by any number of owners.
+    steps; all make their `Increments`, and load, before any of them saves. Any number of owners loads what they saved.
 
     Parameters
     ----------
@@ -81,6 +82,7 @@ class Increments:
         self._owned = Owned(self._store, KIND, tables, rank, ranks, seen=True, keep=0, compact_at=compact_at)
         self._optimizers = _optimizers_of(self._owned.tables, optimizers)
         self._may_begin = self._owned.chain.listed.run == 1
+        self._saved_places: list[int] = []
 
     def save(self, **values: Any) -> None:
         """Save what the tables have now: all of it, or what has changed since the last save.
@@ -101,11 +103,13 @@ class Increments:
         if not self._may_begin:
             raise InputError(f"{self._store} has checkpoints: load() them first, or give another directory")
         owned, held = self._owned, dict[str, ById | Update]()
-        full = owned.everything or owned.is_time
+        places = self._places()
+        full = owned.everything or owned.is_time or places != self._saved_places
         for name, table in owned.tables.items():
             slices, optimizer = owned.slices[name], self._optimizers[name]
             held[name] = take_out(table, optimizer, slices) if full else owned.changes[name].update(slices, optimizer)
         owned.append(held, values, full=full)
+        self._saved_places = places
 
     def load(self) -> dict[str, Any] | None:
         """Give the tables and optimisers what the last save has that all its owners have finished.
@@ -134,7 +138,13 @@ class Increments:
         ready = {n: joined(t, parts[n], o, s) for n, t, o, s in for_each}  # raises before anything changes
         for name, table, optimizer, slices in for_each:
             put_in(table, [ready[name]], optimizer, slices)
+        owned.begin_anew()
         return values
+
+    def _places(self) -> list[int]:
+        """Where what optimisers keep lies: elsewhere, when a state was loaded into them."""
+        held = [(o, self._owned.tables[n].parameter) for n, o in self._optimizers.items() if o is not None]
+        return [x.data_ptr() for o, p in held for x in o.state.get(p, {}).values() if isinstance(x, Tensor) and x.dim()]
 
     def _needed(self, owners: Sequence[Listed]) -> list[Listed]:
         """Owners that have had slices of this one's; one at least, whose step this one has."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -53,9 +53,15 @@ class Owned:
         if not tables:
             raise InputError("no tables were given: give a mapping of names to dynamic tables")
         self.tables = {n: x._table if isinstance(x, DynamicTable) else x for n, x in tables.items()}
-        self.chain, self._compact_at = Chain(store, kind, rank, ranks, keep=keep), compact_at
+        self._begin: Callable[[], Chain] = lambda: Chain(store, kind, rank, ranks, keep=keep)
+        self.chain, self._compact_at = self._begin(), compact_at
         self.slices = {n: slices_of_owner(t, rank, ranks) for n, t in self.tables.items()}
         self.changes = {n: Changes(t, seen=seen) for n, t in self.tables.items()}
+
+    def begin_anew(self) -> None:
+        """What is written from now on is of another run: the tables have been given what was saved before."""
+        if self.chain.listed.entries:
+            self.chain = self._begin()
 
     @property
     def everything(self) -> bool:
