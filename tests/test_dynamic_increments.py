@@ -13,6 +13,7 @@ import descompiler as des
 from descompiler.dynamic import DynamicEmbedding, Increments
 from descompiler.dynamic.by_id import joined, take_out
 from descompiler.dynamic.owned import slices_of_owner
+from descompiler.dynamic.stores import Folder
 from tests.harness.cases import cases
 from tests.harness.dynamic import ADMIT, EVICT, OPTIMIZERS, made, run, same, seen_by, stream
 from tests.harness.killed import killed_after, killed_at
@@ -308,6 +309,21 @@ def test_a_directory_that_can_not_be_written_keeps_the_changes(tmp_path, monkeyp
     assert same(other.state(), one.state(), 1e-10) and not [
         n for n in files(tmp_path / "path") if n.endswith(".writing")
     ]
+
+
+def test_a_name_has_what_it_had_until_it_has_all_of_the_other(tmp_path):
+    folder, had = Folder(tmp_path), []
+    folder.write("a", [b"old"])
+
+    def parts():
+        yield b"ne"
+        had.append(folder.read("a"))
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(des.InputError, match="a was not written: No space left"):
+        folder.write("a", parts())
+    assert folder.read("a") == had[0] == b"old" and folder.names() == ["a"]
+    assert folder.write("a", [b"ne", b"w"])[0] == 3 and folder.read("a") == b"new"
 
 
 @pytest.mark.parametrize(
