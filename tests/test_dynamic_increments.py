@@ -1,6 +1,7 @@
 """Incremental checkpoints of dynamic tables: they replay exactly, under any owners, and whoever is killed where."""
 
 import json
+import os
 import random
 import shutil
 import warnings
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import descompiler as des
-from descompiler.dynamic import DynamicEmbedding, Increments
+from descompiler.dynamic import AfterSightings, DynamicEmbedding, Increments
 from descompiler.dynamic.by_id import joined, take_out
 from descompiler.dynamic.owned import slices_of_owner
 from descompiler.dynamic.stores import Folder
@@ -286,29 +287,61 @@ def test_what_is_there_is_not_written_over(tmp_path):
     other.save()
 
 
-def test_a_directory_that_can_not_be_written_keeps_the_changes(tmp_path, monkeypatch):
-    """The next save has them."""
-    owners, one = Owners(tmp_path / "path", 1), Owners(tmp_path / "one", 1)
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_save_that_one_owner_could_not_write_is_made_up_for(tmp_path, monkeypatch, call, times):
+    """Its part, or its list: the next saves of both have the same number, and are whole."""
+    owners, one = Owners(tmp_path / "path", 2), Owners(tmp_path / "one", 1)
     steps = [[[1, 2, 3]], [[1, 2, 3]], [[3, 4]], [[4, 5]]]
     owners.train(steps[:2])
-    owners.save()
+    owners.save(done=2)
     owners.train(steps[2:3])
+    called, come = getattr(os, call), []
 
     def full(*args):
-        raise OSError(28, "No space left on device")
+        come.append(args)
+        if len(come) == times:
+            raise OSError(28, "No space left on device")
+        return called(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr("descompiler.dynamic.stores.os.fsync", full)
+        patched.setattr(f"descompiler.dynamic.stores.os.{call}", full)
         with pytest.raises(des.InputError, match="was not written: No space left on device"):
-            owners.save()
+            owners.held[0][2].save(done=3)
+    owners.held[1][2].save(done=3)
     owners.train(steps[3:])
-    owners.save()
+    owners.save(done=4)
     one.train(steps)
     other = Owners(tmp_path / "path", 1)
-    other.load()
-    assert same(other.state(), one.state(), 1e-10) and not [
-        n for n in files(tmp_path / "path") if n.endswith(".writing")
-    ]
+    assert other.load() == {"done": 4} and same(other.state(), one.state(), 1e-10)
+    assert not [n for n in files(tmp_path / "path") if n.endswith(".writing")]
+
+
+def test_files_that_can_not_be_removed_are_named_and_the_save_counts(tmp_path, monkeypatch):
+    """Counters are halved as often as they were, when an update follows it."""
+    given = {"t": DynamicEmbedding(2, admit=AfterSightings(9, halve_every=1))}
+    increments, table = Increments(tmp_path, given, compact_at=0.0), given["t"]
+
+    def denied(*args):
+        raise OSError(13, "Permission denied")
+
+    def step():
+        table(torch.arange(9))
+        table.end_step()
+
+    step()
+    increments.save()
+    with monkeypatch.context() as patched:
+        patched.setattr("descompiler.dynamic.stores.os.unlink", denied)
+        step()
+        with pytest.raises(des.InputError, match="can't be removed: Permission denied"):
+            increments.save()
+    increments._owned._compact_at = 1e9
+    step()
+    increments.save()
+    other = {"t": DynamicEmbedding(2, admit=AfterSightings(9, halve_every=1))}
+    Increments(tmp_path, other).load()
+    assert same(take_out(other["t"]._table), take_out(table._table))
 
 
 def test_a_name_has_what_it_had_until_it_has_all_of_the_other(tmp_path):

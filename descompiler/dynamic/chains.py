@@ -103,26 +103,26 @@ class Chain:
             raise InputError(f"rank={rank}, ranks={ranks}: owners are numbered from 0 to ranks - 1")
         self._store, self._keep = store, keep
         run = max((int(m["run"]) for m in _matches(store.names())), default=0) + 1
-        self.listed, self.next = Listed(kind, run, rank, ranks, ()), 0
+        self.listed, self.next, self.is_broken = Listed(kind, run, rank, ranks, ()), 0, False
 
-    def append(self, number: int, parts: Iterable[Any], *, full: bool) -> Entry:
+    def append(self, number: int, parts: Iterable[Any], *, full: bool) -> None:
         """Write a part, and list it.
 
         Raises
         ------
         InputError
-            If it can't be written; what was there is there.
+            If it can't be written; what was there is there. Other owners may have written theirs: the number is used
+            up, and what comes next has to be a full state.
         """
+        self.next, self.is_broken = number + 1, True
         listed = self.listed
         prefix = _prefix(listed.run, listed.rank, listed.ranks)
         file = f"{prefix}-{number:09d}.{'full' if full else 'update'}.safetensors"
         entry = Entry(number, full, file, *self._store.write(file, parts))
         self._list((*listed.entries, entry))
-        self.next = number + 1
+        self.is_broken = False
         if len(self.listed.entries) == LATE:
             self._look_for_others()
-        self._prune()
-        return entry
 
     def _look_for_others(self) -> None:
         listed, there = self.listed, set(self._store.names())
@@ -139,7 +139,7 @@ class Chain:
         self._store.write(listed.name, [listed.encoded()])
         self.listed = listed
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
         """Remove what nobody needs, when all owners have what comes after it."""
         listed = self.listed
         fulls = [i for i, e in enumerate(listed.entries) if e.full]

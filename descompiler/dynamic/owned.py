@@ -66,7 +66,7 @@ class Owned:
     @property
     def everything(self) -> bool:
         """Whether only a full state says what has changed."""
-        return any(changes.everything for changes in self.changes.values())
+        return self.chain.is_broken or any(changes.everything for changes in self.changes.values())
 
     @property
     def is_time(self) -> bool:
@@ -82,6 +82,7 @@ class Owned:
         self.chain.append(self.chain.next - again, packed(held, values), full=full)
         for changes in self.changes.values():
             changes.forget()
+        self.chain.prune()
 
 
 def slices_of_owner(table: Table, rank: int, ranks: int) -> Tensor:

@@ -119,8 +119,12 @@ class Folder:
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 os.unlink(self.path / name)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise InputError(f"{self.path / name} can't be removed: {error.strerror}") from error
 
     def _settle(self) -> None:
         """Bring the directory's names to the disk."""
