@@ -11,7 +11,16 @@ import pytest
 import torch
 
 import descompiler as des
-from descompiler.dynamic import AfterSightings, Deltas, DynamicEmbedding, Increments, RedisStore, Replica, redis_store
+from descompiler.dynamic import (
+    AfterSightings,
+    Deltas,
+    DynamicEmbedding,
+    Increments,
+    RedisStore,
+    Replica,
+    TimeToLive,
+    redis_store,
+)
 from descompiler.dynamic.stores import Folder
 from tests.harness.cases import cases
 from tests.harness.dynamic import ADMIT, EVICT, OPTIMIZERS, assert_equal, contents, made, run, seen_by, stream
@@ -92,8 +101,8 @@ def test_a_delta_has_rows_that_changed_and_nothing_of_training(tmp_path):
 
 @pytest.mark.parametrize("compact_at", [0.2, 1e9])
 def test_who_lost_touch_is_told_and_begins_at_a_full_state(tmp_path, compact_at):
-    """Deltas are pruned behind a full state and `keep`; without one all of them stay."""
-    table, replica = DynamicEmbedding(2), Replica(tmp_path)
+    """Deltas are pruned behind a full state and `keep`; without one all of them stay. Rows went meanwhile."""
+    table, replica = DynamicEmbedding(2, evict=TimeToLive(20)), Replica(tmp_path)
     opt = torch.optim.SGD(table.parameters(), lr=0.1)
     deltas = Deltas(tmp_path, {"t": table}, keep=3, compact_at=compact_at)
     for number in range(30):
@@ -101,6 +110,7 @@ def test_who_lost_touch_is_told_and_begins_at_a_full_state(tmp_path, compact_at)
         deltas.publish()
         if number == 2:
             replica.refresh()
+    assert len(table) < len(replica.resident("t"))
     found = replica.refresh()
     if compact_at < 1:
         assert len(found.gaps) == 1 and found.gaps[0].startswith("owner 0: no delta 3 after 2; read from the full")

@@ -319,27 +319,27 @@ def test_a_save_that_one_owner_could_not_write_is_made_up_for(tmp_path, monkeypa
 
 def test_files_that_can_not_be_removed_are_named_and_the_save_counts(tmp_path, monkeypatch):
     """Counters are halved as often as they were, when an update follows it."""
-    given = {"t": DynamicEmbedding(2, admit=AfterSightings(9, halve_every=1))}
+    given, other = ({"t": DynamicEmbedding(2, admit=AfterSightings(99, halve_every=5))} for _ in range(2))
     increments, table = Increments(tmp_path, given, compact_at=0.0), given["t"]
 
     def denied(*args):
         raise OSError(13, "Permission denied")
 
-    def step():
-        table(torch.arange(9))
+    def step(ids):
+        table(ids)
         table.end_step()
 
-    step()
+    for _ in range(9):
+        step(torch.arange(9))
     increments.save()
     with monkeypatch.context() as patched:
         patched.setattr("descompiler.dynamic.stores.os.unlink", denied)
-        step()
+        step(torch.tensor([100]))  # the tenth: counters are halved
         with pytest.raises(des.InputError, match="can't be removed: Permission denied"):
             increments.save()
     increments._owned._compact_at = 1e9
-    step()
+    step(torch.tensor([101]))
     increments.save()
-    other = {"t": DynamicEmbedding(2, admit=AfterSightings(9, halve_every=1))}
     Increments(tmp_path, other).load()
     assert same(take_out(other["t"]._table), take_out(table._table))
 
