@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from descompiler.builder import Builder
 from descompiler.captured import Captured
 from descompiler.dynamic.embedding import DynamicTable
+from descompiler.dynamic.static import with_dynamic
 from descompiler.emit.emit import Emitted
 from descompiler.errors import CaptureError, InputError, PlanError, UnsupportedError, step_of
 from descompiler.graph.program import Failure
@@ -69,6 +70,7 @@ def compile(
     solver: str = DEFAULT,
     wire_dtype: torch.dtype | None = None,
     ids: str = "own",
+    dynamic: Mapping[str, Mapping[str, Any] | None] | None = None,
     timeout: float = TIMEOUT_S,
 ) -> Any:
     """Compile a model into this rank's part of an equivalent distributed module.
@@ -143,6 +145,9 @@ def compile(
         rank, the first ranks one more. Batches of other sizes, or other ids where all ranks need all, raise on every
         rank. That ranks have the same ids where some of them need them is yours to see to: a table that is on one rank
         is looked up with the ids that this rank was given, whatever the others have.
+    dynamic : mapping of str to mapping or None, optional
+        Static tables that become dynamic ones, with the rows that they have: paths of ``nn.Embedding`` and
+        ``nn.EmbeddingBag`` modules, or their ends, to options of `DynamicEmbedding` (``{"user": {"evict": ...}}``).
     timeout : float
         Seconds that a rank waits for the others, in this call and in every step, before it raises `RankError` with the
         step, the collective and the ranks that did not come (under gloo; NCCL's watchdog has the same time). It has to
@@ -158,6 +163,15 @@ def compile(
     CaptureError, UnsupportedError, PlanError, InputError, RankError
     """
 
+    if dynamic:
+        if in_place:
+            raise InputError(
+                "dynamic= puts other modules in the place of the model's tables, and in_place=True leaves "
+                "the user's own: give one of them"
+            )
+        check_model(model)
+        watch_optimizers(model.parameters())
+        model = with_dynamic(model, dynamic)
     check_model(model)
     terms = Terms(forbid or {}, None, memory_bytes, optimizer, solver=solver, wire_dtype=wire_dtype, ids=ids)
 

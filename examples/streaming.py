@@ -187,7 +187,7 @@ def draw(history: list[Record], window: int, path: Path) -> None:
     if history[-1]["pushed"]:
         sent = {"dynamic sent": "dynamic tables", "hashed sent": "hashed ids"}
         pushed = {"pushed": "each id pulled and pushed", "pushed unique": "each unique id so"}
-        drawn["sent by a rank in a step"] = chart(sent | pushed, format_bytes, "x")
+        drawn["sent by a rank in a step"] = chart(sent | pushed, format_bytes, "xy")
     path.write_text(charts.standing_alone("a click stream", drawn), encoding="utf-8")
 
 

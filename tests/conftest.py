@@ -3,7 +3,9 @@
 import os
 import random
 import secrets
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -32,9 +34,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--trace-anew", action="store_true", help="capture equal models again: see tests/harness/traces")
 
 
+TRACES = pytest.StashKey[Path]()
+"""The folder of this process and its ranks."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--trace-anew"):
-        remember_traces()
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        config.stash[TRACES] = Path(folder.name)
+        remember_traces(config.stash[TRACES])
 
 
 FEW_BUT_LONG = (
@@ -67,7 +76,7 @@ def on_ranks(request: pytest.FixtureRequest):
 
     For ``des.verify(..., launch=on_ranks)`` too. Tests of how processes start, end and time out take fresh ones.
     """
-    with RankPools(remember=not request.config.getoption("--trace-anew")) as pools:
+    with RankPools(traces=request.config.stash.get(TRACES, None)) as pools:
         yield pools
 
 

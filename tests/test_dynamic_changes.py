@@ -105,6 +105,27 @@ def test_when_others_write_rows_everything_has_changed(change):
     assert changes.everything  # an optimiser's step does not cover it
 
 
+def test_an_optimiser_that_had_not_stepped_has_begun_with_rows_that_did_not_change():
+    """SparseAdam keeps nothing until it steps, and then something for every row."""
+    table = made("always", "none")
+    opt, changes = torch.optim.SparseAdam(list(table.parameters()), lr=0.1), Changes(table._table, seen=True)
+    with torch.no_grad():
+        table(torch.arange(9))
+    before = take_out(table._table, opt)
+    changes.forget()
+    run(table, opt, [[[1, 2]]])
+    update = changes.update(before.slices, opt)
+    assert len(update.now.ids) == 2 and not before.kept.rows and same(update.after(before), take_out(table._table, opt))
+
+
+def test_rows_that_are_given_have_changed():
+    table = DynamicEmbedding(2)
+    changes = Changes(table._table, seen=False)
+    changes.forget()
+    table._table.enter(torch.tensor([3, 4]), torch.ones(2, 2))
+    assert sorted(changes.update(torch.arange(4096), None).now.ids.tolist()) == [3, 4]
+
+
 def test_what_nobody_holds_is_told_nothing():
     table = DynamicEmbedding(2)
     changes = Changes(table._table, seen=True)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import descompiler as des
+from descompiler.dynamic import AfterSightings
 from tests.harness.dynamic_ranks import (
     OPTIMIZERS,
     OPTIONS,
@@ -180,3 +181,59 @@ def there_and_back(rank, ranks, plan):
 def test_weights_go_in_and_out(on_ranks, ranks, plan):
     for whole, other in on_ranks(there_and_back, ranks, PLANS[plan]):
         assert "is the whole" in whole and "rank 7" in other
+
+
+@pytest.mark.parametrize("plan", ["row_wise", "both"])
+def test_it_is_verified(on_ranks, plan):
+    torch.manual_seed(0)
+    model = Clicks(**OPTIONS["sightings, lru"])
+    trained(model, 4)
+    optimizers = ("sgd", "adagrad", "sparse_adam")
+    report = des.verify(model, stream(4), plans=(PLANS[plan],), optimizers=optimizers, launch=on_ranks)
+    assert report.cases == 3 and max(report.worst.values()) < 1e-10
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"user": nn.Embedding(20, 3, padding_idx=0), "tags": nn.EmbeddingBag(9, 3)})
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, users, tags):
+        return self.head(torch.cat([self.inner["user"](users), self.inner["tags"](tags)], 1)).squeeze(1)
+
+
+def made_dynamic(rank, ranks):
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    static = Plain()
+    users, tags = torch.arange(8) + 5, torch.arange(24).reshape(8, 3) % 9
+    with torch.no_grad():
+        expected = static(users, tags)
+    module = des.compile(static, (users, tags), dynamic={"user": {"admit": AfterSightings(2)}, "inner.tags": None})
+    assert type(static.inner["user"]) is nn.Embedding and not module.plan.pieces["inner.user.weight"].is_replicated
+    with torch.no_grad():
+        torch.testing.assert_close(module(users, tags), expected, rtol=1e-12, atol=0)
+    opt = torch.optim.Adagrad(module.parameters(), lr=0.1)
+    new = users + (1 << 40) * (users > 9)
+    for _ in range(3):
+        module(new, tags).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    said = []
+    for dynamic in ({"nobody": None}, {"head": None}):
+        with pytest.raises(des.InputError) as error:
+            des.compile(static, (users, tags), dynamic=dynamic)
+        said.append(str(error.value))
+    static.other = nn.Linear(3, 20)
+    static.other.weight = static.inner["user"].weight
+    with pytest.raises(des.UnsupportedError, match="untie"):
+        des.compile(static, (users, tags), dynamic={"user": None})
+    single = des.to_single(module)
+    return said, None if single is None else single.inner["user"].resident().tolist()
+
+
+def test_a_static_table_becomes_a_dynamic_one(on_ranks):
+    (said, resident), _ = on_ranks(made_dynamic, 2)
+    assert all("inner.user, inner.tags" in text for text in said), said
+    assert resident == [*range(1, 20), *(x + (1 << 40) for x in (10, 11, 12))]

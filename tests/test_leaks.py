@@ -65,11 +65,11 @@ def _contexts(rank, ranks, name):
             cls.forward = original
 
 
-def test_no_function_holds_an_output_of_its_own(pool):
+def test_no_function_holds_an_output_of_its_own(on_ranks):
     """Nothing that a context reaches has it in its history, in any function: it dies with its graph."""
     seen = set()
     for name in SCENARIOS:
-        for rank, found in enumerate(pool(_contexts, name)):
+        for rank, found in enumerate(on_ranks(_contexts, 2, name)):
             alive = {c: counts for c, counts in found.items() if counts[1]}
             assert not alive, f"{name}, rank {rank}: contexts (made, alive) {alive}"
             seen |= found.keys()

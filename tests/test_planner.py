@@ -24,6 +24,7 @@ from descompiler.planning.cluster import CLUSTERS
 from descompiler.planning.objective import Terms
 from descompiler.planning.pins import allowed_forms
 from descompiler.planning.search import Search
+from descompiler.region import flow
 from descompiler.region.cut import Weights
 from examples.models import MODELS
 from tests.harness.cases import cases
@@ -151,6 +152,32 @@ def test_in_seconds_no_choice_is_below_the_bound_either(number, draws):
 def test_the_bound_where_it_is_close(sizes, dim, hidden, consumers, sparse, same_ids, ranks, rows):
     """Half as much again of any of its terms would be above the best plan."""
     compare_with_all_choices(captured(sizes, dim, hidden, consumers, sparse, same_ids), ranks, rows)
+
+
+class Returned(nn.Module):
+    """One table leaves as it is, another as what is made of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.linear = nn.Embedding(10_000, 4), nn.Embedding(500, 32), nn.Linear(32, 2)
+
+    def forward(self, x):
+        return self.first(x[:, 0]), self.linear(self.second(x[:, 1]))
+
+
+def test_the_bound_is_that_of_the_graph_before_it_is_reduced(monkeypatch):
+    """Whatever forms are possible: what tables cost is added to what the reduction leaves there."""
+    returned = Captured.of(Returned().to("meta"), torch.zeros(4, 2, dtype=torch.int64))
+    for found in (returned, captured([1000, 100_000], 1, 400, ["deep", "sorted"])):
+        search = search_of(found, 4, 64)
+        choices = [dict(zip(search.allowed, c, strict=True)) for c in itertools.product(*search.allowed.values())]
+        possible = [search.allowed, *({n: (form,) for n, form in c.items()} for c in choices)]
+        bounds = [search.relaxation.solve(allowed) for allowed in possible]
+        assert len(set(bounds)) > 3
+        with monkeypatch.context() as whole:
+            whole.setattr(flow, "reduced", lambda graph, kept: graph)
+            other = search_of(found, 4, 64).relaxation
+            assert bounds == [other.solve(allowed) for allowed in possible]
 
 
 def test_a_bound_above_the_price_is_an_error_and_never_a_proof(monkeypatch):

@@ -9,6 +9,7 @@ from torch import nn
 from descompiler.capture import ladder
 from descompiler.capture.tracers import trace_export
 from descompiler.errors import CaptureError
+from descompiler.graph.nodes import is_tensor, shape_of, value
 from descompiler.model.inputs import flatten, split_statics
 from descompiler.model.probe import Flat, blueprint
 from tests.harness.traces import key_of, remembering
@@ -67,14 +68,14 @@ def test_what_can_not_be_compared_is_traced_anew():
     assert key_of(flat(Scaled().to("meta")), [IDS]) is None
 
 
-def test_equal_models_are_traced_once_and_get_a_graph_each():
+def test_equal_models_are_traced_once_and_get_a_graph_each(tmp_path):
     traced = []
 
     def trace(*of):
         traced.append(of)
         return trace_export(*of)
 
-    again = remembering(trace)
+    again = remembering(trace, tmp_path)
     models = [Scaled(), Scaled(), Scaled(3.0)]
     programs = [again(flat(m), [IDS], blueprint(m)) for m in models]
     assert len(traced) == 2
@@ -89,8 +90,8 @@ def test_equal_models_are_traced_once_and_get_a_graph_each():
     assert all(p.is_meta for p in third.parameters.values())
 
 
-def test_what_can_not_be_traced_raises_the_same_again():
-    again = remembering(trace_export)
+def test_what_can_not_be_traced_raises_the_same_again(tmp_path):
+    again = remembering(trace_export, tmp_path)
     said = []
     for _ in range(2):
         with pytest.raises(CaptureError) as error:
@@ -102,6 +103,47 @@ def test_what_can_not_be_traced_raises_the_same_again():
 class Branching(Scaled):
     def forward(self, ids):
         return super().forward(ids if ids.any() else ids + 1)
+
+
+def test_what_one_process_traced_another_reads(tmp_path):
+    """As `remembering` anew finds it: the same graph, lines, values and conditions, and the same text of a failure.
+
+    A trace may leave torch's marks on the inputs, which are other ones then.
+    """
+    made = remembering(trace_export, tmp_path)(flat(Scaled()), [IDS.clone()], blueprint(Scaled()))
+    with pytest.raises(CaptureError) as first:
+        remembering(trace_export, tmp_path)(flat(Branching()), [IDS.clone()], blueprint(Branching()))
+
+    other = remembering(never, tmp_path)
+    read = other(flat(Scaled()), [IDS.clone()], blueprint(Scaled()))
+    assert str(read.graph) == str(made.graph) and read.batch == made.batch and read.guards == made.guards
+    assert read.sources == made.sources and read.parameters.keys() == made.parameters.keys()
+    for a, b in zip(read.graph.nodes, made.graph.nodes, strict=True):
+        assert a.stack_trace == b.stack_trace and is_tensor(a) == is_tensor(b)
+        assert not is_tensor(a) or (shape_of(a) == shape_of(b) and value(a).dtype == value(b).dtype)
+    with pytest.raises(CaptureError) as again:
+        other(flat(Branching()), [IDS.clone()], blueprint(Branching()))
+    assert str(again.value) == str(first.value)
+
+
+def never(*of):
+    raise AssertionError("it was traced before")
+
+
+def test_a_trace_that_can_not_be_written_is_made_by_each(tmp_path):
+    def trace(*of):
+        traced.append(of)
+        program = trace_export(*of)
+        end = next(n for n in reversed(program.graph.nodes) if n.op == "output")
+        with program.graph.inserting_before(end):
+            end.args = ([program.graph.call_function(never, tuple(end.args[0]))],)
+        return program
+
+    traced: list[tuple] = []
+    for _ in range(2):
+        program = remembering(trace, tmp_path)(flat(Scaled()), [IDS], blueprint(Scaled()))
+        assert never in {n.target for n in program.graph.nodes}
+    assert len(traced) == 2
 
 
 def test_what_is_remembered_has_to_reproduce_the_model(monkeypatch):

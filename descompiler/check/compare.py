@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from descompiler.builder import Builder
+from descompiler.check.dynamic import optimizer_groups
 from descompiler.check.judge import Judge, OriginalStep, Report, own_rows, without_copying_parameters
 from descompiler.check.objective import Objective, batches, kind_of_loss
 from descompiler.check.rounding import RoundingJudge
@@ -87,6 +88,8 @@ def train_and_compare(
 
 
 def _optimizer(name: str, module: nn.Module, sparse: set[str]) -> list[torch.optim.Optimizer]:
+    if name == "sgd":
+        return [OPTIMIZERS[name](optimizer_groups(module, {"momentum": 0}))]
     if name != "sparse_adam":
         return [OPTIMIZERS[name](module.parameters())]
     named = dict(module.named_parameters())

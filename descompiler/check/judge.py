@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from descompiler.check.dynamic import by_id, gradient
 from descompiler.check.objective import output_tensors
 from descompiler.errors import EquivalenceError
 from descompiler.layout.rows import Rows
@@ -22,7 +23,8 @@ from descompiler.model.probe import call_of
 from descompiler.model.random_state import ONE_DRAW
 from descompiler.model.sparse import equal
 from descompiler.module.distributed import DistributedModule
-from descompiler.module.state import full_state_dict
+from descompiler.module.dynamic import tables_of
+from descompiler.module.state import full_state_dict, static_state_dict
 from descompiler.ops.local import plain
 
 TOLERANCE_FLOAT64 = 1e-10
@@ -121,7 +123,8 @@ def _near(a: Tensor, b: Tensor, difference: float) -> bool:
 
 
 def without_copying_parameters(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model, copied(model) | {id(p): p for p in model.parameters()})
+    kept: list[Any] = [*model.parameters(), *tables_of(model).values()]
+    return copy.deepcopy(model, copied(model) | {id(x): x for x in kept})
 
 
 def on_any_rank(flag: bool) -> bool:
@@ -151,7 +154,8 @@ class OriginalStep:
         other.zero_grad()
         with torch.no_grad():
             for n, p in other.named_parameters():
-                p.copy_(weights[n])
+                if n in weights:
+                    p.copy_(weights[n])
         args, kwargs = own_rows(self.inputs, 0, self.rows)
         with self.draws(), InDouble():
             outputs = call_of(other, self.method)(*args, **kwargs)
@@ -214,7 +218,7 @@ class Judge:
         drawn = [note for note in self.module.plan.notes if note.startswith("random")]
         if apart := [note for note in drawn if ONE_DRAW not in note]:
             raise EquivalenceError(f"{self.title}: {DRAWS_DIFFER}: {'; '.join(apart)}")
-        state = self.reference.state_dict()
+        state = by_id(self.reference)
         for name, value in full_state_dict(self.module).items():
             if not equal(value, state[name]):
                 self.wrong(f"initial {name!r} is not the original's, bit for bit")
@@ -292,7 +296,13 @@ class Judge:
         grads = {n: plain(p.grad).to_dense() for n, p in self.reference.named_parameters() if p.grad is not None}
         are_sparse = {n for n, p in self.reference.named_parameters() if p.grad is not None and p.grad.is_sparse}
         found: dict[str, tuple[Tensor, Tensor, float]] = {}
+        tables = {f"{n}.weight".lstrip("."): (n, t) for n, t in tables_of(module).items()}
         for name, p in module.named_parameters():
+            if name in tables:
+                path, table = tables[name]
+                self._gradient_of_rows(name, table, self.reference.get_submodule(path), largest([*grads.values()]))
+                grads.pop(name, None)
+                continue
             if name not in grads:
                 if p.grad is not None and (plain(p.grad).to_dense().abs().sum() or (strict and p.numel())):
                     self.wrong(f"{name!r} has a gradient, the original has none")
@@ -310,6 +320,13 @@ class Judge:
             found[name] = own, part, largest([grads[name]])
         return grads, found
 
+    def _gradient_of_rows(self, name: str, part: Any, whole: Any, most: float) -> None:
+        """Of a dynamic table: the ids that have one, and what it is."""
+        (ids, own), (expected_ids, expected) = gradient(part), gradient(whole, part)
+        if not torch.equal(ids, expected_ids):
+            return self.wrong(f"the gradient of {name!r} is of other ids than the original's")
+        return self.value("gradient", name, own, expected, largest([gradient(whole)[1]]), ROUNDING_FLOAT64 * most)
+
     def _compare(
         self,
         step: OriginalStep,
@@ -323,8 +340,10 @@ class Judge:
         allowed = {n: max(rounding, size * TOLERANCE_FLOAT64) for n, (_, _, size) in found.items()}
         far = {n for n, (own, part, _) in found.items() if not _near(own, part, allowed[n])}
         if on_any_rank(bool(far)):
-            weights = full_state_dict(module)
+            weights = static_state_dict(module)
             for name, p in self.reference.named_parameters():
+                if name not in weights:
+                    continue
                 self.value("weight", name, weights[name], p, largest([p]), ROUNDING_FLOAT64 * self.start)
         if far:
             there, moved = step.gradients(weights), step.sensitivity(grads)
@@ -343,12 +362,16 @@ class Judge:
 
     def weights(self) -> float:
         """Parameters and buffers; the original's largest parameter. Collective."""
-        weights = {n: w for n, w in self.reference.state_dict().items() if w.layout is torch.strided}
+        weights = {n: w for n, w in by_id(self.reference).items() if w.layout is torch.strided}
         end = largest(self.reference.parameters())
         state = full_state_dict(self.module)  # matrices are not trained
         if lost := weights.keys() - state.keys():
             self.wrong(f"the state dict lacks {', '.join(map(repr, sorted(lost)))}")
         for name in weights.keys() & state.keys():
+            if weights[name].dtype is torch.int64:  # ids and counts are no measures
+                if not torch.equal(state[name], weights[name]):
+                    self.wrong(f"{name!r} is not the original's")
+                continue
             self.value("weight", name, state[name], weights[name], largest([weights[name]]), ROUNDING_FLOAT64 * end)
         return end
 

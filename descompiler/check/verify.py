@@ -20,6 +20,7 @@ from descompiler.model.float64 import widen, widen_attributes
 from descompiler.model.inputs import map_tensors, normalise_inputs
 from descompiler.model.kept import keep_as_buffers
 from descompiler.model.probe import CALL, blueprint, check_model, method_of
+from descompiler.module.dynamic import tables_of
 from descompiler.planning.objective import Terms
 from descompiler.region.rule import Rule
 from descompiler.runtime.room import free_bytes
@@ -120,6 +121,8 @@ def verify(
     if thorough and ids != "own":
         raise InputError(f"thorough=True tries ranks' own inputs, and not ids={ids!r}: call verify once with each")
     terms = Terms(wire_dtype=wire_dtype, ids=ids)
+    if (thorough or wire_dtype is not None) and tables_of(model):
+        raise InputError("models with dynamic tables are proved without thorough=True and wire_dtype=")
     if rows is not None:
         model = smaller(model, rows)
     check_memory(model, ranks, optimizers)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from descompiler.dynamic import saved
-from descompiler.dynamic.hashing import mix, signed, slice_of, word_of
+from descompiler.dynamic.hashing import mix, signed, slice_of, unmix, word_of
 from descompiler.dynamic.states import initial_of
 from descompiler.dynamic.table import Table
 from descompiler.errors import InputError, UnsupportedError
@@ -27,9 +27,13 @@ _SIGN = signed(1 << 63)
 
 @dataclass(frozen=True)
 class Kept:
-    """What an optimiser keeps for a table: of each row, by name, and once; both empty until it has stepped."""
+    """What an optimiser keeps for a table: of each row, by name, and once; both empty until it has stepped.
+
+    ``initial`` is what it begins with, by name.
+    """
 
     optimizer: str
+    initial: Mapping[str, float]
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
 
@@ -80,6 +84,12 @@ class ById:
         found |= {n: x for n, x in (("last", self.last), ("counts", self.counts)) if x is not None}
         return found | {f"{_KEPT}{n}": x for n, x in (self.kept.rows.items() if self.kept else ())}
 
+    def kept_begun(self, kept: Kept) -> ById:
+        """The same with what an optimiser that keeps this begins with, of what is not there."""
+        own = self.kept or kept
+        rows = {n: begun_as(x, len(self.ids), own.initial[n]) for n, x in kept.rows.items()} | dict(own.rows)
+        return replace(self, kept=replace(kept, rows=rows))
+
     def with_rows(self, by_row: Mapping[str, Tensor]) -> ById:
         """The same with other rows, of what `by_row` has; sorted."""
         order = sorted_by_key(keys_of(self.made, by_row["ids"]))
@@ -105,6 +115,11 @@ _KEPT = "kept."
 def keys_of(made: Mapping[str, str | int], ids: Tensor) -> Tensor:
     """The keys of ids in a table that was made from this."""
     return mix(ids ^ word_of(made["seed"], made["name"]))
+
+
+def ids_of(made: Mapping[str, str | int], keys: Tensor) -> Tensor:
+    """The ids of keys in a table that was made from this."""
+    return unmix(keys) ^ word_of(made["seed"], made["name"])
 
 
 def sorted_by_key(keys: Tensor) -> Tensor:
@@ -194,7 +209,7 @@ def _kept(table: Table, optimizer: Optimizer, slots: Tensor) -> Kept:
         found = torch.full((len(slots), *value.shape[1:]), initial[name], dtype=value.dtype)
         found[there] = plain(value)[slots[there].to(value.device)].cpu()
         rows[name] = found
-    return Kept(type(optimizer).__name__, rows, scalars)
+    return Kept(type(optimizer).__name__, initial, rows, scalars)
 
 
 def put_in(
@@ -222,7 +237,7 @@ def put_in(
     if optimizer is not None and state.kept is not None:
         optimizer.state.pop(table.parameter, None)
         if state.kept.rows or state.kept.scalars:
-            optimizer.state[table.parameter] = _kept_by_slot(table, optimizer, state.kept)
+            optimizer.state[table.parameter] = _kept_by_slot(table, state.kept)
 
 
 def joined(
@@ -269,7 +284,7 @@ def _cat(parts: Sequence[ById], slices: Tensor) -> ById:
 
 def _of_optimizer(parts: Iterable[ById], optimizer: Optimizer, what: str) -> list[ById]:
     """The parts with what the optimiser keeps: in those where it has not stepped, what it begins with."""
-    initial, name, held = initial_of(optimizer), type(optimizer).__name__, []
+    name, held = type(optimizer).__name__, []
     for part in parts:
         if part.kept is None or part.kept.optimizer != name:
             there = "without an optimiser" if part.kept is None else f"with {part.kept.optimizer}"
@@ -283,13 +298,12 @@ def _of_optimizer(parts: Iterable[ById], optimizer: Optimizer, what: str) -> lis
             raise InputError(f"parts of {what} differ in what {name} keeps of all rows: {', '.join(differ)}")
     if not stepped:
         return list(parts)
+    return [part.kept_begun(stepped[0]) for part in parts]
 
-    def begun(part: ById, kept: Kept) -> ById:
-        count = len(part.ids)
-        rows = {n: x.new_full((count, *x.shape[1:]), initial[n]) for n, x in stepped[0].rows.items()} | dict(kept.rows)
-        return replace(part, kept=replace(stepped[0], rows=rows))
 
-    return [begun(part, kept) for part, kept in zip(parts, held, strict=True)]
+def begun_as(rows: Tensor, count: int, initial: float) -> Tensor:
+    """What an optimiser keeps for so many rows that it has not stepped on, of the kind of these."""
+    return rows.new_full((count, *rows.shape[1:]), initial)
 
 
 def _unlike(one: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> set[str]:
@@ -323,10 +337,10 @@ def _by_slot(table: Table, state: ById, *, begins_anew: bool) -> dict[str, Tenso
     return found
 
 
-def _kept_by_slot(table: Table, optimizer: Optimizer, kept: Kept) -> dict[str, Scalar]:
-    initial, device = initial_of(optimizer), table.rows.tensor.device
+def _kept_by_slot(table: Table, kept: Kept) -> dict[str, Scalar]:
+    device = table.rows.tensor.device
     scalars = {n: x.clone() if isinstance(x, Tensor) else x for n, x in kept.scalars.items()}
-    rows = {n: torch.cat([x.new_full((1, *x.shape[1:]), initial[n]), x]).to(device) for n, x in kept.rows.items()}
+    rows = {n: torch.cat([begun_as(x, 1, kept.initial[n]), x]).to(device) for n, x in kept.rows.items()}
     return {**scalars, **{n: table.rows.marked(x) for n, x in rows.items()}}
 
 

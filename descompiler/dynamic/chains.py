@@ -13,13 +13,16 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from descompiler.dynamic.stores import Store
-from descompiler.errors import InputError
+from descompiler.errors import InputError, warn
 
 FORMAT = 1
+
+LATE = 3
+"""When an owner has written so often, all others have begun."""
 
 _NAME = re.compile(r"(?P<run>\d{6})-(?P<rank>\d+)-of-(?P<ranks>\d+)(?P<rest>[.-].*)")
 _LIST = ".json"
@@ -100,36 +103,43 @@ class Chain:
             raise InputError(f"rank={rank}, ranks={ranks}: owners are numbered from 0 to ranks - 1")
         self._store, self._keep = store, keep
         run = max((int(m["run"]) for m in _matches(store.names())), default=0) + 1
-        self.listed, self.next = Listed(kind, run, rank, ranks, ()), 0
+        self.listed, self.next, self.is_broken = Listed(kind, run, rank, ranks, ()), 0, False
 
-    @property
-    def is_first(self) -> bool:
-        """Whether nothing of this run has been written."""
-        return not self.listed.entries
-
-    def append(self, number: int, parts: Iterable[Any], *, full: bool) -> Entry:
+    def append(self, number: int, parts: Iterable[Any], *, full: bool) -> None:
         """Write a part, and list it.
 
         Raises
         ------
         InputError
-            If it can't be written; what was there is there.
+            If it can't be written; what was there is there. Other owners may have written theirs: the number is used
+            up, and what comes next has to be a full state.
         """
+        self.next, self.is_broken = number + 1, True
         listed = self.listed
         prefix = _prefix(listed.run, listed.rank, listed.ranks)
         file = f"{prefix}-{number:09d}.{'full' if full else 'update'}.safetensors"
         entry = Entry(number, full, file, *self._store.write(file, parts))
         self._list((*listed.entries, entry))
-        self.next = number + 1
-        self._prune()
-        return entry
+        self.is_broken = False
+        if len(self.listed.entries) == LATE:
+            self._look_for_others()
+
+    def _look_for_others(self) -> None:
+        listed, there = self.listed, set(self._store.names())
+        others = [replace(listed, rank=rank) for rank in range(listed.ranks)]
+        if missing := [other.rank for other in others if other.name not in there]:
+            warn(
+                f"owners {missing} have written nothing to run {listed.run} of {self._store}, and owner {listed.rank} "
+                f"{LATE} times: it can't be restored. Each owner has to begin before any of them writes, and to write "
+                "after the same steps"
+            )
 
     def _list(self, entries: tuple[Entry, ...]) -> None:
-        listed = Listed(self.listed.kind, self.listed.run, self.listed.rank, self.listed.ranks, entries)
+        listed = replace(self.listed, entries=entries)
         self._store.write(listed.name, [listed.encoded()])
         self.listed = listed
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
         """Remove what nobody needs, when all owners have what comes after it."""
         listed = self.listed
         fulls = [i for i, e in enumerate(listed.entries) if e.full]

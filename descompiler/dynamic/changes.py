@@ -144,12 +144,12 @@ class Update:
 
     def after(self, before: ById) -> ById:
         """What there is, of what there was."""
-        old, new = before.by_row(), self.now.by_row()
+        kept = self.now.kept
+        old, new = (before if kept is None else before.kept_begun(kept)).by_row(), self.now.by_row()
         stay = torch.isin(old["ids"], torch.cat([self.gone, new["ids"]])).logical_not_()
-        none = {n: x.new_empty(0, *x.shape[1:]) for n, x in new.items()}
         sketch = before.sketch
         if sketch is not None and self.sketch is not None:
             sketch = sketch >> self.halved
             sketch[torch.isin(before.slices, self.lines)] = self.sketch
-        rows = {n: torch.cat([old[n][stay] if n in old else none[n], new[n]]) for n in new}
+        rows = {n: torch.cat([old[n][stay], new[n]]) for n in new}
         return replace(self.now.with_rows(rows), slices=before.slices, sketch=sketch)

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from descompiler.dynamic.by_id import ById, joined, put_in, take_out
-from descompiler.dynamic.chains import Chain, Listed, latest, read
-from descompiler.dynamic.changes import Changes, Update
-from descompiler.dynamic.embedding import DynamicTable
-from descompiler.dynamic.owners import Owners
-from descompiler.dynamic.parts import packed, unpacked
+from descompiler.dynamic.chains import Listed, latest, read
+from descompiler.dynamic.changes import Update
+from descompiler.dynamic.owned import Owned, Tables, slices_of_owner
+from descompiler.dynamic.parts import unpacked
 from descompiler.dynamic.stores import Folder, Store
 from descompiler.dynamic.table import Table
 from descompiler.errors import InputError
@@ -33,7 +32,7 @@ class Increments:
     before it is removed then.
 
     Several owners write into one directory without a word to each other, each what it has of the tables, after the same
-    steps. All of them make their `Increments` before any of them saves. They are loaded by any number of owners.
+    steps; all make their `Increments`, and load, before any of them saves. Any number of owners loads what they saved.
 
     Parameters
     ----------
@@ -72,7 +71,7 @@ class Increments:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        tables: Mapping[str, DynamicTable | Table],
+        tables: Tables,
         optimizers: Optimizer | Sequence[Optimizer] | None = None,
         *,
         rank: int = 0,
@@ -80,12 +79,10 @@ class Increments:
         compact_at: float = 1.0,
     ):
         self._store: Store = Folder(path)
-        self._tables = {n: tables_of(x) for n, x in tables.items()}
-        self._optimizers = _optimizers_of(self._tables, optimizers)
-        self._slices = {n: slices_of_owner(t, rank, ranks) for n, t in self._tables.items()}
-        self._chain, self._compact_at = Chain(self._store, KIND, rank, ranks), compact_at
-        self._changes = {n: Changes(t, seen=True) for n, t in self._tables.items()}
-        self._may_begin = self._chain.listed.run == 1
+        self._owned = Owned(self._store, KIND, tables, rank, ranks, seen=True, keep=0, compact_at=compact_at)
+        self._optimizers = _optimizers_of(self._owned.tables, optimizers)
+        self._may_begin = self._owned.chain.listed.run == 1
+        self._saved_places: list[int] = []
 
     def save(self, **values: Any) -> None:
         """Save what the tables have now: all of it, or what has changed since the last save.
@@ -105,14 +102,14 @@ class Increments:
         """
         if not self._may_begin:
             raise InputError(f"{self._store} has checkpoints: load() them first, or give another directory")
-        full = any(changes.everything for changes in self._changes.values()) or self._is_time()
-        held: dict[str, ById | Update] = {}
-        for name, table in self._tables.items():
-            slices, optimizer = self._slices[name], self._optimizers[name]
-            held[name] = take_out(table, optimizer, slices) if full else self._changes[name].update(slices, optimizer)
-        self._chain.append(self._chain.next, packed(held, values), full=full)
-        for changes in self._changes.values():
-            changes.forget()
+        owned, held = self._owned, dict[str, ById | Update]()
+        places = self._places()
+        full = owned.everything or owned.is_time or places != self._saved_places
+        for name, table in owned.tables.items():
+            slices, optimizer = owned.slices[name], self._optimizers[name]
+            held[name] = take_out(table, optimizer, slices) if full else owned.changes[name].update(slices, optimizer)
+        owned.append(held, values, full=full)
+        self._saved_places = places
 
     def load(self) -> dict[str, Any] | None:
         """Give the tables and optimisers what the last save has that all its owners have finished.
@@ -131,24 +128,23 @@ class Increments:
         self._may_begin = True
         if point is None:
             return None
-        parts: dict[str, list[ById]] = {n: [] for n in self._tables}
-        values: dict[str, Any] = {}
+        owned, values = self._owned, dict[str, Any]()
+        parts: dict[str, list[ById]] = {n: [] for n in owned.tables}
         for owner in self._needed(point.owners):
-            found, values = replayed(self._store, owner, point.number, self._tables)
+            found, values = replayed(self._store, owner, point.number, owned.tables)
             for name, state in found.items():
                 parts[name].append(state)
-        ready = {
-            n: joined(t, parts[n], self._optimizers[n], self._slices[n]) for n, t in self._tables.items()
-        }  # before anything changes
-        for name, table in self._tables.items():
-            put_in(table, [ready[name]], self._optimizers[name], self._slices[name])
+        for_each = [(n, t, self._optimizers[n], owned.slices[n]) for n, t in owned.tables.items()]
+        ready = {n: joined(t, parts[n], o, s) for n, t, o, s in for_each}  # raises before anything changes
+        for name, table, optimizer, slices in for_each:
+            put_in(table, [ready[name]], optimizer, slices)
+        owned.begin_anew()
         return values
 
-    def _is_time(self) -> bool:
-        """Whether updates since the last full state are as large as it."""
-        entries = self._chain.listed.entries
-        (last,) = [i for i, e in enumerate(entries) if e.full][-1:]
-        return sum(e.bytes for e in entries[last + 1 :]) >= self._compact_at * entries[last].bytes
+    def _places(self) -> list[int]:
+        """Where what optimisers keep lies: elsewhere, when a state was loaded into them."""
+        held = [(o, self._owned.tables[n].parameter) for n, o in self._optimizers.items() if o is not None]
+        return [x.data_ptr() for o, p in held for x in o.state.get(p, {}).values() if isinstance(x, Tensor) and x.dim()]
 
     def _needed(self, owners: Sequence[Listed]) -> list[Listed]:
         """Owners that have had slices of this one's; one at least, whose step this one has."""
@@ -156,8 +152,8 @@ class Increments:
             owner
             for owner in owners
             if any(
-                bool(torch.isin(slices_of_owner(t, owner.rank, owner.ranks), self._slices[n]).any())
-                for n, t in self._tables.items()
+                bool(torch.isin(slices_of_owner(t, owner.rank, owner.ranks), self._owned.slices[n]).any())
+                for n, t in self._owned.tables.items()
             )
         ]
         return found or list(owners[:1])
@@ -180,16 +176,6 @@ def replayed(store: Store, owner: Listed, number: int, tables: Iterable[str]) ->
         for name, part in found.items():
             states[name] = part.after(states[name]) if isinstance(part, Update) else part
     return states, values
-
-
-def tables_of(module: DynamicTable | Table) -> Table:
-    """The table of a module."""
-    return module._table if isinstance(module, DynamicTable) else module
-
-
-def slices_of_owner(table: Table, rank: int, ranks: int) -> Tensor:
-    """The slices that an owner has of a table."""
-    return (Owners(table.residence.slices, ranks).of_slices == rank).nonzero()[:, 0]
 
 
 def _optimizers_of(

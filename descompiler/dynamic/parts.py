@@ -65,7 +65,7 @@ def _of_state(state: ById) -> tuple[dict[str, Any], dict[str, Tensor]]:
     meta: dict[str, Any] = {"made": dict(state.made), "step": state.step}
     tensors = {n: x for n in _FIELDS if (x := getattr(state, n)) is not None}
     if (kept := state.kept) is not None:
-        meta["optimizer"] = kept.optimizer
+        meta |= {"optimizer": kept.optimizer, "initial": dict(kept.initial)}
         meta["scalars"] = {n: x for n, x in kept.scalars.items() if not isinstance(x, Tensor)}
         tensors |= {f"scalar.{n}": x for n, x in kept.scalars.items() if isinstance(x, Tensor)}
         tensors |= {f"kept.{n}": x for n, x in kept.rows.items()}
@@ -82,7 +82,7 @@ def _read(meta: Mapping[str, Any], own: Mapping[str, Tensor]) -> ById | Update:
     kept = None
     if "optimizer" in meta:
         scalars = {**meta["scalars"], **_beginning("scalar.", own)}
-        kept = Kept(meta["optimizer"], _beginning("kept.", own), scalars)
+        kept = Kept(meta["optimizer"], meta["initial"], _beginning("kept.", own), scalars)
     fields: dict[str, Any] = {n: own.get(n) for n in _FIELDS}
     if "halved" not in meta:
         return ById(made=meta["made"], step=meta["step"], kept=kept, **fields)

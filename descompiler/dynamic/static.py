@@ -1,24 +1,26 @@
-"""A dynamic table that begins with the rows of a static one."""
+"""Dynamic tables that begin with the rows of static ones: one by itself, and those of a model."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from descompiler.dynamic.embedding import DynamicEmbedding
+from descompiler.dynamic.embedding import DynamicEmbedding, DynamicEmbeddingBag, DynamicTable
 from descompiler.errors import InputError, UnsupportedError
 
 
-def from_embedding(embedding: nn.Embedding, **options: Any) -> DynamicEmbedding:
+def from_embedding(embedding: nn.Embedding | nn.EmbeddingBag, **options: Any) -> DynamicTable:
     """A dynamic table that has the rows of a static one under ids 0 to n - 1.
 
     They are there whatever the admission; the first step sees them as new where the table evicts.
 
     Parameters
     ----------
-    embedding : torch.nn.Embedding
+    embedding : torch.nn.Embedding or torch.nn.EmbeddingBag
     **options
         Those of `DynamicEmbedding` but ``dim``, ``dtype``, ``device`` and ``padding_idx``, which are the embedding's.
 
@@ -44,7 +46,14 @@ def from_embedding(embedding: nn.Embedding, **options: Any) -> DynamicEmbedding:
         raise UnsupportedError(
             f"row {padding} of the embedding, its padding_idx, is not zeros, as a dynamic table's is: set it to zeros"
         )
-    made = DynamicEmbedding(rows.shape[1], dtype=rows.dtype, device=rows.device, padding_idx=padding, **options)
+    options |= {"dtype": rows.dtype, "device": rows.device, "padding_idx": padding}
+    made: DynamicTable
+    if isinstance(embedding, nn.EmbeddingBag):
+        options |= {"mode": embedding.mode, "include_last_offset": embedding.include_last_offset}
+        made = DynamicEmbeddingBag(rows.shape[1], **options)
+    else:
+        made = DynamicEmbedding(rows.shape[1], **options)
+    made.weight.requires_grad_(embedding.weight.requires_grad)
     most = made._table.config.max_rows
     ids = torch.arange(len(rows))
     if padding is not None:
@@ -53,3 +62,44 @@ def from_embedding(embedding: nn.Embedding, **options: Any) -> DynamicEmbedding:
         raise InputError(f"the embedding has {len(ids)} rows, more than max_rows={most}")
     made._table.enter(ids, rows[ids.to(rows.device)])
     return made.train(embedding.training)
+
+
+def with_dynamic(model: nn.Module, dynamic: Mapping[str, Mapping[str, Any] | None]) -> nn.Module:
+    """A copy of a model in which some static tables are dynamic; everything else is the model's own.
+
+    Parameters
+    ----------
+    dynamic : mapping of str to mapping or None
+        Paths of ``nn.Embedding`` and ``nn.EmbeddingBag`` modules, or their ends, to options of `from_embedding`.
+        Without a ``name`` a table has its path.
+
+    Raises
+    ------
+    InputError
+        For a name that is none of such a module, or of several.
+    UnsupportedError
+        For a table whose weight other modules have too.
+
+    Examples
+    --------
+    >>> model = with_dynamic(nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 1)), {"0": {"seed": 1}})
+    >>> model(torch.tensor([2, 1 << 60])).shape, len(model[0])
+    (torch.Size([2, 1]), 4)
+    """
+    static = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    made: dict[int, Any] = {}
+    for wanted, options in dynamic.items():
+        names = [n for n in static if n == wanted] or [n for n in static if n.endswith(f".{wanted}")]
+        if len(names) != 1:
+            found = f"is the end of {', '.join(names)}" if names else "is no table of the model"
+            raise InputError(f"dynamic={{{wanted!r}: ...}} {found}; tables: {', '.join(static) or 'none'}")
+        table = static[names[0]]
+        owners = {n for n, m in model.named_modules() for p in m.parameters(recurse=False) if p is table.weight}
+        if others := owners - {names[0]}:
+            raise UnsupportedError(
+                f"dynamic={{{wanted!r}: ...}}: its weight is that of {', '.join(sorted(others))} too, and rows that "
+                "come and go are of one table: untie them"
+            )
+        made[id(table)] = from_embedding(table, **({"name": names[0]} | dict(options or {})))
+    own: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, own | made)

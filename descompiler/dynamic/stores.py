@@ -49,6 +49,11 @@ class Store(Protocol):
         ...
 
 
+def store_of(place: str | os.PathLike[str] | Store) -> Store:
+    """The store of a place: a directory, if it is a path."""
+    return Folder(place) if isinstance(place, str | os.PathLike) else place
+
+
 class Summed:
     """Bytes that pass, counted and summed."""
 
@@ -114,8 +119,12 @@ class Folder:
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 os.unlink(self.path / name)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise InputError(f"{self.path / name} can't be removed: {error.strerror}") from error
 
     def _settle(self) -> None:
         """Bring the directory's names to the disk."""

@@ -61,18 +61,19 @@ def tail(node: fx.Node) -> tuple[int, ...]:
 
 def shape_on(node: fx.Node, rows: int) -> list[int]:
     """Shape on so many rows of the batch, wherever they are in it."""
+    return [_size_on(s, rows) for s in shape_of(node)]
 
-    def on(size: int | sympy.Expr) -> int:
-        if isinstance(size, int):
-            return size
-        return rows if size.is_Symbol else int(size.subs(dict.fromkeys(size.free_symbols, rows)))  # which is slow
 
-    return [on(s) for s in shape_of(node)]
+def _size_on(size: int | sympy.Expr, rows: int) -> int:
+    if isinstance(size, int):
+        return size
+    return rows if size.is_Symbol else int(size.subs(dict.fromkeys(size.free_symbols, rows)))  # which is slow
 
 
 def elements_per_row(node: fx.Node) -> int:
     """Elements of a tensor per row of the batch, wherever the batch lies in it."""
-    one, two = (prod(shape_on(node, n)) for n in (1, 2))
+    shape = shape_of(node)
+    one, two = (prod(_size_on(s, rows) for s in shape) for rows in (1, 2))
     return two - one
 
 

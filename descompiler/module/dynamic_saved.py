@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from descompiler.dynamic.by_id import ById, Kept, made_from, put_in, take_out
 from descompiler.dynamic.embedding import DynamicTable
+from descompiler.dynamic.states import initial_of
 from descompiler.dynamic.table import Table
 from descompiler.eager.held import Whose, held
 from descompiler.errors import InputError, UnsupportedError
@@ -200,7 +201,7 @@ class SavedTables:
             kept = None
             if optimizer is not None:
                 rows, of_all = room.get(OF_ROWS, {}), room.get(OF_ALL, {})
-                kept = Kept(small[OPTIMIZER], {n: plain(x) for n, x in rows.items()}, of_all)
+                kept = Kept(small[OPTIMIZER], initial_of(optimizer), {n: plain(x) for n, x in rows.items()}, of_all)
             found = {n: plain(room[n]) if n in room else None for n in (LAST, COUNTS, SKETCH)}
             state = ById(
                 made=json.loads(small[MADE]),

@@ -36,8 +36,17 @@ def full_state_dict(module: nn.Module, *, rank0_only: bool = False) -> dict[str,
         On every rank, before anything is allocated, if the memory of a machine does not suffice.
     """
     module = module_of(module)
+    result = static_state_dict(module, rank0_only=rank0_only)
     ranks = ranks_for(module, "full_state_dict")
-    tables = tables_of(module) if ranks.count > 1 else {}
+    for name, part in tables_of(module).items():
+        if (whole := whole_table(part, ranks, first_only=rank0_only)) is not None:
+            result |= whole.state_dict(prefix=f"{name}.")
+    return result
+
+
+def static_state_dict(module: DistributedModule, *, rank0_only: bool = False) -> dict[str, Tensor]:
+    """As `full_state_dict`, without dynamic tables; also within a step. Collective."""
+    ranks, tables = ranks_for(module, "full_state_dict"), tables_of(module)
     held = {n: plain(x) for n, x in without_tables(module.state_dict(), tables).items()}
     cut = pieces_by_name(module)
     takes = not rank0_only or ranks.rank == 0
@@ -62,9 +71,6 @@ def full_state_dict(module: nn.Module, *, rank0_only: bool = False) -> dict[str,
             gather(local, pieces, ranks, full)
         if full is not None:
             result[name] = full
-    for name, part in tables.items():
-        if (whole := whole_table(part, ranks, first_only=rank0_only)) is not None:
-            result |= whole.state_dict(prefix=f"{name}.")
     return result
 
 

@@ -270,9 +270,9 @@ class Relaxation:
         graph = self._reduced[widest].copy()
         for o, (out, into) in zip(self.operators, least, strict=True):
             table = ("table", o.name)
-            graph.add_edge(table, flow.SINK, **_capacity(into))
+            flow.add(graph, table, flow.SINK, into)  # beside what it costs to leave, if it leaves as it is
             if into is not None:
-                graph.add_edge(flow.SOURCE, table, **_capacity(out))
+                flow.add(graph, flow.SOURCE, table, out)
         return graph
 
     def _parts_graph(self, widest: int | None) -> nx.DiGraph:
@@ -321,8 +321,3 @@ class Relaxation:
         for part in self.parts[v]:
             if len(sources := above.get(part, [])) == 1:
                 graph.add_edge(("in", v, part), ("in", *sources[0]))
-
-
-def _capacity(least: int | None) -> dict[str, int]:
-    """The capacity of an edge; none, unlimited, where there is no cost to pay."""
-    return {} if least is None else {"capacity": least}

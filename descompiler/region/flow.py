@@ -65,7 +65,7 @@ def reduced(graph: nx.DiGraph, kept: Iterable[Hashable]) -> nx.DiGraph:
     small = nx.DiGraph()
     small.add_nodes_from(graph)
     for a, b, capacity in graph.edges(data="capacity"):
-        _add(small, a, b, capacity)
+        add(small, a, b, capacity)
     unlimited = nx.DiGraph([(a, b) for a, b, c in graph.edges(data="capacity") if c is None])
     for together in nx.strongly_connected_components(unlimited):
         first, *others = sorted(together, key=lambda n: n not in kept)
@@ -81,30 +81,35 @@ def reduced(graph: nx.DiGraph, kept: Iterable[Hashable]) -> nx.DiGraph:
         before, after = (list(edges[n].items()) for edges in (small.pred, small.succ))
         if not before or not after:
             small.remove_node(n)
-        elif len(after) == 1 and after[0][1]["capacity"] is None:
+        elif len(after) == 1 and after[0][1].get("capacity") is None:
             _merge(small, n, after[0][0])
-        elif len(before) == 1 and before[0][1]["capacity"] is None:
+        elif len(before) == 1 and before[0][1].get("capacity") is None:
             _merge(small, n, before[0][0])
         elif len(before) == len(after) == 1:
             (a, x), (b, y) = before[0], after[0]
             small.remove_node(n)
             if a != b:
-                _add(small, a, b, min(x["capacity"], y["capacity"]))
+                add(small, a, b, min(x["capacity"], y["capacity"]))
         else:
             continue
         waiting += (m for m in near if m in small and m not in kept)
-    result = nx.DiGraph()
-    result.add_nodes_from(small)
-    result.add_edges_from((a, b, {} if c is None else {"capacity": c}) for a, b, c in small.edges(data="capacity"))
-    return result
+    return small
 
 
-def _add(graph: nx.DiGraph, a: Hashable, b: Hashable, capacity: int | None) -> None:
-    """One more edge; two between the same nodes are one that has both capacities. None is unlimited."""
+def add(graph: nx.DiGraph, a: Hashable, b: Hashable, capacity: int | None) -> None:
+    """One more edge; two between the same nodes are one that has both capacities. None is unlimited.
+
+    >>> graph = nx.DiGraph()
+    >>> add(graph, "source", "a", 3)
+    >>> add(graph, "source", "a", 2)
+    >>> add(graph, "a", "sink", None)
+    >>> list(graph.edges(data="capacity"))
+    [('source', 'a', 5), ('a', 'sink', None)]
+    """
     if graph.has_edge(a, b):
-        other = graph.edges[a, b]["capacity"]
+        other = graph.edges[a, b].pop("capacity", None)
         capacity = None if capacity is None or other is None else capacity + other
-    graph.add_edge(a, b, capacity=capacity)
+    graph.add_edge(a, b, **({} if capacity is None else {"capacity": capacity}))
 
 
 def _merge(graph: nx.DiGraph, node: Hashable, into: Hashable) -> None:
@@ -113,7 +118,7 @@ def _merge(graph: nx.DiGraph, node: Hashable, into: Hashable) -> None:
     for a, b, capacity in edges:
         a, b = into if a == node else a, into if b == node else b
         if a != b:
-            _add(graph, a, b, capacity)
+            add(graph, a, b, capacity)
 
 
 def by_networkx(graph: nx.DiGraph) -> Found:

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,9 +51,9 @@ class RankPoolError(EquivalenceError):
 class RankPools:
     """A pool for each number of ranks that is asked for, called as `on_ranks` of descompiler; a context."""
 
-    def __init__(self, *, remember: bool = False) -> None:
+    def __init__(self, *, traces: Path | None = None) -> None:
         self._pools: dict[int, RankPool] = {}
-        self.remember = remember
+        self.traces = traces
 
     def __enter__(self) -> RankPools:
         return self
@@ -64,18 +65,18 @@ class RankPools:
     def __call__(
         self, function: Callable[..., Any], ranks: int, *arguments: Any, timeout_s: float = 240.0
     ) -> list[Any]:
-        pool = self._pools.setdefault(ranks, RankPool(ranks, remember=self.remember))
+        pool = self._pools.setdefault(ranks, RankPool(ranks, traces=self.traces))
         return pool(function, *arguments, timeout_s=timeout_s)
 
 
 class RankPool:
     """``pool(function, *arguments)`` is ``[function(rank, ranks, *arguments) for each rank]``, on the ranks.
 
-    Used as a context manager; functions and arguments are pickled. ``remember``: see `tests.harness.traces`.
+    Used as a context manager; functions and arguments are pickled. ``traces``: a folder, see `tests.harness.traces`.
     """
 
-    def __init__(self, ranks: int, *, remember: bool = False):
-        self.ranks, self.remember = ranks, remember
+    def __init__(self, ranks: int, *, traces: Path | None = None):
+        self.ranks, self.traces = ranks, traces
         self.started = 0
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
@@ -105,7 +106,7 @@ class RankPool:
         self.started += 1
         for rank in range(self.ranks):
             ours, theirs = context.Pipe()
-            arguments = (rank, self.ranks, self._folder.name, theirs, self.remember)
+            arguments = (rank, self.ranks, self._folder.name, theirs, self.traces)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -136,12 +137,12 @@ class RankPool:
         return [result for _, result in answers]
 
 
-def _serve(rank: int, ranks: int, folder: str, pipe: Any, remember: bool) -> None:
+def _serve(rank: int, ranks: int, folder: str, pipe: Any, traces: Path | None) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     draws = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    if remember:
-        remember_traces()
+    if traces is not None:
+        remember_traces(traces)
     gc.freeze()  # what was imported stays: a collection then costs little
     for call in count():
         try:

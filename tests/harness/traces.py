@@ -1,23 +1,31 @@
-"""Traces that stay: a process in which tests compile equal models traces each once.
+"""Traces that stay: processes in which tests compile equal models trace each once.
 
-Half of what a test of a compiled model takes is `torch.export`, and the tests of a file compile the same model again
-and again. A trace is made unless a model of the same classes, attributes, parameters and inputs was traced in this
-process, under the same settings; and the ladder accepts only what reproduces the model, remembered or not. ``pytest
---trace-anew``, which `make test-all` gives, remembers nothing.
+Half of what a test of a compiled model takes is `torch.export`, every rank makes it, and the tests of a file compile
+the same model again and again. A trace is made unless a model of the same classes, attributes, parameters and inputs
+was traced before, under the same settings, in this process or in one with the same folder of traces; and the ladder
+accepts only what reproduces the model, remembered or not. ``pytest --trace-anew``, which `make test-all` gives,
+remembers nothing.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import io
+import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._graph_pickler import GraphPickler, Options
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from descompiler.capture import ladder
 from descompiler.errors import CaptureError
@@ -36,14 +44,26 @@ MOST = 200
 Trace = Callable[[Flat, list[Tensor], nn.Module], Program]
 
 
-def remember_traces() -> None:
-    """From here on, in this process."""
-    ladder.RUNGS = tuple((name, remembering(trace) if name in PURE else trace) for name, trace in ladder.RUNGS)
+def remember_traces(folder: Path) -> None:
+    """From here on, in this process, and together with all that are given the same folder."""
+    ladder.RUNGS = tuple(
+        (name, remembering(trace, folder / name) if name in PURE else trace) for name, trace in ladder.RUNGS
+    )
 
 
-def remembering(trace: Trace) -> Trace:
-    """A tracer that gives a copy of what it made of an equal model before, or raises the same."""
-    made: dict[bytes, Program | str] = {}
+def remembering(trace: Trace, folder: Path) -> Trace:
+    """A tracer that gives a copy of what it made of an equal model before, or raises the same.
+
+    ``folder``, which may not exist yet, has what any process made.
+    """
+    made: dict[str, Program | str] = {}
+    folder.mkdir(exist_ok=True)
+
+    def first(flat: Flat, tensors: list[Tensor], template: nn.Module) -> Program | str:
+        try:
+            return trace(flat, tensors, template)
+        except CaptureError as error:
+            return str(error)
 
     @functools.wraps(trace)
     def traced(flat: Flat, tensors: list[Tensor], template: nn.Module) -> Program:
@@ -53,11 +73,11 @@ def remembering(trace: Trace) -> Trace:
         if key not in made:
             if len(made) == MOST:
                 made.pop(next(iter(made)))
-            try:
-                made[key] = trace(flat, tensors, template)
-            except CaptureError as error:
-                made[key] = str(error)
-                raise
+            with _alone(folder / f"{key}.lock"):
+                known = _read(folder / key)
+                made[key] = first(flat, tensors, template) if known is None else known
+                if known is None:
+                    _write(folder / key, made[key])
         found = made[key]
         if isinstance(found, str):
             raise CaptureError(found)
@@ -68,7 +88,7 @@ def remembering(trace: Trace) -> Trace:
     return traced
 
 
-def key_of(flat: Flat, tensors: list[Tensor]) -> bytes | None:
+def key_of(flat: Flat, tensors: list[Tensor]) -> str | None:
     """What a trace depends on, as a digest; None if it can't be said: a model of a local class, or with a generator."""
     settings = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     code = [getattr(type(m).forward, "__code__", None) for m in flat.modules()]  # a test may put another in its place
@@ -78,7 +98,7 @@ def key_of(flat: Flat, tensors: list[Tensor]) -> bytes | None:
         _Pickler(written).dump((flat, tensors, settings, forwards))
     except (pickle.PicklingError, AttributeError, TypeError, RuntimeError, NotImplementedError):
         return None
-    return hashlib.sha256(written.getvalue()).digest()
+    return hashlib.sha256(written.getvalue()).hexdigest()
 
 
 class _Pickler(pickle.Pickler):
@@ -97,3 +117,40 @@ class _Pickler(pickle.Pickler):
         how = type(x), x.dtype, x.device.type, tuple(x.shape), x.stride(), x.storage_offset(), x.requires_grad, place
         flat = x.detach().contiguous().reshape(-1)
         return str, (how, flat.view(torch.uint8).numpy().tobytes() if x.numel() else b"", vars(x))
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """No other process is within; one that ends there lets the next in."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+KEPT = ("val", "stack_trace")
+"""What a program's nodes need of a trace's notes: their values, and the user's lines."""
+
+
+def _write(file: Path, made: Program | str) -> None:
+    """Nothing of a program with calls that are no operators of torch: who needs it traces it."""
+    if isinstance(made, Program):
+        rest = {name: x for name, x in vars(made).items() if name not in ("graph", "parameters")}
+        content = fx.GraphModule(nn.Module(), made.graph), rest
+    else:
+        content = made
+    try:
+        written = GraphPickler.dumps(content, Options(ops_filter=None, node_metadata_key_filter=KEPT.__contains__))
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError, NotImplementedError, AssertionError):
+        return
+    file.with_suffix(".part").write_bytes(written)
+    os.replace(file.with_suffix(".part"), file)  # a process that ends in between leaves no half
+
+
+def _read(file: Path) -> Program | str | None:
+    """What another process wrote; a program has its graph, and values of a mode of its own."""
+    if not file.exists():
+        return None
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # as in a trace
+    content: Any = GraphPickler.loads(file.read_bytes(), mode)
+    return content if isinstance(content, str) else Program(content[0].graph, parameters={}, **content[1])

@@ -1,0 +1,43 @@
+"""Dynamic tables in a proof: states and gradients by id, since slots are each table's own business."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from descompiler.dynamic.by_id import put_in, take_out
+from descompiler.dynamic.embedding import DynamicTable
+from descompiler.module.dynamic import tables_of, without_tables
+from descompiler.ops.local import plain
+
+
+def by_id(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state dict, in which dynamic tables have their rows in the order of keys, between two steps."""
+    tables = tables_of(model)
+    state: dict[str, Tensor] = without_tables(model.state_dict(), tables)
+    for name, table in tables.items():
+        ordered = table.part_of(None, 0)
+        put_in(ordered._table, [take_out(table._table)])
+        state |= ordered.state_dict(prefix=f"{name}.")
+    return state
+
+
+def gradient(table: DynamicTable, owner: DynamicTable | None = None) -> tuple[Tensor, Tensor]:
+    """Ids that have a gradient, sorted, and what it is; of those that a rank's part of a table owns."""
+    grad = table.weight.grad
+    if grad is None:
+        return torch.empty(0, dtype=torch.int64), plain(table.weight.detach())[:0]
+    grad = plain(grad).coalesce()
+    ids, order = table._table.ids_of(grad.indices()[0].cpu()).sort()
+    values = grad.values()[order.to(grad.device)]
+    if owner is not None:
+        mine = owner._table.owner(ids).eq(owner._table.rank)
+        ids, values = ids[mine], values[mine.to(values.device)]
+    return ids, values
+
+
+def optimizer_groups(module: nn.Module, options: dict[str, float]) -> list[dict[str, object]]:
+    """Parameter groups, in which dynamic tables have options that change no row that a step has not looked up."""
+    tables = {id(t.weight): t.weight for t in tables_of(module).values()}
+    rest = [p for p in module.parameters() if id(p) not in tables]
+    return [{"params": rest}, *([{"params": list(tables.values()), **options}] if tables else [])]
