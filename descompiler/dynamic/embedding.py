@@ -136,7 +136,7 @@ class DynamicTable(nn.Module):
         made = type(self).__new__(type(self))
         vars(made).update({n: copy.copy(x) if isinstance(x, dict) else x for n, x in vars(self).items()})
         table = made._table = Table(self._table.config, self.weight.dtype, self.weight.device)
-        table.owners, table.rank = owners, rank
+        table.own(owners, rank)
         made._parameters["weight"] = table.parameter
         table.parameter.requires_grad_(self.weight.requires_grad)
         return made

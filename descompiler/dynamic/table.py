@@ -88,7 +88,17 @@ class Table:
         self.residence = Residence(self.config.admit, self.config.evict, self.config.max_rows)
         for watcher in self.watching:
             watcher.restarted()
+        self._limit()
         return self.residence
+
+    def own(self, owners: Tensor | None, rank: int) -> None:
+        """Look up the ids of a rank's slices alone, with their share of ``max_rows``."""
+        self.owners, self.rank = owners, rank
+        self._limit()
+
+    def _limit(self) -> None:
+        if self.owners is not None and self.config.max_rows is not None:
+            self.residence.max_rows = self.config.max_rows * len(self.own_slices) // self.residence.slices
 
     @property
     def parameter(self) -> nn.Parameter:
