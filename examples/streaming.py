@@ -6,7 +6,8 @@
 
 Two models of ``contest.py`` are trained on the stream of ``clicks.py``, each compiled by `des.compile`. They differ in
 their tables: one has `des.DynamicEmbedding`, the other ``nn.Embedding`` with the id modulo its rows, and as many bytes.
-The folder gets a drawing, ``stream.svg``, and a checkpoint from which a run goes on exactly.
+The folder gets a drawing, ``stream.svg``, and a checkpoint from which a run goes on exactly. On Ctrl-C all ranks stop
+at the next report and save; torchrun then ends with a traceback of its own, of the signal.
 """
 
 from __future__ import annotations
@@ -220,6 +221,8 @@ def run(args: argparse.Namespace, ranks: Ranks, console: Console, stop: Callable
                 keep()
     if saved != contest.done:
         keep()
+    if stopped:
+        console.print(f"stopped at step {contest.done:,}: the same command goes on from there")
     return contest.history
 
 

@@ -247,11 +247,12 @@ def test_ctrl_c_stops_it_with_a_checkpoint(tmp_path):
     try:
         assert process.stdout.readline().startswith("step 4: AUC ")
         os.killpg(process.pid, signal.SIGINT)
-        process.communicate(timeout=120)
+        out, _ = process.communicate(timeout=120)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     stopped = int(latest(tmp_path).removeprefix("step-"))
+    assert f"stopped at step {stopped}: " in out
     assert stopped >= 4 and (tmp_path / "stream.svg").exists() == (stopped > 4)
     out, error = (process := script(tmp_path, "--steps", str(stopped + 8))).communicate(timeout=240)
     assert process.returncode == 0, out + error
