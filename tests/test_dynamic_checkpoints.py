@@ -43,19 +43,32 @@ def load_and_go_on(rank, ranks, path, options, plan, optimizer, until, again):
             torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
 
 
+def through(on_ranks, folder, options, optimizer, way):
+    """Train and save on some ranks, load and go on on others; the last is one process, which compares."""
+    (ranks, plan, until), *others = way
+    on_ranks(save, ranks, f"{folder}/0", options, plan, optimizer, until)
+    for i, (ranks, plan, until) in enumerate(others):
+        on_ranks(load_and_go_on, ranks, f"{folder}/{i}", options, plan, optimizer, until, f"{folder}/{i + 1}")
+
+
 @pytest.mark.parametrize(
     ("options", "optimizer", "way"),
     [
-        ("sightings, lru", "adagrad", [(2, "row_wise"), (3, "unique_rows"), (1, None)]),
-        ("lfu", "sparse_adam", [(1, None), (2, "both"), (2, "unique_rows"), (1, None)]),
+        ("sightings, lru", "adagrad", [(2, "row_wise", 6), (3, "unique_rows", 10), (1, None, 14)]),
+        ("lfu", "sparse_adam", [(1, None, 6), (2, "both", 10), (2, "unique_rows", 14), (1, None, 18)]),
     ],
 )
 def test_from_ranks_to_other_ranks(on_ranks, tmp_path, options, optimizer, way):
-    (ranks, plan), *others = way
-    on_ranks(save, ranks, str(tmp_path / "0"), options, plan, optimizer, 6)
-    for i, (ranks, plan) in enumerate(others):
-        paths = str(tmp_path / str(i)), str(tmp_path / str(i + 1))
-        on_ranks(load_and_go_on, ranks, paths[0], options, plan, optimizer, 6 + 4 * (i + 1), paths[1])
+    through(on_ranks, tmp_path, options, optimizer, way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["sightings, lru", "by chance, time", "sightings, lfu"])
+@pytest.mark.parametrize(
+    "way", [[(2, "row_wise", 500)], [(4, "unique_rows", 500)], [(2, "unique_rows", 250), (4, "row_wise", 500)]]
+)
+def test_500_steps_are_those_of_one_process(on_ranks, tmp_path, options, way):
+    through(on_ranks, tmp_path, options, "adagrad", [*way, (1, None, 501)])
 
 
 OTHERS = {

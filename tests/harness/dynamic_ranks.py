@@ -84,6 +84,7 @@ OPTIONS = {
     "always": {},
     "sightings, lru": {"admit": AfterSightings(2), "evict": Capacity(64)},
     "by chance, time": {"admit": WithProbability(0.7), "evict": TimeToLive(5)},
+    "sightings, lfu": {"admit": AfterSightings(2), "evict": Capacity(128, by="lfu")},
     "lfu": {"evict": Capacity(64, by="lfu")},
 }
 
