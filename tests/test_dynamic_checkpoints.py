@@ -8,7 +8,16 @@ from torch import nn
 
 import descompiler as des
 from descompiler.dynamic import Capacity, TimeToLive, WithProbability
-from tests.harness.dynamic_ranks import OPTIMIZERS, OPTIONS, PLANS, Clicks, assert_same_tables, stream, train_on
+from tests.harness.dynamic_ranks import (
+    OPTIMIZERS,
+    OPTIONS,
+    PLANS,
+    Clicks,
+    assert_same_tables,
+    rows_of,
+    stream,
+    train_on,
+)
 
 
 def compiled(options, plan, optimizer):
@@ -130,3 +139,58 @@ def test_a_wrong_checkpoint_is_refused_by_name_and_nothing_changes(on_ranks, tmp
     for said in on_ranks(refusals, 2, str(tmp_path)):
         for words, text in said.items():
             assert words in text, (words, text)
+
+
+def save_increments(rank, ranks, folder, plan, steps):
+    module, opts = compiled("lfu", plan, "sparse_adam")
+    increments, deltas = des.increments(module, opts, f"{folder}/increments"), des.deltas(module, f"{folder}/deltas")
+    assert increments.load() is None
+    for step in range(steps):
+        train_on(module, opts, [step], rank, ranks)
+        increments.save(step=step + 1)
+        deltas.publish(step=step + 1)
+    des.save(module, opts, f"{folder}/whole", step=steps)
+    state = des.full_state_dict(module)
+    replica = des.dynamic.Replica(f"{folder}/deltas")
+    torch.distributed.barrier()
+    replica.refresh()
+    for name in ("user", "tags"):
+        ids = state[f"{name}.ids"][state[f"{name}.resident"]]
+        assert torch.equal(replica.look_up(name, ids), state[f"{name}.weight"][state[f"{name}.resident"]])
+    return len(ids)
+
+
+def load_increments(rank, ranks, folder, plan, until):
+    module, opts = compiled("lfu", plan, "sparse_adam")
+    des.load(module, opts, f"{folder}/whole")  # what is no table; these are given what increments have
+    for name in ("user", "tags"):
+        module.get_submodule(name)._table.restart()
+    step = des.increments(module, opts, f"{folder}/increments").load()["step"]
+    train_on(module, opts, range(step, until), rank, ranks)
+    state = des.full_state_dict(module)
+    original, theirs = compiled("lfu", None, "sparse_adam")
+    train_on(original, theirs, range(until), 0, 1)
+    for name in ("user", "tags"):
+        table = original.get_submodule(name)._table
+        there = state[f"{name}.resident"]
+        ids, order = state[f"{name}.ids"][there].sort()
+        assert torch.equal(ids, table.resident())
+        rows = state[f"{name}.weight"][there][order]
+        torch.testing.assert_close(rows, rows_of(table, ids), rtol=1e-10, atol=1e-12)
+
+
+def test_increments_and_deltas_of_ranks(on_ranks, tmp_path):
+    assert on_ranks(save_increments, 2, str(tmp_path), "unique_rows", 6)[0]
+    on_ranks(load_increments, 3, str(tmp_path), "row_wise", 9)
+
+
+def wrong_owner(rank, ranks, folder):
+    module, opts = compiled("lfu", "both", "adagrad")
+    with pytest.raises(des.DescompilerError, match="not divided as owner"):
+        des.increments(module, opts, folder)
+    with pytest.raises(des.InputError, match="not divided as owner"):
+        des.dynamic.Deltas(folder, {"tags": module.tags})
+
+
+def test_owners_that_the_plan_has_not_are_refused(on_ranks, tmp_path):
+    on_ranks(wrong_owner, 2, str(tmp_path))
