@@ -494,3 +494,17 @@ def test_the_way_back(form, in_place, on_ranks):
     for predicted, masks, wrong, _ in (of_first, of_second):
         torch.testing.assert_close(predicted, expected)
         assert torch.equal(masks, predicted > 0) and "ranks have tensors of [3, 1]" in wrong
+
+
+def test_a_byte_of_a_weight_that_has_changed_is_seen(tmp_path):
+    """Everything can be read, and every file is as long as it was."""
+    model, path = nn.Linear(1000, 50), tmp_path / "saved"
+    des.save(model, None, path)
+    file = max(path.glob("__*"), key=lambda f: f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    before = model.weight.detach().clone()
+    with pytest.raises(des.InputError, match="is not as it was saved"):
+        des.load(model, None, path)
+    assert torch.equal(model.weight, before)

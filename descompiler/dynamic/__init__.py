@@ -1,4 +1,4 @@
-"""Tables without a vocabulary: rows come with the ids that training sees, and go again; in one process.
+"""Tables without a vocabulary: rows come with the ids that training sees, and go again. See docs/dynamic.md.
 
 The key space of a table is divided into slices, of which each decides by itself, from its own ids: who is resident,
 what was sighted, who has to go. So nothing changes when slices are divided among several owners.
