@@ -34,7 +34,7 @@ export PYTHONPATH := $(CURDIR)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check exits soak mutants rules zoo gpu-check report paper-table bench bench-quick bench-links bench-memory clean
+.PHONY: help demo stream test test-all check exits soak mutants rules zoo gpu-check report paper-table bench bench-quick bench-links bench-memory clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' \
@@ -43,6 +43,9 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## train a CTR model on RANKS local ranks (RANKS=2, DATA=, ARGS=)
 	OMP_NUM_THREADS=1 $(TORCHRUN) --standalone --nproc-per-node $(RANKS) \
 		examples/train_ctr.py $(if $(DATA),--data $(DATA)) $(ARGS)
+
+stream: $(INSTALLED)  ## train on an endless click stream until Ctrl-C, and go on the next time (RANKS=2, ARGS=)
+	OMP_NUM_THREADS=1 $(TORCHRUN) --standalone --nproc-per-node $(RANKS) examples/streaming.py $(ARGS)
 
 # Two at a time, whole files to one worker, in the order of tests/conftest.py: tests of a file share captures and ranks.
 # A test has 2 to 4 ranks itself.

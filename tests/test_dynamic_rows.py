@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from descompiler.dynamic import AfterSightings, Capacity, Constant, DynamicEmbedding, DynamicEmbeddingBag, TimeToLive
+from descompiler.dynamic.id_map import FEWEST_CELLS
 from descompiler.dynamic.rows import FEWEST_ROWS
 from tests.harness.dynamic import OPTIMIZERS, contents, made
 
@@ -312,3 +313,15 @@ def test_nothing_is_held_of_steps_and_tables():
     del opt
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_memory_is_that_of_all_there_is(optimizer):
+    table = DynamicEmbedding(4, dtype=torch.float64, admit=AfterSightings(1, width=8), evict=Capacity(64, by="lfu"))
+    opt = OPTIMIZERS[optimizer][1](table.parameters())
+    table(torch.arange(40)).sum().backward()
+    opt.step()
+    states = {"sgd": 0, "adagrad": 1, "sparse_adam": 2}[optimizer]
+    numbers = 8 * 4 * FEWEST_ROWS * (1 + states)
+    cells, beside, sketch = 4 * 64 * FEWEST_CELLS, 41 * (8 + 4 + 4), 64 * 4 * 8
+    assert table.memory_bytes() == numbers + cells + beside + sketch

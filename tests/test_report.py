@@ -3,6 +3,7 @@
 import html
 import io
 import itertools
+import math
 import random
 import re
 import shutil
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import zlib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -156,6 +158,27 @@ def test_crossovers_are_where_the_curves_meet():
     (mark,) = charts.cheapest_changes(xs, lines, "ranks", lambda x: f"{x:.0f}")
     assert (mark.x, mark.y) == (pytest.approx(4), pytest.approx(12))
     assert mark.text == "from about 4 ranks: falling below rising"
+
+
+def test_axes_are_logarithmic_or_even():
+    logarithmic, even = charts.Axis(1, 100, False), charts.Axis(-1, 3, True)
+    assert [logarithmic.at(x) for x in (1, 10, 100)] == pytest.approx([0, 0.5, 1])
+    assert [even.at(x) for x in (-1, 0, 3)] == [0, 0.25, 1]
+    assert even.ticks() == [-1, 0, 1, 2, 3] and charts.Axis(0.61, 0.74, True).ticks()[0] == pytest.approx(0.62)
+    assert even.shows(-1) and not logarithmic.shows(-1) and not even.shows(math.nan)
+    room = charts.Axis.of([5.0, 5.0], True)
+    assert room.low < 5 < room.high
+
+
+def test_charts_stand_alone():
+    line = charts.Line("a <line>", (0.0, math.nan, 2.0), True)
+    drawn = charts.draw_lines("x", (0.0, 5.0, 10.0), [line], format_x=str, format_y=str, even="xy")
+    (points,) = re.findall(r"polyline class='curve c0 strong' points='(.*?)'", drawn)
+    assert [float(p.split(",")[0]) for p in points.split()] == [charts.LEFT, charts.WIDTH - charts.RIGHT]
+    file = ElementTree.fromstring(charts.standing_alone("two & more", {"one": drawn, "a < b": drawn}))
+    assert [float(x) for x in file.get("viewBox").split()] == [0, 0, charts.WIDTH, 2 * (charts.HEIGHT + charts.HEADING)]
+    assert [t.text for t in file.iter() if t.get("class") == "strong"] == ["one", "a < b"]
+    assert "--c0: #" in file.find("{*}style").text
 
 
 def _contrast(a, b):

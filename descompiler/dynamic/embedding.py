@@ -98,6 +98,14 @@ class DynamicTable(nn.Module):
         """The ids that have rows, sorted; int64, on the CPU."""
         return self._table.resident()
 
+    def memory_bytes(self) -> int:
+        """Bytes of the table: rows, what optimisers keep for them, map, counters and sketch.
+
+        What is reserved to grow into and has not been grown into is not counted; of a compiled module it is this rank's
+        part.
+        """
+        return self._table.memory_bytes()
+
     def end_step(self) -> None:
         """End a step by hand: where no optimiser that has `weight` steps. Rows with a gradient stay."""
         self._table.end_step()

@@ -93,6 +93,11 @@ class States:
         self.fresh.clear()
         self._rows.settle()
 
+    def memory_bytes(self) -> int:
+        """Bytes of what optimisers keep."""
+        states = [(o.state.get(self._rows.parameter, {}), initial_of(o)) for o in self._held]
+        return sum(plain(state[name]).nbytes for state, initial in states for name in initial if name in state)
+
     def _grown(self, held: dict[str, Growing], name: str, state: Tensor) -> Tensor:
         """A state of as many rows as the parameter; where it grows without a copy, once it has grown."""
         self._rows.need(len(state))  # loaded from a table that had more room

@@ -211,6 +211,11 @@ class Table:
         """The ids that have rows, sorted."""
         return self.ids_of(self.residence.resident()).sort().values
 
+    def memory_bytes(self) -> int:
+        """Bytes of rows and what optimisers keep for them, with the room for more, of map, counters and sketch."""
+        sketch = 0 if self.residence.sketch is None else self.residence.sketch.counters.nbytes
+        return self.rows.tensor.nbytes + self.states.memory_bytes() + self.residence.memory_bytes() + sketch
+
     def _end_step(self, kept: Tensor) -> None:
         for watcher in self.watching:
             watcher.ends_step()

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, without a library and without scripts: lines on logarithmic axes, and bars.
+"""Charts as inline SVG, without a library and without scripts: lines on logarithmic or even axes, and bars.
 
 Colours are classes (``c0`` ...) that the page's style sheet defines for light, dark and print; every line also has its
 own dashes and its name at its end, so that no one needs the colours.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import html
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 
 WIDTH, HEIGHT = 860, 400
 
@@ -18,8 +19,16 @@ WIDTH, HEIGHT = 860, 400
 LEFT, RIGHT, TOP, BOTTOM = 76, 236, 20, 46
 
 
+HEADING = 30
+"""Above each chart of a file of several."""
+
+
 LABEL_PX = 15
 """Least distance of two labels at the ends of lines."""
+
+
+MOST_DOTS = 30
+"""Points of a line up to which they are drawn as such."""
 
 
 COLOURS = 7
@@ -44,6 +53,43 @@ class Mark:
     text: str
 
 
+@dataclass(frozen=True)
+class Axis:
+    """Where numbers between two are on an axis: by their logarithms, or evenly."""
+
+    low: float
+    high: float
+    even: bool
+
+    @staticmethod
+    def of(values: Sequence[float], even: bool) -> Axis:
+        """An axis with room around values."""
+        low, high = min(values), max(values)
+        if not even:
+            return Axis(low / 1.3, high * 1.3, even)
+        room = (high - low) / 20 or abs(high) / 20 or 1.0
+        return Axis(low - room, high + room, even)
+
+    def shows(self, value: float) -> bool:
+        """Whether a number has a place."""
+        return math.isfinite(value) and (self.even or value > 0)
+
+    def at(self, value: float) -> float:
+        """Where it is: 0 at the axis' beginning, 1 at its end."""
+        if self.even:
+            return (value - self.low) / (self.high - self.low)
+        return math.log(value / self.low) / math.log(self.high / self.low)
+
+    def ticks(self) -> list[float]:
+        """Round numbers."""
+        if not self.even:
+            return _ticks(self.low, self.high)
+        span = (self.high - self.low) / 4
+        step = 10.0 ** math.floor(math.log10(span))
+        step *= max(f for f in (1, 2, 5) if f * step <= span)
+        return [n * step for n in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+
+
 def line_chart(
     title: str,
     x_title: str,
@@ -61,27 +107,52 @@ def line_chart(
     marks : sequence of Mark
         Numbered on the chart, and listed below it.
     """
-    values = [v for line in lines for v in line.values if v > 0]
-    if len(xs) < 2 or not values:
+    if len(xs) < 2 or not any(v > 0 for line in lines for v in line.values):
         return f"<p class='note'>{html.escape(title)}: nothing to draw.</p>"
-    low, high = min(values), max(values)
-    low, high = low / 1.3, high * 1.3
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-
-    def x_px(x: float) -> float:
-        return LEFT + (right - LEFT) * math.log(x / xs[0]) / math.log(xs[-1] / xs[0])
-
-    def y_px(y: float) -> float:
-        return bottom - (bottom - TOP) * math.log(y / low) / math.log(high / low)
-
     out = [
         f"<svg class='chart' viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{html.escape(title, quote=True)}'>",
         f"<title>{html.escape(title)}</title>",
+        draw_lines(x_title, xs, lines, format_x=format_x, format_y=format_y, marks=marks),
+        "</svg>",
     ]
-    for y in _ticks(low, high):
+    if marks:
+        items = "".join(f"<li>{html.escape(m.text)}</li>" for m in marks)
+        out.append(f"<ol class='marks'>{items}</ol>")
+    return "\n".join(out)
+
+
+def draw_lines(
+    x_title: str,
+    xs: Sequence[float],
+    lines: Sequence[Line],
+    *,
+    format_x: Callable[[float], str],
+    format_y: Callable[[float], str],
+    marks: Sequence[Mark] = (),
+    even: str = "",
+) -> str:
+    """What `line_chart` has inside of its ``svg``, of two positions or more.
+
+    Parameters
+    ----------
+    even : {"", "x", "y", "xy"}
+        Axes that are not logarithmic.
+    """
+    values = [v for line in lines for v in line.values if Axis(1, 1, "y" in even).shows(v)]
+    across, up = Axis(xs[0], xs[-1], "x" in even), Axis.of(values, "y" in even)
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+
+    def x_px(x: float) -> float:
+        return LEFT + (right - LEFT) * across.at(x)
+
+    def y_px(y: float) -> float:
+        return bottom - (bottom - TOP) * up.at(y)
+
+    out = []
+    for y in up.ticks():
         out.append(f"<line class='grid' x1='{LEFT}' y1='{y_px(y):.1f}' x2='{right}' y2='{y_px(y):.1f}'/>")
         out.append(f"<text class='tick' x='{LEFT - 8}' y='{y_px(y) + 4:.1f}' text-anchor='end'>{format_y(y)}</text>")
-    for x in xs:
+    for x in across.ticks() if across.even else xs:
         out.append(f"<line class='axis' x1='{x_px(x):.1f}' y1='{bottom}' x2='{x_px(x):.1f}' y2='{bottom + 5}'/>")
         label = html.escape(format_x(x))
         out.append(f"<text class='tick' x='{x_px(x):.1f}' y='{bottom + 19}' text-anchor='middle'>{label}</text>")
@@ -92,13 +163,13 @@ def line_chart(
     )
     ends = []
     for number, line in enumerate(lines):
-        points = [(x_px(x), y_px(v)) for x, v in zip(xs, line.values, strict=True) if v > 0]
+        points = [(x_px(x), y_px(v)) for x, v in zip(xs, line.values, strict=True) if up.shows(v)]
         if not points:
             continue
         kind = f"curve c{number % COLOURS}" + (" strong" if line.strong else "")
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         out.append(f"<polyline class='{kind}' points='{path}'/>")
-        if line.strong:
+        if line.strong and len(points) <= MOST_DOTS:
             out += [f"<circle class='dot c{number % COLOURS}' cx='{x:.1f}' cy='{y:.1f}' r='3.2'/>" for x, y in points]
         ends.append((points[-1][1], number, line))
     for (y, number, line), label_y in zip(sorted(ends, key=lambda e: e[0]), _apart([e[0] for e in ends]), strict=True):
@@ -112,10 +183,6 @@ def line_chart(
         out.append(f"<line class='mark' x1='{x:.1f}' y1='{TOP}' x2='{x:.1f}' y2='{bottom}'/>")
         out.append(f"<circle class='mark' cx='{x:.1f}' cy='{y:.1f}' r='8'/>")
         out.append(f"<text class='mark' x='{x:.1f}' y='{y + 4:.1f}' text-anchor='middle'>{number}</text>")
-    out.append("</svg>")
-    if marks:
-        items = "".join(f"<li>{html.escape(m.text)}</li>" for m in marks)
-        out.append(f"<ol class='marks'>{items}</ol>")
     return "\n".join(out)
 
 
@@ -197,3 +264,21 @@ def bars(
         out.append(f"<text class='tick' x='{x + 6:.1f}' y='{y + 13}'>{format_x(sum(sizes))}</text>")
     out.append("</svg>")
     return "\n".join(out)
+
+
+def standing_alone(title: str, drawn: Mapping[str, str]) -> str:
+    """What `draw_lines` has drawn, below one another and by headings, as one SVG file with its style."""
+    each = HEIGHT + HEADING
+    total = each * len(drawn)
+    style = (resources.files("descompiler.report") / "report.css").read_text(encoding="utf-8")
+    out = [
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {total}' role='img'>",
+        f"<title>{html.escape(title)}</title>",
+        f"<style>{style} svg {{ max-width: {WIDTH}px; }} rect.sheet {{ fill: var(--bg); }}</style>",
+        f"<rect class='sheet' width='{WIDTH}' height='{total}'/>",
+    ]
+    for number, (heading, chart) in enumerate(drawn.items()):
+        out.append(f"<g transform='translate(0 {number * each})'>")
+        out.append(f"<text class='strong' x='{LEFT}' y='{HEADING - 8}'>{html.escape(heading)}</text>")
+        out.append(f"<g transform='translate(0 {HEADING})'>{chart}</g></g>")
+    return "\n".join([*out, "</svg>", ""])
