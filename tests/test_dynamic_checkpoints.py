@@ -48,6 +48,7 @@ def load_and_go_on(rank, ranks, path, options, plan, optimizer, until, again):
     [
         ("sightings, lru", "adagrad", [(2, "row_wise"), (3, "unique_rows"), (1, None)]),
         ("lfu", "sparse_adam", [(1, None), (2, "both"), (2, "unique_rows"), (1, None)]),
+        ("lfu", "ftrl", [(2, "row_wise"), (3, "both"), (1, None)]),
     ],
 )
 def test_from_ranks_to_other_ranks(on_ranks, tmp_path, options, optimizer, way):

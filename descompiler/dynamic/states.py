@@ -19,11 +19,15 @@ from descompiler.dynamic.rows import Rows
 from descompiler.dynamic.storage import Growing
 from descompiler.errors import UnsupportedError
 from descompiler.ops.local import plain
+from descompiler.optim import FTRL
+from descompiler.optim.ftrl import STATES
+from descompiler.optim.kinds import called
 
 INITIAL: dict[type[Optimizer], Callable[[Mapping[str, Any]], dict[str, float]]] = {
     SGD: lambda defaults: {},
     Adagrad: lambda defaults: {"sum": float(defaults["initial_accumulator_value"])},
     SparseAdam: lambda defaults: {"exp_avg": 0.0, "exp_avg_sq": 0.0},
+    FTRL: lambda defaults: dict.fromkeys(STATES, 0.0),  # a row's weight says the rest
 }
 """Optimisers whose steps on sparse gradients change the gradient's rows alone; how their state of rows begins."""
 
@@ -36,7 +40,7 @@ def initial_of(optimizer: Optimizer) -> dict[str, float]:
     UnsupportedError
         For optimisers that would be something else on these rows.
     """
-    name, known = type(optimizer).__name__, ", ".join(f"torch.optim.{x.__name__}" for x in INITIAL)
+    name, known = type(optimizer).__name__, ", ".join(map(called, INITIAL))
     if type(optimizer) not in INITIAL:  # a class of its own may do more, where it has one as its base
         raise UnsupportedError(
             f"{name} steps on the weight of a dynamic table: of its state it is not known how new rows begin. Use "
