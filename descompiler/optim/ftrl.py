@@ -124,9 +124,11 @@ class FTRL(Optimizer):
             assert gradient is not None
             if gradient.is_sparse and gradient.sparse_dim() == 1:
                 gradient = gradient.coalesce()
-                update_rows(weight, states, gradient.indices()[0], gradient.values(), group)
+                values = -gradient.values() if group["maximize"] else gradient.values()
+                update_rows(weight, states, gradient.indices()[0], values, group)
             else:
                 gradient = gradient.to_dense() if gradient.is_sparse else gradient
+                gradient = -gradient if group["maximize"] else gradient
                 for x, new in zip((weight, *states), _updated((weight, *states), gradient, group), strict=True):
                     x.copy_(new)
 
@@ -154,11 +156,10 @@ def _updated(found: Sequence[Tensor], gradient: Tensor, options: Mapping[str, An
     lr, beta, l1, l2 = (options[name] for name in OPTIONS)
     if not lr:
         return weight, z, n
-    g = -gradient if options["maximize"] else gradient
-    total = n + g * g
+    total = n + gradient * gradient
     before, root = n.sqrt(), total.sqrt()
     started = -weight * ((before + beta) / lr + l2) - weight.sign() * l1
-    z_new = z.where(weight == 0, started) + g - (root - before) / lr * weight
+    z_new = z.where(weight == 0, started) + gradient - (root - before) / lr * weight
     w_new = ((z_new.sign() * l1 - z_new) / ((root + beta) / lr + l2)).masked_fill(z_new.abs() <= l1, 0.0)
-    moves = g != 0
+    moves = gradient != 0
     return w_new.where(moves, weight), z_new.where(moves, z), total
