@@ -1,6 +1,6 @@
 """descompiler: compile an ordinary PyTorch recommender model into an equivalent distributed module."""
 
-from descompiler import dynamic
+from descompiler import dynamic, optim
 from descompiler.captured import plan
 from descompiler.check.audit import Audit, audit
 from descompiler.check.calibrate import calibrate
@@ -76,6 +76,7 @@ __all__ = [
     "load_safetensors",
     "local_tensor",
     "module_of",
+    "optim",
     "plan",
     "prefetch",
     "register_input",

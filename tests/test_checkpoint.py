@@ -31,6 +31,7 @@ OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9),
     "Adagrad": lambda p: torch.optim.Adagrad(p, 0.1, eps=0.01),
     "Adam": lambda p: torch.optim.Adam(p, 0.01, eps=0.01),
+    "FTRL": lambda p: des.optim.FTRL(p, 0.1, l1=0.02, l2=0.1),
 }
 
 
@@ -166,6 +167,7 @@ WORLDS_ALWAYS = [
     (2, "row_wise", 4, "table_wise", "Adam", False),
     (4, "column_wise", 2, "hot_rows", "Adagrad", True),
     (1, "replicate", 2, "hot_rows", "SGD", False),
+    (2, "row_wise", 1, "row_wise", "FTRL", False),
     (2, "row_wise", 4, "table_wise", ROW_WISE, False),
 ]
 

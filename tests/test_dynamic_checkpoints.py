@@ -65,6 +65,7 @@ def through(on_ranks, folder, options, optimizer, way):
     [
         ("sightings, lru", "adagrad", [(2, "row_wise", 6), (3, "unique_rows", 10), (1, None, 14)]),
         ("lfu", "sparse_adam", [(1, None, 6), (2, "both", 10), (2, "unique_rows", 14), (1, None, 18)]),
+        ("lfu", "ftrl", [(2, "row_wise", 6), (3, "both", 10), (1, None, 14)]),
     ],
 )
 def test_from_ranks_to_other_ranks(on_ranks, tmp_path, options, optimizer, way):

@@ -62,6 +62,8 @@ def train_beside_the_original(rank, ranks, options, plan, optimizer, steps):
         (2, "both", "lfu", "sgd"),
         (3, "unique_rows", "sightings, lru", "sgd"),
         (3, "row_wise", "always", "adagrad"),
+        (2, "unique_rows", "lfu", "ftrl"),
+        (3, "both", "sightings, lru", "ftrl"),
     ],
 )
 def test_trained_as_in_one_process(on_ranks, ranks, plan, options, optimizer):
@@ -188,9 +190,9 @@ def test_it_is_verified(on_ranks, plan):
     torch.manual_seed(0)
     model = Clicks(**OPTIONS["sightings, lru"])
     trained(model, 4)
-    optimizers = ("sgd", "adagrad", "sparse_adam")
+    optimizers = ("sgd", "adagrad", "sparse_adam", "ftrl")
     report = des.verify(model, stream(4), plans=(PLANS[plan],), optimizers=optimizers, launch=on_ranks)
-    assert report.cases == 3 and max(report.worst.values()) < 1e-10
+    assert report.cases == 4 and max(report.worst.values()) < 1e-10
 
 
 class Plain(nn.Module):

@@ -11,7 +11,7 @@ tables `increments` makes checkpoints, and `deltas` a stream that a `replica` se
 of its tables, `parts` what a part has, `chains` the lists of parts, `stores` and `redis_store` where they lie. Start
 with `Table.look_up`; docs/dynamic.md has the whole picture.
 
-May import: errors, tensor_file.
+May import: errors, ops, optim, tensor_file.
 """
 
 from descompiler.dynamic.admission import AfterSightings, Always, WithProbability

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from descompiler.dynamic.by_id import ById, Kept, made_from, put_in, take_out
 from descompiler.dynamic.embedding import DynamicTable
-from descompiler.dynamic.states import initial_of
+from descompiler.dynamic.states import initial_of, name_of
 from descompiler.dynamic.table import Table
 from descompiler.eager.held import Whose, held
 from descompiler.errors import InputError, UnsupportedError
@@ -233,7 +233,7 @@ class SavedTables:
             if f"{TABLES}{name}.{OPTIMIZER}" not in self._saved:
                 raise InputError(
                     f"dynamic table {name!r} was saved without an optimiser, and is loaded with "
-                    f"{type(optimizer).__name__}: give des.load the optimisers that des.save had"
+                    f"{name_of(optimizer)}: give des.load the optimisers that des.save had"
                 )
             room |= {OPTIMIZER: "", OPTIONS: ""}
         return room
@@ -251,10 +251,10 @@ class SavedTables:
         if (most := table.config.max_rows) is not None and own > most:
             raise InputError(f"dynamic table {name!r} has {own} rows in the checkpoint, more than max_rows={most}")
         optimizer = optimizer_of(table, self.optimizers)
-        if optimizer is not None and small[OPTIMIZER] != type(optimizer).__name__:
+        if optimizer is not None and small[OPTIMIZER] != name_of(optimizer):
             raise InputError(
                 f"dynamic table {name!r} was saved with {small[OPTIMIZER]}, and is loaded with "
-                f"{type(optimizer).__name__}: give des.load the optimisers that des.save had"
+                f"{name_of(optimizer)}: give des.load the optimisers that des.save had"
             )
 
     def _room(self, name: str, table: Table) -> dict[str, Any]:

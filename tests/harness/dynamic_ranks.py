@@ -72,6 +72,7 @@ OPTIMIZERS = {
     "sgd": lambda module: [torch.optim.SGD(module.parameters(), lr=0.05)],
     "adagrad": _adagrad,
     "sparse_adam": _sparse_adam,
+    "ftrl": lambda module: [des.optim.FTRL(module.parameters(), lr=0.1, l1=0.02, l2=0.1)],
 }
 
 
