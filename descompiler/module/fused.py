@@ -269,12 +269,14 @@ def fuse_optimizer(
 
     Each backward is a step: gradients are not accumulated over several. One that fails updates nothing. Tables of one
     width and dtype, and what the optimiser keeps of them, are views of one storage from now on. Weights are those of
-    the optimiser's own step, duplicate ids included: of `torch.optim.SGD`, `torch.optim.Adagrad`, and, for Adam of
-    tables with sparse gradients, of `torch.optim.SparseAdam`, which leaves rows alone that were not looked up.
+    the optimiser's own step, duplicate ids included: of `torch.optim.SGD`, `torch.optim.Adagrad`, `des.optim.FTRL`,
+    and, for Adam of tables with sparse gradients, of `torch.optim.SparseAdam`, which leaves rows alone that were not
+    looked up. Dynamic tables are updated where they are, and their step ends: of all that the optimiser has, with a
+    backward that came to any of its tables.
 
-    Tables with dense gradients, as ``nn.Embedding`` makes them, are named by ``params``. SGD and Adagrad move no row
-    without a gradient, so nothing else changes: those that ranks hold in part have sparse gradients from now on. Of a
-    table that every rank holds whole ranks average the whole gradient, as before, and drop it. Adam would move rows
+    Tables with dense gradients, as ``nn.Embedding`` makes them, are named by ``params``. SGD, Adagrad and FTRL move no
+    row without a gradient, so nothing else changes: those that ranks hold in part have sparse gradients from now on. Of
+    a table that every rank holds whole ranks average the whole gradient, as before, and drop it. Adam would move rows
     that were not looked up, by what is left of earlier gradients: it is refused for them; ask for
     `torch.optim.SparseAdam` if rows that were not looked up may stay. Every rank makes the same call.
 
@@ -282,7 +284,7 @@ def fuse_optimizer(
     ----------
     module : DistributedModule, or a model that was compiled in place
     kind : type
-        `torch.optim.SGD`, `torch.optim.Adagrad`, `torch.optim.Adam` or `torch.optim.SparseAdam`.
+        `torch.optim.SGD`, `torch.optim.Adagrad`, `torch.optim.Adam`, `torch.optim.SparseAdam` or `des.optim.FTRL`.
     params : iterable of nn.Parameter, optional
         Tables; by default all that have sparse gradients. Give the others to an optimiser of their own.
     row_wise : bool
