@@ -86,6 +86,7 @@ OPTIONS = {
     "sightings, lru": {"admit": AfterSightings(2), "evict": Capacity(64)},
     "by chance, time": {"admit": WithProbability(0.7), "evict": TimeToLive(5)},
     "lfu": {"evict": Capacity(64, by="lfu")},
+    "five sightings": {"admit": AfterSightings(5), "evict": Capacity(64, by="lfu")},
 }
 
 
