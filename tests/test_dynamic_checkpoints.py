@@ -81,6 +81,22 @@ def test_500_steps_are_those_of_one_process(on_ranks, tmp_path, options, way):
     through(on_ranks, tmp_path, options, "adagrad", [*way, (1, None, 501)])
 
 
+def save_without_rows(rank, ranks, path, optimizer):
+    module, opts = compiled("five sightings", "row_wise", optimizer)
+    train_on(module, opts, range(3), rank, ranks)
+    assert not len(module.user) and not len(module.tags)
+    des.save(module, opts, path, step=3)
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "sparse_adam"])
+def test_a_table_without_rows(on_ranks, tmp_path, optimizer):
+    """What was sighted, and how often the optimiser has stepped, goes on."""
+    on_ranks(save_without_rows, 2, str(tmp_path / "0"), optimizer)
+    on_ranks(load_and_go_on, 2, str(tmp_path / "0"), "five sightings", "both", optimizer, 30, str(tmp_path / "1"))
+    on_ranks(load_and_go_on, 1, str(tmp_path / "0"), "five sightings", None, optimizer, 30, str(tmp_path / "1"))
+    on_ranks(load_and_go_on, 1, str(tmp_path / "1"), "five sightings", None, optimizer, 34, str(tmp_path / "2"))
+
+
 OTHERS = {
     "dim=": lambda: Clicks(dim=5, max_rows=7000),
     "seed=": lambda: Clicks(seed=4, max_rows=7000),

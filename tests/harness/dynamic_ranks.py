@@ -87,6 +87,7 @@ OPTIONS = {
     "by chance, time": {"admit": WithProbability(0.7), "evict": TimeToLive(5)},
     "sightings, lfu": {"admit": AfterSightings(2), "evict": Capacity(128, by="lfu")},
     "lfu": {"evict": Capacity(64, by="lfu")},
+    "five sightings": {"admit": AfterSightings(5), "evict": Capacity(64, by="lfu")},
 }
 
 
