@@ -136,7 +136,7 @@ def test_trained_as_by_ordinary_steps(on_ranks, ranks, options, kind, plan, with
 
 
 class Bare(nn.Module):
-    """Nothing but tables, of which the static one is looked up first, so that its gradient is the last."""
+    """Nothing but tables: the gradient of the dynamic one, pulled by its rows, is there before the static one's."""
 
     def __init__(self):
         super().__init__()
@@ -151,7 +151,7 @@ def one_optimizer_of_all(rank, ranks):
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     model = Bare()
-    module = des.compile(model, stream(0), plan={"item.weight": "replicate", "user.weight": "row_wise"}, loss="sum")
+    module = des.compile(model, stream(0), plan={"item.weight": "replicate", "user.weight": "unique_rows"}, loss="sum")
     params = [module.item.weight, module.user.weight]
     tables = des.fuse_optimizer(module, torch.optim.Adagrad, params=params, lr=0.1)
     train_on(module, [tables], range(8), rank, ranks)
