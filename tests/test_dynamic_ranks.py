@@ -265,5 +265,5 @@ def test_a_limit_of_rows_is_said_on_every_rank_and_nothing_is_lost(on_ranks):
     assert sum("TableFullError" in said and "share of it" in said for said, *_ in found) >= 1, found
     assert all(said.startswith(("TableFullError", "RankError")) for said, *_ in found), found
     held, parts = sum(n for _, n, _ in found), [part for *_, part in found]
-    assert 50 < held <= 100 and parts[0][0] == parts[1][0]
-    assert all(held < rows <= 130 for rows in on_ranks(full, 2, parts))
+    assert 20 < held <= 100 and parts[0][0] == parts[1][0]
+    assert all(held <= rows <= 130 for rows in on_ranks(full, 2, parts))
