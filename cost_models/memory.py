@@ -8,7 +8,7 @@ With V rows of k elements of s bytes, U of the rows in a step's gradient:
     SGD                             0                 `state_bytes`
     momentum, Adagrad               V k s
     row-wise Adagrad                V s               one sum of squares a row (FBGEMM's EXACT_ROWWISE_ADAGRAD)
-    Adam, SparseAdam                2 V k s
+    Adam, SparseAdam, FTRL          2 V k s
     activations of A elements       n A s             `activation_bytes`; n rows: of the global batch, inside the region
 
 (Adagrad: Duchi, Hazan, Singer, 2011; Adam: Kingma and Ba, 2015; what PyTorch's optimisers keep, steps left out.)
@@ -27,6 +27,7 @@ STATE: dict[str, Callable[[Any, Any], Any]] = {
     "rowwise_adagrad": lambda V, k: V,
     "adam": lambda V, k: 2 * V * k,
     "sparse_adam": lambda V, k: 2 * V * k,
+    "ftrl": lambda V, k: 2 * V * k,
 }
 """Elements of state for a weight ``[V, k]``, by optimiser."""
 

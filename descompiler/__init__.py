@@ -1,6 +1,6 @@
 """descompiler: compile an ordinary PyTorch recommender model into an equivalent distributed module."""
 
-from descompiler import dynamic
+from descompiler import dynamic, optim
 from descompiler.captured import plan
 from descompiler.check.audit import Audit, audit
 from descompiler.check.calibrate import calibrate
@@ -24,6 +24,7 @@ from descompiler.model.inputs import register_input
 from descompiler.module.advice import Advice
 from descompiler.module.checkpoint import TrainingState, load, save
 from descompiler.module.distributed import DistributedModule
+from descompiler.module.dynamic_updates import deltas, increments
 from descompiler.module.fused import FusedOptimizer, fuse_optimizer
 from descompiler.module.installed import module_of
 from descompiler.module.prefetch import Prefetch, prefetch
@@ -64,15 +65,18 @@ __all__ = [
     "audit",
     "calibrate",
     "compile",
+    "deltas",
     "dynamic",
     "full_state_dict",
     "fuse_optimizer",
     "gather_rows",
+    "increments",
     "load",
     "load_full_state_dict",
     "load_safetensors",
     "local_tensor",
     "module_of",
+    "optim",
     "plan",
     "prefetch",
     "register_input",

@@ -114,8 +114,8 @@ def compile(
     memory_bytes : int, optional
         Limit of each rank for weights, gradients, optimiser state and activations.
     optimizer : str
-        Whose state counts: "sgd", "momentum", "adagrad", "rowwise_adagrad", "adam" or "sparse_adam". With the row-wise
-        one no trained table is divided by columns.
+        Whose state counts: "sgd", "momentum", "adagrad", "rowwise_adagrad", "adam", "sparse_adam" or "ftrl".
+        With the row-wise one no trained table is divided by columns.
     samples : iterable, optional
         Batches, each as ``example_inputs``, of which statistics of the ids are measured; rank 0's count. Without,
         the example's are, if it has at least 256 rows; else Zipf-distributed ids are assumed.

@@ -31,6 +31,7 @@ OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9),
     "Adagrad": lambda p: torch.optim.Adagrad(p, 0.1, eps=0.01),
     "Adam": lambda p: torch.optim.Adam(p, 0.01, eps=0.01),
+    "FTRL": lambda p: des.optim.FTRL(p, 0.1, l1=0.02, l2=0.1),
 }
 
 
@@ -166,6 +167,7 @@ WORLDS_ALWAYS = [
     (2, "row_wise", 4, "table_wise", "Adam", False),
     (4, "column_wise", 2, "hot_rows", "Adagrad", True),
     (1, "replicate", 2, "hot_rows", "SGD", False),
+    (2, "row_wise", 1, "row_wise", "FTRL", False),
     (2, "row_wise", 4, "table_wise", ROW_WISE, False),
 ]
 
@@ -494,3 +496,17 @@ def test_the_way_back(form, in_place, on_ranks):
     for predicted, masks, wrong, _ in (of_first, of_second):
         torch.testing.assert_close(predicted, expected)
         assert torch.equal(masks, predicted > 0) and "ranks have tensors of [3, 1]" in wrong
+
+
+def test_a_byte_of_a_weight_that_has_changed_is_seen(tmp_path):
+    """Everything can be read, and every file is as long as it was."""
+    model, path = nn.Linear(1000, 50), tmp_path / "saved"
+    des.save(model, None, path)
+    file = max(path.glob("__*"), key=lambda f: f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    before = model.weight.detach().clone()
+    with pytest.raises(des.InputError, match="is not as it was saved"):
+        des.load(model, None, path)
+    assert torch.equal(model.weight, before)

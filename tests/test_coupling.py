@@ -3,13 +3,16 @@
 import copy
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import descompiler as des
+from descompiler.classify.scope import polynomial
 from tests.harness.cases import cases
 
 FORMS = ("replicate", "sparse_all_gather", "table_wise", "row_wise", "column_wise", "unique_rows")
@@ -430,3 +433,11 @@ def ragged(x, rows, length):
 def test_a_size_that_is_no_multiple_of_the_rows_is_refused_with_what_to_do():
     with pytest.raises(des.UnsupportedError, match=r"test_coupling.py:\d+: .*rows by a mask"):
         des.plan(Sized(ragged), (torch.zeros(12, 6, dtype=torch.int64),), ranks=2)
+
+
+def test_a_guard_says_what_a_part_of_a_size_is():
+    batch = sympy.Symbol("b", integer=True, positive=True)
+    third = sympy.floor(batch / 3)
+    guarded = SimpleNamespace(batch=batch, guards=(sympy.Eq(third, 1),))
+    assert polynomial(2 * batch + third, guarded) == (1, 2)
+    assert polynomial(2 * batch + third, SimpleNamespace(batch=batch, guards=())) is None

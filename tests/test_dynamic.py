@@ -19,7 +19,9 @@ from tests.harness.dynamic import (
 
 ALL = [f"{admit} {evict} {optimizer}" for admit in ADMIT for evict in EVICT for optimizer in OPTIMIZERS]
 FEW = [
-    f"{admit} {evict} {[*OPTIMIZERS][(a + e) % 3]}" for a, admit in enumerate(ADMIT) for e, evict in enumerate(EVICT)
+    f"{admit} {evict} {[*OPTIMIZERS][(a + e) % len(OPTIMIZERS)]}"
+    for a, admit in enumerate(ADMIT)
+    for e, evict in enumerate(EVICT)
 ]
 """Each admission with each eviction, and each of both with each optimiser or almost."""
 

@@ -8,7 +8,16 @@ from torch import nn
 
 import descompiler as des
 from descompiler.dynamic import Capacity, TimeToLive, WithProbability
-from tests.harness.dynamic_ranks import OPTIMIZERS, OPTIONS, PLANS, Clicks, assert_same_tables, stream, train_on
+from tests.harness.dynamic_ranks import (
+    OPTIMIZERS,
+    OPTIONS,
+    PLANS,
+    Clicks,
+    assert_same_tables,
+    rows_of,
+    stream,
+    train_on,
+)
 
 
 def compiled(options, plan, optimizer):
@@ -43,19 +52,49 @@ def load_and_go_on(rank, ranks, path, options, plan, optimizer, until, again):
             torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
 
 
+def through(on_ranks, folder, options, optimizer, way):
+    """Train and save on some ranks, load and go on on others; the last is one process, which compares."""
+    (ranks, plan, until), *others = way
+    on_ranks(save, ranks, f"{folder}/0", options, plan, optimizer, until)
+    for i, (ranks, plan, until) in enumerate(others):
+        on_ranks(load_and_go_on, ranks, f"{folder}/{i}", options, plan, optimizer, until, f"{folder}/{i + 1}")
+
+
 @pytest.mark.parametrize(
     ("options", "optimizer", "way"),
     [
-        ("sightings, lru", "adagrad", [(2, "row_wise"), (3, "unique_rows"), (1, None)]),
-        ("lfu", "sparse_adam", [(1, None), (2, "both"), (2, "unique_rows"), (1, None)]),
+        ("sightings, lru", "adagrad", [(2, "row_wise", 6), (3, "unique_rows", 10), (1, None, 14)]),
+        ("lfu", "sparse_adam", [(1, None, 6), (2, "both", 10), (2, "unique_rows", 14), (1, None, 18)]),
+        ("lfu", "ftrl", [(2, "row_wise", 6), (3, "both", 10), (1, None, 14)]),
     ],
 )
 def test_from_ranks_to_other_ranks(on_ranks, tmp_path, options, optimizer, way):
-    (ranks, plan), *others = way
-    on_ranks(save, ranks, str(tmp_path / "0"), options, plan, optimizer, 6)
-    for i, (ranks, plan) in enumerate(others):
-        paths = str(tmp_path / str(i)), str(tmp_path / str(i + 1))
-        on_ranks(load_and_go_on, ranks, paths[0], options, plan, optimizer, 6 + 4 * (i + 1), paths[1])
+    through(on_ranks, tmp_path, options, optimizer, way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["sightings, lru", "by chance, time", "sightings, lfu"])
+@pytest.mark.parametrize(
+    "way", [[(2, "row_wise", 500)], [(4, "unique_rows", 500)], [(2, "unique_rows", 250), (4, "row_wise", 500)]]
+)
+def test_500_steps_are_those_of_one_process(on_ranks, tmp_path, options, way):
+    through(on_ranks, tmp_path, options, "adagrad", [*way, (1, None, 501)])
+
+
+def save_without_rows(rank, ranks, path, optimizer):
+    module, opts = compiled("five sightings", "row_wise", optimizer)
+    train_on(module, opts, range(3), rank, ranks)
+    assert not len(module.user) and not len(module.tags)
+    des.save(module, opts, path, step=3)
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "sparse_adam"])
+def test_a_table_without_rows(on_ranks, tmp_path, optimizer):
+    """What was sighted, and how often the optimiser has stepped, goes on."""
+    on_ranks(save_without_rows, 2, str(tmp_path / "0"), optimizer)
+    on_ranks(load_and_go_on, 2, str(tmp_path / "0"), "five sightings", "both", optimizer, 30, str(tmp_path / "1"))
+    on_ranks(load_and_go_on, 1, str(tmp_path / "0"), "five sightings", None, optimizer, 30, str(tmp_path / "1"))
+    on_ranks(load_and_go_on, 1, str(tmp_path / "1"), "five sightings", None, optimizer, 34, str(tmp_path / "2"))
 
 
 OTHERS = {
@@ -117,3 +156,58 @@ def test_a_wrong_checkpoint_is_refused_by_name_and_nothing_changes(on_ranks, tmp
     for said in on_ranks(refusals, 2, str(tmp_path)):
         for words, text in said.items():
             assert words in text, (words, text)
+
+
+def save_increments(rank, ranks, folder, plan, steps):
+    module, opts = compiled("lfu", plan, "sparse_adam")
+    increments, deltas = des.increments(module, opts, f"{folder}/increments"), des.deltas(module, f"{folder}/deltas")
+    assert increments.load() is None
+    for step in range(steps):
+        train_on(module, opts, [step], rank, ranks)
+        increments.save(step=step + 1)
+        deltas.publish(step=step + 1)
+    des.save(module, opts, f"{folder}/whole", step=steps)
+    state = des.full_state_dict(module)
+    replica = des.dynamic.Replica(f"{folder}/deltas")
+    torch.distributed.barrier()
+    replica.refresh()
+    for name in ("user", "tags"):
+        ids = state[f"{name}.ids"][state[f"{name}.resident"]]
+        assert torch.equal(replica.look_up(name, ids), state[f"{name}.weight"][state[f"{name}.resident"]])
+    return len(ids)
+
+
+def load_increments(rank, ranks, folder, plan, until):
+    module, opts = compiled("lfu", plan, "sparse_adam")
+    des.load(module, opts, f"{folder}/whole")  # what is no table; these are given what increments have
+    for name in ("user", "tags"):
+        module.get_submodule(name)._table.restart()
+    step = des.increments(module, opts, f"{folder}/increments").load()["step"]
+    train_on(module, opts, range(step, until), rank, ranks)
+    state = des.full_state_dict(module)
+    original, theirs = compiled("lfu", None, "sparse_adam")
+    train_on(original, theirs, range(until), 0, 1)
+    for name in ("user", "tags"):
+        table = original.get_submodule(name)._table
+        there = state[f"{name}.resident"]
+        ids, order = state[f"{name}.ids"][there].sort()
+        assert torch.equal(ids, table.resident())
+        rows = state[f"{name}.weight"][there][order]
+        torch.testing.assert_close(rows, rows_of(table, ids), rtol=1e-10, atol=1e-12)
+
+
+def test_increments_and_deltas_of_ranks(on_ranks, tmp_path):
+    assert on_ranks(save_increments, 2, str(tmp_path), "unique_rows", 6)[0]
+    on_ranks(load_increments, 3, str(tmp_path), "row_wise", 9)
+
+
+def wrong_owner(rank, ranks, folder):
+    module, opts = compiled("lfu", "both", "adagrad")
+    with pytest.raises(des.DescompilerError, match="not divided as owner"):
+        des.increments(module, opts, folder)
+    with pytest.raises(des.InputError, match="not divided as owner"):
+        des.dynamic.Deltas(folder, {"tags": module.tags})
+
+
+def test_owners_that_the_plan_has_not_are_refused(on_ranks, tmp_path):
+    on_ranks(wrong_owner, 2, str(tmp_path))

@@ -126,6 +126,20 @@ def test_a_save_that_not_all_have_finished_is_not_there(draws, tmp_path):
     assert not [n for n in files(tmp_path) if n.startswith("000001")]  # all owners are further
 
 
+def test_a_first_save_that_not_all_have_finished_is_none(tmp_path):
+    """It is said, and who begins writes beside it until all are further."""
+    owners = Owners(tmp_path, 2)
+    owners.train([[[1, 2, 3]]])
+    owners.held[0][2].save(done=1)
+    other = Owners(tmp_path, 1)
+    with pytest.warns(UserWarning, match="a first save that not all owners have finished"):
+        assert other.load() is None
+    other.train([[[1, 2, 3]]])
+    other.save(done=1)
+    assert Owners(tmp_path, 3).load() == {"done": 1}
+    assert {n[:6] for n in files(tmp_path)} == {"000002"}
+
+
 def test_owners_that_go_back_begin_anew_together(draws, tmp_path):
     """One has saved what the other has not: both load what was before, go on otherwise, and what they save is whole."""
     owners = Owners(tmp_path, 2)

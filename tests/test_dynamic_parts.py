@@ -6,12 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from descompiler.dynamic import AfterSightings, Constant, Normal, Uniform, storage
+from descompiler.dynamic import AfterSightings, Capacity, Constant, DynamicEmbedding, Normal, Uniform, storage
 from descompiler.dynamic.hashing import mix, slice_of, slices_for, unit, unmix
 from descompiler.dynamic.owners import Owners
 from descompiler.dynamic.residence import FreeSlots
 from descompiler.dynamic.sketch import Sketch
+from descompiler.dynamic.stand_in import StandIn, stand_in_rows
+from descompiler.dynamic.static import with_dynamic
 from descompiler.dynamic.storage import Growing
 from descompiler.errors import InputError
 from tests.harness import dynamic as oracle
@@ -191,3 +194,19 @@ def test_free_slots_are_taken_once():
 
 def test_units_are_below_one():
     assert unit(torch.tensor([-1, 0, 1 << 62])).tolist() == [1 - 2**-53, 0.0, 0.25]
+
+
+def test_rows_of_a_stand_in_lie_in_their_slices_and_are_all_used():
+    table = DynamicEmbedding(2, name="user", evict=Capacity(1000))
+    stand_in = StandIn(table, torch.device("cpu"))
+    keys = torch.randint(-(1 << 62), 1 << 62, (100_000,))
+    rows = stand_in_rows(keys, stand_in.salt, stand_in.slices, stand_in.rows, None, True)
+    assert stand_in.rows == 16 * 64 and len(rows.unique()) == stand_in.rows
+    assert torch.equal(rows // 16, slice_of(table._table.keys(keys), 64))
+    assert rows.bincount().float().std() < 20  # of 98 on average: as of draws
+
+
+def test_static_tables_become_dynamic_ones_of_different_names():
+    model = with_dynamic(nn.ModuleList([nn.Embedding(3, 4), nn.Embedding(3, 4)]), {"0": None, "1": None})
+    one, other = (table(torch.tensor([7])) for table in model)
+    assert not torch.equal(one, other) and len(model[0]) == 4

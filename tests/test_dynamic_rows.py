@@ -321,7 +321,7 @@ def test_memory_is_that_of_all_there_is(optimizer):
     opt = OPTIMIZERS[optimizer][1](table.parameters())
     table(torch.arange(40)).sum().backward()
     opt.step()
-    states = {"sgd": 0, "adagrad": 1, "sparse_adam": 2}[optimizer]
+    states = {"sgd": 0, "adagrad": 1, "sparse_adam": 2, "ftrl": 2}[optimizer]
     numbers = 8 * 4 * FEWEST_ROWS * (1 + states)
     cells, beside, sketch = 4 * 64 * FEWEST_CELLS, 41 * (8 + 4 + 4), 64 * 4 * 8
     assert table.memory_bytes() == numbers + cells + beside + sketch

@@ -124,6 +124,32 @@ def test_ranks_that_wait_for_each_other(on_ranks, what):
         assert "an earlier step has failed" in after
 
 
+def _goes_on(rank, ranks):
+    """Rank 0 raises within a step, and compiles anew; rank 1 looks what it does when it waits there."""
+    module, begin = compiled(), time.monotonic()
+    runtime, wait_there = module._runtime, module._runtime.exit_wait
+
+    def broken(*_):
+        raise des.InputError("no room")
+
+    def late(*arguments):
+        time.sleep(3)
+        return wait_there(*arguments)
+
+    if rank == 0:
+        runtime.exit_start = broken
+    else:
+        runtime.exit_wait = late
+    return raised(lambda: module(IDS, DENSE)), raised(compiled), time.monotonic() - begin
+
+
+def test_a_rank_that_has_raised_does_something_else(on_ranks):
+    first, second = on_ranks(_goes_on, 2)
+    assert first[0] == "InputError: no room" and second[0].startswith("RankError"), (first, second)
+    for texts in (first[1:], second):
+        assert "InputError: no room" in texts[0] and texts[-1] < 30, texts
+
+
 # ---- ranks that die
 
 

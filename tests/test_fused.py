@@ -56,6 +56,11 @@ KINDS = {
     "Adam": (torch.optim.Adam, lambda p: torch.optim.SparseAdam(p, 0.1, eps=1e-3), {"lr": 0.1, "eps": 1e-3}),
     SPARSE_ADAM: (torch.optim.SparseAdam, lambda p: torch.optim.SparseAdam(p, 0.1, eps=1e-3), {"lr": 0.1, "eps": 1e-3}),
     "row-wise": (torch.optim.Adagrad, RowWise, {"lr": 0.1, "eps": 1e-3, "row_wise": True}),
+    "FTRL": (
+        des.optim.FTRL,
+        lambda p: des.optim.FTRL(p, 0.3, l1=0.05, l2=0.1, maximize=True),
+        {"lr": 0.3, "l1": 0.05, "l2": 0.1, "maximize": True},
+    ),
 }
 
 
@@ -125,9 +130,11 @@ def test_rows_are_updated_as_in_one_process(kind, how, on_ranks):
 
 
 TABLES = [
-    *itertools.product(("SGD", "Adagrad", "row-wise", SPARSE_ADAM), ("row_wise", "hot_rows", "unique_rows"), (2,)),
-    *itertools.product(("SGD", "Adagrad", "row-wise"), ("replicate", "table_wise"), (2,)),
-    *itertools.product(("SGD", "Adagrad", SPARSE_ADAM), ("column_wise", "sparse_all_gather"), (2,)),
+    *itertools.product(
+        ("SGD", "Adagrad", "row-wise", "FTRL", SPARSE_ADAM), ("row_wise", "hot_rows", "unique_rows"), (2,)
+    ),
+    *itertools.product(("SGD", "Adagrad", "row-wise", "FTRL"), ("replicate", "table_wise"), (2,)),
+    *itertools.product(("SGD", "Adagrad", "FTRL", SPARSE_ADAM), ("column_wise", "sparse_all_gather"), (2,)),
     *itertools.product(KINDS.keys() - {"Adam"}, ("replicate",), (1,)),
 ]
 DENSE = [  # in place, whole tables are averaged
@@ -135,6 +142,7 @@ DENSE = [  # in place, whole tables are averaged
 ]
 DENSE_ALWAYS = [
     ("row-wise", "row_wise", 2, False),
+    ("FTRL", "replicate", 2, False),
     ("Adagrad", "replicate", 2, True),
     ("SGD", "column_wise", 2, False),
     (SPARSE_ADAM, "hot_rows", 2, True),

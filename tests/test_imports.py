@@ -19,6 +19,7 @@ ORDER = (
     ("sheet",),
     ("cost_models",),
     ("ops",),
+    ("optim",),
     ("dynamic",),
     ("model",),
     ("layout",),
@@ -110,7 +111,8 @@ def test_every_folder_says_what_lives_in_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "ground", ["cost_models", "ops", "dynamic", "model", "layout", "graph", "classify", "tables", "region"]
+    "ground",
+    ["cost_models", "ops", "optim", "dynamic", "model", "layout", "graph", "classify", "tables", "region"],
 )
 def test_what_is_below_the_run_time_knows_no_process_group(ground: str) -> None:
     for module, source in package_sources().items():

@@ -25,6 +25,7 @@ from descompiler.model.float64 import InDouble, double_meant
 from descompiler.model.inputs import by_path, flatten, map_tensors, split_statics, unflatten_with
 from descompiler.model.probe import CALL, blueprint, call_of
 from descompiler.module.distributed import DistributedModule
+from descompiler.optim import FTRL
 from descompiler.planning.assumed import BYTES
 from descompiler.planning.objective import Terms
 from descompiler.plugins import Kit
@@ -40,6 +41,7 @@ OPTIMIZERS: dict[str, Any] = {  # eps as lr: the rounding of a gradient of zero 
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05, eps=0.05),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01, eps=0.01),
     "sparse_adam": lambda p: torch.optim.SparseAdam(p, lr=0.01, eps=0.01),
+    "ftrl": lambda p: FTRL(p, lr=0.01, l1=0.01, l2=0.1),
 }
 
 

@@ -7,17 +7,17 @@ from torch import Tensor, nn
 
 from descompiler.dynamic.by_id import put_in, take_out
 from descompiler.dynamic.embedding import DynamicTable
-from descompiler.module.dynamic import tables_of, without_tables
+from descompiler.module.dynamic import names_of_tables, tables_of, without_tables
 from descompiler.ops.local import plain
 
 
 def by_id(model: nn.Module) -> dict[str, Tensor]:
     """A model's state dict, in which dynamic tables have their rows in the order of keys, between two steps."""
-    tables = tables_of(model)
-    state: dict[str, Tensor] = without_tables(model.state_dict(), tables)
-    for name, table in tables.items():
-        ordered = table.part_of(None, 0)
-        put_in(ordered._table, [take_out(table._table)])
+    tables, names = tables_of(model), names_of_tables(model)
+    state: dict[str, Tensor] = without_tables(model.state_dict(), names)
+    for name, first in names.items():
+        ordered = tables[first].part_of(None, 0)
+        put_in(ordered._table, [take_out(tables[first]._table)])
         state |= ordered.state_dict(prefix=f"{name}.")
     return state
 

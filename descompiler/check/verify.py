@@ -158,7 +158,7 @@ def needed_bytes(model: nn.Module, ranks: int, optimizers: Sequence[str]) -> int
     return 8 * elements * (1 + ranks * (4 + state) + 2 + state)
 
 
-STATE_OF = {"sgd": 1, "adagrad": 1, "adam": 2, "sparse_adam": 2}
+STATE_OF = {"sgd": 1, "adagrad": 1, "adam": 2, "sparse_adam": 2, "ftrl": 2}
 """Tensors of a parameter's size that an optimiser of `OPTIMIZERS` keeps."""
 
 

@@ -1,4 +1,4 @@
-"""Tables without a vocabulary: rows come with the ids that training sees, and go again; in one process.
+"""Tables without a vocabulary: rows come with the ids that training sees, and go again. See docs/dynamic.md.
 
 The key space of a table is divided into slices, of which each decides by itself, from its own ids: who is resident,
 what was sighted, who has to go. So nothing changes when slices are divided among several owners.
@@ -11,7 +11,7 @@ tables `increments` makes checkpoints, and `deltas` a stream that a `replica` se
 of its tables, `parts` what a part has, `chains` the lists of parts, `stores` and `redis_store` where they lie. Start
 with `Table.look_up`; docs/dynamic.md has the whole picture.
 
-May import: errors, tensor_file.
+May import: errors, ops, optim, tensor_file.
 """
 
 from descompiler.dynamic.admission import AfterSightings, Always, WithProbability

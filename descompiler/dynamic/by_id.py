@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from descompiler.dynamic import saved
 from descompiler.dynamic.hashing import mix, signed, slice_of, unmix, word_of
-from descompiler.dynamic.states import initial_of
+from descompiler.dynamic.states import initial_of, name_of
 from descompiler.dynamic.table import Table
 from descompiler.errors import InputError, UnsupportedError
 from descompiler.ops.local import plain
@@ -209,7 +209,7 @@ def _kept(table: Table, optimizer: Optimizer, slots: Tensor) -> Kept:
         found = torch.full((len(slots), *value.shape[1:]), initial[name], dtype=value.dtype)
         found[there] = plain(value)[slots[there].to(value.device)].cpu()
         rows[name] = found
-    return Kept(type(optimizer).__name__, initial, rows, scalars)
+    return Kept(name_of(optimizer), initial, rows, scalars)
 
 
 def put_in(
@@ -284,7 +284,7 @@ def _cat(parts: Sequence[ById], slices: Tensor) -> ById:
 
 def _of_optimizer(parts: Iterable[ById], optimizer: Optimizer, what: str) -> list[ById]:
     """The parts with what the optimiser keeps: in those where it has not stepped, what it begins with."""
-    name, held = type(optimizer).__name__, []
+    name, held = name_of(optimizer), []
     for part in parts:
         if part.kept is None or part.kept.optimizer != name:
             there = "without an optimiser" if part.kept is None else f"with {part.kept.optimizer}"

@@ -162,7 +162,7 @@ class Chain:
 
 
 def latest(store: Store, kind: str) -> Point | None:
-    """The latest moment that can be restored; None where nothing was ever written.
+    """The latest moment that can be restored; None where no first save was ever finished by all owners.
 
     Raises
     ------
@@ -176,12 +176,13 @@ def latest(store: Store, kind: str) -> Point | None:
     for run, ranks in sorted(runs, reverse=True):
         if (point := _common(store, kind, run, ranks)) is not None:
             return point
-    if runs:
-        (run, ranks), there = max(runs.items())
-        raise InputError(
-            f"{store} has nothing that is whole: of run {run} there are the lists of owners {sorted(there)}, and it "
-            f"has {ranks}. Bring back the files that are missing"
-        )
+    for (run, ranks), there in runs.items():
+        listed = [_listed(store, kind, run, rank, ranks) for rank in there]
+        if any(e.number for x in listed if x is not None for e in x.entries):  # all have finished number 0
+            raise InputError(
+                f"{store} has nothing that is whole: of run {run} there are the lists of owners {sorted(there)}, and "
+                f"it has {ranks}. Bring back the files that are missing"
+            )
     return None
 
 

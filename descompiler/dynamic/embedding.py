@@ -221,7 +221,8 @@ class DynamicEmbedding(DynamicTable):
     In training (`torch.nn.Module.train`) an id that is looked up for the first time gets a row, if it is admitted;
     until then, and for any unknown id in evaluation, it has the default row: zeros, which are not trained. A step ends
     when the optimiser that holds `weight` has stepped; then rows go that are to be evicted, with what the optimiser
-    kept for them. Gradients are sparse; ``torch.optim``'s SGD, Adagrad and SparseAdam take them.
+    kept for them. Gradients are sparse; ``torch.optim``'s SGD, Adagrad and SparseAdam take them, and
+    `descompiler.optim.FTRL`.
 
     Which ids are resident is a function of the sets of ids of the steps, and a row's initial numbers one of seed, name
     and id: neither depends on the order of ids, or on who holds them.

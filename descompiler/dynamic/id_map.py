@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,9 @@ FULL, CROWDED, GROWTH = 0.8, 0.6, 1.4
 
 MOVED_FOR_EACH = 4
 """Keys that move to the next layout for each key that is inserted: all have, when a quarter more is there."""
+
+FEW = 4096
+"""Keys up to which numpy takes less: the last rounds are of a few keys, and cost what calls do."""
 
 _LOW = 0xFFFFFFFF
 
@@ -179,12 +183,14 @@ class IdMap:
         slots = held.long()
         keys, first, at = keys[rest], first[rest], at[rest]
         step = layout.step(keys)
-        while len(rest):
+        while len(rest) > FEW:
             at = layout.further(at, step)
             held = layout.cells.index_select(0, first + at)
             slots[rest] = held.long()
             further = _unlike(known, held, keys)
             rest, keys, first, at, step = (x[further] for x in (rest, keys, first, at, step))
+        if len(rest):
+            _search_few(layout, known.numpy(), slots.numpy(), *(x.numpy() for x in (rest, keys, first, at, step)))
         return slots
 
     def _make_room(self, added: Tensor) -> None:
@@ -229,7 +235,7 @@ def _place(layout: Layout, keys: Tensor, slots: Tensor, slices: Tensor) -> None:
     """Write slots of keys that are not there to the first cells that are free."""
     first, at, step = slices * layout.size, layout.home(keys), layout.step(keys)
     slots = slots.to(torch.int32)
-    while len(slots):
+    while len(slots) > FEW:
         cells = first + at
         free = (layout.cells.index_select(0, cells) == EMPTY).nonzero()[:, 0]
         layout.cells[cells[free]] = slots[free]
@@ -237,6 +243,42 @@ def _place(layout: Layout, keys: Tensor, slots: Tensor, slices: Tensor) -> None:
         rest = (layout.cells.index_select(0, cells) != slots).nonzero()[:, 0]
         slots, first, at, step = (x[rest] for x in (slots, first, at, step))
         at = layout.further(at, step)
+    if len(slots):
+        _place_few(layout, *(x.numpy() for x in (slots, first, at, step)))
+
+
+def _search_few(
+    layout: Layout,
+    known: np.ndarray,
+    slots: np.ndarray,
+    rest: np.ndarray,
+    keys: np.ndarray,
+    first: np.ndarray,
+    at: np.ndarray,
+    step: np.ndarray,
+) -> None:
+    """Go on with a search for those that are left, and write what is found."""
+    cells = layout.cells.numpy()
+    while rest.size:
+        at = at + step
+        at -= layout.size * (at >= layout.size)
+        held = cells[first + at]
+        slots[rest] = held
+        further = ((known[held] != keys) & (held != EMPTY)).nonzero()[0]
+        rest, keys, first, at, step = (x[further] for x in (rest, keys, first, at, step))
+
+
+def _place_few(layout: Layout, slots: np.ndarray, first: np.ndarray, at: np.ndarray, step: np.ndarray) -> None:
+    """As `_place`, of some that are left, in cells where they have not been looked for."""
+    cells = layout.cells.numpy()
+    while slots.size:
+        where = first + at
+        free = (cells[where] == EMPTY).nonzero()[0]
+        cells[where[free]] = slots[free]
+        rest = (cells[where] != slots).nonzero()[0]
+        slots, first, at, step = (x[rest] for x in (slots, first, at, step))
+        at = at + step
+        at -= layout.size * (at >= layout.size)
 
 
 def _taken(layout: Layout, slices: Tensor) -> Tensor:

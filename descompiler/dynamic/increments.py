@@ -17,7 +17,7 @@ from descompiler.dynamic.owned import Owned, Tables, slices_of_owner
 from descompiler.dynamic.parts import unpacked
 from descompiler.dynamic.stores import Folder, Store
 from descompiler.dynamic.table import Table
-from descompiler.errors import InputError
+from descompiler.errors import InputError, warn
 
 KIND = "incremental checkpoints"
 
@@ -117,7 +117,7 @@ class Increments:
         Returns
         -------
         dict or None
-            The values that were saved beside; None where nothing was ever saved, and nothing changes.
+            The values that were saved beside; None where no save was ever finished, and nothing changes.
 
         Raises
         ------
@@ -127,6 +127,8 @@ class Increments:
         point = latest(self._store, KIND)
         self._may_begin = True
         if point is None:
+            if self._owned.chain.listed.run > 1:
+                warn(f"{self._store} has a first save that not all owners have finished: nothing is loaded")
             return None
         owned, values = self._owned, dict[str, Any]()
         parts: dict[str, list[ById]] = {n: [] for n in owned.tables}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from descompiler.dynamic.by_id import ById
@@ -56,6 +57,13 @@ class Owned:
         self._begin: Callable[[], Chain] = lambda: Chain(store, kind, rank, ranks, keep=keep)
         self.chain, self._compact_at = self._begin(), compact_at
         self.slices = {n: slices_of_owner(t, rank, ranks) for n, t in self.tables.items()}
+        for name, table in self.tables.items():
+            if table.owners is not None and not torch.equal(table.own_slices, self.slices[name]):
+                raise InputError(
+                    f"dynamic table {name!r} is rank {table.rank}'s part of one that is not divided as owner {rank} of "
+                    f"{ranks} has it: give rank= and ranks= of the compiled module (des.increments and des.deltas do), "
+                    "and pin it to a form that divides rows evenly"
+                )
         self.changes = {n: Changes(t, seen=seen) for n, t in self.tables.items()}
 
     def begin_anew(self) -> None:

@@ -158,8 +158,8 @@ class Residence:
         if len(self) + coming > most:
             raise TableFullError(
                 f"{len(self)} rows, and this lookup has {coming} new ids: with them the table would have more than "
-                f"{most}, max_rows or this rank's share of it. Nothing has changed: raise max_rows, admit fewer ids "
-                "(admit=AfterSightings(n)), let rows go (evict=Capacity(rows)), or look up less"
+                f"max_rows={most} (on several ranks this rank's share of it). Nothing has changed: raise max_rows, "
+                "admit fewer ids (admit=AfterSightings(n)), let rows go (evict=Capacity(rows)), or look up less"
             )
 
     def _touch(self, slots: Tensor) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,33 @@ from descompiler.dynamic.rows import Rows
 from descompiler.dynamic.storage import Growing
 from descompiler.errors import UnsupportedError
 from descompiler.ops.local import plain
+from descompiler.optim import FTRL
+from descompiler.optim.ftrl import STATES
+from descompiler.optim.kinds import called
 
 INITIAL: dict[type[Optimizer], Callable[[Mapping[str, Any]], dict[str, float]]] = {
     SGD: lambda defaults: {},
     Adagrad: lambda defaults: {"sum": float(defaults["initial_accumulator_value"])},
     SparseAdam: lambda defaults: {"exp_avg": 0.0, "exp_avg_sq": 0.0},
+    FTRL: lambda defaults: dict.fromkeys(STATES, 0.0),  # a row's weight says the rest
 }
 """Optimisers whose steps on sparse gradients change the gradient's rows alone; how their state of rows begins."""
+
+
+@runtime_checkable
+class InBackward(Protocol):
+    """An optimiser that steps in backward, and ends tables' steps there; its ``step`` is none.
+
+    ``kept_as`` is whose state it keeps, ``begins`` how that begins, by name.
+    """
+
+    kept_as: str
+    begins: Mapping[str, float]
+
+
+def name_of(optimizer: Optimizer) -> str:
+    """Whose state an optimiser keeps."""
+    return optimizer.kept_as if isinstance(optimizer, InBackward) else type(optimizer).__name__
 
 
 def initial_of(optimizer: Optimizer) -> dict[str, float]:
@@ -36,7 +56,9 @@ def initial_of(optimizer: Optimizer) -> dict[str, float]:
     UnsupportedError
         For optimisers that would be something else on these rows.
     """
-    name, known = type(optimizer).__name__, ", ".join(f"torch.optim.{x.__name__}" for x in INITIAL)
+    if isinstance(optimizer, InBackward):
+        return dict(optimizer.begins)
+    name, known = type(optimizer).__name__, ", ".join(map(called, INITIAL))
     if type(optimizer) not in INITIAL:  # a class of its own may do more, where it has one as its base
         raise UnsupportedError(
             f"{name} steps on the weight of a dynamic table: of its state it is not known how new rows begin. Use "
@@ -65,6 +87,8 @@ class States:
     def __init__(self, rows: Rows):
         self._rows = rows
         self._held: weakref.WeakKeyDictionary[Optimizer, dict[str, Growing]] = weakref.WeakKeyDictionary()
+        self.in_backward: weakref.ref[Optimizer] | None = None
+        """What steps on the rows in backward, so that nothing else does."""
         self.fresh: list[Tensor] = []
         """Slots that have got rows since the last step of an optimiser."""
 
@@ -120,6 +144,12 @@ class States:
     def _check(self, optimizer: Optimizer, group: Mapping[str, Any]) -> None:
         initial_of(optimizer)
         name = type(optimizer).__name__
+        other = None if self.in_backward is None else self.in_backward()
+        if other is not None and other is not optimizer:
+            raise UnsupportedError(
+                f"{name} steps on the weight of a dynamic table that is updated in backward already, and whose step "
+                f"has ended there: make {name} of the other parameters, or unfuse() that optimiser first"
+            )
         for option in ("momentum", "weight_decay"):
             if group.get(option):
                 raise UnsupportedError(
@@ -138,8 +168,8 @@ def step_with(parameter: nn.Parameter, table: Stepped) -> None:
 
 
 def _stepping(optimizer: Optimizer) -> Iterator[tuple[Stepped, Mapping[str, Any]]]:
-    """Tables whose weights an optimiser has, with their groups."""
-    if not _TABLES:
+    """Tables whose weights an optimiser has, and steps on now, with their groups."""
+    if not _TABLES or isinstance(optimizer, InBackward):
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:

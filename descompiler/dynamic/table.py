@@ -184,11 +184,12 @@ class Table:
         """
         self._end_step(self.rows.pending())
 
-    def after_optimizer(self) -> None:
-        """End a step whose gradients have been taken."""
+    def after_optimizer(self, changed: Tensor | None = None) -> None:
+        """End a step whose gradients have been taken; ``changed``: slots that had one, where the parameter has none."""
         self.rows.taken()
+        changed = self.rows.pending() if changed is None else changed
         for watcher in self.watching:
-            watcher.changed(self.rows.pending())
+            watcher.changed(changed)
         self._end_step(torch.empty(0, dtype=torch.int64))
 
     def enter(self, ids: Tensor, rows: Tensor) -> None:

@@ -122,11 +122,8 @@ class RegionEmitter:
 
     def exit_wait(self) -> None:
         received = self.e.on_runtime("exit_wait", self._started)
-        crosses_complex = any(p.is_complex() for p in self.e.program.parameters.values())
         for i, n in enumerate(self.partition.exits):
-            arrived = self.e.item(received, i)
-            is_real = crosses_complex and not value(n).is_complex()  # all that crosses is of one dtype
-            self.e.put(n, Version.RECEIVED, self.e.call(torch.real, arrived) if is_real else arrived)
+            self.e.put(n, Version.RECEIVED, self.e.item(received, i))
 
     def _nodes(self) -> list[fx.Node]:
         return [n for n in self.e.program.graph.nodes if n in self.partition.inside]

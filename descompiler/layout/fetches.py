@@ -176,7 +176,8 @@ class Fetch(Transfer):
         if self.divided:
             yield Sent(self.IDS, _rounded(asked))
             yield Sent(self.ROWS, _rounded(served))
-            yield Sent(self.BACK, _rounded(asked_trained))
+            if any(self.trained):
+                yield Sent(self.BACK, _rounded(asked_trained))
         if self.gathered_classes:
             yield Sent(self.GATHERED_IDS, _rounded(others * gathered_ids))
             yield Sent(self.GATHERED_BACK, _rounded(others * gathered))

@@ -49,6 +49,13 @@ def tables_of(module: nn.Module) -> dict[str, DynamicTable]:
     return {name: m for name, m in module.named_modules() if isinstance(m, DynamicTable)}
 
 
+def names_of_tables(module: nn.Module) -> dict[str, str]:
+    """Every name of each dynamic table, and its first one: a state dict has all."""
+    first = {id(table): name for name, table in tables_of(module).items()}
+    every = module.named_modules(remove_duplicate=False)
+    return {name: first[id(m)] for name, m in every if id(m) in first}
+
+
 def without_tables(state: Mapping[str, Any], tables: Iterable[str]) -> dict[str, Any]:
     """What a state dict has beside dynamic tables."""
     prefixes = tuple(f"{name}." for name in tables)

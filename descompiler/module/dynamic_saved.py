@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from descompiler.dynamic.by_id import ById, Kept, made_from, put_in, take_out
 from descompiler.dynamic.embedding import DynamicTable
-from descompiler.dynamic.states import initial_of
+from descompiler.dynamic.states import initial_of, name_of
 from descompiler.dynamic.table import Table
 from descompiler.eager.held import Whose, held
 from descompiler.errors import InputError, UnsupportedError
@@ -138,6 +138,12 @@ def _cutter(name: str, table: Table, sizes: Tensor, ranks: Ranks) -> Callable[[T
     return cut
 
 
+def _no_rows(table: Table, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimiser that has stepped keeps of no rows."""
+    state = optimizer.state.get(table.parameter, {})
+    return {name: plain(state.get(name, table.rows.tensor))[:0].cpu() for name in initial_of(optimizer)}
+
+
 class _Like:
     """What says whose a tensor is."""
 
@@ -200,9 +206,15 @@ class SavedTables:
             small, room, optimizer = self._small[name], self.room[name], optimizer_of(table, self.optimizers)
             kept = None
             if optimizer is not None:
-                rows, of_all = room.get(OF_ROWS, {}), room.get(OF_ALL, {})
+                of_all = room[OF_ALL]
+                rows = room[OF_ROWS] if int(small[LIVE].sum()) or not of_all else _no_rows(table, optimizer)
                 kept = Kept(small[OPTIMIZER], initial_of(optimizer), {n: plain(x) for n, x in rows.items()}, of_all)
             found = {n: plain(room[n]) if n in room else None for n in (LAST, COUNTS, SKETCH)}
+            if not int(small[LIVE].sum()):  # what has no elements is not in the file
+                residence, none = table.residence, torch.empty(0, dtype=torch.int64)
+                room |= {IDS: none, ROWS: table.rows.tensor[:0].cpu()}
+                there = ((LAST, residence.last), (COUNTS, residence.counts))
+                found |= {n: x.tensor[:0] for n, x in there if x is not None}
             state = ById(
                 made=json.loads(small[MADE]),
                 step=small[STEP],
@@ -233,7 +245,7 @@ class SavedTables:
             if f"{TABLES}{name}.{OPTIMIZER}" not in self._saved:
                 raise InputError(
                     f"dynamic table {name!r} was saved without an optimiser, and is loaded with "
-                    f"{type(optimizer).__name__}: give des.load the optimisers that des.save had"
+                    f"{name_of(optimizer)}: give des.load the optimisers that des.save had"
                 )
             room |= {OPTIMIZER: "", OPTIONS: ""}
         return room
@@ -251,10 +263,10 @@ class SavedTables:
         if (most := table.config.max_rows) is not None and own > most:
             raise InputError(f"dynamic table {name!r} has {own} rows in the checkpoint, more than max_rows={most}")
         optimizer = optimizer_of(table, self.optimizers)
-        if optimizer is not None and small[OPTIMIZER] != type(optimizer).__name__:
+        if optimizer is not None and small[OPTIMIZER] != name_of(optimizer):
             raise InputError(
                 f"dynamic table {name!r} was saved with {small[OPTIMIZER]}, and is loaded with "
-                f"{type(optimizer).__name__}: give des.load the optimisers that des.save had"
+                f"{name_of(optimizer)}: give des.load the optimisers that des.save had"
             )
 
     def _room(self, name: str, table: Table) -> dict[str, Any]:

@@ -5,24 +5,28 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from descompiler.dynamic.table import Table
 from descompiler.eager.held import Whose, held
 from descompiler.eager.piece import Piece
-from descompiler.errors import InputError, PlanError, UnsupportedError
+from descompiler.errors import InputError, UnsupportedError
 from descompiler.layout.pieces import Pieces
 from descompiler.module import fbgemm
 from descompiler.module.distributed import DistributedModule
+from descompiler.module.fused_dense import check_dense, is_averaged, let_be_sparse
+from descompiler.module.fused_dynamic import DynamicRows, Taken
 from descompiler.module.installed import module_of
 from descompiler.module.updates import KINDS, Step, Update, as_one, rows_of
 from descompiler.ops.local import plain
 from descompiler.ops.together import Part, flat, on_device, summed, update_by
 from descompiler.ops.unique import Unique
+from descompiler.optim.kinds import called
 from descompiler.runtime.agreement import say
 from descompiler.runtime.backward import TakesNone
 
@@ -47,20 +51,29 @@ class FusedOptimizer(torch.optim.Optimizer):
         row_wise: bool,
         kept_by: list[torch.optim.Optimizer],
         kernel: Callable[[Step], bool] | None = None,
+        tables: Mapping[int, Table] = {},
     ):
         self._handles: list[Any] = []
+        self._dynamic = {number: DynamicRows(table, update, row_wise) for number, table in tables.items()}
+        self._ended = 0  # the backward with which dynamic tables' latest step has
+        self.begins: Mapping[str, float] = dict.fromkeys(
+            update.states, float(options.get("initial_accumulator_value", 0.0))
+        )
+        self.kept_as = f"row-wise {update.kept_as}" if row_wise else update.kept_as
         super().__init__(parameters, options)
         self._update, self._kernel, self._kept_by = update, kernel, kept_by
         self.backend = TORCH if kernel is None else FBGEMM
         kept_by.append(self)  # a parameter's hooks would be gone with an optimiser that nobody keeps, without a word
-        self._waiting: dict[int, list[Part[Tensor]]] = {}  # by backward
+        self._waiting: dict[int, _Waiting] = {}  # by backward
         came = _Came(weakref.ref(self))
         for p in parameters:
-            for name in update.states:
-                self.state[p][name] = _numbers_of_rows(p) if row_wise else torch.zeros_like(p)
-                self.state[p][name].fill_(options.get("initial_accumulator_value", 0.0))
-            self.state[p]["step"] = torch.zeros(())
             self._handles.append(p.register_post_accumulate_grad_hook(came))
+            if (rows := self._dynamic.get(id(p))) is not None:
+                rows.table.states.in_backward = weakref.ref(self)
+                continue
+            for name, value in self.begins.items():
+                self.state[p][name] = (_numbers_of_rows(p) if row_wise else torch.zeros_like(p)).fill_(value)
+            self.state[p]["step"] = torch.zeros(())
             update_by(p, self)
         self._addresses: list[int] = []
         self._steps = torch.zeros(0)
@@ -86,6 +99,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         with torch._C.DisableTorchFunctionSubclass():
             if p.grad is None:  # its rows came by themselves
                 return
+        if (rows := self._dynamic.get(id(p))) is not None:
+            self._under_way().rows.setdefault(id(p), []).append(rows.take())
+            return
         gradient, p.grad = p.grad, None
         assert gradient is not None
         self.came([Part.of(p, *rows_of(gradient))])
@@ -102,18 +118,31 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def came(self, parts: Sequence[Part[Tensor]]) -> None:
         """Rows of tables and their gradients: applied with the others of the same backward, at its end."""
+        self._under_way().parts += parts
+
+    def _under_way(self) -> _Waiting:
+        """What waits for the end of the backward that is under way."""
         backward = torch._C._current_graph_task_id()
         if backward not in self._waiting:
             for failed in sorted(self._waiting)[:-MOST_NESTED]:  # what a backward left that did not come to its end
                 del self._waiting[failed]
-            self._waiting[backward] = []
+            self._waiting[backward] = _Waiting()
             torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._apply, backward))
-        self._waiting[backward] += parts
+        return self._waiting[backward]
 
     @torch.no_grad()
     def _apply(self, backward: int) -> None:
-        with torch._C.DisableTorchFunctionSubclass():  # of a piece, its own memory
-            self._apply_parts(self._waiting.pop(backward))
+        came = self._waiting.pop(backward)
+        if came.parts:
+            with torch._C.DisableTorchFunctionSubclass():  # of a piece, its own memory
+                self._apply_parts(came.parts)
+        if backward == self._ended:  # averages of whole gradients come when all else has been applied
+            return
+        self._ended = backward
+        for group in self.param_groups:
+            for p in group["params"]:
+                if (rows := self._dynamic.get(id(p))) is not None:
+                    rows.step(self, group, came.rows.get(id(p), ()))
 
     def _apply_parts(self, came: list[Part[Tensor]]) -> None:
         storages, places = self._stored()
@@ -154,11 +183,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         alike: dict[Any, list[Tensor]] = {}
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
+                if id(p) in self._dynamic:
+                    continue
                 kept = [self.state[p][n] for n in self._update.states]
                 of = [(x.dtype, x.device, x.shape[1:], x.is_contiguous()) for x in (p, *kept)]
                 alike.setdefault((number, *of), []).append(p)
         every = [p for tables in alike.values() for p in tables]
-        self._steps = torch.stack([self.state[p]["step"].float() for p in every])
+        if every:
+            self._steps = torch.stack([self.state[p]["step"].float() for p in every])
         numbers = {id(p): i for i, p in enumerate(every)}
         for p, step in zip(every, self._steps, strict=True):
             self.state[p]["step"] = step
@@ -176,8 +208,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Where tables and states lie; as long as one is held as a part of a storage nothing else can lie there."""
         result = []
         for table, states in self.state.items():  # nothing is looked up by a tensor, which asks Python for its hash
-            result.append(table.data_ptr())
-            result += [x.data_ptr() for x in states.values()]
+            if id(table) not in self._dynamic:
+                result.append(table.data_ptr())
+                result += [x.data_ptr() for x in states.values()]
         return result
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -192,8 +225,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for rows in self._dynamic.values():
+            rows.table.states.in_backward = None
         if self in self._kept_by:
             self._kept_by.remove(self)
+
+
+@dataclass
+class _Waiting:
+    """What a backward has brought: rows of tables, and of dynamic ones by parameter."""
+
+    parts: list[Part[Tensor]] = field(default_factory=list)
+    rows: dict[int, list[Taken]] = field(default_factory=dict)
 
 
 class _Came(TakesNone):
@@ -226,12 +269,14 @@ def fuse_optimizer(
 
     Each backward is a step: gradients are not accumulated over several. One that fails updates nothing. Tables of one
     width and dtype, and what the optimiser keeps of them, are views of one storage from now on. Weights are those of
-    the optimiser's own step, duplicate ids included: of `torch.optim.SGD`, `torch.optim.Adagrad`, and, for Adam of
-    tables with sparse gradients, of `torch.optim.SparseAdam`, which leaves rows alone that were not looked up.
+    the optimiser's own step, duplicate ids included: of `torch.optim.SGD`, `torch.optim.Adagrad`, `des.optim.FTRL`,
+    and, for Adam of tables with sparse gradients, of `torch.optim.SparseAdam`, which leaves rows alone that were not
+    looked up. Dynamic tables are updated where they are, and their step ends: of all that the optimiser has, with a
+    backward that came to any of its tables.
 
-    Tables with dense gradients, as ``nn.Embedding`` makes them, are named by ``params``. SGD and Adagrad move no row
-    without a gradient, so nothing else changes: those that ranks hold in part have sparse gradients from now on. Of a
-    table that every rank holds whole ranks average the whole gradient, as before, and drop it. Adam would move rows
+    Tables with dense gradients, as ``nn.Embedding`` makes them, are named by ``params``. SGD, Adagrad and FTRL move no
+    row without a gradient, so nothing else changes: those that ranks hold in part have sparse gradients from now on. Of
+    a table that every rank holds whole ranks average the whole gradient, as before, and drop it. Adam would move rows
     that were not looked up, by what is left of earlier gradients: it is refused for them; ask for
     `torch.optim.SparseAdam` if rows that were not looked up may stay. Every rank makes the same call.
 
@@ -239,7 +284,7 @@ def fuse_optimizer(
     ----------
     module : DistributedModule, or a model that was compiled in place
     kind : type
-        `torch.optim.SGD`, `torch.optim.Adagrad`, `torch.optim.Adam` or `torch.optim.SparseAdam`.
+        `torch.optim.SGD`, `torch.optim.Adagrad`, `torch.optim.Adam`, `torch.optim.SparseAdam` or `des.optim.FTRL`.
     params : iterable of nn.Parameter, optional
         Tables; by default all that have sparse gradients. Give the others to an optimiser of their own.
     row_wise : bool
@@ -265,14 +310,14 @@ def fuse_optimizer(
     """
     compiled = module_of(module)
     if kind not in KINDS:
-        names = ", ".join(f"torch.optim.{k.__name__}" for k in KINDS)
+        names = ", ".join(map(called, KINDS))
         raise InputError(f"fuse_optimizer: {getattr(kind, '__name__', kind)!r} is none of {names}")
     update = KINDS[kind]
     known = {**update.options, "maximize": False}
     if unknown := sorted(set(options) - set(known)):
-        raise InputError(
-            f"fuse_optimizer: of torch.optim.{kind.__name__}'s options it takes {', '.join(known)}, not {unknown[0]}"
-        )
+        raise InputError(f"fuse_optimizer: of {called(kind)}'s options it takes {', '.join(known)}, not {unknown[0]}")
+    if update.check is not None:
+        update.check(known | options)
     if row_wise and kind is not torch.optim.Adagrad:
         raise InputError("fuse_optimizer: one number for each row is Adagrad's")
     if backend not in BACKENDS:
@@ -287,7 +332,7 @@ def fuse_optimizer(
         if any(p is q for fused in compiled._fused for g in fused.param_groups for q in g["params"]):
             raise InputError(f"fuse_optimizer: {name!r} is updated in backward already: unfuse() that optimiser first")
         if name in compiled._sparse or not any(p is q for q in sparse):
-            _check_dense(compiled, name, kind)
+            check_dense(compiled, name, kind)
             dense.append(name)
         if row_wise and isinstance(p, Piece) and p.pieces.dim != 0:
             raise UnsupportedError(
@@ -299,9 +344,10 @@ def fuse_optimizer(
             "fuse_optimizer: the module has no table with sparse gradients (sparse=True); name others, "
             "params=[module.item.weight]"
         )
-    kernel = _agreed_kernel(compiled, kind, backend, chosen)
-    _let_be_sparse(compiled, [name for name in dense if not _is_averaged(compiled, name)])
-    return FusedOptimizer(chosen, known | options, update, row_wise, compiled._fused, kernel)
+    tables = {n: t for p in chosen if (t := compiled._runtime.tables.get(held_names[n := id(p)])) is not None}
+    kernel = _agreed_kernel(compiled, kind, backend, [p for p in chosen if id(p) not in tables])
+    let_be_sparse(compiled, [name for name in dense if not is_averaged(compiled, name)])
+    return FusedOptimizer(chosen, known | options, update, row_wise, compiled._fused, kernel, tables)
 
 
 def _agreed_kernel(
@@ -316,59 +362,6 @@ def _agreed_kernel(
     if lacking and backend == FBGEMM:
         raise UnsupportedError("\n".join(["fuse_optimizer(backend='fbgemm'):", *lacking]))
     return None if lacking else kernel
-
-
-def _check_dense(compiled: DistributedModule, name: str, kind: type[torch.optim.Optimizer]) -> None:
-    """Raise unless a table's dense gradient says nothing of rows that are not looked up, nor does the optimiser."""
-    table = next((t for t in compiled.plan.tables if t.name == name), None)
-    if table is None or not table.vectors:
-        raise InputError(
-            f"fuse_optimizer: {name!r} is no table that is looked up (nn.Embedding, nn.EmbeddingBag): leave it to "
-            "another optimiser with params="
-        )
-    if not compiled.predicts_traffic:
-        raise UnsupportedError(
-            f"fuse_optimizer: gradients of {name!r} are dense, and the module runs the user's own forward: make the "
-            "table with sparse=True"
-        )
-    if table.whole:
-        raise UnsupportedError(
-            f"fuse_optimizer: {name!r} is used beside its lookups, so that each of its rows has a gradient: leave it "
-            "to another optimiser with params="
-        )
-    if kind is torch.optim.Adam:
-        raise InputError(
-            f"fuse_optimizer: gradients of {name!r} are dense, and torch.optim.Adam moves rows that were not looked up "
-            "by what is left of earlier gradients. torch.optim.SparseAdam leaves them alone: ask for it by name"
-        )
-    if kind is torch.optim.SparseAdam and _is_averaged(compiled, name):
-        raise UnsupportedError(
-            f"fuse_optimizer: every rank holds {name!r} whole, and from the average of dense gradients nobody knows "
-            "which rows were looked up: make the table with sparse=True, or pin another form in plan="
-        )
-
-
-def _is_averaged(compiled: DistributedModule, name: str) -> bool:
-    """Whether ranks average the whole gradient of a table."""
-    split = compiled.plan.splits[name]
-    gathers = split.gathered and not compiled._in_place
-    return split.pieces.is_replicated and compiled._runtime.ranks > 1 and not gathers
-
-
-def _let_be_sparse(compiled: DistributedModule, names: Iterable[str]) -> None:
-    """Emit the module's programs anew, with sparse gradients of these tables; what crosses may be other bytes."""
-    before, now = compiled._sparse, compiled._sparse.union(names)
-    if now == before:
-        return
-    compiled._sparse = now
-    try:
-        emitted = compiled._sized().emitted
-    except PlanError as error:
-        compiled._sparse = before
-        raise UnsupportedError(f"fuse_optimizer: with gradients of rows alone, {error}") from error
-    tables = [replace(t, table=replace(t.table, sparse=t.sparse or t.name in now)) for t in compiled.plan.tables]
-    plan = replace(compiled.plan, tables=tables, layout=emitted.layout, labels=emitted.labels)
-    object.__setattr__(compiled, "plan", plan)
 
 
 def _numbers_of_rows(p: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class Parts:
             if name:
                 parent, _, leaf = name.rpartition(".")
                 scopes[parent]._modules[leaf] = scope
-            if table is not None:
+            if isinstance(scope, DynamicTable):
                 continue
             for leaf, p in source._parameters.items():
                 if p is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from descompiler.errors import InputError
 from descompiler.layout.pieces import Pieces
 from descompiler.module.distributed import DistributedModule
-from descompiler.module.dynamic import load_whole, tables_of, whole_table, without_tables
+from descompiler.module.dynamic import load_whole, names_of_tables, tables_of, whole_table, without_tables
 from descompiler.module.installed import module_of, ranks_for
 from descompiler.ops.local import plain
 from descompiler.runtime.blocks import BLOCK_ELEMENTS, broadcast_tensor, collect, gather, scatter
@@ -38,15 +38,16 @@ def full_state_dict(module: nn.Module, *, rank0_only: bool = False) -> dict[str,
     module = module_of(module)
     result = static_state_dict(module, rank0_only=rank0_only)
     ranks = ranks_for(module, "full_state_dict")
-    for name, part in tables_of(module).items():
-        if (whole := whole_table(part, ranks, first_only=rank0_only)) is not None:
+    wholes = {n: whole_table(part, ranks, first_only=rank0_only) for n, part in tables_of(module).items()}
+    for name, first in names_of_tables(module).items():
+        if (whole := wholes[first]) is not None:
             result |= whole.state_dict(prefix=f"{name}.")
     return result
 
 
 def static_state_dict(module: DistributedModule, *, rank0_only: bool = False) -> dict[str, Tensor]:
     """As `full_state_dict`, without dynamic tables; also within a step. Collective."""
-    ranks, tables = ranks_for(module, "full_state_dict"), tables_of(module)
+    ranks, tables = ranks_for(module, "full_state_dict"), names_of_tables(module)
     held = {n: plain(x) for n, x in without_tables(module.state_dict(), tables).items()}
     cut = pieces_by_name(module)
     takes = not rank0_only or ranks.rank == 0
@@ -100,9 +101,9 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank
     """
     module = module_of(module)
     ranks = ranks_for(module, "load_full_state_dict")
-    tables = tables_of(module)
-    mine = {n: plain(x) for n, x in without_tables(module.state_dict(), tables).items()}
-    every, state = state, without_tables(state, tables)
+    tables, names = tables_of(module), names_of_tables(module)
+    mine = {n: plain(x) for n, x in without_tables(module.state_dict(), names).items()}
+    every, state = state, without_tables(state, names)
     ranks.everywhere(
         lambda: _check_state(module, mine, state) if not rank0_only or ranks.rank == 0 else None, "could not load"
     )

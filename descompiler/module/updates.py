@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from descompiler.ops.local import plain
+from descompiler.optim import ftrl
 
 
 def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,14 +80,20 @@ class Update:
         Tensors of the optimiser, of the table's shape, or of one number a row.
     options : mapping of str
         With torch's defaults.
+    kept_as : str
+        Whose state it is, in checkpoints of dynamic tables: what else keeps the same goes on with it.
     linear : bool
         In gradients: parts of a row's may be applied one by one, and are not sorted and summed first.
+    check : callable, optional
+        Raises for options out of their range.
     """
 
     of: Callable[[Step], None]
     states: tuple[str, ...]
     options: Mapping[str, Any]
+    kept_as: str
     linear: bool = False
+    check: Callable[[Mapping[str, Any]], None] | None = None
 
 
 def _sgd(s: Step) -> None:
@@ -125,16 +132,22 @@ def _move(s: Step, by: Tensor) -> None:
     s.table.index_copy_(0, s.rows, s.table.index_select(0, s.rows).add_(by))
 
 
-_ADAM = Update(_adam, ("exp_avg", "exp_avg_sq"), {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8})
+def _ftrl(s: Step) -> None:
+    """FTRL-Proximal (McMahan et al., 2013), as `descompiler.optim.FTRL`."""
+    ftrl.update_rows(s.table, s.states, s.rows, s.gradient, s.options)
+
+
+_ADAM = Update(_adam, ("exp_avg", "exp_avg_sq"), {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}, "SparseAdam")
 
 
 _ADAGRAD = {"lr": 1e-2, "eps": 1e-10, "lr_decay": 0.0, "initial_accumulator_value": 0.0}
 
 
 KINDS: dict[type[torch.optim.Optimizer], Update] = {
-    torch.optim.SGD: Update(_sgd, (), {"lr": 1e-3}, linear=True),
-    torch.optim.Adagrad: Update(_adagrad, ("sum",), _ADAGRAD),
+    torch.optim.SGD: Update(_sgd, (), {"lr": 1e-3}, "SGD", linear=True),
+    torch.optim.Adagrad: Update(_adagrad, ("sum",), _ADAGRAD, "Adagrad"),
     torch.optim.Adam: _ADAM,
     torch.optim.SparseAdam: _ADAM,
+    ftrl.FTRL: Update(_ftrl, ftrl.STATES, ftrl.OPTIONS, "FTRL", check=ftrl.check),
 }
 """What tables may be updated by."""

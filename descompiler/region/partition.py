@@ -113,12 +113,16 @@ class Partition:
         for n in graph.nodes:
             if n in needed and (n in inputs or not inputs.isdisjoint(ancestors([n]))):
                 for u in n.users:
-                    if u not in needed and u not in self.inside:
+                    if u not in needed and u not in self.inside and not self._is_for_lookups(u):
                         raise PlanError(
                             f"ids='global': {target_name(u)} reads {n.name!r} too, on a rank's own rows "
                             f"({user_line(u)}); give ids that only lookups read, or leave ids='own'"
                         )
         return tuple(n for n in graph.nodes if n in inputs)
+
+    def _is_for_lookups(self, n: fx.Node) -> bool:
+        """Whether it makes rows of a stand-in, for lookups in the region, which have the ids."""
+        return n.target is torch.ops.descompiler.stand_in_rows.default and self.inside.issuperset(n.users)
 
     @cached_property
     def norms(self) -> list[BatchNormCall]:

@@ -290,9 +290,13 @@ def _stays(note: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:
 
 
 def _missing(note: Mapping[str, Any], notes: Notes) -> bool:
-    """Whether a rank waits for one that has not entered."""
-    channel, index, _ = note["in"]
-    return any(n["entered"].get(channel, 0) < index for n in notes.values())
+    """Whether a rank waits for one that has not entered, or has entered another collective in its place.
+
+    One that raised in a step, and does something else now, is in the next collective of the channel: of another name.
+    """
+    channel, index, name = note["in"]
+    elsewhere = any(n["in"][:2] == [channel, index] and n["in"][2] != name for n in notes.values())
+    return elsewhere or any(n["entered"].get(channel, 0) < index for n in notes.values())
 
 
 def _is_alive(note: Mapping[str, Any], before: Mapping[str, Any] | None) -> bool:

@@ -15,6 +15,7 @@ from descompiler.dynamic import AfterSightings, Always, Capacity, DynamicEmbeddi
 from descompiler.dynamic.by_id import ById
 from descompiler.dynamic.hashing import word_of
 from descompiler.dynamic.owners import Owners
+from descompiler.optim import FTRL
 
 WORD = 1 << 64
 MASK = WORD - 1
@@ -56,11 +57,26 @@ def sparse_adam(row: list[float], grad: list[float], state: dict[str, Any], step
     return [x - size * m / (math.sqrt(v) + 1e-8) for x, m, v in zip(row, first, second, strict=True)]
 
 
+def ftrl(row: list[float], grad: list[float], state: dict[str, Any], step: int) -> list[float]:
+    """Algorithm 1 of McMahan et al. (2013) with alpha = LR, beta = 1; its z begins at what gives the row."""
+    l1, l2 = FTRL_L1, FTRL_L2
+    begin = [-w * (1 / LR + l2) - (math.copysign(l1, w) if w else 0.0) for w in row]
+    z, n = state.setdefault("z", begin), state.setdefault("n", [0.0] * len(row))
+    for i, g in enumerate(grad):
+        sigma = (math.sqrt(n[i] + g * g) - math.sqrt(n[i])) / LR
+        z[i] += g - sigma * row[i]
+        n[i] += g * g
+    rates = [-1 / ((1 + math.sqrt(x)) / LR + l2) for x in n]
+    return [0.0 if abs(x) <= l1 else r * (x - math.copysign(l1, x)) for x, r in zip(z, rates, strict=True)]
+
+
 LR = 0.1
+FTRL_L1, FTRL_L2 = 0.3, 0.2
 OPTIMIZERS: dict[str, tuple[Callable[..., list[float]], Callable[[Iterable[Any]], torch.optim.Optimizer]]] = {
     "sgd": (sgd, lambda p: torch.optim.SGD(p, lr=LR / 100)),
     "adagrad": (adagrad, lambda p: torch.optim.Adagrad(p, lr=LR, initial_accumulator_value=0.25)),
     "sparse_adam": (sparse_adam, lambda p: torch.optim.SparseAdam(list(p), lr=LR)),
+    "ftrl": (ftrl, lambda p: FTRL(p, lr=LR, l1=FTRL_L1, l2=FTRL_L2)),
 }
 
 ADMIT = {"always": Always(), "sightings": AfterSightings(2, width=4096), "probability": WithProbability(0.4)}

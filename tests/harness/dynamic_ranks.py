@@ -72,6 +72,7 @@ OPTIMIZERS = {
     "sgd": lambda module: [torch.optim.SGD(module.parameters(), lr=0.05)],
     "adagrad": _adagrad,
     "sparse_adam": _sparse_adam,
+    "ftrl": lambda module: [des.optim.FTRL(module.parameters(), lr=0.1, l1=0.02, l2=0.1)],
 }
 
 
@@ -84,7 +85,9 @@ OPTIONS = {
     "always": {},
     "sightings, lru": {"admit": AfterSightings(2), "evict": Capacity(64)},
     "by chance, time": {"admit": WithProbability(0.7), "evict": TimeToLive(5)},
+    "sightings, lfu": {"admit": AfterSightings(2), "evict": Capacity(128, by="lfu")},
     "lfu": {"evict": Capacity(64, by="lfu")},
+    "five sightings": {"admit": AfterSightings(5), "evict": Capacity(64, by="lfu")},
 }
 
 
