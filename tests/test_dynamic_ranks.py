@@ -118,6 +118,11 @@ def refusals(rank, ranks):
         "mean": lambda: weight.data.mean(),
         "lookup": lambda: F.embedding(torch.tensor([1]), weight),
         "call": lambda: module.user(torch.tensor([1])),
+        "copy": lambda: copy.deepcopy(module),
+        "average": lambda: torch.optim.swa_utils.AveragedModel(module),
+        "safetensors": lambda: des.save_safetensors(module, "never-written"),
+        "from safetensors": lambda: des.load_safetensors(module, "never-read"),
+        "a part's copy": lambda: copy.deepcopy(module.user)(torch.tensor([1])),
         "floats": lambda: module(*(x.double() for x in stream(0))),
     }
     F.softplus(module(*stream(0))).sum().backward()

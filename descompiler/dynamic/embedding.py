@@ -211,6 +211,8 @@ class DynamicTable(nn.Module):
         config, residents = state.pop("_made")
         super().__setstate__(state)
         self._table = Table(config, self.weight.dtype, self.weight.device)
+        if "owners" in residents:  # a copy of a rank's part is one
+            self._table.own(residents["owners"], int(residents["rank"]))
         saved.restore(self._table, residents)
         self._table.adopt(self.weight)
 

@@ -343,6 +343,12 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
                 "a model that was compiled in place can't be copied: copy it before it is compiled, compile the copy, "
                 "and load des.full_state_dict(model) into it"
             )
+        if tables := sorted(self._runtime.tables):
+            raise UnsupportedError(
+                f"a compiled module with dynamic tables ({', '.join(tables)}) can't be copied: parameters of copies "
+                "are averaged slot by slot, and a slot has other ids' rows there. des.to_single(module) gives the "
+                "model as it is; des.load_full_state_dict takes des.full_state_dict(module) into another module"
+            )
         result = self._copied(memo)
         pairs = zip(self.parameters(), result.parameters(), strict=True)
         memo.update({id(self): result, **{id(p): q for p, q in pairs}})

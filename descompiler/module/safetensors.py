@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from descompiler.errors import InputError, UnsupportedError
 from descompiler.layout.pieces import Pieces
 from descompiler.module.distributed import DistributedModule
+from descompiler.module.dynamic import tables_of
 from descompiler.module.installed import module_of, ranks_for
 from descompiler.module.state import pieces_by_name
 from descompiler.ops.local import plain
@@ -57,8 +58,11 @@ def save_safetensors(
     ------
     InputError
         On every rank, if the file can't be written, or a tensor has a layout or dtype that the format lacks.
+    UnsupportedError
+        If the module has dynamic tables.
     """
     compiled = module_of(module)
+    _check_static(compiled)
     ranks = ranks_for(compiled, "des.save_safetensors")
     held = {n: plain(x).detach() for n, x in compiled.state_dict().items()}
     cut, path = pieces_by_name(compiled), Path(path)
@@ -76,6 +80,14 @@ def save_safetensors(
         for block in [held[name]] if pieces is None else _rows_of(held[name], pieces, ranks):
             write(block)
     ranks.everywhere(lambda: None if file is None else file.finish(), "could not save")
+
+
+def _check_static(module: DistributedModule) -> None:
+    if tables := tables_of(module):
+        raise UnsupportedError(
+            f"dynamic tables ({', '.join(tables)}) have as many rows as there are ids, which a file of the original's "
+            "shapes does not say: use des.save and des.load, or des.full_state_dict"
+        )
 
 
 def _rows_of(mine: Tensor, pieces: Pieces, ranks: Ranks) -> Iterator[Tensor]:
@@ -180,9 +192,10 @@ def load_safetensors(module: nn.Module, path: str | os.PathLike[str]) -> None:
     RankError
         If ranks read other files.
     UnsupportedError
-        If safetensors is not installed.
+        If safetensors is not installed, or the module has dynamic tables.
     """
     compiled = module_of(module)
+    _check_static(compiled)
     ranks = ranks_for(compiled, "des.load_safetensors")
     held, cut = {n: plain(x) for n, x in compiled.state_dict().items()}, pieces_by_name(compiled)
     files = ranks.everywhere(lambda: _checked(Path(path), compiled, held, cut), "could not load")
