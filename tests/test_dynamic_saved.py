@@ -59,7 +59,7 @@ def test_a_table_goes_on_as_if_it_had_not_been_saved(draws, admit, evict, optimi
     run(*one, steps[:14])
     with torch.no_grad():
         # of step 14, which ends after it was saved; what it sights and enters is of those that come next
-        one[0](torch.tensor([i for step in steps[15:18] for ids in step for i in ids]))
+        one[0](torch.tensor([i for step in steps[15:18] for ids in step for i in ids], dtype=torch.int64))
     other = restored(how, *one, make)
     assert other[0].weight is not one[0].weight and other[1].param_groups[0]["params"][0] is other[0].weight
     for pair in (one, other):
