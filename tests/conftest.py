@@ -5,12 +5,14 @@ import random
 import secrets
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
-from tests.harness.pool import RankPools
+from tests.harness.pool import RankPools, collect_rarely, serve_ready_ranks
 from tests.harness.traces import remember_traces
 
 # deepctr-torch asks a package index for its newest version whenever it is imported. Tests touch no network: a
@@ -44,6 +46,18 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(folder.cleanup)
         config.stash[TRACES] = Path(folder.name)
         remember_traces(config.stash[TRACES])
+    serve_ready_ranks()
+
+
+def pytest_collection_finish() -> None:
+    collect_rarely()
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    """A test that leaves autograd's anomaly mode on makes those after it slow: importing some models turns it on."""
+    yield
+    assert not torch.is_anomaly_enabled()
 
 
 FEW_BUT_LONG = (

@@ -44,6 +44,22 @@ longer, the more there is; each group has three threads, one of which wakes a hu
 groups nothing else gets to run."""
 
 
+THRESHOLDS = 20_000, 20, 50
+"""Of the collector: a graph is many objects, and looking for garbage among them took a twelfth of all tests' time."""
+
+
+def collect_rarely() -> None:
+    """What is there now stays, and collections look at what comes, less often than by default."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*THRESHOLDS)
+
+
+def serve_ready_ranks() -> None:
+    """Let ranks be forked from a process that has compiled a model; called before the first is."""
+    local_context().set_forkserver_preload(["descompiler", "tests.harness.ready"])
+
+
 class RankPoolError(EquivalenceError):
     """What each rank that failed said, or the ranks that did not answer; as `on_ranks` of descompiler raises it."""
 
@@ -143,7 +159,7 @@ def _serve(rank: int, ranks: int, folder: str, pipe: Any, traces: Path | None) -
     draws = torch.get_rng_state(), random.getstate(), np.random.get_state()
     if traces is not None:
         remember_traces(traces)
-    gc.freeze()  # what was imported stays: a collection then costs little
+    collect_rarely()
     for call in count():
         try:
             message = pipe.recv_bytes()

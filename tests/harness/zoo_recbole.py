@@ -125,6 +125,7 @@ def recbole(name: str) -> tuple[nn.Module, Any]:
     config_class = importlib.import_module("recbole.config").Config
     data, utils = importlib.import_module("recbole.data"), importlib.import_module("recbole.utils")
     cls = utils.get_model(name)
+    torch.autograd.set_detect_anomaly(False)  # importing one of its models turns it on for all
     settings = SETTINGS | OWN_SETTINGS.get(name, {}) | {"data_path": str(folder), "checkpoint_dir": str(folder)}
     settings |= {"use_gpu": False, "show_progress": False, "state": "ERROR", "load_col": None}
     if "context_aware" in cls.__module__:
@@ -146,7 +147,6 @@ def recbole(name: str) -> tuple[nn.Module, Any]:
     batch = next(iter(loader))
     rows = min(len(x) for x in batch.interaction.values())  # a batch of events beside one of a knowledge graph
     batch = type(batch)({name: x[:rows] for name, x in batch.interaction.items()})
-    torch.autograd.set_detect_anomaly(False)  # importing one of its models turns it on for all
     return Loss(model), (batch,)
 
 
@@ -157,6 +157,7 @@ def classes() -> Iterator[str]:
         package = importlib.import_module(f"recbole.model.{kind}_recommender")
         for info in pkgutil.iter_modules(package.__path__):
             module = importlib.import_module(f"{package.__name__}.{info.name}")
+            torch.autograd.set_detect_anomaly(False)  # as above
             for name, cls in vars(module).copy().items():
                 own = isinstance(cls, type) and cls.__module__ == module.__name__
                 if own and hasattr(cls, "calculate_loss") and name.lower() == info.name:
