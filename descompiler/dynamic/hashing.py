@@ -8,9 +8,14 @@ its key. Tensors are int64 and wrap around, as the unsigned arithmetic that is m
 from __future__ import annotations
 
 import hashlib
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Words = TypeVar("Words", Tensor, np.ndarray)
+"""Words of 64 bits, as int64: in a tensor, or in an array, whose calls cost less."""
 
 FEWEST_SLICES, MOST_SLICES = 64, 4096
 ROWS_OF_A_SLICE = 128
@@ -35,20 +40,27 @@ _FACTORS = tuple((shift, signed(factor)) for shift, factor in _ROUNDS)
 _INVERSES = tuple((shift, signed(pow(factor, -1, _WORD))) for shift, factor in _ROUNDS)
 
 
-def shifted(words: Tensor, bits: int) -> Tensor:
+def shifted(words: Words, bits: int) -> Words:
     """Words shifted to the right, with zeros from the left."""
-    return words.bitwise_right_shift(bits).bitwise_and_((1 << (64 - bits)) - 1)
+    moved = words >> bits
+    moved &= (1 << (64 - bits)) - 1
+    return moved
 
 
-def mix(words: Tensor) -> Tensor:
+def mix(words: Words) -> Words:
     """Words (int64) to words that look random; a bijection, whose inverse is `unmix`.
 
     >>> mix(torch.tensor([0, 1, 2])).tolist()
     [0, 6238072747940578789, -2606959012126976886]
     """
     for shift, factor in _FACTORS:
-        words = shifted(words, shift).bitwise_xor_(words).mul_(factor)
-    return shifted(words, _LAST).bitwise_xor_(words)
+        mixed = shifted(words, shift)
+        mixed ^= words
+        mixed *= factor
+        words = mixed
+    mixed = shifted(words, _LAST)
+    mixed ^= words
+    return mixed
 
 
 def unmix(words: Tensor) -> Tensor:
@@ -101,6 +113,6 @@ def slices_for(rows: int | None) -> int:
     return min(max(1 << max(rows // ROWS_OF_A_SLICE, 1).bit_length() - 1, FEWEST_SLICES), MOST_SLICES)
 
 
-def slice_of(keys: Tensor, slices: int) -> Tensor:
+def slice_of(keys: Words, slices: int) -> Words:
     """The slice of each key: its top bits."""
     return shifted(keys, 65 - slices.bit_length())

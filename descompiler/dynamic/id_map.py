@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descompiler.dynamic.hashing import slice_of
+from descompiler.dynamic.hashing import Words, slice_of
 from descompiler.dynamic.storage import Growing
 
 EMPTY = 0
@@ -29,8 +29,14 @@ FULL, CROWDED, GROWTH = 0.8, 0.6, 1.4
 MOVED_FOR_EACH = 4
 """Keys that move to the next layout for each key that is inserted: all have, when a quarter more is there."""
 
+MOVED_AT_ONCE = 2048
+"""Keys from which on it is worth to move some: what moves fewer costs as much."""
+
 FEW = 4096
-"""Keys up to which numpy takes less: the last rounds are of a few keys, and cost what calls do."""
+"""Places up to which numpy takes less to look at: torch's calls cost more, and it is faster from there on."""
+
+MOST_AHEAD = 8
+"""Places of a key that are looked at in one round."""
 
 _LOW = 0xFFFFFFFF
 
@@ -51,31 +57,46 @@ def prime_from(size: int) -> int:
 class Layout:
     """The cells of all slices: as many for each, a prime number, so that steps of any length come to every cell."""
 
-    cells: Tensor
+    cells: np.ndarray
     size: int
 
     @staticmethod
     def of(slices: int, size: int) -> Layout:
         size = prime_from(size)
-        return Layout(Growing((slices * size,), torch.int32, torch.device("cpu"), slices * size).tensor, size)
+        cells = Growing((slices * size,), torch.int32, torch.device("cpu"), slices * size)
+        return Layout(cells.tensor.numpy(), size)
 
     @property
     def room(self) -> int:
         """Cells that a slice may use: some stay empty, where searches end."""
         return int(FULL * self.size)
 
-    def home(self, keys: Tensor) -> Tensor:
+    def home(self, keys: Words) -> Words:
         """Where in its slice a key is looked for first: by the low bits, as the top ones chose the slice."""
-        return keys.bitwise_and(_LOW).mul_(self.size).bitwise_right_shift_(32)
+        home = keys & _LOW
+        home *= self.size
+        home >>= 32
+        return home
 
-    def step(self, keys: Tensor) -> Tensor:
+    def step(self, keys: Words) -> Words:
         """How many cells further a key is looked for next, from 1 on."""
-        return keys.bitwise_right_shift(16).bitwise_and_(_LOW).mul_(self.size - 1).bitwise_right_shift_(32).add_(1)
+        step = keys >> 16
+        step &= _LOW
+        step *= self.size - 1
+        step >>= 32
+        step += 1
+        return step
 
-    def further(self, at: Tensor, step: Tensor) -> Tensor:
-        """The next place in the slice."""
-        at = at + step
-        return at.sub_((at >= self.size).mul(self.size))
+    def ahead(self, at: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """The next places in the slice, a row for each key: of fewer keys more: a round costs what calls do."""
+        width = min(max(FEW // at.size, 1), MOST_AHEAD)
+        if width == 1:
+            places: np.ndarray = at + step
+            places -= self.size * (places >= self.size)
+            return places[:, None]
+        places = at[:, None] + step[:, None] * np.arange(1, width + 1)
+        places %= self.size
+        return places
 
 
 class IdMap:
@@ -102,9 +123,10 @@ class IdMap:
         self.slices = slices
         self.keys = Growing((1,), torch.int64, torch.device("cpu"))
         self.live = torch.zeros(slices, dtype=torch.int64)
+        self._live = self.live.numpy()
         self._layout, self._old = Layout.of(slices, FEWEST_CELLS), None
-        self._moved = torch.ones(slices, dtype=torch.bool)  # to the layout, from the old one
-        self._count = 0
+        self._moved = np.ones(slices, dtype=bool)  # to the layout, from the old one
+        self._count = self._owed = 0
 
     _old: Layout | None
 
@@ -123,13 +145,14 @@ class IdMap:
 
     def find(self, keys: Tensor) -> Tensor:
         """The slot of each key, 0 for those that have none; a key may be there several times."""
-        found = torch.zeros(len(keys), dtype=torch.int64)
-        for layout, part, of, slices in self._parts(keys):
+        found = np.zeros(len(keys), dtype=np.int64)
+        for layout, part, of, slices in self._parts(keys.numpy()):
             slots = self._search(layout, of, slices)
             if part is None:
-                return slots
-            found[part] = slots
-        return found
+                found = slots
+            else:
+                found[part] = slots
+        return torch.from_numpy(found)
 
     def insert(self, keys: Tensor, slots: Tensor) -> None:
         """Enter keys that differ, and are not there, at slots that are free."""
@@ -137,151 +160,144 @@ class IdMap:
             return
         self.keys.grow(int(slots.max()) + 1)
         self.keys.tensor[slots] = keys
-        slices = slice_of(keys, self.slices)
-        added = torch.bincount(slices, minlength=self.slices)
+        words, places = keys.numpy(), slots.numpy()
+        slices = slice_of(words, self.slices)
+        added = np.bincount(slices, minlength=self.slices)
         self._make_room(added)
-        for layout, part, of, where in self._parts(keys, slices):
-            _place(layout, of, slots if part is None else slots[part], where)
-        self.live += added
+        for layout, part, of, where in self._parts(words, slices):
+            _place(layout, of, places if part is None else places[part], where)
+        self._live += added
         self._count += len(keys)
-        if self._old is not None:
-            self._move_some(MOVED_FOR_EACH * len(keys))
+        self._owed += MOVED_FOR_EACH * len(keys)
+        if self._old is not None and self._owed >= MOVED_AT_ONCE:
+            self._move_some(self._owed)
 
     def keep(self, slices: Tensor, slots: Tensor) -> None:
         """Of the keys in some slices keep those at slots, and take out the others; slices may be given twice."""
-        slices = slices.unique()
-        self._write(slices, slots)
-        held = torch.bincount(slice_of(self.keys.tensor[slots], self.slices), minlength=self.slices)[slices]
-        self._count += int(held.sum() - self.live[slices].sum())
-        self.live[slices] = held
+        of, kept = np.unique(slices.numpy()), slots.numpy()
+        self._write(of, kept)
+        held = np.bincount(slice_of(self._keys_of(kept), self.slices), minlength=self.slices)[of]
+        self._count += int(held.sum() - self._live[of].sum())
+        self._live[of] = held
 
     def in_slices(self, slices: Tensor) -> Tensor:
         """The slots that are taken in some slices, in no order."""
+        return torch.from_numpy(self._taken(slices.numpy()))
+
+    def _taken(self, slices: np.ndarray) -> np.ndarray:
         if self._old is None:
             return _taken(self._layout, slices)
         moved = self._moved[slices]
-        return torch.cat([_taken(self._layout, slices[moved]), _taken(self._old, slices[~moved])])
+        return np.concatenate([_taken(self._layout, slices[moved]), _taken(self._old, slices[~moved])])
+
+    def _keys_of(self, slots: np.ndarray) -> np.ndarray:
+        return _at(self.keys.tensor.numpy(), slots)
 
     def _parts(
-        self, keys: Tensor, slices: Tensor | None = None
-    ) -> Iterator[tuple[Layout, Tensor | None, Tensor, Tensor]]:
+        self, keys: np.ndarray, slices: np.ndarray | None = None
+    ) -> Iterator[tuple[Layout, np.ndarray | None, np.ndarray, np.ndarray]]:
         """Layouts, which keys have their slices there (None: all), those keys, and their slices."""
         slices = slice_of(keys, self.slices) if slices is None else slices
         if self._old is None:
             yield self._layout, None, keys, slices
             return
         moved = self._moved[slices]
-        for layout, part in ((self._layout, moved.nonzero()[:, 0]), (self._old, moved.logical_not().nonzero()[:, 0])):
+        for layout, part in ((self._layout, moved.nonzero()[0]), (self._old, (~moved).nonzero()[0])):
             yield layout, part, keys[part], slices[part]
 
-    def _search(self, layout: Layout, keys: Tensor, slices: Tensor) -> Tensor:
+    def _search(self, layout: Layout, keys: np.ndarray, slices: np.ndarray) -> np.ndarray:
         """The slots of keys, 0 without."""
-        first, at, known = slices * layout.size, layout.home(keys), self.keys.tensor
-        held = layout.cells.index_select(0, first + at)
-        # of an empty cell the key is that of slot 0, whatever it is: the search ends there
-        rest = _unlike(known, held, keys)
-        slots = held.long()
+        first, at, known = slices * layout.size, layout.home(keys), self.keys.tensor.numpy()
+        held = _at(layout.cells, first + at)
+        slots = held.astype(np.int64)
+        rest = (~_ends(known, held, keys)).nonzero()[0]
         keys, first, at = keys[rest], first[rest], at[rest]
         step = layout.step(keys)
-        while len(rest) > FEW:
-            at = layout.further(at, step)
-            held = layout.cells.index_select(0, first + at)
-            slots[rest] = held.long()
-            further = _unlike(known, held, keys)
+        while rest.size:
+            places = layout.ahead(at, step)
+            held = _at(layout.cells, first[:, None] + places)
+            ended, chosen = _first(_ends(known, held, keys[:, None]))
+            slots[rest] = held[chosen]
+            further = (~ended).nonzero()[0]
+            at = places[:, -1]
             rest, keys, first, at, step = (x[further] for x in (rest, keys, first, at, step))
-        if len(rest):
-            _search_few(layout, known.numpy(), slots.numpy(), *(x.numpy() for x in (rest, keys, first, at, step)))
         return slots
 
-    def _make_room(self, added: Tensor) -> None:
+    def _make_room(self, added: np.ndarray) -> None:
         """Cells for what is added to each slice; begins the next layout when it is time."""
-        after = self.live + added
+        after = self._live + added
         most, total = int(after.max()), int(after.sum())
         crowded = self._old is None and total > CROWDED * self.slices * self._layout.size
         if crowded or most > self._layout.room:
-            self._write(self._moved.logical_not().nonzero()[:, 0])
+            self._write((~self._moved).nonzero()[0])
             fitting = int(max(GROWTH * self._layout.size, most / FULL + 1, total / (CROWDED * self.slices) + 1))
             self._old, self._layout = self._layout, Layout.of(self.slices, fitting)
-            self._moved = torch.zeros(self.slices, dtype=torch.bool)
+            self._moved = np.zeros(self.slices, dtype=bool)
+            self._owed = 0
         if self._old is not None:
-            self._write((after > self._old.room).logical_and_(~self._moved).nonzero()[:, 0])
+            self._write(((after > self._old.room) & ~self._moved).nonzero()[0])
 
     def _move_some(self, keys: int) -> None:
         """Move slices that have so many keys together, or all that are left."""
-        waiting = self._moved.logical_not().nonzero()[:, 0]
-        before = self.live[waiting].cumsum(0) - self.live[waiting]
+        self._owed = 0
+        waiting = (~self._moved).nonzero()[0]
+        before = self._live[waiting].cumsum() - self._live[waiting]
         self._write(waiting[before < keys])
 
-    def _write(self, slices: Tensor, slots: Tensor | None = None) -> None:
+    def _write(self, slices: np.ndarray, slots: np.ndarray | None = None) -> None:
         """Write slices anew, in the current layout: with the slots that they have, or these."""
-        if not len(slices):
+        if not slices.size:
             return
-        slots = self.in_slices(slices) if slots is None else slots
-        self._layout.cells.view(self.slices, -1)[slices[self._moved[slices]]] = EMPTY
+        slots = self._taken(slices) if slots is None else slots
+        self._layout.cells.reshape(self.slices, -1)[slices[self._moved[slices]]] = EMPTY
         self._moved[slices] = True
-        if self._old is not None and bool(self._moved.all()):
+        if self._old is not None and self._moved.all():
             self._old = None
-        keys = self.keys.tensor[slots]
+        keys = self._keys_of(slots)
         _place(self._layout, keys, slots, slice_of(keys, self.slices))
 
 
-def _unlike(known: Tensor, held: Tensor, keys: Tensor) -> Tensor:
-    """Which of these cells hold another key."""
-    ended = (known.index_select(0, held) == keys).logical_or_(held == EMPTY)
-    return ended.logical_not_().nonzero()[:, 0]
+def _at(held: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """What is held at places, in their shape."""
+    if places.size <= FEW:
+        found: np.ndarray = held[places]
+        return found
+    return torch.from_numpy(held).index_select(0, torch.from_numpy(places).view(-1)).numpy().reshape(places.shape)
 
 
-def _place(layout: Layout, keys: Tensor, slots: Tensor, slices: Tensor) -> None:
+def _ends(known: np.ndarray, held: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """In which of these cells a search ends: they hold the key, or nothing."""
+    ends: np.ndarray = (_at(known, held) == keys) | (held == EMPTY)
+    return ends
+
+
+def _first(are: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """In which rows there is one, and where the first of each row is; without one, the row's last place."""
+    column = are.argmax(1)
+    row = np.arange(len(are))
+    some = are[row, column]
+    column[~some] = are.shape[1] - 1
+    return some, (row, column)
+
+
+def _place(layout: Layout, keys: np.ndarray, slots: np.ndarray, slices: np.ndarray) -> None:
     """Write slots of keys that are not there to the first cells that are free."""
     first, at, step = slices * layout.size, layout.home(keys), layout.step(keys)
-    slots = slots.to(torch.int32)
-    while len(slots) > FEW:
-        cells = first + at
-        free = (layout.cells.index_select(0, cells) == EMPTY).nonzero()[:, 0]
-        layout.cells[cells[free]] = slots[free]
-        # of several that want a cell one has it
-        rest = (layout.cells.index_select(0, cells) != slots).nonzero()[:, 0]
-        slots, first, at, step = (x[rest] for x in (slots, first, at, step))
-        at = layout.further(at, step)
-    if len(slots):
-        _place_few(layout, *(x.numpy() for x in (slots, first, at, step)))
-
-
-def _search_few(
-    layout: Layout,
-    known: np.ndarray,
-    slots: np.ndarray,
-    rest: np.ndarray,
-    keys: np.ndarray,
-    first: np.ndarray,
-    at: np.ndarray,
-    step: np.ndarray,
-) -> None:
-    """Go on with a search for those that are left, and write what is found."""
-    cells = layout.cells.numpy()
-    while rest.size:
-        at = at + step
-        at -= layout.size * (at >= layout.size)
-        held = cells[first + at]
-        slots[rest] = held
-        further = ((known[held] != keys) & (held != EMPTY)).nonzero()[0]
-        rest, keys, first, at, step = (x[further] for x in (rest, keys, first, at, step))
-
-
-def _place_few(layout: Layout, slots: np.ndarray, first: np.ndarray, at: np.ndarray, step: np.ndarray) -> None:
-    """As `_place`, of some that are left, in cells where they have not been looked for."""
-    cells = layout.cells.numpy()
+    slots = slots.astype(np.int32)
+    places = at[:, None]
     while slots.size:
-        where = first + at
-        free = (cells[where] == EMPTY).nonzero()[0]
-        cells[where[free]] = slots[free]
-        rest = (cells[where] != slots).nonzero()[0]
+        cells = first[:, None] + places
+        free, chosen = _first(_at(layout.cells, cells) == EMPTY)
+        cell, at = cells[chosen], places[chosen]
+        layout.cells[cell[free]] = slots[free]
+        # of several that want a cell one has it
+        rest = (_at(layout.cells, cell) != slots).nonzero()[0]
         slots, first, at, step = (x[rest] for x in (slots, first, at, step))
-        at = at + step
-        at -= layout.size * (at >= layout.size)
+        places = layout.ahead(at, step) if rest.size else places
 
 
-def _taken(layout: Layout, slices: Tensor) -> Tensor:
+def _taken(layout: Layout, slices: np.ndarray) -> np.ndarray:
     """The slots in the cells of slices."""
-    cells = layout.cells.view(-1, layout.size)[slices].view(-1)
-    return cells[cells != EMPTY].long()
+    cells = layout.cells.reshape(-1, layout.size)[slices]
+    taken: np.ndarray = cells[cells != EMPTY].astype(np.int64)
+    return taken

@@ -176,7 +176,10 @@ class Residence:
     def _evict(self, evict: Eviction, kept: Tensor) -> Tensor:
         assert self.last is not None
         live = self.map.live
-        slots = self.map.in_slices(evict.visited(live, self.step))
+        visited = evict.visited(live, self.step)
+        if not len(visited):
+            return visited
+        slots = self.map.in_slices(visited)
         keys = self.map.keys.tensor[slots]
         slices = slice_of(keys, self.slices)
         counts = None if self.counts is None else self.counts.tensor[slots]
