@@ -75,6 +75,7 @@ class Rows:
         """An optimiser has taken the gradient, and written to the parameter."""
         self.untaken, self._version = False, self._written()
 
+    @as_plain
     def _written(self) -> int:
         return 0 if self.parameter.is_inference() else self.parameter._version
 
@@ -156,12 +157,16 @@ class Rows:
     def look_up(self, slots: Tensor, weight: Tensor | None = None) -> Tensor:
         """Rows of slots, with a history if gradients are asked for: of the parameter, or what has been made of it."""
         slots = slots.to(self.tensor.device)
-        if not (torch.is_grad_enabled() and self.parameter.requires_grad):
+        if not (torch.is_grad_enabled() and self._is_trained()):
             return self.tensor.index_select(0, slots)
         ticket = Ticket()
         self.tickets.add(ticket)
         found: Tensor = _LookUp.apply(self.parameter if weight is None else weight, self.tensor, slots, ticket)
         return found
+
+    @as_plain
+    def _is_trained(self) -> bool:
+        return self.parameter.requires_grad
 
     @as_plain
     def _widen(self, size: int) -> None:
