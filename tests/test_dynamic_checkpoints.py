@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import descompiler as des
+from descompiler.check.processes import on_ranks as run_anew
 from descompiler.dynamic import Capacity, TimeToLive, WithProbability
 from tests.harness.dynamic_ranks import (
     OPTIMIZERS,
@@ -18,6 +19,7 @@ from tests.harness.dynamic_ranks import (
     stream,
     train_on,
 )
+from tests.harness.killed import die_at
 
 
 def compiled(options, plan, optimizer):
@@ -177,6 +179,18 @@ def save_increments(rank, ranks, folder, plan, steps):
     return len(ids)
 
 
+def assert_as_in_one_process(module, original, opts, steps):
+    """The tables are those of the original after so many steps."""
+    state = des.full_state_dict(module)
+    train_on(original, opts, range(steps), 0, 1)
+    for name in ("user", "tags"):
+        table, there = original.get_submodule(name)._table, state[f"{name}.resident"]
+        ids, order = state[f"{name}.ids"][there].sort()
+        assert torch.equal(ids, table.resident())
+        rows = state[f"{name}.weight"][there][order]
+        torch.testing.assert_close(rows, rows_of(table, ids), rtol=1e-10, atol=1e-12)
+
+
 def load_increments(rank, ranks, folder, plan, until):
     module, opts = compiled("lfu", plan, "sparse_adam")
     des.load(module, opts, f"{folder}/whole")  # what is no table; these are given what increments have
@@ -184,21 +198,44 @@ def load_increments(rank, ranks, folder, plan, until):
         module.get_submodule(name)._table.restart()
     step = des.increments(module, opts, f"{folder}/increments").load()["step"]
     train_on(module, opts, range(step, until), rank, ranks)
-    state = des.full_state_dict(module)
-    original, theirs = compiled("lfu", None, "sparse_adam")
-    train_on(original, theirs, range(until), 0, 1)
-    for name in ("user", "tags"):
-        table = original.get_submodule(name)._table
-        there = state[f"{name}.resident"]
-        ids, order = state[f"{name}.ids"][there].sort()
-        assert torch.equal(ids, table.resident())
-        rows = state[f"{name}.weight"][there][order]
-        torch.testing.assert_close(rows, rows_of(table, ids), rtol=1e-10, atol=1e-12)
+    assert_as_in_one_process(module, *compiled("lfu", None, "sparse_adam"), until)
 
 
 def test_increments_and_deltas_of_ranks(on_ranks, tmp_path):
     assert on_ranks(save_increments, 2, str(tmp_path), "unique_rows", 6)[0]
     on_ranks(load_increments, 3, str(tmp_path), "row_wise", 9)
+
+
+def of_tables(options, plan):
+    """A model, and what trains the rows of its dynamic tables alone."""
+    module, _ = compiled(options, plan, "sgd")
+    return module, [torch.optim.Adagrad([module.user.weight, module.tags.weight], lr=0.1)]
+
+
+def go_on_and_die(rank, ranks, folder, plan, until, dies, at):
+    """Go on from what there is, and save after each step; a rank dies at its n-th call of `tests.harness.killed`."""
+    module, opts = of_tables("lfu", plan)
+    increments = des.increments(module, opts, folder)
+    begin = (increments.load() or {"step": 0})["step"]
+    if rank == dies:
+        die_at(at, [0])
+    for step in range(begin, until):
+        train_on(module, opts, [step], rank, ranks)
+        increments.save(step=step + 1)
+    assert_as_in_one_process(module, *of_tables("lfu", None), until)
+    return begin
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_rank_is_killed_and_nothing_is_lost(on_ranks, tmp_path, draws, times):
+    """While rows come or go, or between a save's files; each time others go on, by another number of ranks."""
+    plans = "unique_rows", "row_wise"
+    for number in range(times):
+        ranks, at = 2 + number % 2, draws.randint(20, 60)
+        with pytest.raises(des.EquivalenceError, match="ended without an answer"):
+            run_anew(go_on_and_die, ranks, str(tmp_path), plans[number % 2], 1000, draws.randrange(ranks), at)
+    until = 14 + 8 * times  # each was killed within so many steps
+    assert on_ranks(go_on_and_die, 2, str(tmp_path), "unique_rows", until, None, 0)[0] > 0
 
 
 def wrong_owner(rank, ranks, folder):

@@ -23,14 +23,16 @@ PLACES: tuple[tuple[Any, str], ...] = (
 DIED = 9
 
 
+def die_at(number: int, come: list[int]) -> None:
+    """Let this process die at the n-th of these calls from here on; how many have come is written there."""
+    for owner, name in PLACES:
+        _count(owner, name, come, number)
+
+
 def killed_at(number: int, work: Callable[[], None]) -> int | None:
     """Let a child do some work, and die at its n-th of these calls: how many there were, if it did not die."""
 
-    def prepare(come: list[int]) -> None:
-        for owner, name in PLACES:
-            _count(owner, name, come, number)
-
-    status, come = _child(prepare, work)
+    status, come = _child(lambda come: die_at(number, come), work)
     assert status in (0, DIED), status
     return come if status == 0 else None
 
