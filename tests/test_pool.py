@@ -1,6 +1,7 @@
 """The pool of ranks: a call finds its process as a new one would be, and one that fails takes nothing down with it."""
 
 import os
+import sys
 import random
 import warnings
 
@@ -59,3 +60,12 @@ def test_a_call_that_fails_is_told_and_the_next_one_has_new_processes(pool, how,
     with pytest.raises(RankPoolError, match=f"(?s){said}"):
         pool(_fails, how)
     assert not before & {process for process, _ in pool(_state)}
+
+
+def _is_ready(rank, ranks):
+    return getattr(sys.modules.get("tests.harness.ready"), "is_ready", None)
+
+
+def test_ranks_are_forked_from_a_process_that_has_compiled_a_model(on_ranks):
+    """Not to be ready is no failure of theirs, and would show in nothing but the time that all tests take."""
+    assert on_ranks(_is_ready, 2) == [True, True]
