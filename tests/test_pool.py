@@ -1,8 +1,8 @@
 """The pool of ranks: a call finds its process as a new one would be, and one that fails takes nothing down with it."""
 
 import os
-import sys
 import random
+import sys
 import warnings
 
 import numpy as np
