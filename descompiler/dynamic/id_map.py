@@ -1,4 +1,4 @@
-"""The map from keys to slots: open addressing over tensors, slice by slice, without a loop or an object for each id.
+"""The map from keys to slots: open addressing over arrays, slice by slice, without a loop or an object for each id.
 
 Each slice of the key space has equally many cells, which hold slots (int32); the key of a slot is kept once, by slot. A
 key is looked for from its home on, in steps of its own, until it or an empty cell is met: all keys of a call at once,
