@@ -2,7 +2,7 @@
 
 ``key = mix(id ^ salt)``, with the finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number
 generators, 2014) as `mix` and a salt of the table's seed and name. Everything that is drawn for an id is a hash of
-its key. Tensors are int64 and wrap around, as the unsigned arithmetic that is meant does.
+its key. Tensors and arrays are int64 and wrap around, as the unsigned arithmetic that is meant does.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Each slice of the key space has equally many cells, which hold slots (int32); the key of a slot is kept once, by slot. A
 key is looked for from its home on, in steps of its own, until it or an empty cell is met: all keys of a call at once,
 those that are still looked for again in the next round. When cells get few, slices move to a layout of more cells,
-some at each call that inserts, so that no call pays for all of them. A slice that loses keys is written anew, so that
+some as keys are inserted, so that no call pays for all of them. A slice that loses keys is written anew, so that
 searches pass no cells of keys that are gone.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from descompiler.dynamic.hashing import Words, slice_of
+from descompiler.dynamic.hashing import slice_of
 from descompiler.dynamic.storage import Growing
 
 EMPTY = 0
@@ -30,7 +30,7 @@ MOVED_FOR_EACH = 4
 """Keys that move to the next layout for each key that is inserted: all have, when a quarter more is there."""
 
 MOVED_AT_ONCE = 2048
-"""Keys from which on it is worth to move some: what moves fewer costs as much."""
+"""Keys that move together, so that an insertion of few does not pay for the calls: they are owed until then."""
 
 FEW = 4096
 """Places up to which numpy takes less to look at: torch's calls cost more, and it is faster from there on."""
@@ -71,16 +71,16 @@ class Layout:
         """Cells that a slice may use: some stay empty, where searches end."""
         return int(FULL * self.size)
 
-    def home(self, keys: Words) -> Words:
+    def home(self, keys: np.ndarray) -> np.ndarray:
         """Where in its slice a key is looked for first: by the low bits, as the top ones chose the slice."""
-        home = keys & _LOW
+        home: np.ndarray = keys & _LOW
         home *= self.size
         home >>= 32
         return home
 
-    def step(self, keys: Words) -> Words:
+    def step(self, keys: np.ndarray) -> np.ndarray:
         """How many cells further a key is looked for next, from 1 on."""
-        step = keys >> 16
+        step: np.ndarray = keys >> 16
         step &= _LOW
         step *= self.size - 1
         step >>= 32
@@ -88,7 +88,7 @@ class Layout:
         return step
 
     def ahead(self, at: np.ndarray, step: np.ndarray) -> np.ndarray:
-        """The next places in the slice, a row for each key: of fewer keys more: a round costs what calls do."""
+        """The next places in the slice, a row for each key; the fewer keys, the more: a round costs what calls do."""
         width = min(max(FEW // at.size, 1), MOST_AHEAD)
         if width == 1:
             places: np.ndarray = at + step
@@ -122,8 +122,7 @@ class IdMap:
     def __init__(self, slices: int):
         self.slices = slices
         self.keys = Growing((1,), torch.int64, torch.device("cpu"))
-        self.live = torch.zeros(slices, dtype=torch.int64)
-        self._live = self.live.numpy()
+        self._live = np.zeros(slices, dtype=np.int64)
         self._layout, self._old = Layout.of(slices, FEWEST_CELLS), None
         self._moved = np.ones(slices, dtype=bool)  # to the layout, from the old one
         self._count = self._owed = 0
@@ -132,6 +131,11 @@ class IdMap:
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def live(self) -> Tensor:
+        """How many keys each slice has (int64 ``[slices]``, a view)."""
+        return torch.from_numpy(self._live)
 
     @property
     def moving(self) -> bool:
@@ -168,9 +172,10 @@ class IdMap:
             _place(layout, of, places if part is None else places[part], where)
         self._live += added
         self._count += len(keys)
-        self._owed += MOVED_FOR_EACH * len(keys)
-        if self._old is not None and self._owed >= MOVED_AT_ONCE:
-            self._move_some(self._owed)
+        if self._old is not None:
+            self._owed += MOVED_FOR_EACH * len(keys)
+            if self._owed >= MOVED_AT_ONCE:
+                self._move_some(self._owed)
 
     def keep(self, slices: Tensor, slots: Tensor) -> None:
         """Of the keys in some slices keep those at slots, and take out the others; slices may be given twice."""

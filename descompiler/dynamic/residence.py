@@ -178,7 +178,7 @@ class Residence:
         live = self.map.live
         visited = evict.visited(live, self.step)
         if not len(visited):
-            return visited
+            return visited  # no slice, and so no slot
         slots = self.map.in_slices(visited)
         keys = self.map.keys.tensor[slots]
         slices = slice_of(keys, self.slices)
