@@ -4,6 +4,7 @@
     replicate, unique rows' gradients   (N-1) U (k s + d)                         `SPARSE_ALL_GATHER`
     pull unique rows                    (N-1)/N U (d + 2 k s)                     `UNIQUE_ROWS`
     hot rows replicated, others pulled  (N-1)/N ((U - u) (d + 2 k s) + 2 H k s)   `HOT_ROWS`: u of H hot rows in a batch
+    hot slices gathered, others pulled  (N-1)/N (U-u) (d + 2 k s) + (N-1) u (k s + d)  `HOT_SLICES`, of a dynamic table
     fully sharded, gathered whole       2 (N-1)/N V k s                           `FSDP`: forward and backward together
     split, values by all-to-all         (N-1)/N b L (i + 2 k s)                   `ALL_TO_ALL`
     table- or column-wise, a partial    (N-1)/N b L i + 2 (N-1) b w s             `PARTIAL_SUMS`: w elements a row
@@ -23,6 +24,7 @@ REPLICATE = ALL_REDUCE
 SPARSE_ALL_GATHER = (N - 1) * U * (k * s + d)
 UNIQUE_ROWS = (N - 1) / N * U * (d + 2 * k * s)
 HOT_ROWS = (N - 1) / N * ((U - UH) * (d + 2 * k * s) + 2 * H * k * s)
+HOT_SLICES = UNIQUE_ROWS.subs(U, U - UH) + SPARSE_ALL_GATHER.subs(U, UH)
 FSDP = ALL_REDUCE
 ALL_TO_ALL = IDS_IN + VALUES_OUT_AND_BACK.subs(w, L * k)
 PARTIAL_SUMS = IDS_IN + VALUES_OUT_AND_BACK.subs(w, N * w)  # each of N ranks sends a term

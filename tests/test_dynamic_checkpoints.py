@@ -68,6 +68,7 @@ def through(on_ranks, folder, options, optimizer, way):
         ("sightings, lru", "adagrad", [(2, "row_wise", 6), (3, "unique_rows", 10), (1, None, 14)]),
         ("lfu", "sparse_adam", [(1, None, 6), (2, "both", 10), (2, "unique_rows", 14), (1, None, 18)]),
         ("lfu", "ftrl", [(2, "row_wise", 6), (3, "both", 10), (1, None, 14)]),
+        ("sightings, lfu", "adagrad", [(2, "hot", 6), (3, "hot", 10), (2, "row_wise", 12), (1, None, 14)]),
     ],
 )
 def test_from_ranks_to_other_ranks(on_ranks, tmp_path, options, optimizer, way):
@@ -77,7 +78,13 @@ def test_from_ranks_to_other_ranks(on_ranks, tmp_path, options, optimizer, way):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ["sightings, lru", "by chance, time", "sightings, lfu"])
 @pytest.mark.parametrize(
-    "way", [[(2, "row_wise", 500)], [(4, "unique_rows", 500)], [(2, "unique_rows", 250), (4, "row_wise", 500)]]
+    "way",
+    [
+        [(2, "row_wise", 500)],
+        [(4, "unique_rows", 500)],
+        [(2, "unique_rows", 250), (4, "row_wise", 500)],
+        [(2, "hot", 250), (4, "hot", 500)],
+    ],
 )
 def test_500_steps_are_those_of_one_process(on_ranks, tmp_path, options, way):
     through(on_ranks, tmp_path, options, "adagrad", [*way, (1, None, 501)])
@@ -238,13 +245,14 @@ def test_a_rank_is_killed_and_nothing_is_lost(on_ranks, tmp_path, draws, times):
     assert on_ranks(go_on_and_die, 2, str(tmp_path), "unique_rows", until, None, 0)[0] > 0
 
 
-def wrong_owner(rank, ranks, folder):
-    module, opts = compiled("lfu", "both", "adagrad")
+def wrong_owner(rank, ranks, folder, plan):
+    module, opts = compiled("lfu", plan, "adagrad")
     with pytest.raises(des.DescompilerError, match="not divided as owner"):
         des.increments(module, opts, folder)
     with pytest.raises(des.InputError, match="not divided as owner"):
         des.dynamic.Deltas(folder, {"tags": module.tags})
 
 
-def test_owners_that_the_plan_has_not_are_refused(on_ranks, tmp_path):
-    on_ranks(wrong_owner, 2, str(tmp_path))
+@pytest.mark.parametrize("plan", ["both", "hot"])
+def test_owners_that_the_plan_has_not_are_refused(on_ranks, tmp_path, plan):
+    on_ranks(wrong_owner, 2, str(tmp_path), plan)

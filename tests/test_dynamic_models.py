@@ -88,6 +88,23 @@ class OfALookup(nn.Module):
         return self.top(self.user(ids ^ (side << 50))).squeeze(-1)
 
 
+class Many(nn.Module):
+    """Tables of several dtypes and widths, one frozen, one static, looked up for several columns, with padding."""
+
+    def __init__(self, *, static=True):
+        super().__init__()
+        self.user, self.item = table("user", padding_idx=-5), table("item", bags="mean", dtype=torch.float32)
+        self.tag = des.DynamicEmbedding(2, name="tag", evict=Capacity(64))
+        self.shop = nn.Embedding(40, 3) if static else table("shop")
+        self.tag.weight.requires_grad_(False)
+        self.top = nn.Linear(11, 1)
+
+    def forward(self, a, b):
+        shop = self.shop(a.abs() % 40)
+        values = [self.user(a) * self.user(b[:, 0]), self.item(b).to(shop.dtype), self.tag(a).tanh(), shop]
+        return self.top(torch.cat(values, -1)).squeeze(-1)
+
+
 def ids(*shape, seed=0):
     """Some ids of 64 bits, most of them several times; -5 is padding."""
     generator = torch.Generator().manual_seed(seed)
@@ -110,10 +127,14 @@ MODELS = {
     "frozen": (lambda: Normalised(trained=False), ONE),
     "int32": (Normalised, (torch.arange(9, dtype=torch.int32) % 4 - 2,)),
     "of a lookup": (OfALookup, ONE),
+    "many": (Many, (*ONE, *MANY)),
 }
-FORMS = ["row_wise", "unique_rows", "table_wise"]
-EVERY = [(m, f) for m in MODELS for f in FORMS if m != "of a lookup" or f == "unique_rows"]
+FORMS = ["row_wise", "unique_rows", "table_wise", "hot_rows"]
+PULLED = ["unique_rows", "hot_rows"]
+EVERY = [(m, f) for m in MODELS for f in FORMS if m not in ("of a lookup", "many") or f in PULLED]
+EVERY.remove(("frozen", "hot_rows"))
 SOME = [("twice", "unique_rows"), ("in-batch", "row_wise"), ("padded means", "row_wise"), ("maxima", "table_wise")]
+SOME += [("many", "unique_rows"), ("many", "hot_rows"), ("twice", "hot_rows"), ("of a lookup", "hot_rows")]
 SOME += [("frozen", "unique_rows"), ("of a lookup", "unique_rows"), ("weighted", "unique_rows"), ("int32", "row_wise")]
 
 
@@ -122,8 +143,12 @@ def test_every_model_is_verified(on_ranks, name, form):
     torch.manual_seed(0)
     make, inputs = MODELS[name]
     model = make()
-    tables = [n for n, m in model.named_modules() if isinstance(m, des.DynamicEmbedding | des.DynamicEmbeddingBag)]
-    plan = {f"{n}.weight": form for n in tables}
+    plan = {}
+    for n, m in model.named_modules():
+        if isinstance(m, des.DynamicEmbedding | des.DynamicEmbeddingBag):
+            plan[f"{n}.weight"] = form if m.weight.requires_grad else "unique_rows"
+        elif isinstance(m, nn.Embedding):
+            plan[f"{n}.weight"] = "unique_rows"
     report = des.verify(model, inputs, plans=(plan,), optimizers=("adagrad",), launch=on_ranks)
     assert report.cases == 1 and max(report.worst.values()) < 1e-10
 

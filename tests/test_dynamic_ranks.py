@@ -63,11 +63,45 @@ def train_beside_the_original(rank, ranks, options, plan, optimizer, steps):
         (3, "unique_rows", "sightings, lru", "sgd"),
         (3, "row_wise", "always", "adagrad"),
         (2, "unique_rows", "lfu", "ftrl"),
+        (2, "hot", "sightings, lru", "adagrad"),
+        (3, "hot", "lfu", "ftrl"),
         (3, "both", "sightings, lru", "ftrl"),
     ],
 )
 def test_trained_as_in_one_process(on_ranks, ranks, plan, options, optimizer):
     on_ranks(train_beside_the_original, ranks, OPTIONS[options], PLANS[plan], optimizer, 16)
+
+
+def loop_with_prefetch(rank, ranks, plan, steps):
+    """Ids of the next batch travel during this step; beside a part of the loop that leaves what went ahead."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    original, own = Clicks(**OPTIONS["sightings, lru"]), []
+    module = des.compile(copy.deepcopy(original), stream(0), plan=plan, loss="sum")
+    mine, theirs = (OPTIMIZERS["adagrad"](m)[0] for m in (module, original))
+    for step in range(steps):
+        counts = shares(10, ranks)
+        first = sum(counts[:rank])
+        own.append(tuple(x[first : first + counts[rank]] for x in stream(step)))
+    ahead = des.prefetch(own, module)
+    for step, batch in enumerate(ahead):
+        given = batch if step != 5 else tuple(x.clone() for x in batch)  # other tensors: what went ahead is left
+        for model, inputs, optimizer in ((module, given, mine), (original, stream(step), theirs)):
+            F.softplus(model(*inputs)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert module.traffic() == module.predicted_traffic()
+    for name in ("user", "tags"):
+        ids, rows = of_all_ranks(module, name)
+        table = original.get_submodule(name)._table
+        assert torch.equal(ids, table.resident()) and len(ids)
+        torch.testing.assert_close(rows, rows_of(table, ids), rtol=1e-10, atol=1e-12)
+    return ahead.taken
+
+
+@pytest.mark.parametrize(("ranks", "plan"), [(2, "row_wise"), (2, "unique_rows"), (3, "hot")])
+def test_ids_travel_ahead(on_ranks, ranks, plan):
+    assert min(on_ranks(loop_with_prefetch, ranks, PLANS[plan], 12)) >= 7
 
 
 class Penalised(Clicks):
@@ -140,7 +174,7 @@ def test_what_is_refused_by_name(on_ranks):
         assert "'user' are used by" in said["penalty"], said["penalty"]
         assert "captured whole" in said["untraceable"] and "captured whole" in said["leaf"], said
         assert "in_place=True" in said["in place"]
-        assert all("each on the one rank" in said[x] for x in ("pinned", "everywhere")), said
+        assert all("unique_rows, hot_rows" in said[x] for x in ("pinned", "everywhere")), said["pinned"]
         assert "padding_idx=0" in said["max"]
         assert all(said.values()), [name for name, text in said.items() if not text]
 
@@ -190,7 +224,7 @@ def test_weights_go_in_and_out(on_ranks, ranks, plan):
         assert "is the whole" in whole and "rank 7" in other
 
 
-@pytest.mark.parametrize("plan", ["row_wise", "both"])
+@pytest.mark.parametrize("plan", ["row_wise", "hot", "both"])
 def test_it_is_verified(on_ranks, plan):
     torch.manual_seed(0)
     model = Clicks(**OPTIONS["sightings, lru"])

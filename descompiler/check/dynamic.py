@@ -31,7 +31,7 @@ def gradient(table: DynamicTable, owner: DynamicTable | None = None) -> tuple[Te
     ids, order = table._table.ids_of(grad.indices()[0].cpu()).sort()
     values = grad.values()[order.to(grad.device)]
     if owner is not None:
-        mine = owner._table.owner(ids).eq(owner._table.rank)
+        mine = owner._table.holds(owner._table.keys(ids))
         ids, values = ids[mine], values[mine.to(values.device)]
     return ids, values
 

@@ -75,8 +75,13 @@ class DynamicTable(nn.Module):
             raise InputError(f"max_rows={max_rows} is below the {evict.capacity} rows that {evict} keeps: leave it out")
         self.padding_idx = padding_idx
         config = Config(dim, name or "", seed, Normal() if init is None else init, admit or Always(), evict, max_rows)
-        self._table = Table(config, dtype, torch.device(device or torch.get_default_device()))
+        self._table = self._made(config, dtype, torch.device(device or torch.get_default_device()))
         self.register_parameter("weight", self._table.parameter)
+
+    def _made(self, config: Config, dtype: torch.dtype, device: torch.device) -> Table:
+        table = Table(config, dtype, device)
+        table.padding_idx = self.padding_idx
+        return table
 
     @property
     def embedding_dim(self) -> int:
@@ -135,7 +140,7 @@ class DynamicTable(nn.Module):
         """
         made = type(self).__new__(type(self))
         vars(made).update({n: copy.copy(x) if isinstance(x, dict) else x for n, x in vars(self).items()})
-        table = made._table = Table(self._table.config, self.weight.dtype, self.weight.device)
+        table = made._table = self._made(self._table.config, self.weight.dtype, self.weight.device)
         table.own(owners, rank)
         made._parameters["weight"] = table.parameter
         table.parameter.requires_grad_(self.weight.requires_grad)
@@ -210,7 +215,7 @@ class DynamicTable(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         config, residents = state.pop("_made")
         super().__setstate__(state)
-        self._table = Table(config, self.weight.dtype, self.weight.device)
+        self._table = self._made(config, self.weight.dtype, self.weight.device)
         if "owners" in residents:  # a copy of a rank's part is one
             self._table.own(residents["owners"], int(residents["rank"]))
         saved.restore(self._table, residents)

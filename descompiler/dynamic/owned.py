@@ -15,7 +15,7 @@ from descompiler.dynamic.embedding import DynamicTable
 from descompiler.dynamic.owners import Owners
 from descompiler.dynamic.parts import packed
 from descompiler.dynamic.stores import Store
-from descompiler.dynamic.table import Table
+from descompiler.dynamic.table import EVERY_RANK, Table
 from descompiler.errors import InputError
 
 Tables = Mapping[str, DynamicTable | Table]
@@ -58,7 +58,8 @@ class Owned:
         self.chain, self._compact_at = self._begin(), compact_at
         self.slices = {n: slices_of_owner(t, rank, ranks) for n, t in self.tables.items()}
         for name, table in self.tables.items():
-            if table.owners is not None and not torch.equal(table.own_slices, self.slices[name]):
+            divided = table.owners is None or not bool((table.owners == EVERY_RANK).any())
+            if table.owners is not None and not (divided and torch.equal(table.own_slices, self.slices[name])):
                 raise InputError(
                     f"dynamic table {name!r} is rank {table.rank}'s part of one that is not divided as owner {rank} of "
                     f"{ranks} has it: give rank= and ranks= of the compiled module (des.increments and des.deltas do), "

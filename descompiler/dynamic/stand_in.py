@@ -52,13 +52,18 @@ class DynamicIds:
     padding_idx: int | None = None
     create: bool = False
 
+    @property
+    def rows_of_slice(self) -> int:
+        """Of the stand-in."""
+        return self.rows // self.slices
+
     def owners(self, ranks: int) -> Owners:
         """Which rank has which slices."""
         return Owners(self.slices, ranks)
 
     def divided(self, ranks: int) -> list[tuple[int, int]]:
         """The same of the stand-in's rows: how many follow each other, and whose they are."""
-        return [(self.rows // self.slices, owner) for owner in self.owners(ranks).of_slices.tolist()]
+        return [(self.rows_of_slice, owner) for owner in self.owners(ranks).of_slices.tolist()]
 
     def owner(self, ids: Tensor, ranks: int) -> Tensor:
         """The rank of each id."""

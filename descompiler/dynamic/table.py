@@ -17,6 +17,9 @@ from descompiler.dynamic.residence import Residence
 from descompiler.dynamic.rows import Rows
 from descompiler.dynamic.states import States, step_with
 
+EVERY_RANK = -1
+"""Who owns a slice that every rank has."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -79,9 +82,13 @@ class Table:
         step_with(self.rows.parameter, self)
 
     residence: Residence
+    padding_idx: int | None = None
+    """An id that has the default row always: nobody is asked for it."""
+
     rank = 0
     owners: Tensor | None = None
-    """The rank of each slice: ids of this one's are looked up here. None: all are."""
+    """The rank of each slice, `EVERY_RANK` for those that all have: ids of this one's are looked up here. None: all
+    are."""
 
     def restart(self) -> Residence:
         """Nobody is resident any more; rows are as they were."""
@@ -98,7 +105,7 @@ class Table:
 
     def _limit(self) -> None:
         if self.owners is not None and self.config.max_rows is not None:
-            self.residence.max_rows = self.config.max_rows * len(self.own_slices) // self.residence.slices
+            self.residence.max_rows = self.config.max_rows * len(self.held_slices) // self.residence.slices
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -130,9 +137,11 @@ class Table:
         """
         return self.rows.look_up(self._slots(self.keys(ids), create=create))
 
-    def look_up_owned(
-        self, ids: Tensor, *, create: bool, padding_idx: int | None = None, weight: Tensor | None = None
-    ) -> Tensor:
+    def look_up_keys(self, keys: Tensor, *, create: bool, weight: Tensor) -> Tensor:
+        """As `look_up`, of keys that are this table's; ``weight``: the parameter, as the gradient is to come to it."""
+        return self.rows.look_up(self._slots(keys, create=create), weight)
+
+    def look_up_owned(self, ids: Tensor, *, create: bool, weight: Tensor | None = None) -> Tensor:
         """As `look_up`, of those ids that this table owns; zeros for the others, and for padding.
 
         ``weight``: the parameter as the caller has it, which the gradient goes to.
@@ -140,28 +149,50 @@ class Table:
         keys = self.keys(ids)
         mine = torch.ones_like(ids, dtype=torch.bool)
         if self.owners is not None:
-            mine = self.owners[self.residence.slices_of(keys)] == self.rank
-        if padding_idx is not None:
-            mine &= ids != padding_idx
+            mine = self.holds(keys)
+        if self.padding_idx is not None:
+            mine &= ids != self.padding_idx
         slots = torch.zeros_like(keys)
         slots[mine] = self._slots(keys[mine], create=create)
         return self.rows.look_up(slots, weight)
 
     @property
-    def own_slices(self) -> Tensor:
+    def held_slices(self) -> Tensor:
         """The slices whose ids are looked up here."""
+        return self._held().nonzero()[:, 0]
+
+    @property
+    def own_slices(self) -> Tensor:
+        """Those that this rank tells of, where each is told of once: rank 0 does of those that all have."""
         if self.owners is None:
             return torch.arange(self.residence.slices)
-        return (self.owners == self.rank).nonzero()[:, 0]
+        return (self.tellers == self.rank).nonzero()[:, 0]
+
+    @property
+    def tellers(self) -> Tensor:
+        """The rank of each slice that tells of it."""
+        if self.owners is None:
+            return torch.zeros(self.residence.slices, dtype=torch.int64)
+        return self.owners.clamp(min=0)
+
+    def _held(self) -> Tensor:
+        """Of each slice, whether its ids are looked up here."""
+        if self.owners is None:
+            return torch.ones(self.residence.slices, dtype=torch.bool)
+        return (self.owners == self.rank).logical_or_(self.owners == EVERY_RANK)
+
+    def holds(self, keys: Tensor) -> Tensor:
+        """Of each key, whether its id is looked up here."""
+        return self._held()[self.residence.slices_of(keys)]
 
     @property
     def is_idle(self) -> bool:
         """Whether no slice is this rank's."""
-        return self.owners is not None and not bool((self.owners == self.rank).any())
+        return not len(self.held_slices)
 
-    def owner(self, ids: Tensor) -> Tensor:
-        """The rank of each id."""
-        slices = self.residence.slices_of(self.keys(ids))
+    def owner(self, keys: Tensor) -> Tensor:
+        """The rank of each key."""
+        slices = self.residence.slices_of(keys)
         return torch.zeros_like(slices) if self.owners is None else self.owners[slices]
 
     def _slots(self, keys: Tensor, *, create: bool) -> Tensor:

@@ -19,6 +19,7 @@ from descompiler.graph.arguments import training_norm
 from descompiler.graph.nodes import is_random, mutates
 from descompiler.graph.rewrite import ancestors
 from descompiler.runtime.agreement import any_rows
+from descompiler.runtime.dynamic import pull_rows
 from descompiler.runtime.fetch import begin_fetch, fetch_rows
 from descompiler.runtime.leaf import LeafOnRanks
 
@@ -69,7 +70,7 @@ def beginning_of(emitted: Emitted) -> Beginning | None:
 def _unheard(emitted: Emitted) -> Iterator[fx.Node]:
     """Calls that come before the first after the beginning that sends something, on every rank."""
     for n in emitted.module.graph.nodes:
-        if n.target == "exit_start" or (n.target is fetch_rows and emitted.layout.fetches[0].divided):
+        if n.target in ("exit_start", pull_rows) or (n.target is fetch_rows and emitted.layout.fetches[0].divided):
             return
         if n.op == "call_function" and not isinstance(n.target, LeafOnRanks):  # a leaf hears the header first
             yield n

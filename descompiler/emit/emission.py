@@ -144,7 +144,7 @@ class Emission:
         """This rank's part of a lookup, as the table's form has it."""
         o, x = self.partition.lookups[n]
         if x.dynamic is not None:
-            of = o.name, weight, ids, x.dynamic.create, x.dynamic.padding_idx
+            of = o.name, weight, ids, x.dynamic.create
             rows = self.call(look_up_dynamic, self.runtime, *of)
             return rows if x.mode is None else self.call(pool, rows, ids, x.mode, None)
         split, constants = self.partition.splits[o.name], self._form_constants.get(o.name, {})

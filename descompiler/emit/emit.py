@@ -36,13 +36,13 @@ from descompiler.model.calls import Signature
 from descompiler.planning.chosen import Label
 from descompiler.region.partition import Partition
 from descompiler.runtime.agreement import any_rows
-from descompiler.runtime.dynamic import pull_dynamic
+from descompiler.runtime.dynamic import pull_rows, pull_wait
 from descompiler.runtime.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait
 from descompiler.runtime.leaf import LeafOnRanks
 from descompiler.tables.form import Split, form_named
 from descompiler.tables.tables import Lookup, Operator
 
-FETCHING = frozenset({begin_fetch, fetch_start, fetch_rows, fetch_wait, fetch_late, pull_dynamic})
+FETCHING = frozenset({begin_fetch, fetch_start, fetch_rows, fetch_wait, fetch_late, pull_rows, pull_wait})
 
 
 @dataclass
@@ -199,7 +199,7 @@ def is_collective(n: fx.Node) -> bool:
 
 def _reach_fetches(e: Emission, trained: Sequence[bool]) -> None:
     """Let backward come to fetches whose rows nobody reads: owners get gradients of zero, as in the original."""
-    unread = [n for n in e.graph.nodes if n.target in (fetch_wait, pull_dynamic) and not n.users]
+    unread = [n for n in e.graph.nodes if n.target in (fetch_wait, pull_wait) and not n.users]
     if not unread or not any(trained):
         return
     output = next(n for n in e.graph.nodes if n.op == "output")

@@ -20,7 +20,7 @@ from descompiler.graph.leaf import Leaf
 from descompiler.graph.nodes import aten, is_tensor, signature, value
 from descompiler.layout.rows import Rows
 from descompiler.ops.local import differentiable, scale_grad
-from descompiler.runtime.dynamic import pull_dynamic
+from descompiler.runtime.dynamic import pull_rows, pull_wait, take_pulled
 from descompiler.runtime.fetch import begin_fetch, fetch_late, fetch_rows, fetch_start, fetch_wait, take
 from descompiler.runtime.leaf import LeafOnRanks
 from descompiler.tables.totals import emit_total
@@ -239,15 +239,19 @@ class OutsideEmitter:
         self._fetches[0] = self.e.call(fetch_start, self.e.runtime, self.e.item(begun, 1))
 
     def fetch_rows(self, number: int) -> None:
-        weights = [self.e.weight(t.name) for t in self.e.layout.fetches[number].tables]
-        self._fetches[number] = self.e.call(fetch_rows, self.e.runtime, self._fetches[number], *weights)
+        fetch, begun = self.e.layout.fetches[number], self._fetches[number]
+        weights = [self.e.weight(t.name) for t in fetch.tables]
+        if fetch.dynamic:
+            created = {o.name for o, x in self.partition.lookups.values() if x.dynamic is not None and x.dynamic.create}
+            creates = [t.name in created for t in fetch.tables]
+            self._fetches[number] = self.e.call(pull_rows, self.e.runtime, begun, creates, *weights)
+        else:
+            self._fetches[number] = self.e.call(fetch_rows, self.e.runtime, begun, *weights)
 
     def _emit_fetched(self, n: fx.Node) -> fx.Node:
         number, index = self._fetched[n.name]
-        o, x = self.partition.lookups[n]
-        if x.dynamic is not None:
-            of = self.e.weight(o.name), self.e.own(x.ids), x.mode, x.dynamic.create, x.dynamic.padding_idx
-            return self.e.call(pull_dynamic, self.e.runtime, number, *of)
+        _, x = self.partition.lookups[n]
+        wait, take_one = (fetch_wait, take) if x.dynamic is None else (pull_wait, take_pulled)
         if number not in self._fetched_rows:
             if number not in self._fetches:
                 begun = self.e.call(fetch_late, self.e.runtime, number, self._fetch_ids(number))
@@ -255,5 +259,5 @@ class OutsideEmitter:
                 self.fetch_rows(number)
             under_way = self._fetches[number]
             fetching = self.e.item(under_way, 0)
-            self._fetched_rows[number] = fetching, self.e.call(fetch_wait, self.e.runtime, under_way)
-        return self.e.call(take, *self._fetched_rows[number], index, x.mode)
+            self._fetched_rows[number] = fetching, self.e.call(wait, self.e.runtime, under_way)
+        return self.e.call(take_one, *self._fetched_rows[number], index, x.mode)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from descompiler.cost_models.table import OfTable
 from descompiler.layout.id_checks import Check
-from descompiler.layout.keys import KeySpace, digits_of
+from descompiler.layout.keys import ID_BYTES, KeySpace, digits_of
 from descompiler.layout.pieces import ALL, Pieces
 from descompiler.layout.traffic import Collective, Stage
 from descompiler.layout.transfer import Counts, Sent, Step, Transfer
@@ -131,6 +131,22 @@ class Fetch(Transfer):
         return [self.tables[m.start].trained for m in self.classes]
 
     @cached_property
+    def dynamic(self) -> bool:
+        """Whether rows come and go, so that owners alone know who has one; such tables are fetched by themselves."""
+        return any(t.table.dynamic for t in self.tables)
+
+    @cached_property
+    def shares(self) -> bool:
+        """Whether any rows are on every rank."""
+        return any(t.sizes[ALL] for t in self.tables)
+
+    @cached_property
+    def counts_told(self) -> int:
+        """Of dynamic tables: numbers in front of the keys that a rank sends, so many keys of each table."""
+        each = 2 if self.shares else 1
+        return 0 if len(self.tables) * each == 1 else len(self.tables) * each
+
+    @cached_property
     def divided(self) -> bool:
         """Whether any rows have one owner, so that rows cross."""
         return any(t.sizes[:ALL].any() for t in self.tables)
@@ -173,6 +189,12 @@ class Fetch(Transfer):
         asked, served, asked_trained, gathered_ids, gathered = self.demand(step)
         if not self.early:
             yield Sent(self.COUNTS, others * self.COUNTS_BYTES)
+        if self.dynamic:  # what is of rows that all hold goes with what is of the others
+            yield Sent(self.IDS, _rounded(asked + others * (gathered_ids + ID_BYTES * self.counts_told)))
+            yield Sent(self.ROWS, _rounded(served))
+            if any(t.trained for t in self.tables):
+                yield Sent(self.BACK, _rounded(asked_trained + others * gathered))
+            return
         if self.divided:
             yield Sent(self.IDS, _rounded(asked))
             yield Sent(self.ROWS, _rounded(served))

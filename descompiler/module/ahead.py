@@ -15,8 +15,9 @@ from descompiler.module.contents import Contents
 from descompiler.module.sizes import Sized
 from descompiler.runtime.agreement import Call
 from descompiler.runtime.ahead import Ahead, Announcement, Seen
-from descompiler.runtime.fetch import fetch_start
-from descompiler.runtime.fetching import Fetching, prepare
+from descompiler.runtime.fetch import fetch_start, prepared
+from descompiler.runtime.fetching import Fetching
+from descompiler.runtime.pulling import Pulling
 from descompiler.runtime.runtime import Runtime
 
 
@@ -50,7 +51,7 @@ class Prepared:
     seen: Seen
     rows: int
     entering: Sequence[Tensor] | None
-    fetching: Fetching | None
+    fetching: Fetching | Pulling | None
 
     @classmethod
     def of(
@@ -72,7 +73,7 @@ class Prepared:
             runtime.layout, runtime.checks = emitted.layout, emitted.checks
             if runtime.problem(ids) is not None:
                 return None
-            fetching = None if fetched is None else prepare(emitted.layout.fetches[0], fetched, runtime.ranks)
+            fetching = None if fetched is None else prepared(runtime, emitted.layout.fetches[0], fetched)
         return cls(call, emitted, first, seen, rows, entering, fetching)
 
     def announced(self, ranks: int, batch: int) -> list[Announcement]:

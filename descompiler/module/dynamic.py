@@ -41,7 +41,7 @@ def _owners_of(stand_in: StandIn, pieces: Pieces) -> Tensor | None:
 def _take(part: DynamicTable, whole: ById | None) -> None:
     """Have the rows of the own slices of a whole table."""
     assert whole is not None
-    put_in(part._table, [whole], slices=part._table.own_slices)
+    put_in(part._table, [whole], slices=part._table.held_slices)
 
 
 def tables_of(module: nn.Module) -> dict[str, DynamicTable]:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from descompiler.dynamic.by_id import ById, Kept, made_from, put_in, take_out
 from descompiler.dynamic.embedding import DynamicTable
 from descompiler.dynamic.states import initial_of, name_of
-from descompiler.dynamic.table import Table
+from descompiler.dynamic.table import EVERY_RANK, Table
 from descompiler.eager.held import Whose, held
 from descompiler.errors import InputError, UnsupportedError
 from descompiler.layout.pieces import Pieces
@@ -105,12 +105,12 @@ def _to_save(name: str, table: Table, optimizers: Sequence[torch.optim.Optimizer
     live = torch.bincount(state.slices_of(state.ids), minlength=table.residence.slices)
     if ranks.count > 1:
         all_reduce(live, ranks.group, dist.ReduceOp.SUM).wait()
-    cut = _cutter(name, table, live, ranks)
+    cut = _cutter(name, table.tellers, live, ranks)
     result: dict[str, Any] = {LIVE: live, STEP: state.step, MADE: json.dumps(dict(state.made))}
     result |= {IDS: cut(state.ids), ROWS: cut(state.rows)}
     result |= {n: cut(x) for n, x in ((LAST, state.last), (COUNTS, state.counts)) if x is not None}
     if state.sketch is not None:
-        result[SKETCH] = _cutter(name, table, torch.ones_like(live), ranks)(state.sketch)
+        result[SKETCH] = _cutter(name, table.tellers, torch.ones_like(live), ranks)(state.sketch)
     if optimizer is not None and state.kept is not None:
         result[OPTIMIZER] = state.kept.optimizer
         result[OPTIONS] = json.dumps(_options(_group_of(table, optimizer) or {}))
@@ -125,9 +125,8 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     return {n: x for n, x in found.items() if isinstance(x, int | float | str | tuple | list | None)}
 
 
-def _cutter(name: str, table: Table, sizes: Tensor, ranks: Ranks) -> Callable[[Tensor], Tensor]:
-    """What makes a tensor of the own slices, which have so many rows each, a piece of that of all."""
-    owners = torch.zeros_like(sizes) if table.owners is None else table.owners
+def _cutter(name: str, owners: Tensor, sizes: Tensor, ranks: Ranks) -> Callable[[Tensor], Tensor]:
+    """What makes a tensor of a rank's slices, which have so many rows each, a piece of that of all."""
     ranges = [(n, owner) for n, owner in zip(sizes.tolist(), owners.tolist(), strict=True) if n] or [(0, 0)]
 
     def cut(x: Tensor) -> Tensor:
@@ -136,6 +135,13 @@ def _cutter(name: str, table: Table, sizes: Tensor, ranks: Ranks) -> Callable[[T
         return held(x, _Like(like))
 
     return cut
+
+
+def _in_piece(table: Table) -> Tensor:
+    """The slices that a rank holds, in the order of its piece: its own, then those that all ranks hold."""
+    held = table.held_slices
+    every = torch.zeros_like(held, dtype=torch.bool) if table.owners is None else table.owners[held] == EVERY_RANK
+    return torch.cat([held[~every], held[every]])
 
 
 def _no_rows(table: Table, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -218,14 +224,14 @@ class SavedTables:
             state = ById(
                 made=json.loads(small[MADE]),
                 step=small[STEP],
-                slices=table.own_slices,
+                slices=_in_piece(table),
                 ids=plain(room[IDS]),
                 rows=plain(room[ROWS]),
                 sighted=torch.empty(0, dtype=torch.int64),
                 kept=kept,
                 **found,
             )
-            put_in(table, [state], optimizer, table.own_slices)
+            put_in(table, [state], optimizer, table.held_slices)
             group = None if optimizer is None else _group_of(table, optimizer)
             if group is not None:
                 options = json.loads(small[OPTIONS])
@@ -259,7 +265,7 @@ class SavedTables:
                 f"dynamic table {name!r} has {which}={there.get(which)} in the checkpoint, and {which}={here[which]} "
                 "here: make it as the one that was saved"
             )
-        own = int(small[LIVE][table.own_slices].sum())
+        own = int(small[LIVE][table.held_slices].sum())
         if (most := table.config.max_rows) is not None and own > most:
             raise InputError(f"dynamic table {name!r} has {own} rows in the checkpoint, more than max_rows={most}")
         optimizer = optimizer_of(table, self.optimizers)
@@ -271,8 +277,9 @@ class SavedTables:
 
     def _room(self, name: str, table: Table) -> dict[str, Any]:
         live = self._small[name][LIVE]
-        cut, whole = _cutter(name, table, live, self.ranks), _cutter(name, table, torch.ones_like(live), self.ranks)
-        own = int(live[table.own_slices].sum())
+        owners = table.tellers if table.owners is None else table.owners
+        cut, whole = (_cutter(name, owners, sizes, self.ranks) for sizes in (live, torch.ones_like(live)))
+        own = int(live[table.held_slices].sum())
         prefix, with_state = f"{TABLES}{name}.", optimizer_of(table, self.optimizers) is not None
         room: dict[str, Any] = {OF_ROWS: {}, OF_ALL: {}}
         for key, kind in self._saved.items():
@@ -282,7 +289,7 @@ class SavedTables:
             dtype, shape = kind.properties.dtype, tuple(kind.size)
             where, _, of = what.partition(".")
             if where == SKETCH:
-                room[SKETCH] = whole(torch.empty(len(table.own_slices), *shape[1:], dtype=dtype))
+                room[SKETCH] = whole(torch.empty(len(table.held_slices), *shape[1:], dtype=dtype))
             elif where == OF_ALL and with_state:
                 room[OF_ALL][of] = torch.empty(shape, dtype=dtype)
             elif where == OF_ROWS and with_state:

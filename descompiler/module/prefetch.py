@@ -113,7 +113,7 @@ class Prefetch(Generic[B]):
             assert module._runtime.channels is not None
             channels = module._runtime.channels.ahead()
             of = module._runtime
-            self._runtime = Runtime(channels.data, of.rank, of.ranks, of.loss, channels=channels)
+            self._runtime = Runtime(channels.data, of.rank, of.ranks, of.loss, channels=channels, tables=of.tables)
 
     def __len__(self) -> int:
         return len(self._loader)  # type: ignore[arg-type]

@@ -188,7 +188,7 @@ class Chosen:
 
     def costs(self, t: PlannedTable, form: str) -> Mapping[str, sympy.Expr]:
         """What a table would send in a form: formulas, by what is sent."""
-        formulas, itemsize = form_named(form).costs(t.sparse), narrow_size(t.itemsize, None, self.wire_dtype)
+        formulas, itemsize = form_named(form).costs(t.table), narrow_size(t.itemsize, None, self.wire_dtype)
         cross = {x: f for x, f in formulas.items() if f != IDS_IN or not self.layout.given}
         return {x: f if itemsize == t.itemsize else rounded(f, itemsize) for x, f in cross.items()}
 

@@ -109,7 +109,7 @@ def _fetches(p: Partition) -> tuple[Fetch, ...]:
     """What is fetched: together the lookups whose ids are known at the start, the others one by one."""
     early, late = p.fetched
     result, counted = [], set[str]()
-    for group in [*([early] if early else []), *([u] for u in late)]:
+    for group in [*([early] if early else []), *late]:
         result.append(_fetch(p.program, group, p.splits, counted, group is early))
         counted.update(o.name for o, _ in group)
     return tuple(result)

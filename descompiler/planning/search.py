@@ -158,7 +158,7 @@ class Search:
         values[U] = self.objective.unique[o.name]
         total = 0.0
         known = o.trained and (not o.outputs or split.at_hand)  # products with a divided table are more
-        for formula in form_named(form).costs(o.sparse).values():
+        for formula in form_named(form).costs(o.table).values():
             if known and formula.free_symbols <= set(values):
                 symbols, function = _compiled(formula)
                 total += max(0.0, function(*(values[x] for x in symbols)))

@@ -162,16 +162,22 @@ class Partition:
         return lookups_by_node(self.operators)
 
     @cached_property
-    def fetched(self) -> tuple[list[tuple[Operator, Lookup]], list[tuple[Operator, Lookup]]]:
-        """The lookups that are fetched: those whose ids are known at the start, and the others."""
+    def fetched(self) -> tuple[list[tuple[Operator, Lookup]], list[list[tuple[Operator, Lookup]]]]:
+        """The lookups that are fetched: those of which the header tells, and the others, together as they are fetched.
+
+        Of ids that are known at the start the header tells, but of dynamic tables only where there are no static ones.
+        """
         if self.ranks == 1:
             return [], []
         splits = self.splits
         users = lookups_by_node([o for o in self.operators if form_named(splits[o.name].form).fetches(splits[o.name])])
         late = descendants(self.program.graph, {*self.inside, *users}) | coupled_nodes(self.program)
         order = [users[n] for n in self.program.graph.nodes if n in users]
-        early = [u for u in order if u[1].ids not in late and u[1].dynamic is None]  # of these who has which row
-        return early, [u for u in order if u not in early]
+        known = [u for u in order if u[1].ids not in late]
+        early = [u for u in known if u[1].dynamic is None]
+        dynamic = [u for u in known if u[1].dynamic is not None]
+        by_themselves = [[u] for u in order if u[1].ids in late]
+        return (early, [dynamic, *by_themselves]) if early and dynamic else (early or dynamic, by_themselves)
 
     @cached_property
     def wholes(self) -> dict[str, fx.Node]:
@@ -208,7 +214,8 @@ class Partition:
     @cached_property
     def early_checks(self) -> tuple[list[tuple[Operator, Lookup]], list[tuple[fx.Node, Check]]]:
         """Lookups whose ids, and targets that, are known before the header, and are checked then."""
-        sources = {*self.wholes.values(), *(x.node for lookups in self.fetched for _, x in lookups)}
+        early, others = self.fetched
+        sources = {*self.wholes.values(), *(x.node for lookups in (early, *others) for _, x in lookups)}
         late = descendants(self.program.graph, {*self.inside, *sources}) | coupled_nodes(self.program)
         checked = [
             (o, x)

@@ -19,6 +19,7 @@ from descompiler.layout.traffic import Traffic
 from descompiler.runtime.agreement import Agreement, Header
 from descompiler.runtime.border import Handle
 from descompiler.runtime.fetching import Fetching
+from descompiler.runtime.pulling import Pulling
 
 NO_BATCH = -1
 """Rows of what a rank announces whose loader has come to its end."""
@@ -84,7 +85,7 @@ class Ahead:
         Of all ranks.
     entering : Handle or None
         Ids into the region, as `Runtime.enter_start` returns them.
-    fetching : Fetching or None
+    fetching : Fetching or Pulling or None
         Unique ids, as `fetch_start` returns it.
     traffic : Traffic
         What it took.
@@ -95,7 +96,7 @@ class Ahead:
     batch: int
     rows: list[int]
     entering: Handle | None
-    fetching: Fetching | None
+    fetching: Fetching | Pulling | None
     traffic: Traffic
     taken: bool = False
 

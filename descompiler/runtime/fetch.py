@@ -23,7 +23,7 @@ Gradients are averages over ranks: what ranks send is summed, and divided by the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from descompiler.runtime.backward import differentiable_once, lookups_of
 from descompiler.runtime.carriers import carries
 from descompiler.runtime.differences import decode
 from descompiler.runtime.fetching import Fetching, collected, dealt, message_sizes, prepare
+from descompiler.runtime.pulling import Pulling, prepare_pull
 from descompiler.runtime.runtime import Runtime
 from descompiler.runtime.shared_rows import (
     gathered_gradients,
@@ -46,14 +47,15 @@ from descompiler.runtime.shared_rows import (
     to_all,
 )
 
+F = TypeVar("F", bound=Fetching | Pulling)
+
 
 def begin_fetch(runtime: Runtime, rows: int, ids: Sequence[Tensor], fetch_ids: Sequence[Tensor]) -> list[Any]:
     """`Runtime.begin` for programs that fetch: the header carries the counts. Returns the global rows, and a fetch."""
     if (ahead := runtime.take_ahead()) is not None:
         return [sum(runtime.rows), ahead.fetching]
     problem = runtime.problem(ids)
-    fetch = runtime.layout.fetches[0]
-    fetching = None if problem else prepare(fetch, fetch_ids, runtime.ranks)
+    fetching = None if problem else prepared(runtime, runtime.layout.fetches[0], fetch_ids)
     counts = fetching.asked_told if fetching else None
     received = runtime.header(rows, problem, counts, fetching.gathered_told if fetching else 0)
     assert fetching is not None
@@ -61,13 +63,20 @@ def begin_fetch(runtime: Runtime, rows: int, ids: Sequence[Tensor], fetch_ids: S
     return [sum(runtime.rows), fetching]
 
 
-def fetch_late(runtime: Runtime, number: int, ids: Sequence[Tensor]) -> Fetching:
+def prepared(runtime: Runtime, fetch: Fetch, ids: Sequence[Tensor]) -> Fetching | Pulling:
+    """What is asked of whom."""
+    return (
+        prepare_pull(runtime.tables, fetch, ids, runtime.ranks) if fetch.dynamic else prepare(fetch, ids, runtime.ranks)
+    )
+
+
+def fetch_late(runtime: Runtime, number: int, ids: Sequence[Tensor]) -> Fetching | Pulling:
     """Begin the ``number``-th fetch of a program, whose ids are known only now. Collective; see `_begin_late`."""
     return _begin_late(runtime, runtime.layout.fetches[number], ids)
 
 
 @carries(Fetch)
-def _begin_late(runtime: Runtime, fetch: Fetch, ids: Sequence[Tensor]) -> Fetching:
+def _begin_late(runtime: Runtime, fetch: Fetch, ids: Sequence[Tensor]) -> Fetching | Pulling:
     """Begin a fetch whose ids are known only now: checks them, and exchanges counts. Collective.
 
     Raises
@@ -76,7 +85,7 @@ def _begin_late(runtime: Runtime, fetch: Fetch, ids: Sequence[Tensor]) -> Fetchi
         On every rank, if the ids of any rank are wrong.
     """
     problem = next(filter(None, (c.problem(x) for c, x in zip(fetch.checks, ids, strict=True))), None)
-    fetching = None if problem else prepare(fetch, ids, runtime.ranks)
+    fetching = None if problem else prepared(runtime, fetch, ids)
     asked = fetching.asked_told if fetching else [0] * runtime.ranks
     gathered = fetching.gathered_told if fetching else 0
     told = runtime.tell(Fetch.COUNTS, [Message(problem is not None, n, gathered) for n in asked], problem)
@@ -86,9 +95,12 @@ def _begin_late(runtime: Runtime, fetch: Fetch, ids: Sequence[Tensor]) -> Fetchi
 
 
 @carries(Fetch)
-def fetch_start(runtime: Runtime, fetching: Fetching) -> Fetching:
+def fetch_start(runtime: Runtime, fetching: F) -> F:
     """Ask the owners for rows, and tell the other ranks which shared rows will get a gradient."""
     if runtime.ahead is not None and runtime.ahead.fetching is fetching:
+        return fetching
+    if isinstance(fetching, Pulling):
+        fetching.start(runtime)
         return fetching
     if fetching.fetch.gathered_classes and torch.is_grad_enabled():
         ids = fetching.gathered_ids.encoded(fetching.gathered_bytes[runtime.rank])
@@ -143,6 +155,7 @@ def pull(runtime: Runtime, fetch: Fetch, weight: Tensor, ids: Tensor, mode: str 
             return lookup(weight, ids, padding, fetch.tables[0].sparse)
         return bag(weight, ids, mode, padding if padding >= 0 else None, fetch.tables[0].sparse)
     fetching = fetch_start(runtime, _begin_late(runtime, fetch, [ids]))
+    assert isinstance(fetching, Fetching)  # a static table's
     return take(fetching, fetch_wait(runtime, fetch_rows(runtime, fetching, weight)), 0, mode)
 
 

@@ -9,6 +9,7 @@ import sympy
 from torch import Tensor, fx
 
 from descompiler.cost_models.exchange import IDS_IN, VALUES_OUT_AND_BACK
+from descompiler.cost_models.table import Table
 from descompiler.graph.arguments import LookupCall
 from descompiler.graph.nodes import where
 from descompiler.graph.program import Program, rowwise
@@ -65,7 +66,7 @@ def not_fetched(operator: Operator) -> str | None:
 class ByRows:
     """What forms have in common of which each rank owns consecutive rows."""
 
-    one_owner: ClassVar[bool] = True
+    takes_dynamic: ClassVar[bool] = True
 
     def choose(
         self,
@@ -86,7 +87,7 @@ class Plain:
 
     fallback: ClassVar[bool] = False
     has_owners: ClassVar[bool] = False
-    one_owner: ClassVar[bool] = False
+    takes_dynamic: ClassVar[bool] = False
     by_columns: ClassVar[bool] = False
     needs_statistics: ClassVar[bool] = False
     in_part: ClassVar[str | None] = None
@@ -125,7 +126,7 @@ class InRegion(Plain):
     def fetches(self, split: Split) -> bool:
         return False
 
-    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
+    def costs(self, table: Table) -> Mapping[str, sympy.Expr]:
         return {"ids in": IDS_IN, "values out and back": VALUES_OUT_AND_BACK}
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import sympy
 from torch import Tensor, fx
 
+from descompiler.cost_models.table import Table
 from descompiler.errors import PlanError
 from descompiler.graph.program import Program
 from descompiler.layout.border import Columns
@@ -159,8 +160,8 @@ class Form(Protocol):
         ...
 
     @property
-    def one_owner(self) -> bool:
-        """Whether each row is whole on one rank, so that rows may come and go there: a dynamic table's."""
+    def takes_dynamic(self) -> bool:
+        """Whether rows may come and go: who holds one knows of all that look it up. A dynamic table can take it."""
         ...
 
     @property
@@ -235,9 +236,9 @@ class Form(Protocol):
         """This rank's part of a lookup."""
         ...
 
-    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
-        """Bytes that a rank sends in a step, the mean over ranks, as formulas of `descompiler.cost_models`, by what
-        is sent; ``sparse``: whether the table has sparse gradients."""
+    def costs(self, table: Table) -> Mapping[str, sympy.Expr]:
+        """Bytes that a rank sends in a step for a table, the mean over ranks, as formulas of `descompiler.cost_models`,
+        by what is sent."""
         ...
 
     def least_bytes(
@@ -291,8 +292,11 @@ def split_as(operator: Operator, form: str, ranks: int, choice: Choice | None = 
 
 def _refuses(form: Form, program: Program, operator: Operator) -> str | None:
     """Why an operator can't be divided by a form on several ranks; None if it can."""
-    if operator.dynamic is not None and not form.one_owner:
-        return "rows of a dynamic table come and go, each on the one rank that has it whole"
+    if operator.dynamic is not None and not form.takes_dynamic:
+        others = ", ".join(f.name for f in FORMS if f.takes_dynamic)
+        return (
+            f"rows of a dynamic table come and go, so who holds one has to know of all that look it up: take {others}"
+        )
     return form.refuses(program, operator)
 
 

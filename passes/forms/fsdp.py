@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import sympy
 
 from descompiler.cost_models.forms import FSDP
+from descompiler.cost_models.table import Table
 from descompiler.graph.program import Program
 from descompiler.tables.blocks import OwnRows, by_rows, not_fetched
 from descompiler.tables.form import Choice, Split
@@ -40,5 +41,5 @@ class FullySharded(OwnRows):
     def fetches(self, split: Split) -> bool:
         return False
 
-    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
+    def costs(self, table: Table) -> Mapping[str, sympy.Expr]:
         return {"the table gathered, its gradients back": FSDP}

@@ -9,6 +9,11 @@ that rows of half as many bytes are hot only where ids are wider than they are.
 
 Which rows are hot is measured (`descompiler.layout.statistics`). Without, the first sixteenth is, as in a vocabulary
 that is sorted by frequency; nothing chooses that by itself.
+
+Of a dynamic table ranks share slices of its key space, since who has a row is decided slice by slice: the sixteenth
+that batches look most rows up in. Every rank tells the others what it looks up there, and sends them its gradients
+(`descompiler.runtime.dynamic`), so each has the table that the owner of those slices would have. An owner serves fewer
+rows then; bytes are never fewer than by pulling, as each gradient goes to all ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +25,9 @@ from typing import ClassVar
 import numpy as np
 import sympy
 
-from descompiler.cost_models.forms import HOT_ROWS, hot_threshold
+from descompiler.cost_models.forms import HOT_ROWS, HOT_SLICES, hot_threshold
+from descompiler.cost_models.table import Table
+from descompiler.dynamic.stand_in import DynamicIds
 from descompiler.graph.program import Program
 from descompiler.layout.keys import expected_bytes
 from descompiler.layout.pieces import ALL, Pieces, even_sizes
@@ -32,11 +39,15 @@ from descompiler.tables.tables import Operator
 MOST_RANGES = 4096
 """Of hot rows of one table: a plan lists them."""
 
+HOT_SHARE = 16
+"""Of so many rows, or slices, one is hot where nothing says how many are."""
+
 
 @dataclass(frozen=True)
 class HotRows(OwnRows):
     name: str = "hot_rows"
     needs_statistics: ClassVar[bool] = True
+    takes_dynamic: ClassVar[bool] = True
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         if not operator.trained:
@@ -56,6 +67,8 @@ class HotRows(OwnRows):
         if operator.name not in statistics.measured:
             return Choice()
         ids, present, _ = statistics.presence(operator.name, batch_rows)
+        if operator.dynamic is not None:
+            return Choice(hot=hot_slices(operator.dynamic, ids, present))
         unique = np.array([statistics.unique(operator.name, batch_rows)])
         id_bytes = float(expected_bytes(unique, np.array([operator.rows]))[0] / unique[0])
         threshold = hot_threshold(operator.dim, operator.dtype.itemsize, id_bytes, operator.sparse, itemsize)
@@ -69,7 +82,14 @@ class HotRows(OwnRows):
         return Choice(sizes=tuple(statistics.balanced_rows(operator.name, ranks, batch_rows, without=hot)), hot=hot)
 
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
-        hot = ((0, -(-operator.rows // 16)),) if choice.hot is None else choice.hot
+        hot = ((0, -(-operator.rows // HOT_SHARE)),) if choice.hot is None else choice.hot
+        if operator.dynamic is not None:
+            shared = np.zeros(operator.dynamic.slices, dtype=bool)
+            for start, stop in hot:
+                shared[start // operator.dynamic.rows_of_slice : stop // operator.dynamic.rows_of_slice] = True
+            held = operator.dynamic.divided(ranks)
+            divided = [(n, ALL if every else owner) for (n, owner), every in zip(held, shared, strict=True)]
+            return Split(self.name, Pieces.of(operator.shape, 0, divided, ranks), gathered=True)
         sizes = even_sizes(operator.rows, ranks) if choice.sizes is None else choice.sizes
         ends_of_ranks = np.cumsum(sizes)
         cuts = sorted({0, *ends_of_ranks.tolist(), *(x for h in hot for x in h)})
@@ -79,15 +99,16 @@ class HotRows(OwnRows):
             firsts, ends = (np.array(x) for x in zip(*hot, strict=True))
             at = np.searchsorted(firsts, starts, side="right") - 1
             owner = np.where((at >= 0) & (starts < ends[at]), ALL, owner)
-        held = zip(np.diff(cuts).tolist(), owner.tolist(), strict=True)
-        pieces = Pieces.of(operator.shape, 0, held, ranks)
+        pieces = Pieces.of(operator.shape, 0, zip(np.diff(cuts).tolist(), owner.tolist(), strict=True), ranks)
         return Split(self.name, pieces, gathered=pieces.is_replicated and operator.sparse)
 
     def fetches(self, split: Split) -> bool:
         """If all rows are hot, the reducer averages dense gradients."""
         return split.gathered or not split.pieces.is_replicated
 
-    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
+    def costs(self, table: Table) -> Mapping[str, sympy.Expr]:
+        if table.dynamic:
+            return {"cold rows pulled, hot slices' gradients gathered": HOT_SLICES}
         return {"cold rows pulled, hot rows' gradients all-reduced": HOT_ROWS}
 
     def least_bytes(
@@ -101,6 +122,19 @@ class HotRows(OwnRows):
         fetched, reduced = 1 + 2 * operator.dim * itemsize, 2 * operator.dim * operator.dtype.itemsize
         some = float(np.minimum(present * fetched, reduced).sum())
         return (ranks - 1) * (some + (operator.rows - len(present)) * min(other * fetched, reduced))
+
+
+def hot_slices(table: DynamicIds, ids: np.ndarray, present: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """The slices that batches look most rows up in, as ranges of a stand-in's rows.
+
+    >>> table = DynamicIds(salt=0, slices=32, rows=320)
+    >>> hot_slices(table, np.array([3, 15, 17, 24]), np.array([0.9, 0.5, 0.5, 0.4]))
+    ((0, 20),)
+    """
+    looked_up = np.bincount(ids // table.rows_of_slice, present, minlength=table.slices)
+    hot = np.sort(np.argsort(-looked_up, kind="stable")[: table.slices // HOT_SHARE])
+    ranges = hot_ranges(hot)
+    return tuple((start * table.rows_of_slice, stop * table.rows_of_slice) for start, stop in ranges)
 
 
 def hot_ranges(rows: np.ndarray) -> tuple[tuple[int, int], ...]:

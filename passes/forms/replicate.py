@@ -14,6 +14,7 @@ from typing import ClassVar
 import sympy
 
 from descompiler.cost_models.forms import REPLICATE, SPARSE_ALL_GATHER
+from descompiler.cost_models.table import Table
 from descompiler.graph.program import Program
 from descompiler.layout.pieces import Pieces
 from descompiler.tables.blocks import OwnRows, not_fetched
@@ -38,5 +39,5 @@ class Replicate(OwnRows):
     def fetches(self, split: Split) -> bool:
         return split.gathered
 
-    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
-        return {"sparse gradients": SPARSE_ALL_GATHER} if sparse else {"dense gradients": REPLICATE}
+    def costs(self, table: Table) -> Mapping[str, sympy.Expr]:
+        return {"sparse gradients": SPARSE_ALL_GATHER} if table.sparse else {"dense gradients": REPLICATE}

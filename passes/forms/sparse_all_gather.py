@@ -14,6 +14,7 @@ from typing import ClassVar
 import sympy
 
 from descompiler.cost_models.forms import SPARSE_ALL_GATHER
+from descompiler.cost_models.table import Table
 from descompiler.graph.program import Program
 from descompiler.layout.pieces import Pieces
 from descompiler.tables.blocks import OwnRows, not_fetched
@@ -34,5 +35,5 @@ class SparseAllGather(OwnRows):
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
         return Split(self.name, Pieces.replicate(operator.shape, ranks), gathered=True)
 
-    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
+    def costs(self, table: Table) -> Mapping[str, sympy.Expr]:
         return {"gradients of unique ids": SPARSE_ALL_GATHER}

@@ -30,7 +30,7 @@ from descompiler.tables.tables import Lookup, Operator
 class TableWise(InRegion):
     name: str = "table_wise"
     has_owners: ClassVar[bool] = True
-    one_owner: ClassVar[bool] = True
+    takes_dynamic: ClassVar[bool] = True
 
     def refuses(self, program: Program, operator: Operator) -> str | None:
         return not_in_region(program, operator) or whole_rows(operator)

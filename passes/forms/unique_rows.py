@@ -16,6 +16,7 @@ from typing import ClassVar
 import sympy
 
 from descompiler.cost_models.forms import UNIQUE_ROWS
+from descompiler.cost_models.table import Table
 from descompiler.graph.program import Program
 from descompiler.tables.blocks import ByRows, OwnRows, by_rows, not_fetched
 from descompiler.tables.form import Choice, Split
@@ -34,5 +35,5 @@ class UniqueRows(ByRows, OwnRows):
     def split(self, operator: Operator, ranks: int, choice: Choice) -> Split:
         return Split(self.name, by_rows(operator, ranks, choice))
 
-    def costs(self, sparse: bool) -> Mapping[str, sympy.Expr]:
+    def costs(self, table: Table) -> Mapping[str, sympy.Expr]:
         return {"unique ids out, rows back, gradients out": UNIQUE_ROWS}
