@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import descompiler as des
-from descompiler.dynamic import AfterSightings
+from descompiler.dynamic import AfterSightings, Capacity
 from tests.harness.dynamic_ranks import (
     OPTIMIZERS,
     OPTIONS,
@@ -102,6 +102,47 @@ def loop_with_prefetch(rank, ranks, plan, steps):
 @pytest.mark.parametrize(("ranks", "plan"), [(2, "row_wise"), (2, "unique_rows"), (3, "hot")])
 def test_ids_travel_ahead(on_ranks, ranks, plan):
     assert min(on_ranks(loop_with_prefetch, ranks, PLANS[plan], 12)) >= 7
+
+
+FREQUENT = 7 << 50, -9, 12345
+
+
+def few_everywhere(step, rows=64):
+    """Ids of which three are in nearly every batch."""
+    g = torch.Generator().manual_seed(step)
+    ids = torch.randint(-(1 << 62), 1 << 62, (rows,), generator=g)
+    return (torch.where(torch.rand(rows, generator=g) < 0.8, torch.tensor(FREQUENT)[torch.arange(rows) % 3], ids),)
+
+
+class Alone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.user, self.head = des.DynamicEmbedding(4, name="user", evict=Capacity(4096)), nn.Linear(4, 1)
+
+    def forward(self, users):
+        return self.head(self.user(users)).squeeze(1)
+
+
+def hot_slices_of(rank, ranks):
+    """The bytes that a plan of measured slices expects, and those that steps send; whether all ranks have those ids."""
+    torch.manual_seed(0)
+    samples = [few_everywhere(step) for step in range(20)]
+    module = des.compile(Alone(), samples[0], plan={"user": "hot_rows"}, samples=samples)
+    table, bytes_sent = module.user._table, []
+    hot = table.owners[table.residence.slices_of(table.keys(torch.tensor(FREQUENT)))]
+    for step in range(20, 30):
+        module(*few_everywhere(step * ranks + rank)).sum().backward()
+        assert module.traffic() == module.predicted_traffic()
+        bytes_sent.append(module.traffic().total)
+    expected = module.plan.price_bytes
+    return hot.tolist(), int((table.owners == -1).sum()), expected, sum(bytes_sent) / 10, str(module.plan.explain())
+
+
+def test_slices_that_were_measured_are_on_all_ranks(on_ranks):
+    for hot, slices, expected, sent, explained in on_ranks(hot_slices_of, 2):
+        assert hot == [-1, -1, -1] and slices == 64 // 16
+        assert abs(sent - expected) < 0.1 * expected
+        assert "hot slices' gradients gathered" in explained
 
 
 class Penalised(Clicks):
