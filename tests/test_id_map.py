@@ -1,5 +1,9 @@
 """The map from keys to slots is a dict, whatever is entered and taken out, and while it moves to more cells."""
 
+import ctypes
+import mmap
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -99,3 +103,31 @@ def test_memory_of_an_id():
 def test_sizes_are_prime(size):
     found = prime_from(size)
     assert found >= size and all(found % d for d in range(2, found))
+
+
+def resident_bytes(array):
+    """Of the pages that an array lies in, which has them for itself, those that take memory."""
+    pages = -(-array.nbytes // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * pages)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mincore(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), found) == 0
+    return sum(x & 1 for x in found) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is given back where it is reserved")
+def test_cells_that_have_moved_take_no_memory():
+    """What is counted while slices move is what the system counts, and never more than when all have."""
+    ids, generator, most, moves = IdMap(256), torch.Generator().manual_seed(0), 0.0, 0
+    for first in range(1, 400_000, 4_000):
+        keys = mix(torch.randint(-(1 << 62), 1 << 62, (4_000,), generator=generator))
+        ids.insert(keys, torch.arange(first, first + 4_000))
+        if len(ids) < 100_000:
+            continue
+        most = max(most, ids.memory_bytes() / len(ids))
+        if ids.moving:
+            moves += 1
+            held = ids.memory_bytes() - ids.keys.tensor.nbytes
+            there = resident_bytes(ids._layout.cells) + resident_bytes(ids._old.cells)
+            assert abs(there - held) < 0.05 * held + (1 << 17)
+    assert moves > 10 and most < 16
+    assert torch.equal(ids.find(keys), torch.arange(first, first + 4_000))

@@ -59,12 +59,17 @@ class Layout:
 
     cells: np.ndarray
     size: int
+    held: Growing
 
     @staticmethod
     def of(slices: int, size: int) -> Layout:
         size = prime_from(size)
-        cells = Growing((slices * size,), torch.int32, torch.device("cpu"), slices * size)
-        return Layout(cells.tensor.numpy(), size)
+        held = Growing((slices * size,), torch.int32, torch.device("cpu"), slices * size)
+        return Layout(held.tensor.numpy(), size, held)
+
+    def bytes_of(self, slices: int) -> int:
+        """Of the cells of some slices."""
+        return slices * self.size * self.cells.itemsize
 
     @property
     def room(self) -> int:
@@ -126,6 +131,7 @@ class IdMap:
         self._layout, self._old = Layout.of(slices, FEWEST_CELLS), None
         self._moved = np.ones(slices, dtype=bool)  # to the layout, from the old one
         self._count = self._owed = 0
+        self._left = 0  # cells of the old layout, from the first on, whose memory was given back
 
     _old: Layout | None
 
@@ -143,8 +149,12 @@ class IdMap:
         return self._old is not None
 
     def memory_bytes(self) -> int:
-        """Bytes of cells and keys."""
-        cells = self._layout.cells.nbytes + (self._old.cells.nbytes if self._old is not None else 0)
+        """Bytes of cells and keys; of cells that were never written, or were given back, there are none."""
+        cells = self._layout.cells.nbytes
+        if self._old is not None:
+            if self._layout.held.is_written_to_be_had:
+                cells = self._layout.bytes_of(int(self._moved.sum()))
+            cells += self._old.cells.nbytes - self._left * self._old.cells.itemsize
         return cells + self.keys.tensor.nbytes
 
     def find(self, keys: Tensor) -> Tensor:
@@ -238,7 +248,7 @@ class IdMap:
             fitting = int(max(GROWTH * self._layout.size, most / FULL + 1, total / (CROWDED * self.slices) + 1))
             self._old, self._layout = self._layout, Layout.of(self.slices, fitting)
             self._moved = np.zeros(self.slices, dtype=bool)
-            self._owed = 0
+            self._owed = self._left = 0
         if self._old is not None:
             self._write(((after > self._old.room) & ~self._moved).nonzero()[0])
 
@@ -256,8 +266,12 @@ class IdMap:
         slots = self._taken(slices) if slots is None else slots
         self._layout.cells.reshape(self.slices, -1)[slices[self._moved[slices]]] = EMPTY
         self._moved[slices] = True
-        if self._old is not None and self._moved.all():
-            self._old = None
+        if self._old is not None:
+            first = int(self._moved.argmin())  # the first that is not moved; 0 if all are
+            if first == 0 and self._moved[0]:
+                self._old = None
+            elif first * self._old.size > self._left:
+                self._left = self._old.held.give_back(self._left, first * self._old.size)
         keys = self._keys_of(slots)
         _place(self._layout, keys, slots, slice_of(keys, self.slices))
 

@@ -76,6 +76,27 @@ class Growing:
             return
         self.tensor = self._view(size)
 
+    @property
+    def is_written_to_be_had(self) -> bool:
+        """Whether elements take memory only once they are written, and `give_back` takes it from them."""
+        return self._space is not None
+
+    def give_back(self, start: int, stop: int) -> int:
+        """Let elements from start to stop be zeros, whose memory is the system's again: whole pages of them.
+
+        Returns
+        -------
+        int
+            From where on elements were left: ``start``, if nothing can be given back.
+        """
+        if self._space is None:
+            return start
+        first, end = (-(-start * self._item // mmap.PAGESIZE), stop * self._item // mmap.PAGESIZE)
+        if end <= first:
+            return start
+        self._space.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (end - first) * mmap.PAGESIZE)
+        return end * mmap.PAGESIZE // self._item
+
     def _view(self, size: int) -> Tensor:
         if self._space is None:
             return self._whole[:size]
