@@ -94,7 +94,7 @@ class Layout:
 
     def ahead(self, at: np.ndarray, step: np.ndarray) -> np.ndarray:
         """The next places in the slice, a row for each key; the fewer keys, the more: a round costs what calls do."""
-        width = min(max(FEW // at.size, 1), MOST_AHEAD)
+        width = min(max(FEW // max(at.size, 1), 1), MOST_AHEAD)
         if width == 1:
             places: np.ndarray = at + step
             places -= self.size * (places >= self.size)
@@ -303,7 +303,7 @@ def _place(layout: Layout, keys: np.ndarray, slots: np.ndarray, slices: np.ndarr
     """Write slots of keys that are not there to the first cells that are free."""
     first, at, step = slices * layout.size, layout.home(keys), layout.step(keys)
     slots = slots.astype(np.int32)
-    places = at[:, None]
+    places = layout.ahead(at - step, step)  # from the home on
     while slots.size:
         cells = first[:, None] + places
         free, chosen = _first(_at(layout.cells, cells) == EMPTY)
@@ -312,7 +312,7 @@ def _place(layout: Layout, keys: np.ndarray, slots: np.ndarray, slices: np.ndarr
         # of several that want a cell one has it
         rest = (_at(layout.cells, cell) != slots).nonzero()[0]
         slots, first, at, step = (x[rest] for x in (slots, first, at, step))
-        places = layout.ahead(at, step) if rest.size else places
+        places = layout.ahead(at, step)
 
 
 def _taken(layout: Layout, slices: np.ndarray) -> np.ndarray:

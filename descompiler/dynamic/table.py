@@ -98,9 +98,14 @@ class Table:
         self._limit()
         return self.residence
 
+    _held: Tensor | None = None
+    """Of each slice, whether its ids are looked up here; None: all are."""
+
     def own(self, owners: Tensor | None, rank: int) -> None:
         """Look up the ids of a rank's slices alone, with their share of ``max_rows``."""
         self.owners, self.rank = owners, rank
+        held = None if owners is None else (owners == rank).logical_or_(owners == EVERY_RANK)
+        self._held = None if held is None or held.all() else held
         self._limit()
 
     def _limit(self) -> None:
@@ -119,7 +124,7 @@ class Table:
 
     def keys(self, ids: Tensor) -> Tensor:
         """The keys of ids."""
-        return mix(ids ^ self._salt)
+        return torch.from_numpy(mix(ids.numpy() ^ self._salt))
 
     def look_up(self, ids: Tensor, *, create: bool) -> Tensor:
         """The rows of ids (int64 ``[n]``, on the CPU), default rows for those that have none.
@@ -147,9 +152,9 @@ class Table:
         ``weight``: the parameter as the caller has it, which the gradient goes to.
         """
         keys = self.keys(ids)
-        mine = torch.ones_like(ids, dtype=torch.bool)
-        if self.owners is not None:
-            mine = self.holds(keys)
+        if self._held is None and self.padding_idx is None:
+            return self.rows.look_up(self._slots(keys, create=create), weight)
+        mine = self.holds(keys)
         if self.padding_idx is not None:
             mine &= ids != self.padding_idx
         slots = torch.zeros_like(keys)
@@ -159,7 +164,7 @@ class Table:
     @property
     def held_slices(self) -> Tensor:
         """The slices whose ids are looked up here."""
-        return self._held().nonzero()[:, 0]
+        return torch.arange(self.residence.slices) if self._held is None else self._held.nonzero()[:, 0]
 
     @property
     def own_slices(self) -> Tensor:
@@ -175,15 +180,11 @@ class Table:
             return torch.zeros(self.residence.slices, dtype=torch.int64)
         return self.owners.clamp(min=0)
 
-    def _held(self) -> Tensor:
-        """Of each slice, whether its ids are looked up here."""
-        if self.owners is None:
-            return torch.ones(self.residence.slices, dtype=torch.bool)
-        return (self.owners == self.rank).logical_or_(self.owners == EVERY_RANK)
-
     def holds(self, keys: Tensor) -> Tensor:
         """Of each key, whether its id is looked up here."""
-        return self._held()[self.residence.slices_of(keys)]
+        if self._held is None:
+            return torch.ones_like(keys, dtype=torch.bool)
+        return self._held[self.residence.slices_of(keys)]
 
     @property
     def is_idle(self) -> bool:
