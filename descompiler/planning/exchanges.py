@@ -10,14 +10,12 @@ from math import prod
 
 import torch
 
-from descompiler.classify.behind import Behind
 from descompiler.classify.scope import (
     GLOBAL,
     OWN,
     WHOLE,
     is_coupled,
     scope_of,
-    trained_parameters,
 )
 from descompiler.graph.arguments import training_norm
 from descompiler.graph.leaf import Leaf
@@ -59,7 +57,7 @@ def layout_of(partition: Partition) -> Layout:
     transfers += layouts_of(p.program, p.products, p.splits)
     totals = [t for t in p.totals.values() if t.node.users]
     transfers += [*coupled, *total_exchanges(p.program, totals, lambda n: scope_of(n).grad)]
-    behind = Behind(p.program)
+    behind = p.known.behind
     if behind.size or len(set(filter(None, behind.possible))) > 1:
         transfers.append(UsedOutputs(len(behind.possible), behind.size))
     if dense := _dense_elements(p):
@@ -142,7 +140,7 @@ def _fetch(
 def _dense_elements(p: Partition) -> dict[torch.dtype | None, int]:
     """By dtype, of parameters whose gradients the reducer averages: replicated, trained, and not gathered."""
     gathered = {name for name, s in p.splits.items() if s.gathered}
-    trained = trained_parameters(p.program) - gathered
+    trained = p.known.trained - gathered
     result: dict[torch.dtype | None, int] = {}
     for n, x in p.program.parameters.items():
         if n in trained and p.pieces[n].is_replicated:

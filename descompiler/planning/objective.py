@@ -34,6 +34,7 @@ from descompiler.planning.pins import Forbidden
 from descompiler.planning.work import work_seconds
 from descompiler.region.cut import Weights, at_lookups, minimum_cut
 from descompiler.region.flow import DEFAULT, SOLVERS
+from descompiler.region.known import Known
 from descompiler.region.partition import Partition
 from descompiler.region.place import place
 from descompiler.region.rule import Rule
@@ -159,6 +160,11 @@ class Objective:
         """Expected unique ids of a rank's batch, by table."""
         return {o.name: self.statistics.unique(o.name, self.w.rows) for o in self.operators}
 
+    @cached_property
+    def known(self) -> Known:
+        """What all partitions that are tried have in common."""
+        return Known(self.program)
+
     def trial(self, forms: Mapping[str, str]) -> Trial:
         """Assign, place, cut and price one choice."""
         found: list[Trial] = []
@@ -171,7 +177,7 @@ class Objective:
                 cuts["lookups"] = other
             for aggregate, cut in cuts.items():
                 of = self.program, self.operators, splits, candidates, cut, self.w.ranks
-                partition = Partition(*of, wire_dtype=self.w.wire_dtype, global_ids=self.w.global_ids)
+                partition = Partition(*of, None, self.w.wire_dtype, self.w.global_ids, self.known)
                 found.append(self._price(partition, aggregate))
             best = min(found, key=lambda t: t.score)
             if not best.score.missing_bytes:

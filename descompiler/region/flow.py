@@ -62,38 +62,42 @@ def reduced(graph: nx.DiGraph, kept: Iterable[Hashable]) -> nx.DiGraph:
     [('source', 'sink', 2)]
     """
     kept = {SOURCE, SINK, *kept}
-    small = nx.DiGraph()
-    small.add_nodes_from(graph)
+    small = _Edges(graph)
     for a, b, capacity in graph.edges(data="capacity"):
-        add(small, a, b, capacity)
+        small.add(a, b, capacity)
     unlimited = nx.DiGraph([(a, b) for a, b, c in graph.edges(data="capacity") if c is None])
     for together in nx.strongly_connected_components(unlimited):
         first, *others = sorted(together, key=lambda n: n not in kept)
         for n in others:
             if n not in kept:
-                _merge(small, n, first)
-    waiting = [n for n in small if n not in kept]
+                small.merge(n, first)
+    waiting = [n for n in small.after if n not in kept]
     while waiting:
         n = waiting.pop()
-        if n not in small:
+        if n not in small.after:
             continue
-        near = {*small.pred[n], *small.succ[n]}
-        before, after = (list(edges[n].items()) for edges in (small.pred, small.succ))
+        before, after = small.before[n], small.after[n]
+        (a, x), (b, y) = (next(iter(edges.items()), (n, 0)) for edges in (before, after))
         if not before or not after:
-            small.remove_node(n)
-        elif len(after) == 1 and after[0][1].get("capacity") is None:
-            _merge(small, n, after[0][0])
-        elif len(before) == 1 and before[0][1].get("capacity") is None:
-            _merge(small, n, before[0][0])
+            small.remove(n)
+        elif len(after) == 1 and y is None:
+            small.merge(n, b)
+        elif len(before) == 1 and x is None:
+            small.merge(n, a)
         elif len(before) == len(after) == 1:
-            (a, x), (b, y) = before[0], after[0]
-            small.remove_node(n)
+            assert x is not None and y is not None
+            small.remove(n)
             if a != b:
-                add(small, a, b, min(x["capacity"], y["capacity"]))
+                small.add(a, b, min(x, y))
         else:
             continue
-        waiting += (m for m in near if m in small and m not in kept)
-    return small
+        waiting += (m for m in {*before, *after} if m in small.after and m not in kept)
+    found = nx.DiGraph()
+    found.add_nodes_from(small.after)
+    for a, following in small.after.items():
+        for b, capacity in following.items():
+            add(found, a, b, capacity)
+    return found
 
 
 def add(graph: nx.DiGraph, a: Hashable, b: Hashable, capacity: int | None) -> None:
@@ -112,13 +116,37 @@ def add(graph: nx.DiGraph, a: Hashable, b: Hashable, capacity: int | None) -> No
     graph.add_edge(a, b, **({} if capacity is None else {"capacity": capacity}))
 
 
-def _merge(graph: nx.DiGraph, node: Hashable, into: Hashable) -> None:
-    edges = [*graph.in_edges(node, data="capacity"), *graph.out_edges(node, data="capacity")]
-    graph.remove_node(node)
-    for a, b, capacity in edges:
-        a, b = into if a == node else a, into if b == node else b
-        if a != b:
-            add(graph, a, b, capacity)
+class _Edges:
+    """A graph that gets smaller, as dicts: capacities of edges by their ends, None where they are unlimited."""
+
+    def __init__(self, nodes: Iterable[Hashable]):
+        self.after: dict[Hashable, dict[Hashable, int | None]] = {n: {} for n in nodes}
+        self.before: dict[Hashable, dict[Hashable, int | None]] = {n: {} for n in self.after}
+
+    def add(self, a: Hashable, b: Hashable, capacity: int | None) -> None:
+        if b in self.after[a]:
+            other = self.after[a][b]
+            capacity = None if capacity is None or other is None else capacity + other
+        self.after[a][b] = self.before[b][a] = capacity
+
+    def remove(self, node: Hashable) -> tuple[dict[Hashable, int | None], dict[Hashable, int | None]]:
+        """Without a node; returns the edges that it had, from others and to others."""
+        before, after = self.before.pop(node), self.after.pop(node)
+        for a in before:
+            self.after.get(a, {}).pop(node, None)
+        for b in after:
+            self.before.get(b, {}).pop(node, None)
+        return before, after
+
+    def merge(self, node: Hashable, into: Hashable) -> None:
+        """A node is one with another: its edges are that one's."""
+        before, after = self.remove(node)
+        for a, capacity in before.items():
+            if a not in (node, into):
+                self.add(a, into, capacity)
+        for b, capacity in after.items():
+            if b not in (node, into):
+                self.add(into, b, capacity)
 
 
 def by_networkx(graph: nx.DiGraph) -> Found:

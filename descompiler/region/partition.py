@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from descompiler.classify.coupling import Coupling, couple
-from descompiler.classify.scope import GLOBAL, coupled_nodes, scope_of, trained_parameters
+from descompiler.classify.scope import GLOBAL, scope_of
 from descompiler.errors import PlanError
 from descompiler.graph.arguments import BatchNormCall, training_norm
 from descompiler.graph.nodes import tail, target_name, user_line
@@ -24,10 +24,11 @@ from descompiler.layout.id_checks import Check
 from descompiler.layout.pieces import Pieces
 from descompiler.layout.placement import Owned, Placement, Shard
 from descompiler.region.cut import Candidates, Cut
+from descompiler.region.known import Known
 from descompiler.tables.form import Split, form_named
 from descompiler.tables.products import bias_pieces, checks_of, outputs_in_order
 from descompiler.tables.tables import Lookup, Operator, Output, lookups_by_node
-from descompiler.tables.totals import Total, divided, find_totals
+from descompiler.tables.totals import Total, divided
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,8 @@ class Partition:
         As `descompiler.layout.layout.Layout` has it.
     global_ids : bool
         Whether every rank is given the global batch of what lookups read.
+    shared : Known, optional
+        What other partitions of the program have found of it.
     """
 
     program: Program
@@ -57,6 +60,12 @@ class Partition:
     planned: Mapping[str, Pieces] | None = None
     wire_dtype: torch.dtype | None = None
     global_ids: bool = False
+    shared: Known | None = None
+
+    @cached_property
+    def known(self) -> Known:
+        """What is the same in all partitions of the program."""
+        return Known(self.program) if self.shared is None else self.shared
 
     @cached_property
     def pieces(self) -> Mapping[str, Pieces]:
@@ -64,8 +73,7 @@ class Partition:
         replicated."""
         if self.planned is not None:
             return self.planned
-        result = {n: Pieces.replicate(tuple(p.shape), self.ranks) for n, p in self.program.parameters.items()}
-        result.update({n: s.pieces for n, s in self.splits.items()})
+        result = self.known.replicated(self.ranks) | {n: s.pieces for n, s in self.splits.items()}
         for node in self.inside:
             result.update(self.candidates.placed[node].pieces)
         return result | bias_pieces(self.program, self.products, self.splits)
@@ -140,7 +148,7 @@ class Partition:
     @cached_property
     def shared_weights(self) -> dict[str, Pieces]:
         """Trained co-located weights of which every rank holds a slice."""
-        trained = trained_parameters(self.program)
+        trained = self.known.trained
         return {
             name: p
             for node in self.program.graph.nodes
@@ -171,7 +179,7 @@ class Partition:
             return [], []
         splits = self.splits
         users = lookups_by_node([o for o in self.operators if form_named(splits[o.name].form).fetches(splits[o.name])])
-        late = descendants(self.program.graph, {*self.inside, *users}) | coupled_nodes(self.program)
+        late = descendants(self.program.graph, {*self.inside, *users}) | self.known.coupled
         order = [users[n] for n in self.program.graph.nodes if n in users]
         known = [u for u in order if u[1].ids not in late]
         early = [u for u in known if u[1].dynamic is None]
@@ -209,14 +217,14 @@ class Partition:
     @cached_property
     def totals(self) -> dict[fx.Node, Total]:
         """Sums over all rows of divided tables."""
-        return {t.node: t for t in divided(find_totals(self.program), self.splits)}
+        return {t.node: t for t in divided(self.known.totals, self.splits)}
 
     @cached_property
     def early_checks(self) -> tuple[list[tuple[Operator, Lookup]], list[tuple[fx.Node, Check]]]:
         """Lookups whose ids, and targets that, are known before the header, and are checked then."""
         early, others = self.fetched
         sources = {*self.wholes.values(), *(x.node for lookups in (early, *others) for _, x in lookups)}
-        late = descendants(self.program.graph, {*self.inside, *sources}) | coupled_nodes(self.program)
+        late = descendants(self.program.graph, {*self.inside, *sources}) | self.known.coupled
         checked = [
             (o, x)
             for o, x in self.lookups.values()
