@@ -111,9 +111,13 @@ def add(graph: nx.DiGraph, a: Hashable, b: Hashable, capacity: int | None) -> No
     [('source', 'a', 5), ('a', 'sink', None)]
     """
     if graph.has_edge(a, b):
-        other = graph.edges[a, b].pop("capacity", None)
-        capacity = None if capacity is None or other is None else capacity + other
+        capacity = _of_both(capacity, graph.edges[a, b].pop("capacity", None))
     graph.add_edge(a, b, **({} if capacity is None else {"capacity": capacity}))
+
+
+def _of_both(one: int | None, other: int | None) -> int | None:
+    """What two edges between the same nodes can take together."""
+    return None if one is None or other is None else one + other
 
 
 class _Edges:
@@ -125,8 +129,7 @@ class _Edges:
 
     def add(self, a: Hashable, b: Hashable, capacity: int | None) -> None:
         if b in self.after[a]:
-            other = self.after[a][b]
-            capacity = None if capacity is None or other is None else capacity + other
+            capacity = _of_both(capacity, self.after[a][b])
         self.after[a][b] = self.before[b][a] = capacity
 
     def remove(self, node: Hashable) -> tuple[dict[Hashable, int | None], dict[Hashable, int | None]]:
