@@ -49,6 +49,14 @@ def graph_of(nodes, edges):
     return graph
 
 
+def test_edges_that_become_one_have_both_capacities():
+    """Two paths of two edges each; a cycle of unlimited edges whose nodes have an edge each to the same node."""
+    paths = [(SOURCE, "a", 3), ("a", SINK, 4), (SOURCE, "b", 2), ("b", SINK, 1)]
+    assert list(reduced(graph_of((), paths), ()).edges(data="capacity")) == [(SOURCE, SINK, 4)]
+    cycle = [(SOURCE, "a", 9), ("a", "b", None), ("b", "a", None), ("a", SINK, 3), ("b", SINK, 4)]
+    assert list(reduced(graph_of((), cycle), ()).edges(data="capacity")) == [(SOURCE, SINK, 7)]
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_a_reduced_graph_has_the_same_cuts(data):
