@@ -111,6 +111,8 @@ def ids(*shape, seed=0):
     return torch.randint(0, 23, shape, generator=generator) * -(1 << 58) - 5
 
 
+PADDED = torch.where(torch.arange(9).unsqueeze(1) % 4 == 2, torch.tensor(-5), ids(9, 4))
+"""Two bags of padding alone."""
 ONE, TWO, MANY = (ids(9),), (ids(9), ids(9, seed=1)), (ids(9, 4),)
 MODELS = {
     "twice": (Twice, TWO),
@@ -122,6 +124,7 @@ MODELS = {
     "maxima": (lambda: Bags("max"), MANY),
     "padded sums": (lambda: Bags("sum", padding_idx=-5), MANY),
     "padded means": (lambda: Bags("mean", padding_idx=-5), MANY),
+    "padded maxima": (lambda: Bags("max", padding_idx=-5), (PADDED,)),
     "weighted": (lambda: Weighted("sum"), (*MANY, torch.rand(9, 4, generator=torch.Generator().manual_seed(2)))),
     "normalised": (Normalised, ONE),
     "frozen": (lambda: Normalised(trained=False), ONE),

@@ -80,10 +80,6 @@ class StandIn(nn.Module):
     device : torch.device
         Of the weight.
 
-    Raises
-    ------
-    UnsupportedError
-        For maxima over bags with padding.
     """
 
     def __init__(self, table: DynamicTable, device: torch.device):
@@ -98,11 +94,6 @@ class StandIn(nn.Module):
         self.include_last_offset = False
         if isinstance(table, DynamicEmbeddingBag):
             self.mode, self.include_last_offset = table.mode, table.include_last_offset
-            if self.mode == "max" and self.padding_idx is not None:
-                raise UnsupportedError(
-                    f"{self.named}: maxima over bags with padding_idx={self.padding_idx} are not distributed; use "
-                    "mode='sum' or 'mean'"
-                )
         weight = torch.empty(self.rows, config.dim, dtype=table.weight.dtype, device=device)
         self.weight = nn.Parameter(weight, requires_grad=table.weight.requires_grad)
         self.training = table.training
@@ -116,7 +107,7 @@ class StandIn(nn.Module):
         if offsets is None and (self.padding_idx is not None or self.mode == "max"):
             rows = self._without_padding(F.embedding(at, self.weight, sparse=True), ids)
             if self.mode == "max":
-                return rows.max(1).values
+                return self._maxima(rows, ids)
             if per_sample_weights is not None:
                 rows = rows * per_sample_weights.unsqueeze(-1)
             total = rows.sum(1)
@@ -135,6 +126,14 @@ class StandIn(nn.Module):
             per_sample_weights=per_sample_weights,
             include_last_offset=self.include_last_offset,
         )
+
+    def _maxima(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """Maxima over bags, of what is no padding; zeros for a bag of nothing else."""
+        if self.padding_idx is None:
+            return rows.max(1).values
+        padding = (ids == self.padding_idx).unsqueeze(-1)
+        found = rows.masked_fill(padding, -torch.inf).max(1).values
+        return found.masked_fill(padding.all(1), 0.0)
 
     def _without_padding(self, rows: Tensor, ids: Tensor) -> Tensor:
         return rows if self.padding_idx is None else rows * (ids != self.padding_idx).unsqueeze(-1)
