@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import descompiler as des
 from descompiler.cost_models.symbols import L, N, b, i, s, w
 from descompiler.cost_models.table import Table
+from descompiler.dynamic import Capacity
 from descompiler.layout.border import Entry, Exit, IdsIn, SharedColumns, ValuesOut
 from descompiler.layout.division import Division
 from descompiler.layout.fetches import Fetch, FetchTable
@@ -215,6 +217,31 @@ def test_a_plan_file_of_version_2_is_read():
     assert again["version"] == VERSION and des.Plan.from_json(plan.to_json()) == plan
     again["layout"]["transfers"][0]["is"] = "Header"  # as some files of version 3 named the first kind
     assert des.Plan.from_json(json.dumps(again)) == plan
+
+
+class Pulled(nn.Module):
+    """The model of the plan files of version 7."""
+
+    def __init__(self, static):
+        super().__init__()
+        self.user, self.item = (des.DynamicEmbedding(4, name=n, evict=Capacity(64)) for n in ("user", "item"))
+        self.shop = nn.Embedding(50, 4) if static else None
+
+    def forward(self, users, items):
+        found = self.user(users) * self.item(items) + self.user(items)
+        return (found if self.shop is None else found * self.shop(users % 50)).sum(1)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_plan_file_of_version_7_is_followed(static):
+    """In which each lookup of a dynamic table was fetched by itself; with a static table the header tells of that."""
+    name = f"version_7_dynamic{'_and_static' if static else ''}.json"
+    plan = des.Plan.load(Path(__file__).parent / "plans" / name)
+    ids = torch.arange(8), torch.arange(8)
+    again = des.plan(Pulled(static), ids, plan=plan)
+    assert set(again.forms.values()) == {"unique_rows"} and again.layout.sends_as(plan.layout, 8, 4)
+    calls = plan.traffic(0).calls_by_collective
+    assert calls[Fetch.IDS] == calls[Fetch.BACK] == 1 + static and calls.get(Fetch.COUNTS, 0) == static
 
 
 def test_a_plan_file_of_version_3_is_read():

@@ -110,7 +110,7 @@ class Table:
 
     def _limit(self) -> None:
         if self.owners is not None and self.config.max_rows is not None:
-            self.residence.max_rows = self.config.max_rows * len(self.held_slices) // self.residence.slices
+            self.residence.max_rows = self.config.max_rows * len(self.own_slices) // self.residence.slices
 
     @property
     def parameter(self) -> nn.Parameter:

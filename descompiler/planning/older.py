@@ -4,8 +4,9 @@ In version 2 a layout had a field for each kind of what crosses; since version 3
 one had another name at first, and tables had fewer numbers. Who has which part of a dimension was written in three
 ways; since version 4 it is in one. Until then everything crossed in the model's dtype; since version 5 a transfer says
 so if it is another. Since version 6 a plan has the seconds of its ranks' own work; since version 7 its layout says
-whether values are rounded where they cross, which a reader of version 6 would pass over. Forms had other names in some
-files of version 2 (`descompiler.tables.aliases`); who edits a file may still write these.
+whether values are rounded where they cross, which a reader of version 6 would pass over; since version 8 lookups in
+dynamic tables whose ids are known at the start are fetched together. Forms had other names in some files of version 2
+(`descompiler.tables.aliases`); who edits a file may still write these.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from descompiler.layout.division import Division
 from descompiler.planning.json import encode
 from descompiler.tables.aliases import current_name
 
-VERSION = 7
+VERSION = 8
 """Of the plan files that are written."""
 
 DTYPES = {2: "float16", 4: "float32", 8: "float64"}
@@ -46,7 +47,9 @@ def as_of_now(data: dict[str, Any]) -> dict[str, Any]:
     if data["version"] == 5:
         data = {**data, "version": 6, "work_s": 0.0, "seconds": {}}
     if data["version"] == 6:
-        data = {**data, "version": VERSION}
+        data = {**data, "version": 7}
+    if data["version"] == 7:
+        data = {**data, "version": VERSION, "layout": _pulled_together(data["layout"])}
     return _in_current_names(data) if data["version"] == VERSION else data
 
 
@@ -65,6 +68,26 @@ def _in_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
         "tables": [{**table, "refusals": by_form(table["refusals"])} for table in data["tables"]],
         **{what: {table: by_form(x) for table, x in data[what].items()} for what in ("prices", "seconds", "missing")},
     }
+
+
+def _pulled_together(old: Mapping[str, Any]) -> dict[str, Any]:
+    """The layout of a file of version 7, where each lookup in a dynamic table that is pulled was a fetch of its own."""
+    of_dynamic = [x for x in old["transfers"] if x["is"] == "Fetch" and any(t.get("dynamic") for t in x["tables"])]
+    if not of_dynamic:
+        return dict(old)
+    every = {t["name"]: t for x in reversed(of_dynamic) for t in x["tables"]}
+    names = dict.fromkeys(t["name"] for x in of_dynamic for t in x["tables"])
+    tables = sorted((every[n] for n in names), key=lambda t: (not t["trained"], t["sparse"], t["dtype"], t["dim"]))
+    position = {t["name"]: i for i, t in enumerate(tables)}
+    together = {
+        **of_dynamic[0],
+        "tables": tables,
+        "lookups": [position[x["tables"][at]["name"]] for x in of_dynamic for at in x["lookups"]],
+        **{what: [y for x in of_dynamic for y in x[what]] for what in ("names", "checks")},
+        "early": not any(x["is"] == "Fetch" and x["early"] for x in old["transfers"]),
+    }
+    transfers = [together if x is of_dynamic[0] else x for x in old["transfers"] if x not in of_dynamic[1:]]
+    return {**old, "transfers": transfers}
 
 
 def _with_numbers(data: Mapping[str, Any]) -> dict[str, Any]:
