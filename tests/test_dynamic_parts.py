@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from descompiler.dynamic import AfterSightings, Capacity, Constant, DynamicEmbedding, Normal, Uniform, storage
+from descompiler.dynamic import AfterSightings, Always, Capacity, Constant, DynamicEmbedding, Normal, Uniform, storage
 from descompiler.dynamic.hashing import mix, slice_of, slices_for, unit, unmix
 from descompiler.dynamic.owners import Owners
 from descompiler.dynamic.residence import FreeSlots
@@ -16,6 +16,7 @@ from descompiler.dynamic.sketch import Sketch
 from descompiler.dynamic.stand_in import StandIn, stand_in_rows
 from descompiler.dynamic.static import with_dynamic
 from descompiler.dynamic.storage import Growing
+from descompiler.dynamic.table import Config, Table
 from descompiler.errors import InputError
 from tests.harness import dynamic as oracle
 
@@ -210,3 +211,15 @@ def test_static_tables_become_dynamic_ones_of_different_names():
     model = with_dynamic(nn.ModuleList([nn.Embedding(3, 4), nn.Embedding(3, 4)]), {"0": None, "1": None})
     one, other = (table(torch.tensor([7])) for table in model)
     assert not torch.equal(one, other) and len(model[0]) == 4
+
+
+def test_ranks_have_no_more_rows_together_than_one():
+    """Slices that every rank has count once, as their rows do."""
+    config, limits = Config(2, "user", 0, Constant(0.5), Always(), None, 1000), []
+    owners = torch.arange(64) % 4 - 1  # a quarter of the slices is every rank's
+    for rank in range(3):
+        table = Table(config, torch.float32, torch.device("cpu"))
+        table.own(owners, rank)
+        limits.append(table.residence.max_rows)
+        assert len(table.held_slices) == 32
+    assert sum(limits) == 1000
