@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,7 @@ INITIAL: dict[type[Optimizer], Callable[[Mapping[str, Any]], dict[str, float]]] 
 """Optimisers whose steps on sparse gradients change the gradient's rows alone; how their state of rows begins."""
 
 
-@runtime_checkable
-class InBackward(Protocol):
+class InBackward(Optimizer):
     """An optimiser that steps in backward, and ends tables' steps there; its ``step`` is none.
 
     ``kept_as`` is whose state it keeps, ``begins`` how that begins, by name.

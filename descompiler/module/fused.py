@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from descompiler.dynamic.states import InBackward
 from descompiler.dynamic.table import Table
 from descompiler.eager.held import Whose, held
 from descompiler.eager.piece import Piece
@@ -31,7 +32,7 @@ from descompiler.runtime.agreement import say
 from descompiler.runtime.backward import TakesNone
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(InBackward):
     """What `fuse_optimizer` returns: it has the groups and the state, for schedulers and checkpoints.
 
     ``step`` and ``zero_grad`` do nothing: the step was made in backward. Tables of one width and dtype lie one behind
