@@ -152,7 +152,7 @@ class IdMap:
         """Bytes of cells and keys; of cells that were never written, or were given back, there are none."""
         cells = self._layout.cells.nbytes
         if self._old is not None:
-            if self._layout.held.is_written_to_be_had:
+            if self._layout.held.is_on_demand:
                 cells = self._layout.bytes_of(int(self._moved.sum()))
             cells += self._old.cells.nbytes - self._left * self._old.cells.itemsize
         return cells + self.keys.tensor.nbytes

@@ -77,7 +77,7 @@ class Growing:
         self.tensor = self._view(size)
 
     @property
-    def is_written_to_be_had(self) -> bool:
+    def is_on_demand(self) -> bool:
         """Whether elements take memory only once they are written, and `give_back` takes it from them."""
         return self._space is not None
 

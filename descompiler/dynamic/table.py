@@ -189,7 +189,7 @@ class Table:
     @property
     def is_idle(self) -> bool:
         """Whether no slice is this rank's."""
-        return not len(self.held_slices)
+        return self._held is not None and not bool(self._held.any())
 
     def owner(self, keys: Tensor) -> Tensor:
         """The rank of each key."""
