@@ -10,6 +10,7 @@ import torch
 from descompiler.dynamic import AfterSightings, Capacity, Constant, DynamicEmbedding, DynamicEmbeddingBag, TimeToLive
 from descompiler.dynamic.id_map import FEWEST_CELLS
 from descompiler.dynamic.rows import FEWEST_ROWS
+from descompiler.dynamic.storage import SOME
 from tests.harness.dynamic import OPTIMIZERS, contents, made
 
 IDS = torch.arange
@@ -323,5 +324,5 @@ def test_memory_is_that_of_all_there_is(optimizer):
     opt.step()
     states = {"sgd": 0, "adagrad": 1, "sparse_adam": 2, "ftrl": 2}[optimizer]
     numbers = 8 * 4 * FEWEST_ROWS * (1 + states)
-    cells, beside, sketch = 4 * 64 * FEWEST_CELLS, 41 * (8 + 4 + 4), 64 * 4 * 8
+    cells, beside, sketch = 4 * 64 * FEWEST_CELLS, (41 + SOME) * (8 + 4 + 4), 64 * 4 * 8
     assert table.memory_bytes() == numbers + cells + beside + sketch

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,21 +84,18 @@ class Capacity:
         return self.by == "lfu"
 
     def visited(self, live: Tensor, step: int) -> Tensor:
-        return (live > self.rows // len(live)).nonzero()[:, 0]
+        return torch.from_numpy((live.numpy() > self.rows // len(live)).nonzero()[0])
 
     def gone(self, seen: Seen, live: Tensor, step: int, kept: Tensor) -> Tensor:
         share = self.rows // len(live)
         ranks = [seen.keys, seen.last, *([] if seen.counts is None else [seen.counts]), kept, seen.slices]
-        order = torch.arange(len(seen.keys))
-        for rank in ranks:  # the last one matters most
-            order = order[rank[order].argsort(stable=True)]
-        slices = seen.slices[order]
-        starts = torch.zeros_like(live)
-        starts[1:] = torch.bincount(slices, minlength=len(live)).cumsum(0)[:-1]
-        leave = (live - (share - share // 8))[slices] > torch.arange(len(order)) - starts[slices]
-        gone = torch.empty_like(leave)
-        gone[order] = leave
-        return gone.logical_and_(~kept)
+        order = np.lexsort([rank.numpy() for rank in ranks])  # the last one matters most
+        slices = seen.slices.numpy()[order]
+        ends = np.bincount(slices, minlength=len(live)).cumsum()
+        place = np.arange(len(order)) - np.concatenate([[0], ends[:-1]])[slices]  # among those of the slice
+        gone = np.empty(len(order), dtype=bool)
+        gone[order] = place < (live.numpy() - (share - share // 8))[slices]
+        return torch.from_numpy(gone).logical_and_(~kept)
 
 
 @dataclass(frozen=True)

@@ -172,9 +172,9 @@ class IdMap:
         """Enter keys that differ, and are not there, at slots that are free."""
         if not len(keys):
             return
-        self.keys.grow(int(slots.max()) + 1)
-        self.keys.tensor[slots] = keys
         words, places = keys.numpy(), slots.numpy()
+        self.keys.have(int(places.max()) + 1)
+        self.keys.tensor.numpy()[places] = words
         slices = slice_of(words, self.slices)
         added = np.bincount(slices, minlength=self.slices)
         self._make_room(added)
@@ -189,7 +189,9 @@ class IdMap:
 
     def keep(self, slices: Tensor, slots: Tensor) -> None:
         """Of the keys in some slices keep those at slots, and take out the others; slices may be given twice."""
-        of, kept = np.unique(slices.numpy()), slots.numpy()
+        are = np.zeros(self.slices, dtype=bool)
+        are[slices.numpy()] = True
+        of, kept = are.nonzero()[0], slots.numpy()
         self._write(of, kept)
         held = np.bincount(slice_of(self._keys_of(kept), self.slices), minlength=self.slices)[of]
         self._count += int(held.sum() - self._live[of].sum())
@@ -240,8 +242,9 @@ class IdMap:
 
     def _make_room(self, added: np.ndarray) -> None:
         """Cells for what is added to each slice; begins the next layout when it is time."""
-        after = self._live + added
-        most, total = int(after.max()), int(after.sum())
+        growing = added.nonzero()[0]
+        after = self._live[growing] + added[growing]
+        most, total = int(after.max()), self._count + int(added.sum())
         crowded = self._old is None and total > CROWDED * self.slices * self._layout.size
         if crowded or most > self._layout.room:
             self._write((~self._moved).nonzero()[0])
@@ -250,7 +253,7 @@ class IdMap:
             self._moved = np.zeros(self.slices, dtype=bool)
             self._owed = self._left = 0
         if self._old is not None:
-            self._write(((after > self._old.room) & ~self._moved).nonzero()[0])
+            self._write(growing[(after > self._old.room) & ~self._moved[growing]])
 
     def _move_some(self, keys: int) -> None:
         """Move slices that have so many keys together, or all that are left."""
@@ -304,13 +307,15 @@ def _place(layout: Layout, keys: np.ndarray, slots: np.ndarray, slices: np.ndarr
     first, at, step = slices * layout.size, layout.home(keys), layout.step(keys)
     slots = slots.astype(np.int32)
     places = layout.ahead(at - step, step)  # from the home on
-    while slots.size:
+    while True:
         cells = first[:, None] + places
         free, chosen = _first(_at(layout.cells, cells) == EMPTY)
         cell, at = cells[chosen], places[chosen]
         layout.cells[cell[free]] = slots[free]
         # of several that want a cell one has it
         rest = (_at(layout.cells, cell) != slots).nonzero()[0]
+        if not rest.size:
+            return
         slots, first, at, step = (x[rest] for x in (slots, first, at, step))
         places = layout.ahead(at, step)
 

@@ -7,6 +7,7 @@ machine.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -85,12 +86,12 @@ class Normal:
     def values(self, keys: Tensor, dim: int) -> Tensor:
         drawn = _words(keys, dim * _WORDS)
         pairs = (drawn & _EVERY_OTHER) + (drawn >> _LANE & _EVERY_OTHER)  # two sums a word, which don't meet
-        sums = pairs.reshape(len(keys), dim, _WORDS).sum(2)
-        whole = torch.from_numpy((sums & 0xFFFFFFFF) + (sums >> 32))
+        sums = functools.reduce(np.add, (pairs[:, word::_WORDS] for word in range(_WORDS)))
+        whole = (sums & 0xFFFFFFFF) + (sums >> 32)
         count = _WORDS * _LANES
         # of integers from 0 to n - 1 the mean is (n - 1) / 2, and the variance (n ** 2 - 1) / 12
         deviation = math.sqrt(count * ((_MOST + 1) ** 2 - 1) / 12)
-        return whole.sub_(count * _MOST // 2).to(torch.float64).mul_(self.std / deviation).add_(self.mean)
+        return torch.from_numpy((whole - count * _MOST // 2) * (self.std / deviation) + self.mean)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from descompiler.dynamic.admission import Admission
 from descompiler.dynamic.eviction import Eviction, Seen
 from descompiler.dynamic.hashing import slice_of, slices_for
 from descompiler.dynamic.id_map import IdMap
+from descompiler.dynamic.rows import among
 from descompiler.dynamic.storage import Growing
 from descompiler.errors import TableFullError
 
@@ -18,6 +20,18 @@ MOST_SLOTS = 2**31 - 1
 """Slots are int32 in the map's cells."""
 
 _CPU = torch.device("cpu")
+_NONE = torch.empty(0, dtype=torch.int64)
+
+
+def _different(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The words that there are, sorted, and which of them each one is: `np.unique`, which takes five times as long."""
+    order = words.argsort(kind="stable")
+    ordered = words[order]
+    begins = np.ones(words.size, dtype=bool)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    which = np.empty_like(order)
+    which[order] = begins.cumsum() - 1
+    return ordered[begins], which
 
 
 class FreeSlots:
@@ -40,9 +54,10 @@ class FreeSlots:
                 last = last[-count:]
             taken.append(last)
             count -= len(last)
-        taken.append(torch.arange(self.end, self.end + count))
-        self.end += count
-        return torch.cat(taken)
+        if count or not taken:
+            taken.append(torch.arange(self.end, self.end + count))
+            self.end += count
+        return taken[0] if len(taken) == 1 else torch.cat(taken)
 
     def give(self, slots: Tensor) -> None:
         """Slots that are free again."""
@@ -103,37 +118,38 @@ class Residence:
             If there would be more rows than the limit; nothing has changed.
         """
         slots = self.map.find(keys)
-        missing = (slots == 0).nonzero()[:, 0]
-        came = places = torch.empty(0, dtype=torch.int64)
-        if len(missing):
-            new, inverse = keys[missing].unique(return_inverse=True)
-            admitted = self.admit.admits(new, self.step, self.sketch)
-            came = new[admitted]
+        found = slots.numpy()  # most steps have few new ids, and calls of arrays take less than those of tensors
+        missing = (found == 0).nonzero()[0]
+        came = places = _NONE
+        if missing.size:
+            new, inverse = _different(keys.numpy()[missing])
+            admitted = self.admit.admits(torch.from_numpy(new), self.step, self.sketch).numpy()
+            came = torch.from_numpy(new[admitted])
             self._check_room(len(came))
             places = self.enter(came)
-            of_new = torch.zeros_like(new)
-            of_new[admitted] = places
-            slots[missing] = of_new[inverse]
+            of_new = np.zeros_like(new)
+            of_new[admitted] = places.numpy()
+            found[missing] = of_new[inverse]
             if self.sketch is not None:
-                self.sighted.append(new[~admitted])
-        self._touch(slots)
+                self.sighted.append(torch.from_numpy(new[~admitted]))
+        self._touch(found)
         return slots, came, places
 
     def enter(self, keys: Tensor) -> Tensor:
         """Slots for keys that differ and have none; nothing is asked."""
         slots = self.free.take(len(keys))
         for seen in self._seen():
-            seen.grow(self.free.end)
+            seen.have(self.free.end)
         if self.last is not None:
-            self.last.tensor[slots] = -1  # no step has seen it
+            self.last.tensor.index_fill_(0, slots, -1)  # no step has seen it
         if self.counts is not None:
-            self.counts.tensor[slots] = 0
+            self.counts.tensor.index_fill_(0, slots, 0)
         self.map.insert(keys, slots)
         return slots
 
     def end_step(self, kept: Tensor) -> Tensor:
         """End a step: the slots of rows that have gone, of which none is among those kept."""
-        gone = torch.empty(0, dtype=torch.int64) if self.evict is None else self._evict(self.evict, kept)
+        gone = _NONE if self.evict is None else self._evict(self.evict, kept)
         if self.sketch is not None:
             if self.sighted:
                 self.sketch.add(torch.cat(self.sighted).unique())
@@ -162,16 +178,15 @@ class Residence:
                 "admit fewer ids (admit=AfterSightings(n)), let rows go (evict=Capacity(rows)), or look up less"
             )
 
-    def _touch(self, slots: Tensor) -> None:
+    def _touch(self, slots: np.ndarray) -> None:
         """Note that this step has seen these slots."""
         if self.last is None:
             return
+        last = self.last.tensor.numpy()
         if self.counts is not None:
-            first = slots[self.last.tensor[slots] != self.step]
-            self.counts.tensor[first] = (
-                self.counts.tensor[first] + 1
-            )  # a slot is there several times: written, not added
-        self.last.tensor[slots] = self.step
+            first, counts = slots[last[slots] != self.step], self.counts.tensor.numpy()
+            counts[first] = counts[first] + 1  # a slot is there several times: written, not added
+        last[slots] = self.step
 
     def _evict(self, evict: Eviction, kept: Tensor) -> Tensor:
         assert self.last is not None
@@ -183,12 +198,10 @@ class Residence:
         keys = self.map.keys.tensor[slots]
         slices = slice_of(keys, self.slices)
         counts = None if self.counts is None else self.counts.tensor[slots]
-        gone = evict.gone(Seen(slices, keys, self.last.tensor[slots], counts), live, self.step, torch.isin(slots, kept))
-        changed = torch.zeros(self.slices, dtype=torch.bool)
-        changed[slices[gone]] = True
+        gone = evict.gone(Seen(slices, keys, self.last.tensor[slots], counts), live, self.step, among(slots, kept))
         leaving = slots[gone]
         if len(leaving):
-            stay = changed[slices].logical_and_(~gone)
-            self.map.keep(changed.nonzero()[:, 0], slots[stay])
+            changed = torch.zeros(self.slices, dtype=torch.bool).index_fill_(0, slices[gone], True)
+            self.map.keep(changed.nonzero()[:, 0], slots[changed[slices].logical_and_(~gone)])
             self.free.give(leaving)
         return leaving

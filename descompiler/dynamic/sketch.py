@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,16 +47,15 @@ class Sketch:
 
     def estimate(self, keys: Tensor) -> Tensor:
         """In how many of the steps that ended each key was sighted; not less, and at most the largest number."""
-        return self.counters[self._cells(keys)].amin(1).long()
+        return torch.from_numpy(self._least(self._cells(keys.numpy())))
 
     def add(self, keys: Tensor) -> None:
         """One more sighting of each key; they differ."""
         if not len(keys):
             return
-        cells = self._cells(keys)
-        raised = self.counters[cells].amin(1, keepdim=True).long().add_(1).clamp_(max=self._most)
-        values = raised.expand_as(cells).reshape(-1).to(self.counters.dtype)
-        self.counters.scatter_reduce_(0, cells.view(-1), values, "amax")
+        cells, counters = self._cells(keys.numpy()), self.counters.numpy()
+        raised = np.minimum(self._least(cells) + 1, self._most).astype(counters.dtype)
+        np.maximum.at(counters, cells.ravel(), np.tile(raised, _LINES))  # numpy 2.4: wrong where it broadcasts
 
     def end_step(self, step: int) -> None:
         """Halve all counters, if it is time."""
@@ -66,9 +66,17 @@ class Sketch:
         """How often counters were halved, of steps that ended since a step."""
         return 0 if self.halve_every is None else until // self.halve_every - since // self.halve_every
 
-    def _cells(self, keys: Tensor) -> Tensor:
-        drawn = mix(keys ^ _OTHER)
-        lanes = torch.arange(0, 64, _LANE)
-        within = (drawn[:, None] >> lanes).bitwise_and_(self.WIDEST - 1).mul_(self.width).bitwise_right_shift_(_LANE)
-        lines = slice_of(keys, self.slices)[:, None] * _LINES + torch.arange(_LINES)
-        return lines.mul_(self.width).add_(within)
+    def _least(self, cells: np.ndarray) -> np.ndarray:
+        """The smallest of each key's counters, int64."""
+        held: np.ndarray = self.counters.numpy()[cells].min(0)
+        return held.astype(np.int64)
+
+    def _cells(self, keys: np.ndarray) -> np.ndarray:
+        """Where each line has a key's counter (``[4, n]``)."""
+        lines = np.arange(_LINES)[:, None]
+        within = mix(keys ^ _OTHER) >> lines * _LANE
+        within &= self.WIDEST - 1
+        within *= self.width
+        within >>= _LANE
+        within += (slice_of(keys, self.slices) * _LINES + lines) * self.width
+        return within

@@ -111,7 +111,7 @@ class States:
                     self._check_state(known, name, state[name])
                     grown = self._grown(held, name, plain(state[name]))
                     if fresh is not None:
-                        grown[fresh.to(grown.device)] = value
+                        grown.index_fill_(0, fresh.to(grown.device), value)
                     state[name] = self._rows.marked(grown)
         self.fresh.clear()
         self._rows.settle()

@@ -11,6 +11,9 @@ from torch import Tensor
 RESERVED_BYTES = 1 << 36
 """Address space for a tensor without a known limit: 64 GiB, of which a process has 128 TiB."""
 
+SOME = 1024
+"""Elements of which `Growing.have` has more than it needs, at most."""
+
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
@@ -66,6 +69,11 @@ class Growing:
         made = cls(tuple(values.shape), values.dtype, values.device, most)
         made.tensor.copy_(values)
         return made
+
+    def have(self, size: int) -> None:
+        """Let dimension 0 have at least a size: some more, so that few of many calls widen it."""
+        if size > len(self.tensor):
+            self.grow(size + SOME if self._most is None else max(size, min(size + SOME, self._most)))
 
     def grow(self, size: int) -> None:
         """Widen dimension 0 to a size; a smaller one than it has changes nothing."""

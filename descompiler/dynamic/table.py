@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,6 +50,9 @@ class Watcher(Protocol):
     def went(self, slots: Tensor) -> None: ...
 
 
+_NONE = torch.empty(0, dtype=torch.int64)
+
+
 class Table:
     """The rows of ids, which come and go.
 
@@ -81,6 +85,10 @@ class Table:
         self.states = States(self.rows)
         step_with(self.rows.parameter, self)
 
+    @property
+    def _watchers(self) -> Iterable[Watcher]:
+        return self.watching if len(self.watching) else ()  # mostly, and weak sets take long to say so
+
     residence: Residence
     padding_idx: int | None = None
     """An id that has the default row always: nobody is asked for it."""
@@ -93,7 +101,7 @@ class Table:
     def restart(self) -> Residence:
         """Nobody is resident any more; rows are as they were."""
         self.residence = Residence(self.config.admit, self.config.evict, self.config.max_rows)
-        for watcher in self.watching:
+        for watcher in self._watchers:
             watcher.restarted()
         self._limit()
         return self.residence
@@ -200,13 +208,15 @@ class Table:
         """Slots of keys, 0 of those that have no rows; after those have come that are to have."""
         if not create:
             return self.residence.find(keys)
-        with torch.inference_mode(False):  # what comes in such a mode stays, and is trained later
-            slots, came, places = self.residence.look_up(keys)
-            if len(came):
-                self.states.fresh.append(places)
-                self.rows.write(places, self.config.init.values(came, self.config.dim))
-            for watcher in self.watching:
-                watcher.looked_up(slots, places)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # what comes in such a mode stays, and is trained later
+                return self._slots(keys, create=create)
+        slots, came, places = self.residence.look_up(keys)
+        if len(came):
+            self.states.fresh.append(places)
+            self.rows.write(places, self.config.init.values(came, self.config.dim))
+        for watcher in self._watchers:
+            watcher.looked_up(slots, places)
         return slots
 
     def end_step(self) -> None:
@@ -219,17 +229,16 @@ class Table:
     def after_optimizer(self, changed: Tensor | None = None) -> None:
         """End a step whose gradients have been taken; ``changed``: slots that had one, where the parameter has none."""
         self.rows.taken()
-        changed = self.rows.pending() if changed is None else changed
-        for watcher in self.watching:
-            watcher.changed(changed)
-        self._end_step(torch.empty(0, dtype=torch.int64))
+        for watcher in self._watchers:
+            watcher.changed(self.rows.pending() if changed is None else changed)
+        self._end_step(_NONE)
 
     def enter(self, ids: Tensor, rows: Tensor) -> None:
         """Give rows to ids that differ and have none, and are not asked whether they are admitted."""
         places = self.residence.enter(self.keys(ids))
         self.states.fresh.append(places)
         self.rows.write(places, rows)
-        for watcher in self.watching:
+        for watcher in self._watchers:
             watcher.changed(places)
 
     def ids_of(self, slots: Tensor) -> Tensor:
@@ -250,10 +259,10 @@ class Table:
         return self.rows.tensor.nbytes + self.states.memory_bytes() + self.residence.memory_bytes() + sketch
 
     def _end_step(self, kept: Tensor) -> None:
-        for watcher in self.watching:
+        for watcher in self._watchers:
             watcher.ends_step()
         gone = self.residence.end_step(kept)
         self.rows.clear(gone)
-        for watcher in self.watching:
+        for watcher in self._watchers:
             watcher.went(gone)
         self.rows.end_step(self.residence.free.end)

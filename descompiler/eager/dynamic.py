@@ -40,6 +40,8 @@ class DynamicParameter(Piece, nn.Parameter):
         if not torch.is_grad_enabled() or func in NEVER_USES:
             return on_pieces(func, args, kwargs)
         result = local(func, args, kwargs)
+        if result is None:
+            return None
         given = tensors_among((args, kwargs))
         if any(all(x is not y for y in given) for x in tensors_among(result)):
             own: Any = next(x for x in given if isinstance(x, Piece))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from descompiler.dynamic.rows import Ticket
+from descompiler.dynamic.rows import Ticket, among
 from descompiler.dynamic.states import initial_of
 from descompiler.dynamic.table import Table
 from descompiler.module.updates import Step, Update, rows_of
@@ -29,7 +29,7 @@ class Taken(NamedTuple):
         """Those whose rows are still there."""
         stay = torch.ones_like(self.slots, dtype=torch.bool)
         for gone in self.ticket.gone:
-            stay.logical_and_(torch.isin(self.slots, gone.to(self.slots.device)).logical_not_())
+            stay.logical_and_(among(self.slots, gone).logical_not_())
         return self.slots[stay], self.gradients[stay]
 
 
