@@ -128,6 +128,17 @@ def test_a_gradient_that_comes_late_finds_no_other_row():
     assert sorted(grad) == sorted(slots)
 
 
+def test_a_gradient_that_is_not_taken_away_is_of_no_later_row():
+    """Without zero_grad a gradient goes on to the next step, but for the rows that went: others have their slots."""
+    table = of(init=Constant(0.0), evict=TimeToLive(1))
+    opt = torch.optim.SGD(table.parameters(), lr=1.0)
+    for ids in (IDS(3), IDS(2, 4), IDS(4, 8)):  # rows 0 and 1 go with the second step, 2 with the third
+        table(ids).sum().backward()
+        opt.step()
+    assert table.resident().tolist() == [4, 5, 6, 7]
+    assert table(IDS(4, 8)).tolist() == [[-1.0, -1.0]] * 4
+
+
 def test_a_row_with_a_gradient_stays_until_an_optimiser_has_taken_it():
     table = of(evict=TimeToLive(1))
     table(IDS(3)).sum().backward()
