@@ -11,6 +11,7 @@ from descompiler.dynamic import AfterSightings, Capacity, Constant, DynamicEmbed
 from descompiler.dynamic.id_map import FEWEST_CELLS
 from descompiler.dynamic.rows import FEWEST_ROWS
 from descompiler.dynamic.storage import SOME
+from descompiler.errors import UnsupportedError
 from tests.harness.dynamic import OPTIMIZERS, contents, made
 
 IDS = torch.arange
@@ -273,6 +274,32 @@ def test_a_cast_keeps_the_table():
     assert torch.equal(table(IDS(400)), of(seed=3)(IDS(400)).float())
     table.to("cpu")
     assert len(table) == 2 * FEWEST_ROWS
+
+
+def test_averages_are_those_of_ids_or_refused():
+    """`AveragedModel` goes by slot: right while slots have the ids that they had, and refused by name from then on."""
+    table = of(name="user", init=Constant(0.0), evict=TimeToLive(2))
+    opt = torch.optim.SGD(table.parameters(), lr=1.0)
+
+    def step(ids):
+        opt.zero_grad()
+        table(ids).sum().backward()
+        opt.step()
+
+    step(IDS(3))
+    average = torch.optim.swa_utils.AveragedModel(table)
+    average.update_parameters(table)
+    step(IDS(2))
+    average.update_parameters(table)
+    average.eval()
+    assert average(IDS(3)).tolist() == [[-1.5, -1.5], [-1.5, -1.5], [-1.0, -1.0]]
+    step(IDS(1, 2))  # row 2 goes
+    step(IDS(1, 4))  # row 3 has its slot
+    average.update_parameters(table)
+    for use in (lambda: average(IDS(1)), average.module.to_embedding, average.state_dict):
+        with pytest.raises(UnsupportedError, match=r"'user'.*AveragedModel"):
+            use()
+    assert copy.deepcopy(table)(IDS(2)).shape == (2, 2)
 
 
 def test_a_frozen_table_is_copied_and_thawed():

@@ -117,6 +117,7 @@ class DynamicTable(nn.Module):
 
     def to_embedding(self) -> tuple[nn.Embedding, Tensor]:
         """A static embedding of the rows, and the id of each, sorted."""
+        self._table.check_written()
         return export.to_embedding(self._table)
 
     def to_parquet(self, path: str | Path) -> None:
@@ -127,6 +128,7 @@ class DynamicTable(nn.Module):
         InputError
             If pyarrow is missing.
         """
+        self._table.check_written()
         export.to_parquet(self._table, path)
 
     def part_of(self, owners: Tensor | None, rank: int) -> DynamicTable:
@@ -157,6 +159,7 @@ class DynamicTable(nn.Module):
     def _rows_of(self, ids: Tensor) -> Tensor:
         """Rows of ids of any shape."""
         check_ids(ids, type(self).__name__ + self._called())
+        self._table.check_written()
         flat = ids.reshape(-1).to("cpu", torch.int64)
         table, create = self._table, self.training
         if table.owners is not None:
@@ -188,6 +191,7 @@ class DynamicTable(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._table.check_written()
         for name, value in saved.state_of(self._table).items():
             destination[prefix + name] = value
 
@@ -211,6 +215,12 @@ class DynamicTable(nn.Module):
         state = self.__dict__.copy()
         del state["_table"]
         return state | {"_made": (self._table.config, saved.state_of(self._table, rows=False))}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DynamicTable:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        made._table.copied_from(self._table)
+        return made
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         config, residents = state.pop("_made")

@@ -17,6 +17,7 @@ from descompiler.dynamic.initial import Initial
 from descompiler.dynamic.residence import Residence
 from descompiler.dynamic.rows import Rows
 from descompiler.dynamic.states import States, step_with
+from descompiler.errors import UnsupportedError
 
 EVERY_RANK = -1
 """Who owns a slice that every rank has."""
@@ -51,6 +52,12 @@ class Watcher(Protocol):
 
 
 _NONE = torch.empty(0, dtype=torch.int64)
+
+
+def _same(slots: Tensor, one: Residence, other: Residence) -> bool:
+    """Whether these slots, all that are taken of one, have the same keys in another."""
+    keys = one.map.keys.tensor[slots]
+    return len(one) == len(other) and torch.equal(other.find(keys), slots)
 
 
 class Table:
@@ -98,6 +105,37 @@ class Table:
     """The rank of each slice, `EVERY_RANK` for those that all have: ids of this one's are looked up here. None: all
     are."""
 
+    def copied_from(self, original: Table) -> None:
+        """This is a copy, made just now: what others write to its rows, by slot, is asked about (`check_written`)."""
+        self._original, self._known_writes = weakref.ref(original), self.rows.writes
+
+    _original: weakref.ref[Table] | None = None
+    _known_writes = 0
+
+    def check_written(self) -> None:
+        """Whether a copy's rows are those of its ids, though something has written to them slot by slot.
+
+        They are if the original has the same ids in the same slots still.
+
+        Raises
+        ------
+        UnsupportedError
+            If they may be others.
+        """
+        if self._original is None:
+            return
+        self.rows.notice()
+        if self.rows.writes == self._known_writes:
+            return
+        original, mine = self._original(), self.residence.resident()
+        if original is None or not _same(mine, self.residence, original.residence):
+            raise UnsupportedError(
+                f"the rows of a copy of the dynamic table {self.config.name!r} were written in place, slot by slot, as "
+                "torch.optim.swa_utils.AveragedModel does, and its slots are not (or no longer) those of the original: "
+                "ids have come or gone. Average models without dynamic tables, or exports of them (to_embedding)"
+            )
+        self._known_writes = self.rows.writes
+
     def restart(self) -> Residence:
         """Nobody is resident any more; rows are as they were."""
         self.residence = Residence(self.config.admit, self.config.evict, self.config.max_rows)
@@ -128,6 +166,7 @@ class Table:
     def adopt(self, parameter: nn.Parameter) -> None:
         """Have the rows in another parameter, or in what this one was cast or moved to."""
         self.rows.adopt(parameter)
+        self._known_writes += 1  # as adopting is one
         step_with(parameter, self)
 
     def keys(self, ids: Tensor) -> Tensor:
