@@ -107,7 +107,7 @@ def through(on_ranks, folder, way, options, optimizer):
 @pytest.mark.parametrize(
     ("options", "optimizer", "way"),
     [
-        ("sightings, lfu", "adagrad", [(2, "hot", "whole", "hot"), (3, "whole", "hot", "row_wise"), (1, "hot")]),
+        ("sightings, lfu", "adagrad", [(2, "hot", "whole"), (3, "whole", "hot", "row_wise"), (1, "hot")]),
         ("sightings, lru", "sparse_adam", [(1, "whole"), (3, "hot"), (2, "both")]),
         ("lfu", "fused", [(3, "hot", "whole"), (2, "whole")]),
     ],
@@ -146,14 +146,14 @@ def saved_and_read(rank, ranks, folder, plan):
     again._store = Watched(folder)
     again.load()
     read = {int(name.split("-")[1]) for name in names if name.endswith(".safetensors")}
-    table, weight = module.get_submodule(TABLES[rank]), {"optimizers": None}
+    table = module.get_submodule(TABLES[rank])
     for given in (table, copy.deepcopy(table)):
-        for cls, options in ((Deltas, {}), (Increments, weight)):
+        for cls in (Deltas, Increments):
             for owner in ((1 - rank, ranks), (rank, ranks + 1), (0, 1)):
                 with pytest.raises(
                     des.InputError, match=rf"rank {rank} of 2 .* not of owner {owner[0]} of {owner[1]}:"
                 ):
-                    cls(f"{folder}/others", {"t": given}, rank=owner[0], ranks=owner[1], **options)
+                    cls(f"{folder}/others", {"t": given}, rank=owner[0], ranks=owner[1])
     body = json.loads((Path(folder) / f"000001-{rank}-of-{ranks}.json").read_text())["chain"]
     return read, body["slices"], [module.get_submodule(n)._table.is_idle for n in TABLES]
 
