@@ -42,6 +42,27 @@ def test_an_update_after_what_there_was_is_what_there_is(draws, admit, evict, op
     assert fewer and (gone > 0) == (evict != "none")
 
 
+def test_an_update_of_some_slices_has_what_changed_there(draws):
+    """Rows, ids that went, and counters: together with one of the other slices it is the update of all."""
+    table = made("sightings", "lfu")
+    opt, every = OPTIMIZERS["adagrad"][1](table.parameters()), torch.arange(table._table.residence.slices)
+    changes = Changes(table._table, seen=True)
+    run(table, opt, stream(draws, 12))
+    changes.forget()
+    for step in stream(draws, 200):
+        run(table, opt, [step])
+        if len(changes.update(every, opt).gone) > 9:
+            break
+    whole, (some, others) = changes.update(every, opt), (every[every % 3 == 0], every[every % 3 > 0])
+    for slices in (some, others):
+        part, there = changes.update(slices, opt), torch.isin(whole.lines, slices)
+        gone = whole.gone[torch.isin(whole.now.slices_of(whole.gone), slices)]
+        assert same(part.now, whole.now.only(slices)) and len(part.now.ids)
+        assert torch.equal(part.gone, gone) and 0 < len(gone) < len(whole.gone)
+        assert torch.equal(part.lines, whole.lines[there]) and 0 < len(part.lines) < len(whole.lines)
+        assert torch.equal(part.sketch, whole.sketch[there])
+
+
 def adagrad(table):
     return torch.optim.Adagrad(table.parameters(), lr=0.1)
 

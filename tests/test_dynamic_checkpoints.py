@@ -236,23 +236,10 @@ def go_on_and_die(rank, ranks, folder, plan, until, dies, at):
 @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_rank_is_killed_and_nothing_is_lost(on_ranks, tmp_path, draws, times):
     """While rows come or go, or between a save's files; each time others go on, by another number of ranks."""
-    plans = "unique_rows", "row_wise"
+    plans = "unique_rows", "row_wise", "whole", "hot"
     for number in range(times):
         ranks, at = 2 + number % 2, draws.randint(25, 60)  # a step has some 23: the first was saved
         with pytest.raises(des.EquivalenceError, match="ended without an answer"):
-            run_anew(go_on_and_die, ranks, str(tmp_path), plans[number % 2], 1000, draws.randrange(ranks), at)
+            run_anew(go_on_and_die, ranks, str(tmp_path), plans[number % 4], 1000, draws.randrange(ranks), at)
     until = 14 + 8 * times  # each was killed within so many steps
     assert on_ranks(go_on_and_die, 2, str(tmp_path), "unique_rows", until, None, 0)[0] > 0
-
-
-def wrong_owner(rank, ranks, folder, plan):
-    module, opts = compiled("lfu", plan, "adagrad")
-    with pytest.raises(des.DescompilerError, match="not divided as owner"):
-        des.increments(module, opts, folder)
-    with pytest.raises(des.InputError, match="not divided as owner"):
-        des.dynamic.Deltas(folder, {"tags": module.tags})
-
-
-@pytest.mark.parametrize("plan", ["both", "hot"])
-def test_owners_that_the_plan_has_not_are_refused(on_ranks, tmp_path, plan):
-    on_ranks(wrong_owner, 2, str(tmp_path), plan)

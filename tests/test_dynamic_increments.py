@@ -252,7 +252,7 @@ def relisted(change):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda body: body.update(format=2), "has format 2, and this version reads 1"),
+        (lambda body: body.update(format=3), "has format 3, and this version reads 1, 2"),
         (lambda body: body.update(kind="deltas"), "is a list of deltas"),
     ],
 )
@@ -261,6 +261,21 @@ def test_lists_of_others_are_named(tmp_path, change, text):
     relisted(change)(tmp_path / LIST)
     with pytest.raises(des.InputError, match=text):
         Owners(tmp_path, 1, "always", "lru", "adagrad").load()
+
+
+def test_lists_of_the_first_format_are_read(tmp_path):
+    """They knew of no owners but `owners.Owners`."""
+
+    def of_the_first(body):
+        body["format"] = 1
+        assert body.pop("slices") == {}
+
+    before = saved(tmp_path).state()
+    for rank in range(2):
+        relisted(of_the_first)(tmp_path / f"000001-{rank}-of-2.json")
+    other = Owners(tmp_path, 3, "always", "lru", "adagrad")
+    other.load()
+    assert same(other.state(), before)
 
 
 def tables(dim=3, **options):

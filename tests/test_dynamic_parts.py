@@ -219,7 +219,7 @@ def test_ranks_have_no_more_rows_together_than_one():
     owners = torch.arange(64) % 4 - 1  # a quarter of the slices is every rank's
     for rank in range(3):
         table = Table(config, torch.float32, torch.device("cpu"))
-        table.own(owners, rank)
+        table.own(owners, rank, 3)
         limits.append(table.residence.max_rows)
         assert len(table.held_slices) == 32
     assert sum(limits) == 1000

@@ -13,13 +13,15 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from descompiler.dynamic.stores import Store
 from descompiler.errors import InputError, warn
 
-FORMAT = 1
+FORMAT = 2
+KNOWN = 1, 2
+"""Formats that are read. In the first, all owners have the slices of `owners.Owners`."""
 
 LATE = 3
 """When an owner has written so often, all others have begun."""
@@ -41,13 +43,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listed:
-    """What a manifest says."""
+    """What a manifest says.
+
+    ``slices``: which the owner has of a table (`owners.as_ranges`), by name, where those of `owners.Owners` are others.
+    """
 
     kind: str
     run: int
     rank: int
     ranks: int
     entries: tuple[Entry, ...]
+    slices: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -94,16 +100,20 @@ class Chain:
         What the parts are.
     rank, ranks : int
         Which owner this is, and of how many.
+    slices : mapping of str to str
+        See `Listed`.
     keep : int
         Updates that stay beside those that are needed.
     """
 
-    def __init__(self, store: Store, kind: str, rank: int, ranks: int, *, keep: int = 0):
+    def __init__(
+        self, store: Store, kind: str, rank: int, ranks: int, slices: Mapping[str, str] | None = None, *, keep: int = 0
+    ):
         if not 0 <= rank < ranks:
             raise InputError(f"rank={rank}, ranks={ranks}: owners are numbered from 0 to ranks - 1")
         self._store, self._keep = store, keep
         run = max((int(m["run"]) for m in _matches(store.names())), default=0) + 1
-        self.listed, self.next, self.is_broken = Listed(kind, run, rank, ranks, ()), 0, False
+        self.listed, self.next, self.is_broken = Listed(kind, run, rank, ranks, (), slices or {}), 0, False
 
     def append(self, number: int, parts: Iterable[Any], *, full: bool) -> None:
         """Write a part, and list it.
@@ -229,8 +239,8 @@ def _listed(store: Store, kind: str, run: int, rank: int, ranks: int) -> Listed 
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{name} of {store} can't be read: {type(error).__name__}: {error}") from error
-    if version != FORMAT:
-        raise InputError(f"{name} of {store} has format {version}, and this version reads {FORMAT}")
+    if version not in KNOWN:
+        raise InputError(f"{name} of {store} has format {version}, and this version reads {', '.join(map(str, KNOWN))}")
     if (listed.kind, listed.name) != (kind, name):
         raise InputError(f"{name} of {store} is a list of {listed.kind}, {listed.name}, and not of {kind}")
     return listed

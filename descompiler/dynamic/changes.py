@@ -71,15 +71,19 @@ class Changes:
         return self._everything or self._table.rows.writes != self._writes
 
     def update(self, slices: Tensor, optimizer: Optimizer | None) -> Update:
-        """What has changed, of a table that has only these slices; `everything` has not. See `by_id.take_out`."""
+        """What has changed in some slices; `everything` has not. See `by_id.take_out`."""
         residence = self._table.residence
         keys = residence.map.keys.tensor
+        asked = torch.zeros_like(self._sketched)
+        asked[slices] = True
         slots = torch.cat([_NONE, *self._slots]).unique()
         slots = slots[residence.find(keys[slots]) == slots]  # others are free
+        slots = slots[asked[residence.slices_of(keys[slots])]]
         gone = torch.cat([_NONE, *self._gone]).unique()
         gone = gone[residence.find(gone) == 0]  # others have come again
+        gone = gone[asked[residence.slices_of(gone)]]
         sketch = residence.sketch
-        lines = self._sketched.nonzero()[:, 0]
+        lines = self._sketched.logical_and(asked).nonzero()[:, 0]
         return Update(
             of_slots(self._table, slots, slices, optimizer, sketch=False),
             self._table.ids_by(gone),

@@ -28,7 +28,7 @@ class Deltas:
         A directory, or a `RedisStore`.
     tables : mapping of str to DynamicEmbedding or DynamicEmbeddingBag
     rank, ranks : int
-        Which owner this is, of how many: each publishes its own slices, without a word to the others.
+        Which owner this is, of how many: each publishes its own slices, without a word to the others. See `Increments`.
     keep : int
         Deltas that stay, for those who read seldom.
     compact_at : float

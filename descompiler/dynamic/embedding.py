@@ -131,19 +131,19 @@ class DynamicTable(nn.Module):
         self._table.check_written()
         export.to_parquet(self._table, path)
 
-    def part_of(self, owners: Tensor | None, rank: int) -> DynamicTable:
+    def part_of(self, owners: Tensor | None, rank: int, ranks: int = 1) -> DynamicTable:
         """A table of the same kind, empty, which looks up the ids of a rank's slices of the key space alone.
 
         Parameters
         ----------
         owners : Tensor or None
             The rank of each slice; None: all are this rank's.
-        rank : int
+        rank, ranks : int
         """
         made = type(self).__new__(type(self))
         vars(made).update({n: copy.copy(x) if isinstance(x, dict) else x for n, x in vars(self).items()})
         table = made._table = self._made(self._table.config, self.weight.dtype, self.weight.device)
-        table.own(owners, rank)
+        table.own(owners, rank, ranks)
         made._parameters["weight"] = table.parameter
         table.parameter.requires_grad_(self.weight.requires_grad)
         return made
@@ -214,7 +214,7 @@ class DynamicTable(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         del state["_table"]
-        return state | {"_made": (self._table.config, saved.state_of(self._table, rows=False))}
+        return state | {"_made": (self._table.config, self._table.ranks, saved.state_of(self._table, rows=False))}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DynamicTable:
         made = memo[id(self)] = type(self).__new__(type(self))
@@ -223,11 +223,11 @@ class DynamicTable(nn.Module):
         return made
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        config, residents = state.pop("_made")
+        config, ranks, residents = state.pop("_made")
         super().__setstate__(state)
         self._table = self._made(config, self.weight.dtype, self.weight.device)
         if "owners" in residents:  # a copy of a rank's part is one
-            self._table.own(residents["owners"], int(residents["rank"]))
+            self._table.own(residents["owners"], int(residents["rank"]), ranks)
         saved.restore(self._table, residents)
         self._table.adopt(self.weight)
 

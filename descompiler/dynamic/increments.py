@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from descompiler.dynamic.by_id import ById, joined, put_in, take_out
 from descompiler.dynamic.chains import Listed, latest, read
 from descompiler.dynamic.changes import Update
-from descompiler.dynamic.owned import Owned, Tables, slices_of_owner
+from descompiler.dynamic.owned import Owned, Tables, slices_written
 from descompiler.dynamic.parts import unpacked
 from descompiler.dynamic.stores import Folder, Store
 from descompiler.dynamic.table import Table
@@ -42,14 +42,15 @@ class Increments:
     optimizers : torch.optim.Optimizer or sequence of them, optional
         Those that hold the tables' weights.
     rank, ranks : int
-        Which owner this is, of how many: it has the slices of `owners.Owners`.
+        Which owner this is, of how many: it has the slices of `owners.Owners`, or those of a compiled module's table.
     compact_at : float
         A save is a full state when updates have so many times the bytes of the one before.
 
     Raises
     ------
     InputError
-        If an optimiser holds none of the tables, or a trained table is in none or in several.
+        If an optimiser holds none of the tables, or a trained table is in none or in several; if a compiled module's
+        table is another rank's.
 
     Examples
     --------
@@ -136,7 +137,7 @@ class Increments:
             found, values = replayed(self._store, owner, point.number, owned.tables)
             for name, state in found.items():
                 parts[name].append(state)
-        for_each = [(n, t, self._optimizers[n], owned.slices[n]) for n, t in owned.tables.items()]
+        for_each = [(n, t, self._optimizers[n], owned.held[n]) for n, t in owned.tables.items()]
         ready = {n: joined(t, parts[n], o, s) for n, t, o, s in for_each}  # raises before anything changes
         for name, table, optimizer, slices in for_each:
             put_in(table, [ready[name]], optimizer, slices)
@@ -154,7 +155,7 @@ class Increments:
             owner
             for owner in owners
             if any(
-                bool(torch.isin(slices_of_owner(t, owner.rank, owner.ranks), self._owned.slices[n]).any())
+                bool(torch.isin(slices_written(owner, n, t), self._owned.held[n]).any())
                 for n, t in self._owned.tables.items()
             )
         ]

@@ -1,4 +1,8 @@
-"""What one owner writes of its tables: their slices that it has, what has changed there, and its chain of parts."""
+"""What one owner writes of its tables: their slices that it tells of, what has changed there, its chain of parts.
+
+Of a table in no compiled module an owner has the slices of `owners.Owners`. A compiled module's table says itself which
+are this rank's: those that it tells of are written, and all that it holds are loaded.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,13 @@ import torch
 from torch import Tensor
 
 from descompiler.dynamic.by_id import ById
-from descompiler.dynamic.chains import Chain
+from descompiler.dynamic.chains import Chain, Listed
 from descompiler.dynamic.changes import Changes, Update
 from descompiler.dynamic.embedding import DynamicTable
-from descompiler.dynamic.owners import Owners
+from descompiler.dynamic.owners import Owners, as_ranges, in_ranges
 from descompiler.dynamic.parts import packed
 from descompiler.dynamic.stores import Store
-from descompiler.dynamic.table import EVERY_RANK, Table
+from descompiler.dynamic.table import Table
 from descompiler.errors import InputError
 
 Tables = Mapping[str, DynamicTable | Table]
@@ -37,6 +41,11 @@ class Owned:
         Updates that stay beside those that are needed.
     compact_at : float
         When it is time for a full state: updates have so many times the bytes of the one before.
+
+    Attributes
+    ----------
+    slices, held : dict of str to Tensor
+        Of each table, the slices that are written, where each is by one owner; and those that are loaded.
     """
 
     def __init__(
@@ -54,17 +63,21 @@ class Owned:
         if not tables:
             raise InputError("no tables were given: give a mapping of names to dynamic tables")
         self.tables = {n: x._table if isinstance(x, DynamicTable) else x for n, x in tables.items()}
-        self._begin: Callable[[], Chain] = lambda: Chain(store, kind, rank, ranks, keep=keep)
-        self.chain, self._compact_at = self._begin(), compact_at
-        self.slices = {n: slices_of_owner(t, rank, ranks) for n, t in self.tables.items()}
+        standard = {n: slices_of_owner(t, rank, ranks) for n, t in self.tables.items()}
+        self.slices, self.held = dict(standard), dict(standard)
         for name, table in self.tables.items():
-            divided = table.owners is None or not bool((table.owners == EVERY_RANK).any())
-            if table.owners is not None and not (divided and torch.equal(table.own_slices, self.slices[name])):
+            if table.owners is None:
+                continue
+            if (rank, ranks) != (table.rank, table.ranks):
                 raise InputError(
-                    f"dynamic table {name!r} is rank {table.rank}'s part of one that is not divided as owner {rank} of "
-                    f"{ranks} has it: give rank= and ranks= of the compiled module (des.increments and des.deltas do), "
-                    "and pin it to a form that divides rows evenly"
+                    f"dynamic table {name!r} is the part that rank {table.rank} of {table.ranks} has in a compiled "
+                    f"module, and not of owner {rank} of {ranks}: give rank={table.rank}, ranks={table.ranks}, or call "
+                    "des.increments or des.deltas"
                 )
+            self.slices[name], self.held[name] = table.own_slices, table.held_slices
+        others = {n: as_ranges(x) for n, x in self.slices.items() if not torch.equal(x, standard[n])}
+        self._begin: Callable[[], Chain] = lambda: Chain(store, kind, rank, ranks, others, keep=keep)
+        self.chain, self._compact_at = self._begin(), compact_at
         self.changes = {n: Changes(t, seen=seen) for n, t in self.tables.items()}
 
     def begin_anew(self) -> None:
@@ -95,5 +108,12 @@ class Owned:
 
 
 def slices_of_owner(table: Table, rank: int, ranks: int) -> Tensor:
-    """The slices that an owner has of a table."""
+    """The slices that an owner has of a table that is in no compiled module."""
     return (Owners(table.residence.slices, ranks).of_slices == rank).nonzero()[:, 0]
+
+
+def slices_written(owner: Listed, name: str, table: Table) -> Tensor:
+    """The slices of a table that an owner has written, as its manifest says."""
+    if name in owner.slices:
+        return in_ranges(owner.slices[name])
+    return slices_of_owner(table, owner.rank, owner.ranks)

@@ -60,3 +60,27 @@ class Owners:
     def of(self, keys: Tensor) -> Tensor:
         """The rank of each key."""
         return self.of_slices[slice_of(keys, self.slices)]
+
+
+def as_ranges(slices: Tensor) -> str:
+    """Slices that are sorted, as text.
+
+    >>> as_ranges(torch.tensor([0, 1, 2, 7, 9, 10])), as_ranges(torch.tensor([]))
+    ('0-2 7-7 9-10', '')
+    """
+    ends = (slices.diff() != 1).nonzero()[:, 0] + 1
+    parts = [part for part in slices.tensor_split(ends) if len(part)]
+    return " ".join(f"{int(part[0])}-{int(part[-1])}" for part in parts)
+
+
+def in_ranges(text: str) -> Tensor:
+    """The slices of what `as_ranges` has written.
+
+    >>> in_ranges("0-2 7-7").tolist(), in_ranges("").tolist()
+    ([0, 1, 2, 7], [])
+    """
+    found = [torch.empty(0, dtype=torch.int64)]
+    for part in text.split():
+        first, _, last = part.partition("-")
+        found.append(torch.arange(int(first), int(last) + 1))
+    return torch.cat(found)

@@ -100,7 +100,7 @@ class Table:
     padding_idx: int | None = None
     """An id that has the default row always: nobody is asked for it."""
 
-    rank = 0
+    rank, ranks = 0, 1
     owners: Tensor | None = None
     """The rank of each slice, `EVERY_RANK` for those that all have: ids of this one's are looked up here. None: all
     are."""
@@ -147,9 +147,9 @@ class Table:
     _held: Tensor | None = None
     """Of each slice, whether its ids are looked up here; None: all are."""
 
-    def own(self, owners: Tensor | None, rank: int) -> None:
+    def own(self, owners: Tensor | None, rank: int, ranks: int) -> None:
         """Look up the ids of a rank's slices alone, with their share of ``max_rows``."""
-        self.owners, self.rank = owners, rank
+        self.owners, self.rank, self.ranks = owners, rank, ranks
         held = None if owners is None else (owners == rank).logical_or_(owners == EVERY_RANK)
         self._held = None if held is None or held.all() else held
         self._limit()

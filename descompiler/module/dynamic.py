@@ -25,7 +25,7 @@ def dynamic_tables(
     result = {}
     for name, stand_in in named_stand_ins(template):
         table: DynamicTable = model.get_submodule(name.rpartition(".")[0])  # type: ignore[assignment]
-        part = result[name] = table.part_of(_owners_of(stand_in, pieces[name]), ranks.rank)
+        part = result[name] = table.part_of(_owners_of(stand_in, pieces[name]), ranks.rank, ranks.count)
         _take(part, ranks.of_first(ranks.by_first(partial(take_out, table._table))))
     return result
 

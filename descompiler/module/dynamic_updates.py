@@ -64,7 +64,7 @@ def increments(
     Raises
     ------
     InputError
-        If a table is on fewer ranks than there are (``table_wise``), or the directory can't be written.
+        If the directory can't be written.
     """
     return RankIncrements(module, optimizers, path, compact_at)
 

@@ -84,6 +84,7 @@ PLANS = {
     "unique_rows": {"user.weight": "unique_rows", "tags.weight": "unique_rows"},
     "hot": {"user.weight": "hot_rows", "tags.weight": "hot_rows"},
     "both": {"user.weight": "table_wise", "tags.weight": "unique_rows"},
+    "whole": {"user.weight": "table_wise", "tags.weight": "table_wise"},
 }
 OPTIONS = {
     "always": {},
