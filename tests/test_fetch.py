@@ -1,5 +1,8 @@
 """Forms that fetch unique rows: unique_rows, sparse_all_gather, and whatever mixes them with a region."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +12,7 @@ import descompiler as des
 from descompiler.cost_models.table import Table
 from descompiler.layout.fetches import Fetch, FetchTable
 from descompiler.layout.pieces import Pieces
-from descompiler.runtime.fetch import pull
+from descompiler.runtime.fetch import pull, stacked_takes, take, takes
 from descompiler.runtime.runtime import Runtime
 from tests.harness.cases import cases
 
@@ -223,3 +226,39 @@ def test_rows_that_nobody_reads(on_ranks):
             {"read.weight": read, "unread.weight": form} for form in ("unique_rows", "sparse_all_gather", "hot_rows")
         ]
         des.verify(Selects(), (ids_of(9),), ranks=2, plans=plans, launch=on_ranks)
+
+
+@pytest.mark.parametrize("shapes", [[(4,), (4,), (4,)], [(2, 3), (2, 3), (2, 3)], [(4,), (0,), (2, 3)]])
+@pytest.mark.parametrize("unread", [False, True])
+def test_lookups_in_fetched_rows_together_are_those_one_by_one(shapes, unread):
+    """Results, and gradients of rows, where two tables of a class have a padding row and an id is there twice."""
+    values = torch.randn(9, 2, dtype=torch.float64, requires_grad=True)
+    other = torch.randn(3, 5, dtype=torch.float64)
+    fetching: Any = SimpleNamespace(
+        fetch=SimpleNamespace(lookups=[0, 2, 1, 2], class_of=[1, 0, 1]),
+        padding=[3, -1, 8],
+        positions=[
+            torch.randint(6, shapes[0]),
+            torch.randint(6, 9, shapes[1]),
+            torch.arange(3),
+            torch.full(shapes[2], 8),
+        ],
+    )
+    fetching.positions[0].view(-1)[:2] = 3
+    chosen, found = [0, 1, 3], []
+    each = [[take(fetching, [other, values], i) for i in chosen], list(takes(fetching, [other, values], chosen))]
+    if len(set(shapes)) == 1:
+        stack = stacked_takes(fetching, [other, values], chosen)
+        assert torch.equal(stack, torch.stack(each[0], 1))
+        each.append(list(stack.unbind(1)))
+    for results in each:
+        read = results[:2] if unread else results
+        loss = sum((x.square() * (i + 1)).sum() for i, x in enumerate(read))
+        (gradient,) = torch.autograd.grad(loss, values, create_graph=True)
+        found.append([*(x.detach() for x in results), gradient.detach()])
+        if (0,) not in shapes:  # PyTorch's own fails there
+            found[-1] += torch.autograd.grad(gradient.square().sum(), values)
+    for got in found[1:]:
+        for e, f in zip(found[0], got, strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-12, atol=0)
+    assert not found[0][3][[3, 8]].any()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import descompiler as des
-from descompiler.ops.local import lookup
+from descompiler.ops.local import MANY, lookup, rows_at
 from descompiler.ops.together import lookups, one_table, stacked
 from descompiler.runtime.border import Anchor
 from tests.harness.cases import cases
@@ -342,3 +342,12 @@ def test_a_table_without_rows_has_a_gradient_of_the_same_kind():
     table, anchor = torch.zeros(0, 4, requires_grad=True), torch.zeros((), requires_grad=True)
     Anchor.apply(anchor, [torch.sparse_coo], table).backward()
     assert (table.grad.sparse_dim(), table.grad.dense_dim(), table.grad.shape) == (1, 1, table.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("shape, count", [((50, 16), MANY), ((50, 16), 40), ((50, 1), MANY), ((50,), 40), ((0, 3), 0)])
+def test_rows_at_are_those_that_index_select_finds(dtype, shape, count):
+    table, rows = (torch.randn(shape) * 9).to(dtype), torch.randint(max(shape[0], 1), (count,))
+    assert torch.equal(rows_at(table, rows), table.index_select(0, rows))
+    apart = table.new_empty((2, *shape)).copy_(table).transpose(0, 1)[:, 0]
+    assert torch.equal(rows_at(apart.requires_grad_(dtype.is_floating_point), rows), table.index_select(0, rows))

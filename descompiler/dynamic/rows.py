@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from descompiler.dynamic.storage import Growing
 from descompiler.errors import UnsupportedError
+from descompiler.ops.local import rows_at
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -171,7 +172,7 @@ class Rows:
         """Rows of slots, with a history if gradients are asked for: of the parameter, or what has been made of it."""
         slots = slots.to(self.tensor.device)
         if not (torch.is_grad_enabled() and self._is_trained()):
-            return self.tensor.index_select(0, slots)
+            return rows_at(self.tensor, slots)
         ticket = Ticket()
         self.tickets.add(ticket)
         found: Tensor = _LookUp.apply(self.parameter if weight is None else weight, self.tensor, slots, ticket)
@@ -245,7 +246,7 @@ class _LookUp(torch.autograd.Function):
         # a view of the weight may have been made before the rows that have come since
         ctx.save_for_backward(slots)
         ctx.shape, ctx.ticket = weight.shape, ticket
-        return rows.index_select(0, slots)
+        return rows_at(rows, slots)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

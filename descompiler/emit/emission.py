@@ -65,6 +65,8 @@ class Emission:
         Emitted numbers of rows: own, and of the global batch.
     checked : set of torch.fx.Node
         Emitted ids that were looked at before anything is sent, on this rank or on the one that they come from.
+    taken : dict of torch.fx.Node to int
+        Emitted lookups, none of a bag, in rows that were fetched: of which class of the fetch these are.
     """
 
     rows_local: fx.Node
@@ -78,6 +80,7 @@ class Emission:
         self.sources: list[Source] = []
         self.makers: dict[Version, Callable[[fx.Node], Any]] = {}
         self.checked: set[fx.Node] = set()
+        self.taken: dict[fx.Node, int] = {}
         self._values: dict[tuple[fx.Node, Version], Any] = {}
         self._form_constants: dict[str, dict[str, fx.Node]] = {}  # by table, what its form needs
         self.runtime = self.graph.placeholder("runtime")

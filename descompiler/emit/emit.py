@@ -143,7 +143,8 @@ def emit(partition: Partition, rank: int) -> Emitted:
     _reach_fetches(e, [scope_of(o).grad for o in outputs])
     held = zip([n for n in e.graph.nodes if n.op == "placeholder"][1:], e.sources, strict=True)
     weights = {n: program.parameters[s.name] for n, s in held if s.kind == "parameter"}
-    look_up_together(e.graph, lambda n: (weights[n].dtype, weights[n].shape[1:]) if n in weights else n, e.checked)
+    kinds = {n: (p.dtype, p.shape[1:]) for n, p in weights.items()}
+    look_up_together(e.graph, lambda n: kinds.get(n, n), e.checked, e.taken)
     e.graph.lint()
     rows = tuple(scope_of(o).rows for o in outputs)
     module = fx.GraphModule(torch.nn.Module(), e.graph)

@@ -260,4 +260,8 @@ class OutsideEmitter:
             under_way = self._fetches[number]
             fetching = self.e.item(under_way, 0)
             self._fetched_rows[number] = fetching, self.e.call(wait, self.e.runtime, under_way)
-        return self.e.call(take_one, *self._fetched_rows[number], index, x.mode)
+        taken = self.e.call(take_one, *self._fetched_rows[number], index, x.mode)
+        if x.dynamic is None and x.mode is None:
+            fetch = self.e.layout.fetches[number]
+            self.e.taken[taken] = fetch.class_of[fetch.lookups[index]]
+        return taken

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descompiler.ops.local import plain
+from descompiler.ops.local import plain, rows_at
 from descompiler.optim import ftrl
 
 
@@ -105,7 +105,7 @@ def _adagrad(s: Step) -> None:
     (total,), square = s.states, s.gradient.square()
     if total.shape[1:] != square.shape[1:]:  # row-wise: the mean of a row's
         square = square.mean(1, keepdim=True)
-    now = total.index_select(0, s.rows).add_(square)
+    now = rows_at(total, s.rows).add_(square)
     total.index_copy_(0, s.rows, now)
     _move(s, (s.gradient / now.sqrt_().add_(s.options["eps"])).mul_(-adagrad_rate(s)))
 
@@ -118,7 +118,7 @@ def adagrad_rate(s: Step) -> Any:
 def _adam(s: Step) -> None:
     """Adam (Kingma and Ba, 2014) of the rows that have gradients, as `torch.optim.SparseAdam`."""
     (beta1, beta2), g = s.options["betas"], s.gradient
-    first, second = (x.index_select(0, s.rows) for x in s.states)
+    first, second = (rows_at(x, s.rows) for x in s.states)
     first.lerp_(g, 1 - beta1)
     second.lerp_(g.square(), 1 - beta2)
     for state, x in zip(s.states, (first, second), strict=True):
@@ -129,7 +129,7 @@ def _adam(s: Step) -> None:
 
 def _move(s: Step, by: Tensor) -> None:
     """Add to the table's rows, each of which is there once: to add to rows that may repeat takes twice as long."""
-    s.table.index_copy_(0, s.rows, s.table.index_select(0, s.rows).add_(by))
+    s.table.index_copy_(0, s.rows, rows_at(s.table, s.rows).add_(by))
 
 
 def _ftrl(s: Step) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from descompiler.ops.local import are_alike, plain
+from descompiler.ops.local import are_alike, plain, rows_at
 from descompiler.ops.operation import Operation
 from descompiler.ops.unique import Unique, unique
 
@@ -111,16 +111,15 @@ class _Lookups(Operation):
         ctx.save_for_backward(*ids)
         if (found := one_table(weights)) is None:
             each = [
-                plain(w).index_select(0, x.reshape(-1)).view(*x.shape, w.shape[1])
-                for w, x in zip(weights, ids, strict=True)
+                rows_at(plain(w), x.reshape(-1)).view(*x.shape, w.shape[1]) for w, x in zip(weights, ids, strict=True)
             ]
             return torch.stack(each, 1) if stack else tuple(each)
         whole, starts = found
         alike, width = are_alike(ids), whole.shape[1]
         if stack and alike and ids[0].dim() == 1:
             rows = torch.stack(list(ids), 1) + on_device(tuple(starts), ids[0].device)
-            return whole.index_select(0, rows.view(-1)).view(*rows.shape, width)
-        rows = whole.index_select(0, _shifted(ids, starts))
+            return rows_at(whole, rows.view(-1)).view(*rows.shape, width)
+        rows = rows_at(whole, _shifted(ids, starts))
         if alike and not stack:
             return rows.view(len(ids), *ids[0].shape, width).unbind()
         each = [r.view(*x.shape, width) for r, x in zip(rows.split([x.numel() for x in ids]), ids, strict=True)]

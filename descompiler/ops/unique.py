@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from descompiler.ops.local import rows_at
+
 BITS = 62
 """Of an id and its position in one number: the sign has another, and one more makes the shift safe."""
 
@@ -40,7 +42,7 @@ class Unique:
         """``[u, ...]`` from ``[n, ...]``: of each id's values, in the order of their positions. Not for autograd."""
         with torch.no_grad():
             if len(self.starts) == len(self.order):
-                return values.index_select(0, self.order)
+                return rows_at(values, self.order)
             if not values.is_floating_point() or not values[0].numel():
                 found = values.new_zeros(len(self.ids), *values.shape[1:])
                 return found.index_add_(0, self.inverse, values)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from descompiler.errors import InputError, UnsupportedError
-from descompiler.ops.local import plain
+from descompiler.ops.local import plain, rows_at
 
 STATES = ("z", "n")
 """What it keeps of each element."""
@@ -145,7 +145,7 @@ def update_rows(
 ) -> None:
     """One step of some rows, each of which is there once."""
     every = (weight, *states)
-    found = [x.index_select(0, rows) for x in every]
+    found = [rows_at(x, rows) for x in every]
     for x, new in zip(every, _updated(found, gradient, options), strict=True):
         x.index_copy_(0, rows, new)
 

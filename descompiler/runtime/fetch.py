@@ -30,7 +30,7 @@ from torch import Tensor
 
 from descompiler.layout.fetches import Counts, Fetch
 from descompiler.layout.transfer import crosses_in
-from descompiler.ops.local import bag, lookup
+from descompiler.ops.local import are_alike, bag, lookup, rows_at
 from descompiler.ops.operation import Operation
 from descompiler.runtime.agreement import Message
 from descompiler.runtime.backward import differentiable_once, lookups_of
@@ -132,6 +132,62 @@ def take(fetching: Fetching, rows: list[Tensor], index: int, mode: str | None = 
     return bag(values, fetching.positions[index], mode, padding if padding >= 0 else None)
 
 
+def takes(fetching: Fetching, rows: list[Tensor], indices: list[int]) -> tuple[Tensor, ...]:
+    """`take` of several lookups of one class, none of a bag: one operator, and one gradient of the class's rows."""
+    found: tuple[Tensor, ...] = _take_several(False, fetching, rows, indices)
+    return found
+
+
+def stacked_takes(fetching: Fetching, rows: list[Tensor], indices: list[int]) -> Tensor:
+    """`torch.stack` of `takes` along dim 1, made as such."""
+    found: Tensor = _take_several(True, fetching, rows, indices)
+    return found
+
+
+def _take_several(stack: bool, fetching: Fetching, rows: list[Tensor], indices: list[int]) -> Any:
+    tables = [fetching.fetch.lookups[i] for i in indices]
+    (cls,) = {fetching.fetch.class_of[t] for t in tables}
+    paddings = sorted({fetching.padding[t] for t in tables} - {-1})
+    return _Takes.apply(stack, paddings, rows[cls], *(fetching.positions[i] for i in indices))
+
+
+class _Takes(Operation):
+    """Rows of a class -> lookups in them.
+
+    Backward: one gradient of all rows, where lookups one by one would have one each, of zeros mostly.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, stack: bool, paddings: list[int], values: Tensor, *positions: Tensor) -> Any:
+        ctx.set_materialize_grads(False)  # of a lookup that no loss uses
+        ctx.paddings, ctx.shape, ctx.count = paddings, values.shape, len(positions)
+        width, alike = values.shape[1], are_alike(positions)
+        if stack and alike and positions[0].dim() == 1:
+            at = torch.stack(positions, 1)
+            ctx.save_for_backward(at)
+            return rows_at(values, at.view(-1)).view(*at.shape, width)
+        ctx.save_for_backward(*positions)
+        found = rows_at(values, torch.cat([x.reshape(-1) for x in positions]))
+        parts = found.split([x.numel() for x in positions])
+        each = [x.view(*at.shape, width) for x, at in zip(parts, positions, strict=True)]
+        return torch.stack(each, 1) if stack else tuple(each)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        positions = ctx.saved_tensors
+        if len(grads) < len(positions):  # they were stacked one by one
+            grads = (None,) * len(positions) if grads[0] is None else grads[0].unbind(1)
+        width = ctx.shape[1]
+        came = [(at.reshape(-1), g.reshape(-1, width)) for at, g in zip(positions, grads, strict=True) if g is not None]
+        total = None
+        if came:
+            at, g = came[0] if len(came) == 1 else map(torch.cat, zip(*came, strict=True))
+            total = g.new_zeros(ctx.shape).index_add(0, at, g)
+            if ctx.paddings:
+                total = total.index_fill(0, torch.tensor(ctx.paddings, device=total.device), 0)
+        return (None, None, total, *(None,) * ctx.count)
+
+
 def pull(runtime: Runtime, fetch: Fetch, weight: Tensor, ids: Tensor, mode: str | None = None) -> Tensor:
     """One lookup in a divided table, by itself: `fetch` has one table and one lookup (`Fetch.of_table`).
 
@@ -174,7 +230,7 @@ def _by_table(keys: Tensor, bounds: Tensor) -> tuple[Tensor | None, list[Tensor]
 def _read(weights: Sequence[Tensor], keys: Tensor, bounds: Tensor, moves: Sequence[int]) -> Tensor:
     """Rows of a class's tables, in the order of their keys; ``moves`` are the first rows that they have in pieces."""
     order, rows = _by_table(keys, bounds)
-    found = torch.cat([w.index_select(0, r + m) for w, r, m in zip(weights, rows, moves, strict=True)])
+    found = torch.cat([rows_at(w, r + m) for w, r, m in zip(weights, rows, moves, strict=True)])
     return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
 
 
