@@ -40,6 +40,13 @@ class Ticket:
     def __init__(self) -> None:
         self.gone: list[Tensor] = []
 
+    def stay(self, slots: Tensor) -> Tensor:
+        """Of each slot, whether it has a row, which has not gone since."""
+        result = slots != 0
+        for gone in self.gone:
+            result.logical_and_(torch.isin(slots, gone.to(slots.device)).logical_not_())
+        return result
+
 
 class Rows:
     """The rows of a table in one parameter, by slot. Row 0 is the default row; rows of free slots are zeros.
@@ -159,10 +166,15 @@ class Rows:
         slots = slots.to(self.tensor.device)
         if not (torch.is_grad_enabled() and self._is_trained()):
             return self.tensor.index_select(0, slots)
+        weight = self.parameter if weight is None else weight
+        found: Tensor = _LookUp.apply(weight, self.tensor, slots, self.ticket())
+        return found
+
+    def ticket(self) -> Ticket:
+        """What knows which rows have gone since now."""
         ticket = Ticket()
         self.tickets.add(ticket)
-        found: Tensor = _LookUp.apply(self.parameter if weight is None else weight, self.tensor, slots, ticket)
-        return found
+        return ticket
 
     @as_plain
     def _is_trained(self) -> bool:
@@ -238,9 +250,7 @@ class _LookUp(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (slots,) = ctx.saved_tensors
-        trained = slots != 0
-        for gone in ctx.ticket.gone:
-            trained.logical_and_(torch.isin(slots, gone.to(slots.device)).logical_not_())
+        trained = ctx.ticket.stay(slots)
         values = grad[trained]
         return (
             torch.sparse_coo_tensor(slots[trained][None], values, ctx.shape, check_invariants=False),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from descompiler.eager.gradients import GradientSync, UseOfPiece
-from descompiler.eager.parameters import ShardedParameter
+from descompiler.eager.piece import Divided
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import WholeTables
 from descompiler.ops.local import plain
@@ -48,7 +48,7 @@ def total(runtime: Runtime, x: Tensor, what: str) -> Tensor:
     return _Total.apply(runtime, x, what)
 
 
-def _anchor(sync: GradientSync, parameter: ShardedParameter) -> Tensor:
+def _anchor(sync: GradientSync, parameter: Divided) -> Tensor:
     if not sync.in_part:  # autograd would call users' hooks without a gradient
         return torch.zeros((), device=parameter.device, requires_grad=parameter.requires_grad)
     with torch._C.DisableTorchFunctionSubclass():
