@@ -88,10 +88,12 @@ def in_other_flags(
 ) -> PartialModule:
     """A captured model in training flags in which it is not captured, with the pieces that it has now."""
     for name, table in tables.items():
-        if table._table.owners is not None and bool((table._table.owners == EVERY_RANK).any()):
+        owners = table._table.owners
+        if owners is not None and bool((owners == EVERY_RANK).any()):
             raise UnsupportedError(
-                f"dynamic table {name!r} has slices that every rank holds, and the model is not captured whole in "
-                "these training flags, where nothing tells the others what one looks up there: pin another form"
+                f"dynamic table {name.removesuffix('.weight')!r} has slices that every rank holds, and the model is "
+                "not captured whole in these training flags, where nothing tells the others what one looks up there: "
+                "pin another form"
             )
     template = copy.deepcopy(build.template, copied(build.template))
     for name, m in template.named_modules():
@@ -114,7 +116,8 @@ def _partial_module(
 ) -> PartialModule:
     if host is None:
         places = in_their_places(template, {n.rpartition(".")[0]: table for n, table in tables.items()})
-        runs = copy_with(template, {**values, **{n: table.weight for n, table in tables.items()}}, places)
+        rows = {n: table._table.rows.tensor for n, table in tables.items()}
+        runs = copy_with(template, {**values, **rows}, places)
     else:
         runs = host
     inputs = normalise_inputs(build.example_inputs, method_of(template, build.method))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from descompiler.eager.dynamic import DynamicParameter
 from descompiler.eager.gradients import GradientSync, UseOfPiece
 from descompiler.eager.piece import Divided
 from descompiler.layout.fetches import Fetch
@@ -49,7 +50,8 @@ def total(runtime: Runtime, x: Tensor, what: str) -> Tensor:
 
 
 def _anchor(sync: GradientSync, parameter: Divided) -> Tensor:
-    if not sync.in_part:  # autograd would call users' hooks without a gradient
+    # autograd would call users' hooks without a gradient; and rows of dynamic tables are not asked for by themselves
+    if not sync.in_part or isinstance(parameter, DynamicParameter):
         return torch.zeros((), device=parameter.device, requires_grad=parameter.requires_grad)
     with torch._C.DisableTorchFunctionSubclass():
         return _Anchor.apply(parameter)

@@ -283,13 +283,14 @@ class GradientSync:
         if gradient is None:
             gradient = parameter.detach().new_zeros((sum(use.sent), *parameter.shape[1:]))
         received = self.runtime.exchange_rows(gradient, use.sent, use.asked, Fetch.BACK) / ranks
+        positions = use.positions
         if use.ticket is not None:  # rows that have gone have no gradient, nor has the default row
-            stay = use.ticket.stay(use.positions)
-            use.positions, received = use.positions[stay], received[stay]
+            stay = use.ticket.stay(positions)
+            positions, received = positions[stay], received[stay]
         if use.sparse:
-            of = use.positions[None], received, parameter.shape
+            of = positions[None], received, parameter.shape
             return torch.sparse_coo_tensor(*of, check_invariants=False).coalesce()
-        return torch.zeros(parameter.shape, dtype=parameter.dtype).index_add_(0, use.positions, received)
+        return torch.zeros(parameter.shape, dtype=parameter.dtype).index_add_(0, positions, received)
 
     @carries(WholeTables)
     def _scattered(self, use: UseOfPiece) -> Tensor:
