@@ -176,6 +176,25 @@ class OfTheBatch(nn.Module):
         return self.top(found).squeeze(1)
 
 
+class Seldom(nn.Module):
+    """Even ids are looked up in a table that what it is compiled on has nothing of."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.item, self.even = (des.DynamicEmbedding(1, name=n, **options) for n in ("item", "even"))
+
+    def forward(self, ids):
+        out = self.item(ids[:, 0]).squeeze(1)
+        even = ids[:, 1] % 2 == 0
+        return out.index_add(0, even.nonzero()[:, 0], self.even(ids[even, 1]).squeeze(1)) if even.any() else out
+
+
+def odd_at_first(step):
+    """`histories`; without an even id where a model is compiled."""
+    (several,) = histories(step)
+    return (several | 1 if step == 1000 else several,)
+
+
 def ids(*shape, seed=0, dtype=torch.int64):
     """Some ids of 64 bits, most of them several times; -5 is padding."""
     g = torch.Generator().manual_seed(seed)
@@ -205,9 +224,28 @@ CASES = [
     (Lists, OPTIONS["by chance, time"], "sgd", stream),
     (Packed, OPTIONS["sightings, lru"], "ftrl", histories),
     (OfTheBatch, OPTIONS["lfu"], "adagrad", histories),
+    (Seldom, OPTIONS["always"], "sgd", odd_at_first),
 ]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_trained_as_in_one_process(on_ranks, ranks):
     on_ranks(as_the_original, ranks, CASES, 16)
+
+
+class OfTheLongest(nn.Module):
+    """Bags are padded to the longest of a batch with an id that is looked up."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = des.DynamicEmbedding(3, name="seen")
+
+    def forward(self, x):
+        padded = nn.utils.rnn.pad_sequence(x.values.split(x.lengths.tolist()), batch_first=True)
+        there = torch.arange(padded.shape[1]) < x.lengths[:, None]
+        return (self.seen(padded).sum(-1) * there).sum(1)
+
+
+def test_what_others_have_looked_up_is_refused_where_batches_cant_be_put_together():
+    with pytest.raises(des.UnsupportedError, match=r"which ids forward looks up in dynamic table 'seen'.*dim 0"):
+        des.compile(OfTheLongest(), Jagged(LENGTHS, ids(15)))

@@ -65,7 +65,7 @@ def there_and_back(rank, ranks, folder):
         assert_same_tables(single, original)
         trained(single, 1, first=11)
     train_on(original, theirs, range(6, 10), 0, 1)
-    for cls, plan in ((Listed, None), (Clicks, PLANS["row_wise"])):
+    for cls, plan in ((Listed, module.plan), (Clicks, PLANS["row_wise"])):
         _, loaded = compiled(cls, plan=plan)
         opts = trained(loaded, 2, rank, ranks, first=20)  # what is there is replaced
         assert des.load(loaded, opts, f"{folder}/part")["step"] == 6

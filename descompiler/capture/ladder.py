@@ -95,8 +95,11 @@ def _check_leaves(program: Program) -> None:
     """A leaf that writes to buffers runs once, for the global batch, or not at all.
 
     Batch norm in a leaf would make it mix rows, at the price of gathering them; partial capture exchanges statistics.
+    Rows of a dynamic table are no leaf's argument: it may look some up that the trace has not shown.
     """
     for n in program.graph.nodes:
+        if isinstance(n.target, Leaf) and any(program.parameter(x) in program.dynamic for x in n.all_input_nodes):
+            raise LeafError(f"{n.target.name!r} may look up rows of a dynamic table by itself")
         if isinstance(n.target, Leaf) and n.target.call.writes and scope_of(n).kind == OWN_ROWS:
             what = "trains a batch norm" if n.target.call.trains_norm else "writes to its buffers"
             raise LeafError(f"{n.target.name!r} {what}, and its rows are independent otherwise")

@@ -107,9 +107,12 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
     every = _output_kinds(double, rows, run.told, lambda: _renew(run.model))
     kinds, of_buffers = every[: len(whole)], every[len(whole) : len(whole) + len(kept)]
     apart = [n for n, kind in zip(kept, of_buffers, strict=True) if kind != SAME]
-    sighted = zip(run.sighting(), every[len(whole) + len(kept) :], strict=True)
-    if elsewhere := [n.rpartition(".")[0] for (n, _), kind in sighted if kind != UNION]:
-        coupled = f"which ids forward looks up in dynamic table {elsewhere[0]!r} depends on how a batch is divided"
+    sighted = zip(run.sighting(), every[len(whole) + len(kept) :], _looked_up_by_row(double, rows, run), strict=True)
+    if elsewhere := [n.rpartition(".")[0] for (n, _), kind, by_row in sighted if kind != UNION or not by_row]:
+        coupled = (
+            f"which ids forward looks up in dynamic table {elsewhere[0]!r} depends on how a batch is divided (if it is "
+            "padding, give the table its padding_idx)"
+        )
     elif apart:
         coupled = f"what forward leaves in buffer {apart[0]!r} depends on how a batch is divided"
     elif COUPLED in kinds:
@@ -134,6 +137,16 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
     row_bytes = sum(x[0].numel() * x.element_size() for x in originals)
     outputs = _of_the_whole(double, rows, kinds, lambda x: run(x, skip_norms=True)[0][: len(whole)])
     return found(outputs, rows, coupled=coupled, input_bytes=row_bytes)
+
+
+def _looked_up_by_row(inputs: Any, rows: int, run: Runs) -> list[bool]:
+    """By dynamic table, whether what a batch looks up is what its rows do: each twice, since not all run on one."""
+    tables, some = len(run.sighting()), min(rows, MOST_DECIDING)
+    if not tables:
+        return []
+    whole = run.told(take_rows(inputs, torch.arange(some)))[-tables:]
+    alone = [run.told(take_rows(inputs, torch.tensor([i, i])))[-tables:] for i in range(some)]
+    return [_kinds_of(w, w, parts, ()) == {UNION} for w, *parts in zip(whole, *alone, strict=True)]
 
 
 def _same_later(inputs: Any, rows: int, run: Runs, kinds: Sequence[str], counters: Sequence[Place], value: int) -> bool:
