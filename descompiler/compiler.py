@@ -230,6 +230,11 @@ def distribute(
     versions = f"descompiler {VERSION}, torch {torch.__version__}, Python {platform.python_version()}"
     ranks.same("version", versions)
     _warn_of_what_is_lost(model, host, ranks)
+    if host is not None and (names := [n for n, m in model.named_modules() if isinstance(m, DynamicTable)]):
+        raise UnsupportedError(
+            f"in_place=True of a model with dynamic tables ({', '.join(sorted(names))}): this rank's rows would have "
+            "to leave the user's object. Compile it without, and use the module"
+        )
     # capture, classify (what mixes rows), normalise, find tables
     build, captured, failures = ranks.everywhere(
         step_of("capturing the model", lambda: _capture(_for_loss(builder(), loss, ranks.count)))
@@ -273,11 +278,6 @@ def distribute(
             f"{', '.join(names)}: the method that is compiled sets what its graph does not compute, so who reads it "
             "afterwards gets an error. Return the value from the method, let it be a buffer, or set it where it is read"
         )
-    if host is not None and captured.program.dynamic:
-        raise UnsupportedError(
-            f"in_place=True of a model with dynamic tables ({', '.join(sorted(captured.program.dynamic))}): this "
-            "rank's rows would have to leave the user's object. Compile it without, and use the module"
-        )
     tables = dynamic_tables(model, build.template, chosen.pieces, ranks)
     of = model, build.template, chosen.pieces, seed, build.device, ranks
     values, buffers = initial_values(*of, in_place=host is not None, without=tables)
@@ -302,7 +302,7 @@ def distribute(
         parts,
         captured.signature,
         program_for,
-        lambda *now: in_other_flags(build, chosen, coverage, ranks.runtime(loss), *now),
+        lambda *now: in_other_flags(build, chosen, coverage, ranks.runtime(loss), tables, *now),
     )
 
 

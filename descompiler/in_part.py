@@ -11,15 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from descompiler.builder import Builder
+from descompiler.dynamic.embedding import DynamicTable
+from descompiler.dynamic.table import EVERY_RANK
 from descompiler.eager.measure import measure_in_part
 from descompiler.eager.planning import asked_in_part, coverage_partial
 from descompiler.eager.survey import Survey, survey
+from descompiler.errors import UnsupportedError
 from descompiler.graph.program import Failure
 from descompiler.layout.statistics import Statistics
 from descompiler.model.attributes import copied, copy_with
 from descompiler.model.inputs import normalise_inputs, take_rows
 from descompiler.model.probe import call_of, method_of
 from descompiler.model.random_state import own_generators
+from descompiler.module.dynamic import dynamic_tables, in_their_places
 from descompiler.module.initial import initial_values
 from descompiler.module.partial import PartialModule
 from descompiler.module.parts import Parts
@@ -65,10 +69,11 @@ def distribute_in_part(
         ranks.warn(f"rows of a batch were not checked for independence: {seen.unchecked}")
     if seen.coupled:  # each rank draws with its own, and the draws have to be one
         ranks.same("generator state (seed alike what the model keeps)", repr(own_generators(model)))
-    values, buffers = initial_values(
-        model, build.template, chosen.pieces, seed, build.device, ranks, in_place=host is not None
-    )
-    return _partial_module(build, build.template, seen, chosen, ranks.runtime(loss), values, buffers, coverage, host)
+    tables = dynamic_tables(model, build.template, chosen.pieces, ranks)
+    of = model, build.template, chosen.pieces, seed, build.device, ranks
+    values, buffers = initial_values(*of, in_place=host is not None, without=tables)
+    held = values, buffers, tables
+    return _partial_module(build, build.template, seen, chosen, ranks.runtime(loss), *held, coverage, host)
 
 
 def in_other_flags(
@@ -76,16 +81,25 @@ def in_other_flags(
     chosen: Plan,
     coverage: Coverage,
     runtime: Runtime,
+    tables: Mapping[str, DynamicTable],
     training: Mapping[str, bool],
     values: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
 ) -> PartialModule:
     """A captured model in training flags in which it is not captured, with the pieces that it has now."""
+    for name, table in tables.items():
+        owners = table._table.owners
+        if owners is not None and bool((owners == EVERY_RANK).any()):
+            raise UnsupportedError(
+                f"dynamic table {name.removesuffix('.weight')!r} has slices that every rank holds, and the model is "
+                "not captured whole in these training flags, where nothing tells the others what one looks up there: "
+                "pin another form"
+            )
     template = copy.deepcopy(build.template, copied(build.template))
     for name, m in template.named_modules():
         m.training = training[name]
     seen = survey(template, build.example_inputs, build.method)
-    return _partial_module(build, template, seen, chosen, runtime, values, buffers, coverage, None)
+    return _partial_module(build, template, seen, chosen, runtime, values, buffers, tables, coverage, None)
 
 
 def _partial_module(
@@ -96,13 +110,20 @@ def _partial_module(
     runtime: Runtime,
     values: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
+    tables: Mapping[str, DynamicTable],
     coverage: Coverage,
     host: nn.Module | None,
 ) -> PartialModule:
-    runs = copy_with(template, values) if host is None else host
+    if host is None:
+        places = in_their_places(template, {n.rpartition(".")[0]: table for n, table in tables.items()})
+        rows = {n: table._table.rows.tensor for n, table in tables.items()}
+        runs = copy_with(template, {**values, **rows}, places)
+    else:
+        runs = host
     inputs = normalise_inputs(build.example_inputs, method_of(template, build.method))
     # two rows: forwards that squeeze can't run on one
     spare = inputs if seen.unchecked else take_rows(inputs, torch.zeros(2, dtype=torch.int64, device=build.device))
-    parts = Parts(template, chosen, runtime, values, buffers, coverage, runs, in_place=host is not None)
+    in_place = host is not None
+    parts = Parts(template, chosen, runtime, values, buffers, coverage, runs, in_place=in_place, tables=tables)
     calls = call_of(runs, build.method)
     return PartialModule(parts, calls, seen.outputs, spare, coupled=bool(seen.coupled), draws=seen.random)

@@ -61,6 +61,13 @@ class Bags(nn.Module):
         return self.top(self.bags(ids)).squeeze(-1)
 
 
+class ByOffsets(Bags):
+    """Bags of which a module that runs as it is makes offsets: the graph has the lookup."""
+
+    def forward(self, ids):
+        return self.top(self.bags(ids.flatten(), torch.arange(0, ids.numel(), ids.shape[1]))).squeeze(-1)
+
+
 class Weighted(Bags):
     def forward(self, ids, weights):
         return self.top(self.bags(ids, per_sample_weights=weights)).squeeze(-1)
@@ -125,6 +132,7 @@ MODELS = {
     "padded sums": (lambda: Bags("sum", padding_idx=-5), MANY),
     "padded means": (lambda: Bags("mean", padding_idx=-5), MANY),
     "padded maxima": (lambda: Bags("max", padding_idx=-5), (PADDED,)),
+    "offsets": (lambda: ByOffsets("max", padding_idx=-5), (PADDED,)),
     "weighted": (lambda: Weighted("sum"), (*MANY, torch.rand(9, 4, generator=torch.Generator().manual_seed(2)))),
     "normalised": (Normalised, ONE),
     "frozen": (lambda: Normalised(trained=False), ONE),
@@ -134,10 +142,16 @@ MODELS = {
 }
 FORMS = ["row_wise", "unique_rows", "table_wise", "hot_rows"]
 PULLED = ["unique_rows", "hot_rows"]
-EVERY = [(m, f) for m in MODELS for f in FORMS if m not in ("of a lookup", "many") or f in PULLED]
+EVERY = [(m, f) for m in MODELS for f in FORMS if m not in ("of a lookup", "many", "offsets") or f in PULLED]
 EVERY.remove(("frozen", "hot_rows"))
 SOME = [("twice", "unique_rows"), ("in-batch", "row_wise"), ("padded means", "row_wise"), ("maxima", "table_wise")]
-SOME += [("many", "unique_rows"), ("many", "hot_rows"), ("twice", "hot_rows"), ("of a lookup", "hot_rows")]
+SOME += [
+    ("offsets", "unique_rows"),
+    ("many", "unique_rows"),
+    ("many", "hot_rows"),
+    ("twice", "hot_rows"),
+    ("of a lookup", "hot_rows"),
+]
 SOME += [("frozen", "unique_rows"), ("of a lookup", "unique_rows"), ("weighted", "unique_rows"), ("int32", "row_wise")]
 
 

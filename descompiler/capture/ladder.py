@@ -23,7 +23,6 @@ from descompiler.capture.leaves import trace_leaves, trace_whole
 from descompiler.capture.tracers import trace_dynamo, trace_export
 from descompiler.classify.classify import JUDGED, classify
 from descompiler.classify.scope import OWN_ROWS, scope_of
-from descompiler.dynamic.stand_in import named_stand_ins
 from descompiler.errors import CaptureError, DescompilerError, InputError, UnsupportedError, raised_at
 from descompiler.graph.leaf import Leaf, LeafError
 from descompiler.graph.program import Failure, Program
@@ -96,8 +95,11 @@ def _check_leaves(program: Program) -> None:
     """A leaf that writes to buffers runs once, for the global batch, or not at all.
 
     Batch norm in a leaf would make it mix rows, at the price of gathering them; partial capture exchanges statistics.
+    Rows of a dynamic table are no leaf's argument: it may look some up that the trace has not shown.
     """
     for n in program.graph.nodes:
+        if isinstance(n.target, Leaf) and any(program.parameter(x) in program.dynamic for x in n.all_input_nodes):
+            raise LeafError(f"{n.target.name!r} may look up rows of a dynamic table by itself")
         if isinstance(n.target, Leaf) and n.target.call.writes and scope_of(n).kind == OWN_ROWS:
             what = "trains a batch norm" if n.target.call.trains_norm else "writes to its buffers"
             raise LeafError(f"{n.target.name!r} {what}, and its rows are independent otherwise")
@@ -173,15 +175,6 @@ NOT_CAPTURED = (
     "no tracer captured the model whole: a graph needs ids that are computed by operators of torch alone, and shapes "
     "that depend on the batch's size, not on values"
 )
-
-
-def _not_captured(template: nn.Module, text: str, failures: Sequence[Failure]) -> DescompilerError:
-    """The error that there is no program; where the user's own forward can't run instead, one that nobody handles."""
-    if names := [repr(name.removesuffix(".weight")) for name, _ in named_stand_ins(template)]:
-        return UnsupportedError(
-            f"the model has dynamic tables ({', '.join(names)}), so it has to be captured whole, and was not: {text}"
-        )
-    return CaptureError(text, tuple(failures))
 
 
 def capture(
@@ -269,7 +262,7 @@ def capture(
     sets, carried = carried_over(fresh, double_all(tensors), written)
     signature = replace(signature, sets=sets)
     if carried:
-        raise _not_captured(template, carried, [Failure(rung, carried) for rung, _ in RUNGS])
+        raise CaptureError(carried, tuple(Failure(rung, carried) for rung, _ in RUNGS))
     failures: list[Failure] = []
     for rung, trace in RUNGS:
         try:
@@ -305,4 +298,4 @@ def capture(
         program = replace(program, rung=rung, failures=tuple(failures))
         program = replace(program, left_behind=left, reads=reads)
         return program, signature
-    raise _not_captured(template, "\n".join([NOT_CAPTURED, *(f"  {f}" for f in failures)]), failures)
+    raise CaptureError("\n".join([NOT_CAPTURED, *(f"  {f}" for f in failures)]), tuple(failures))

@@ -233,11 +233,11 @@ def _watching(base: Any) -> Any:
 WatchedInt, WatchedFloat = _watching(int), _watching(float)
 
 
-Run = Callable[[Tensor, Decisions], Sequence[Tensor]]
+Run = Callable[[Tensor, Decisions], Sequence[Any]]
 """The results of some rows of a batch, by their numbers, while decisions are seen."""
 
 
-Reproduces = Callable[[Sequence[Tensor], Sequence[Sequence[Tensor]], Sequence[int]], bool]
+Reproduces = Callable[[Sequence[Any], Sequence[Sequence[Any]], Sequence[int]], bool]
 """Whether results of a batch are those of its parts, of some sizes."""
 
 

@@ -41,6 +41,38 @@ def check_bags(ids: Tensor, offsets: Tensor | None, per_sample_weights: Tensor |
         raise InputError(f"ids of {ids.dim()} dimensions {given}: bags are ids [bags, length], or [n] with offsets")
 
 
+def pooled(
+    rows: Tensor,
+    ids: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    *,
+    mode: str,
+    include_last_offset: bool,
+    padding_idx: int | None,
+    more: bool = True,
+) -> Tensor:
+    """A row for each bag, of the rows of its ids ``[bags, length]``, or ``[n]`` with offsets.
+
+    ``more``: with a row of zeros behind them, which padding has, and without which torch makes no bags of no ids.
+    """
+    rows, padding = rows.reshape(-1, rows.shape[-1]), ids.numel()
+    at = torch.arange(padding, device=rows.device).view(ids.shape)
+    if more:
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    if padding_idx is not None:
+        at = at.masked_fill(ids.to(rows.device) == padding_idx, padding)
+    return F.embedding_bag(
+        at,
+        rows,
+        None if offsets is None else offsets.to(rows.device),
+        mode=mode,
+        per_sample_weights=per_sample_weights,
+        include_last_offset=include_last_offset,
+        padding_idx=padding if more else None,
+    )
+
+
 class DynamicTable(nn.Module):
     """What `DynamicEmbedding` and `DynamicEmbeddingBag` have in common: a table in a module.
 
@@ -162,16 +194,17 @@ class DynamicTable(nn.Module):
         self._table.check_written()
         flat = ids.reshape(-1).to("cpu", torch.int64)
         table, create = self._table, self.training
-        if table.owners is not None:
+        look_up = table.look_up if table.elsewhere is None else table.elsewhere
+        if table.owners is not None and table.elsewhere is None:
             raise UnsupportedError(
                 f"{type(self).__name__}{self._called()} of a compiled module is called outside of its forward, and "
                 "this rank has rows of some ids only: call the compiled module"
             )
         if self.padding_idx is None:
-            rows = table.look_up(flat, create=create)
+            rows = look_up(flat, create=create)
         else:
             some = (flat != self.padding_idx).nonzero()[:, 0]
-            found = table.look_up(flat[some], create=create)
+            found = look_up(flat[some], create=create)
             rows = found.new_zeros(len(flat), self.embedding_dim).index_copy(0, some.to(found.device), found)
         return rows.view(*ids.shape, self.embedding_dim)
 
@@ -318,20 +351,15 @@ class DynamicEmbeddingBag(DynamicTable):
             For ids of other shapes or kinds, and weights without mode="sum".
         """
         check_bags(ids, offsets, per_sample_weights, self.mode)
-        rows = self._rows_of(ids).view(-1, self.embedding_dim)
-        at, padding = torch.arange(ids.numel(), device=rows.device).view(ids.shape), len(rows)
-        if self.padding_idx is not None or not ids.numel():  # torch makes no bags of no rows
-            rows = torch.cat([rows, rows.new_zeros(1, self.embedding_dim)])
-        if self.padding_idx is not None:
-            at = at.masked_fill(ids.to(rows.device) == self.padding_idx, padding)
-        return F.embedding_bag(
-            at,
-            rows,
-            None if offsets is None else offsets.to(rows.device),
+        return pooled(
+            self._rows_of(ids),
+            ids,
+            offsets,
+            per_sample_weights,
             mode=self.mode,
-            per_sample_weights=per_sample_weights,
             include_last_offset=self.include_last_offset,
-            padding_idx=padding if len(rows) > padding else None,
+            padding_idx=self.padding_idx,
+            more=self.padding_idx is not None or not ids.numel(),
         )
 
     def extra_repr(self) -> str:

@@ -52,6 +52,13 @@ class Ticket:
     def __init__(self) -> None:
         self.gone: list[Tensor] = []
 
+    def stay(self, slots: Tensor) -> Tensor:
+        """Of each slot, whether it has a row, which has not gone since."""
+        result = slots != 0
+        for gone in self.gone:
+            result.logical_and_(among(slots, gone).logical_not_())
+        return result
+
 
 class Rows:
     """The rows of a table in one parameter, by slot. Row 0 is the default row; rows of free slots are zeros.
@@ -173,10 +180,15 @@ class Rows:
         slots = slots.to(self.tensor.device)
         if not (torch.is_grad_enabled() and self._is_trained()):
             return rows_at(self.tensor, slots)
+        weight = self.parameter if weight is None else weight
+        found: Tensor = _LookUp.apply(weight, self.tensor, slots, self.ticket())
+        return found
+
+    def ticket(self) -> Ticket:
+        """What knows which rows have gone since now."""
         ticket = Ticket()
         self.tickets.add(ticket)
-        found: Tensor = _LookUp.apply(self.parameter if weight is None else weight, self.tensor, slots, ticket)
-        return found
+        return ticket
 
     @as_plain
     def _is_trained(self) -> bool:
@@ -252,10 +264,8 @@ class _LookUp(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (slots,) = ctx.saved_tensors
-        trained = slots != 0
-        for gone in ctx.ticket.gone:
-            trained.logical_and_(among(slots, gone).logical_not_())
-        if not trained.all():
-            rows = trained.nonzero()[:, 0]
+        kept = ctx.ticket.stay(slots)
+        if not kept.all():
+            rows = kept.nonzero()[:, 0]
             slots, grad = slots.index_select(0, rows), grad.index_select(0, rows)
         return torch.sparse_coo_tensor(slots[None], grad, ctx.shape, check_invariants=False), None, None, None

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from descompiler.dynamic.embedding import DynamicEmbeddingBag, DynamicTable, check_bags, check_ids
+from descompiler.dynamic.embedding import DynamicEmbeddingBag, DynamicTable, check_bags, check_ids, pooled
 from descompiler.dynamic.hashing import mix, shifted
 from descompiler.dynamic.owners import Owners
-from descompiler.errors import UnsupportedError
 
 ROWS_OF_A_SLICE = 256
 """Rows that a slice is expected to have of a table without a limit."""
@@ -98,9 +97,14 @@ class StandIn(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=table.weight.requires_grad)
         self.training = table.training
 
+    @property
+    def dynamic(self) -> DynamicIds:
+        """How its ids are looked up."""
+        return DynamicIds(self.salt, self.slices, self.rows, self.padding_idx, self.training)
+
     def forward(self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         check_ids(ids, self.named)
-        at = stand_in_rows(ids, self.salt, self.slices, self.rows, self.padding_idx, self.training)
+        at = self._rows_of(ids)
         if self.mode is None:
             return self._without_padding(F.embedding(at, self.weight, sparse=True), ids)
         check_bags(ids, offsets, per_sample_weights, self.mode)
@@ -112,20 +116,26 @@ class StandIn(nn.Module):
                 rows = rows * per_sample_weights.unsqueeze(-1)
             total = rows.sum(1)
             return total if self.mode == "sum" else total / (ids.ne(self.padding_idx or 0)).sum(1, True).clamp(min=1)
-        if self.padding_idx is not None:
-            raise UnsupportedError(
-                f"{self.named}: bags of offsets with padding_idx={self.padding_idx} are not distributed; give ids "
-                "[bags, length], or leave padding out of the bags"
-            )
-        return F.embedding_bag(
-            at,
-            self.weight,
+        if offsets is None:
+            return F.embedding_bag(at, self.weight, mode=self.mode, sparse=True, per_sample_weights=per_sample_weights)
+        # rows first: a maximum over a bag has no sparse gradient, and padding is an id, not a row
+        return pooled(
+            F.embedding(at, self.weight, sparse=True),
+            ids,
             offsets,
+            per_sample_weights,
             mode=self.mode,
-            sparse=True,
-            per_sample_weights=per_sample_weights,
             include_last_offset=self.include_last_offset,
+            padding_idx=self.padding_idx,
         )
+
+    def _rows_of(self, ids: Tensor) -> Tensor:
+        at: Tensor = stand_in_rows(ids, self.salt, self.slices, self.rows, self.padding_idx, self.training)
+        return at
+
+    def padding_rows(self) -> frozenset[int]:
+        """The row that stands for padding, if there is any."""
+        return frozenset(() if self.padding_idx is None else self._rows_of(torch.tensor([self.padding_idx])).tolist())
 
     def _maxima(self, rows: Tensor, ids: Tensor) -> Tensor:
         """Maxima over bags, of what is no padding; zeros for a bag of nothing else."""

@@ -60,6 +60,12 @@ def _same(slots: Tensor, one: Residence, other: Residence) -> bool:
     return len(one) == len(other) and torch.equal(other.find(keys), slots)
 
 
+class LooksUp(Protocol):
+    """What finds rows of ids, as `Table.look_up` does."""
+
+    def __call__(self, ids: Tensor, *, create: bool) -> Tensor: ...
+
+
 class Table:
     """The rows of ids, which come and go.
 
@@ -99,6 +105,9 @@ class Table:
     residence: Residence
     padding_idx: int | None = None
     """An id that has the default row always: nobody is asked for it."""
+
+    elsewhere: LooksUp | None = None
+    """What finds rows that other ranks may have, while a forward of the user's own runs on parts of a table."""
 
     rank, ranks = 0, 1
     owners: Tensor | None = None
@@ -187,11 +196,11 @@ class Table:
         TableFullError
             If there would be more rows than ``max_rows``; nothing has changed.
         """
-        return self.rows.look_up(self._slots(self.keys(ids), create=create))
+        return self.rows.look_up(self.slots(self.keys(ids), create=create))
 
     def look_up_keys(self, keys: Tensor, *, create: bool, weight: Tensor) -> Tensor:
         """As `look_up`, of keys that are this table's; ``weight``: the parameter, as the gradient is to come to it."""
-        return self.rows.look_up(self._slots(keys, create=create), weight)
+        return self.rows.look_up(self.slots(keys, create=create), weight)
 
     def look_up_owned(self, ids: Tensor, *, create: bool, weight: Tensor | None = None) -> Tensor:
         """As `look_up`, of those ids that this table owns; zeros for the others, and for padding.
@@ -200,12 +209,12 @@ class Table:
         """
         keys = self.keys(ids)
         if self._held is None and self.padding_idx is None:
-            return self.rows.look_up(self._slots(keys, create=create), weight)
+            return self.rows.look_up(self.slots(keys, create=create), weight)
         mine = self.holds(keys)
         if self.padding_idx is not None:
             mine &= ids != self.padding_idx
         slots = torch.zeros_like(keys)
-        slots[mine] = self._slots(keys[mine], create=create)
+        slots[mine] = self.slots(keys[mine], create=create)
         return self.rows.look_up(slots, weight)
 
     @property
@@ -243,13 +252,13 @@ class Table:
         slices = self.residence.slices_of(keys)
         return torch.zeros_like(slices) if self.owners is None else self.owners[slices]
 
-    def _slots(self, keys: Tensor, *, create: bool) -> Tensor:
+    def slots(self, keys: Tensor, *, create: bool) -> Tensor:
         """Slots of keys, 0 of those that have no rows; after those have come that are to have."""
         if not create:
             return self.residence.find(keys)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):  # what comes in such a mode stays, and is trained later
-                return self._slots(keys, create=create)
+                return self.slots(keys, create=create)
         slots, came, places = self.residence.look_up(keys)
         if len(came):
             self.states.fresh.append(places)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from descompiler.dynamic.table import Table
 from descompiler.eager.held import Whose, held, on_pieces, take_in_lists, tensors_among
 from descompiler.eager.parameters import BACKWARDS, NEVER_USES
-from descompiler.eager.piece import Piece, local
+from descompiler.eager.piece import Divided, Piece, local
 from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
 from descompiler.ops.functions import function_name
@@ -22,7 +22,7 @@ from descompiler.ops.local import plain
 from descompiler.runtime.runtime import Runtime
 
 
-class DynamicParameter(Piece, nn.Parameter):
+class DynamicParameter(Divided):
     """This rank's rows of a dynamic table, by slot."""
 
     whose: Whose  # of what it gives away

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from descompiler.eager.dynamic import DynamicParameter
 from descompiler.eager.gradients import GradientSync, UseOfPiece
-from descompiler.eager.parameters import ShardedParameter
+from descompiler.eager.piece import Divided
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import WholeTables
 from descompiler.ops.local import plain
@@ -48,8 +49,9 @@ def total(runtime: Runtime, x: Tensor, what: str) -> Tensor:
     return _Total.apply(runtime, x, what)
 
 
-def _anchor(sync: GradientSync, parameter: ShardedParameter) -> Tensor:
-    if not sync.in_part:  # autograd would call users' hooks without a gradient
+def _anchor(sync: GradientSync, parameter: Divided) -> Tensor:
+    # autograd would call users' hooks without a gradient; and rows of dynamic tables are not asked for by themselves
+    if not sync.in_part or isinstance(parameter, DynamicParameter):
         return torch.zeros((), device=parameter.device, requires_grad=parameter.requires_grad)
     with torch._C.DisableTorchFunctionSubclass():
         return _Anchor.apply(parameter)

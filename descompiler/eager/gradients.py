@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from descompiler.eager.parameters import ShardedParameter
+from descompiler.dynamic.rows import Ticket
+from descompiler.eager.dynamic import DynamicParameter
+from descompiler.eager.piece import Divided
 from descompiler.errors import DescompilerError, UnsupportedError, raised_at
 from descompiler.layout.fetches import Fetch
 from descompiler.layout.global_values import WholeTables
@@ -40,12 +42,13 @@ KEPT_FORWARDS = 8
 class UseOfPiece:
     """One use of a sharded parameter in a forward; its gradient is exchanged when backward ends."""
 
-    parameter: ShardedParameter
+    parameter: Divided
     forward: int
     sent: list[int]  # rows asked of each rank, in the order of the fetched rows
     asked: list[int]  # rows that each rank asked for
     positions: Tensor | None  # which rows of this rank's part they were; None: the whole parameter was gathered
     sparse: bool = False
+    ticket: Ticket | None = None  # of rows that may go
     gradient: Tensor | None = None
 
 
@@ -56,7 +59,7 @@ class GradientSync:
     ----------
     uses : deque of Use
         Of the latest forwards, in their order, which is the same on every rank.
-    sharded : list of ShardedParameter
+    sharded : list of Divided
         In an order that is the same on every rank. If ``in_part``, their gradients come from their uses alone, and
         autograd is not to call users' hooks on them.
     caught : Caught
@@ -66,7 +69,7 @@ class GradientSync:
     def __init__(self, runtime: Runtime, *, in_part: bool = False):
         self.runtime, self.in_part = runtime, in_part
         self.uses: deque[UseOfPiece] = deque()
-        self.sharded: list[ShardedParameter] = []
+        self.sharded: list[Divided] = []
         self._givers: dict[int, Any] = {}  # hooks on sharded parameters, by position
         self._users_hooks: dict[int, dict[int, Any]] = {}  # that autograd is not to call, by position
         self._to_fill: dict[int, Tensor] = {}  # what the backward under way returns, by position
@@ -147,6 +150,13 @@ class GradientSync:
         """Backward goes through outputs of a forward: gradients of sharded parameters to fill in, if returned."""
         self.schedule()
         self._entered = True
+        asked = self.runtime.asked.names or ()
+        dynamic = (p.original for p in self.sharded if isinstance(p, DynamicParameter))
+        if by_itself := ", ".join(n for n in dynamic if n in asked):
+            raise UnsupportedError(
+                f"a gradient of {by_itself} is asked for by itself, the rows of a dynamic table in a model that is "
+                "captured in part: call backward without inputs=, or ask for gradients of what lookups return"
+            )
         names = {p.original for p in self.sharded}
         if apart := ", ".join(n for n, on_all in used.returned.items() if not on_all and n not in names):
             raise UnsupportedError(
@@ -160,7 +170,7 @@ class GradientSync:
                 result[i] = torch.zeros(p.shape, dtype=p.dtype, device=p.device)
         return result
 
-    def _quiet(self, p: ShardedParameter) -> None:
+    def _quiet(self, p: Divided) -> None:
         """Keep users' hooks from autograd, which has no gradient for them; `finish` calls them with it."""
         if (live := p._backward_hooks) and p.position not in self._users_hooks:
             giver = self._givers.get(p.position)
@@ -249,7 +259,7 @@ class GradientSync:
 
     def _return(self, present: Sequence[int], returned: Mapping[int, Tensor], asked: frozenset[str] | None) -> None:
         """Return the gradients of sharded parameters to their owners; of those that are ``asked`` for, or all."""
-        totals: dict[ShardedParameter, Tensor] = {}
+        totals: dict[Divided, Tensor] = {}
         for use, some in zip(self.uses, present, strict=True):
             if some:
                 gradient = self._returned(use)
@@ -273,9 +283,14 @@ class GradientSync:
         if gradient is None:
             gradient = parameter.detach().new_zeros((sum(use.sent), *parameter.shape[1:]))
         received = self.runtime.exchange_rows(gradient, use.sent, use.asked, Fetch.BACK) / ranks
+        positions = use.positions
+        if use.ticket is not None:  # rows that have gone have no gradient, nor has the default row
+            stay = use.ticket.stay(positions)
+            positions, received = positions[stay], received[stay]
         if use.sparse:
-            return torch.sparse_coo_tensor(use.positions[None], received, parameter.shape).coalesce()
-        return torch.zeros(parameter.shape, dtype=parameter.dtype).index_add_(0, use.positions, received)
+            of = positions[None], received, parameter.shape
+            return torch.sparse_coo_tensor(*of, check_invariants=False).coalesce()
+        return torch.zeros(parameter.shape, dtype=parameter.dtype).index_add_(0, positions, received)
 
     @carries(WholeTables)
     def _scattered(self, use: UseOfPiece) -> Tensor:

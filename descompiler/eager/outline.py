@@ -7,6 +7,7 @@ the forms: what Python does with a row is not known, so only those will do that 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from descompiler.classify.scope import CONSTANT, OWN_ROWS, Scope
+from descompiler.dynamic.stand_in import named_stand_ins
 from descompiler.eager.recorder import Use
 from descompiler.eager.survey import Survey
+from descompiler.errors import UnsupportedError
 from descompiler.graph.nodes import Source, aten
 from descompiler.graph.program import Program
 from descompiler.layout.rows import Rows
 from descompiler.planning.chosen import PlannedTable
-from descompiler.tables.form import FORMS, fallback
+from descompiler.tables.form import FORMS, ROWS_THAT_GO, fallback
 from descompiler.tables.tables import Lookup, Operator
 
 
@@ -71,33 +74,54 @@ def outline_of(template: nn.Module, seen: Survey, ranks: int) -> Outline:
         return node
 
     weights, ids = {}, {}
-    looked_up = {n: p for n, p in template.named_parameters() if n in seen.uses and seen.uses[n].lookups}
-    tables = {n: seen.uses[n].table(n, p, seen.rows, batches) for n, p in looked_up.items()}
+    dynamic = {n: m.dynamic for n, m in named_stand_ins(template)}
+    uses = _uses(seen, dynamic)
+    looked_up = {n: p for n, p in template.named_parameters() if n in dynamic or (n in uses and uses[n].lookups)}
+    tables = {n: uses[n].table(n, p, seen.rows, batches, dynamic=n in dynamic) for n, p in looked_up.items()}
     for name, p in template.named_parameters():
         shape = tables[name].shape if name in tables else tuple(p.shape)
         parameters[name] = torch.empty(shape, dtype=p.dtype, device="meta", requires_grad=p.requires_grad)
         weights[name] = placeholder("parameter", name, shape, p.dtype)
-        weights[name].meta["scope"] = Scope(CONSTANT, grad=name in seen.uses)
+        weights[name].meta["scope"] = Scope(CONSTANT, grad=name in uses)
     for name, table in tables.items():
         ids[name] = placeholder("input", f"ids of {name}", (batch, table.ids), torch.int64)
     operators, kept = [], seen.kept * batches
     for name, table in tables.items():
         node = call(aten.embedding.default, (weights[name], ids[name]), (table.vectors, table.dim), table.dtype)
         kept = max(0, kept - table.vectors * table.dim)  # what is looked up is among it
-        refusals = refused(seen.uses[name], ranks)
+        refusals = refused(uses[name], ranks, dynamic=name in dynamic)
         operators.append(
             Operator(
                 table,
-                (Lookup(node, ids[name], sparse=table.sparse),),
+                (Lookup(node, ids[name], sparse=table.sparse, dynamic=dynamic.get(name)),),
                 forms=tuple(f for f in FORMS.names if f not in refusals),
                 refusals=refusals,
             )
         )
-    others = [w for n, w in weights.items() if n in seen.uses and seen.uses[n].others]
+    others = [w for n, w in weights.items() if n in uses and uses[n].others]
     inner = (*others, *(x.node for o in operators for x in o.lookups))
     graph.output([call(users_forward, inner, (kept,), torch.get_default_dtype())])
     program = Program(graph, sources, {}, parameters, template.training, batch.node.expr)
-    return Outline(program, operators, [_planned(o, seen, looked_up[o.name]) for o in operators])
+    return Outline(program, operators, [_planned(o, uses[o.name], seen.rows, looked_up[o.name]) for o in operators])
+
+
+def _uses(seen: Survey, dynamic: Collection[str]) -> dict[str, Use]:
+    """What was seen of parameters; of dynamic tables also of those of which nothing was.
+
+    Raises
+    ------
+    UnsupportedError
+        If anything but lookups has a dynamic table's rows.
+    """
+    uses = {**dict.fromkeys(dynamic, Use(sparse=True)), **seen.uses}
+    for name in dynamic:
+        if uses[name].others:
+            raise UnsupportedError(
+                f"the rows of dynamic table {name.removesuffix('.weight')!r} are used by "
+                f"{', '.join(sorted(uses[name].others))}: they come and go, and nothing but its own lookups can have "
+                "them"
+            )
+    return uses
 
 
 def fetched_form() -> str:
@@ -105,7 +129,7 @@ def fetched_form() -> str:
     return next(f.name for f in FORMS if f.in_part == f.name and not f.fallback)
 
 
-def refused(use: Use, ranks: int) -> dict[str, str]:
+def refused(use: Use, ranks: int, *, dynamic: bool = False) -> dict[str, str]:
     """The forms that a table can't take, and why."""
     kept, fetched = fallback().name, fetched_form()
     result = dict.fromkeys(FORMS.names, f"the model is captured in part; there it is {kept} or {fetched}")
@@ -113,12 +137,14 @@ def refused(use: Use, ranks: int) -> dict[str, str]:
         del result[form]
     if use.others:
         result[fetched] = f"the table is also used by {', '.join(sorted(use.others))}"
+    elif dynamic:
+        result[kept] = f"{ROWS_THAT_GO}: in a model that is captured in part take {fetched}"
     elif use.sparse and ranks > 1:
         result[kept] = "its gradients are sparse, and only those of fetched rows stay so"
     return result
 
 
-def _planned(o: Operator, seen: Survey, parameter: Tensor) -> PlannedTable:
-    use = seen.uses[o.name]
+def _planned(o: Operator, use: Use, rows: int, parameter: Tensor) -> PlannedTable:
     refusals = {f: why for f, why in o.refusals.items() if f in (fallback().name, fetched_form())}
-    return PlannedTable(use.table(o.name, parameter, seen.rows), tuple(sorted(use.lookups | use.others)), refusals)
+    table = use.table(o.name, parameter, rows, dynamic=o.dynamic is not None)
+    return PlannedTable(table, tuple(sorted(use.lookups | use.others)), refusals)

@@ -36,7 +36,7 @@ from descompiler.eager.elements import (
 )
 from descompiler.eager.fetched import fetched
 from descompiler.eager.held import Whose, on_pieces, refused, take_in_lists, tensors_among
-from descompiler.eager.piece import Piece, local
+from descompiler.eager.piece import Divided, Piece, local
 from descompiler.eager.rows import are_constants, of_batch
 from descompiler.errors import UnsupportedError
 from descompiler.layout.pieces import Pieces
@@ -51,7 +51,7 @@ class PieceTransport(Protocol):
     """What uses of parameters ask of the other ranks: `descompiler.eager.exchange.PieceExchange`."""
 
     runtime: Runtime
-    parameters: list[ShardedParameter]
+    parameters: list[Divided]
 
     @property
     def outside(self) -> bool:
@@ -86,11 +86,10 @@ class Tracked(Piece, Tensor):
         return _intercept(func, args, kwargs or {})
 
 
-class ShardedParameter(Piece, nn.Parameter):
+class ShardedParameter(Divided):
     """This rank's part of a parameter; see the module's text."""
 
     exchange: PieceTransport
-    position: int  # among the exchange's parameters
     whose: Whose  # of what it gives away
 
     @property
@@ -212,9 +211,14 @@ def substitute(p: nn.Parameter, name: str, pieces: Pieces, exchange: PieceTransp
     p.__class__ = ShardedParameter
     p.pieces, p.original, p.exchange = pieces, name, exchange  # type: ignore[attr-defined]
     p.whose = Whose(name, pieces, exchange.runtime.rank, exchange.runtime)  # type: ignore[attr-defined]
+    serve(p, exchange)
+    return p  # type: ignore[return-value]
+
+
+def serve(p: nn.Parameter, exchange: PieceTransport) -> None:
+    """Have a parameter, which is a piece, among those whose uses ranks serve each other."""
     p.position = len(exchange.parameters)  # type: ignore[attr-defined]
     exchange.parameters.append(p)  # type: ignore[arg-type]
-    return p  # type: ignore[return-value]
 
 
 def _intercept(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -119,3 +119,10 @@ class Piece:
                     self.pieces.dim, here, size
                 )
         raise UnsupportedError(f"{self.original!r} has no range that starts at {index.offset} on rank {self.rank}")
+
+
+class Divided(Piece, torch.nn.Parameter):
+    """A parameter of which this rank holds a piece, and whose uses by others it may serve."""
+
+    position: int
+    """Among the exchange's parameters (`descompiler.eager.exchange.PieceExchange`)."""

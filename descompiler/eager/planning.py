@@ -88,7 +88,7 @@ def plan_partial(
     chosen = choose(outline.program, outline.operators, (), w, wanted, terms=terms)
     if ranks == 1:  # nothing crosses, and the planner looks at no pin; what is pinned is done as on more ranks
         fetched = fetched_form()
-        divided = [o for o in outline.operators if allowed[o.name] == (fetched,)]
+        divided = [o for o in outline.operators if allowed[o.name] == (fetched,) and o.dynamic is None]
         cut = {o.name: Split(fetched, Pieces.even(o.shape, 0, 1)) for o in divided}
         chosen = replace(chosen, splits=chosen.splits | cut)
     return _of_the_model(template, seen, outline, chosen, terms)

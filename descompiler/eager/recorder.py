@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from descompiler.cost_models.table import Table
+from descompiler.dynamic.stand_in import StandIn, named_stand_ins
 from descompiler.errors import InputError, UnsupportedError
 from descompiler.model.attributes import Place, plain_attributes, set_attributes
 from descompiler.model.float64 import InDouble, is_double_meant, widen
@@ -36,7 +37,7 @@ class Use:
     lookups: set[str] = field(default_factory=set)
     others: set[str] = field(default_factory=set)
 
-    def table(self, name: str, parameter: Tensor, rows: int, batches: int = 1) -> Table:
+    def table(self, name: str, parameter: Tensor, rows: int, batches: int = 1, *, dynamic: bool = False) -> Table:
         """The parameter as a table, of which a run with ``rows`` rows told this, and each rank looks up ``batches``."""
 
         def per_row(count: int) -> int:
@@ -51,6 +52,7 @@ class Use:
             per_row(self.vectors),
             sparse=self.sparse and not self.others,  # other uses have dense gradients
             trained=parameter.requires_grad,
+            dynamic=dynamic,
         )
 
 
@@ -172,6 +174,15 @@ class Runs:
         left = dict(self.model.named_buffers())
         return [*outputs, *(left[n].clone() for n in self._watched)], recorder
 
+    def told(self, inputs: Any) -> list[Tensor | frozenset[int]]:
+        """What a run without norms and dropout gives, and last, by dynamic table in training, what it looked up."""
+        found, recorder = self(inputs, skip_norms=True)
+        return [*found, *(_looked_up(m, recorder.ids.get(n, ())) for n, m in self.sighting())]
+
+    def sighting(self) -> list[tuple[str, StandIn]]:
+        """What stands for dynamic tables in which lookups leave a trace, by names."""
+        return [(n, m) for n, m in named_stand_ins(self.model) if m.training]
+
     def changed_numbers(self) -> list[Place]:
         """Numbers of modules that the latest run changed."""
         now = plain_attributes(self.model)
@@ -196,6 +207,11 @@ class Runs:
             out = call_of(self.model, self.method)(*inputs[0], **inputs[1])
             recorder.random = has_drawn()
         return split_statics(flatten(out)[0])[0]
+
+
+def _looked_up(table: StandIn, ids: Sequence[Tensor]) -> frozenset[int]:
+    """The rows of a stand-in that were looked up, but for padding."""
+    return frozenset(row for rows in ids for row in rows.reshape(-1).tolist()) - table.padding_rows()
 
 
 def _counts(x: Any, before: Any) -> bool:

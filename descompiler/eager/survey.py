@@ -25,9 +25,13 @@ from descompiler.model.folded import has_own_values
 from descompiler.model.inputs import flatten, knows_rows, normalise_inputs, split_statics, take_rows
 from descompiler.model.probe import CALL, method_of
 
-ROWS, MEAN, SUM, SAME, COUPLED = "rows", "mean", "sum", "same", "coupled"
+ROWS, MEAN, SUM, SAME, UNION, COUPLED = "rows", "mean", "sum", "same", "union", "coupled"
 """What an output is: rows of the batch; a scalar that is a mean over rows, a sum over rows, or free of the batch; or
-coupled: it combines rows in some other way."""
+coupled: it combines rows in some other way. What is looked up in a dynamic table is the union of what each row does."""
+
+
+Told = Tensor | frozenset[int]
+"""An output, or what a run has looked up in a dynamic table."""
 
 
 @dataclass
@@ -100,10 +104,16 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
     rows = tensors[0].shape[0] if len(sizes) == 1 else next((o.shape[0] for o in whole if o.dim()), 0)
     if not rows:
         raise UnsupportedError("the inputs differ in dim 0 and forward returns a scalar: its rows are not known")
-    every = _output_kinds(double, rows, lambda x: run(x, skip_norms=True)[0], lambda: _renew(run.model))
-    kinds = every[: len(whole)]
-    apart = [n for n, kind in zip(kept, every[len(whole) :], strict=True) if kind != SAME]
-    if apart:
+    every = _output_kinds(double, rows, run.told, lambda: _renew(run.model))
+    kinds, of_buffers = every[: len(whole)], every[len(whole) : len(whole) + len(kept)]
+    apart = [n for n, kind in zip(kept, of_buffers, strict=True) if kind != SAME]
+    sighted = zip(run.sighting(), every[len(whole) + len(kept) :], _looked_up_by_row(double, rows, run), strict=True)
+    if elsewhere := [n.rpartition(".")[0] for (n, _), kind, by_row in sighted if kind != UNION or not by_row]:
+        coupled = (
+            f"which ids forward looks up in dynamic table {elsewhere[0]!r} depends on how a batch is divided (if it is "
+            "padding, give the table its padding_idx)"
+        )
+    elif apart:
         coupled = f"what forward leaves in buffer {apart[0]!r} depends on how a batch is divided"
     elif COUPLED in kinds:
         coupled = f"output {kinds.index(COUPLED)} of forward depends on how a batch is divided"
@@ -129,13 +139,23 @@ def survey(template: nn.Module, example_inputs: Any, method: str = CALL) -> Surv
     return found(outputs, rows, coupled=coupled, input_bytes=row_bytes)
 
 
+def _looked_up_by_row(inputs: Any, rows: int, run: Runs) -> list[bool]:
+    """By dynamic table, whether what a batch looks up is what its rows do: each twice, since not all run on one."""
+    tables, some = len(run.sighting()), min(rows, MOST_DECIDING)
+    if not tables:
+        return []
+    whole = run.told(take_rows(inputs, torch.arange(some)))[-tables:]
+    alone = [run.told(take_rows(inputs, torch.tensor([i, i])))[-tables:] for i in range(some)]
+    return [_kinds_of(w, w, parts, ()) == {UNION} for w, *parts in zip(whole, *alone, strict=True)]
+
+
 def _same_later(inputs: Any, rows: int, run: Runs, kinds: Sequence[str], counters: Sequence[Place], value: int) -> bool:
     """Whether outputs are what they are now when forward has counted so far."""
     if not counters:
         return True
     run.counters, run.as_if = list(counters), value
     try:
-        return _output_kinds(inputs, rows, lambda x: run(x, skip_norms=True)[0], lambda: _renew(run.model)) == kinds
+        return _output_kinds(inputs, rows, run.told, lambda: _renew(run.model)) == kinds
     finally:
         run.counters = []
 
@@ -172,12 +192,12 @@ def _output_kinds(inputs: Any, rows: int, run: Any, renew: Any) -> tuple[str, ..
         index[-1] = (index[0] + 1) % rows  # not one row again and again
         renew()
         whole, turned = run(take_rows(inputs, index)), run(take_rows(inputs, index.flip(0)))
-        possible = possible or [{ROWS, SAME, MEAN, SUM} for _ in whole]
+        possible = possible or [{*KINDS} for _ in whole]
         for sizes in DIVISIONS:
             parts = [run(take_rows(inputs, part)) for part in index.split(sizes)]
             for kinds, w, t, *p in zip(possible, whole, turned, *parts, strict=True):
                 kinds &= _kinds_of(w, t, p, sizes)
-    return tuple(next((k for k in (ROWS, SAME, MEAN, SUM) if k in kinds), COUPLED) for kinds in possible)
+    return tuple(next((k for k in KINDS if k in kinds), COUPLED) for kinds in possible)
 
 
 def _gradients_mix(inputs: Any, rows: int, run: Any, kinds: Sequence[str], model: nn.Module) -> bool:
@@ -218,24 +238,29 @@ def _gradients_mix(inputs: Any, rows: int, run: Any, kinds: Sequence[str], model
 def _decides_for_others(inputs: Any, rows: int, run: Runs, kinds: Sequence[str]) -> str:
     """By what forward's Python branches for all rows, the values or the number of some; empty if it does not."""
 
-    def run_on(index: Tensor, seen: Decisions) -> list[Tensor]:
+    def run_on(index: Tensor, seen: Decisions) -> list[Told]:
         given = take_rows(inputs, index % rows)
         held = (x for _, _, x in held_tensors(run.model))
         seen.watch(split_statics(flatten(given)[0])[0], apart=(*run.model.buffers(), *held))
         with seen:
-            return run(given, skip_norms=True)[0]
+            return run.told(given)
 
-    def reproduces(whole: Sequence[Tensor], parts: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> bool:
-        return all(
-            kind in _kinds_of(w, w.flip(0) if w.dim() else w, p, sizes)
-            for kind, w, *p in zip(kinds, whole, *parts, strict=True)
-        )
+    def turned(x: Told) -> Told:
+        return x.flip(0) if isinstance(x, Tensor) and x.dim() else x
+
+    def reproduces(whole: Sequence[Told], parts: Sequence[Sequence[Told]], sizes: Sequence[int]) -> bool:
+        several = zip(kinds, whole, *parts, strict=True)
+        return all(kind in _kinds_of(w, turned(w), p, sizes) for kind, w, *p in several)
 
     return decides_for_others(run_on, reproduces, max(DRAWN_ROWS, min(rows, MOST_DECIDING)))
 
 
 MOST_DECIDING = 16
 """Rows of the example whose decisions are seen."""
+
+
+KINDS = (ROWS, SAME, MEAN, SUM, UNION)
+"""What an output may be, the first that it is."""
 
 
 DRAWS, DRAWN_ROWS, DIVISIONS = 4, 7, ((3, 4), (5, 2))
@@ -245,8 +270,10 @@ def _close(x: Tensor, y: Tensor) -> bool:
     return x.shape == y.shape and relative_error(x.double(), y.double()) <= CAPTURE_TOLERANCE
 
 
-def _kinds_of(whole: Tensor, turned: Tensor, parts: Sequence[Tensor], sizes: Sequence[int]) -> set[str]:
+def _kinds_of(whole: Any, turned: Any, parts: Sequence[Any], sizes: Sequence[int]) -> set[str]:
     """What an output may be, given that of the batch, of the batch turned round, and of its parts."""
+    if not isinstance(whole, Tensor):
+        return {UNION} if whole == turned == frozenset().union(*parts) else set()
     if whole.dim():
         shapes = [(n, *whole.shape[1:]) for n in (*sizes, sum(sizes))]
         by_row = [tuple(x.shape) for x in (*parts, whole)] == shapes

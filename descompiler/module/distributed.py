@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from descompiler.eager.dynamic import substitute_dynamic
+from descompiler.eager.dynamic import DynamicParameter, substitute_dynamic
 from descompiler.eager.exchange import PieceExchange
 from descompiler.eager.functions import Finish
 from descompiler.eager.gradients import GradientSync
-from descompiler.eager.parameters import numbers_of_batch, substitute, weigh_outside
+from descompiler.eager.parameters import numbers_of_batch, serve, substitute, weigh_outside
 from descompiler.emit.emit import Emitted
 from descompiler.errors import CaptureError, InputError, UnsupportedError
 from descompiler.graph.nodes import Source
@@ -102,8 +102,10 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         self._exchange.weighs = runtime.loss != "rank_mean" and runtime.ranks > 1
         for name, p in self.named_parameters():
             if name in runtime.tables:
-                if runtime.ranks > 1:
+                if runtime.ranks > 1 and not isinstance(p, DynamicParameter):
                     substitute_dynamic(p, name, plan.pieces[name], runtime.tables[name], runtime)
+                if runtime.ranks > 1 and not self.predicts_traffic:
+                    serve(p, self._exchange)
             elif not plan.pieces[name].is_replicated:
                 substitute(p, name, plan.pieces[name], self._exchange)
             elif self._in_place and self._exchange.weighs:

@@ -124,7 +124,8 @@ class PartialModule(DistributedModule):
     def follow(self, owner: DistributedModule, args: Any, kwargs: Any) -> Any:
         """A forward with the parameters and buffers that another module has now, which counts its traffic."""
         for name, p in self.named_parameters():
-            p.data = plain(owner.get_parameter(name)).detach()
+            if p is not (now := owner.get_parameter(name)):  # dynamic tables are the owner's own
+                p.data = plain(now).detach()
         for name, b in owner.named_buffers(remove_duplicate=False):
             path, _, leaf = name.rpartition(".")
             self.get_submodule(path)._buffers[leaf] = b
@@ -200,11 +201,12 @@ class PartialModule(DistributedModule):
         return tuple(rows if i in sized and rows is not None else x for i, x in enumerate(statics))
 
     @contextmanager
-    def _inside(self) -> Iterator[None]:
+    def _inside(self, *, spare: bool = False) -> Iterator[None]:
         """What forward uses weighs as its outputs do, and not once more; what it differentiates is its own."""
         self._exchange.inside = self._gradients.caught.forward = True
         try:
-            yield
+            with self._exchange.looking_up(spare=spare):
+                yield
         finally:
             self._exchange.inside = self._gradients.caught.forward = False
 
@@ -261,7 +263,7 @@ class PartialModule(DistributedModule):
         tensors, statics = split_statics(leaves)
         given = split_statics(flatten((args, kwargs))[0])[0]
         spare = unflatten_with([x.to(y.dtype) for x, y in zip(tensors, given, strict=True)], spec, statics)
-        with arithmetic(), self._inside(), SynchroniseNorms(self._exchange, spare=True):
+        with arithmetic(), self._inside(spare=True), SynchroniseNorms(self._exchange, spare=True):
             return call(*spare[0], **spare[1]), True
 
     @property

@@ -104,6 +104,8 @@ class Parts:
             m._flat_weight_refs = []  # a tensor that has weak references can't be swapped
         keep_as_buffers(host)
         for name, p in host.named_parameters():
+            if name in self.tables:
+                continue
             if p.is_meta:
                 torch.utils.swap_tensors(p, nn.Parameter(self.values[name], requires_grad=p.requires_grad))
             else:

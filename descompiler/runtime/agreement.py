@@ -58,6 +58,7 @@ class Kind(IntEnum):
     FETCH = 4
     WHOLE = 5
     AHEAD = 6  # a program, with what went ahead of a batch
+    SIGHT = 7  # as FETCH, of a dynamic table, whose ids are sighted
 
 
 class OtherProgramError(Exception):

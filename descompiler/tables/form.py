@@ -271,6 +271,10 @@ def form_named(name: str) -> Form:
         ) from None
 
 
+ROWS_THAT_GO = "rows of a dynamic table come and go, so who holds one has to know of all that look it up"
+"""Why a dynamic table can't take most forms."""
+
+
 def fallback() -> Form:
     """The form that every table can take."""
     return next(f for f in FORMS if f.fallback)
@@ -294,9 +298,7 @@ def _refuses(form: Form, program: Program, operator: Operator) -> str | None:
     """Why an operator can't be divided by a form on several ranks; None if it can."""
     if operator.dynamic is not None and not form.takes_dynamic:
         others = ", ".join(f.name for f in FORMS if f.takes_dynamic)
-        return (
-            f"rows of a dynamic table come and go, so who holds one has to know of all that look it up: take {others}"
-        )
+        return f"{ROWS_THAT_GO}: take {others}"
     return form.refuses(program, operator)
 
 
