@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import descompiler as des
-from descompiler.ops.local import MANY, lookup, rows_at
+from descompiler.ops.local import MANY, lookup, put_rows, rows_at
 from descompiler.ops.together import lookups, one_table, stacked
 from descompiler.runtime.border import Anchor
 from tests.harness.cases import cases
@@ -351,3 +351,19 @@ def test_rows_at_are_those_that_index_select_finds(dtype, shape, count):
     assert torch.equal(rows_at(table, rows), table.index_select(0, rows))
     apart = table.new_empty((2, *shape)).copy_(table).transpose(0, 1)[:, 0]
     assert torch.equal(rows_at(apart.requires_grad_(dtype.is_floating_point), rows), table.index_select(0, rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("shape", [(50, 16), (50, 1), (50,), (50, 2, 3), (0, 3), (4, 0)])
+def test_put_rows_are_where_index_copy_puts_them(dtype, shape):
+    table = (torch.randn(shape) * 9).to(dtype)
+    rows = torch.randperm(shape[0])[::2]
+    values = (torch.randn(len(rows), *shape[1:]) * 9).to(dtype)
+    expected, version = table.index_copy(0, rows, values), table._version
+    apart = table.new_empty((2, *shape)).copy_(table).transpose(0, 1)[:, 0]
+    for into in (table, apart):
+        put_rows(into, rows, values)
+        assert torch.equal(into, expected)
+    assert table._version > version  # so that autograd sees it
+    put_rows(table, rows[:0], values[:0])
+    assert torch.equal(table, expected)

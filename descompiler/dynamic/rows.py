@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from descompiler.dynamic.storage import Growing
 from descompiler.errors import UnsupportedError
-from descompiler.ops.local import rows_at
+from descompiler.ops.local import put_rows, rows_at
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -118,7 +118,7 @@ class Rows:
         self._coming += len(slots)
         if len(slots):
             self.need(int(slots.max()) + 1)
-            self.tensor.index_copy_(0, slots.to(self.tensor.device), values.to(self.tensor))
+            put_rows(self.tensor, slots.to(self.tensor.device), values.to(self.tensor))
 
     def need(self, size: int) -> None:
         """Let the parameter have at least so many rows."""

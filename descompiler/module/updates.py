@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descompiler.ops.local import plain, rows_at
+from descompiler.ops.local import plain, put_rows, rows_at
 from descompiler.optim import ftrl
 
 
@@ -106,7 +106,7 @@ def _adagrad(s: Step) -> None:
     if total.shape[1:] != square.shape[1:]:  # row-wise: the mean of a row's
         square = square.mean(1, keepdim=True)
     now = rows_at(total, s.rows).add_(square)
-    total.index_copy_(0, s.rows, now)
+    put_rows(total, s.rows, now)
     _move(s, (s.gradient / now.sqrt_().add_(s.options["eps"])).mul_(-adagrad_rate(s)))
 
 
@@ -122,14 +122,14 @@ def _adam(s: Step) -> None:
     first.lerp_(g, 1 - beta1)
     second.lerp_(g.square(), 1 - beta2)
     for state, x in zip(s.states, (first, second), strict=True):
-        state.index_copy_(0, s.rows, x)
+        put_rows(state, s.rows, x)
     rate = s.options["lr"] * (1 - beta2**s.number) ** 0.5 / (1 - beta1**s.number)
     _move(s, (first / second.sqrt_().add_(s.options["eps"])).mul_(-rate))
 
 
 def _move(s: Step, by: Tensor) -> None:
     """Add to the table's rows, each of which is there once: to add to rows that may repeat takes twice as long."""
-    s.table.index_copy_(0, s.rows, rows_at(s.table, s.rows).add_(by))
+    put_rows(s.table, s.rows, rows_at(s.table, s.rows).add_(by))
 
 
 def _ftrl(s: Step) -> None:

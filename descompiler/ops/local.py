@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -118,16 +119,40 @@ def rows_at(table: Tensor, rows: Tensor) -> Tensor:
     [[2.0], [2.0], [1.0]]
     """
     table = table.detach()
-    if type(table) is not Tensor or table.device.type != "cpu" or table.dtype not in _OF_NUMPY:
-        return table.index_select(0, rows)
-    if (
-        torch.get_num_threads() > 1 or not table.is_contiguous()
-    ):  # threads share index_select; NumPy copies a whole table
+    if not _is_copied_fast(table):
         return table.index_select(0, rows)
     if table.dtype is torch.float32 and len(rows) >= MANY and table.dim() == 2 and table.shape[1] >= WIDE:
         bags: Tensor = torch.embedding_bag(table, rows, torch.arange(len(rows)))[0]
         return bags
     return torch.from_numpy(table.numpy().take(rows.numpy(), axis=0))
+
+
+def put_rows(table: Tensor, rows: Tensor, values: Tensor) -> None:
+    """``table.index_copy_(0, rows, values)``; ``rows`` (int64 ``[n]``) are known to be right, and differ.
+
+    On a CPU with one thread a row is one item of NumPy's, which copies it whole: in a quarter of the time.
+
+    >>> table = torch.zeros(3, 2)
+    >>> put_rows(table, torch.tensor([2, 0]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    >>> table.tolist()
+    [[3.0, 4.0], [0.0, 0.0], [1.0, 2.0]]
+    """
+    table = table.detach()
+    if not (_is_copied_fast(table) and values.is_contiguous() and values.dtype == table.dtype and values.numel()):
+        table.index_copy_(0, rows, values)
+        return
+    item = np.dtype((np.void, table[0].numel() * table.itemsize))
+    into, come = (x.numpy().reshape(len(x), -1).view(item)[:, 0] for x in (table, values.detach()))
+    into[rows.numpy()] = come
+    table[:0].zero_()  # tells autograd that it has changed
+
+
+def _is_copied_fast(table: Tensor) -> bool:
+    """Whether NumPy copies rows of a table faster: threads share PyTorch's copies, and of what is not contiguous NumPy
+    makes a copy first."""
+    if type(table) is not Tensor or table.device.type != "cpu" or table.dtype not in _OF_NUMPY:
+        return False
+    return torch.get_num_threads() == 1 and table.is_contiguous()
 
 
 _OF_NUMPY = (torch.float32, torch.float64, torch.float16, torch.int64)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from descompiler.errors import InputError, UnsupportedError
-from descompiler.ops.local import plain, rows_at
+from descompiler.ops.local import plain, put_rows, rows_at
 
 STATES = ("z", "n")
 """What it keeps of each element."""
@@ -147,7 +147,7 @@ def update_rows(
     every = (weight, *states)
     found = [rows_at(x, rows) for x in every]
     for x, new in zip(every, _updated(found, gradient, options), strict=True):
-        x.index_copy_(0, rows, new)
+        put_rows(x, rows, new)
 
 
 def _updated(found: Sequence[Tensor], gradient: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
