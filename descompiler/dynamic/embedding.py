@@ -15,8 +15,10 @@ from descompiler.dynamic import export, saved
 from descompiler.dynamic.admission import Admission, Always
 from descompiler.dynamic.eviction import Eviction
 from descompiler.dynamic.initial import Initial, Normal
+from descompiler.dynamic.rows import lasting
 from descompiler.dynamic.table import Config, Table
 from descompiler.errors import InputError, UnsupportedError
+from descompiler.ops.as_python import as_python
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MODES = ("sum", "mean", "max")
@@ -29,6 +31,19 @@ def check_ids(ids: Any, named: str) -> None:
         raise InputError(
             f"{named} was given ids of {kind}: ids are int64 or int32 tensors; "
             "hash strings, and don't convert ids to floating numbers, which are exact up to 2**53 (2**24) only"
+        )
+
+
+def check_untransformed(named: str) -> None:
+    """Raise where a lookup would be recorded, once for all ids, or be part of a transform of ``torch.func``."""
+    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
+    recorded |= any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
+    if recorded or torch._C._are_functorch_transforms_active():
+        what = "traced or exported" if recorded else "transformed by torch.func (grad, vmap, ...)"
+        raise UnsupportedError(
+            f"{named} is {what}: who has a row is known when ids are looked up. Look up before, and give the rows to "
+            "what is traced or transformed; `to_embedding()` is a static table of the rows there are"
         )
 
 
@@ -117,7 +132,7 @@ class DynamicTable(nn.Module):
 
     def to_embedding(self) -> tuple[nn.Embedding, Tensor]:
         """A static embedding of the rows, and the id of each, sorted."""
-        self._table.check_written()
+        self.check_weight()
         return export.to_embedding(self._table)
 
     def to_parquet(self, path: str | Path) -> None:
@@ -128,8 +143,13 @@ class DynamicTable(nn.Module):
         InputError
             If pyarrow is missing.
         """
-        self._table.check_written()
+        self.check_weight()
         export.to_parquet(self._table, path)
+
+    def check_weight(self) -> None:
+        """Raise unless `weight` is the parameter that has the rows, and those of its ids."""
+        self._table.check_weight(self._parameters.get("weight"))
+        self._table.check_written()
 
     def part_of(self, owners: Tensor | None, rank: int, ranks: int = 1) -> DynamicTable:
         """A table of the same kind, empty, which looks up the ids of a rank's slices of the key space alone.
@@ -156,10 +176,11 @@ class DynamicTable(nn.Module):
         given = {"evict": config.evict, "max_rows": config.max_rows, "padding_idx": self.padding_idx}
         return ", ".join(parts + [f"{k}={v}" for k, v in given.items() if v is not None])
 
-    def _rows_of(self, ids: Tensor) -> Tensor:
+    def _look_up(self, ids: Tensor) -> Tensor:
         """Rows of ids of any shape."""
         check_ids(ids, type(self).__name__ + self._called())
-        self._table.check_written()
+        check_untransformed(type(self).__name__ + self._called())
+        self._table.check_weight(self._parameters.get("weight"))
         flat = ids.reshape(-1).to("cpu", torch.int64)
         table, create = self._table, self.training
         if table.owners is not None:
@@ -174,6 +195,8 @@ class DynamicTable(nn.Module):
             found = table.look_up(flat[some], create=create)
             rows = found.new_zeros(len(flat), self.embedding_dim).index_copy(0, some.to(found.device), found)
         return rows.view(*ids.shape, self.embedding_dim)
+
+    _rows_of = as_python(_look_up, _look_up, "a dynamic table gives rows to ids, which no graph can")
 
     def _called(self) -> str:
         name = self._table.config.name
@@ -191,7 +214,7 @@ class DynamicTable(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self._table.check_written()
+        self.check_weight()
         for name, value in saved.state_of(self._table).items():
             destination[prefix + name] = value
 
@@ -209,19 +232,28 @@ class DynamicTable(nn.Module):
         if not mine:
             missing_keys += [prefix + name for name in saved.NEEDED]
             return
+        if strict:
+            unexpected_keys += [prefix + name for name in mine if name not in saved.KNOWN]
         saved.load(self._table, mine, prefix.removesuffix("."))
+
+    def __copy__(self) -> DynamicTable:
+        made = type(self).__new__(type(self))
+        made.__dict__ |= self.__dict__  # one table: what __getstate__ has makes another
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         del state["_table"]
         return state | {"_made": (self._table.config, self._table.ranks, saved.state_of(self._table, rows=False))}
 
+    @lasting
     def __deepcopy__(self, memo: dict[int, Any]) -> DynamicTable:
         made = memo[id(self)] = type(self).__new__(type(self))
         made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         made._table.copied_from(self._table)
         return made
 
+    @lasting
     def __setstate__(self, state: dict[str, Any]) -> None:
         config, ranks, residents = state.pop("_made")
         super().__setstate__(state)

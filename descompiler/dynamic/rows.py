@@ -33,6 +33,19 @@ def as_plain(function: Callable[P, R]) -> Callable[P, R]:
     return seen
 
 
+def lasting(function: Callable[P, R]) -> Callable[P, R]:
+    """Let what a function makes be trained and written to later, also where it is called in `torch.inference_mode`."""
+
+    @functools.wraps(function)
+    def made(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    return made
+
+
 def among(slots: Tensor, some: Tensor) -> Tensor:
     """Of each slot whether it is one of some: `torch.isin`, which takes three times as long for those of a step."""
     if not len(some):
@@ -81,6 +94,25 @@ class Rows:
         """Look whether somebody has written to the parameter since an optimiser did."""
         known, self._version = self._version, self._written()
         self.writes += self._version != known
+
+    @as_plain
+    def follow(self) -> None:
+        """Go on with what ``parameter.data = ...`` has put in the place of the rows.
+
+        Raises
+        ------
+        UnsupportedError
+            If these are more or fewer.
+        """
+        if self.parameter.data_ptr() == self.tensor.data_ptr():
+            return
+        if self.parameter.shape != self.tensor.shape:
+            raise UnsupportedError(
+                f"`weight.data = ...` has put {tuple(self.parameter.shape)} in the place of the rows of a dynamic "
+                f"table, {tuple(self.tensor.shape)}, which come and go: write into them (`weight.data.copy_(...)`), or "
+                "load a state dict"
+            )
+        self.adopt(self.parameter)
 
     def taken(self) -> None:
         """An optimiser has taken the gradient, and written to the parameter."""

@@ -148,4 +148,7 @@ def named_stand_ins(template: nn.Module) -> Iterator[tuple[str, StandIn]]:
 
 def stand_ins(model: nn.Module, device: torch.device) -> dict[int, StandIn]:
     """Stand-ins of a model's dynamic tables, by the id of the table's module: what a deep copy takes as its memo."""
-    return {id(m): StandIn(m, device) for m in model.modules() if isinstance(m, DynamicTable)}
+    tables = [m for m in model.modules() if isinstance(m, DynamicTable)]
+    for table in tables:
+        table.check_weight()
+    return {id(m): StandIn(m, device) for m in tables}

@@ -100,6 +100,7 @@ class States:
             For optimisers that would be something else on these rows, and for dense gradients.
         """
         self._check(optimizer, group)
+        self._rows.follow()
         self._rows.notice()
         self._held.setdefault(optimizer, {})
         fresh = torch.cat(self.fresh) if self.fresh else None
