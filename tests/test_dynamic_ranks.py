@@ -209,6 +209,7 @@ def refusals(rank, ranks):
         "from safetensors": lambda: des.load_safetensors(module, "never-read"),
         "a part's copy": lambda: copy.deepcopy(module.user)(torch.tensor([1])),
         "floats": lambda: module(*(x.double() for x in stream(0))),
+        "functional call": lambda: torch.func.functional_call(module, {"user.weight": weight.detach() * 2}, stream(0)),
     }
     F.softplus(module(*stream(0))).sum().backward()
     for name, use in uses.items():
@@ -217,6 +218,27 @@ def refusals(rank, ranks):
             said[name] = ""
         except (des.DescompilerError, NotImplementedError) as error:
             said[name] = f"{type(error).__name__}: {error}"
+    module.zero_grad()
+    state = des.full_state_dict(module)
+    wrong_ones = {"a key more": {"tags.other": torch.ones(1)}, "a dim more": {"tags.weight": torch.ones(9, 5)}}
+    for name, wrong in wrong_ones.items():
+        with pytest.raises(des.InputError) as refused:
+            des.load_full_state_dict(module, {n: x + (n == "user.weight") for n, x in state.items()} | wrong)
+        said[name] = str(refused.value)
+    assert all(torch.equal(x, state[n]) for n, x in des.full_state_dict(module).items())
+    # what one rank alone can't read: a gradient that waits, ids that were sighted, rows that were written over
+    opt = torch.optim.Adagrad(module.parameters())
+    F.softplus(module(*stream(0))).sum().backward()
+    module.zero_grad() if rank else None
+    for name, use in [
+        ("gradient", lambda: des.full_state_dict(module)),
+        ("saved", lambda: des.save(module, opt, "never-written")),
+        ("written", lambda: weight.data.fill_(1.0 - rank) is None or des.full_state_dict(module)),
+        ("single", lambda: des.to_single(module)),
+    ]:
+        with pytest.raises(des.DescompilerError) as refused:
+            use()
+        said[name] = str(refused.value)
     return said
 
 
@@ -227,6 +249,8 @@ def test_what_is_refused_by_name(on_ranks):
         assert "in_place=True" in said["in place"]
         assert all("unique_rows, hot_rows" in said[x] for x in ("pinned", "everywhere")), said["pinned"]
         assert "aten.embedding_bag" in said["offsets"] and "padding_idx=0" in said["padded offsets"]
+        assert "gradient that no optimiser" in said["gradient"] and "default row" in said["single"], said
+        assert "another tensor" in said["functional call"] and "tags.other" in said["a key more"], said
         assert all(said.values()), [name for name, text in said.items() if not text]
 
 

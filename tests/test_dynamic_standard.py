@@ -167,3 +167,13 @@ def test_a_state_has_what_a_table_knows_and_no_more():
     model.load_state_dict(state | {"0.rows": torch.ones(1)}, strict=False)
     with pytest.raises(des.InputError, match="is damaged: 6 rows, and ids, resident"):
         of().load_state_dict({k.removeprefix("0."): x[:2] if x.shape == (6,) else x for k, x in state.items()})
+
+
+def test_a_table_that_is_made_on_meta_has_its_rows_elsewhere():
+    """As models are that are too large to be made twice; what fills them afterwards leaves the default row."""
+    with torch.device("meta"):
+        model = nn.Sequential(DynamicEmbedding(2, init=Constant(1.0)), nn.Linear(2, 1))
+    assert model[1].weight.is_meta and not model[0].weight.is_meta
+    model._apply(lambda x: torch.full_like(x, 7.0, device="cpu"))
+    assert model[0](IDS(2)).tolist() == [[1.0, 1.0]] * 2
+    assert model[0].eval()(IDS(2, 3)).tolist() == [[0.0, 0.0]]

@@ -90,7 +90,9 @@ class DynamicTable(nn.Module):
             raise InputError(f"max_rows={max_rows} is below the {evict.capacity} rows that {evict} keeps: leave it out")
         self.padding_idx = padding_idx
         config = Config(dim, name or "", seed, Normal() if init is None else init, admit or Always(), evict, max_rows)
-        self._table = self._made(config, dtype, torch.device(device or torch.get_default_device()))
+        device = torch.device(torch.get_default_device() if device is None else device)
+        # a model that is created on meta, to be filled later: there are no rows yet
+        self._table = self._made(config, dtype, torch.device("cpu") if device.type == "meta" else device)
         self.register_parameter("weight", self._table.parameter)
 
     def _made(self, config: Config, dtype: torch.dtype, device: torch.device) -> Table:
@@ -211,6 +213,7 @@ class DynamicTable(nn.Module):
             raise UnsupportedError(f"the rows of a dynamic table{self._called()} can't be {what}: they come and go")
         if self.weight is not self._table.parameter or self.weight.data_ptr() != self._table.rows.tensor.data_ptr():
             self._table.adopt(self.weight)
+            self._table.rows.tensor[0] = 0  # to_empty has anything there
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -294,7 +297,7 @@ class DynamicEmbedding(DynamicTable):
     padding_idx : int, optional
         An id that has the default row always.
     dtype, device : optional
-        Of rows.
+        Of rows; of a table that is made on the meta device they are on the CPU, as they come later.
 
     Examples
     --------

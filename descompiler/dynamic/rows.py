@@ -289,4 +289,6 @@ class _LookUp(torch.autograd.Function):
         if not trained.all():
             rows = trained.nonzero()[:, 0]
             slots, grad = slots.index_select(0, rows), grad.index_select(0, rows)
+        if not len(slots):  # a sum with a gradient of no rows resizes what it has, and NumPy's memory can't be
+            slots, grad = torch.empty_like(slots), torch.empty_like(grad, memory_format=torch.contiguous_format)
         return torch.sparse_coo_tensor(slots[None], grad, ctx.shape, check_invariants=False), None, None, None

@@ -61,7 +61,7 @@ def load(table: Table, state: Mapping[str, Tensor], name: str) -> None:
     InputError
         If it is not of such a table; nothing has changed.
     """
-    _check(table, state, f"dynamic table {name!r}" if name else "the dynamic table")
+    check(table, state, f"dynamic table {name!r}" if name else "the dynamic table")
     restore(table, state)
     weight = state["weight"]
     for ticket in table.rows.tickets:  # gradients of rows of before are nobody's
@@ -72,7 +72,8 @@ def load(table: Table, state: Mapping[str, Tensor], name: str) -> None:
     table.rows.tensor[: len(weight)] = weight.to(table.rows.tensor)
 
 
-def _check(table: Table, state: Mapping[str, Tensor], what: str) -> None:
+def check(table: Table, state: Mapping[str, Tensor], what: str) -> None:
+    """Raise unless a state is of such a table; ``what``: the table, for messages."""
     config, residence = table.config, table.residence
     if missing := [name for name in NEEDED if name not in state]:
         raise InputError(
