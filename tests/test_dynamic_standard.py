@@ -36,6 +36,26 @@ def with_other_weight(table):
     return table(IDS(2))
 
 
+class Scaled(DynamicEmbedding):
+    def forward(self, ids):
+        return super().forward(ids) * 3
+
+
+def hooked(table):
+    table.register_forward_hook(lambda module, ids, rows: rows * 2)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [(lambda: Scaled(2, name="user"), "Scaled 'user' has a forward"), (lambda: hooked(of()), "'user' has hooks")],
+)
+def test_calls_that_do_more_are_not_compiled(make, text):
+    """What they add would be left out."""
+    with pytest.raises(des.UnsupportedError, match=text):
+        des.compile(nn.Sequential(make(), nn.Linear(2, 1)), (IDS(3),))
+
+
 def with_weight_of(table):
     table.weight = of().weight
     return table.state_dict()

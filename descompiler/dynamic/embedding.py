@@ -22,6 +22,8 @@ from descompiler.ops.as_python import as_python
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MODES = ("sum", "mean", "max")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""What a module's call does beside its forward."""
 
 
 def check_ids(ids: Any, named: str) -> None:
@@ -205,6 +207,7 @@ class DynamicTable(nn.Module):
         return f" {name!r}" if name else ""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._table.rows.follow()  # out of what another process shares, if it was sent there
         super()._apply(fn, recurse)
         if self.weight.is_shared() or self.weight.is_meta:
             what = "shared between processes" if self.weight.is_shared() else "on the meta device"
@@ -247,7 +250,9 @@ class DynamicTable(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         del state["_table"]
-        return state | {"_made": (self._table.config, self._table.ranks, saved.state_of(self._table, rows=False))}
+        residents = saved.state_of(self._table, rows=False).items()
+        # by value: tensors that are made here would be gone when another process opens their shared memory
+        return state | {"_made": (self._table.config, self._table.ranks, {n: x.numpy() for n, x in residents})}
 
     @lasting
     def __deepcopy__(self, memo: dict[int, Any]) -> DynamicTable:
@@ -258,7 +263,8 @@ class DynamicTable(nn.Module):
 
     @lasting
     def __setstate__(self, state: dict[str, Any]) -> None:
-        config, ranks, residents = state.pop("_made")
+        config, ranks, arrays = state.pop("_made")
+        residents = {name: torch.as_tensor(x) for name, x in arrays.items()}
         super().__setstate__(state)
         self._table = self._made(config, self.weight.dtype, self.weight.device)
         if "owners" in residents:  # a copy of a rank's part is one

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
 
 from descompiler.dynamic.storage import Growing
 from descompiler.errors import UnsupportedError
@@ -97,14 +98,14 @@ class Rows:
 
     @as_plain
     def follow(self) -> None:
-        """Go on with what ``parameter.data = ...`` has put in the place of the rows.
+        """Go on with what has been put in the place of the rows: ``parameter.data = ...``; memory of several processes.
 
         Raises
         ------
         UnsupportedError
             If these are more or fewer.
         """
-        if self.parameter.data_ptr() == self.tensor.data_ptr():
+        if self.parameter.data_ptr() == self.tensor.data_ptr() and not self._held.is_elsewhere:
             return
         if self.parameter.shape != self.tensor.shape:
             raise UnsupportedError(
@@ -230,12 +231,14 @@ class Rows:
     def _watch(self) -> None:
         rows = weakref.ref(self)
 
+        @unserializable_hook  # a copy has its own
         @as_plain
         def comes(grad: Tensor) -> None:
             held = rows()
             if held is not None and (before := held.parameter.grad) is not None and before.shape != grad.shape:
                 held._waiting, held.parameter.grad = before, None  # a sum of two shapes would fail
 
+        @unserializable_hook
         @as_plain
         def came(parameter: nn.Parameter) -> None:
             if (held := rows()) is None or parameter is not held.parameter:
