@@ -167,6 +167,29 @@ def test_a_wrong_checkpoint_is_refused_by_name_and_nothing_changes(on_ranks, tmp
             assert words in text, (words, text)
 
 
+def within_a_step(rank, ranks, folder):
+    """Only rank 0's table has sighted ids."""
+    module, opts = compiled("sightings, lru", "unique_rows", "adagrad")
+    train_on(module, opts, range(2), rank, ranks)
+    table, some = module.user._table, torch.arange(1, 500)
+    users, items, _ = stream(5)
+    module.tags.eval()
+    module(some[table.owner(table.keys(some)) == 0][: len(users)], items, torch.zeros(len(users), 3, dtype=torch.int64))
+    with pytest.raises(des.DescompilerError, match="within a step, which has sighted ids"):
+        des.save(module, opts, f"{folder}/c")
+    increments = des.increments(module, opts, f"{folder}/i")
+    with pytest.raises(des.DescompilerError, match="numbers, strings and tensors"):
+        increments.save(step=object() if rank else 1)
+    for step in (2, 3):
+        increments.save(step=step)
+        assert increments.load() == {"step": step}
+
+
+def test_what_one_rank_can_not_save_all_hear_of(on_ranks, tmp_path):
+    """Before any waits for it; and what they save next is of one moment."""
+    on_ranks(within_a_step, 2, str(tmp_path))
+
+
 def save_increments(rank, ranks, folder, plan, steps):
     module, opts = compiled("lfu", plan, "sparse_adam")
     increments, deltas = des.increments(module, opts, f"{folder}/increments"), des.deltas(module, f"{folder}/deltas")

@@ -346,6 +346,30 @@ def test_a_save_that_one_owner_could_not_write_is_made_up_for(tmp_path, monkeypa
     assert not [n for n in files(tmp_path / "path") if n.endswith(".writing")]
 
 
+def test_a_save_that_one_owner_could_not_make_is_made_up_for(tmp_path):
+    """A value that can't be saved, and a gradient that waits: before anything is written the number is used up."""
+    owners, one = Owners(tmp_path / "path", 2), Owners(tmp_path / "one", 1)
+    steps = [[[1, 2, 3]], [[1, 2, 3]], [[3, 4]], [[4, 5]]]
+    (_, _, first), (table, _, second) = owners.held
+    owners.train(steps[:1])
+    owners.save(done=1)
+    owners.train(steps[1:2])
+    first.save(done=2)
+    with pytest.raises(des.InputError, match="numbers, strings and tensors"):
+        second.save(done=object())
+    owners.train(steps[2:3])
+    first.save(done=3)
+    table.eval()(table.resident()).sum().backward()
+    with pytest.raises(des.UnsupportedError, match="gradient"):
+        second.save(done=3)
+    table.train().zero_grad()
+    owners.train(steps[3:])
+    owners.save(done=4)
+    one.train(steps)
+    other = Owners(tmp_path / "path", 1)
+    assert other.load() == {"done": 4} and same(other.state(), one.state(), 1e-10)
+
+
 def test_files_that_can_not_be_removed_are_named_and_the_save_counts(tmp_path, monkeypatch):
     """Counters are halved as often as they were, when an update follows it."""
     given, other = ({"t": DynamicEmbedding(2, admit=AfterSightings(99, halve_every=5))} for _ in range(2))

@@ -192,6 +192,7 @@ def refusals(rank, ranks):
         "from safetensors": lambda: des.load_safetensors(module, "never-read"),
         "a part's copy": lambda: copy.deepcopy(module.user)(torch.tensor([1])),
         "floats": lambda: module(*(x.double() for x in stream(0))),
+        "functional call": lambda: torch.func.functional_call(module, {"user.weight": weight.detach() * 2}, stream(0)),
     }
     F.softplus(module(*stream(0))).sum().backward()
     for name, use in uses.items():
@@ -200,6 +201,27 @@ def refusals(rank, ranks):
             said[name] = ""
         except (des.DescompilerError, NotImplementedError) as error:
             said[name] = f"{type(error).__name__}: {error}"
+    module.zero_grad()
+    state = des.full_state_dict(module)
+    wrong_ones = {"a key more": {"tags.other": torch.ones(1)}, "a dim more": {"tags.weight": torch.ones(9, 5)}}
+    for name, wrong in wrong_ones.items():
+        with pytest.raises(des.InputError) as refused:
+            des.load_full_state_dict(module, {n: x + (n == "user.weight") for n, x in state.items()} | wrong)
+        said[name] = str(refused.value)
+    assert all(torch.equal(x, state[n]) for n, x in des.full_state_dict(module).items())
+    # what one rank alone can't read: a gradient that waits, ids that were sighted, rows that were written over
+    opt = torch.optim.Adagrad(module.parameters())
+    F.softplus(module(*stream(0))).sum().backward()
+    module.zero_grad() if rank else None
+    for name, use in [
+        ("gradient", lambda: des.full_state_dict(module)),
+        ("saved", lambda: des.save(module, opt, "never-written")),
+        ("written", lambda: weight.data.fill_(1.0 - rank) is None or des.full_state_dict(module)),
+        ("single", lambda: des.to_single(module)),
+    ]:
+        with pytest.raises(des.DescompilerError) as refused:
+            use()
+        said[name] = str(refused.value)
     return said
 
 
@@ -210,6 +232,8 @@ def test_what_is_refused_by_name(on_ranks):
         assert "in_place=True" in said["in place"] and "in_place=True" in said["in place in part"]
         assert "take unique_rows" in said["pinned in part"], said["pinned in part"]
         assert all("unique_rows, hot_rows" in said[x] for x in ("pinned", "everywhere")), said["pinned"]
+        assert "gradient that no optimiser" in said["gradient"] and "default row" in said["single"], said
+        assert "another tensor" in said["functional call"] and "tags.other" in said["a key more"], said
         assert all(said.values()), [name for name, text in said.items() if not text]
 
 
@@ -264,7 +288,8 @@ def test_it_is_verified(on_ranks, plan):
     model = Clicks(**OPTIONS["sightings, lru"])
     trained(model, 4)
     optimizers = ("sgd", "adagrad", "sparse_adam", "ftrl")
-    report = des.verify(model, stream(4), plans=(PLANS[plan],), optimizers=optimizers, launch=on_ranks)
+    launch = None if plan == "both" else on_ranks  # None: processes of its own, to which the model is sent
+    report = des.verify(model, stream(4), plans=(PLANS[plan],), optimizers=optimizers, launch=launch)
     assert report.cases == 4 and max(report.worst.values()) < 1e-10
 
 

@@ -7,7 +7,15 @@ import weakref
 import pytest
 import torch
 
-from descompiler.dynamic import AfterSightings, Capacity, Constant, DynamicEmbedding, DynamicEmbeddingBag, TimeToLive
+from descompiler.dynamic import (
+    AfterSightings,
+    Always,
+    Capacity,
+    Constant,
+    DynamicEmbedding,
+    DynamicEmbeddingBag,
+    TimeToLive,
+)
 from descompiler.dynamic.id_map import FEWEST_CELLS
 from descompiler.dynamic.rows import FEWEST_ROWS
 from descompiler.dynamic.storage import SOME
@@ -35,6 +43,17 @@ def test_one_step_may_bring_more_rows_than_there_is_room_for():
     slots = table._table.residence.find(table._table.keys(lookups[3]))
     expected = sum(torch.isin(lookups[3], ids).double() for ids in (*lookups, lookups[0]))
     assert torch.equal(dense[slots], expected) and float(dense.sum()) == float(expected.sum())
+
+
+@pytest.mark.parametrize("admit", [Always(), AfterSightings(2)])
+def test_a_step_may_begin_with_lookups_of_nothing(admit):
+    """Gradients of no rows, in a backward of their own, and then of some."""
+    table = of(admit=admit)
+    table(IDS(5))
+    table.end_step()
+    for ids in (IDS(0), IDS(100, 105), IDS(3), IDS(0), IDS(2)):
+        table(ids).sum().backward()
+    assert table.weight.grad.coalesce().values()[:, 0].sort(descending=True).values[:3].tolist() == [2, 2, 1]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -2,11 +2,14 @@
 
 import copy
 import io
+import pickle
 import sys
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import descompiler as des
 from descompiler.dynamic import AfterSightings, Capacity, Constant, DynamicEmbedding, DynamicEmbeddingBag, TimeToLive
@@ -66,6 +69,26 @@ def test_a_table_goes_on_as_if_it_had_not_been_saved(draws, admit, evict, optimi
         run(*pair, steps[14:])
     assert one[0].step == other[0].step == 24
     assert_equal(contents(other[0]), contents(one[0]))
+
+
+@pytest.mark.parametrize("optimizer", ["sparse_adam", "adagrad"])
+def test_a_table_that_was_sent_to_a_process_goes_on(draws, optimizer):
+    """There, and here: what torch puts into shared memory for that is not where rows come from then on."""
+    steps = stream(draws, 30)
+    table, known = (made("sightings", "lfu") for _ in range(2))
+    opt, of_known = (OPTIMIZERS[optimizer][1](t.parameters()) for t in (table, known))
+    run(table, opt, steps[:10])
+    sent = pickle.loads(ForkingPickler.dumps((table, opt)))
+    assert table.weight.is_shared()
+    assert not table.float().double().weight.is_shared()
+    run(known, of_known, steps[:10])
+    known.float().double()
+    ForkingPickler.dumps((table, opt))
+    for there, its in (sent, (table, opt), (known, of_known)):
+        run(there, its, steps[10:])
+        its.load_state_dict(its.state_dict())
+    assert contents(table) == contents(known) and not table.weight.is_shared()
+    assert contents(sent[0]).keys() == contents(known).keys()
 
 
 def test_a_state_has_what_there_is_and_no_more():
@@ -167,6 +190,11 @@ def test_it_comes_from_a_static_table_and_goes_back():
     assert embedding.weight.requires_grad and len(table) == 401
 
 
+def hooked(embedding):
+    embedding.register_forward_hook(lambda module, ids, rows: rows * 2)
+    return embedding
+
+
 @pytest.mark.parametrize(
     ("static", "options", "error", "text"),
     [
@@ -179,6 +207,11 @@ def test_it_comes_from_a_static_table_and_goes_back():
             "row 1 .* not zeros",
         ),
         (lambda: nn.Embedding(4, 2), {"max_rows": 3}, des.InputError, "4 rows, more than max_rows=3"),
+        (lambda: nn.Embedding(4, 2), {"padding_idx": 3, "dim": 2}, des.InputError, "dim, padding_idx= .* its own"),
+        (lambda: nn.Embedding(4, 2), {"evcit": None}, des.InputError, "evcit= is no option.*evict"),
+        (lambda: nn.Embedding(4, 2, device="meta"), {}, des.UnsupportedError, "meta device and has no rows"),
+        (lambda: weight_norm(nn.Embedding(4, 2), "weight"), {}, des.UnsupportedError, "ParametrizedEmbedding may do"),
+        (lambda: hooked(nn.Embedding(4, 2)), {}, des.UnsupportedError, "has hooks"),
     ],
 )
 def test_static_tables_that_it_can_not_be(static, options, error, text):

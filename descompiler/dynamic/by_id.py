@@ -166,6 +166,7 @@ def take_out(table: Table, optimizer: Optimizer | None = None, slices: Tensor | 
     >>> bool((other(torch.tensor([7, -7])) == rows).all()), len(other)
     (True, 2)
     """
+    table.check_written()
     residence = table.residence
     slices = torch.arange(residence.slices) if slices is None else slices.unique()
     return of_slots(table, residence.map.in_slices(slices), slices, optimizer)
@@ -177,7 +178,7 @@ def of_slots(table: Table, slots: Tensor, slices: Tensor, optimizer: Optimizer |
     counters = residence.sketch.counters if sketch and residence.sketch is not None else None
     if rows.untaken and rows.gradient() is not None:
         raise UnsupportedError(
-            f"{_called(table)} has a gradient that no optimiser has taken, and a state has no gradients: take it after "
+            f"{table.called} has a gradient that no optimiser has taken, and a state has no gradients: take it after "
             "optimizer.step(), or after optimizer.zero_grad()"
         )
     slots = slots[sorted_by_key(residence.map.keys.tensor[slots])]
@@ -244,7 +245,7 @@ def joined(
     table: Table, parts: Sequence[ById], optimizer: Optimizer | None = None, slices: Tensor | None = None
 ) -> ById:
     """What `put_in` gives to a table: changes nothing, and raises what that raises."""
-    made, what = made_from(table), _called(table)
+    made, what = made_from(table), table.called
     for part in parts:
         for name, here in made.items():
             if (there := part.made.get(name)) != here:
@@ -342,8 +343,3 @@ def _kept_by_slot(table: Table, kept: Kept) -> dict[str, Scalar]:
     scalars = {n: x.clone() if isinstance(x, Tensor) else x for n, x in kept.scalars.items()}
     rows = {n: torch.cat([begun_as(x, 1, kept.initial[n]), x]).to(device) for n, x in kept.rows.items()}
     return {**scalars, **{n: table.rows.marked(x) for n, x in rows.items()}}
-
-
-def _called(table: Table) -> str:
-    name = table.config.name
-    return f"dynamic table {name!r}" if name else "the dynamic table"

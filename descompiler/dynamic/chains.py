@@ -134,6 +134,11 @@ class Chain:
         if len(self.listed.entries) == LATE:
             self._look_for_others()
 
+    def use_up(self, number: int) -> None:
+        """What was to be a part is none: other owners may have one of that number, so that this one has none of it."""
+        if self.next == number:
+            self.next, self.is_broken = number + 1, True
+
     def _look_for_others(self) -> None:
         listed, there = self.listed, set(self._store.names())
         others = [replace(listed, rank=rank) for rank in range(listed.ranks)]

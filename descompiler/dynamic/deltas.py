@@ -77,12 +77,13 @@ class Deltas:
             If a gradient waits for an optimiser.
         """
         owned, everything = self._owned, self._owned.everything
-        if not everything:
-            updates = {n: owned.changes[n].update(owned.slices[n], None) for n in owned.tables}
-            served = {n: replace(x, now=_served(x.now), lines=_NONE, sketch=None) for n, x in updates.items()}
-            owned.append(served, values, full=False)
-        if everything or owned.is_time:
-            owned.append({n: self._all(n) for n in owned.tables}, values, full=True, again=not everything)
+        with owned.next_part():
+            if not everything:
+                updates = {n: owned.changes[n].update(owned.slices[n], None) for n in owned.tables}
+                served = {n: replace(x, now=_served(x.now), lines=_NONE, sketch=None) for n, x in updates.items()}
+                owned.append(served, values, full=False)
+            if everything or owned.is_time:
+                owned.append({n: self._all(n) for n in owned.tables}, values, full=True, again=not everything)
 
     def _all(self, name: str) -> ById:
         table, slices = self._owned.tables[name], self._owned.slices[name]

@@ -15,11 +15,15 @@ from descompiler.dynamic import export, saved
 from descompiler.dynamic.admission import Admission, Always
 from descompiler.dynamic.eviction import Eviction
 from descompiler.dynamic.initial import Initial, Normal
+from descompiler.dynamic.rows import lasting
 from descompiler.dynamic.table import Config, Table
 from descompiler.errors import InputError, UnsupportedError
+from descompiler.ops.as_python import as_python
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MODES = ("sum", "mean", "max")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""What a module's call does beside its forward."""
 
 
 def check_ids(ids: Any, named: str) -> None:
@@ -29,6 +33,19 @@ def check_ids(ids: Any, named: str) -> None:
         raise InputError(
             f"{named} was given ids of {kind}: ids are int64 or int32 tensors; "
             "hash strings, and don't convert ids to floating numbers, which are exact up to 2**53 (2**24) only"
+        )
+
+
+def check_untransformed(named: str) -> None:
+    """Raise where a lookup would be recorded, once for all ids, or be part of a transform of ``torch.func``."""
+    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
+    recorded |= any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
+    if recorded or torch._C._are_functorch_transforms_active():
+        what = "traced or exported" if recorded else "transformed by torch.func (grad, vmap, ...)"
+        raise UnsupportedError(
+            f"{named} is {what}: who has a row is known when ids are looked up. Look up before, and give the rows to "
+            "what is traced or transformed; `to_embedding()` is a static table of the rows there are"
         )
 
 
@@ -107,7 +124,9 @@ class DynamicTable(nn.Module):
             raise InputError(f"max_rows={max_rows} is below the {evict.capacity} rows that {evict} keeps: leave it out")
         self.padding_idx = padding_idx
         config = Config(dim, name or "", seed, Normal() if init is None else init, admit or Always(), evict, max_rows)
-        self._table = self._made(config, dtype, torch.device(device or torch.get_default_device()))
+        device = torch.device(torch.get_default_device() if device is None else device)
+        # a model that is created on meta, to be filled later: there are no rows yet
+        self._table = self._made(config, dtype, torch.device("cpu") if device.type == "meta" else device)
         self.register_parameter("weight", self._table.parameter)
 
     def _made(self, config: Config, dtype: torch.dtype, device: torch.device) -> Table:
@@ -149,7 +168,7 @@ class DynamicTable(nn.Module):
 
     def to_embedding(self) -> tuple[nn.Embedding, Tensor]:
         """A static embedding of the rows, and the id of each, sorted."""
-        self._table.check_written()
+        self.check_weight()
         return export.to_embedding(self._table)
 
     def to_parquet(self, path: str | Path) -> None:
@@ -160,8 +179,13 @@ class DynamicTable(nn.Module):
         InputError
             If pyarrow is missing.
         """
-        self._table.check_written()
+        self.check_weight()
         export.to_parquet(self._table, path)
+
+    def check_weight(self) -> None:
+        """Raise unless `weight` is the parameter that has the rows, and those of its ids."""
+        self._table.check_weight(self._parameters.get("weight"))
+        self._table.check_written()
 
     def part_of(self, owners: Tensor | None, rank: int, ranks: int = 1) -> DynamicTable:
         """A table of the same kind, empty, which looks up the ids of a rank's slices of the key space alone.
@@ -188,10 +212,11 @@ class DynamicTable(nn.Module):
         given = {"evict": config.evict, "max_rows": config.max_rows, "padding_idx": self.padding_idx}
         return ", ".join(parts + [f"{k}={v}" for k, v in given.items() if v is not None])
 
-    def _rows_of(self, ids: Tensor) -> Tensor:
+    def _look_up(self, ids: Tensor) -> Tensor:
         """Rows of ids of any shape."""
         check_ids(ids, type(self).__name__ + self._called())
-        self._table.check_written()
+        check_untransformed(type(self).__name__ + self._called())
+        self._table.check_weight(self._parameters.get("weight"))
         flat = ids.reshape(-1).to("cpu", torch.int64)
         table, create = self._table, self.training
         look_up = table.look_up if table.elsewhere is None else table.elsewhere
@@ -208,11 +233,14 @@ class DynamicTable(nn.Module):
             rows = found.new_zeros(len(flat), self.embedding_dim).index_copy(0, some.to(found.device), found)
         return rows.view(*ids.shape, self.embedding_dim)
 
+    _rows_of = as_python(_look_up, _look_up, "a dynamic table gives rows to ids, which no graph can")
+
     def _called(self) -> str:
         name = self._table.config.name
         return f" {name!r}" if name else ""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._table.rows.follow()  # out of what another process shares, if it was sent there
         super()._apply(fn, recurse)
         if self.weight.is_shared() or self.weight.is_meta:
             what = "shared between processes" if self.weight.is_shared() else "on the meta device"
@@ -221,10 +249,11 @@ class DynamicTable(nn.Module):
             raise UnsupportedError(f"the rows of a dynamic table{self._called()} can't be {what}: they come and go")
         if self.weight is not self._table.parameter or self.weight.data_ptr() != self._table.rows.tensor.data_ptr():
             self._table.adopt(self.weight)
+            self._table.rows.tensor[0] = 0  # to_empty has anything there
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self._table.check_written()
+        self.check_weight()
         for name, value in saved.state_of(self._table).items():
             destination[prefix + name] = value
 
@@ -242,21 +271,33 @@ class DynamicTable(nn.Module):
         if not mine:
             missing_keys += [prefix + name for name in saved.NEEDED]
             return
+        if strict:
+            unexpected_keys += [prefix + name for name in mine if name not in saved.KNOWN]
         saved.load(self._table, mine, prefix.removesuffix("."))
+
+    def __copy__(self) -> DynamicTable:
+        made = type(self).__new__(type(self))
+        made.__dict__ |= self.__dict__  # one table: what __getstate__ has makes another
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         del state["_table"]
-        return state | {"_made": (self._table.config, self._table.ranks, saved.state_of(self._table, rows=False))}
+        residents = saved.state_of(self._table, rows=False).items()
+        # by value: tensors that are made here would be gone when another process opens their shared memory
+        return state | {"_made": (self._table.config, self._table.ranks, {n: x.numpy() for n, x in residents})}
 
+    @lasting
     def __deepcopy__(self, memo: dict[int, Any]) -> DynamicTable:
         made = memo[id(self)] = type(self).__new__(type(self))
         made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         made._table.copied_from(self._table)
         return made
 
+    @lasting
     def __setstate__(self, state: dict[str, Any]) -> None:
-        config, ranks, residents = state.pop("_made")
+        config, ranks, arrays = state.pop("_made")
+        residents = {name: torch.as_tensor(x) for name, x in arrays.items()}
         super().__setstate__(state)
         self._table = self._made(config, self.weight.dtype, self.weight.device)
         if "owners" in residents:  # a copy of a rank's part is one
@@ -295,7 +336,7 @@ class DynamicEmbedding(DynamicTable):
     padding_idx : int, optional
         An id that has the default row always.
     dtype, device : optional
-        Of rows.
+        Of rows; of a table that is made on the meta device they are on the CPU, as they come later.
 
     Examples
     --------

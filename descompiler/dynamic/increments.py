@@ -104,13 +104,14 @@ class Increments:
         if not self._may_begin:
             raise InputError(f"{self._store} has checkpoints: load() them first, or give another directory")
         owned, held = self._owned, dict[str, ById | Update]()
-        places = self._places()
-        full = owned.everything or owned.is_time or places != self._saved_places
-        for name, table in owned.tables.items():
-            slices, optimizer = owned.slices[name], self._optimizers[name]
-            held[name] = take_out(table, optimizer, slices) if full else owned.changes[name].update(slices, optimizer)
-        owned.append(held, values, full=full)
-        self._saved_places = places
+        with owned.next_part():
+            places = self._places()
+            full = owned.everything or owned.is_time or places != self._saved_places
+            for name, table in owned.tables.items():
+                slices, optimizer, changes = owned.slices[name], self._optimizers[name], owned.changes[name]
+                held[name] = take_out(table, optimizer, slices) if full else changes.update(slices, optimizer)
+            owned.append(held, values, full=full)
+            self._saved_places = places
 
     def load(self) -> dict[str, Any] | None:
         """Give the tables and optimisers what the last save has that all its owners have finished.

@@ -6,7 +6,8 @@ are this rank's: those that it tells of are written, and all that it holds are l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -84,6 +85,15 @@ class Owned:
         """What is written from now on is of another run: the tables have been given what was saved before."""
         if self.chain.listed.entries:
             self.chain = self._begin()
+
+    @contextlib.contextmanager
+    def next_part(self) -> Iterator[None]:
+        """A part is made and appended: if it fails, the owners' next ones have the same number all the same."""
+        number = self.chain.next
+        try:
+            yield
+        finally:
+            self.chain.use_up(number)
 
     @property
     def everything(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
 
 from descompiler.dynamic.storage import Growing
 from descompiler.errors import UnsupportedError
@@ -32,6 +33,19 @@ def as_plain(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return seen
+
+
+def lasting(function: Callable[P, R]) -> Callable[P, R]:
+    """Let what a function makes be trained and written to later, also where it is called in `torch.inference_mode`."""
+
+    @functools.wraps(function)
+    def made(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    return made
 
 
 def among(slots: Tensor, some: Tensor) -> Tensor:
@@ -89,6 +103,25 @@ class Rows:
         """Look whether somebody has written to the parameter since an optimiser did."""
         known, self._version = self._version, self._written()
         self.writes += self._version != known
+
+    @as_plain
+    def follow(self) -> None:
+        """Go on with what has been put in the place of the rows: ``parameter.data = ...``; memory of several processes.
+
+        Raises
+        ------
+        UnsupportedError
+            If these are more or fewer.
+        """
+        if self.parameter.data_ptr() == self.tensor.data_ptr() and not self._held.is_elsewhere:
+            return
+        if self.parameter.shape != self.tensor.shape:
+            raise UnsupportedError(
+                f"`weight.data = ...` has put {tuple(self.parameter.shape)} in the place of the rows of a dynamic "
+                f"table, {tuple(self.tensor.shape)}, which come and go: write into them (`weight.data.copy_(...)`), or "
+                "load a state dict"
+            )
+        self.adopt(self.parameter)
 
     def taken(self) -> None:
         """An optimiser has taken the gradient, and written to the parameter."""
@@ -211,12 +244,14 @@ class Rows:
     def _watch(self) -> None:
         rows = weakref.ref(self)
 
+        @unserializable_hook  # a copy has its own
         @as_plain
         def comes(grad: Tensor) -> None:
             held = rows()
             if held is not None and (before := held.parameter.grad) is not None and before.shape != grad.shape:
                 held._waiting, held.parameter.grad = before, None  # a sum of two shapes would fail
 
+        @unserializable_hook
         @as_plain
         def came(parameter: nn.Parameter) -> None:
             if (held := rows()) is None or parameter is not held.parameter:
@@ -268,4 +303,6 @@ class _LookUp(torch.autograd.Function):
         if not kept.all():
             rows = kept.nonzero()[:, 0]
             slots, grad = slots.index_select(0, rows), grad.index_select(0, rows)
+        if not len(slots):  # a sum with a gradient of no rows resizes what it has, and NumPy's memory can't be
+            slots, grad = torch.empty_like(slots), torch.empty_like(grad, memory_format=torch.contiguous_format)
         return torch.sparse_coo_tensor(slots[None], grad, ctx.shape, check_invariants=False), None, None, None

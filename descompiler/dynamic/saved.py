@@ -12,10 +12,15 @@ import torch
 from torch import Tensor
 
 from descompiler.dynamic.hashing import signed
+from descompiler.dynamic.rows import lasting
 from descompiler.dynamic.table import Table
 from descompiler.errors import InputError
 
 NEEDED = ("weight", "ids", "resident", "step", "made_from", "sighted", "fresh")
+
+
+BY_SLOT = ("ids", "resident", "last_seen", "counts")
+KNOWN = frozenset([*NEEDED, *BY_SLOT, "sketch", "owners", "rank"])
 
 
 def state_of(table: Table, *, rows: bool = True) -> dict[str, Tensor]:
@@ -47,6 +52,7 @@ def state_of(table: Table, *, rows: bool = True) -> dict[str, Tensor]:
     return state
 
 
+@lasting
 def load(table: Table, state: Mapping[str, Tensor], name: str) -> None:
     """Have what a state dict has, in the place of what the table has.
 
@@ -55,7 +61,7 @@ def load(table: Table, state: Mapping[str, Tensor], name: str) -> None:
     InputError
         If it is not of such a table; nothing has changed.
     """
-    _check(table, state, f"dynamic table {name!r}" if name else "the dynamic table")
+    check(table, state, f"dynamic table {name!r}" if name else "the dynamic table")
     restore(table, state)
     weight = state["weight"]
     for ticket in table.rows.tickets:  # gradients of rows of before are nobody's
@@ -66,7 +72,8 @@ def load(table: Table, state: Mapping[str, Tensor], name: str) -> None:
     table.rows.tensor[: len(weight)] = weight.to(table.rows.tensor)
 
 
-def _check(table: Table, state: Mapping[str, Tensor], what: str) -> None:
+def check(table: Table, state: Mapping[str, Tensor], what: str) -> None:
+    """Raise unless a state is of such a table; ``what``: the table, for messages."""
     config, residence = table.config, table.residence
     if missing := [name for name in NEEDED if name not in state]:
         raise InputError(
@@ -79,8 +86,11 @@ def _check(table: Table, state: Mapping[str, Tensor], what: str) -> None:
             )
         )
     _check_part(table, state, what)
-    if (dim := state["weight"].shape[1]) != config.dim:
+    rows, dim = state["weight"].shape
+    if dim != config.dim:
         raise InputError(f"this state of {what} has rows of {dim} numbers, and the table of {config.dim}")
+    if damaged := [n for n in BY_SLOT if n in state and state[n].shape != (rows,)]:
+        raise InputError(f"this state of {what} is damaged: {rows} rows, and {', '.join(damaged)} of another number")
     if state["made_from"].tolist() != [signed(config.seed), config.salt]:
         seed = int(state["made_from"][0])
         other = f"seed={seed}, and the table's is {config.seed}" if seed != signed(config.seed) else "another name"
@@ -120,6 +130,7 @@ def _check_part(table: Table, state: Mapping[str, Tensor], what: str) -> None:
         )
 
 
+@lasting
 def restore(table: Table, state: Mapping[str, Tensor]) -> None:
     """Have the residents of a state, in their slots, without their rows."""
     residence = table.restart()

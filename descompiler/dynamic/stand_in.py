@@ -15,9 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from descompiler.dynamic.embedding import DynamicEmbeddingBag, DynamicTable, check_bags, check_ids, pooled
+from descompiler.dynamic.embedding import (
+    HOOKS,
+    DynamicEmbedding,
+    DynamicEmbeddingBag,
+    DynamicTable,
+    check_bags,
+    check_ids,
+    pooled,
+)
 from descompiler.dynamic.hashing import mix, shifted
 from descompiler.dynamic.owners import Owners
+from descompiler.errors import UnsupportedError
 
 ROWS_OF_A_SLICE = 256
 """Rows that a slice is expected to have of a table without a limit."""
@@ -156,6 +165,22 @@ def named_stand_ins(template: nn.Module) -> Iterator[tuple[str, StandIn]]:
             yield f"{name}.weight".lstrip("."), module
 
 
+def _check_lookups(table: DynamicTable) -> None:
+    """Raise where a call of the table does more than a stand-in does."""
+    named, calls = type(table).__name__ + table._called(), (DynamicEmbedding.forward, DynamicEmbeddingBag.forward)
+    if type(table).forward not in calls or "forward" in vars(table):
+        raise UnsupportedError(
+            f"{named} has a forward of its own, and what stands for it while the model is captured has not: put the "
+            "table into a module that does the rest"
+        )
+    if any(vars(table).get(hooks) for hooks in HOOKS):
+        raise UnsupportedError(f"{named} has hooks, which would not be called: put them on a module around the table")
+
+
 def stand_ins(model: nn.Module, device: torch.device) -> dict[int, StandIn]:
     """Stand-ins of a model's dynamic tables, by the id of the table's module: what a deep copy takes as its memo."""
-    return {id(m): StandIn(m, device) for m in model.modules() if isinstance(m, DynamicTable)}
+    tables = [m for m in model.modules() if isinstance(m, DynamicTable)]
+    for table in tables:
+        _check_lookups(table)
+        table.check_weight()
+    return {id(m): StandIn(m, device) for m in tables}

@@ -100,6 +100,7 @@ class States:
             For optimisers that would be something else on these rows, and for dense gradients.
         """
         self._check(optimizer, group)
+        self._rows.follow()
         self._rows.notice()
         self._held.setdefault(optimizer, {})
         fresh = torch.cat(self.fresh) if self.fresh else None
@@ -125,10 +126,11 @@ class States:
         """A state of as many rows as the parameter; where it grows without a copy, once it has grown."""
         self._rows.need(len(state))  # loaded from a table that had more room
         size = len(self._rows.tensor)
-        if len(state) == size:
+        shared = not state.is_cuda and state.is_shared()  # it was sent to a process, where the table goes its own way
+        if len(state) == size and not shared:
             return state
         growing = held.get(name)
-        if growing is None or growing.tensor.data_ptr() != state.data_ptr():  # loaded, or the optimiser's own
+        if growing is None or shared or growing.tensor.data_ptr() != state.data_ptr():  # loaded, or the optimiser's own
             growing = held[name] = Growing.holding(state, self._rows.most)
         growing.grow(size)
         return growing.tensor

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from descompiler.dynamic.embedding import DynamicEmbedding, DynamicEmbeddingBag, DynamicTable
+from descompiler.dynamic.embedding import HOOKS, DynamicEmbedding, DynamicEmbeddingBag, DynamicTable
 from descompiler.errors import InputError, UnsupportedError
+
+_OF_THE_EMBEDDING = {"dim", "dtype", "device", "padding_idx", "mode", "include_last_offset"}
 
 
 def from_embedding(embedding: nn.Embedding | nn.EmbeddingBag, **options: Any) -> DynamicTable:
@@ -27,9 +30,10 @@ def from_embedding(embedding: nn.Embedding | nn.EmbeddingBag, **options: Any) ->
     Raises
     ------
     UnsupportedError
-        For ``max_norm``, ``scale_grad_by_freq``, and a padding row that is not zeros.
+        For ``max_norm``, ``scale_grad_by_freq``, a padding row that is not zeros, classes of its own, parametrisations
+        and hooks, and rows on the meta device.
     InputError
-        If the rows are more than ``max_rows``.
+        If the rows are more than ``max_rows``, or for options that are the embedding's.
 
     Examples
     --------
@@ -41,6 +45,19 @@ def from_embedding(embedding: nn.Embedding | nn.EmbeddingBag, **options: Any) ->
     for name, value in refused.items():
         if value:
             raise UnsupportedError(f"nn.Embedding({name}={value}): a dynamic table has no {name}; leave it out")
+    if type(embedding) not in (nn.Embedding, nn.EmbeddingBag):  # parametrisations make a class, too
+        raise UnsupportedError(
+            f"{type(embedding).__name__} may do more than nn.Embedding, and a dynamic table would not"
+        )
+    if any(vars(embedding).get(hooks) for hooks in HOOKS):
+        raise UnsupportedError("the embedding has hooks, which a dynamic table would not call: register them on it")
+    if embedding.weight.is_meta:
+        raise UnsupportedError("the embedding is on the meta device and has no rows: make a DynamicEmbedding instead")
+    if others := options.keys() & _OF_THE_EMBEDDING:
+        raise InputError(f"{', '.join(sorted(others))}= of a dynamic table that has an embedding's rows are its own")
+    if unknown := options.keys() - inspect.signature(DynamicTable).parameters.keys():
+        known = sorted(inspect.signature(DynamicTable).parameters.keys() - _OF_THE_EMBEDDING)
+        raise InputError(f"{', '.join(sorted(unknown))}= is no option of a dynamic table: {', '.join(known)}")
     rows, padding = embedding.weight.detach(), embedding.padding_idx
     if padding is not None and bool(rows[padding].any()):
         raise UnsupportedError(

@@ -59,6 +59,7 @@ class Growing:
             self._item *= size
         self._most = most
         self.tensor = torch.empty((0, *shape[1:]), dtype=dtype, device=device)
+        self._address = self.tensor.data_ptr()
         self._space: mmap.mmap | None = None
         self._room = 0
         self.grow(shape[0])
@@ -83,6 +84,12 @@ class Growing:
             self._move(size)
             return
         self.tensor = self._view(size)
+        self._address = self.tensor.data_ptr()
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the elements lie somewhere else now, as in memory that torch shares with another process."""
+        return self.tensor.data_ptr() != self._address
 
     @property
     def is_on_demand(self) -> bool:
@@ -125,3 +132,4 @@ class Growing:
         self._room = room
         self.tensor = self._view(size)
         self.tensor[: len(old)] = old
+        self._address = self.tensor.data_ptr()

@@ -15,7 +15,7 @@ from descompiler.dynamic.eviction import Eviction
 from descompiler.dynamic.hashing import mix, unmix, word_of
 from descompiler.dynamic.initial import Initial
 from descompiler.dynamic.residence import Residence
-from descompiler.dynamic.rows import Rows
+from descompiler.dynamic.rows import Rows, lasting
 from descompiler.dynamic.states import States, step_with
 from descompiler.errors import UnsupportedError
 
@@ -90,6 +90,7 @@ class Table:
     [-7, 7]
     """
 
+    @lasting
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device):
         self.config, self._salt = config, config.salt
         self.watching: weakref.WeakSet[Watcher] = weakref.WeakSet()
@@ -121,20 +122,55 @@ class Table:
     _original: weakref.ref[Table] | None = None
     _known_writes = 0
 
-    def check_written(self) -> None:
-        """Whether a copy's rows are those of its ids, though something has written to them slot by slot.
+    @property
+    def called(self) -> str:
+        """The table, for messages."""
+        return f"dynamic table {self.config.name!r}" if self.config.name else "the dynamic table"
 
-        They are if the original has the same ids in the same slots still.
+    def check_weight(self, weight: object) -> None:
+        """Whether this is the parameter that has the rows, and what others have written to it is of ids that are there.
 
         Raises
         ------
         UnsupportedError
-            If they may be others.
+            If it is another tensor, has other rows, or may have; or if the default row is no zeros any more.
         """
-        if self._original is None:
-            return
+        if weight is not self.parameter:
+            raise UnsupportedError(
+                f"the rows of {self.called} are in the parameter that it was made with, and come and go; another "
+                "tensor is its `weight` now, as torch.func.functional_call, parametrisations (weight_norm), pruning, "
+                "tied weights and `table.weight = ...` put there. Write to the parameter, in torch.no_grad(); or share "
+                "the module"
+            )
+        self.rows.follow()
         self.rows.notice()
-        if self.rows.writes == self._known_writes:
+        if self.rows.writes != self._looked_at:
+            self._check_default()
+        self._check_copied()
+
+    def check_written(self) -> None:
+        """Whether rows are those of their ids, whatever has written to them.
+
+        Raises
+        ------
+        UnsupportedError
+            If they may be others, or if the default row is no zeros any more.
+        """
+        self._looked_at = -1  # writes to `weight.data` are not counted
+        self.check_weight(self.parameter)
+
+    def _check_default(self) -> None:
+        if bool(self.rows.tensor[0].any()):
+            raise UnsupportedError(
+                f"the default row of {self.called}, row 0 of its weight, was written to, as torch.nn.init does: ids "
+                "without a row have zeros, and new rows begin as init= of the table says. Leave `weight` out of what "
+                "initialises parameters"
+            )
+        self._looked_at = self.rows.writes
+
+    def _check_copied(self) -> None:
+        """Raise unless a copy has the same ids in the same slots as the original still, if it was written to."""
+        if self._original is None or self.rows.writes == self._known_writes:
             return
         original, mine = self._original(), self.residence.resident()
         if original is None or not _same(mine, self.residence, original.residence):
@@ -144,6 +180,9 @@ class Table:
                 "ids have come or gone. Average models without dynamic tables, or exports of them (to_embedding)"
             )
         self._known_writes = self.rows.writes
+
+    _looked_at = -1
+    """How often others had written to the rows when the default row was looked at; -1: it was not."""
 
     def restart(self) -> Residence:
         """Nobody is resident any more; rows are as they were."""
@@ -172,6 +211,7 @@ class Table:
         """The rows, by slot."""
         return self.rows.parameter
 
+    @lasting
     def adopt(self, parameter: nn.Parameter) -> None:
         """Have the rows in another parameter, or in what this one was cast or moved to."""
         self.rows.adopt(parameter)
@@ -252,13 +292,11 @@ class Table:
         slices = self.residence.slices_of(keys)
         return torch.zeros_like(slices) if self.owners is None else self.owners[slices]
 
+    @lasting
     def slots(self, keys: Tensor, *, create: bool) -> Tensor:
         """Slots of keys, 0 of those that have no rows; after those have come that are to have."""
         if not create:
             return self.residence.find(keys)
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):  # what comes in such a mode stays, and is trained later
-                return self.slots(keys, create=create)
         slots, came, places = self.residence.look_up(keys)
         if len(came):
             self.states.fresh.append(places)
@@ -281,6 +319,7 @@ class Table:
             watcher.changed(self.rows.pending() if changed is None else changed)
         self._end_step(_NONE)
 
+    @lasting
     def enter(self, ids: Tensor, rows: Tensor) -> None:
         """Give rows to ids that differ and have none, and are not asked whether they are admitted."""
         places = self.residence.enter(self.keys(ids))
@@ -306,7 +345,9 @@ class Table:
         sketch = 0 if self.residence.sketch is None else self.residence.sketch.counters.nbytes
         return self.rows.tensor.nbytes + self.states.memory_bytes() + self.residence.memory_bytes() + sketch
 
+    @lasting
     def _end_step(self, kept: Tensor) -> None:
+        self.rows.follow()
         for watcher in self._watchers:
             watcher.ends_step()
         gone = self.residence.end_step(kept)

@@ -279,6 +279,7 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         now, used = self._now(), self._used
         parameters, buffers = now.every_parameter, now.every_buffer
         used.watch_hooks(tensors)
+        tables = self._runtime.tables
         queue = iter(self._runtime.inputs([self._ids.get(i, x) for i, x in enumerate(tensors)]))
         values: list[Tensor] = []
         for s in sources:  # nothing is called for a table
@@ -288,6 +289,8 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
                 value = emitted.constant(s.name, self._runtime.device)
             else:
                 value = parameters[s.name] if s.kind == "parameter" else buffers[s.name]
+                if tables and s.name in tables:
+                    tables[s.name].check_weight(value)
             if used.told and s.kind in ("input", "parameter"):
                 value = used.gate(s.name, value)
             values += (value,)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from descompiler.dynamic import saved
 from descompiler.dynamic.by_id import ById, put_in, take_out
 from descompiler.dynamic.embedding import DynamicTable
 from descompiler.dynamic.stand_in import StandIn, named_stand_ins
@@ -44,6 +45,21 @@ def _take(part: DynamicTable, whole: ById | None) -> None:
     put_in(part._table, [whole], slices=part._table.held_slices)
 
 
+CANNOT_READ = "could not read a dynamic table"
+
+
+def check_weights(module: nn.Module, ranks: Ranks) -> None:
+    """Raise on every rank unless each has the rows of its tables' ids where they are to be. Collective."""
+    tables = tables_of(module).values()
+
+    def check() -> None:
+        for table in tables:
+            table.check_weight()
+
+    if tables:
+        ranks.everywhere(check, CANNOT_READ)
+
+
 def tables_of(module: nn.Module) -> dict[str, DynamicTable]:
     """The dynamic tables of a module, by name."""
     return {name: m for name, m in module.named_modules() if isinstance(m, DynamicTable)}
@@ -64,7 +80,7 @@ def without_tables(state: Mapping[str, Any], tables: Iterable[str]) -> dict[str,
 
 def whole_table(part: DynamicTable, ranks: Ranks, *, first_only: bool = False) -> DynamicTable | None:
     """A table with the rows of all ranks' parts of it; ``first_only``: on rank 0, None on the others. Collective."""
-    mine = take_out(part._table, slices=part._table.own_slices)
+    mine = ranks.everywhere(lambda: take_out(part._table, slices=part._table.own_slices), CANNOT_READ)
     every: list[Any] | None
     if ranks.count > 1 and first_only:
         every = [None] * ranks.count if ranks.rank == 0 else None
@@ -78,22 +94,37 @@ def whole_table(part: DynamicTable, ranks: Ranks, *, first_only: bool = False) -
     return whole
 
 
-def load_whole(part: DynamicTable, name: str, state: Mapping[str, Tensor] | None, ranks: Ranks) -> None:
-    """Have the rows of the own slices of what the original's state dict has of a table.
-
-    Collective; what optimisers keep begins anew. ``state``: of the table, by its own names; None: rank 0's is streamed.
+def check_whole(part: DynamicTable, name: str, state: Mapping[str, Tensor] | None, ranks: Ranks) -> None:
+    """Raise on every rank unless `load_whole` can load this. Collective where only rank 0's state counts.
 
     Raises
     ------
     InputError
-        On every rank, if it is not of such a table; nothing has changed.
+    """
+
+    def check() -> None:
+        if not state:
+            raise InputError(f"this state_dict has nothing of dynamic table {name!r}")
+        saved.check(part.part_of(None, 0)._table, state, f"dynamic table {name!r}")
+        if unknown := sorted(state.keys() - saved.KNOWN):
+            raise InputError(f"this state_dict has {name}.{unknown[0]}, which no dynamic table has")
+
+    if state is None or ranks.count > 1:
+        ranks.by_first(check)
+    else:
+        check()
+
+
+def load_whole(part: DynamicTable, state: Mapping[str, Tensor] | None, ranks: Ranks) -> None:
+    """Have the rows of the own slices of what the original's state dict has of a table, which is checked.
+
+    Collective; what optimisers keep begins anew. ``state``: of the table, by its own names; None: rank 0's is streamed.
+
     """
 
     def loaded() -> ById:
         whole = part.part_of(None, 0)
-        if not state:
-            raise InputError(f"this state_dict has nothing of dynamic table {name!r}")
-        whole.load_state_dict(dict(state))
+        whole.load_state_dict(dict(state or {}))
         return take_out(whole._table)
 
     first = state is None or ranks.count > 1

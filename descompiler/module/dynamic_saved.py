@@ -92,16 +92,31 @@ def to_save(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], rank
     UnsupportedError
         Within a step: ids are sighted, or a gradient waits.
     """
-    return {name: _to_save(name, part._table, optimizers, ranks) for name, part in tables_of(module).items()}
+    tables = {name: part._table for name, part in tables_of(module).items()}
+    if not tables:
+        return {}
+
+    def taken_out() -> dict[str, ById]:
+        return {name: _between_steps(name, table, optimizer_of(table, optimizers)) for name, table in tables.items()}
+
+    # what one rank can't take out all ranks hear of, before any of them waits for the others
+    states = ranks.everywhere(taken_out, "could not save")
+    return {name: _to_save(name, table, states[name], optimizers, ranks) for name, table in tables.items()}
 
 
-def _to_save(name: str, table: Table, optimizers: Sequence[torch.optim.Optimizer], ranks: Ranks) -> dict[str, Any]:
-    optimizer = optimizer_of(table, optimizers)
+def _between_steps(name: str, table: Table, optimizer: torch.optim.Optimizer | None) -> ById:
     state = take_out(table, optimizer, table.own_slices)
     if len(state.sighted):
         raise UnsupportedError(
             f"dynamic table {name!r} is within a step, which has sighted ids: save after optimizer.step()"
         )
+    return state
+
+
+def _to_save(
+    name: str, table: Table, state: ById, optimizers: Sequence[torch.optim.Optimizer], ranks: Ranks
+) -> dict[str, Any]:
+    optimizer = optimizer_of(table, optimizers)
     live = torch.bincount(state.slices_of(state.ids), minlength=table.residence.slices)
     if ranks.count > 1:
         all_reduce(live, ranks.group, dist.ReduceOp.SUM).wait()
@@ -202,8 +217,7 @@ class SavedTables:
         self._small = {name: self._every_ranks(name) for name in self.tables}
         if self._small:
             read({"dynamic": self._small})
-        for name, table in self.tables.items():
-            self._check(name, table)
+            ranks.everywhere(self._check_all, "could not load")
         self.room = {name: self._room(name, table) for name, table in self.tables.items()}
 
     def take_in(self) -> None:
@@ -256,6 +270,10 @@ class SavedTables:
             room |= {OPTIMIZER: "", OPTIONS: ""}
         return room
 
+    def _check_all(self) -> None:
+        for name, table in self.tables.items():
+            self._check(name, table)
+
     def _check(self, name: str, table: Table) -> None:
         small = self._small[name]
         there, here = json.loads(small[MADE]), made_from(table)
@@ -265,9 +283,9 @@ class SavedTables:
                 f"dynamic table {name!r} has {which}={there.get(which)} in the checkpoint, and {which}={here[which]} "
                 "here: make it as the one that was saved"
             )
-        own = int(small[LIVE][table.held_slices].sum())
-        if (most := table.config.max_rows) is not None and own > most:
-            raise InputError(f"dynamic table {name!r} has {own} rows in the checkpoint, more than max_rows={most}")
+        rows = int(small[LIVE].sum())
+        if (most := table.config.max_rows) is not None and rows > most:
+            raise InputError(f"dynamic table {name!r} has {rows} rows in the checkpoint, more than max_rows={most}")
         optimizer = optimizer_of(table, self.optimizers)
         if optimizer is not None and small[OPTIMIZER] != name_of(optimizer):
             raise InputError(

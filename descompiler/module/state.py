@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from descompiler.errors import InputError
 from descompiler.layout.pieces import Pieces
 from descompiler.module.distributed import DistributedModule
-from descompiler.module.dynamic import load_whole, names_of_tables, tables_of, whole_table, without_tables
+from descompiler.module.dynamic import (
+    check_weights,
+    check_whole,
+    load_whole,
+    names_of_tables,
+    tables_of,
+    whole_table,
+    without_tables,
+)
 from descompiler.module.installed import module_of, ranks_for
 from descompiler.ops.local import plain
 from descompiler.runtime.blocks import BLOCK_ELEMENTS, broadcast_tensor, collect, gather, scatter
@@ -48,6 +56,7 @@ def full_state_dict(module: nn.Module, *, rank0_only: bool = False) -> dict[str,
 def static_state_dict(module: DistributedModule, *, rank0_only: bool = False) -> dict[str, Tensor]:
     """As `full_state_dict`, without dynamic tables; also within a step. Collective."""
     ranks, tables = ranks_for(module, "full_state_dict"), names_of_tables(module)
+    check_weights(module, ranks)
     held = {n: plain(x) for n, x in without_tables(module.state_dict(), tables).items()}
     cut = pieces_by_name(module)
     takes = not rank0_only or ranks.rank == 0
@@ -102,16 +111,21 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank
     module = module_of(module)
     ranks = ranks_for(module, "load_full_state_dict")
     tables, names = tables_of(module), names_of_tables(module)
+    check_weights(module, ranks)
     mine = {n: plain(x) for n, x in without_tables(module.state_dict(), names).items()}
     every, state = state, without_tables(state, names)
     ranks.everywhere(
         lambda: _check_state(module, mine, state) if not rank0_only or ranks.rank == 0 else None, "could not load"
     )
+    of_tables: dict[str, Mapping[str, Tensor] | None] = {}
     for name, part in tables.items():
         of_table = {n.removeprefix(f"{name}."): x for n, x in every.items() if n.startswith(f"{name}.")}
-        load_whole(part, name, None if rank0_only and ranks.rank else of_table, ranks)
+        of_tables[name] = None if rank0_only and ranks.rank else of_table
+        check_whole(part, name, of_tables[name], ranks)
     if not rank0_only:
         ranks.same("state_dict", _digest(module, state), doing="load")
+    for name, part in tables.items():
+        load_whole(part, of_tables[name], ranks)
     with torch.no_grad():
         for name, local in mine.items():
             pieces, value = module.plan.pieces.get(_canonical(module, name)), state.get(name)

@@ -106,14 +106,17 @@ class Ranks:
     def by_first(self, step: Callable[[], T]) -> T | None:
         """What ``step()`` returns, on the first rank; None on the others. What it raises there, every rank raises."""
         result: T | None = None
-        error: DescompilerError | None = None
+        error: Exception | None = None
         if self.rank == 0:
             try:
                 result = step()
-            except DescompilerError as e:  # raised below, once the other ranks know
+            except Exception as e:  # raised below, once the other ranks know
                 error = e
-        if raised := self.of_first(error):
-            raise raised
+        told = error
+        if error is not None and not isinstance(error, DescompilerError):  # it may be what no other process can read
+            told = RankError(f"rank 0 raised {type(error).__name__}: {error}")
+        if raised := self.of_first(told):
+            raise error or raised
         return result
 
     def warn(self, text: str) -> None:

@@ -7,13 +7,13 @@ in later steps. So `torch.compile` leaves it, and gets what a program computes b
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-import torch
-from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy, set_eval_frame
+from torch._C._dynamo.eval_frame import set_eval_frame
+
+from descompiler.ops.as_python import as_python
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,7 +23,6 @@ _AROUND: ContextVar[Any] = ContextVar("_AROUND", default=None)
 
 def untraced(method: F) -> F:
     """The method, run as Python wherever `torch.compile` meets it."""
-    plain: list[Callable[..., Any]] = []
 
     def left(*args: Any, **kwargs: Any) -> Any:
         around = set_eval_frame(None)
@@ -34,15 +33,8 @@ def untraced(method: F) -> F:
             _AROUND.reset(before)
             set_eval_frame(around)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not plain:  # not at the import: this one takes a second, and a process that only plans needs none
-            reason = "a module of descompiler exchanges values with other ranks: its stages are compiled"
-            plain.append(torch.compiler.disable(left, recursive=False, reason=reason))
-        return plain[0](*args, **kwargs)
-
-    # a frame of its own would be compiled for each mode that it is called in
-    set_code_exec_strategy(run.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
-    return functools.update_wrapper(run, method)  # type: ignore[return-value]
+    reason = "a module of descompiler exchanges values with other ranks: its stages are compiled"
+    return as_python(left, method, reason, recursive=False)
 
 
 def is_compiled() -> bool:
