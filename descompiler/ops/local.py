@@ -105,6 +105,9 @@ def pool(rows: Tensor, ids: Tensor, mode: str, padding_idx: int | None) -> Tenso
     return total
 
 
+FEW, SOME = 128, 1024
+"""Rows from which on NumPy reads, and writes, them faster: of fewer its calls take longer."""
+
 MANY, WIDE = 4096, 8
 """Rows, and columns of them, from which on bags of one row each are the fastest."""
 
@@ -119,7 +122,7 @@ def rows_at(table: Tensor, rows: Tensor) -> Tensor:
     [[2.0], [2.0], [1.0]]
     """
     table = table.detach()
-    if not _is_copied_fast(table):
+    if len(rows) < FEW or not _is_copied_fast(table):
         return table.index_select(0, rows)
     if table.dtype is torch.float32 and len(rows) >= MANY and table.dim() == 2 and table.shape[1] >= WIDE:
         bags: Tensor = torch.embedding_bag(table, rows, torch.arange(len(rows)))[0]
@@ -138,10 +141,11 @@ def put_rows(table: Tensor, rows: Tensor, values: Tensor) -> None:
     [[3.0, 4.0], [0.0, 0.0], [1.0, 2.0]]
     """
     table = table.detach()
-    if not (_is_copied_fast(table) and values.is_contiguous() and values.dtype == table.dtype and values.numel()):
+    alike = values.is_contiguous() and values.dtype == table.dtype and values.numel()
+    if len(rows) < SOME or not (alike and _is_copied_fast(table)):
         table.index_copy_(0, rows, values)
         return
-    item = np.dtype((np.void, table[0].numel() * table.itemsize))
+    item = np.dtype((np.void, values.nbytes // len(rows)))
     into, come = (x.numpy().reshape(len(x), -1).view(item)[:, 0] for x in (table, values.detach()))
     into[rows.numpy()] = come
     table[:0].zero_()  # tells autograd that it has changed
