@@ -82,7 +82,7 @@ def _of_lookup(
         asked = w.ranks * unique * held / max(held.sum(), 1)
         served: np.ndarray = np.where(held > 0, lookup_seconds(rates, asked, o.dim), 0.0)
         # rows that have come are looked up together, and updated by their owners
-        taken = lookup_seconds(rates, w.rows * width, o.dim, calls=0)
+        taken: float = lookup_seconds(rates, w.rows * width, o.dim, calls=0)
         return taken + w.rows * width * rates.unique_s + served
     if split.gathered:
         own += lookup_seconds(rates, (w.ranks - 1) * unique, o.dim, calls=0)
