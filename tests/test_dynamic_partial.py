@@ -11,6 +11,7 @@ import descompiler as des
 from descompiler.dynamic import Capacity
 from descompiler.module.dynamic import tables_of
 from tests.harness.dynamic_ranks import OPTIMIZERS, OPTIONS, of_all_ranks, rows_of, shares
+from tests.harness.jagged import Jagged
 
 
 class Bags(nn.Module):
@@ -112,21 +113,6 @@ def as_the_original(rank, ranks, cases, steps):
             table = original.get_submodule(name)._table
             assert torch.equal(ids, table.resident()) and len(ids), (make, name)
             torch.testing.assert_close(rows, rows_of(table, ids), rtol=1e-10, atol=1e-12)
-
-
-class Jagged:
-    """Values of all rows, one after another, and how many each row has."""
-
-    def __init__(self, lengths, values):
-        self.lengths, self.values = lengths, values
-
-
-def take_jagged(x, index):
-    parts = torch.split(x.values, x.lengths.tolist())
-    return Jagged(x.lengths[index], torch.cat([parts[i] for i in index.tolist()] + [x.values[:0]]))
-
-
-des.register_input(Jagged, lambda x: ([x.lengths, x.values], None), lambda c, _: Jagged(*c), take=take_jagged)
 
 
 def bag(**options):

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 import descompiler as des
 from descompiler.model.inputs import flatten, normalise_inputs, take_rows
+from tests.harness.jagged import Jagged
 
 GENERATOR = torch.Generator().manual_seed(3)
 USER = torch.randint(7, (9,), generator=GENERATOR)
@@ -129,21 +130,6 @@ class Floats(Scorer):
     def forward(self, x):
         ids = x[:, :5].long()
         return self.score(ids[:, 0], ids[:, 1:5], x[:, 5].long()) + x[:, 6]
-
-
-class Jagged:
-    """Sequences of any length, one after another, as torchrec's: rows are in the offsets, not in dim 0 of values."""
-
-    def __init__(self, lengths, values):
-        self.lengths, self.values = lengths, values
-
-
-def take_jagged(x, index):
-    parts = torch.split(x.values, x.lengths.tolist())
-    return Jagged(x.lengths[index], torch.cat([parts[i] for i in index.tolist()] + [x.values[:0]]))
-
-
-des.register_input(Jagged, lambda x: ([x.lengths, x.values], None), lambda c, _: Jagged(*c), take=take_jagged)
 
 
 class OneJagged(nn.Module):
