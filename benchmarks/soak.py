@@ -111,6 +111,13 @@ class Partial(Towers):
         return super().forward(torch.tensor(ids.tolist()).reshape(ids.shape))
 
 
+class DynamicPartial(DynamicTowers):
+    """Tables whose rows come and go, and ids that go through Python lists."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(torch.tensor(ids.tolist()).reshape(ids.shape))
+
+
 class PartialMean(Towers):
     """Partial capture of a loss that is a mean over rows."""
 
@@ -264,6 +271,7 @@ SCENARIOS: dict[str, Scenario] = {
     "dynamic": Scenario(DynamicTowers, {"plan": {"*": "row_wise"}}),
     "dynamic, own rows": Scenario(DynamicTowers, {"plan": {"*": "unique_rows"}}),
     "dynamic, alone": Scenario(DynamicTowers, alone=True),
+    "dynamic, in part": Scenario(DynamicPartial),
     "batch norm": Scenario(lambda d: Towers(d, norm=True), {"plan": {"*": "row_wise"}}),
     "shared columns": Scenario(Wide, {"plan": {"*": "column_wise"}, "loss": "row_mean", "cluster": "bytes"}),
     "in-batch": Scenario(InBatch, {"plan": {"*": "row_wise"}}),
