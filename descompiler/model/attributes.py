@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -252,12 +254,30 @@ class AttributeWatch:
         self.places: set[Place] = set()
         self._held: list[tuple[dict[str, Any], Place]] = []
         self.set_here: dict[Place, Any] = {}  # in the original's place: no graph depends on it
+        self._getters: list[tuple[Callable[[Any], tuple[Any, ...]], dict[str, Any]]] = []
+        self._seen: list[Any] = []
+        self._found: tuple[tuple[Place, Any], ...] | None = None  # of what was seen
+
+    def begin_as(self, other: AttributeWatch) -> None:
+        """Compare with what another, of an equal model, began with."""
+        self.before, self.set_here = other.before, dict(other.set_here)
+        self.add(other.places)
+
+    def values(self) -> dict[Place, Any]:
+        """Numbers, flags and text as they are now, whether forward reads them or not."""
+        now = plain_attributes(self.model) | attributes_inside(self.model)
+        return {at: x for at, x in now.items() if at in self.before}
 
     def add(self, places: Collection[Place]) -> bool:
         """Watch these too; whether any is new."""
         new = sorted((set(places) & self.before.keys()) - self.places)
         self.places.update(new)
         self._held += [(vars(self.model.get_submodule(path)), (path, name)) for path, name in new]
+        by_module: dict[int, tuple[dict[str, Any], list[str]]] = {}
+        for held, (_, name) in self._held:
+            by_module.setdefault(id(held), (held, []))[1].append(name)
+        self._getters = [(itemgetter(*names, names[0]), held) for held, names in by_module.values()]  # always tuples
+        self._found = None
         return bool(new)
 
     def set(self, values: Sequence[tuple[Place, Any]]) -> None:
@@ -265,6 +285,7 @@ class AttributeWatch:
         if values:
             set_attributes(self.model, dict(values))
             self.set_here |= dict(values)
+            self._found = None
 
     def changes(self) -> tuple[tuple[Place, Any], ...]:
         """What has another value now.
@@ -274,6 +295,15 @@ class AttributeWatch:
         UnsupportedError
             If an attribute is no number, flag or text any more.
         """
+        try:  # a step asks more than once, and hundreds are watched: nearly always all are the same objects
+            seen = [*chain.from_iterable(get(held) for get, held in self._getters)]
+        except KeyError:
+            seen = []  # one is gone, or inside of another
+        if self._found is None or not seen or not all(map(is_, seen, self._seen)):
+            self._found, self._seen = self._compared(), seen
+        return self._found
+
+    def _compared(self) -> tuple[tuple[Place, Any], ...]:
         found = []
         for held, at in self._held:
             x = value_at(held, at[1])

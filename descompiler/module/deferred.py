@@ -18,7 +18,7 @@ class DeferredModule(DistributedModule):
     def __init__(self, model: nn.Module, compile_for: Callable[[Any], DistributedModule]):
         nn.Module.__init__(self)
         self.training, self._compile_for = model.training, compile_for
-        object.__setattr__(self, "_model", model)  # not a submodule
+        vars(self)["_model"] = vars(self)["_face"] = model  # not a submodule; what users set is the model's
 
     @untraced
     def forward(self, *args: Any, **kwargs: Any) -> Any:

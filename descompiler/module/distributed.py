@@ -32,6 +32,7 @@ from descompiler.module.programs import ChoosesPrograms
 from descompiler.module.reports import Reports
 from descompiler.module.sizes import Programs
 from descompiler.module.standard import StandardCalls, watch_loading
+from descompiler.module.structure import Structure
 from descompiler.ops.local import differentiable, plain, widest
 from descompiler.planning.plan import Plan
 from descompiler.runtime.agreement import NotAheadError, OtherProgramError
@@ -95,7 +96,8 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         self._looked = False
         self._of_step: Moment | None = None
         runtime.wire_dtype, self._dtypes = widest(self.parameters()), self._moment().dtypes
-        self._attributes = AttributeWatch(host) if self._in_place and host is not None else None
+        vars(self)["_face"] = face = parts.face(self)
+        self._attributes = AttributeWatch(face)
         self._gradients = GradientSync(runtime, in_part=not self.predicts_traffic)
         me = weakref.ref(self)
         self._exchange = PieceExchange(self._gradients, lambda: () if (module := me()) is None else module.buffers())
@@ -112,6 +114,8 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
                 weigh_outside(p, self._exchange)
         if self._in_place:
             self._watch()
+        watched = self.plan.pieces if not self.predicts_traffic else {*self._divided, *runtime.tables}
+        self._structure = Structure(self, watched if runtime.ranks > 1 else ())
         for loaded in (self, host) if self._in_place and host is not None else (self,):
             watch_loading(loaded, self)
 
@@ -125,16 +129,24 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in OF_A_STEP:  # what it is no module looks at each time
             vars(self)[name] = value
+        elif self._is_users(name):
+            setattr(vars(self)["_face"], name, value)
         else:
             super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return vars(vars(self)["_face"])[name] if self._is_users(name) else super().__getattr__(name)
+
+    def _is_users(self, name: str) -> bool:
+        """Whether it is a plain attribute of the original, and none of this module."""
+        own = vars(self)
+        return "_face" in own and name in vars(own["_face"]) and name not in own and not hasattr(type(self), name)
 
     # ---- calls
 
     @untraced
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward on this rank's rows: outputs for them."""
-        self._moment()
-        self._looked = True  # once a step: what modules hold changes between them
         try:
             return self._step(args, kwargs)
         finally:
@@ -147,6 +159,9 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         self._gradients.begin()
         self._same_flags()
         try:
+            self._refuse_changed()
+            self._moment()
+            self._looked = True  # once a step: what modules hold changes between them
             assert self._signature is not None
             own, self._ids = given_ids(self.plan.layout.given, args, kwargs, self._signature, runtime)
             tensors, other = self._signature.call_of(*own)
@@ -187,8 +202,7 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         outputs = self._noticing(self._finishing(outputs) if self._in_place else outputs, emitted.outputs)
         emitted.signature.update(args, kwargs, outputs)
         self._remember(*own)
-        if self._attributes is not None:
-            self._attributes.set(emitted.signature.sets)
+        self._attributes.set(emitted.signature.sets)
         return emitted.signature.unflatten(outputs)
 
     def _begin(self, emitted: Emitted) -> None:
@@ -199,6 +213,11 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
             reducer.begin()
         runtime.seen = {}
         self._used = Used(trained and bool(emitted.layout.of(UsedOutputs)), emitted.behind, runtime.seen)
+
+    def _refuse_changed(self) -> None:
+        """Raise if the module is another one than was compiled, in what no program follows."""
+        self._structure.check(self)
+        self._structure.check_tensors(self, self._now())
 
     def _now(self) -> Contents:
         """What this module holds."""
@@ -354,6 +373,7 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
                 "are averaged slot by slot, and a slot has other ids' rows there. des.to_single(module) gives the "
                 "model as it is; des.load_full_state_dict takes des.full_state_dict(module) into another module"
             )
+        self._refuse_changed()  # the copy would be without it, and silent
         result = self._copied(memo)
         pairs = zip(self.parameters(), result.parameters(), strict=True)
         memo.update({id(self): result, **{id(p): q for p, q in pairs}})
@@ -366,6 +386,7 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         parts = Parts(self, self.plan, runtime, values, buffers, self._coverage, original=original, advise=self._advise)
         result = DistributedModule(parts, self._signature, self._program_for, self._forward_for)
         result._frozen, result._dtypes, result._sparse = self._frozen, self._dtypes, self._sparse
+        result._attributes.begin_as(self._attributes)
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -18,7 +18,7 @@ from descompiler.emit.emit import Emitted
 from descompiler.errors import InputError, UnsupportedError, warn
 from descompiler.layout.rows import Rows
 from descompiler.layout.traffic import Traffic
-from descompiler.model.attributes import copied
+from descompiler.model.attributes import copied, set_attributes
 from descompiler.model.batch_size import BatchSize, check_is_rows
 from descompiler.model.calls import call_text
 from descompiler.model.float64 import InDouble, is_double_meant
@@ -69,10 +69,11 @@ class PartialModule(DistributedModule):
         self._used = Used(len(self._outputs) > 1 and runtime.ranks > 1 and torch.is_grad_enabled())
         reference = next(self.parameters(), torch.zeros(()))
         runtime.device, runtime.wire_dtype = reference.device, widest(self.parameters())
-        flags = "".join(str(int(f)) for f in self._training_flags())
-        trained = "".join(str(int(f)) for f in self._trained())
-        mode = f"training flags {flags}, trained parameters {trained}, {self._gradients_mode()}"
         try:
+            self._refuse_changed()
+            flags = "".join(str(int(f)) for f in self._training_flags())
+            trained = "".join(str(int(f)) for f in self._trained())
+            mode = f"training flags {flags}, trained parameters {trained}, {self._gradients_mode()}"
             if self._coupled and runtime.ranks > 1:
                 return self._run_global_batch(args, kwargs, mode)
             self._with_rows(args, kwargs)
@@ -100,6 +101,10 @@ class PartialModule(DistributedModule):
             raise
         tensors = [self._output(x, kind) for x, kind in zip(tensors, self._outputs, strict=True)]
         return unflatten_with(self._noticing(self._finishing(tensors), self.output_rows), spec, statics)
+
+    def _refuse_changed(self) -> None:
+        """Raise if there are other parameters than were compiled; hooks and parts are called as they are."""
+        self._structure.check_tensors(self, self._now(), new=self._runtime.ranks > 1)
 
     def _copied(self, memo: dict[int, Any]) -> PartialModule:
         host, call = vars(self)["_host"], vars(self)["_call"]
@@ -129,6 +134,7 @@ class PartialModule(DistributedModule):
         for name, b in owner.named_buffers(remove_duplicate=False):
             path, _, leaf = name.rpartition(".")
             self.get_submodule(path)._buffers[leaf] = b
+        set_attributes(vars(self)["_host"], owner._attributes.values())
         result = self(*args, **kwargs)
         owner._runtime.traffic = self._runtime.traffic
         return result

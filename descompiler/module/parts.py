@@ -68,6 +68,15 @@ class Parts:
         else:
             self._adopt(module, self.host)
 
+    def face(self, module: nn.Module) -> nn.Module:
+        """The original's root, as far as attributes go: users read and set them on the module that was filled."""
+        if self.host is not None:
+            return self.host
+        result = _shell_of(vars(self.template).get("_face", self.template))  # of a compiled module for its copy
+        for kind in ("_parameters", "_buffers", "_modules"):
+            vars(result)[kind] = vars(module)[kind]
+        return result
+
     def _mirror(self, module: nn.Module) -> None:
         """Modules of the original's names and classes, which hold this rank's pieces."""
         made: dict[int, nn.Parameter] = {}

@@ -44,7 +44,7 @@ class ChoosesPrograms(nn.Module):
     _given: Kinds | None
     _ids: Mapping[int, Tensor]
     _dtypes: tuple[torch.dtype, ...]
-    _attributes: AttributeWatch | None
+    _attributes: AttributeWatch
 
     def _now(self) -> Contents:
         raise NotImplementedError
@@ -73,7 +73,7 @@ class ChoosesPrograms(nn.Module):
         if of != key:
             number = zlib.crc32(bytes((*moment.flags, *self._trained())) + said.encode())
             name = ", ".join(["training" if self.training else "evaluation", self._gradients_mode(), *given])
-            if changes and self._attributes is not None:
+            if changes:
                 name += f", {self._attributes.told(changes)}"
             call = Call(Kind.PROGRAM, 2 * number + grads, name)
             moment.known["call"] = key, call
@@ -160,13 +160,13 @@ class ChoosesPrograms(nn.Module):
 
     def _sized(self, sample: Sequence[Tensor] | None = None) -> Sized:
         found = self._program_now(sample)
-        if self._attributes is not None and self._attributes.add(found.emitted.reads):
+        if self._attributes.add(found.emitted.reads):
             found = self._program_now(sample)  # it is the first, or the first in these training flags
         return found
 
     def _changes(self) -> tuple[tuple[Place, Any], ...]:
-        """What users changed of the plain attributes that forward reads, in a model that was compiled in place."""
-        return () if self._attributes is None else self._attributes.changes()
+        """What users changed of the plain attributes that forward reads."""
+        return self._attributes.changes()
 
     def _program_key(self) -> tuple[Any, ...]:
         """What programs are told apart by, sizes aside."""
@@ -184,7 +184,7 @@ class ChoosesPrograms(nn.Module):
 
         def make() -> Emitted:
             assert self._program_for is not None
-            if changes and self._attributes is not None:
+            if changes:
                 warn(
                     f"{self._attributes.told(changes)}: the model is captured anew, as it will be for every other "
                     "value. A buffer may change without that"

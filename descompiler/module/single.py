@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from descompiler.errors import InputError
-from descompiler.model.attributes import copy_with
+from descompiler.model.attributes import copy_with, set_attributes
 from descompiler.module.dynamic import in_their_places, tables_of
 from descompiler.module.installed import module_of
 from descompiler.module.state import full_state_dict
@@ -41,6 +41,7 @@ def to_single(module: nn.Module) -> nn.Module | None:
         for name, buffer in result.named_buffers():
             if name in state:
                 buffer.copy_(state[name])
+    set_attributes(result, compiled._attributes.values())
     for (_, m), (_, now) in zip(result.named_modules(), compiled.named_modules(), strict=True):
         m.training = now.training
     return result

@@ -1,0 +1,303 @@
+"""What users do to a module after it was compiled is followed, or refused by name at its next forward: on every rank.
+
+Hooks on parts, parts and forwards that are others, parameters and plain attributes: in one process, and on ranks.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.utils.prune
+from torch import nn
+
+import descompiler as des
+from descompiler.errors import UnsupportedError
+from descompiler.module.structure import Structure
+from tests.harness.failures import raised
+
+IDS = torch.randint(23, (10, 3), generator=torch.Generator().manual_seed(1))
+ROWS = (slice(0, 4), slice(4, 10))
+pytestmark = pytest.mark.filterwarnings("ignore:.*captured anew")
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.item = nn.Embedding(23, 4)
+        self.tower = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.LayerNorm(8))
+        self.top = nn.Linear(8, 1)
+        self.alpha, self.deep, self.config = 2.0, False, {"beta": [0.5, 3.0]}
+
+    def forward(self, ids):
+        x = self.tower(self.item(ids).flatten(1) * self.alpha + self.config["beta"][1])
+        self.calls = True
+        return self.top(torch.tanh(x) if self.deep else x)
+
+
+class InPart(Model):
+    """Its ids go through Python lists: no tracer follows them."""
+
+    def forward(self, ids):
+        return super().forward(torch.tensor(ids.tolist()).reshape(ids.shape))
+
+
+class Doubled(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+def _hook(kind, part, hook):
+    return lambda m: getattr(m.get_submodule(part), f"register_{kind}_hook")(hook).remove
+
+
+def _assign(part, name, make):
+    def change(m):
+        owner, before = m.get_submodule(part), getattr(m.get_submodule(part), name)
+        setattr(owner, name, make(before))
+        return lambda: setattr(owner, name, before)
+
+    return change
+
+
+def _put(name, make):
+    def change(m):
+        before = m.tower[int(name)]
+        m.tower[int(name)] = make()
+        return lambda: m.tower.__setitem__(int(name), before)
+
+    return change
+
+
+def _append(m):
+    m.tower.append(nn.Tanh())
+    return lambda: m.tower.__delitem__(-1)
+
+
+def _leave_out(m):
+    before = m.tower[2]
+    del m.tower[2]
+    return lambda: m.tower.append(before)
+
+
+def _forward(m):
+    m.tower.forward = lambda x: nn.Sequential.forward(m.tower, x) * 2
+    return lambda: m.tower.__delattr__("forward")
+
+
+def _prune(m):
+    torch.nn.utils.prune.l1_unstructured(m.tower[0], "bias", 0.5)
+    return None
+
+
+def _parametrize(m):
+    torch.nn.utils.parametrize.register_parametrization(m.tower[2], "bias", Scaled())
+    return None
+
+
+def _no_bias(m):
+    before, m.top.bias = m.top.bias, None
+    return lambda: setattr(m.top, "bias", before)
+
+
+def _every_module(m):
+    return nn.modules.module.register_module_forward_hook(lambda m, x, out: None).remove
+
+
+REFUSED = {
+    "forward hook": (_hook("forward", "item", lambda m, x, out: out * 2), ["forward hook", "'item'", "test_structure"]),
+    "that looks on": (_hook("forward", "tower.1", lambda m, x, out: None), ["forward hook", "'tower.1'"]),
+    "pre-hook": (_hook("forward_pre", "top", lambda m, x: (x[0] * 2,)), ["forward pre-hook", "'top'"]),
+    "backward hook": (_hook("full_backward", "tower.0", lambda m, x, out: None), ["backward hook", "'tower.0'"]),
+    "backward pre-hook": (_hook("full_backward_pre", "top", lambda m, out: None), ["backward pre-hook", "'top'"]),
+    "hook of all modules": (_every_module, ["hook of all modules"]),
+    "other class": (_assign("tower.1", "__class__", lambda _: Doubled), ["'tower.1'", "Doubled", "ReLU"]),
+    "other part": (_put("1", nn.Tanh), ["'tower.1'", "Tanh", "ReLU"]),
+    "part of the same class": (_put("0", lambda: nn.Linear(12, 8)), ["'tower.0'", "another object"]),
+    "part more": (_append, ["'tower.3'", "was not there"]),
+    "part less": (_leave_out, ["'tower.2'", "is not there now"]),
+    "forward of its own": (_forward, ["'tower'", "another forward"]),
+    "no bias": (_no_bias, ["'top.bias'", "not there now"]),
+    "pruned": (_prune, ["forward pre-hook", "'tower.0'"]),
+    "parametrized": (_parametrize, ["'tower.2'", "LayerNorm"]),
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_a_change_that_no_graph_follows_is_refused_until_it_is_undone(change):
+    make, texts = REFUSED[change]
+    module = des.compile(Model(), (IDS,))
+    before = module(IDS)
+    undo = make(module)
+    error = raised(lambda: module(IDS))
+    if undo is not None:
+        undo()
+        assert torch.equal(module(IDS), before)
+    assert not [text for text in texts if text not in error], error
+
+
+def _refused_on_ranks(rank, ranks, in_place):
+    module, told = des.compile(Model(), (IDS,), plan={"item": "row_wise"}, loss="sum", in_place=in_place), {}
+    before = module(IDS[ROWS[rank]])
+    for name, (make, _) in REFUSED.items():
+        if name in ("pruned", "parametrized"):
+            continue  # they can't be undone
+        undo = make(module) if rank == 1 else lambda: None  # what one rank does, all hear of
+        told[name] = raised(lambda: module(IDS[ROWS[rank]]))
+        undo()
+        assert torch.equal(module(IDS[ROWS[rank]]), before)
+    module.item.weight = nn.Parameter(torch.zeros(tuple(module.item.weight.shape)))
+    told["piece"] = raised(lambda: module(IDS[ROWS[rank]]))
+    return told
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_one_rank_does_all_hear_of(on_ranks, in_place):
+    for told in on_ranks(_refused_on_ranks, 2, in_place):
+        for name, (_, texts) in REFUSED.items():
+            assert not [text for text in texts if text not in told.get(name, text)], told[name]
+        assert "in the place of 'item.weight'" in told["piece"]
+
+
+def _trained(net, rows, change):
+    """Outputs before and after a step, with the change in front of it."""
+    undo = change(net)
+    try:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        first = net(IDS[rows])
+        (first**2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return first.detach(), net(IDS[rows]).detach()
+    finally:
+        undo()
+
+
+FOLLOWED = {
+    "number": _assign("", "alpha", lambda _: -1.5),
+    "flag": _assign("", "deep", lambda _: True),
+    "inside": _assign("", "config", lambda _: {"beta": [0.5, -2.0]}),
+    "of a layer": _assign("tower.2", "eps", lambda _: 0.5),
+    "padding": _assign("item", "padding_idx", lambda _: int(IDS[0, 0])),
+    "parameter": _assign("top", "weight", lambda p: nn.Parameter(p.detach() * 2)),
+}
+
+
+def _followed(rank, ranks, cls, names, in_place):
+    """Whether outputs are the original's, and how often a warning says that the model is captured anew."""
+    torch.set_default_dtype(torch.float64)  # of a rank it is again what it was after the call
+    rows, found = (ROWS[rank], {}) if ranks > 1 else (slice(10), {})
+    for name in names:
+        original = cls()
+        module = des.compile(copy.deepcopy(original), (IDS,), loss="sum", in_place=in_place)
+        _trained(original, slice(10), lambda net: lambda: None)
+        _trained(module, rows, lambda net: lambda: None)
+        expected = _trained(original, slice(10), FOLLOWED[name])
+        outputs = _trained(module, rows, FOLLOWED[name])
+        after = module(IDS[rows]), original(IDS)
+        pairs = [*zip(outputs, expected, strict=True), after]
+        found[name] = max(float((x - y[rows]).abs().max() / y.abs().max()) for x, y in pairs)
+    return found
+
+
+@pytest.fixture
+def in_double():
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("cls", [Model, InPart])
+def test_attributes_and_parameters_are_followed(cls, in_double):
+    assert max(_followed(0, 1, cls, FOLLOWED, False).values()) < 1e-12
+
+
+@pytest.mark.parametrize("cls, in_place", [(Model, False), (Model, True), (InPart, False)])
+def test_attributes_are_followed_on_ranks(on_ranks, cls, in_place):
+    names = [n for n in FOLLOWED if n != "parameter"]
+    for found in on_ranks(_followed, 2, cls, names, in_place):
+        assert max(found.values()) < 1e-10, found
+
+
+def test_attributes_are_read_and_set_as_the_originals():
+    module = des.compile(Model(), (IDS,))
+    assert (module.alpha, module.config, module.deep) == (2.0, {"beta": [0.5, 3.0]}, False)
+    module(IDS)
+    assert module.calls
+    assert not hasattr(module, "gamma")
+    module.alpha = 3.0
+    assert module.alpha == 3.0
+    assert des.to_single(module).alpha == 3.0
+    assert torch.allclose(des.to_single(module)(IDS), module(IDS))
+
+
+def test_attributes_of_a_module_that_is_compiled_by_its_first_forward():
+    original, module = Model(), des.compile(Model())
+    original.alpha = module.alpha = 3.0
+    assert torch.allclose(module(IDS), original(IDS))
+    original.alpha = module.alpha = 4.0
+    with pytest.warns(UserWarning, match="alpha is 4.0 now, and was 3.0: the model is captured anew"):
+        assert torch.allclose(module(IDS), original(IDS))
+
+
+def test_a_copy_goes_on_with_what_was_changed():
+    original, module = Model(), des.compile(Model(), (IDS,))
+    module(IDS)
+    original.alpha = module.alpha = 3.0
+    other = copy.deepcopy(module)
+    assert torch.allclose(other(IDS), original(IDS))
+    original.alpha = other.alpha = 2.0
+    assert torch.allclose(other(IDS), original(IDS))
+    assert module.alpha == 3.0
+    module.top.register_forward_hook(lambda m, x, out: out * 2)
+    with pytest.raises(UnsupportedError, match="'top'"):
+        copy.deepcopy(module)
+
+
+def _in_part(rank, ranks):
+    module = des.compile(InPart(), (IDS,), loss="sum")
+    assert not module.predicts_traffic
+    told = {}
+    for name, change in {
+        "parameter": FOLLOWED["parameter"],
+        "part": _put("0", lambda: nn.Linear(12, 8)),
+        "more": lambda m: m.tower.append(nn.Linear(8, 8)),
+    }.items():
+        undo = change(module)
+        told[name] = raised(lambda: module(IDS[ROWS[rank]]))
+        if name != "more":
+            undo()
+            module(IDS[ROWS[rank]])
+    return told
+
+
+def test_parameters_that_nobody_would_average_are_refused_where_the_users_forward_runs(on_ranks):
+    for told in on_ranks(_in_part, 2):
+        assert "in the place of 'top.weight'" in told["parameter"]
+        assert "in the place of 'tower.0.weight'" in told["part"]
+        assert "'tower.3.weight': not among the parameters" in told["more"]
+
+
+def test_hooks_that_torch_itself_puts_on_all_modules_look_on():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    module = des.compile(Model(), (IDS,))
+    with FlopCounterMode(display=False) as counter:
+        module(IDS)
+    assert counter.get_total_flops() > 0
+
+
+def test_a_structure_tells_hooks_that_were_there_from_those_that_came():
+    module = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+    handle = module[0].register_forward_hook(lambda m, x, out: None)
+    structure = Structure(module)
+    module.register_forward_hook(lambda m, x, out: None)  # its own is called
+    structure.check(module)
+    handle.remove()
+    with pytest.raises(UnsupportedError, match="not there any more"):
+        structure.check(module)
