@@ -38,21 +38,24 @@ GRACE_S = 10.0
 """How long the other ranks may still answer once one has failed."""
 
 
-MOST_THREADS = 40
-"""Threads from which on a rank looks for garbage. Modules are in cycles with their groups, and the collector waits the
-longer, the more there is; each group has three threads, one of which wakes a hundred times a second: with four hundred
-groups nothing else gets to run."""
-
-
 THRESHOLDS = 20_000, 20, 50
 """Of the collector: a graph is many objects, and looking for garbage among them took a twelfth of all tests' time."""
 
 
 def collect_rarely() -> None:
     """What is there now stays, and collections look at what comes, less often than by default."""
+    collect_garbage()
+    gc.set_threshold(*THRESHOLDS)
+
+
+def collect_garbage() -> None:
+    """Now, and what is no garbage is not looked at again: a search among all that ranks keep takes half a second.
+
+    After each call of a rank. Modules are in cycles with their groups, and each group has three threads, one of which
+    wakes a hundred times a second: with hundreds of groups nothing else gets to run.
+    """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*THRESHOLDS)
 
 
 def serve_ready_ranks() -> None:
@@ -173,13 +176,8 @@ def _serve(rank: int, ranks: int, folder: str, pipe: Any, traces: Path | None) -
             pipe.send_bytes(pickle.dumps(("error", f"rank {rank}: {traceback.format_exc()}")))
             return  # and the connections to this process end, which whoever waits for it notices
         pipe.send_bytes(answer)
-        if _threads() > MOST_THREADS:
-            gc.collect()
-
-
-def _threads() -> int:
-    """Threads of this process, those of gloo too, which Python knows nothing of."""
-    return len(os.listdir("/proc/self/task"))
+        del message, function, arguments, answer  # what they hold would not be looked at again
+        collect_garbage()
 
 
 @contextmanager
