@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -89,14 +90,14 @@ def remembering(trace: Trace, folder: Path) -> Trace:
 
 
 def key_of(flat: Flat, tensors: list[Tensor]) -> str | None:
-    """What a trace depends on, as a digest; None if it can't be said: a model of a local class, or with a generator."""
+    """What a trace depends on, as a digest; None if it can't be said: a model with a generator, or of a metaclass."""
     settings = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     code = [getattr(type(m).forward, "__code__", None) for m in flat.modules()]  # a test may put another in its place
     forwards = [(c.co_filename, c.co_firstlineno, c.co_code) for c in code if c is not None]
     written = io.BytesIO()
     try:
         _Pickler(written).dump((flat, tensors, settings, forwards))
-    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError, NotImplementedError):
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError, ValueError, NotImplementedError):
         return None
     return hashlib.sha256(written.getvalue()).hexdigest()
 
@@ -109,6 +110,8 @@ class _Pickler(pickle.Pickler):
         self._places: dict[int, int] = {}
 
     def reducer_override(self, x: Any) -> Any:
+        if isinstance(x, type | FunctionType) and "<locals>" in x.__qualname__:
+            return str, (_contents_of(x),)
         if not isinstance(x, Tensor):
             return NotImplemented
         if x.layout is not torch.strided or x.is_meta:
@@ -117,6 +120,16 @@ class _Pickler(pickle.Pickler):
         how = type(x), x.dtype, x.device.type, tuple(x.shape), x.stride(), x.storage_offset(), x.requires_grad, place
         flat = x.detach().contiguous().reshape(-1)
         return str, (how, flat.view(torch.uint8).numpy().tobytes() if x.numel() else b"", vars(x))
+
+
+def _contents_of(x: type | FunctionType) -> tuple[Any, ...]:
+    """What a local class or function is made of: no other process finds it by its name."""
+    if isinstance(x, FunctionType):
+        closure = [cell.cell_contents for cell in x.__closure__ or () if cell.cell_contents is not x]
+        closure = [None if x.__qualname__.startswith(getattr(c, "__qualname__", "-")) else c for c in closure]  # __class__
+        return x.__qualname__, x.__code__.co_filename, x.__code__.co_firstlineno, x.__code__.co_code, closure
+    held = {n: v for n, v in vars(x).items() if n not in ("__dict__", "__weakref__", "__doc__")}
+    return x.__qualname__, x.__bases__, held
 
 
 @contextmanager
