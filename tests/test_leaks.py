@@ -11,9 +11,12 @@ import torch
 import torch.distributed as dist
 
 import descompiler
+import descompiler as des
 from benchmarks.soak import SCENARIOS, memory, prepared
 from descompiler.runtime.channels import _WATCHED, Channels
+from descompiler.runtime.runtime import Runtime
 from tests.harness.cases import cases
+from tests.harness.models import IDS, Branch, Recurrent
 from tests.harness.pool import RankPool
 
 
@@ -129,3 +132,30 @@ def _keeps(rank, ranks, steps):
     for _ in range(steps):
         kept.append(torch.ones(32 << 10))
     return (memory()[1] - before) / 1024 / steps
+
+
+def _left(rank, ranks, cls, options, how):
+    """Modules that are there after each of a few was compiled, trained and dropped."""
+    found = []
+    for _ in range(2):
+        module = des.compile(cls(), (IDS,), plan={"*": "row_wise"}, **options)
+        for _ in range(2):
+            loss = sum(x.square().sum() for x in torch.utils._pytree.tree_leaves(module(IDS)) if x is not None)
+            if how == "asked for":
+                torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad], allow_unused=True)
+            else:
+                loss.backward()
+        del module, loss
+        gc.collect()  # what one finds has ends that let go of more
+        gc.collect()
+        found.append(sum(isinstance(x, Runtime) for x in gc.get_objects()))
+    return found
+
+
+@pytest.mark.parametrize("how", ["trained", "asked for"])
+@pytest.mark.parametrize("options", [{}, {"in_place": True, "loss": "sum"}], ids=["", "in place"])
+@pytest.mark.parametrize("cls", [Recurrent, Branch])
+def test_a_module_that_is_dropped_leaves_nothing(pool, cls, options, how):
+    """The second is captured in part."""
+    for found in pool(_left, cls, options, how):
+        assert found == [0, 0]

@@ -112,10 +112,11 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
                 substitute(p, name, plan.pieces[name], self._exchange)
             elif self._in_place and self._exchange.weighs:
                 weigh_outside(p, self._exchange)
+        # a program looks itself whether a dynamic table's weight is its own; where none runs nobody averages other ones
+        watched = self._divided - runtime.tables.keys() if self.predicts_traffic else self.plan.pieces.keys()
+        self._structure = Structure(self, watched if runtime.ranks > 1 else ())
         if self._in_place:
             self._watch()
-        watched = self.plan.pieces if not self.predicts_traffic else {*self._divided, *runtime.tables}
-        self._structure = Structure(self, watched if runtime.ranks > 1 else ())
         for loaded in (self, host) if self._in_place and host is not None else (self,):
             watch_loading(loaded, self)
 
@@ -125,6 +126,7 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         self._gradients.watch(
             [p for n, p in self.named_parameters() if self.plan.pieces[n].is_replicated and n not in left_out]
         )
+        self._gradients.caught.close_with(self._structure)  # which no other object holds
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in OF_A_STEP:  # what it is no module looks at each time
@@ -355,6 +357,7 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
             # its own group: its all-reduces run in any order with respect to the exchange
             self._reducer = Reducer(self._runtime, self._runtime.channels.reducer, replicas)
             self._reducer_key = key
+            self._reducer.caught.close_with(self._structure)
         self._reduced = replicas
         return self._reducer
 

@@ -112,6 +112,12 @@ class Caught:
         self.take()
         for handle in filter(None, (*self._handles, *self._givers)):
             handle.remove()
+        self._nodes = [None] * len(self.parameters)  # they hold parameters where no garbage collector sees it
+
+    def close_with(self, owner: Any) -> None:
+        """Catch no more once an object is gone."""
+        me = weakref.ref(self)
+        weakref.finalize(owner, lambda: None if (caught := me()) is None else caught.close()).atexit = False
 
     def take(self) -> dict[int, Tensor]:
         """What was caught, which is forgotten here; hooks are on their parameters again."""
