@@ -18,7 +18,6 @@ What crosses for that is the business of `descompiler.eager.exchange`.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -145,12 +144,7 @@ class OfParameters(Tensor):
 class WholeParameter(nn.Parameter):
     """A parameter that every rank holds, whose uses outside of the compiled method weigh as its outputs do."""
 
-    held_by: weakref.ref[PieceTransport]
-
-    @property
-    def exchange(self) -> PieceTransport | None:
-        """The module's; none once there is no module."""
-        return self.held_by()
+    exchange: PieceTransport
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -169,8 +163,7 @@ WHOLE = (WholeParameter, OfParameters)
 def weigh_outside(p: nn.Parameter, exchange: PieceTransport) -> None:
     """Let uses of a parameter that every rank holds weigh as the compiled method's outputs do."""
     p.__class__ = WholeParameter
-    # an exchange holds nodes that accumulate gradients, which hold parameters where no garbage collector sees it
-    p.held_by = weakref.ref(exchange)  # type: ignore[attr-defined]
+    p.exchange = exchange  # type: ignore[attr-defined]
 
 
 def _in_users_code(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -181,9 +174,9 @@ def _in_users_code(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _intercept(func, args, kwargs)
     own: list[Any] = [x for x in tensors if isinstance(x, WHOLE)]
     is_attribute = getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__")  # its own: data, grad
-    exchange: PieceTransport | None = own[0].exchange if own else None
-    if exchange is None or is_attribute or not torch.is_grad_enabled() or not exchange.outside:
+    if not own or is_attribute or not torch.is_grad_enabled() or not own[0].exchange.outside:
         return local(func, args, kwargs)
+    exchange = own[0].exchange
     batch = [x for x in tensors if not isinstance(x, WHOLE) and of_batch(x, exchange.runtime, exchange.holds)]
     if batch and not are_constants(func, args, kwargs, own, batch, exchange.runtime):
         terms = func in TERMS and all(x.numel() == 1 for x in own) and not any(x.dim() for x in batch)

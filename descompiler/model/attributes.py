@@ -284,7 +284,8 @@ class AttributeWatch:
         """Set attributes as forward does in the original; what a graph reads does not depend on them."""
         if values:
             set_attributes(self.model, dict(values))
-            self.set_here |= dict(values)
+        if new := {at: x for at, x in values if self.set_here.get(at, MISSING) is not x}:
+            self.set_here |= new
             self._found = None
 
     def changes(self) -> tuple[tuple[Place, Any], ...]:
