@@ -255,6 +255,7 @@ class AttributeWatch:
         self._held: list[tuple[dict[str, Any], Place]] = []
         self.set_here: dict[Place, Any] = {}  # in the original's place: no graph depends on it
         self._getters: list[tuple[Callable[[Any], tuple[Any, ...]], dict[str, Any]]] = []
+        self._inside: list[tuple[dict[str, Any], str]] = []
         self._seen: list[Any] = []
         self._found: tuple[tuple[Place, Any], ...] | None = None  # of what was seen
 
@@ -274,8 +275,10 @@ class AttributeWatch:
         self.places.update(new)
         self._held += [(vars(self.model.get_submodule(path)), (path, name)) for path, name in new]
         by_module: dict[int, tuple[dict[str, Any], list[str]]] = {}
+        self._inside = [(held, name) for held, (_, name) in self._held if isinstance(name, Inside)]
         for held, (_, name) in self._held:
-            by_module.setdefault(id(held), (held, []))[1].append(name)
+            if not isinstance(name, Inside):
+                by_module.setdefault(id(held), (held, []))[1].append(name)
         self._getters = [(itemgetter(*names, names[0]), held) for held, names in by_module.values()]  # always tuples
         self._found = None
         return bool(new)
@@ -298,8 +301,9 @@ class AttributeWatch:
         """
         try:  # a step asks more than once, and hundreds are watched: nearly always all are the same objects
             seen = [*chain.from_iterable(get(held) for get, held in self._getters)]
+            seen += [value_at(held, name) for held, name in self._inside]
         except KeyError:
-            seen = []  # one is gone, or inside of another
+            seen = []  # one is gone
         if self._found is None or not seen or not all(map(is_, seen, self._seen)):
             self._found, self._seen = self._compared(), seen
         return self._found
