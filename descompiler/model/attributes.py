@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
-from operator import is_, itemgetter
+from operator import getitem, is_
 from typing import Any
 
 import torch
@@ -254,8 +253,10 @@ class AttributeWatch:
         self.places: set[Place] = set()
         self._held: list[tuple[dict[str, Any], Place]] = []
         self.set_here: dict[Place, Any] = {}  # in the original's place: no graph depends on it
-        self._getters: list[tuple[Callable[[Any], tuple[Any, ...]], dict[str, Any]]] = []
+        self._dicts: list[dict[str, Any]] = []
+        self._names: list[str] = []
         self._inside: list[tuple[dict[str, Any], str]] = []
+        self._added: list[Collection[Place]] = []
         self._seen: list[Any] = []
         self._found: tuple[tuple[Place, Any], ...] | None = None  # of what was seen
 
@@ -271,15 +272,15 @@ class AttributeWatch:
 
     def add(self, places: Collection[Place]) -> bool:
         """Watch these too; whether any is new."""
+        if any(places is known for known in self._added):  # every step asks
+            return False
+        self._added.append(places)
         new = sorted((set(places) & self.before.keys()) - self.places)
         self.places.update(new)
         self._held += [(vars(self.model.get_submodule(path)), (path, name)) for path, name in new]
-        by_module: dict[int, tuple[dict[str, Any], list[str]]] = {}
+        plain = [(held, name) for held, (_, name) in self._held if not isinstance(name, Inside)]
+        self._dicts, self._names = [held for held, _ in plain], [name for _, name in plain]
         self._inside = [(held, name) for held, (_, name) in self._held if isinstance(name, Inside)]
-        for held, (_, name) in self._held:
-            if not isinstance(name, Inside):
-                by_module.setdefault(id(held), (held, []))[1].append(name)
-        self._getters = [(itemgetter(*names, names[0]), held) for held, names in by_module.values()]  # always tuples
         self._found = None
         return bool(new)
 
@@ -300,7 +301,7 @@ class AttributeWatch:
             If an attribute is no number, flag or text any more.
         """
         try:  # a step asks more than once, and hundreds are watched: nearly always all are the same objects
-            seen = [*chain.from_iterable(get(held) for get, held in self._getters)]
+            seen = [*map(getitem, self._dicts, self._names)]
             seen += [value_at(held, name) for held, name in self._inside]
         except KeyError:
             seen = []  # one is gone

@@ -161,9 +161,10 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         self._gradients.begin()
         self._same_flags()
         try:
-            self._refuse_changed()
+            self._structure.check(self)
             self._moment()
             self._looked = True  # once a step: what modules hold changes between them
+            self._structure.check_tensors(self, self._now())
             assert self._signature is not None
             own, self._ids = given_ids(self.plan.layout.given, args, kwargs, self._signature, runtime)
             tensors, other = self._signature.call_of(*own)
