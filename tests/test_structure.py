@@ -28,9 +28,10 @@ class Model(nn.Module):
         self.tower = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.LayerNorm(8))
         self.top = nn.Linear(8, 1)
         self.alpha, self.deep, self.config = 2.0, False, {"beta": [0.5, 3.0]}
+        self.shift, self.counts = torch.ones(8), torch.zeros(2)  # the second is not read by forward
 
     def forward(self, ids):
-        x = self.tower(self.item(ids).flatten(1) * self.alpha + self.config["beta"][1])
+        x = self.tower(self.item(ids).flatten(1) * self.alpha + self.config["beta"][1]) + self.shift
         self.calls = True
         return self.top(torch.tanh(x) if self.deep else x)
 
@@ -109,7 +110,14 @@ def _every_module(m):
     return nn.modules.module.register_module_forward_hook(lambda m, x, out: None).remove
 
 
+def _add_to_shift(m):
+    m.shift.add_(1)
+    return None
+
+
 REFUSED = {
+    "tensor": (_assign("", "shift", lambda x: x + 1), ["shift is a tensor that forward reads", "register_buffer"]),
+    "tensor in place": (_add_to_shift, ["shift is a tensor that forward reads"]),
     "forward hook": (_hook("forward", "item", lambda m, x, out: out * 2), ["forward hook", "'item'", "test_structure"]),
     "that looks on": (_hook("forward", "tower.1", lambda m, x, out: None), ["forward hook", "'tower.1'"]),
     "pre-hook": (_hook("forward_pre", "top", lambda m, x: (x[0] * 2,)), ["forward pre-hook", "'top'"]),
@@ -145,7 +153,7 @@ def _refused_on_ranks(rank, ranks, in_place):
     module, told = des.compile(Model(), (IDS,), plan={"item": "row_wise"}, loss="sum", in_place=in_place), {}
     before = module(IDS[ROWS[rank]])
     for name, (make, _) in REFUSED.items():
-        if name in ("pruned", "parametrized"):
+        if name in ("pruned", "parametrized", "tensor in place"):
             continue  # they can't be undone
         undo = make(module) if rank == 1 else lambda: None  # what one rank does, all hear of
         told[name] = raised(lambda: module(IDS[ROWS[rank]]))
@@ -227,6 +235,8 @@ def test_attributes_are_followed_on_ranks(on_ranks, cls, in_place):
 def test_attributes_are_read_and_set_as_the_originals():
     module = des.compile(Model(), (IDS,))
     assert (module.alpha, module.config, module.deep) == (2.0, {"beta": [0.5, 3.0]}, False)
+    module.counts += 1
+    module.counts = module.counts + 1
     module(IDS)
     assert module.calls
     assert not hasattr(module, "gamma")

@@ -147,6 +147,18 @@ def attributes_inside(model: nn.Module) -> dict[Place, Any]:
     }
 
 
+def tensor_attributes(model: nn.Module) -> dict[Place, Tensor]:
+    """Tensors that are neither parameters nor buffers: a graph holds them as constants.
+
+    >>> module = nn.Linear(1, 1)
+    >>> module.shift = torch.ones(1)
+    >>> tensor_attributes(module)
+    {('', 'shift'): tensor([1.])}
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {(paths[id(module)], name): x for module, name, x in held_tensors(model)}
+
+
 def set_attributes(model: nn.Module, values: Mapping[Place, Any]) -> None:
     """Give plain attributes the values that `plain_attributes` has seen: forward may count in them."""
     for (path, name), x in values.items():
@@ -174,7 +186,7 @@ def reads_of(model: nn.Module, *, by_key: bool = True) -> Iterator[set[Place]]:
     """
     reads: set[Place] = set()
     watched: dict[str, dict[str, set[Place]]] = {}
-    for path, name in (*plain_attributes(model), *attributes_inside(model)):
+    for path, name in (*plain_attributes(model), *attributes_inside(model), *tensor_attributes(model)):
         attribute = name.steps[0] if isinstance(name, Inside) else name
         watched.setdefault(path, {}).setdefault(attribute, set()).add((path, name))
     dicts = _read_by_key(model, watched, reads) if by_key else []
@@ -234,6 +246,11 @@ def _watching(cls: Any, path: str, names: Mapping[str, set[Place]], reads: set[P
     return type(cls)(cls.__name__, (cls,), {"__getattribute__": read, "__module__": cls.__module__})
 
 
+def _version_of(x: Tensor) -> int:
+    """How often a tensor was changed; of one that was made in inference mode nobody counts it."""
+    return 0 if x.is_inference() else x._version
+
+
 class AttributeWatch:
     """Plain attributes of a model that may change, and with them what a graph of it should be.
 
@@ -250,6 +267,8 @@ class AttributeWatch:
 
     def __init__(self, model: nn.Module):
         self.model, self.before = model, plain_attributes(model) | attributes_inside(model)
+        self._tensors = {at: (x, _version_of(x)) for at, x in tensor_attributes(model).items()}
+        self._constants: list[tuple[dict[str, Any], Place]] = []  # tensors among what is watched
         self.places: set[Place] = set()
         self._held: list[tuple[dict[str, Any], Place]] = []
         self.set_here: dict[Place, Any] = {}  # in the original's place: no graph depends on it
@@ -262,7 +281,7 @@ class AttributeWatch:
 
     def begin_as(self, other: AttributeWatch) -> None:
         """Compare with what another, of an equal model, began with."""
-        self.before, self.set_here = other.before, dict(other.set_here)
+        self.before, self.set_here, self._tensors = other.before, dict(other.set_here), other._tensors
         self.add(other.places)
 
     def values(self) -> dict[Place, Any]:
@@ -281,6 +300,8 @@ class AttributeWatch:
         plain = [(held, name) for held, (_, name) in self._held if not isinstance(name, Inside)]
         self._dicts, self._names = [held for held, _ in plain], [name for _, name in plain]
         self._inside = [(held, name) for held, (_, name) in self._held if isinstance(name, Inside)]
+        constants = sorted(set(places) & self._tensors.keys())
+        self._constants += [(vars(self.model.get_submodule(path)), (path, name)) for path, name in constants]
         self._found = None
         return bool(new)
 
@@ -298,8 +319,16 @@ class AttributeWatch:
         Raises
         ------
         UnsupportedError
-            If an attribute is no number, flag or text any more.
+            If an attribute is no number, flag or text any more, or a tensor among them is another one.
         """
+        for held, at in self._constants:
+            before, version = self._tensors[at]
+            if (held.get(at[1]) is not before or _version_of(before) != version) and at not in self.set_here:
+                raise UnsupportedError(
+                    f"{dotted(at)} is a tensor that forward reads, neither parameter nor buffer, and has changed since "
+                    "the model was compiled, whose graph holds it as a constant: let it be a buffer (register_buffer), "
+                    "of which a graph reads what it is, or compile the model again"
+                )
         try:  # a step asks more than once, and hundreds are watched: nearly always all are the same objects
             seen = [*map(getitem, self._dicts, self._names)]
             seen += [value_at(held, name) for held, name in self._inside]
