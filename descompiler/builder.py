@@ -150,6 +150,7 @@ class Builder:
             other = self._of_call(given.called, sample)
             return other.of_now(training, held, thawed, changes, replace(given, called=None), sample)
         before = {n: x.dtype for n, x in _parameters_and_buffers(self.template)}
+        held = {n: d for n, d in held.items() if n in before}  # users keep other buffers on modules
         cast = {before[n]: d for n, d in held.items() if before[n] != d}
         leaves, spec = flatten(self.example_inputs)
         tensors, statics = split_statics(leaves)

@@ -29,11 +29,32 @@ class Model(nn.Module):
         self.top = nn.Linear(8, 1)
         self.alpha, self.deep, self.config = 2.0, False, {"beta": [0.5, 3.0]}
         self.shift, self.counts = torch.ones(8), torch.zeros(2)  # the second is not read by forward
+        self.act, self.weights, self._signed = torch.tanh, [0.5, 0.25], 1.0
+        self.coverage, self._coupled, self._structure = 2.0, 1.0, 1.0  # compiled modules have some of these names too
+
+    scale = 1.0
+
+    @property
+    def sign(self):
+        return self._signed
+
+    @sign.setter
+    def sign(self, value):
+        self._signed = value
 
     def forward(self, ids):
         x = self.tower(self.item(ids).flatten(1) * self.alpha + self.config["beta"][1]) + self.shift
         self.calls = True
-        return self.top(torch.tanh(x) if self.deep else x)
+        x = (
+            x
+            * sum(self.weights)
+            * self.scale
+            * self.sign
+            * self._coupled
+            * self._structure
+            * self.config.get("more", 1.0)
+        )
+        return self.top(torch.sin(x) if self.deep else self.act(x))
 
 
 class InPart(Model):
@@ -115,9 +136,28 @@ def _add_to_shift(m):
     return None
 
 
+def _put_in(m):
+    m.config["more"] = 2.0
+    return lambda: m.config.pop("more")
+
+
+def _append_number(m):
+    m.weights.append(1.0)
+    return m.weights.pop
+
+
+def _shadow(m):
+    m.scale = 2.0
+    return None
+
+
 REFUSED = {
-    "tensor": (_assign("", "shift", lambda x: x + 1), ["shift is a tensor that forward reads", "register_buffer"]),
-    "tensor in place": (_add_to_shift, ["shift is a tensor that forward reads"]),
+    "function": (_assign("", "act", lambda _: torch.cos), ["act, which forward reads"]),
+    "key more": (_put_in, ["config, which forward reads", "holds others now"]),
+    "number more": (_append_number, ["weights, which forward reads"]),
+    "in front of the class's": (_shadow, ["'scale'", "Model.scale"]),
+    "tensor": (_assign("", "shift", lambda x: x + 1), ["shift, which forward reads", "register_buffer"]),
+    "tensor in place": (_add_to_shift, ["shift, which forward reads"]),
     "forward hook": (_hook("forward", "item", lambda m, x, out: out * 2), ["forward hook", "'item'", "test_structure"]),
     "that looks on": (_hook("forward", "tower.1", lambda m, x, out: None), ["forward hook", "'tower.1'"]),
     "pre-hook": (_hook("forward_pre", "top", lambda m, x: (x[0] * 2,)), ["forward pre-hook", "'top'"]),
@@ -153,13 +193,14 @@ def _refused_on_ranks(rank, ranks, in_place):
     module, told = des.compile(Model(), (IDS,), plan={"item": "row_wise"}, loss="sum", in_place=in_place), {}
     before = module(IDS[ROWS[rank]])
     for name, (make, _) in REFUSED.items():
-        if name in ("pruned", "parametrized", "tensor in place"):
+        if name in ("pruned", "parametrized", "tensor in place", "in front of the class's"):
             continue  # they can't be undone
         undo = make(module) if rank == 1 else lambda: None  # what one rank does, all hear of
         told[name] = raised(lambda: module(IDS[ROWS[rank]]))
         undo()
         assert torch.equal(module(IDS[ROWS[rank]]), before)
-    module.item.weight = nn.Parameter(torch.zeros(tuple(module.item.weight.shape)))
+    weight, kept = (module.top.weight, "top.weight") if in_place else (module.item.weight, "item.weight")
+    module.get_submodule(kept.partition(".")[0]).weight = nn.Parameter(torch.zeros(tuple(weight.shape)))
     told["piece"] = raised(lambda: module(IDS[ROWS[rank]]))
     return told
 
@@ -169,7 +210,7 @@ def test_what_one_rank_does_all_hear_of(on_ranks, in_place):
     for told in on_ranks(_refused_on_ranks, 2, in_place):
         for name, (_, texts) in REFUSED.items():
             assert not [text for text in texts if text not in told.get(name, text)], told[name]
-        assert "in the place of 'item.weight'" in told["piece"]
+        assert f"in the place of '{'top' if in_place else 'item'}.weight'" in told["piece"]
 
 
 def _trained(net, rows, change):
@@ -189,6 +230,7 @@ def _trained(net, rows, change):
 FOLLOWED = {
     "number": _assign("", "alpha", lambda _: -1.5),
     "flag": _assign("", "deep", lambda _: True),
+    "property": _assign("", "sign", lambda _: -1.0),
     "inside": _assign("", "config", lambda _: {"beta": [0.5, -2.0]}),
     "of a layer": _assign("tower.2", "eps", lambda _: 0.5),
     "padding": _assign("item", "padding_idx", lambda _: int(IDS[0, 0])),
@@ -240,6 +282,11 @@ def test_attributes_are_read_and_set_as_the_originals():
     module(IDS)
     assert module.calls
     assert not hasattr(module, "gamma")
+    with pytest.raises(UnsupportedError, match="'coverage' is an attribute of the model, and DistributedModule"):
+        module.coverage = 3.0
+    module.criterion = nn.MSELoss()
+    module.register_buffer("steps", torch.zeros(()))
+    module(IDS)
     module.alpha = 3.0
     assert module.alpha == 3.0
     assert des.to_single(module).alpha == 3.0
@@ -263,7 +310,8 @@ def test_a_copy_goes_on_with_what_was_changed():
     assert torch.allclose(other(IDS), original(IDS))
     original.alpha = other.alpha = 2.0
     assert torch.allclose(other(IDS), original(IDS))
-    assert module.alpha == 3.0
+    other.config["beta"][1] = 5.0
+    assert module.alpha == 3.0 and module.config["beta"] == [0.5, 3.0]
     module.top.register_forward_hook(lambda m, x, out: out * 2)
     with pytest.raises(UnsupportedError, match="'top'"):
         copy.deepcopy(module)

@@ -147,16 +147,25 @@ def attributes_inside(model: nn.Module) -> dict[Place, Any]:
     }
 
 
-def tensor_attributes(model: nn.Module) -> dict[Place, Tensor]:
-    """Tensors that are neither parameters nor buffers: a graph holds them as constants.
+def constant_attributes(model: nn.Module) -> dict[Place, Any]:
+    """What else modules keep, and a graph holds as a constant: tensors that are no buffers, functions, arrays, others.
 
     >>> module = nn.Linear(1, 1)
-    >>> module.shift = torch.ones(1)
-    >>> tensor_attributes(module)
-    {('', 'shift'): tensor([1.])}
+    >>> module.shift, module.scale, module.act = torch.ones(1), 2.0, torch.tanh
+    >>> constant_attributes(module)
+    {('', 'shift'): tensor([1.]), ('', 'act'): <built-in method tanh of type object at ...>}
     """
-    paths = {id(module): path for path, module in model.named_modules()}
-    return {(paths[id(module)], name): x for module, name, x in held_tensors(model)}
+    followed = {(path, name.steps[0]) for path, name in attributes_inside(model) if isinstance(name, Inside)}
+    return {
+        (path, name): x
+        for path, module in model.named_modules()
+        for name, x in vars(module).items()
+        if name not in BARE
+        and not isinstance(x, PLAIN)
+        and (path, name) not in followed
+        # torch's own private ones are made of parameters, and anew when these are moved
+        and not (name.startswith("_") and type(module).__module__.startswith("torch."))
+    }
 
 
 def set_attributes(model: nn.Module, values: Mapping[Place, Any]) -> None:
@@ -186,9 +195,9 @@ def reads_of(model: nn.Module, *, by_key: bool = True) -> Iterator[set[Place]]:
     """
     reads: set[Place] = set()
     watched: dict[str, dict[str, set[Place]]] = {}
-    for path, name in (*plain_attributes(model), *attributes_inside(model), *tensor_attributes(model)):
+    for path, name in (*plain_attributes(model), *attributes_inside(model), *constant_attributes(model)):
         attribute = name.steps[0] if isinstance(name, Inside) else name
-        watched.setdefault(path, {}).setdefault(attribute, set()).add((path, name))
+        watched.setdefault(path, {}).setdefault(attribute, set()).update({(path, name), (path, attribute)})
     dicts = _read_by_key(model, watched, reads) if by_key else []
     classes: list[tuple[nn.Module, type]] = []
     try:
@@ -228,7 +237,10 @@ def _read_by_key(
             if id(given) not in readings:
 
                 def tell(key: Any, inside: set[Place] = inside) -> None:
-                    reads.update(at for at in inside if key is None or at[1].steps[1] == key)  # type: ignore[attr-defined]
+                    numbers = {at for at in inside if isinstance(at[1], Inside)}
+                    found = {at for at in numbers if key is None or at[1].steps[1] == key}  # type: ignore[attr-defined]
+                    # what is there at all matters to who reads all of it, or a key that is not there
+                    reads.update(found if found and key is not None else found | (inside - numbers))
 
                 readings[id(given)] = Reading(given)
                 readings[id(given)].tell = tell
@@ -246,9 +258,14 @@ def _watching(cls: Any, path: str, names: Mapping[str, set[Place]], reads: set[P
     return type(cls)(cls.__name__, (cls,), {"__getattribute__": read, "__module__": cls.__module__})
 
 
-def _version_of(x: Tensor) -> int:
-    """How often a tensor was changed; of one that was made in inference mode nobody counts it."""
-    return 0 if x.is_inference() else x._version
+def _containers(model: nn.Module) -> dict[Place, Any]:
+    """What modules keep numbers in."""
+    return {(path, n): x for path, m in model.named_modules() for n, x in vars(m).items() if n not in BARE}
+
+
+def _version_of(x: Any) -> int:
+    """How often a tensor was changed in place; of others nobody counts it, nor of those made in inference mode."""
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
 
 
 class AttributeWatch:
@@ -267,8 +284,10 @@ class AttributeWatch:
 
     def __init__(self, model: nn.Module):
         self.model, self.before = model, plain_attributes(model) | attributes_inside(model)
-        self._tensors = {at: (x, _version_of(x)) for at, x in tensor_attributes(model).items()}
-        self._constants: list[tuple[dict[str, Any], Place]] = []  # tensors among what is watched
+        self._all = {at: names for at, x in _containers(model).items() if (names := [*numbers_inside(at[1], x)])}
+        self._whole: list[tuple[dict[str, Any], Place]] = []  # containers among what is watched
+        self._kept = {at: (x, _version_of(x)) for at, x in constant_attributes(model).items()}
+        self._constants: list[tuple[dict[str, Any], Place]] = []  # of these, what is watched
         self.places: set[Place] = set()
         self._held: list[tuple[dict[str, Any], Place]] = []
         self.set_here: dict[Place, Any] = {}  # in the original's place: no graph depends on it
@@ -281,7 +300,7 @@ class AttributeWatch:
 
     def begin_as(self, other: AttributeWatch) -> None:
         """Compare with what another, of an equal model, began with."""
-        self.before, self.set_here, self._tensors = other.before, dict(other.set_here), other._tensors
+        self.before, self.set_here, self._kept = other.before, dict(other.set_here), other._kept
         self.add(other.places)
 
     def values(self) -> dict[Place, Any]:
@@ -300,7 +319,9 @@ class AttributeWatch:
         plain = [(held, name) for held, (_, name) in self._held if not isinstance(name, Inside)]
         self._dicts, self._names = [held for held, _ in plain], [name for _, name in plain]
         self._inside = [(held, name) for held, (_, name) in self._held if isinstance(name, Inside)]
-        constants = sorted(set(places) & self._tensors.keys())
+        whole = sorted(set(places) & self._all.keys())
+        self._whole += [(vars(self.model.get_submodule(path)), (path, name)) for path, name in whole]
+        constants = sorted(set(places) & self._kept.keys())
         self._constants += [(vars(self.model.get_submodule(path)), (path, name)) for path, name in constants]
         self._found = None
         return bool(new)
@@ -322,12 +343,18 @@ class AttributeWatch:
             If an attribute is no number, flag or text any more, or a tensor among them is another one.
         """
         for held, at in self._constants:
-            before, version = self._tensors[at]
+            before, version = self._kept[at]
             if (held.get(at[1]) is not before or _version_of(before) != version) and at not in self.set_here:
                 raise UnsupportedError(
-                    f"{dotted(at)} is a tensor that forward reads, neither parameter nor buffer, and has changed since "
-                    "the model was compiled, whose graph holds it as a constant: let it be a buffer (register_buffer), "
-                    "of which a graph reads what it is, or compile the model again"
+                    f"{dotted(at)}, which forward reads, has changed since the model was compiled (a "
+                    f"{type(before).__name__} then), whose graph holds it as a constant: let a tensor be a buffer "
+                    "(register_buffer), of which a graph reads what it is, or compile the model again"
+                )
+        for held, at in self._whole:
+            if at not in self.set_here and [*numbers_inside(at[1], held.get(at[1]))] != self._all[at]:
+                raise UnsupportedError(
+                    f"{dotted(at)}, which forward reads, held {', '.join(self._all[at])} when the model was compiled, "
+                    "and holds others now: compile the model again"
                 )
         try:  # a step asks more than once, and hundreds are watched: nearly always all are the same objects
             seen = [*map(getitem, self._dicts, self._names)]

@@ -50,6 +50,15 @@ def numbers_inside(attribute: str, x: Any) -> dict[Inside, Any]:
     return found
 
 
+def holds_numbers(x: Any) -> bool:
+    """Whether a container has numbers, flags and text, in others perhaps, and nothing else.
+
+    >>> holds_numbers({"a": [1, 2]}), holds_numbers({"a": object()})
+    (True, False)
+    """
+    return isinstance(x, PLAIN) or (bool(_children(x)) and all(holds_numbers(inner) for _, inner in _children(x)))
+
+
 def _walk(steps: tuple[Any, ...], name: str, x: Any) -> Iterator[tuple[tuple[Any, ...], str, Any]]:
     if len(steps) > DEEPEST:
         return
@@ -78,7 +87,7 @@ def _child(x: Any, key: Any) -> Any:
     if isinstance(x, dict):
         return x.get(key, MISSING)
     if type(x) in (list, tuple):
-        return x[key] if key < len(x) else MISSING
+        return x[key] if isinstance(key, int) and key < len(x) else MISSING
     return vars(x).get(key, MISSING) if _has_fields(x) else MISSING
 
 
@@ -118,6 +127,14 @@ class Reading(dict[Any, Any]):
     def get(self, key: Any, default: Any = None) -> Any:
         self.tell(key)
         return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.tell(key)
+        return super().__contains__(key)
+
+    def __len__(self) -> int:
+        self.tell(None)
+        return super().__len__()
 
     def __iter__(self) -> Iterator[Any]:
         self.tell(None)

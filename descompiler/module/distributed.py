@@ -20,7 +20,7 @@ from descompiler.errors import CaptureError, InputError, UnsupportedError
 from descompiler.graph.nodes import Source
 from descompiler.layout.rows import Rows
 from descompiler.layout.step import DenseGradients, UsedOutputs
-from descompiler.model.attributes import AttributeWatch
+from descompiler.model.attributes import BARE, AttributeWatch
 from descompiler.model.calls import Signature
 from descompiler.model.kept import copies_of
 from descompiler.model.kinds import Kinds
@@ -96,7 +96,7 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         self._looked = False
         self._of_step: Moment | None = None
         runtime.wire_dtype, self._dtypes = widest(self.parameters()), self._moment().dtypes
-        vars(self)["_face"] = face = parts.face(self)
+        face = parts.face(self)
         self._attributes = AttributeWatch(face)
         self._gradients = GradientSync(runtime, in_part=not self.predicts_traffic)
         me = weakref.ref(self)
@@ -113,12 +113,14 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
             elif self._in_place and self._exchange.weighs:
                 weigh_outside(p, self._exchange)
         # a program looks itself whether a dynamic table's weight is its own; where none runs nobody averages other ones
-        watched = self._divided - runtime.tables.keys() if self.predicts_traffic else self.plan.pieces.keys()
-        self._structure = Structure(self, watched if runtime.ranks > 1 else ())
+        reduced = self.predicts_traffic and not self._in_place  # by a reducer, which looks what is there now
+        kept = self._divided - runtime.tables.keys() if reduced else plan.pieces.keys()
+        self._structure = Structure(self, face, kept if runtime.ranks > 1 else ())
         if self._in_place:
             self._watch()
         for loaded in (self, host) if self._in_place and host is not None else (self,):
             watch_loading(loaded, self)
+        vars(self)["_face"] = face  # from here on users' attributes are the face's; before, all are this module's
 
     def _watch(self) -> None:
         """Average the gradients of replicated parameters at the end of backward, whatever code used them."""
@@ -133,16 +135,30 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
             vars(self)[name] = value
         elif self._is_users(name):
             setattr(vars(self)["_face"], name, value)
+        elif self._collides(name):
+            raise UnsupportedError(
+                f"{name!r} is an attribute of the model, and {type(self).__name__}.{name} is the compiled module's: "
+                "give the model's another name, or set it before des.compile"
+            )
         else:
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        return vars(vars(self)["_face"])[name] if self._is_users(name) else super().__getattr__(name)
+        face = vars(self).get("_face")
+        if face is not None and (name in vars(face) or isinstance(getattr(type(face), name, None), property)):
+            return getattr(face, name)
+        return super().__getattr__(name)
+
+    def _collides(self, name: str) -> bool:
+        face = vars(self).get("_face")
+        return face is not None and name in vars(face).keys() - BARE - {"forward"} and hasattr(type(self), name)
 
     def _is_users(self, name: str) -> bool:
-        """Whether it is a plain attribute of the original, and none of this module."""
+        """Whether it is a plain attribute of the original, or a property of its class, and none of this module."""
         own = vars(self)
-        return "_face" in own and name in vars(own["_face"]) and name not in own and not hasattr(type(self), name)
+        if "_face" not in own or name in own or hasattr(type(self), name):
+            return False
+        return name in vars(face := own["_face"]) or (hasattr(type(face), name) and name not in own["_modules"])
 
     # ---- calls
 

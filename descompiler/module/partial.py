@@ -18,7 +18,7 @@ from descompiler.emit.emit import Emitted
 from descompiler.errors import InputError, UnsupportedError, warn
 from descompiler.layout.rows import Rows
 from descompiler.layout.traffic import Traffic
-from descompiler.model.attributes import copied, set_attributes
+from descompiler.model.attributes import Place, copied, set_attributes
 from descompiler.model.batch_size import BatchSize, check_is_rows
 from descompiler.model.calls import call_text
 from descompiler.model.float64 import InDouble, is_double_meant
@@ -38,6 +38,12 @@ class PartialModule(DistributedModule):
     """A model whose own Python forward runs on this rank's rows; see `descompiler.eager.survey`."""
 
     predicts_traffic = False
+    _coupled: bool
+    _drawing: bool
+    _means_double: bool
+    _outputs: tuple[str, ...]
+    _spare: tuple[tuple[Any, ...], dict[str, Any]]
+    _followed: dict[Place, Any]
 
     def __init__(
         self,
@@ -50,9 +56,9 @@ class PartialModule(DistributedModule):
         draws: bool = False,
     ):
         super().__init__(parts)
-        self._coupled, self._drawing = coupled, draws  # draws: each rank its own, which users were told of
-        self._outputs, self._means_double = tuple(outputs), is_double_meant()
-        self._spare = spare  # rows of inputs
+        # not by name: the model may have attributes of these names. draws: each rank its own, which users were told of
+        vars(self).update(_coupled=coupled, _drawing=draws, _outputs=tuple(outputs), _means_double=is_double_meant())
+        vars(self).update(_spare=spare, _followed={})  # rows of inputs; what another module's attributes were
         vars(self)["_call"] = call  # perhaps the host itself, which is no submodule
         if not self._in_place:
             self._watch()
@@ -104,7 +110,7 @@ class PartialModule(DistributedModule):
 
     def _refuse_changed(self) -> None:
         """Raise if there are other parameters than were compiled; hooks and parts are called as they are."""
-        self._structure.check_tensors(self, self._now(), new=self._runtime.ranks > 1)
+        self._structure.check_tensors(self, self._now())
 
     def _copied(self, memo: dict[int, Any]) -> PartialModule:
         host, call = vars(self)["_host"], vars(self)["_call"]
@@ -123,7 +129,7 @@ class PartialModule(DistributedModule):
         )
         calls = other if call is host else getattr(other, call.__name__)
         result = PartialModule(parts, calls, self._outputs, self._spare, coupled=self._coupled, draws=self._drawing)
-        result._means_double = self._means_double
+        vars(result)["_means_double"] = self._means_double
         return result
 
     def follow(self, owner: DistributedModule, args: Any, kwargs: Any) -> Any:
@@ -134,7 +140,10 @@ class PartialModule(DistributedModule):
         for name, b in owner.named_buffers(remove_duplicate=False):
             path, _, leaf = name.rpartition(".")
             self.get_submodule(path)._buffers[leaf] = b
-        set_attributes(vars(self)["_host"], owner._attributes.values())
+        set_here, before = owner._attributes.values(), self._followed
+        new = {at: x for at, x in set_here.items() if at not in before or before[at] is not x}
+        set_attributes(vars(self)["_host"], new)
+        vars(self)["_followed"] = set_here  # what forward counts there goes on
         result = self(*args, **kwargs)
         owner._runtime.traffic = self._runtime.traffic
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from descompiler.dynamic.embedding import DynamicTable
 from descompiler.errors import UnsupportedError
 from descompiler.layout.rows import Rows
+from descompiler.model.inside import holds_numbers, numbers_inside
 from descompiler.model.kept import keep_as_buffers, with_attributes
 from descompiler.planning.coverage import Coverage
 from descompiler.planning.plan import Plan
@@ -60,6 +62,7 @@ class Parts:
     original: nn.Module | None = None
     advise: Callable[[Sequence[Any]], tuple[Plan, Plan]] | None = None
     tables: Mapping[str, DynamicTable] = field(default_factory=dict)
+    _copies: dict[int, Any] = field(default_factory=dict)  # of what modules keep numbers in, which they may share
 
     def fill(self, module: nn.Module) -> None:
         """Give a module its submodules, parameters and buffers."""
@@ -72,7 +75,8 @@ class Parts:
         """The original's root, as far as attributes go: users read and set them on the module that was filled."""
         if self.host is not None:
             return self.host
-        result = _shell_of(vars(self.template).get("_face", self.template))  # of a compiled module for its copy
+        # of a compiled module for its copy
+        result = _shell_of(vars(self.template).get("_face", self.template), self._copies)
         for kind in ("_parameters", "_buffers", "_modules"):
             vars(result)[kind] = vars(module)[kind]
         return result
@@ -85,7 +89,7 @@ class Parts:
         for name, source in self.template.named_modules(remove_duplicate=False):
             table = self.tables.get(f"{name}.weight".lstrip("."))
             if id(source) not in mirrored:
-                mirrored[id(source)] = _shell_of(source) if table is None else table
+                mirrored[id(source)] = _shell_of(source, self._copies) if table is None else table
             scope = scopes[name] = mirrored[id(source)]
             scope.training = source.training
             if name:
@@ -130,7 +134,7 @@ class Parts:
         module.training = host.training
 
 
-def _shell_of(source: nn.Module) -> nn.Module:
+def _shell_of(source: nn.Module, copies: dict[int, Any]) -> nn.Module:
     """A module of the same class, with the same plain attributes, that holds nothing yet.
 
     It is found by its class, indexed and printed as the original; the compiled forward does not call it.
@@ -139,7 +143,9 @@ def _shell_of(source: nn.Module) -> nn.Module:
     nn.Module.__init__(result)
     own = vars(result)
     of_torch = {*own, "_flat_weights", "_flat_weight_refs"}  # of recurrent modules, which take them from parameters
-    own.update({n: x for n, x in vars(source).items() if n not in of_torch})
+    for name, x in vars(source).items():
+        if name not in of_torch:
+            own[name] = copy.deepcopy(x, copies) if numbers_inside(name, x) and holds_numbers(x) else x
     result.register_forward_pre_hook(_not_in_training)
     return result
 

@@ -42,8 +42,9 @@ def to_single(module: nn.Module) -> nn.Module | None:
             if name in state:
                 buffer.copy_(state[name])
     set_attributes(result, compiled._attributes.values())
-    for (_, m), (_, now) in zip(result.named_modules(), compiled.named_modules(), strict=True):
-        m.training = now.training
+    now = dict(compiled.named_modules())
+    for name, m in result.named_modules():
+        m.training = now[name].training
     return result
 
 

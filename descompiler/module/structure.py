@@ -38,6 +38,8 @@ class Structure:
     ----------
     module : nn.Module
         It is no part itself: its own hooks are called.
+    face : nn.Module, optional
+        What has the root's own attributes.
     kept : collection of str
         Parameters that have to stay the same objects: others would be no pieces, or nobody would average their
         gradients.
@@ -53,11 +55,15 @@ class Structure:
     descompiler.errors.UnsupportedError: submodule '1' is of class Tanh now, and was of ReLU when...
     """
 
-    def __init__(self, module: nn.Module, kept: Collection[str] = ()):
-        self._parts = _parts_of(module)
+    def __init__(self, module: nn.Module, face: nn.Module | None = None, kept: Collection[str] = ()):
+        self._children = [*module._modules]  # the root may get others, as a loss that is kept there
+        self._parts = _parts_of(module, self._children)
         parts = [*self._parts.values()]
         self._modules, self._vars = parts, [*map(vars, parts)]
         self._then = self._now(module)
+        # what users can set, of every part and of the root
+        self._faces = [*parts, *([] if face is None else [face])]
+        self.take_attributes()
         self._names = _names(module)
         self._kept = {name: p for name, p in module.named_parameters() if name in kept}
         self._checked: Any = None
@@ -65,12 +71,12 @@ class Structure:
     def _now(self, module: nn.Module) -> tuple[list[int], list[type], list[Any], list[int]]:
         """Ids of hooks, classes, forwards that objects have of their own, ids of submodules: loops are C's."""
         hooks = chain.from_iterable(self._of_every(kind) for kind in HOOKS)
-        inside = (module._modules, *self._of_every("_modules"))
+        inside = map(dict.values, self._of_every("_modules"))
         return (
             [*chain.from_iterable(hooks)],
             [*map(type, self._modules)],
             [*self._of_every("forward")],
-            [*map(id, chain.from_iterable(map(dict.values, inside)))],
+            [*map(id, map(module._modules.get, self._children)), *map(id, chain.from_iterable(inside))],
         )
 
     def _of_every(self, attribute: str) -> Iterator[Any]:
@@ -90,16 +96,32 @@ class Structure:
             _check_hooks_of_all()
         if self._then != self._now(module):
             raise UnsupportedError(next(self._differences(module)))
+        if [*map(len, map(vars, self._faces))] != self._counts:
+            self._check_attributes()
 
-    def check_tensors(self, module: nn.Module, contents: Any, *, new: bool = False) -> None:
+    def take_attributes(self) -> None:
+        """Attributes that parts have now were always there."""
+        held = [*map(vars, self._faces)]
+        self._attributes, self._counts = [*map(set, held)], [*map(len, held)]
+
+    def _check_attributes(self) -> None:
+        """Raise if an attribute is there now that stands in front of one of its class, which forward may have read."""
+        for face, known in zip(self._faces, self._attributes, strict=True):
+            for name in vars(face).keys() - known:
+                if hasattr(type(face), name) and name != "forward":
+                    raise UnsupportedError(
+                        f"{name!r} has been set since the model was compiled, which may have read "
+                        f"{type(face).__name__}.{name} of its class there.{_AGAIN}"
+                    )
+        self._counts = [*map(len, map(vars, self._faces))]
+
+    def check_tensors(self, module: nn.Module, contents: Any) -> None:
         """Raise if parameters or buffers are gone, or others are in the place of those that have to stay.
 
         Parameters
         ----------
         contents
             It is another object whenever the module holds other ones.
-        new : bool
-            Whether new parameters would be trained, as they are where no graph runs.
 
         Raises
         ------
@@ -108,7 +130,7 @@ class Structure:
         if contents is self._checked:
             return
         names, parameters = _names(module), dict(module.named_parameters())
-        if new and (added := sorted(parameters.keys() - self._names)):
+        if added := sorted(parameters.keys() - self._names):
             raise UnsupportedError(
                 f"{', '.join(map(repr, added))}: not among the parameters when the model was compiled, so that nobody "
                 f"would average gradients.{_AGAIN}"
@@ -127,7 +149,7 @@ class Structure:
         self._checked = contents
 
     def _differences(self, module: nn.Module) -> Iterator[str]:
-        now = _parts_of(module)
+        now = _parts_of(module, self._children)
         hooked, classes, forwards, _ = self._then
         for (name, part), cls in zip(self._parts.items(), classes, strict=True):
             other = now.get(name)
@@ -166,8 +188,9 @@ class Structure:
 _AGAIN = " The compiled forward runs a graph of the model as it was: change the model and compile it again"
 
 
-def _parts_of(module: nn.Module) -> dict[str, nn.Module]:
-    return {name: m for name, m in module.named_modules(remove_duplicate=False) if m is not module}
+def _parts_of(module: nn.Module, children: Collection[str]) -> dict[str, nn.Module]:
+    every = module.named_modules(remove_duplicate=False)
+    return {name: m for name, m in every if m is not module and name.partition(".")[0] in children}
 
 
 def _names(module: nn.Module) -> set[str]:
