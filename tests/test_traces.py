@@ -61,11 +61,25 @@ def test_a_key_is_of_all_that_a_trace_depends_on(monkeypatch):
 
 
 def test_what_can_not_be_compared_is_traced_anew():
-    class Local(Scaled):
-        pass
-
-    assert key_of(flat(Local()), [IDS]) is None
+    streaming = Scaled()
+    streaming.ids = (i for i in ())  # no pickle has one
+    assert key_of(flat(streaming), [IDS]) is None
     assert key_of(flat(Scaled().to("meta")), [IDS]) is None
+
+
+def test_local_classes_are_told_by_what_they_hold():
+    def made(factor, other=1.0):
+        class Local(Scaled):
+            bias = other
+
+            def forward(self, ids):
+                return super().forward(ids) * factor
+
+        return Local()
+
+    assert key_of(flat(made(2.0)), [IDS]) == key_of(flat(made(2.0)), [IDS]) is not None
+    keys = {key_of(flat(m), [IDS]) for m in (Scaled(), made(2.0), made(3.0), made(2.0, 0.5))}
+    assert len(keys) == 4 and None not in keys
 
 
 def test_equal_models_are_traced_once_and_get_a_graph_each(tmp_path):
