@@ -302,6 +302,49 @@ def test_attributes_of_a_module_that_is_compiled_by_its_first_forward():
         assert torch.allclose(module(IDS), original(IDS))
 
 
+class Branch(nn.Module):
+    """Which number it reads depends on the rows that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.many, self.few = 2.0, 3.0
+
+    def forward(self, x):
+        return x * self.many if float(x.detach().abs().sum()) > -1 and len(x) > 6 else x * self.few
+
+
+class WithBranch(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = Branch()
+
+    def forward(self, ids):
+        return self.branch(super().forward(ids))
+
+
+def test_numbers_of_a_leaf_that_the_example_did_not_read():
+    original, module = WithBranch(), des.compile(WithBranch(), (IDS,))
+    assert "leaf_branch" in module.print_readable()
+    for net in (original, module):
+        net.branch.few = 5.0
+    assert torch.allclose(module(IDS[:4]), original(IDS[:4]))
+
+
+def test_a_number_of_another_type_is_another_number():
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.item, self.factor = nn.Embedding(23, 4), 1
+
+        def forward(self, ids):
+            return self.item(ids).sum(1), ids * self.factor
+
+    module = des.compile(Counts(), (IDS,))
+    assert module(IDS)[1].dtype == torch.int64
+    module.factor = 1.0
+    assert module(IDS)[1].dtype == torch.float32
+
+
 def test_a_copy_goes_on_with_what_was_changed():
     original, module = Model(), des.compile(Model(), (IDS,))
     module(IDS)

@@ -27,7 +27,14 @@ from descompiler.errors import CaptureError, DescompilerError, InputError, Unsup
 from descompiler.graph.leaf import Leaf, LeafError
 from descompiler.graph.program import Failure, Program
 from descompiler.graph.rewrite import Pass, run_passes
-from descompiler.model.attributes import Place, left_behind, reads_of, set_attributes
+from descompiler.model.attributes import (
+    Place,
+    attributes_inside,
+    left_behind,
+    plain_attributes,
+    reads_of,
+    set_attributes,
+)
 from descompiler.model.calls import Signature, example_call, parameters_of
 from descompiler.model.float64 import InDouble
 from descompiler.model.inputs import ArgumentPath, apart, flatten, leaf_paths, no_batch, split_statics
@@ -103,6 +110,13 @@ def _check_leaves(program: Program) -> None:
         if isinstance(n.target, Leaf) and n.target.call.writes and scope_of(n).kind == OWN_ROWS:
             what = "trains a batch norm" if n.target.call.trains_norm else "writes to its buffers"
             raise LeafError(f"{n.target.name!r} {what}, and its rows are independent otherwise")
+
+
+def _read_by_leaves(program: Program, model: nn.Module) -> set[Place]:
+    """Numbers of modules that run as they are: which of them they read depends on what they are given."""
+    paths = {n.target.name for n in program.graph.nodes if isinstance(n.target, Leaf)}
+    every = {*plain_attributes(model), *attributes_inside(model)}
+    return {at for at in every if any(at[0] == path or at[0].startswith(f"{path}.") for path in paths)}
 
 
 def _refuse_numbers(signature: Signature, probe: Flat, batch: list[Tensor]) -> None:
@@ -296,6 +310,6 @@ def capture(
         for n in program.graph.nodes:
             n.meta.update({k: x for k, x in metas[n.name].items() if k in JUDGED})
         program = replace(program, rung=rung, failures=tuple(failures))
-        program = replace(program, left_behind=left, reads=reads)
+        program = replace(program, left_behind=left, reads=reads | _read_by_leaves(program, template))
         return program, signature
     raise CaptureError("\n".join([NOT_CAPTURED, *(f"  {f}" for f in failures)]), tuple(failures))

@@ -376,7 +376,10 @@ class AttributeWatch:
                     f"{dotted(at)} was {self.before[at]!r} when the model was compiled, and is "
                     f"{'not there' if x is MISSING else f'a {type(x).__name__}'} now: compile the model again"
                 )
-            if x is not self.before[at] and x != self.before[at]:
+            before = self.before[
+                at
+            ]  # of another type it is another graph: 1 keeps integers what they are, 1.0 does not
+            if x is not before and (x != before or type(x) is not type(before)):
                 found.append((at, x))
         return tuple(found)
 
