@@ -88,7 +88,11 @@ def test_the_runner_forks_ranks_and_ends_what_does_not_end(bench):
     """Ranks are forked from the process that has imported what takes long, and what a test started ends with it."""
     (bench.tree / "test_ranks.py").write_text(RANKS_AND_A_CHILD)
     assert bench.run_tests(["test_ranks.py::test_ranks"], 60)[0] == LIVED
-    assert bench.run_tests(["test_ranks.py::test_that_never_ends"], 5) == (KILLED, "no end after 5 s")
+    for limit in (5, 20, 60):  # a busy machine may not have begun the test within the first
+        ended = bench.run_tests(["test_ranks.py::test_that_never_ends"], limit)
+        assert ended == (KILLED, f"no end after {limit} s")
+        if (bench.tree / "child").exists():
+            break
     child = Path("/proc") / (bench.tree / "child").read_text().strip() / "stat"
     assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
     assert bench.run_tests(["test_half.py"], 60)[0] == LIVED

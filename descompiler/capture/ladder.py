@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from descompiler.capture.carried import carried_over, kept_by_leaves
 from descompiler.capture.checks import CannotRunError, check_reproduces, probe_values, program_in_float64, renew_leaves
-from descompiler.capture.leaves import trace_leaves, trace_whole
+from descompiler.capture.leaves import WHOLE_MODEL, trace_leaves, trace_whole
 from descompiler.capture.tracers import trace_dynamo, trace_export
 from descompiler.classify.classify import JUDGED, classify
 from descompiler.classify.scope import OWN_ROWS, scope_of
@@ -116,6 +116,8 @@ def _read_by_leaves(program: Program, model: nn.Module) -> set[Place]:
     """Numbers of modules that run as they are: which of them they read depends on what they are given."""
     paths = {n.target.name for n in program.graph.nodes if isinstance(n.target, Leaf)}
     every = {*plain_attributes(model), *attributes_inside(model)}
+    if WHOLE_MODEL in paths:
+        return every
     return {at for at in every if any(at[0] == path or at[0].startswith(f"{path}.") for path in paths)}
 
 

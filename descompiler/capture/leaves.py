@@ -47,6 +47,10 @@ EXAMPLE_ROWS = 4
 """Rows of the example that a leaf is also run on alone, to see what depends on values."""
 
 
+WHOLE_MODEL = "forward"
+"""The name of a leaf that is all of the model."""
+
+
 _LIBRARY = torch.library.Library("descompiler", "FRAGMENT")
 
 
@@ -279,7 +283,9 @@ class _Trace:
         only_looked_up = set(call.lookups) - set().union(*(x.otherwise for _, x in found))
         held = parts_held(module)
         state = {n: x for n, x in held.items() if n not in only_looked_up}
-        leaf = Leaf(name.removeprefix("model.") or "forward", module, call, list(state), double=self.work.means_double)
+        leaf = Leaf(
+            name.removeprefix("model.") or WHOLE_MODEL, module, call, list(state), double=self.work.means_double
+        )
         try:
             leaf.check_empty(list(state.values()))
         except CaptureError as error:

@@ -258,11 +258,6 @@ def _watching(cls: Any, path: str, names: Mapping[str, set[Place]], reads: set[P
     return type(cls)(cls.__name__, (cls,), {"__getattribute__": read, "__module__": cls.__module__})
 
 
-def _containers(model: nn.Module) -> dict[Place, Any]:
-    """What modules keep numbers in."""
-    return {(path, n): x for path, m in model.named_modules() for n, x in vars(m).items() if n not in BARE}
-
-
 def _version_of(x: Any) -> int:
     """How often a tensor was changed in place; of others nobody counts it, nor of those made in inference mode."""
     return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
@@ -284,7 +279,10 @@ class AttributeWatch:
 
     def __init__(self, model: nn.Module):
         self.model, self.before = model, plain_attributes(model) | attributes_inside(model)
-        self._all = {at: names for at, x in _containers(model).items() if (names := [*numbers_inside(at[1], x)])}
+        self._all: dict[Place, list[str]] = {}  # names of the numbers in each container
+        for path, name in attributes_inside(model):
+            if isinstance(name, Inside):
+                self._all.setdefault((path, name.steps[0]), []).append(name)
         self._whole: list[tuple[dict[str, Any], Place]] = []  # containers among what is watched
         self._kept = {at: (x, _version_of(x)) for at, x in constant_attributes(model).items()}
         self._constants: list[tuple[dict[str, Any], Place]] = []  # of these, what is watched
@@ -294,13 +292,15 @@ class AttributeWatch:
         self._dicts: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._inside: list[tuple[dict[str, Any], str]] = []
-        self._added: list[Collection[Place]] = []
+        self._known: set[Place] = set()
+        self._latest: Collection[Place] = ()
         self._seen: list[Any] = []
         self._found: tuple[tuple[Place, Any], ...] | None = None  # of what was seen
 
     def begin_as(self, other: AttributeWatch) -> None:
         """Compare with what another, of an equal model, began with."""
-        self.before, self.set_here, self._kept = other.before, dict(other.set_here), other._kept
+        self.before, self._kept, self._all = other.before, other._kept, other._all
+        self.set_here = dict(other.set_here)
         self.add(other.places)
 
     def values(self) -> dict[Place, Any]:
@@ -310,29 +310,32 @@ class AttributeWatch:
 
     def add(self, places: Collection[Place]) -> bool:
         """Watch these too; whether any is new."""
-        if any(places is known for known in self._added):  # every step asks
+        if places is self._latest or self._known.issuperset(places):  # every step asks
+            self._latest = places
             return False
-        self._added.append(places)
-        new = sorted((set(places) & self.before.keys()) - self.places)
+        others, self._latest = set(places) - self._known, places
+        self._known |= others
+        new = sorted(others & self.before.keys())
         self.places.update(new)
         self._held += [(vars(self.model.get_submodule(path)), (path, name)) for path, name in new]
         plain = [(held, name) for held, (_, name) in self._held if not isinstance(name, Inside)]
         self._dicts, self._names = [held for held, _ in plain], [name for _, name in plain]
         self._inside = [(held, name) for held, (_, name) in self._held if isinstance(name, Inside)]
-        whole = sorted(set(places) & self._all.keys())
+        whole = sorted(others & self._all.keys())
         self._whole += [(vars(self.model.get_submodule(path)), (path, name)) for path, name in whole]
-        constants = sorted(set(places) & self._kept.keys())
+        constants = sorted(others & self._kept.keys())
         self._constants += [(vars(self.model.get_submodule(path)), (path, name)) for path, name in constants]
         self._found = None
         return bool(new)
 
-    def set(self, values: Sequence[tuple[Place, Any]]) -> None:
-        """Set attributes as forward does in the original; what a graph reads does not depend on them."""
+    def set(self, values: Sequence[tuple[Place, Any]]) -> bool:
+        """Set attributes as forward does in the original, of which no graph depends; whether any is set otherwise."""
         if values:
             set_attributes(self.model, dict(values))
         if new := {at: x for at, x in values if self.set_here.get(at, MISSING) is not x}:
             self.set_here |= new
             self._found = None
+        return bool(new)
 
     def changes(self) -> tuple[tuple[Place, Any], ...]:
         """What has another value now.
@@ -376,9 +379,7 @@ class AttributeWatch:
                     f"{dotted(at)} was {self.before[at]!r} when the model was compiled, and is "
                     f"{'not there' if x is MISSING else f'a {type(x).__name__}'} now: compile the model again"
                 )
-            before = self.before[
-                at
-            ]  # of another type it is another graph: 1 keeps integers what they are, 1.0 does not
+            before = self.before[at]  # another type is another graph: 1 keeps integers what they are, 1.0 does not
             if x is not before and (x != before or type(x) is not type(before)):
                 found.append((at, x))
         return tuple(found)

@@ -32,7 +32,7 @@ class Contents:
         self.buffers: dict[str, Tensor] = dict(module.named_buffers())
         self.every_buffer: dict[str, Tensor] = dict(module.named_buffers(remove_duplicate=False))
         modules = dict(module.named_modules(remove_duplicate=False))
-        self._flagged = [modules[name] for name in flags]
+        self._flagged = [modules[name] for name in flags if name in modules]
         inside = [m for _, m in module.named_modules()]
         held: list[dict[str, Any]] = [d for m in inside for d in (m._modules, m._parameters, m._buffers)]
         self._held = [(d, [*d], [*map(id, d.values())]) for d in held]

@@ -115,7 +115,7 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         # a program looks itself whether a dynamic table's weight is its own; where none runs nobody averages other ones
         reduced = self.predicts_traffic and not self._in_place  # by a reducer, which looks what is there now
         kept = self._divided - runtime.tables.keys() if reduced else plan.pieces.keys()
-        self._structure = Structure(self, face, kept if runtime.ranks > 1 else ())
+        self._structure = Structure(self, None if self._in_place else face, kept if runtime.ranks > 1 else ())
         if self._in_place:
             self._watch()
         for loaded in (self, host) if self._in_place and host is not None else (self,):
@@ -221,7 +221,8 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         outputs = self._noticing(self._finishing(outputs) if self._in_place else outputs, emitted.outputs)
         emitted.signature.update(args, kwargs, outputs)
         self._remember(*own)
-        self._attributes.set(emitted.signature.sets)
+        if self._attributes.set(emitted.signature.sets):
+            self._structure.take_attributes()  # also where the class has one of the name
         return emitted.signature.unflatten(outputs)
 
     def _begin(self, emitted: Emitted) -> None:

@@ -62,6 +62,7 @@ class Caught:
         self._waiting: dict[int, dict[int, Any]] = {}  # users' hooks, by position, that the node is not to call
         self._returned: dict[int, Tensor] = {}  # by position, what the backward returns
         self._returns = False  # whether it returns gradients
+        self._end: Any = None  # what closes it with its owner
 
     def hook(self) -> None:
         """Watch the nodes that accumulate gradients.
@@ -112,12 +113,15 @@ class Caught:
         self.take()
         for handle in filter(None, (*self._handles, *self._givers)):
             handle.remove()
+        if self._end is not None:
+            self._end.detach()
         self._nodes = [None] * len(self.parameters)  # they hold parameters where no garbage collector sees it
 
     def close_with(self, owner: Any) -> None:
         """Catch no more once an object is gone."""
         me = weakref.ref(self)
-        weakref.finalize(owner, lambda: None if (caught := me()) is None else caught.close()).atexit = False
+        self._end = weakref.finalize(owner, lambda: None if (caught := me()) is None else caught.close())
+        self._end.atexit = False
 
     def take(self) -> dict[int, Tensor]:
         """What was caught, which is forgotten here; hooks are on their parameters again."""

@@ -125,10 +125,9 @@ class _Pickler(pickle.Pickler):
 def _contents_of(x: type | FunctionType) -> tuple[Any, ...]:
     """What a local class or function is made of: no other process finds it by its name."""
     if isinstance(x, FunctionType):
-        closure = [cell.cell_contents for cell in x.__closure__ or () if cell.cell_contents is not x]
-        closure = [
-            None if x.__qualname__.startswith(getattr(c, "__qualname__", "-")) else c for c in closure
-        ]  # __class__
+        # a class that the function is in, and the function itself, would not end
+        outer = [c for cell in x.__closure__ or () if (c := cell.cell_contents) is not x]
+        closure = [c for c in outer if not x.__qualname__.startswith(getattr(c, "__qualname__", "-"))]
         return x.__qualname__, x.__code__.co_filename, x.__code__.co_firstlineno, x.__code__.co_code, closure
     held = {n: v for n, v in vars(x).items() if n not in ("__dict__", "__weakref__", "__doc__")}
     return x.__qualname__, x.__bases__, held
