@@ -49,19 +49,32 @@ def size_of(size: int | torch.SymInt) -> int | sympy.Expr:
     return int(size.node.expr) if size.node.expr.is_number else size.node.expr
 
 
-def shape_of(node: fx.Node) -> list[int | sympy.Expr]:
+SIZES = "sizes"
+"""Of a node's notes: its value, and what `sizes_of` it is. A trial of a plan asks for each shape dozens of times."""
+
+
+def sizes_of(node: fx.Node) -> tuple[int | sympy.Expr, ...]:
     """Shape with ints where static and sympy expressions where the batch size enters."""
-    return [size_of(s) for s in value(node).shape]
+    x, known = value(node), node.meta.get(SIZES)
+    if known is None or known[0] is not x:
+        known = node.meta[SIZES] = x, tuple(size_of(s) for s in x.shape)
+    sizes: tuple[int | sympy.Expr, ...] = known[1]
+    return sizes
+
+
+def shape_of(node: fx.Node) -> list[int | sympy.Expr]:
+    """As `sizes_of`, to be changed."""
+    return list(sizes_of(node))
 
 
 def tail(node: fx.Node) -> tuple[int, ...]:
     """Static shape after the batch dimension, which is the first."""
-    return tuple(int(size_of(s)) for s in value(node).shape[1:])  # int() of torch's own would make the batch a number
+    return tuple(map(int, sizes_of(node)[1:]))  # int() of torch's own sizes would make the batch a number
 
 
 def shape_on(node: fx.Node, rows: int) -> list[int]:
     """Shape on so many rows of the batch, wherever they are in it."""
-    return [_size_on(s, rows) for s in shape_of(node)]
+    return [_size_on(s, rows) for s in sizes_of(node)]
 
 
 def _size_on(size: int | sympy.Expr, rows: int) -> int:
@@ -72,8 +85,7 @@ def _size_on(size: int | sympy.Expr, rows: int) -> int:
 
 def elements_per_row(node: fx.Node) -> int:
     """Elements of a tensor per row of the batch, wherever the batch lies in it."""
-    shape = shape_of(node)
-    one, two = (prod(_size_on(s, rows) for s in shape) for rows in (1, 2))
+    one, two = (prod(shape_on(node, rows)) for rows in (1, 2))
     return two - one
 
 

@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from descompiler.graph.nodes import Source, is_tensor, shape_of, value
+from descompiler.graph.nodes import Source, is_tensor, sizes_of, value
 from descompiler.model.attributes import Place
 from descompiler.ops.local import differentiable, widest
 
@@ -121,5 +121,5 @@ def rowwise(program: Program, node: Any) -> bool:
     """Whether the node is a tensor whose dim 0 is exactly the batch and whose other dims are static."""
     if not is_tensor(node):
         return False
-    shape = shape_of(node)
+    shape = sizes_of(node)
     return bool(shape) and shape[0] == program.batch and all(isinstance(s, int) for s in shape[1:])

@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-from torch import fx
 
 from descompiler.cost_models.memory import STATE, activation_bytes, gradient_bytes, state_bytes, weight_bytes
 from descompiler.errors import PlanError
-from descompiler.graph.nodes import elements_per_row, is_tensor, is_view, shape_of, value
-from descompiler.graph.program import rowwise
+from descompiler.graph.nodes import is_view, shape_of
 from descompiler.layout.pieces import ALL, Pieces
 from descompiler.layout.placement import LOCAL, Placement, Shard, ranks_of
 from descompiler.layout.spans import Spans
@@ -104,13 +102,11 @@ def memory_of(partition: Partition, w: Weights, optimizer: str, unique: Mapping[
 def activation_elements(partition: Partition, ranks: int) -> tuple[np.ndarray, int]:
     """Elements a row of all values that are no view: of each rank's share of the region, and outside of it."""
     inside, outside = np.zeros(ranks, dtype=np.int64), 0
-    for node in partition.program.graph.nodes:
-        if node.op != "call_function" or not is_tensor(node) or not value(node).is_floating_point() or is_view(node):
-            continue
+    for node, elements, rows in partition.known.activations:
         if node in partition.inside:
-            _add_share(inside, node, partition.placements[node])
-        elif rowwise(partition.program, node):
-            outside += elements_per_row(node)
+            _add_share(inside, elements, partition.placements[node])
+        elif rows:
+            outside += elements
     return inside, outside
 
 
@@ -120,8 +116,7 @@ def held_elements(pieces: Pieces) -> tuple[np.ndarray, int]:
     return pieces.sizes[:ALL] + pieces.sizes[ALL], prod(pieces.shape) // max(whole, 1)
 
 
-def _add_share(total: np.ndarray, node: fx.Node, placement: Placement) -> None:
-    elements = elements_per_row(node)
+def _add_share(total: np.ndarray, elements: int, placement: Placement) -> None:
     if isinstance(placement, Shard):
         size = sum(placement.widths.values())
         for r, width in placement.widths.items():

@@ -31,7 +31,7 @@ from descompiler.planning.cluster import Cluster
 from descompiler.planning.exchanges import layout_of
 from descompiler.planning.memory import Memory, memory_of
 from descompiler.planning.pins import Forbidden
-from descompiler.planning.work import work_seconds
+from descompiler.planning.work import Work
 from descompiler.region.cut import Weights, at_lookups, minimum_cut
 from descompiler.region.flow import DEFAULT, SOLVERS
 from descompiler.region.known import Known
@@ -161,6 +161,14 @@ class Objective:
         return {o.name: self.statistics.unique(o.name, self.w.rows) for o in self.operators}
 
     @cached_property
+    def work(self) -> Work | None:
+        """What ranks do themselves; None where nothing is known of it."""
+        cluster = self.terms.cluster
+        if cluster is None or cluster.rates is None:
+            return None
+        return Work(self.w, self.unique, cluster.rates, cluster.flops_per_s)
+
+    @cached_property
     def known(self) -> Known:
         """What all partitions that are tried have in common."""
         return Known(self.program)
@@ -194,16 +202,10 @@ class Objective:
             missing = max(0, max(m.total for _, _, m in memory) - limit)
         price_bytes = max(t.total for t in every)
         cluster = self.terms.cluster
-        work_s = 0.0 if cluster is None else self._work_s(partition, cluster)
+        work_s = 0.0 if self.work is None else float(self.work.seconds(partition).max())  # the busiest rank's
         price = float(price_bytes) if cluster is None else cluster.seconds(every) + work_s
         score = Score(missing, price, price_bytes, max(t.calls for t in every))
         return Trial(partition, layout, aggregate, score, memory, work_s)
-
-    def _work_s(self, partition: Partition, cluster: Cluster) -> float:
-        """Seconds of the busiest rank's own work; none where nothing is known of it."""
-        if cluster.rates is None:
-            return 0.0
-        return float(work_seconds(partition, self.w, self.unique, cluster.rates, cluster.flops_per_s).max())
 
     def memory(self, partition: Partition) -> Spans[Memory]:
         return memory_of(partition, self.w, self.terms.optimizer, self.unique)

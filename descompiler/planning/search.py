@@ -28,7 +28,6 @@ from descompiler.layout.spans import summed
 from descompiler.planning.bound import FormCost, Relaxation
 from descompiler.planning.cluster import COLLECTIVES
 from descompiler.planning.objective import Objective, Score, Terms, Trial
-from descompiler.planning.work import least_flops, of_operator
 from descompiler.region.cut import Weights
 from descompiler.region.rule import Rule
 from descompiler.tables.computed import groups_of
@@ -179,25 +178,23 @@ class Search:
 
         The busiest rank works at least as long as ranks do on average.
         """
-        bound, cluster = self.in_units(sent_bytes), self.terms.cluster
-        if cluster is None or cluster.rates is None:
+        bound, work = self.in_units(sent_bytes), self.objective.work
+        if work is None:
             return bound
-        work = sum(min(self.work_s[name][f] for f in forms) for name, forms in allowed.items())
-        if cluster.flops_per_s is not None:
-            work += least_flops(self.program, self.w) / cluster.flops_per_s
-        return bound + work * (1 - ROUNDING)
+        least = sum(min(self.work_s[name][f] for f in forms) for name, forms in allowed.items())
+        least += work.least(self.objective.known)
+        return bound + least * (1 - ROUNDING)
 
     @cached_property
     def work_s(self) -> dict[str, dict[str, float]]:
         """By table and allowed form, seconds of its lookups and updates, the mean over ranks: whoever owns its rows."""
-        cluster, objective = self.terms.cluster, self.objective
-        assert cluster is not None and cluster.rates is not None
-        rates = cluster.rates
+        objective, work = self.objective, self.objective.work
+        assert work is not None
 
         def least(o: Operator, form: str) -> float:
             choices = (objective.choice(o, form, by_memory) for by_memory in (False, True))
             splits = (objective.split(o, form, self.w.ranks, choice) for choice in choices)
-            return min(float(of_operator(o, x, self.w, objective.unique[o.name], rates).mean()) for x in splits)
+            return min(float(work.of_operator(o, x).mean()) for x in splits)
 
         return {o.name: {f: least(o, f) for f in self.allowed[o.name]} for o in self.operators}
 

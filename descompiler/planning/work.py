@@ -12,16 +12,17 @@ The formulas are those of `descompiler.cost_models.work`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
 
 from descompiler.cost_models.work import Rates, lookup_seconds
 from descompiler.graph.nodes import elements_per_row, tail
-from descompiler.graph.program import Program
 from descompiler.layout.spans import Spans
 from descompiler.planning.memory import activation_elements, held_elements
-from descompiler.region.cut import Weights, product_flops, work_bytes
+from descompiler.region.cut import Weights, work_bytes
+from descompiler.region.known import Known
 from descompiler.region.partition import Partition
 from descompiler.tables.form import Split, form_named
 from descompiler.tables.tables import Lookup, Operator
@@ -31,42 +32,54 @@ CALL_OF_FETCHED = 0.5
 and DeepFM on 2 ranks were a fifth too high, with none a quarter too low."""
 
 
-def work_seconds(
-    partition: Partition, w: Weights, unique: Mapping[str, float], rates: Rates, flops_per_s: float | None
-) -> np.ndarray:
-    """Of each rank.
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Own work of the ranks in partitions of one program; what an operator takes in a split is found once.
 
-    Parameters
+    Attributes
     ----------
     unique : mapping of str to float
         Expected unique ids of one rank's batch, by table.
     flops_per_s : float, optional
         Of products; without, they take no time.
     """
-    seconds = np.zeros(w.ranks)
-    for o in partition.operators:
-        seconds += of_operator(o, partition.splits[o.name], w, unique[o.name], rates)
-    inside, outside = activation_elements(partition, w.ranks)
-    seconds += w.rows * (inside * w.ranks + outside) * rates.value_s
-    if flops_per_s is not None:
-        seconds += _flops(partition, w) / flops_per_s
-    return seconds
 
+    w: Weights
+    unique: Mapping[str, float]
+    rates: Rates
+    flops_per_s: float | None
+    _found: dict[tuple[str, int], tuple[Split, np.ndarray]] = field(default_factory=dict)
 
-def of_operator(o: Operator, split: Split, w: Weights, unique: float, rates: Rates) -> np.ndarray:
-    """Of each rank: the lookups of a table, and its dense gradient."""
-    held, _ = held_elements(split.pieces)
-    seconds = np.zeros(w.ranks)
-    for x in o.lookups:
-        seconds += _of_lookup(o, x, split, held, w, unique, rates)
-    if o.trained and not o.sparse:
-        seconds += held * (o.dim if split.pieces.dim == 0 else o.rows) * rates.swept_s
-    return seconds
+    def seconds(self, partition: Partition) -> np.ndarray:
+        """Of each rank."""
+        w, seconds = self.w, np.zeros(self.w.ranks)
+        for o in partition.operators:
+            seconds += self.of_operator(o, partition.splits[o.name])
+        inside, outside = activation_elements(partition, w.ranks)
+        seconds += w.rows * (inside * w.ranks + outside) * self.rates.value_s
+        if self.flops_per_s is not None:
+            seconds += _flops(partition, w) / self.flops_per_s
+        return seconds
 
+    def of_operator(self, o: Operator, split: Split) -> np.ndarray:
+        """Of each rank: the lookups of a table, and its dense gradient; not to be changed."""
+        key = o.name, id(split)  # which is that of no other split as long as this one is kept
+        if key not in self._found:
+            self._found[key] = split, self._of_operator(o, split)
+        return self._found[key][1]
 
-def least_flops(program: Program, w: Weights) -> float:
-    """Of a rank's matrix products in any plan, forward and backward: those of its own rows."""
-    return float(sum(product_flops(n, w.rows) for n in program.graph.nodes if n.op == "call_function"))
+    def _of_operator(self, o: Operator, split: Split) -> np.ndarray:
+        held, _ = held_elements(split.pieces)
+        seconds = np.zeros(self.w.ranks)
+        for x in o.lookups:
+            seconds += _of_lookup(o, x, split, held, self.w, self.unique[o.name], self.rates)
+        if o.trained and not o.sparse:
+            seconds += held * (o.dim if split.pieces.dim == 0 else o.rows) * self.rates.swept_s
+        return seconds
+
+    def least(self, known: Known) -> float:
+        """Seconds of a rank's matrix products in any plan, forward and backward: those of its own rows."""
+        return 0.0 if self.flops_per_s is None else sum(known.flops(self.w.rows).values()) / self.flops_per_s
 
 
 def _of_lookup(
@@ -104,9 +117,9 @@ def _widths(columns: Spans[tuple[int, ...] | None], x: Lookup, ranks: int) -> np
 
 def _flops(partition: Partition, w: Weights) -> float:
     """Of the slowest rank's matrix products, forward and backward."""
-    total = least_flops(partition.program, w)
-    for n in partition.inside:
-        if n.op == "call_function" and product_flops(n, w.rows):
-            at = partition.candidates.placed[n].placement
-            total += work_bytes(n, at, partition.placements, w) * w.flops_per_byte / w.ranks
+    flops = partition.known.flops(w.rows)
+    total = float(sum(flops.values()))
+    for n in partition.inside & flops.keys():
+        at = partition.candidates.placed[n].placement
+        total += work_bytes(n, at, partition.placements, w) * w.flops_per_byte / w.ranks
     return total

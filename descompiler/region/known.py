@@ -9,8 +9,10 @@ from torch import fx
 
 from descompiler.classify.behind import Behind
 from descompiler.classify.scope import coupled_nodes
-from descompiler.graph.program import Program
+from descompiler.graph.nodes import elements_per_row, is_tensor, is_view, value
+from descompiler.graph.program import Program, rowwise
 from descompiler.layout.pieces import Pieces
+from descompiler.region.cut import product_flops
 from descompiler.tables.totals import Total, find_totals
 
 
@@ -45,6 +47,26 @@ class Known:
     def totals(self) -> list[Total]:
         """Sums over whole parameters."""
         return find_totals(self.program)
+
+    @cached_property
+    def activations(self) -> list[tuple[fx.Node, int, bool]]:
+        """Values of floating point that are no view: elements a row, and whether they are rows of the batch."""
+        return [
+            (n, elements_per_row(n), rowwise(self.program, n))
+            for n in self.program.graph.nodes
+            if n.op == "call_function" and is_tensor(n) and value(n).is_floating_point() and not is_view(n)
+        ]
+
+    @cached_property
+    def _flops(self) -> dict[int, dict[fx.Node, int]]:
+        return {}
+
+    def flops(self, rows: int) -> dict[fx.Node, int]:
+        """Of matrix products on so many rows, forward and backward; not to be changed."""
+        if rows not in self._flops:
+            calls = (n for n in self.program.graph.nodes if n.op == "call_function")
+            self._flops[rows] = {n: flops for n in calls if (flops := product_flops(n, rows))}
+        return self._flops[rows]
 
     @cached_property
     def coupled(self) -> set[fx.Node]:
