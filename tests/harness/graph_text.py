@@ -54,6 +54,7 @@ class GraphText:
         self.said: dict[str, str] = {}
         self.limits: dict[str, int] = {}
         self._mode = FakeTensorMode(shape_env=ShapeEnv())
+        self._mode.cache_enabled = False  # to keep what a call gives takes longer than the call
         dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         self._batch = self._mode.from_tensor(torch.empty(7), symbolic_context=dynamic).shape[0]
         self.program = Program(fx.Graph(), {}, {}, {}, True, self._batch.node.expr)
