@@ -11,6 +11,7 @@ RANKS ?= 2
 DATA ?=
 MODEL ?= deepfm
 WORKERS ?= 2
+LONG ?=
 ARGS ?=
 
 # One place spells the torch version; see constraints.txt for why it is installed alone and first.
@@ -51,8 +52,8 @@ stream: $(INSTALLED)  ## train on an endless click stream until Ctrl-C, and go o
 # A test has 2 to 4 ranks itself.
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test: $(INSTALLED_DEV)  ## run the tests that are not marked slow (WORKERS=2)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PARALLEL) $(ARGS)
+test: $(INSTALLED_DEV)  ## run nine tenths of the tests that are not slow (LONG=1: all of them, as CI does; WORKERS=2)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PARALLEL) $(if $(LONG),,-m "not slow and not long") $(ARGS)
 
 test-all: $(INSTALLED_DEV)  ## run every test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "" --trace-anew $(PARALLEL) $(ARGS)

@@ -79,8 +79,19 @@ FEW_BUT_LONG = (
 """Files whose tests take long for their number, ``tests/test_*.py``."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, so that the workers of a parallel run end together (with ``--no-loadscope-reorder``)."""
+    """Long files first, so that the workers of a parallel run end together (with ``--no-loadscope-reorder``).
+
+    The first cases of a test that is ``long(but=1)`` are not.
+    """
+    of_test: Counter[object] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("long")
+        test = item.path, getattr(item, "originalname", item.name)
+        if mark is not None and of_test[test] < mark.kwargs.get("but", 0):
+            item.own_markers.remove(mark)
+        of_test[test] += 1
     tests = Counter(item.path for item in items)
     long = {f"test_{name}.py" for name in FEW_BUT_LONG}
     items.sort(key=lambda item: (item.path.name not in long, -tests[item.path]))

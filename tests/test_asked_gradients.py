@@ -80,6 +80,7 @@ def test_gradients_of_tasks(on_ranks, form):
         assert worst < 1e-10 and not extra
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(
     ("cls", "in_place"), cases([(InPart, False), (InPart, True), (Tasks, True)], [(InPart, False), (Tasks, True)])
 )

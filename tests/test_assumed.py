@@ -41,6 +41,7 @@ def test_another_is_refused(wrong, text):
         des.plan(nn.Identity(), (), ranks=4, cluster=wrong)
 
 
+@pytest.mark.long
 def test_the_default_plan_is_for_the_class_and_says_so():
     default = des.plan(model(), INPUTS, ranks=4, batch=1024)
     assert default.objective == "seconds" and "on ethernet-10g (assumed)" in default.explain()

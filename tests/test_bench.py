@@ -44,6 +44,7 @@ def single(name, n_ranks):
     return answer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name, sparse, n_ranks",
     [

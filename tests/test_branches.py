@@ -67,6 +67,7 @@ def _scores(rank, ranks):
     return found
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_branch_is_that_of_the_global_batch(on_ranks):
     for (cls, kind), *parts in zip(CASES, *on_ranks(_scores, 2), strict=True):

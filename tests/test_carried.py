@@ -78,6 +78,7 @@ def _differences(rank, ranks, model, in_place):
 CASES = [(cls, in_place) for cls in (Annealed, Warm, Remembers, Lists, MixesLater) for in_place in (True, False)]
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(("cls", "in_place"), cases(CASES, [*CASES[::4], CASES[5], CASES[7]]))
 def test_what_the_next_call_reads_is_carried_as_in_one_process(cls, in_place, on_ranks):
     for worst, counted in on_ranks(_differences, 2, cls(), in_place):

@@ -172,6 +172,7 @@ WORLDS_ALWAYS = [
 ]
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(("ranks", "form", "to", "other", "optimizer", "in_place"), cases(WORLDS, WORLDS_ALWAYS))
 def test_training_goes_on_in_another_world(
     ranks, form, to, other, optimizer, in_place, expected, on_ranks, tmp_path, record_property
@@ -343,6 +344,7 @@ SAVES = """
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kills", cases([2, 50], [2]))
 def test_the_checkpoint_before_survives_a_kill(kills, tmp_path, draws):
     module = des.compile(
@@ -425,6 +427,7 @@ def damage(path, draws, *, of_values=False):
     return f"{kind} {file.name}"
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("count", cases([10, 200], [10]))
 @pytest.mark.parametrize("summed", [True, False])
 def test_a_damaged_checkpoint_is_refused_on_every_rank(count, summed, on_ranks, tmp_path, draws):

@@ -341,6 +341,7 @@ def test_counts_without_an_end_are_wrong_usage(arguments, says):
     assert says in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())
 
 
+@pytest.mark.long
 def test_a_file_that_cannot_be_written(file, tmp_path):
     tiny = f"{file}:tiny"
     for arguments in (["plan", "write", tiny, "--ranks", "2", "--out"], ["report", tiny, "--ranks", "2", "--html"]):

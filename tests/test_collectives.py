@@ -73,6 +73,7 @@ def _groups(rank, ranks):
     _trained(None)
 
 
+@pytest.mark.long
 def test_groups_that_overlap_and_groups_that_were_destroyed(on_ranks):
     """Ranks agree on the names of the groups that are made for them, and take none twice."""
     on_ranks(_groups, 3)

@@ -62,6 +62,7 @@ class Next(Towers):
         return (ids[:, 2].roll(1, 0) + ids.flip(0)[:, 1]).double()
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("model", [AccidentalHits, Histories, Ranks, Buckets, Next])
 @pytest.mark.parametrize("example", [SAME, pytest.param(IDS, marks=pytest.mark.slow)])
 def test_what_is_looked_for_in_all_rows_is(model, example, on_ranks):
@@ -192,6 +193,7 @@ def _generators(rank, ranks, seeds):
     return [float((module(IDS[mine]) - original(IDS)[mine]).abs().max()) for _ in range(2)]
 
 
+@pytest.mark.long
 def test_a_models_own_generator_draws_as_in_one_process(on_ranks):
     assert all(max(errors) < 1e-6 for errors in on_ranks(_generators, 2, [3, 3]))
     on_ranks(_generators, 2, [3, 4])

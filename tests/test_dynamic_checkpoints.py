@@ -62,6 +62,7 @@ def through(on_ranks, folder, options, optimizer, way):
         on_ranks(load_and_go_on, ranks, f"{folder}/{i}", options, plan, optimizer, until, f"{folder}/{i + 1}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "optimizer", "way"),
     [
@@ -97,6 +98,7 @@ def save_without_rows(rank, ranks, path, optimizer):
     des.save(module, opts, path, step=3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["adagrad", "sparse_adam"])
 def test_a_table_without_rows(on_ranks, tmp_path, optimizer):
     """What was sighted, and how often the optimiser has stepped, goes on."""
@@ -160,6 +162,7 @@ def refusals(rank, ranks, folder):
     return said
 
 
+@pytest.mark.long
 def test_a_wrong_checkpoint_is_refused_by_name_and_nothing_changes(on_ranks, tmp_path):
     on_ranks(save_static, 1, str(tmp_path / "static"))
     for said in on_ranks(refusals, 2, str(tmp_path)):
@@ -231,6 +234,7 @@ def load_increments(rank, ranks, folder, plan, until):
     assert_as_in_one_process(module, *compiled("lfu", None, "sparse_adam"), until)
 
 
+@pytest.mark.long
 def test_increments_and_deltas_of_ranks(on_ranks, tmp_path):
     assert on_ranks(save_increments, 2, str(tmp_path), "unique_rows", 6)[0]
     on_ranks(load_increments, 3, str(tmp_path), "row_wise", 9)
@@ -256,6 +260,7 @@ def go_on_and_die(rank, ranks, folder, plan, until, dies, at):
     return begin
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_rank_is_killed_and_nothing_is_lost(on_ranks, tmp_path, draws, times):
     """While rows come or go, or between a save's files; each time others go on, by another number of ranks."""

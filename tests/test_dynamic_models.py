@@ -155,6 +155,7 @@ SOME += [
 SOME += [("frozen", "unique_rows"), ("of a lookup", "unique_rows"), ("weighted", "unique_rows"), ("int32", "row_wise")]
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(("name", "form"), cases(EVERY, SOME))
 def test_every_model_is_verified(on_ranks, name, form):
     torch.manual_seed(0)
@@ -170,6 +171,7 @@ def test_every_model_is_verified(on_ranks, name, form):
     assert report.cases == 1 and max(report.worst.values()) < 1e-10
 
 
+@pytest.mark.long
 def test_ids_that_ranks_are_given(on_ranks):
     torch.manual_seed(0)
     report = des.verify(Towers(), TWO, plans=({"*": "row_wise"}, {"*": "table_wise"}), launch=on_ranks, ids="global")

@@ -197,6 +197,7 @@ MODELS = {
 }
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(("name", "optimizer"), [*((m, "adagrad") for m in MODELS), ("spare rows", "sparse_adam")])
 def test_it_is_verified(on_ranks, name, optimizer):
     make, inputs = MODELS[name]
@@ -217,6 +218,7 @@ CASES = [
 EVERY = pytest.param(3, CASES, marks=pytest.mark.slow)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks, cases", [(2, CASES), (3, [CASES[2], CASES[-1]]), EVERY], ids=["2", "3", "3, all"])
 def test_trained_as_in_one_process(on_ranks, ranks, cases):
     on_ranks(as_the_original, ranks, cases, 16)

@@ -89,6 +89,7 @@ def there_and_back(rank, ranks, folder):
     assert all(torch.equal(x, state[n]) for n, x in des.full_state_dict(module).items())
 
 
+@pytest.mark.long
 def test_it_goes_in_and_out(on_ranks, tmp_path):
     on_ranks(there_and_back, 2, str(tmp_path))
 
@@ -114,6 +115,7 @@ def fused(rank, ranks):
         torch.testing.assert_close(rows, rows_of(table, ids), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_optimisers_step_in_backward(on_ranks, ranks):
     on_ranks(fused, ranks)
@@ -194,6 +196,7 @@ def full(rank, ranks):
     return None
 
 
+@pytest.mark.long
 def test_a_limit_of_rows_is_said_on_every_rank(on_ranks):
     found = on_ranks(full, 2)
     assert sum("TableFullError" in said and "share of it" in said for said, *_ in found) >= 1, found
@@ -226,6 +229,7 @@ def evaluated(rank, ranks):
     return said
 
 
+@pytest.mark.long
 def test_training_flags_in_which_no_tracer_captures_it(on_ranks):
     for said in on_ranks(evaluated, 2):
         assert [plan for plan, _ in said] == ["hot"] and "every rank holds" in said[0][1], said
@@ -259,6 +263,7 @@ def made_dynamic(rank, ranks):
     return None if single is None else single.bags.resident().tolist()
 
 
+@pytest.mark.long
 def test_a_static_bag_becomes_a_dynamic_one(on_ranks):
     resident, _ = on_ranks(made_dynamic, 2)
     assert resident == [*range(20), *((x << 40) + x for x in (10, 11))]

@@ -54,6 +54,7 @@ def train_beside_the_original(rank, ranks, options, plan, optimizer, steps):
         torch.testing.assert_close(rows, rows_of(table, ids), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(
     ("ranks", "plan", "options", "optimizer"),
     [
@@ -99,6 +100,7 @@ def loop_with_prefetch(rank, ranks, plan, steps):
     return ahead.taken
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(("ranks", "plan"), [(2, "row_wise"), (2, "unique_rows"), (3, "hot")])
 def test_ids_travel_ahead(on_ranks, ranks, plan):
     assert min(on_ranks(loop_with_prefetch, ranks, PLANS[plan], 12)) >= 7
@@ -225,6 +227,7 @@ def refusals(rank, ranks):
     return said
 
 
+@pytest.mark.long
 def test_what_is_refused_by_name(on_ranks):
     for said in on_ranks(refusals, 2):
         assert "'user' are used by" in said["penalty"], said["penalty"]
@@ -276,12 +279,14 @@ def there_and_back(rank, ranks, plan):
     return said
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(("ranks", "plan"), [(2, "unique_rows"), (3, "both")])
 def test_weights_go_in_and_out(on_ranks, ranks, plan):
     for whole, other in on_ranks(there_and_back, ranks, PLANS[plan]):
         assert "is the whole" in whole and "rank 7" in other
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("plan", ["row_wise", "hot", "both"])
 def test_it_is_verified(on_ranks, plan):
     torch.manual_seed(0)
@@ -333,6 +338,7 @@ def made_dynamic(rank, ranks):
     return said, None if single is None else single.inner["user"].resident().tolist()
 
 
+@pytest.mark.long
 def test_a_static_table_becomes_a_dynamic_one(on_ranks):
     (said, resident), _ = on_ranks(made_dynamic, 2)
     assert all("inner.user, inner.tags" in text for text in said), said
@@ -358,6 +364,7 @@ def full(rank, ranks, parts=None):
     return None
 
 
+@pytest.mark.long
 def test_a_limit_of_rows_is_said_on_every_rank_and_nothing_is_lost(on_ranks):
     found = on_ranks(full, 2)
     assert sum("TableFullError" in said and "share of it" in said for said, *_ in found) >= 1, found

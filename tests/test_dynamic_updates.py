@@ -104,6 +104,7 @@ def through(on_ranks, folder, way, options, optimizer):
         assert kinds(folder / "increments") == kinds(folder / "deltas") == {"full", "update"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "optimizer", "way"),
     [
@@ -158,6 +159,7 @@ def saved_and_read(rank, ranks, folder, plan):
     return read, body["slices"], [module.get_submodule(n)._table.is_idle for n in TABLES]
 
 
+@pytest.mark.long
 def test_a_manifest_says_whose_files_are_read(on_ranks, tmp_path):
     """Slices that rank 0 tells of, and a table that is on one rank; nothing where all owners have what is usual."""
     (first, of_first, idle), (second, of_second, other_idle) = on_ranks(saved_and_read, 2, f"{tmp_path}/whole", "whole")

@@ -113,6 +113,7 @@ def _under_torch_compile(rank, ranks, in_place):
     return len(replicated), all(torch.allclose(given[n], wanted[n].grad) for n in replicated)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_torch_compile_leaves_a_compiled_model_as_it_is(in_place, on_ranks):
     for count, equal in on_ranks(_under_torch_compile, 2, in_place):

@@ -72,6 +72,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_is_refused_says_what_it_is_and_what_to_do(what):
     call, kind, text = REFUSED[what]

@@ -103,6 +103,7 @@ class Mixing(Table):
         return self.head(MixingBackward.apply(self.features(ids)))
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("model", [AssignedMean, Inner, AssignedInPart, PaddedFromTheEnd, OtherInEvaluation, TwoNames])
 def test_it_trains_as_the_original(model, on_ranks):
     des.verify(model(), (IDS,), plans=[None, {"*": "row_wise"}, {"*": "replicate"}], launch=on_ranks)
@@ -145,6 +146,7 @@ def _one_buffer(rank, ranks, model):
     return [n for n, x in original.state_dict().items() if not torch.allclose(state[n], x)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", cases([OneBuffer, OneBufferInPart], [OneBuffer]))
 def test_a_buffer_of_two_names_is_one(model, on_ranks):
     assert on_ranks(_one_buffer, 2, model) == [[], []]
@@ -245,6 +247,7 @@ class Hooked(Table):
         return self.head(x)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("model", [Mixing, MixingInPart, Hooked])
 def test_a_backward_that_mixes_rows_is_that_of_the_global_batch(model, on_ranks):
     des.verify(model(), (IDS,), plans=[None, {"*": "row_wise"}], launch=on_ranks)
@@ -323,6 +326,7 @@ def _squeezed(rank, ranks, model):
     return module(IDS[mine], MASK[mine, None].clone()).detach()
 
 
+@pytest.mark.long
 def test_probes_share_no_input_that_forward_changes(on_ranks):
     model = SqueezesItsInput()
     expected = model(IDS, MASK[:, None].clone())

@@ -110,6 +110,7 @@ def _apart(rank, ranks, what):
     return text, time.monotonic() - begin, raised(lambda: module(IDS, DENSE))
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("what", cases(["skips", "asks", "saves"], ["skips", "saves"]))
 def test_ranks_that_wait_for_each_other(on_ranks, what):
     rank_1 = {
@@ -143,6 +144,7 @@ def _goes_on(rank, ranks):
     return raised(lambda: module(IDS, DENSE)), raised(compiled), time.monotonic() - begin
 
 
+@pytest.mark.long
 def test_a_rank_that_has_raised_does_something_else(on_ranks):
     first, second = on_ranks(_goes_on, 2)
     assert first[0] == "InputError: no room" and second[0].startswith("RankError"), (first, second)
@@ -167,6 +169,7 @@ def _dies(rank, folder, how, answer):
     os._exit(0)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(
     ("how", "said"),
     [
@@ -241,6 +244,7 @@ def _fails(rank, folder, how, when, answer):
 FAILS = [(how, when) for how in (signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP) for when in WHEN]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("how", "when"), cases(FAILS, [FAILS[2]]))
 def test_two_of_three_ranks_end_when_one_does(how, when):
     context, pipes, processes = local_context(), [], []

@@ -218,6 +218,7 @@ def _saved(rank, ranks, kind, form, path, is_first):
     return des.full_state_dict(module)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("kind", ["Adam", "row-wise"])
 def test_its_state_is_in_checkpoints(kind, on_ranks, tmp_path):
     on_ranks(_saved, 2, kind, "row_wise", tmp_path / "c", True)

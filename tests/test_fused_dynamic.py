@@ -120,6 +120,7 @@ def beside_the_original(rank, ranks, options, kind, plan, with_item, steps):
     )
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(
     ("ranks", "options", "kind", "plan", "with_item"),
     [
@@ -201,6 +202,7 @@ def one_loss(rank, ranks):
         assert module.get_submodule(name).step == 6
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_backward_that_comes_to_one_table_ends_the_step_of_all(on_ranks, ranks):
     on_ranks(one_loss, ranks)
@@ -231,6 +233,7 @@ def in_one_process(rank, ranks, path, kind):
     assert_same_tables(model, other)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("kind", ["adagrad", "ftrl"])
 def test_its_state_is_the_ordinary_ones(on_ranks, tmp_path, kind):
     on_ranks(save, 2, str(tmp_path / "0"), kind, "row_wise")

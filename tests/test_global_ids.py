@@ -90,6 +90,7 @@ def trained(rank, ranks, make, form, counts):
 COUNTS = ([5, 2, 4], [3, 3, 1], [6, 0, 2])
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("make", MAKES)
 def test_training_is_the_originals(make, ranks, on_ranks):
@@ -103,6 +104,7 @@ def test_training_is_the_originals(make, ranks, on_ranks):
             assert sorted(i for columns in read for i in columns) == list(range(len(SIZES)))
 
 
+@pytest.mark.long
 def test_plans_say_that_ids_cost_nothing():
     model, example = _deepfm("fields"), (_dense(6), _ids(6))
     pins = {"*": "row_wise"}
@@ -202,6 +204,7 @@ def test_a_table_is_looked_up_with_the_ids_of_its_rank(on_ranks):
     assert torch.allclose(torch.cat([out for out, _ in results]), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("make, ranks", [("offsets", 2), ("ids only", 2), ("fields", 3), ("fields", 1)])
 def test_verify_gives_every_rank_the_ids(make, ranks, on_ranks):
     inputs = (_ids(6),) if make == "ids only" else (_dense(6), _ids(6))
@@ -221,6 +224,7 @@ def with_other_ids(rank, ranks, *args):
         compare.with_global_ids = plain
 
 
+@pytest.mark.long
 def test_verify_sees_other_ids(on_ranks):
     launch = lambda _, ranks, *args, timeout_s: on_ranks(with_other_ids, ranks, *args)  # noqa: E731
     for form, text in ("table_wise", "output .* differs"), ("row_wise", "checksum"):

@@ -26,6 +26,7 @@ def check(ids: IdMap, known: dict[int, int], keys: list[int]) -> None:
     assert found.tolist() == [known.get(k, 0) for k in keys]
 
 
+@pytest.mark.long
 @settings(max_examples=120)
 @given(calls)
 def test_it_is_a_dict(steps):

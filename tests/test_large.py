@@ -151,6 +151,7 @@ def test_a_plan_of_a_terabyte_needs_no_rows():
     assert set(plan.forms.values()) <= {"unique_rows", "row_wise", "table_wise", "column_wise"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", cases(["meta", "first", "in place"], ["first", "in place"]))
 def test_no_rank_holds_more_than_its_share(pool, kind, tmp_path):
     """The share of 512 MiB on 2 ranks, a tenth of it and 300 MB; rank 0's whole state_dict beside it."""
@@ -209,6 +210,7 @@ def _drawn(rank, ranks, form):
     return des.full_state_dict(module)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("form", ["row_wise", "column_wise"])
 def test_blocks_of_rows_are_drawn_apart_and_padding_is_zero(on_ranks, form):
     (first, *_), (alone,) = on_ranks(_drawn, 2, form), on_ranks(_drawn, 1, "replicate")
@@ -242,6 +244,7 @@ def test_what_does_not_fit_is_told_before_it_is_allocated(pool):
 # ---- proofs
 
 
+@pytest.mark.long
 def test_a_large_model_is_proven_with_smaller_tables():
     ids = torch.tensor([[HUGE - 1, 5, 3], [1, 2, 3], [7, 7, HUGE // 2], [0, 1, 9]])
     report = des.verify(on_meta(HUGE), (ids,), rows=50, plans=[{"*": "row_wise"}, None], optimizers=["adagrad"])

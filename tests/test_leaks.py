@@ -68,6 +68,7 @@ def _contexts(rank, ranks, name):
             cls.forward = original
 
 
+@pytest.mark.long
 def test_no_function_holds_an_output_of_its_own(on_ranks):
     """Nothing that a context reaches has it in its history, in any function: it dies with its graph."""
     seen = set()
@@ -99,6 +100,7 @@ def _grows(rank, ranks, name, warm_up, steps):
 KEPT_NOTHING = ["row_wise", "unique_rows", "hot_rows", "replicate", "partial", "leaf", "vocabulary"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", cases(KEPT_NOTHING, ["row_wise"]))
 def test_memory_in_use_stays_as_it_is(pool, name):
     """A step of these leaves 128 KiB or more behind if any of what crosses is held."""
@@ -152,6 +154,7 @@ def _left(rank, ranks, cls, options, how):
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["trained", "asked for"])
 @pytest.mark.parametrize("options", [{}, {"in_place": True, "loss": "sum"}], ids=["", "in place"])
 @pytest.mark.parametrize("cls", [Recurrent, Branch])

@@ -140,6 +140,7 @@ EXAMPLES_ALWAYS = (
 )
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(("model", "same"), cases(EXAMPLES, EXAMPLES_ALWAYS))
 def test_each_rank_pads_to_its_own_longest(model, same, on_ranks):
     torch.manual_seed(0)
@@ -177,6 +178,7 @@ def _refused(rank, ranks, model):
     return text, module(history, user).isfinite().all().item()
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("model", [Positions, MixedInPart])
 def test_what_would_mix_other_lengths_is_refused_on_every_rank(model, on_ranks):
     for text, fine in on_ranks(_refused, 2, model(), timeout_s=30):
@@ -184,6 +186,7 @@ def test_what_would_mix_other_lengths_is_refused_on_every_rank(model, on_ranks):
         assert fine, "the next step has to work"
 
 
+@pytest.mark.long
 def test_many_lengths_are_told_of():
     module = des.compile(Pool(), _batch(6, 5, 99)[:2])
     with pytest.warns(UserWarning, match="captured for inputs of 8 sizes.*Pad histories to a few lengths"):
@@ -256,11 +259,13 @@ def _branches(rank, ranks, model):
     return max(float((x - state[n]).abs().max()) for n, x in reference.state_dict().items())
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("model", [Threshold, Parity, OtherLayer, FirstRows, Best])
 def test_a_branch_on_the_batch_size_is_that_of_the_global_batch(model, on_ranks):
     assert max(on_ranks(_branches, 2, model().double())) < 1e-12
 
 
+@pytest.mark.long
 def test_traffic_of_each_branch_is_predicted(on_ranks):
     """`des.verify` takes batches of more rows than the example's, and of fewer."""
     forms = [{"*": "row_wise"}, {"item.weight": "column_wise", "user.weight": "unique_rows"}]

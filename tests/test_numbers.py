@@ -71,6 +71,7 @@ class RealAndComplex(Graph):
         return (z * torch.complex(relation, relation.cos()).conj()).real.sum(1)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("model", cases([RotatE, ComplEx, InBatch, ComplexTable], [ComplEx, ComplexTable]))
 def test_complex_values_train_as_the_original(model, on_ranks):
     des.verify(model(), (TRIPLES,), plans=EVERY_FORM, launch=on_ranks)
@@ -208,6 +209,7 @@ def test_each_value_crosses_in_its_own_dtype(dtypes, on_ranks):
     assert on_ranks(_all_train, 2, cases) == [{}, {}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtypes", cases([(x,) for x in COUPLED], [(COUPLED[0],)]), ids=str)
 def test_what_mixes_rows_crosses_in_its_own_dtype(dtypes, on_ranks):
     forms = ["row_wise", "unique_rows", "fsdp"] if dtypes[0].itemsize == 2 else ["column_wise", "fsdp"]
@@ -234,6 +236,7 @@ def _train_when_cast(rank, ranks):
     return {case: wrong for case, wrong in found.items() if wrong}
 
 
+@pytest.mark.long
 def test_a_model_of_several_dtypes_may_be_cast(on_ranks):
     assert on_ranks(_train_when_cast, 2) == [{}, {}]
 
@@ -285,6 +288,7 @@ def _normed(rank, ranks, dtype, momentum):
 NORMED = [(dtype, momentum) for dtype in (torch.float16, torch.bfloat16) for momentum in (0.1, None)]
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(("dtype", "momentum"), cases(NORMED, NORMED[::3]), ids=str)
 def test_statistics_of_few_bits_are_summed_in_more(dtype, momentum, on_ranks):
     for counted, expected in on_ranks(_normed, 2, dtype, momentum):

@@ -78,6 +78,7 @@ CUT = 4
 CASES = [*((use, "none") for use in USES), *(("lookup", penalty) for penalty in PENALTIES), ("layer", "learnt")]
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(
     ("model", "kind", "form"),
     [

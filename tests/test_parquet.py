@@ -53,6 +53,7 @@ def trained(rank, ranks, path, form, whose):
     return loader.read_ids
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("form, whose", [("table_wise", "global"), ("row_wise", "global"), ("row_wise", "own")])
 def test_batches_are_the_files(form, whose, ranks, file, on_ranks):

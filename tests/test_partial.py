@@ -129,6 +129,7 @@ class Scalars(Packed):
         return {"mean": score.mean(), "rows": score, "sum": score.sum(), "same": self.top.weight.square().sum()}
 
 
+@pytest.mark.long
 def test_scalars_of_the_batch(on_ranks):
     assert survey(blueprint(Scalars()), (IDS,)).outputs == (MEAN, ROWS, SUM, SAME)
     assert des.verify(Scalars(), (IDS,), plans=[PULL], launch=on_ranks).cases == 1
@@ -565,6 +566,7 @@ def _from_samples(rank, ranks):
     return worst, module.plan.statistics, module.plan.unique, module.pieces("table.weight").sizes.tolist(), text
 
 
+@pytest.mark.long
 def test_ids_of_samples_are_measured(on_ranks):
     (worst, source, unique, sizes, text), other = on_ranks(_from_samples, 2)
     assert max(worst, other[0]) < 1e-12 and other[2] == unique

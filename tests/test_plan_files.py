@@ -103,6 +103,7 @@ def _try_plans(texts: list[str], draws: random.Random, times: int) -> tuple[int,
     return read, refused
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:descompiler. the form")
 def test_mutated_plans_are_refused_or_whole(texts, draws):
     read, refused = _try_plans(texts, draws, 50)

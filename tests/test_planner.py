@@ -123,6 +123,7 @@ def test_small_models_get_the_best_of_all_choices(number, draws):
         compare_with_all_choices(found, ranks, rows)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("number", cases(range(40), range(2)))
 def test_in_seconds_no_choice_is_below_the_bound_either(number, draws):
     """What ranks do themselves counts: the least of each table, as if ranks shared it evenly."""
@@ -431,6 +432,7 @@ def test_every_rank_is_priced_where_all_are_different():
     assert not plan.exact or plan.price == plan.bound
 
 
+@pytest.mark.long
 def test_planning_takes_no_memory_for_the_rows_of_tables():
     """Fifty terabytes of tables, in every form."""
     rows = 10**11
@@ -444,6 +446,7 @@ def test_planning_takes_no_memory_for_the_rows_of_tables():
     assert all(t.rows == rows for p in plans for t in p.tables) and peak < 20e6
 
 
+@pytest.mark.long
 def test_the_work_of_planning_grows_with_tables_not_with_tables_times_ranks():
     def calls(found, ranks):
         count = 0

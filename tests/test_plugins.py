@@ -104,6 +104,7 @@ def run(site: Path, source: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, cwd=site, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.long
 def test_what_is_installed_is_used(site):
     done = run(
         site,
@@ -128,6 +129,7 @@ def test_what_is_installed_is_used(site):
     assert (forms, ranks, journal) == ("{'items.weight': 'last_rank'}", "8", "their pass ran")
 
 
+@pytest.mark.long
 def test_what_is_given_to_a_call_trains_as_the_original(on_ranks):
     des.verify(Phrases(), HISTORY, plans=[{"*": "column_wise"}, {"*": "row_wise"}], rules=[Windows()], launch=on_ranks)
     des.verify(MODELS["fm"](), make_inputs("fm"), plans=[{"*": "last_rank"}], forms=[LastRank()], launch=on_ranks)
@@ -142,6 +144,7 @@ def test_what_is_installed_is_known_to_plan_files(site, tmp_path):
     assert "last_rank" in done.stdout
 
 
+@pytest.mark.long
 def test_a_form_from_outside_is_in_plans_files_and_words(tmp_path):
     model, inputs = MODELS["fm"](), make_inputs("fm")
     plan = des.plan(model, inputs, ranks=4, batch=64, pins={"embeddings.tables.1": "last_rank"}, forms=[LastRank()])
@@ -165,6 +168,7 @@ def test_a_form_from_outside_is_in_plans_files_and_words(tmp_path):
         des.plan(model, inputs, plan=tmp_path / "plan.json")
 
 
+@pytest.mark.long
 def test_a_form_from_outside_is_in_tables_and_on_the_page():
     torch.manual_seed(0)
     captured = Captured.of(MODELS["fm"](), make_inputs("fm"), kit=Kit.of(forms=[LastRank()]))

@@ -216,6 +216,7 @@ def _between(rank, ranks, plan, options):
     return difference(*results), seen.taken, seen.unused.calls
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("plan", "options", "goes"),
     [
@@ -386,6 +387,7 @@ def _ways(rank, ranks):
     return found
 
 
+@pytest.mark.long
 def test_how_a_batch_is_given_to_forward(on_ranks):
     for found in on_ranks(_ways, 2):
         taken = {name: 0 if name == "other ids" else STEPS - CAPTURED for name in found}

@@ -99,6 +99,7 @@ def _without_a_plan(rank, ranks):
     return raised(lambda: des.compile(make(), inputs_of(), memory_bytes=1000))
 
 
+@pytest.mark.long
 def test_what_the_first_rank_can_not_plan_is_raised_by_every_rank(on_ranks):
     first, second = on_ranks(_without_a_plan, 2)
     assert first == second and first.startswith("PlanError: no plan fits 1,000 B a rank")
@@ -111,6 +112,7 @@ def _plan_of(rank, ranks):
     return plan.digest(), edited.digest(), plan.cut_graph().graph["cost"], plan.explain()
 
 
+@pytest.mark.long
 def test_every_rank_has_the_first_ranks_plan_whole(on_ranks):
     first, second = on_ranks(_plan_of, 2)
     assert first == second and first[0] != first[1]

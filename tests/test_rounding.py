@@ -53,6 +53,7 @@ def steps(rank, ranks, dtype, wire_dtype, form, sparse):
     return sent, des.full_state_dict(module), replicas
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("form", FORMS)
 def test_what_crosses_is_rounded_and_counted(form, on_ranks):
     """Half of the bytes of what is rounded, all of the others'; replicas are equal bit for bit."""
@@ -98,6 +99,7 @@ def test_none_is_as_before(on_ranks):
     assert des.Plan.from_json(json.dumps({**data, "version": 6})) == plan
 
 
+@pytest.mark.long
 def test_plans_keep_it():
     terms = {"ranks": 4, "pins": {"*": "row_wise"}, "cluster": "bytes"}
     rounded = des.plan(Ctr(), (IDS,), wire_dtype=torch.bfloat16, **terms)
@@ -147,6 +149,7 @@ def test_captured_in_part_is_refused():
 PLANS = [{"*": form} for form in ("row_wise", "unique_rows", "sparse_all_gather", "column_wise")]
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("wire_dtype", [torch.float32, torch.bfloat16])
 def test_verify_says_how_far_it_goes(wire_dtype, on_ranks):
     """Within the bound, and by no less than rounding does: the errors are those of the dtype."""

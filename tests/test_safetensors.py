@@ -82,6 +82,7 @@ def _read(rank, ranks, form, path):
     return des.full_state_dict(module)
 
 
+@pytest.mark.long
 def test_a_file_knows_no_number_of_ranks(on_ranks, tmp_path):
     path = tmp_path / "model.safetensors"
     whole, _ = on_ranks(_round, 2, "row_wise", path, False)[0]

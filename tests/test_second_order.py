@@ -98,6 +98,7 @@ def _trained(rank, ranks, cls, form):
 PENALISED = list(itertools.product([Centred, Normed, Pairs], [None, "row_wise", "unique_rows"]))
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(("cls", "form"), cases(PENALISED, PENALISED[2:7:2]))
 def test_a_penalty_on_gradients_is_that_of_the_global_batch(cls, form, on_ranks):
     model = cls().double()
@@ -126,6 +127,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(("cls", "form", "what"), REFUSED)
 def test_what_is_not_differentiated_twice_is_refused(cls, form, what, on_ranks):
     for error in on_ranks(_refused, 2, cls, form):
@@ -216,11 +218,13 @@ RATED = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", cases([Adapts, AdaptsEach, Adversarial, Smooth], [AdaptsEach, Smooth]))
 def test_a_forward_that_differentiates(model, on_ranks):
     des.verify(model(), RATED, plans=[None, {"items*": "row_wise"}], launch=on_ranks)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(
     ("model", "plan", "message"),
     [

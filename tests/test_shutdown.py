@@ -49,6 +49,7 @@ def test_the_end_does_not_wait_for_ever():
         thread.join()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     cases(["ends", "destroys", "sys.exit(0)", "after backward"], ["ends"]),

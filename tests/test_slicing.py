@@ -153,6 +153,7 @@ def wrong_slices(calls: list[Call]) -> tuple[list[str], int]:
     return found, computed
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_slices_of_what_rules_place_are_right(name):
     found, computed = wrong_slices(family(name))

@@ -91,6 +91,7 @@ def _trained(rank, ranks, form, how, fused, name):
     return graphs, sum(isinstance(m, Stage) for m in program.modules())
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(
     ("ranks", "form", "how", "fused", "backend"),
     [
@@ -138,6 +139,7 @@ def _of_one_output(rank, ranks):
     return [n for n, p in module.named_parameters() if p.grad is None], backend.graphs
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_no_loss_uses_has_no_gradient(ranks, on_ranks):
     """A compiled graph gives it zeros: on several ranks these are dropped, on one the model is not compiled."""

@@ -83,6 +83,7 @@ def by_mean(net):
 CLIPPED = [("row_wise", False), ("column_wise", True), ("hot_rows", False), ("table_wise", False)]
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(("form", "in_place"), cases(itertools.product(FORMS, [False, True]), CLIPPED))
 def test_gradients_are_clipped_as_those_of_one_process(form, in_place, on_ranks):
     for found in on_ranks(_clipped, 2, form, in_place):
@@ -138,6 +139,7 @@ def _optimized(rank, ranks, form):
     return {n: _trained(rank, ranks, form, make, lambda net: None, False) for n, make in OPTIMIZERS.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", cases(FORMS[:-1], ["column_wise"]))
 def test_optimizers_are_exact(form, on_ranks):
     for found in on_ranks(_optimized, 2, form):

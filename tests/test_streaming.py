@@ -128,6 +128,7 @@ def assert_alike(one, other):
                 assert here[name] == pytest.approx(there[name], rel=1e-9), name
 
 
+@pytest.mark.long
 def test_a_stopped_run_goes_on_exactly(on_ranks, whole, tmp_path):
     """Told on one rank at its second report, all stop there; the next run gets to where one that was not stopped is."""
     on, alone = tmp_path / "on", tmp_path / "alone"
@@ -140,6 +141,7 @@ def test_a_stopped_run_goes_on_exactly(on_ranks, whole, tmp_path):
     assert_alike(in_one_process(alone), whole[0])
 
 
+@pytest.mark.long
 def test_two_ranks_are_one(whole, tmp_path):
     history, _ = whole
     one = in_one_process(tmp_path, "--hashed-rows", str(round(history[0]["hashed bytes"] / (2 * 2 * 4 * 8))))

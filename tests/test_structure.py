@@ -262,11 +262,13 @@ def in_double():
     torch.set_default_dtype(before)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("cls", [Model, InPart])
 def test_attributes_and_parameters_are_followed(cls, in_double):
     assert max(_followed(0, 1, cls, FOLLOWED, False).values()) < 1e-12
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("cls, in_place", [(Model, False), (Model, True), (InPart, False)])
 def test_attributes_are_followed_on_ranks(on_ranks, cls, in_place):
     names = [n for n in FOLLOWED if n != "parameter"]
@@ -322,6 +324,7 @@ class WithBranch(Model):
         return self.branch(super().forward(ids))
 
 
+@pytest.mark.long
 def test_numbers_of_a_leaf_that_the_example_did_not_read():
     original, module = WithBranch(), des.compile(WithBranch(), (IDS,))
     assert "leaf_branch" in module.print_readable()

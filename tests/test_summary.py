@@ -117,6 +117,7 @@ def test_curves_are_the_forms_own_costs(sparse):
 # --- one set of numbers
 
 
+@pytest.mark.long
 def test_explain_has_the_numbers_of_the_tables_and_no_other(mixed):
     for text, sheets in [
         (mixed.explain(), whole(mixed)),
@@ -163,6 +164,7 @@ def test_what_crosses_is_all_that_is_sent(mixed):
     assert {"ids", "values", "gradients of unique ids", "dense gradients"} < {row[0] for row in sheet.rows}
 
 
+@pytest.mark.long
 def test_printing_a_plan_explains_it(mixed, tmp_path):
     assert str(mixed) == mixed.explain()
     mixed.save(tmp_path / "plan.json")

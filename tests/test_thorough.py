@@ -45,6 +45,7 @@ def _found(rank, ranks, kinds):
     return said
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1200)  # most of a minute on idle cores
 @pytest.mark.parametrize("kinds", cases([(ALWAYS,), (VARIED,)], [(ALWAYS,)]))
 def test_every_wrong_module_is_found(kinds, on_ranks):
@@ -53,6 +54,7 @@ def test_every_wrong_module_is_found(kinds, on_ranks):
         assert not set(kinds) - said.keys()
 
 
+@pytest.mark.long
 def test_a_right_module_is_none(on_ranks):
     torch.manual_seed(0)
     net = Net("a longer sequence is cut")

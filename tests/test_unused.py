@@ -118,6 +118,7 @@ def _expect(model, found, penalty=0):
             torch.testing.assert_close(state[name], x)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(
     ("model", "form", "in_place"),
     [
@@ -186,6 +187,7 @@ def _read_in_part(rank, ranks, sparse):
             trained(rank, ranks, ReadInPart(kind, sparse), (IDS,), plan, Training())
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("sparse", [False, True])
 def test_what_nobody_reads_of_a_value_has_a_gradient_of_zero(sparse, on_ranks):
     """It is decayed, as in the original; in a sparse gradient are all rows that were looked up."""
@@ -233,6 +235,7 @@ def _asked_of_ranks(rank, ranks, model, form, in_place):
     return there, calls, found, des.module_of(module).plan.pieces
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(
     ("model", "form", "in_place"),
     [
@@ -328,6 +331,7 @@ def _inputs_of_ranks(rank, ranks, form, loss):
     return result
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", cases(["row_wise", "replicate"], ["row_wise"]))
 def test_inputs_get_a_gradient_where_the_original_gives_one(form, on_ranks):
     for of_rank in on_ranks(_inputs_of_ranks, 2, form, "sum"):

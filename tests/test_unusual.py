@@ -42,6 +42,7 @@ class TopOfBatch(Table):
         return best, (self.features(ids)[which] * best.unsqueeze(1)).sum()
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("model", [SequenceFirst, TopOfBatch])
 def test_it_trains_as_the_original(model, on_ranks):
     des.verify(model(), (IDS,), launch=on_ranks)
@@ -69,6 +70,7 @@ class KeptInPart(Kept):
         return super().forward(torch.from_numpy(np.sort(ids.numpy(), axis=1)))
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("model", [Kept, KeptInPart])
 def test_parameters_without_gradients_are_kept(model, on_ranks):
     des.verify(model(), (IDS,), plans=[None, {"*": "row_wise"}], launch=on_ranks)
@@ -81,6 +83,7 @@ def _kept(rank, ranks, model, in_place):
     return marked, sorted(des.full_state_dict(module)), module(IDS[3 * rank : 3 * rank + 3]).detach()
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_what_is_kept_has_its_name_and_its_marks(in_place, on_ranks):
     model = Kept()
@@ -141,6 +144,7 @@ def test_a_forward_without_inputs_trains_as_the_original(on_ranks):
             torch.testing.assert_close(gradients[name], p.grad)
 
 
+@pytest.mark.long
 def test_a_forward_without_inputs_is_verified(on_ranks):
     report = des.verify(WholeGraph(), (), plans=[None, {}], launch=on_ranks, thorough=True)
     assert report.cases == 2 and "evaluation after step 3 of Adam with weight decay" in report.tried
@@ -201,6 +205,7 @@ def _batch(rows: int) -> dict:
     return {"user": draw(rows), "items": draw(rows, 3), "batch_size": rows}
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("model", [ByItsOwnSize, OnlyDivides, SizeInPart, SizeOfAllRows])
 def test_a_batchs_own_size_is_an_input(model, on_ranks):
     assert des.plan(model(), (_batch(5),), ranks=2).rows == 5

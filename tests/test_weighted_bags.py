@@ -61,6 +61,7 @@ class Functional(Given):
         return self.head(x)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("model", cases([Padded, Learned, Computed, Functional], [Learned, Functional]))
 def test_they_train_as_the_original_and_stay_divided(model, on_ranks):
     model = model()
@@ -91,6 +92,7 @@ def _rung(rank, ranks):
     return des.compile(Attending(), BATCH[:1]).coverage().rung
 
 
+@pytest.mark.long
 def test_attention_that_drops_nothing_is_not_random(on_ranks):
     assert on_ranks(_rung, 2) == ["fx", "fx"]
     des.verify(Attending(), BATCH[:1], launch=on_ranks)

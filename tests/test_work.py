@@ -99,6 +99,7 @@ def example():
     return MODELS["fm"]("fields", vocab_sizes=[50_000] * 8, dim=16, sparse=True), make_inputs("fm", "fields", 8)
 
 
+@pytest.mark.long
 def test_a_plan_weighs_work_against_bytes(example):
     """Where ids cost nothing, ranks take columns of all tables; where they are dear, each id is looked up once."""
     net, _ = example
