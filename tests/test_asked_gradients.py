@@ -74,6 +74,7 @@ ALL = [n for n, _ in Tasks().named_parameters()]
 FORMS = ["row_wise", "table_wise", "column_wise", "unique_rows", "hot_rows", "replicate"]
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("form", cases(FORMS, ["table_wise", "unique_rows", "replicate"]))
 def test_gradients_of_tasks(on_ranks, form):
     for worst, extra in on_ranks(_differences, 2, Tasks, form, False, [ALL, ["items.weight"], ["shared.bias"]]):

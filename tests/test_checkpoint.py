@@ -254,6 +254,7 @@ def _by_torch(rank, ranks, path, asynchronous):
     return worst
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_what_users_do_with_torch_distributed_checkpoint(asynchronous, on_ranks, tmp_path):
     for worst in on_ranks(_by_torch, 2, tmp_path, asynchronous):

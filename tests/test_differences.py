@@ -103,6 +103,7 @@ def trained(rank, ranks, form):
     return found
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(
     "form, ranks", [("unique_rows", 3), ("unique_rows", 2), ("sparse_all_gather", 3), ("hot_rows", 2)]
 )

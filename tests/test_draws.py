@@ -130,6 +130,7 @@ class Items(Negatives):
         return torch.multinomial(torch.ones(300), len(ids)) % len(ids)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("model", [Negatives, Others, Like, Distinct, Weighted, Items])
 def test_draws_among_all_rows_are_one_process_draws(model, on_ranks):
     torch.manual_seed(0)

@@ -67,6 +67,7 @@ def test_the_order_of_ids_and_the_lookups_of_a_step_do_not_matter(draws, admit, 
     assert_equal(other, one)
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize(("admit", "evict"), cases(PAIRS, SOME))
 def test_tables_of_owners_are_one_table(draws, admit, evict, ranks):

@@ -286,7 +286,7 @@ def test_weights_go_in_and_out(on_ranks, ranks, plan):
         assert "is the whole" in whole and "rank 7" in other
 
 
-@pytest.mark.long(but=1)
+@pytest.mark.long
 @pytest.mark.parametrize("plan", ["row_wise", "hot", "both"])
 def test_it_is_verified(on_ranks, plan):
     torch.manual_seed(0)

@@ -169,7 +169,7 @@ def _dies(rank, folder, how, answer):
     os._exit(0)
 
 
-@pytest.mark.long(but=1)
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "said"),
     [

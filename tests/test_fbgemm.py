@@ -172,6 +172,7 @@ TRAINED = [
 ]
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(("ranks", "form", "dtype", "backend"), cases(TRAINED, [*TRAINED[:3], *TRAINED[-2:]]))
 def test_tables_are_trained_as_in_one_process(ranks, form, dtype, backend, on_ranks):
     """Float32 to its rounding; float64, which FBGEMM does not know, to that of PyTorch's operators."""

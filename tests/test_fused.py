@@ -120,6 +120,7 @@ def _trained(rank, ranks, kind, form, in_place, sparse=True):
 FUSED = list(itertools.product(KINDS, [("row_wise", False), ("hot_rows", True), ("replicate", False)]))
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(("kind", "how"), cases(FUSED, FUSED[::2]))
 def test_rows_are_updated_as_in_one_process(kind, how, on_ranks):
     form, in_place = how

@@ -186,6 +186,7 @@ def _streams(rank, ranks, plan):
     return same, back, ""
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("plan", ["row_wise", "column_wise", "table_wise", "replicate"])
 def test_state_dicts_stream_to_and_from_rank_0(pool, plan):
     for same, back, text in pool(_streams, plan):

@@ -131,6 +131,7 @@ def _trained(rank, ranks, name, form):
     return max(float((found[n] - x).abs().max()) for n, x in expected.items())
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("form", cases(["row_wise", "column_wise", "hot_rows"], ["row_wise"]))
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_trains_as_in_one_process(name, form, on_ranks):

@@ -84,6 +84,7 @@ def test_that_never_ends():
 """
 
 
+@pytest.mark.long
 def test_the_runner_forks_ranks_and_ends_what_does_not_end(bench):
     """Ranks are forked from the process that has imported what takes long, and what a test started ends with it."""
     (bench.tree / "test_ranks.py").write_text(RANKS_AND_A_CHILD)

@@ -217,6 +217,7 @@ WORLDS = [(form, ranks, is_sparse) for form in FORMS for ranks in (1, 2, 3) for 
 ALWAYS = [("row_wise", 3, True), ("column_wise", 2, False), ("unique_rows", 2, True), ("replicate", 1, True)]
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(("form", "ranks", "is_sparse"), cases(WORLDS, ALWAYS))
 def test_ranks_train_as_one_process(form, ranks, is_sparse, on_ranks):
     torch.set_default_dtype(torch.float64)

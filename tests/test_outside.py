@@ -148,6 +148,7 @@ def _loss_with_numbers(m: nn.Module, case: str, kind: str, ids: Tensor) -> Tenso
     return (of_rows.sum() if kind == "sum" else of_rows.mean()) + once
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(
     ("model", "kind", "in_place"),
     [

@@ -111,6 +111,7 @@ print(des.__version__, des.compile(torch.nn.Embedding(8, 2), (torch.arange(4),))
 """
 
 
+@pytest.mark.long
 def test_a_checkout_runs_uninstalled() -> None:
     """As `make gpu-check PY=python3` does, by an interpreter that has torch and no descompiler."""
     done = subprocess.run([sys.executable, "-c", WITHOUT_METADATA], capture_output=True, text=True, timeout=120)

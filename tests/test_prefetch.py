@@ -110,6 +110,7 @@ def _as_the_original(rank, ranks, plans, sparse):
 SOME = ("row_wise", "unique_rows")
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize(
     ("plans", "sparse", "ranks"),
     [

@@ -181,6 +181,7 @@ def compared(node: fx.Node, at: Mapping[fx.Node, Region], placement: Region) -> 
     )
 
 
+@pytest.mark.long(but=1)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rules_and_slicing_agree(name):
     found: list[str] = []

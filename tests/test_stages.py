@@ -176,6 +176,7 @@ def _layer(rank, ranks, deferred):
     return backend.graphs
 
 
+@pytest.mark.long
 def test_pieces_of_a_layer_are_compiled(on_ranks):
     assert on_ranks(_layer, 2, False) == [2, 2]
 

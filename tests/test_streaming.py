@@ -166,6 +166,7 @@ def test_a_batch_is_predicted_before_it_is_trained_on():
             assert (record[f"{name} log loss"] == pytest.approx(loss, rel=1e-6)) == (step == 0), name
 
 
+@pytest.mark.long
 def test_what_a_run_reports(whole):
     """By hand: what is of the stream alone."""
     history, folder = whole
