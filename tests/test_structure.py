@@ -32,7 +32,10 @@ class Model(nn.Module):
         self.act, self.weights, self._signed = torch.tanh, [0.5, 0.25], 1.0
         self.coverage, self._coupled, self._structure = 2.0, 1.0, 1.0  # compiled modules have some of these names too
 
-    scale = 1.0
+    scale = unread = 1.0
+
+    def scaled(self, x):
+        return x * self.scale
 
     @property
     def sign(self):
@@ -53,7 +56,9 @@ class Model(nn.Module):
             * self._coupled
             * self._structure
             * self.config.get("more", 1.0)
+            * getattr(self, "boost", 1.0)
         )
+        x = self.scaled(x) * getattr(self.tower[1], "boost", 1.0)
         return self.top(torch.sin(x) if self.deep else self.act(x))
 
 
@@ -146,16 +151,34 @@ def _append_number(m):
     return m.weights.pop
 
 
-def _shadow(m):
-    m.scale = 2.0
-    return None
+def _put_attribute(part, name, x):
+    def change(m):
+        m = m.get_submodule(part)
+        setattr(m, name, x)
+        return lambda: delattr(m, name)
+
+    return change
+
+
+def _of_class(name, x):
+    def change(m):
+        before = vars(Model).get(name)
+        setattr(Model, name, x)
+        return lambda: delattr(Model, name) if before is None else setattr(Model, name, before)
+
+    return change
 
 
 REFUSED = {
     "function": (_assign("", "act", lambda _: torch.cos), ["act, which forward reads"]),
     "key more": (_put_in, ["config, which forward reads", "holds others now"]),
     "number more": (_append_number, ["weights, which forward reads"]),
-    "in front of the class's": (_shadow, ["'scale'", "Model.scale"]),
+    "in front of the class's": (_put_attribute("", "scale", 2.0), ["scale has been set", "that of its class Model"]),
+    "that was not there": (_put_attribute("", "boost", 2.0), ["boost has been set", "found none"]),
+    "that a part did not have": (_put_attribute("tower.1", "boost", 2.0), ["tower.1.boost has been set"]),
+    "of the class": (_of_class("scale", 2.0), ["Model.scale, which forward reads, was 1.0", "is 2.0 now"]),
+    "that the class did not have": (_of_class("boost", 2.0), ["Model.boost, which forward reads, was not there"]),
+    "method of the class": (_of_class("scaled", lambda self, x: x), ["Model.scaled, which forward reads, was a func"]),
     "tensor": (_assign("", "shift", lambda x: x + 1), ["shift, which forward reads", "register_buffer"]),
     "tensor in place": (_add_to_shift, ["shift, which forward reads"]),
     "forward hook": (_hook("forward", "item", lambda m, x, out: out * 2), ["forward hook", "'item'", "test_structure"]),
@@ -193,7 +216,7 @@ def _refused_on_ranks(rank, ranks, in_place):
     module, told = des.compile(Model(), (IDS,), plan={"item": "row_wise"}, loss="sum", in_place=in_place), {}
     before = module(IDS[ROWS[rank]])
     for name, (make, _) in REFUSED.items():
-        if name in ("pruned", "parametrized", "tensor in place", "in front of the class's"):
+        if name in ("pruned", "parametrized", "tensor in place"):
             continue  # they can't be undone
         undo = make(module) if rank == 1 else lambda: None  # what one rank does, all hear of
         told[name] = raised(lambda: module(IDS[ROWS[rank]]))
@@ -290,9 +313,21 @@ def test_attributes_are_read_and_set_as_the_originals():
     module.register_buffer("steps", torch.zeros(()))
     module(IDS)
     module.alpha = 3.0
-    assert module.alpha == 3.0
+    module.unread = 3.0  # by forward, in front of its class's
+    assert module.alpha == module.unread == 3.0
     assert des.to_single(module).alpha == 3.0
     assert torch.allclose(des.to_single(module)(IDS), module(IDS))
+
+
+def test_the_users_own_forward_reads_what_is_set_later():
+    original, module = InPart(), des.compile(InPart(), (IDS,), loss="sum")
+    assert not module.predicts_traffic
+    for net in (original, module):
+        net.boost = 2.0  # nobody had one
+        net.scale = 3.0  # its class has one
+    assert torch.allclose(module(IDS), original(IDS))
+    del original.boost, module.boost
+    assert torch.allclose(module(IDS), original(IDS))
 
 
 def test_attributes_of_a_module_that_is_compiled_by_its_first_forward():

@@ -20,6 +20,13 @@ from descompiler.model.kept import with_attributes
 BARE = frozenset(vars(nn.Module()))
 
 
+REGISTERED = ("_parameters", "_buffers", "_modules")
+
+
+ANY = "*"
+"""In the place of a name: whatever a module's class has."""
+
+
 COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
@@ -27,7 +34,7 @@ def held_values(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """Plain attributes of all modules, known classes inside as pytree nodes: module, name, value."""
     for module in model.modules():
         for name, x in list(vars(module).items()):
-            if name not in ("_parameters", "_buffers", "_modules"):
+            if name not in REGISTERED:
                 holds_nothing = type(x) in PLAIN or (name in BARE and not x)  # as nearly all of them
                 yield module, name, x if holds_nothing else pytree.tree_map(adapt, x)
 
@@ -183,8 +190,10 @@ def set_attributes(model: nn.Module, values: Mapping[Place, Any]) -> None:
 def reads_of(model: nn.Module, *, by_key: bool = True) -> Iterator[set[Place]]:
     """A set that gets the plain attributes which are read while the context lasts.
 
-    Of a dict, it is what is inside of the keys that are read, if ``by_key``; of any other container all of it. Modules
-    are of a subclass of their class meanwhile; where that can't be made, all of a module's attributes count.
+    Of a dict, it is what is inside of the keys that are read, if ``by_key``; of any other container all of it. What a
+    module does not have itself, but its class, or nobody (``getattr(self, name, None)``), is among them: it may get it
+    later. Modules are of a subclass of their class meanwhile; where that can't be made, all of a module's attributes
+    count, and `ANY`.
 
     >>> import torch
     >>> layer = nn.Dropout(0.5)
@@ -194,7 +203,7 @@ def reads_of(model: nn.Module, *, by_key: bool = True) -> Iterator[set[Place]]:
     [('', 'inplace'), ('', 'p')]
     """
     reads: set[Place] = set()
-    watched: dict[str, dict[str, set[Place]]] = {}
+    watched: dict[str, dict[str, set[Place]]] = {path: {} for path, _ in model.named_modules()}
     for path, name in (*plain_attributes(model), *attributes_inside(model), *constant_attributes(model)):
         attribute = name.steps[0] if isinstance(name, Inside) else name
         watched.setdefault(path, {}).setdefault(attribute, set()).update({(path, name), (path, attribute)})
@@ -207,7 +216,7 @@ def reads_of(model: nn.Module, *, by_key: bool = True) -> Iterator[set[Place]]:
             try:
                 module.__class__ = _watching(before, path, names, reads)
             except TypeError:  # its class can't be derived from, or objects of it not changed
-                reads.update(*names.values())
+                reads.update(*names.values(), {(path, ANY)})
             else:
                 classes.append((module, before))
         yield reads
@@ -253,6 +262,10 @@ def _watching(cls: Any, path: str, names: Mapping[str, set[Place]], reads: set[P
     def read(self: Any, name: str) -> Any:
         if name in names:
             reads.update(names[name])
+        elif not hasattr(nn.Module, name):  # torch's own are read in every call
+            held = object.__getattribute__(self, "__dict__")
+            if name not in held and all(name not in held[kind] for kind in REGISTERED):
+                reads.add((path, name))
         return cls.__getattribute__(self, name)
 
     return type(cls)(cls.__name__, (cls,), {"__getattribute__": read, "__module__": cls.__module__})
@@ -297,9 +310,15 @@ class AttributeWatch:
         self._seen: list[Any] = []
         self._found: tuple[tuple[Place, Any], ...] | None = None  # of what was seen
 
+        self._classes = {cls: _of_class(cls) for cls in {*map(type, model.modules())}}
+        self._asked: dict[str, set[str]] = {}  # by module, what only its class had, or nobody
+        self._others: list[tuple[dict[str, Any], str]] = []  # modules of which something is asked
+        self._counts: list[int] = []  # of their attributes, when these were looked at
+        self._shared: dict[tuple[type, str], Any] = {}  # of these, what classes had
+
     def begin_as(self, other: AttributeWatch) -> None:
         """Compare with what another, of an equal model, began with."""
-        self.before, self._kept, self._all = other.before, other._kept, other._all
+        self.before, self._kept, self._all, self._classes = other.before, other._kept, other._all, other._classes
         self.set_here = dict(other.set_here)
         self.add(other.places)
 
@@ -325,17 +344,36 @@ class AttributeWatch:
         self._whole += [(vars(self.model.get_submodule(path)), (path, name)) for path, name in whole]
         constants = sorted(others & self._kept.keys())
         self._constants += [(vars(self.model.get_submodule(path)), (path, name)) for path, name in constants]
+        for path, name in others - self.before.keys() - self._all.keys() - self._kept.keys():
+            if not isinstance(name, Inside):
+                self._ask(path, name)
         self._found = None
-        return bool(new)
+        return bool(others)
 
-    def set(self, values: Sequence[tuple[Place, Any]]) -> bool:
-        """Set attributes as forward does in the original, of which no graph depends; whether any is set otherwise."""
+    def _ask(self, path: str, name: str) -> None:
+        module = self.model.get_submodule(path)
+        if path not in self._asked:
+            self._asked[path] = set()
+            self._others.append((vars(module), path))
+        self._asked[path].add(name)
+        self._counts = []
+        of_class = self._classes[type(module)]
+        names = of_class.keys() if name == ANY else (name,)
+        if not type(module).__module__.startswith("torch."):
+            self._shared |= {(type(module), n): of_class.get(n, MISSING) for n in names}
+
+    def asks(self, at: Place) -> bool:
+        """Whether forward reads it where only its class has it, or nobody."""
+        return at[1] in self._asked.get(at[0], ())
+
+    def set(self, values: Sequence[tuple[Place, Any]]) -> None:
+        """Set attributes as forward does in the original, of which no graph depends."""
         if values:
             set_attributes(self.model, dict(values))
         if new := {at: x for at, x in values if self.set_here.get(at, MISSING) is not x}:
             self.set_here |= new
+            self._counts = []
             self._found = None
-        return bool(new)
 
     def changes(self) -> tuple[tuple[Place, Any], ...]:
         """What has another value now.
@@ -343,8 +381,17 @@ class AttributeWatch:
         Raises
         ------
         UnsupportedError
-            If an attribute is no number, flag or text any more, or a tensor among them is another one.
+            If an attribute is no number, flag or text any more, or a tensor among them is another one. If a module has
+            one now that only its class had, or nobody, or its class has another.
         """
+        if [len(held) for held, _ in self._others] != self._counts:
+            self._check_asked()
+        for (cls, name), before in self._shared.items():
+            if (now := _in_class(cls, name)) is not before:
+                raise UnsupportedError(
+                    f"{cls.__name__}.{name}, which forward reads, {_was(before)} when the model was compiled, and "
+                    f"{_was(now).replace('was', 'is')} now: compile the model again"
+                )
         for held, at in self._constants:
             before, version = self._kept[at]
             if (held.get(at[1]) is not before or _version_of(before) != version) and at not in self.set_here:
@@ -368,6 +415,20 @@ class AttributeWatch:
             self._found, self._seen = self._compared(), seen
         return self._found
 
+    def _check_asked(self) -> None:
+        for held, path in self._others:
+            asked = self._asked[path]
+            for name in held.keys() & asked if ANY not in asked else held.keys() - BARE:
+                cls = type(self.model.get_submodule(path))
+                if (path, name) in self.set_here or (name not in asked and not hasattr(cls, name)):
+                    continue
+                raise UnsupportedError(
+                    f"{dotted((path, name))} has been set since the model was compiled, and forward, which reads it, "
+                    f"found {'that of its class ' + cls.__name__ if hasattr(cls, name) else 'none'} then: set it "
+                    "before des.compile, or compile the model again"
+                )
+        self._counts = [len(held) for held, _ in self._others]
+
     def _compared(self) -> tuple[tuple[Place, Any], ...]:
         found = []
         for held, at in self._held:
@@ -387,6 +448,28 @@ class AttributeWatch:
     def told(self, changes: Sequence[tuple[Place, Any]]) -> str:
         """Changes, in words."""
         return ", ".join(f"{dotted(at)} is {x!r} now, and was {self.before[at]!r}" for at, x in changes)
+
+
+def _of_class(cls: type) -> dict[str, Any]:
+    """What users' classes have, that of a base where a class has none; as it lies there, not as objects see it."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if not base.__module__.startswith("torch.") and base is not object:
+            found |= vars(base)
+    return found
+
+
+def _in_class(cls: type, name: str) -> Any:
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), MISSING)
+
+
+def _was(x: Any) -> str:
+    """A value in words.
+
+    >>> _was(2.0), _was(MISSING)
+    ('was 2.0', 'was not there')
+    """
+    return f"was {'not there' if x is MISSING else x if isinstance(x, PLAIN) else 'a ' + type(x).__name__}"
 
 
 def dotted(at: Place) -> str:

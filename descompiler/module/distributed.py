@@ -115,7 +115,7 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         # a program looks itself whether a dynamic table's weight is its own; where none runs nobody averages other ones
         reduced = self.predicts_traffic and not self._in_place  # by a reducer, which looks what is there now
         kept = self._divided - runtime.tables.keys() if reduced else plan.pieces.keys()
-        self._structure = Structure(self, None if self._in_place else face, kept if runtime.ranks > 1 else ())
+        self._structure = Structure(self, kept if runtime.ranks > 1 else ())
         if self._in_place:
             self._watch()
         for loaded in (self, host) if self._in_place and host is not None else (self,):
@@ -133,7 +133,7 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in OF_A_STEP:  # what it is no module looks at each time
             vars(self)[name] = value
-        elif self._is_users(name):
+        elif self._is_users(name, value):
             setattr(vars(self)["_face"], name, value)
         elif self._collides(name):
             raise UnsupportedError(
@@ -149,16 +149,29 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
             return getattr(face, name)
         return super().__getattr__(name)
 
+    def __delattr__(self, name: str) -> None:
+        own = vars(self)
+        if name not in own and name in vars(face := own.get("_face", self)):
+            delattr(face, name)
+        else:
+            super().__delattr__(name)
+
     def _collides(self, name: str) -> bool:
         face = vars(self).get("_face")
-        return face is not None and name in vars(face).keys() - BARE - {"forward"} and hasattr(type(self), name)
+        if face is None or name in BARE or not hasattr(type(self), name):
+            return False
+        return name in vars(face).keys() - {"forward"} or self._attributes.asks(("", name))
 
-    def _is_users(self, name: str) -> bool:
-        """Whether it is a plain attribute of the original, or a property of its class, and none of this module."""
+    def _is_users(self, name: str, value: Any) -> bool:
+        """Whether it is a plain attribute of the original, or what its forward may ask for, and none of this module."""
         own = vars(self)
         if "_face" not in own or name in own or hasattr(type(self), name):
             return False
-        return name in vars(face := own["_face"]) or (hasattr(type(face), name) and name not in own["_modules"])
+        if name in vars(face := own["_face"]) or own["_attributes"].asks(("", name)):
+            return True
+        if not self.predicts_traffic and not isinstance(value, nn.Module | Tensor):
+            return True  # the user's forward runs, and may ask for anything
+        return hasattr(type(face), name) and name not in own["_modules"]
 
     # ---- calls
 
@@ -221,8 +234,7 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         outputs = self._noticing(self._finishing(outputs) if self._in_place else outputs, emitted.outputs)
         emitted.signature.update(args, kwargs, outputs)
         self._remember(*own)
-        if self._attributes.set(emitted.signature.sets):
-            self._structure.take_attributes()  # also where the class has one of the name
+        self._attributes.set(emitted.signature.sets)
         return emitted.signature.unflatten(outputs)
 
     def _begin(self, emitted: Emitted) -> None:

@@ -16,7 +16,7 @@ def install(model: nn.Module, module: DistributedModule, method: str) -> nn.Modu
     vars(model)["_descompiler"] = module  # no submodule
     if module._runtime.ranks > 1:
         vars(model)["_ddp_params_and_buffers_to_ignore"] = NotWrapped()  # DistributedDataParallel looks for it
-    module._structure.take_attributes()  # these are among them
+    module._attributes.set([(("", method), module.forward)])  # which other methods may read
     return model
 
 

@@ -38,8 +38,6 @@ class Structure:
     ----------
     module : nn.Module
         It is no part itself: its own hooks are called.
-    face : nn.Module, optional
-        What has the root's own attributes.
     kept : collection of str
         Parameters that have to stay the same objects: others would be no pieces, or nobody would average their
         gradients.
@@ -55,15 +53,12 @@ class Structure:
     descompiler.errors.UnsupportedError: submodule '1' is of class Tanh now, and was of ReLU when...
     """
 
-    def __init__(self, module: nn.Module, face: nn.Module | None = None, kept: Collection[str] = ()):
+    def __init__(self, module: nn.Module, kept: Collection[str] = ()):
         self._children = [*module._modules]  # the root may get others, as a loss that is kept there
         self._parts = _parts_of(module, self._children)
         parts = [*self._parts.values()]
         self._modules, self._vars = parts, [*map(vars, parts)]
         self._then = self._now(module)
-        # what users can set, of every part and of the root
-        self._faces = [*parts, *([] if face is None else [face])]
-        self.take_attributes()
         self._names = _names(module)
         self._kept = {name: p for name, p in module.named_parameters() if name in kept}
         self._checked: Any = None
@@ -96,24 +91,6 @@ class Structure:
             _check_hooks_of_all()
         if self._then != self._now(module):
             raise UnsupportedError(next(self._differences(module)))
-        if [*map(len, map(vars, self._faces))] != self._counts:
-            self._check_attributes()
-
-    def take_attributes(self) -> None:
-        """Attributes that parts have now were always there."""
-        held = [*map(vars, self._faces)]
-        self._attributes, self._counts = [*map(set, held)], [*map(len, held)]
-
-    def _check_attributes(self) -> None:
-        """Raise if an attribute is there now that stands in front of one of its class, which forward may have read."""
-        for face, known in zip(self._faces, self._attributes, strict=True):
-            for name in vars(face).keys() - known:
-                if hasattr(type(face), name) and name != "forward":
-                    raise UnsupportedError(
-                        f"{name!r} has been set since the model was compiled, which may have read "
-                        f"{type(face).__name__}.{name} of its class there.{_AGAIN}"
-                    )
-        self._counts = [*map(len, map(vars, self._faces))]
 
     def check_tensors(self, module: nn.Module, contents: Any) -> None:
         """Raise if parameters or buffers are gone, or others are in the place of those that have to stay.
