@@ -333,7 +333,13 @@ def test_the_users_own_forward_reads_what_is_set_later():
 def test_attributes_of_a_module_that_is_compiled_by_its_first_forward():
     original, module = Model(), des.compile(Model())
     original.alpha = module.alpha = 3.0
+    original.boost = module.boost = 2.0
+    original.tower = module.tower = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.LayerNorm(8))
+    module.criterion = nn.MSELoss()
+    assert module.criterion(torch.ones(1), torch.zeros(1)) == 1.0
     assert torch.allclose(module(IDS), original(IDS))
+    assert module.boost == 2.0
+    assert isinstance(module.criterion, nn.MSELoss) and isinstance(module.tower[1], nn.Tanh)
     original.alpha = module.alpha = 4.0
     with pytest.warns(UserWarning, match="alpha is 4.0 now, and was 3.0: the model is captured anew"):
         assert torch.allclose(module(IDS), original(IDS))
@@ -401,7 +407,11 @@ def test_a_copy_goes_on_with_what_was_changed():
 def _in_part(rank, ranks):
     module = des.compile(InPart(), (IDS,), loss="sum")
     assert not module.predicts_traffic
-    told = {}
+    told, host = {}, vars(module)["_host"]
+    loss = module(IDS[ROWS[rank]]).sum()
+    loss.backward()
+    torch.optim.Adagrad(module.parameters(), lr=0.1).step()
+    told["set there"] = sorted(vars(host).keys() - vars(InPart()).keys() - {"calls"})  # which forward sets
     for name, change in {
         "parameter": FOLLOWED["parameter"],
         "part": _put("0", lambda: nn.Linear(12, 8)),
@@ -417,6 +427,7 @@ def _in_part(rank, ranks):
 
 def test_parameters_that_nobody_would_average_are_refused_where_the_users_forward_runs(on_ranks):
     for told in on_ranks(_in_part, 2):
+        assert not told["set there"]
         assert "in the place of 'top.weight'" in told["parameter"]
         assert "in the place of 'tower.0.weight'" in told["part"]
         assert "'tower.3.weight': not among the parameters" in told["more"]
@@ -440,3 +451,37 @@ def test_a_structure_tells_hooks_that_were_there_from_those_that_came():
     handle.remove()
     with pytest.raises(UnsupportedError, match="not there any more"):
         structure.check(module)
+
+
+class NotDerived(nn.Module):
+    """No class can be derived from it, so that nobody sees what its forward reads."""
+
+    shift, scale = 1.0, 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = 3.0
+
+    def __init_subclass__(cls, **kwargs):
+        raise TypeError("final")
+
+    def forward(self, x):
+        return x * self.scale + self.shift
+
+
+def test_a_class_that_can_not_be_watched_may_read_all_that_it_has():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.item, self.last = nn.Embedding(23, 4), NotDerived()
+
+        def forward(self, ids):
+            return self.last(self.item(ids).sum(1))
+
+    original, module = Net(), des.compile(Net(), (IDS,))
+    module.load_state_dict(original.state_dict())
+    module.last.note = "of the user"  # neither there nor in the class
+    original.last.shift = module.last.shift = 5.0
+    assert torch.allclose(module(IDS), original(IDS))
+    module.last.scale = 3.0
+    assert "last.scale has been set since the model was compiled" in raised(lambda: module(IDS))

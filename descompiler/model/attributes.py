@@ -311,6 +311,7 @@ class AttributeWatch:
         self._found: tuple[tuple[Place, Any], ...] | None = None  # of what was seen
 
         self._classes = {cls: _of_class(cls) for cls in {*map(type, model.modules())}}
+        self._then = {path: frozenset(vars(module)) for path, module in model.named_modules()}
         self._asked: dict[str, set[str]] = {}  # by module, what only its class had, or nobody
         self._others: list[tuple[dict[str, Any], str]] = []  # modules of which something is asked
         self._counts: list[int] = []  # of their attributes, when these were looked at
@@ -318,7 +319,8 @@ class AttributeWatch:
 
     def begin_as(self, other: AttributeWatch) -> None:
         """Compare with what another, of an equal model, began with."""
-        self.before, self._kept, self._all, self._classes = other.before, other._kept, other._all, other._classes
+        self.before, self._kept, self._all = other.before, other._kept, other._all
+        self._classes, self._then = other._classes, other._then
         self.set_here = dict(other.set_here)
         self.add(other.places)
 
@@ -418,7 +420,7 @@ class AttributeWatch:
     def _check_asked(self) -> None:
         for held, path in self._others:
             asked = self._asked[path]
-            for name in held.keys() & asked if ANY not in asked else held.keys() - BARE:
+            for name in held.keys() & asked if ANY not in asked else held.keys() - self._then[path]:
                 cls = type(self.model.get_submodule(path))
                 if (path, name) in self.set_here or (name not in asked and not hasattr(cls, name)):
                     continue

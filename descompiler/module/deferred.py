@@ -24,6 +24,7 @@ class DeferredModule(DistributedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         compiled = self._compile_for((args, kwargs))
         # users', which this call runs, and what module.compile() has made
+        kept = dict(vars(self)["_modules"])  # a loss, say, that is no part of the model
         hooks = {name: x for name, x in vars(self).items() if "_hook" in name or name == "_compiled_call_impl"}
         for name, x in hooks.items():
             if isinstance(x, dict):
@@ -31,7 +32,19 @@ class DeferredModule(DistributedModule):
         self.__dict__.clear()
         self.__dict__.update(compiled.__dict__ | hooks)
         self.__class__ = type(compiled)  # type: ignore[assignment]
+        for name, module in kept.items():
+            setattr(self, name, module)
         return self.forward(*args, **kwargs)
+
+    def _is_users(self, name: str, value: Any) -> bool:
+        """Whatever is set is the model's, but for modules that it does not have: they are no part of it."""
+        own = vars(self)
+        if "_face" not in own or name in own or hasattr(type(self), name):
+            return False
+        return not isinstance(value, nn.Module) or name in vars(own["_face"])["_modules"]
+
+    def _asks(self, name: str) -> bool:
+        return False  # nothing is known of forward
 
     def train(self, mode: bool = True) -> DeferredModule:
         """As ``torch.nn.Module.train``, for the model that is to be compiled."""

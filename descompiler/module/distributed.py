@@ -160,14 +160,18 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         face = vars(self).get("_face")
         if face is None or name in BARE or not hasattr(type(self), name):
             return False
-        return name in vars(face).keys() - {"forward"} or self._attributes.asks(("", name))
+        return name in vars(face).keys() - {"forward"} or self._asks(name)
+
+    def _asks(self, name: str) -> bool:
+        """Whether the model's forward asks for an attribute that the model does not have itself."""
+        return self._attributes.asks(("", name))
 
     def _is_users(self, name: str, value: Any) -> bool:
         """Whether it is a plain attribute of the original, or what its forward may ask for, and none of this module."""
         own = vars(self)
         if "_face" not in own or name in own or hasattr(type(self), name):
             return False
-        if name in vars(face := own["_face"]) or own["_attributes"].asks(("", name)):
+        if name in vars(face := own["_face"]) or self._asks(name):
             return True
         if not self.predicts_traffic and not isinstance(value, nn.Module | Tensor):
             return True  # the user's forward runs, and may ask for anything
