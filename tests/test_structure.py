@@ -4,6 +4,7 @@ Hooks on parts, parts and forwards that are others, parameters and plain attribu
 """
 
 import copy
+import enum
 
 import pytest
 import torch
@@ -372,6 +373,29 @@ def test_numbers_of_a_leaf_that_the_example_did_not_read():
     for net in (original, module):
         net.branch.few = 5.0
     assert torch.allclose(module(IDS[:4]), original(IDS[:4]))
+
+
+class Kind(enum.Enum):
+    FIRST, LAST = range(2)
+
+
+def test_numbers_of_a_dict_are_followed_whatever_their_keys_are():
+    class ByKind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.item, self.scales = nn.Embedding(23, 4), {Kind.FIRST: 2.0, (1, 2): 3.0, None: 5.0, 0.5: 1.0, int: 2.0}
+
+        def forward(self, ids):
+            x = self.item(ids).sum(1)
+            for key in (Kind.FIRST, (1, 2), None, 0.5, int):
+                x = x * self.scales[key]
+            return x
+
+    original, module = ByKind(), des.compile(ByKind(), (IDS,))
+    module.load_state_dict(original.state_dict())
+    for key in original.scales:
+        original.scales[key] = module.scales[key] = 7.0
+        assert torch.allclose(module(IDS), original(IDS)), key
 
 
 def test_a_number_of_another_type_is_another_number():

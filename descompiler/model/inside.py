@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,10 @@ MOST_INSIDE = 64
 
 
 DEEPEST = 4
+
+
+KEYS = (int, str, float, bytes, tuple, frozenset, Enum, type, type(None))
+"""Of dicts: those that are equal in a copy of the model."""
 
 
 class Inside(str):
@@ -77,7 +82,7 @@ def _has_fields(x: Any) -> bool:
 
 def _children(x: Any) -> list[tuple[Any, Any]]:
     if isinstance(x, dict):
-        return [(k, v) for k, v in x.items() if isinstance(k, int | str)] if len(x) <= MOST_INSIDE else []
+        return [(k, v) for k, v in x.items() if isinstance(k, KEYS)] if len(x) <= MOST_INSIDE else []
     if type(x) in (list, tuple):
         return list(enumerate(x)) if len(x) <= MOST_INSIDE else []
     return list(vars(x).items()) if _has_fields(x) else []
