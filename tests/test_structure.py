@@ -375,6 +375,44 @@ def test_numbers_of_a_leaf_that_the_example_did_not_read():
     assert torch.allclose(module(IDS[:4]), original(IDS[:4]))
 
 
+class Frozen(nn.Module):
+    """Its batch norm keeps its statistics, and its table stands still, while the rest is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.item, self.norm, self.top = nn.Embedding(23, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        self.item.weight.requires_grad_(not mode)
+        return self
+
+    def eval(self):
+        super().eval()
+        self.norm.train()
+        return self
+
+    def forward(self, ids):
+        return self.top(self.norm(self.item(ids).sum(1)))
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_flags_are_set_as_the_originals_own_train_does(deferred):
+    original, module = Frozen(), des.compile(Frozen(), *(() if deferred else ((IDS,),)))
+    for net in (original, module):
+        assert net.train() is net
+    module(IDS)
+    module.load_state_dict(original.state_dict())
+    for call in ("train", "eval", "train"):
+        for net in (original, module):
+            getattr(net, call)()
+        assert [m.training for m in module.modules()] == [m.training for m in original.modules()]
+        assert module.item.weight.requires_grad is original.item.weight.requires_grad
+        assert torch.allclose(module(IDS), original(IDS))
+    assert torch.allclose(module.norm.running_mean, original.norm.running_mean)
+
+
 class Kind(enum.Enum):
     FIRST, LAST = range(2)
 

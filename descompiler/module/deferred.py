@@ -48,8 +48,15 @@ class DeferredModule(DistributedModule):
 
     def train(self, mode: bool = True) -> DeferredModule:
         """As ``torch.nn.Module.train``, for the model that is to be compiled."""
-        vars(self)["_model"].train(mode)
-        return super().train(mode)
+        model = vars(self)["_model"]
+        nn.Module.train(self, mode)
+        self.training = model.train(mode).training
+        return self
+
+    def eval(self) -> DeferredModule:
+        """As ``torch.nn.Module.eval``, for the model that is to be compiled."""
+        self.training = vars(self)["_model"].eval().training
+        return self
 
     def _not_yet(self, *args: Any, **kwargs: Any) -> Any:
         raise InputError(

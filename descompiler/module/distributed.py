@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +148,24 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         if face is not None and (name in vars(face) or isinstance(getattr(type(face), name, None), property)):
             return getattr(face, name)
         return super().__getattr__(name)
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``torch.nn.Module.train``, or as the original's own: it may leave a batch norm in evaluation."""
+        super().train(mode)
+        self._as_the_original("train", mode)
+        return self
+
+    def eval(self) -> Self:
+        """As ``torch.nn.Module.eval``, or as the original's own."""
+        super().eval()
+        self._as_the_original("eval")
+        return self
+
+    def _as_the_original(self, method: str, *args: Any) -> None:
+        face = vars(self).get("_face")
+        if face is not None and not self._in_place and getattr(type(face), method) is not getattr(nn.Module, method):
+            getattr(face, method)(*args)  # on the same parts and parameters
+            self.training = face.training
 
     def __delattr__(self, name: str) -> None:
         own = vars(self)
