@@ -503,3 +503,63 @@ def _through_a_file(rank, ranks, folder):
 
 def test_pieces_are_read_from_files_without_running_code(tmp_path, on_ranks):
     assert on_ranks(_through_a_file, 2, str(tmp_path)) == [("nothing", "Held")] * 2
+
+
+class Counts(nn.Module):
+    """What it keeps beside tensors is in its ``state_dict``."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen, self.linear = {"rows": seen}, nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x)
+
+    def get_extra_state(self):
+        return self.seen
+
+    def set_extra_state(self, state):
+        self.seen = state
+
+
+class WithCounts(Counts):
+    def __init__(self, seen):
+        super().__init__(seen)
+        self.item, self.inner = nn.Embedding(20, 4), Counts(seen + 1)
+
+    def forward(self, ids):
+        return self.inner(super().forward(self.item(ids).sum(1)))
+
+
+KEPT = {"_extra_state": {"rows": 5}, "inner._extra_state": {"rows": 6}}
+
+
+def _kept_beside_tensors(rank, ranks, folder):
+    ids = torch.arange(12).reshape(4, 3)
+    torch.manual_seed(0)
+    original = WithCounts(5)
+    for rank0_only in (False, True):
+        module = des.compile(WithCounts(0), (ids,), plan={"item": "row_wise"} if ranks > 1 else None)
+        assert module.state_dict().keys() == original.state_dict().keys()
+        des.load_full_state_dict(
+            module, original.state_dict() if not rank0_only or rank == 0 else {}, rank0_only=rank0_only
+        )
+        state = module.state_dict()
+        assert {n: state[n] for n in KEPT} == KEPT and module.seen == {"rows": 5}
+        whole = des.full_state_dict(module)
+        assert {n: whole[n] for n in KEPT} == KEPT and torch.equal(whole["item.weight"], original.item.weight)
+    module.seen["rows"] = 7
+    single = des.to_single(module)
+    assert rank or (single.seen["rows"], single.inner.seen["rows"]) == (7, 6)
+    des.save(module, None, folder)
+    other = des.compile(WithCounts(0), (ids,), plan={"item": "row_wise"} if ranks > 1 else None)
+    des.load(other, None, folder)
+    assert (other.seen["rows"], other.inner.seen["rows"]) == (7, 6)
+    assert copy.deepcopy(other).state_dict()["_extra_state"] == {"rows": 7}
+    error = raised(lambda: des.load_full_state_dict(module, {n: x for n, x in whole.items() if n != "_extra_state"}))
+    assert "missing ['_extra_state']" in error, error
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_a_model_keeps_beside_tensors_is_in_its_state(on_ranks, tmp_path, ranks):
+    on_ranks(_kept_beside_tensors, ranks, str(tmp_path / "saved"))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
@@ -217,7 +218,8 @@ def load(module: nn.Module, optimizers: Optimizers, path: str | os.PathLike[str]
 def _check_no_more(path: str | os.PathLike[str], saved: set[str], room: Mapping[str, Any]) -> None:
     """Raise if a checkpoint has more weights than the model, or more optimisers than are to be loaded."""
     of_module = {name for name in saved if name.startswith(MODULE)}
-    more = sorted(of_module - {MODULE + name for name in room["module"]})
+    # what modules keep beside tensors may be a dict of values, which lie there one by one
+    more = sorted(of_module - {MODULE + name for name in flatten_state_dict(dict(room["module"]))[0]})
     given = room["optimizers"]
     if given:  # without any, weights alone are loaded
         more += sorted({name for name in saved if name.startswith(OPTIMIZERS) and name.split(".")[2] not in given})

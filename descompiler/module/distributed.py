@@ -31,7 +31,7 @@ from descompiler.module.parts import Parts, UsersForward
 from descompiler.module.programs import ChoosesPrograms
 from descompiler.module.reports import Reports
 from descompiler.module.sizes import Programs
-from descompiler.module.standard import StandardCalls, watch_loading
+from descompiler.module.standard import StandardCalls, has_its_own, watch_loading, with_extra_state
 from descompiler.module.structure import Structure
 from descompiler.ops.local import differentiable, plain, widest
 from descompiler.planning.plan import Plan
@@ -121,6 +121,8 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         for loaded in (self, host) if self._in_place and host is not None else (self,):
             watch_loading(loaded, self)
         vars(self)["_face"] = face  # from here on users' attributes are the face's; before, all are this module's
+        if has_its_own(face, "get_extra_state"):
+            self.__class__ = with_extra_state(type(self))
 
     def _watch(self) -> None:
         """Average the gradients of replicated parameters at the end of backward, whatever code used them."""
@@ -163,7 +165,7 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
 
     def _as_the_original(self, method: str, *args: Any) -> None:
         face = vars(self).get("_face")
-        if face is not None and not self._in_place and getattr(type(face), method) is not getattr(nn.Module, method):
+        if face is not None and not self._in_place and has_its_own(face, method):
             getattr(face, method)(*args)  # on the same parts and parameters
             self.training = face.training
 

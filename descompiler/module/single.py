@@ -9,7 +9,7 @@ from descompiler.errors import InputError
 from descompiler.model.attributes import copy_with, set_attributes
 from descompiler.module.dynamic import in_their_places, tables_of
 from descompiler.module.installed import module_of
-from descompiler.module.state import full_state_dict
+from descompiler.module.state import full_state_dict, set_extra
 from descompiler.runtime.agreement import say
 from descompiler.runtime.collectives import all_gather
 
@@ -42,6 +42,7 @@ def to_single(module: nn.Module) -> nn.Module | None:
             if name in state:
                 buffer.copy_(state[name])
     set_attributes(result, compiled._attributes.values())
+    set_extra(result, state)
     now = dict(compiled.named_modules())
     for name, m in result.named_modules():
         m.training = now[name].training

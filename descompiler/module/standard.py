@@ -36,6 +36,34 @@ class Compiled(Protocol):
     def named_parameters(self, *, remove_duplicate: bool = ...) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
+def has_its_own(model: nn.Module, method: str) -> bool:
+    """Whether a model's class has another method than ``torch.nn.Module``, of that name."""
+    return getattr(type(model), method) is not getattr(nn.Module, method)
+
+
+class _WithExtraState:
+    """What the original's root keeps beside tensors: ``state_dict`` asks the class whether there is any."""
+
+    def get_extra_state(self) -> Any:
+        return vars(self)["_face"].get_extra_state()
+
+    def set_extra_state(self, state: Any) -> None:
+        vars(self)["_face"].set_extra_state(state)
+
+
+_WITH_EXTRA_STATE: dict[type, Any] = {}
+
+
+def with_extra_state(cls: type) -> Any:
+    """The class of a compiled module whose original has a ``get_extra_state``."""
+    if issubclass(cls, _WithExtraState):  # the original was compiled
+        return cls
+    if cls not in _WITH_EXTRA_STATE:
+        own = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        _WITH_EXTRA_STATE[cls] = type(cls.__name__, (_WithExtraState, cls), own)
+    return _WITH_EXTRA_STATE[cls]
+
+
 def watch_loading(loaded: nn.Module, module: Compiled) -> None:
     """Let a module, or the host of one that was compiled in place, load no state that is not its own."""
     reference = weakref.ref(module)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from descompiler.errors import InputError
 from descompiler.layout.pieces import Pieces
@@ -24,6 +27,7 @@ from descompiler.module.dynamic import (
 from descompiler.module.installed import module_of, ranks_for
 from descompiler.ops.local import plain
 from descompiler.runtime.blocks import BLOCK_ELEMENTS, broadcast_tensor, collect, gather, scatter
+from descompiler.runtime.collectives import broadcast_object
 from descompiler.runtime.room import check_room
 
 
@@ -57,7 +61,8 @@ def static_state_dict(module: DistributedModule, *, rank0_only: bool = False) ->
     """As `full_state_dict`, without dynamic tables; also within a step. Collective."""
     ranks, tables = ranks_for(module, "full_state_dict"), names_of_tables(module)
     check_weights(module, ranks)
-    held = {n: plain(x) for n, x in without_tables(module.state_dict(), tables).items()}
+    every = without_tables(module.state_dict(), tables)
+    held = {n: plain(x) for n, x in every.items() if not is_extra(n)}
     cut = pieces_by_name(module)
     takes = not rank0_only or ranks.rank == 0
     shapes = {n: tuple(x.shape) if (p := cut[n]) is None else p.shape for n, x in held.items()}
@@ -66,7 +71,7 @@ def static_state_dict(module: DistributedModule, *, rank0_only: bool = False) ->
     device = place or next((x.device for x in held.values()), torch.device("cpu"))
     instead = "Let rank 0 alone have it (rank0_only=True), or run that rank where there is more memory"
     check_room(ranks, room, device, "the values of the whole state_dict", instead)
-    result: dict[str, Tensor] = {}
+    result: dict[str, Any] = {n: copy.deepcopy(x) for n, x in every.items() if is_extra(n) and takes}
     for name, x in held.items():
         local, pieces = x.detach(), cut[name]
         if pieces is None or pieces.is_replicated or ranks.count == 1:
@@ -112,11 +117,16 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank
     ranks = ranks_for(module, "load_full_state_dict")
     tables, names = tables_of(module), names_of_tables(module)
     check_weights(module, ranks)
-    mine = {n: plain(x) for n, x in without_tables(module.state_dict(), names).items()}
+    held = without_tables(module.state_dict(), names)
+    mine = {n: plain(x) for n, x in held.items() if not is_extra(n)}
     every, state = state, without_tables(state, names)
     ranks.everywhere(
-        lambda: _check_state(module, mine, state) if not rank0_only or ranks.rank == 0 else None, "could not load"
+        lambda: _check_state(module, held, state) if not rank0_only or ranks.rank == 0 else None, "could not load"
     )
+    extra = {n: x for n, x in state.items() if is_extra(n)}
+    if rank0_only and ranks.count > 1 and any(map(is_extra, held)):
+        extra = broadcast_object(extra, ranks.group)
+    state = {n: x for n, x in state.items() if not is_extra(n)}
     of_tables: dict[str, Mapping[str, Tensor] | None] = {}
     for name, part in tables.items():
         of_table = {n.removeprefix(f"{name}."): x for n, x in every.items() if n.startswith(f"{name}.")}
@@ -137,6 +147,20 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank
                 local.copy_(broadcast_tensor(whole, ranks.group))
             else:
                 local.copy_(scatter(local if value is None else value, local, pieces, ranks, local.device))
+    set_extra(module, extra)
+
+
+def is_extra(name: str) -> bool:
+    """Whether a name of a ``state_dict`` is that of what a module keeps beside tensors, by its ``get_extra_state``."""
+    return name.rpartition(".")[2] == _EXTRA_STATE_KEY_SUFFIX
+
+
+def set_extra(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give modules what their ``get_extra_state`` returned, by its names."""
+    for name, x in state.items():
+        if is_extra(name):
+            owner: Any = module.get_submodule(name.rpartition(".")[0])
+            owner.set_extra_state(copy.deepcopy(x))
 
 
 def _copy_piece(local: Tensor, value: Tensor, pieces: Pieces | None, rank: int) -> None:
@@ -168,6 +192,8 @@ def _check_state(module: DistributedModule, mine: Mapping[str, Tensor], state: M
     if missing or unexpected:
         raise InputError(f"state_dict does not fit: missing {missing}, unexpected {unexpected}")
     for name, value in state.items():
+        if is_extra(name):
+            continue
         pieces = module.plan.pieces.get(_canonical(module, name))
         shape = tuple(mine[name].shape) if pieces is None else pieces.shape
         if tuple(value.shape) != shape:
