@@ -30,7 +30,7 @@ from descompiler.module.dynamic import dynamic_tables
 from descompiler.module.initial import initial_values
 from descompiler.module.installed import install
 from descompiler.module.parts import Parts
-from descompiler.module.standard import watch_optimizers
+from descompiler.module.standard import has_its_own, watch_optimizers
 from descompiler.planning.assumed import GivenCluster, cluster_of
 from descompiler.planning.chosen import NO_OPERATORS
 from descompiler.planning.coverage import coverage_of
@@ -349,3 +349,27 @@ def _warn_of_what_is_lost(model: nn.Module, host: nn.Module | None, ranks: Ranks
             f"gradient hooks on {', '.join(hooked)} are the original's and are not called: register them on the "
             "parameters of the compiled module, or compile with in_place=True"
         )
+    if host is None and (names := _changing_states(model)):
+        ranks.warn(
+            f"{', '.join(names)} change states by hooks or methods of their own, which the compiled module does not "
+            "call: its state_dict has parameters and buffers under their names, and loads these. "
+            "des.to_single(module).state_dict() is the original's"
+        )
+
+
+STATE_HOOKS = [
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+]
+
+
+def _changing_states(model: nn.Module) -> list[str]:
+    """Modules with hooks on their states, torch's own and those of dynamic tables aside, and a root with methods."""
+    found = [name for name in ("state_dict", "load_state_dict") if has_its_own(model, name)]
+    for name, m in model.named_modules():
+        hooks = [getattr(h, "hook", h) for kind in STATE_HOOKS for h in vars(m)[kind].values()]
+        if not all((getattr(h, "__module__", None) or "").startswith(("torch.", "descompiler.")) for h in hooks):
+            found.append(name or type(m).__name__)
+    return found

@@ -563,3 +563,25 @@ def _kept_beside_tensors(rank, ranks, folder):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_a_model_keeps_beside_tensors_is_in_its_state(on_ranks, tmp_path, ranks):
     on_ranks(_kept_beside_tensors, ranks, str(tmp_path / "saved"))
+
+
+class Renames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.item, self.inner = nn.Embedding(20, 4), nn.Linear(4, 1)
+        self.inner.register_state_dict_post_hook(lambda m, state, prefix, _: state.update({f"{prefix}old": m.bias}))
+
+    def state_dict(self, *args, **kwargs):
+        return {f"net.{n}": x for n, x in super().state_dict(*args, **kwargs).items()}
+
+    def forward(self, ids):
+        return self.inner(self.item(ids).sum(1))
+
+
+def test_a_model_that_changes_its_states_is_told_that_they_are_not_changed():
+    original, ids = Renames(), torch.arange(12).reshape(4, 3)
+    with pytest.warns(UserWarning, match="state_dict, inner change states by hooks or methods of their own"):
+        module = des.compile(original, (ids,))
+    assert set(module.state_dict()) == set(des.full_state_dict(module)) == {"item.weight", "inner.weight", "inner.bias"}
+    single = des.to_single(module).state_dict()
+    assert single.keys() == original.state_dict().keys() and "net.inner.old" in single
