@@ -6,7 +6,7 @@ import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import getitem, is_
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -313,8 +313,8 @@ class AttributeWatch:
         self._classes = {cls: _of_class(cls) for cls in {*map(type, model.modules())}}
         self._then = {path: frozenset(vars(module)) for path, module in model.named_modules()}
         self._asked: dict[str, set[str]] = {}  # by module, what only its class had, or nobody
-        self._others: list[tuple[dict[str, Any], str]] = []  # modules of which something is asked
-        self._counts: list[int] = []  # of their attributes, when these were looked at
+        self._without: list[tuple[dict[str, Any], Place]] = []  # what is not there as long as no graph would be another
+        self._unseen: list[tuple[dict[str, Any], str]] = []  # modules of classes that can't be watched
         self._shared: dict[tuple[type, str], Any] = {}  # of these, what classes had
 
     def begin_as(self, other: AttributeWatch) -> None:
@@ -354,12 +354,12 @@ class AttributeWatch:
 
     def _ask(self, path: str, name: str) -> None:
         module = self.model.get_submodule(path)
-        if path not in self._asked:
-            self._asked[path] = set()
-            self._others.append((vars(module), path))
-        self._asked[path].add(name)
-        self._counts = []
-        of_class = self._classes[type(module)]
+        self._asked.setdefault(path, set()).add(name)
+        if name == ANY:
+            self._unseen.append((vars(module), path))
+        else:
+            self._without.append((vars(module), (path, name)))
+        of_class = self._classes.get(type(module)) or _of_class(type(module))
         names = of_class.keys() if name == ANY else (name,)
         if not type(module).__module__.startswith("torch."):
             self._shared |= {(type(module), n): of_class.get(n, MISSING) for n in names}
@@ -374,7 +374,7 @@ class AttributeWatch:
             set_attributes(self.model, dict(values))
         if new := {at: x for at, x in values if self.set_here.get(at, MISSING) is not x}:
             self.set_here |= new
-            self._counts = []
+            self._without = [(held, at) for held, at in self._without if at not in self.set_here]
             self._found = None
 
     def changes(self) -> tuple[tuple[Place, Any], ...]:
@@ -386,8 +386,13 @@ class AttributeWatch:
             If an attribute is no number, flag or text any more, or a tensor among them is another one. If a module has
             one now that only its class had, or nobody, or its class has another.
         """
-        if [len(held) for held, _ in self._others] != self._counts:
-            self._check_asked()
+        for held, at in self._without:
+            if at[1] in held and at not in self.set_here:
+                self._refuse_new(at)
+        for held, path in self._unseen:
+            for name in held.keys() - self._then[path]:
+                if hasattr(type(self.model.get_submodule(path)), name) and (path, name) not in self.set_here:
+                    self._refuse_new((path, name))
         for (cls, name), before in self._shared.items():
             if (now := _in_class(cls, name)) is not before:
                 raise UnsupportedError(
@@ -417,19 +422,13 @@ class AttributeWatch:
             self._found, self._seen = self._compared(), seen
         return self._found
 
-    def _check_asked(self) -> None:
-        for held, path in self._others:
-            asked = self._asked[path]
-            for name in held.keys() & asked if ANY not in asked else held.keys() - self._then[path]:
-                cls = type(self.model.get_submodule(path))
-                if (path, name) in self.set_here or (name not in asked and not hasattr(cls, name)):
-                    continue
-                raise UnsupportedError(
-                    f"{dotted((path, name))} has been set since the model was compiled, and forward, which reads it, "
-                    f"found {'that of its class ' + cls.__name__ if hasattr(cls, name) else 'none'} then: set it "
-                    "before des.compile, or compile the model again"
-                )
-        self._counts = [len(held) for held, _ in self._others]
+    def _refuse_new(self, at: Place) -> NoReturn:
+        cls = type(self.model.get_submodule(at[0]))
+        found = f"that of its class {cls.__name__}" if hasattr(cls, at[1]) else "none"
+        raise UnsupportedError(
+            f"{dotted(at)} has been set since the model was compiled, and forward, which reads it, found {found} then: "
+            "set it before des.compile, or compile the model again"
+        )
 
     def _compared(self) -> tuple[tuple[Place, Any], ...]:
         found = []

@@ -55,6 +55,7 @@ class DeferredModule(DistributedModule):
 
     def eval(self) -> DeferredModule:
         """As ``torch.nn.Module.eval``, for the model that is to be compiled."""
+        nn.Module.train(self, False)
         self.training = vars(self)["_model"].eval().training
         return self
 
