@@ -18,7 +18,7 @@ from descompiler.emit.emit import Emitted, emit
 from descompiler.errors import CaptureError, InputError, OtherShapesError, PlanError
 from descompiler.graph.program import Program
 from descompiler.layout.statistics import Statistics
-from descompiler.model.attributes import Place, copied, set_attributes
+from descompiler.model.attributes import Place, copied, same_classes, set_attributes
 from descompiler.model.batch_size import of_rows
 from descompiler.model.calls import OtherCall, Signature, example_call
 from descompiler.model.inputs import flatten, no_batch, normalise_inputs, split_statics, unflatten_with
@@ -85,7 +85,12 @@ class Builder:
         if key not in self._captured:
             # an evaluation program is first wanted where the user has gradients off; the checks need them, and random
             # weights may give NaN, which is compared, and which the user's anomaly detection must not stop
-            with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_detect_anomaly(False):
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                torch.autograd.set_detect_anomaly(False),
+                same_classes(self.template),
+            ):
                 try:
                     self._captured[key] = capture(
                         self.template,

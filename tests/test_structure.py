@@ -515,6 +515,29 @@ def test_a_structure_tells_hooks_that_were_there_from_those_that_came():
         structure.check(module)
 
 
+class CountsCalls(nn.Module):
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.item = nn.Embedding(23, 4)
+
+    def forward(self, ids):
+        CountsCalls.calls = self.calls + 1
+        return self.item(ids).sum(1)
+
+
+def test_what_forward_sets_on_its_class_is_no_change_of_the_users():
+    module = des.compile(CountsCalls(), (IDS,))
+    module(IDS)
+    module.eval()  # captured anew, which calls forward
+    module(IDS)
+    assert CountsCalls.calls == 0
+    CountsCalls.calls = 5
+    assert "CountsCalls.calls, which forward reads, was 0" in raised(lambda: module(IDS))
+    CountsCalls.calls = 0
+
+
 class NotDerived(nn.Module):
     """No class can be derived from it, so that nobody sees what its forward reads."""
 

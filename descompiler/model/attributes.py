@@ -460,6 +460,23 @@ def _of_class(cls: type) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def same_classes(model: nn.Module) -> Iterator[None]:
+    """What forward sets on classes while the context lasts, as to count its calls, is as before afterwards.
+
+    A capture runs forward many times, of copies of the model: their classes are the user's own.
+    """
+    bases = {base for m in model.modules() for base in type(m).__mro__ if not base.__module__.startswith("torch.")}
+    before = {base: {n: x for n, x in vars(base).items() if isinstance(x, PLAIN)} for base in bases - {object}}
+    try:
+        yield
+    finally:
+        for base, held in before.items():
+            for name, x in held.items():
+                if vars(base).get(name, MISSING) is not x:
+                    setattr(base, name, x)
+
+
 def _in_class(cls: type, name: str) -> Any:
     return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), MISSING)
 
