@@ -52,7 +52,7 @@ def test_the_runner_tells_them_apart(bench, tmp_path):
         file = tmp_path / "half-other.patch"
         head = "diff --git a/half.py b/half.py\n--- a/half.py\n+++ b/half.py\n@@ -1,2 +1,2 @@\n def half(x):\n"
         file.write_text(f"# It is not half.\n# tests: test_half.py\n{head}-{line}\n+{other}\n")
-        results.append(bench.judge(Mutant.read(file), 60))
+        results.append(bench.judge(Mutant.read(file), 200))  # a second where the machine is idle
     assert [result for result, _ in results] == [KILLED, LIVED, BROKEN]
     assert results[0][1].startswith("FAILED test_half.py::test_half") and "1 passed" in results[1][1]
     assert "x / 2" in (bench.tree / "half.py").read_text()
