@@ -556,8 +556,15 @@ def _kept_beside_tensors(rank, ranks, folder):
     des.load(other, None, folder)
     assert (other.seen["rows"], other.inner.seen["rows"]) == (7, 6)
     assert copy.deepcopy(other).state_dict()["_extra_state"] == {"rows": 7}
+    error = raised(lambda: des.save_safetensors(module, f"{folder}.safetensors"))
+    assert "holds tensors alone" in error and "inner._extra_state" in error
     error = raised(lambda: des.load_full_state_dict(module, {n: x for n, x in whole.items() if n != "_extra_state"}))
     assert "missing ['_extra_state']" in error, error
+
+
+def test_a_model_that_keeps_more_than_tensors_is_verified(on_ranks):
+    report = des.verify(WithCounts(5), (torch.arange(12).reshape(4, 3),), ranks=2, plans=({},), launch=on_ranks)
+    assert max(report.worst.values()) < 1e-10
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

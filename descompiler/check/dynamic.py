@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from descompiler.dynamic.by_id import put_in, take_out
 from descompiler.dynamic.embedding import DynamicTable
 from descompiler.module.dynamic import names_of_tables, tables_of, without_tables
+from descompiler.module.state import without_extra
 from descompiler.ops.local import plain
 
 
 def by_id(model: nn.Module) -> dict[str, Tensor]:
     """A model's state dict, in which dynamic tables have their rows in the order of keys, between two steps."""
     tables, names = tables_of(model), names_of_tables(model)
-    state: dict[str, Tensor] = without_tables(model.state_dict(), names)
+    state = without_extra(without_tables(model.state_dict(), names))
     for name, first in names.items():
         ordered = tables[first].part_of(None, 0)
         put_in(ordered._table, [take_out(tables[first]._table)])

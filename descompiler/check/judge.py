@@ -24,7 +24,7 @@ from descompiler.model.random_state import ONE_DRAW
 from descompiler.model.sparse import equal
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.dynamic import tables_of
-from descompiler.module.state import full_state_dict, static_state_dict
+from descompiler.module.state import full_state_dict, static_state_dict, without_extra
 from descompiler.ops.local import plain
 
 TOLERANCE_FLOAT64 = 1e-10
@@ -219,7 +219,7 @@ class Judge:
         if apart := [note for note in drawn if ONE_DRAW not in note]:
             raise EquivalenceError(f"{self.title}: {DRAWS_DIFFER}: {'; '.join(apart)}")
         state = by_id(self.reference)
-        for name, value in full_state_dict(self.module).items():
+        for name, value in without_extra(full_state_dict(self.module)).items():
             if not equal(value, state[name]):
                 self.wrong(f"initial {name!r} is not the original's, bit for bit")
         self.settle()
@@ -340,7 +340,7 @@ class Judge:
         allowed = {n: max(rounding, size * TOLERANCE_FLOAT64) for n, (_, _, size) in found.items()}
         far = {n for n, (own, part, _) in found.items() if not _near(own, part, allowed[n])}
         if on_any_rank(bool(far)):
-            weights = static_state_dict(module)
+            weights = without_extra(static_state_dict(module))
             for name, p in self.reference.named_parameters():
                 if name not in weights:
                     continue
@@ -364,7 +364,7 @@ class Judge:
         """Parameters and buffers; the original's largest parameter. Collective."""
         weights = {n: w for n, w in by_id(self.reference).items() if w.layout is torch.strided}
         end = largest(self.reference.parameters())
-        state = full_state_dict(self.module)  # matrices are not trained
+        state = without_extra(full_state_dict(self.module))  # matrices are not trained
         if lost := weights.keys() - state.keys():
             self.wrong(f"the state dict lacks {', '.join(map(repr, sorted(lost)))}")
         for name in weights.keys() & state.keys():

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from descompiler.check.judge import SENSITIVITY_FACTOR, Judge, OriginalStep, largest, wide
 from descompiler.check.objective import output_tensors
-from descompiler.module.state import full_state_dict
+from descompiler.module.state import full_state_dict, without_extra
 
 
 @dataclass
@@ -42,7 +42,7 @@ class RoundingJudge(Judge):
 
     def prepare(self, step: OriginalStep, expected: Any) -> None:
         """Measure what rounding may do to this step. Collective."""
-        state = full_state_dict(self.module)
+        state = without_extra(full_state_dict(self.module))
         grads = {n: p.grad.to_dense() for n, p in self.reference.named_parameters() if p.grad is not None}
         before = _named(output_tensors(expected), grads, dict(self.reference.named_buffers()))
         drift = _changes(before, _named(*step.run(state)))

@@ -23,7 +23,7 @@ from descompiler.layout.pieces import Pieces
 from descompiler.module.distributed import DistributedModule
 from descompiler.module.dynamic import tables_of
 from descompiler.module.installed import module_of, ranks_for
-from descompiler.module.state import pieces_by_name
+from descompiler.module.state import is_extra, pieces_by_name
 from descompiler.ops.local import plain
 from descompiler.runtime.blocks import BLOCK_ELEMENTS, collect_rows
 from descompiler.runtime.ranks import Ranks
@@ -59,7 +59,7 @@ def save_safetensors(
     InputError
         On every rank, if the file can't be written, or a tensor has a layout or dtype that the format lacks.
     UnsupportedError
-        If the module has dynamic tables.
+        If the module has dynamic tables, or a ``state_dict`` with more than tensors.
     """
     compiled = module_of(module)
     _check_static(compiled)
@@ -87,6 +87,11 @@ def _check_static(module: DistributedModule) -> None:
         raise UnsupportedError(
             f"dynamic tables ({', '.join(tables)}) have as many rows as there are ids, which a file of the original's "
             "shapes does not say: use des.save and des.load, or des.full_state_dict"
+        )
+    if extra := [name for name in module.state_dict() if is_extra(name)]:
+        raise UnsupportedError(
+            f"a safetensors file holds tensors alone, and the model's state_dict has {', '.join(extra)}, of modules "
+            "with a get_extra_state: use des.save and des.load, or des.full_state_dict"
         )
 
 
@@ -192,7 +197,7 @@ def load_safetensors(module: nn.Module, path: str | os.PathLike[str]) -> None:
     RankError
         If ranks read other files.
     UnsupportedError
-        If safetensors is not installed, or the module has dynamic tables.
+        If safetensors is not installed, or the module has dynamic tables, or a ``state_dict`` with more than tensors.
     """
     compiled = module_of(module)
     _check_static(compiled)

@@ -62,7 +62,7 @@ def static_state_dict(module: DistributedModule, *, rank0_only: bool = False) ->
     ranks, tables = ranks_for(module, "full_state_dict"), names_of_tables(module)
     check_weights(module, ranks)
     every = without_tables(module.state_dict(), tables)
-    held = {n: plain(x) for n, x in every.items() if not is_extra(n)}
+    held = {n: plain(x) for n, x in without_extra(every).items()}
     cut = pieces_by_name(module)
     takes = not rank0_only or ranks.rank == 0
     shapes = {n: tuple(x.shape) if (p := cut[n]) is None else p.shape for n, x in held.items()}
@@ -118,7 +118,7 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank
     tables, names = tables_of(module), names_of_tables(module)
     check_weights(module, ranks)
     held = without_tables(module.state_dict(), names)
-    mine = {n: plain(x) for n, x in held.items() if not is_extra(n)}
+    mine = {n: plain(x) for n, x in without_extra(held).items()}
     every, state = state, without_tables(state, names)
     ranks.everywhere(
         lambda: _check_state(module, held, state) if not rank0_only or ranks.rank == 0 else None, "could not load"
@@ -126,7 +126,7 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank
     extra = {n: x for n, x in state.items() if is_extra(n)}
     if rank0_only and ranks.count > 1 and any(map(is_extra, held)):
         extra = broadcast_object(extra, ranks.group)
-    state = {n: x for n, x in state.items() if not is_extra(n)}
+    state = without_extra(state)
     of_tables: dict[str, Mapping[str, Tensor] | None] = {}
     for name, part in tables.items():
         of_table = {n.removeprefix(f"{name}."): x for n, x in every.items() if n.startswith(f"{name}.")}
@@ -153,6 +153,11 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], *, rank
 def is_extra(name: str) -> bool:
     """Whether a name of a ``state_dict`` is that of what a module keeps beside tensors, by its ``get_extra_state``."""
     return name.rpartition(".")[2] == _EXTRA_STATE_KEY_SUFFIX
+
+
+def without_extra(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The parameters and buffers of a ``state_dict``."""
+    return {name: x for name, x in state.items() if not is_extra(name)}
 
 
 def set_extra(module: nn.Module, state: Mapping[str, Any]) -> None:
