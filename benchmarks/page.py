@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import goals
-from benchmarks.contestants.compiled import AHEAD, BY_BYTES, BY_CLUSTER, CHOSEN, FORCED, FUSED, PURE
+from benchmarks.contestants.compiled import AHEAD, BY_BYTES, BY_CLUSTER, CHOSEN, FORCED, FUSED, PURE, ROWS_AHEAD
 from benchmarks.goals import is_other, seconds
 from benchmarks.ranks import LINKS, LOOPBACK
 from benchmarks.steps import RTOL
@@ -43,7 +43,7 @@ from their owners (dedup pull), and whole tables on ranks that send partial sums
 - A batch is each rank's rows. Ids have Zipf's distribution, exponent 1.05, popular ones lie anywhere in a table.
 - `by bytes` is the plan with `cluster="bytes"`, `by cluster` with `cluster=des.calibrate()` on these links. With
   a `fused optimiser` tables are updated in backward (`des.fuse_optimizer`), as TorchRec's and those by hand are;
-  `prefetched`: ids of the next batch travel during this one's step (`des.prefetch`).
+  `prefetched`: ids of the next batch travel during this one's step (`des.prefetch`); `rows prefetched`: rows, too.
   The model has a table a field, as users write it; DDP has one table of all fields, but where it says otherwise.
 - **Ratios** are the other's time through the compiled module's: above 1, the compiled module is faster. **Regret** is
   the chosen plan's time through that of the fastest form: below 1, the plan is faster than every single form.
@@ -121,7 +121,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> str:
             mine = [times for times in of if chosen in times]
             if mine:
                 forms = [min((t for n, t in times.items() if n.startswith(FORCED)), default=None) for times in mine]
-                unfused = not chosen.endswith((FUSED, PURE, AHEAD))  # as forms are
+                unfused = not chosen.endswith((FUSED, PURE, AHEAD, ROWS_AHEAD))  # as forms are
                 regret = [times[chosen] / t for times, t in zip(mine, forms, strict=True) if t and unfused]
                 cells = [mean([times[n] / times[chosen] for times in mine if n in times]) for n in columns]
                 worst = f"{max(regret):.2f}" if regret else ""

@@ -233,6 +233,7 @@ def worker(task: dict[str, Any]) -> None:
                 f"{compiled.BY_CLUSTER}{compiled.FUSED}": partial(chosen, fused="auto"),
                 f"{compiled.BY_CLUSTER}{compiled.PURE}": partial(chosen, fused="torch"),
                 f"{compiled.BY_CLUSTER}{compiled.AHEAD}": partial(chosen, fused="auto", ahead=True),
+                f"{compiled.BY_CLUSTER}{compiled.ROWS_AHEAD}": partial(chosen, fused="auto", ahead=True, rows=True),
             }
             by_cluster = {n: b for n, b in by_cluster.items() if wanted(n) and link in clusters}
             added, refused_here = build_all(case, by_cluster, say)

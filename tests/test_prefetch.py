@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import descompiler as des
 from descompiler.layout.border import IdsIn
 from descompiler.layout.fetches import Fetch
-from descompiler.layout.step import AHEAD
+from descompiler.layout.step import AHEAD, EARLY
 from tests.harness.cases import cases
 from tests.harness.failures import raised
 from tests.harness.models import Branch, Recommender, batch_of
@@ -45,7 +45,7 @@ COUNTS = ((3, 1, 0), (2, 0, 4), (4, 2, 3))
 
 
 def batches_of(
-    steps: int, ranks: int, every: Sequence[tuple[int, ...]] = COUNTS
+    steps: int, ranks: int, every: Sequence[tuple[int, ...]] = COUNTS, most: int = 7
 ) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
     """By step, each rank's batch of dense features, ids and labels."""
     generator, result = torch.Generator().manual_seed(1), []
@@ -53,7 +53,7 @@ def batches_of(
         counts = every[step % len(every)][:ranks]
         n = sum(counts)
         dense, y = (torch.rand(n, *s, generator=generator, dtype=torch.float64) for s in ((3,), ()))
-        ids = torch.randint(7, (n, 5), generator=generator)
+        ids = torch.randint(most, (n, 5), generator=generator)
         parts = zip(*(torch.split(x, counts) for x in (dense, ids, y)), strict=True)
         result.append([tuple(x.clone() for x in p) for p in parts])
     return result
@@ -175,10 +175,76 @@ def test_the_header_is_heard_when_something_else_was_done(on_ranks):
     assert on_ranks(_header_is_late, 2) == [["ids", "header"]] * 2
 
 
+# ---- rows
+
+
+class Two(nn.Module):
+    """Two tables, and one that nobody trains, of another dtype: rows of three classes."""
+
+    def __init__(self, sparse: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.item, self.user = nn.Embedding(60, 4, padding_idx=0, sparse=sparse), nn.Embedding(9, 2, sparse=sparse)
+        self.fixed = nn.Embedding(60, 4, dtype=torch.float32)
+        self.fixed.weight.requires_grad_(False)
+        self.top = nn.Linear(13, 1)
+
+    def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+        x = dense, self.item(ids[:, 0]), self.user(ids[:, 1] % 9), self.fixed(ids[:, 2]).to(dense.dtype)
+        return self.top(torch.cat(x, 1)).squeeze(1)
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),  # moves every row that ever had a gradient
+}
+
+
+def _rows(rank, ranks, plan, sparse, optimizer):
+    """Steps that took rows, bytes of rows by step, and how far weights are from the original's."""
+    torch.set_default_dtype(torch.float64)
+    model = Two(sparse)
+    steps = batches_of(14, ranks, [(5, 0, 9), (4, 7, 1), (6, 6, 6)], most=40)
+    module = des.compile(copy.deepcopy(model), tuple(whole(steps[2])[:2]), plan={"*": plan}, loss="sum")
+    mine, reference = OPTIMIZERS[optimizer](module.parameters()), OPTIMIZERS[optimizer](model.parameters())
+    ahead = des.prefetch([parts[rank] for parts in steps], module, rows=True)
+    told, sent = [], []
+    for parts, batch in zip(steps, ahead, strict=True):
+        train(module, mine, *batch)
+        assert_counted(module)
+        told.append(module.traffic().calls_by_collective.get(EARLY, 0))
+        sent.append(module.traffic().bytes_by_collective[Fetch.ROWS])
+        train(model, reference, *whole(parts))
+    return ahead.taken, ahead.rows_taken, told, difference(module, model), sent
+
+
+@pytest.mark.parametrize(
+    ("plan", "sparse", "optimizer", "ranks"),
+    cases(
+        [
+            ("unique_rows", True, "adagrad", 3),
+            ("unique_rows", False, "adam", 2),
+            ("unique_rows", False, "sgd", 3),
+            ("hot_rows", True, "adagrad", 3),
+        ],
+        [("unique_rows", True, "adagrad", 3), ("unique_rows", False, "adam", 2)],
+    ),
+)
+def test_rows_go_ahead(on_ranks, plan, sparse, optimizer, ranks):
+    for taken, rows_taken, told, off, _ in on_ranks(_rows, ranks, plan, sparse, optimizer):
+        # the first batch whose ids went ahead says which rows the next one has to wait for
+        assert taken == 14 - CAPTURED - 1 and off < 1e-10
+        if optimizer == "adam":  # rows change that no batch looks up
+            assert rows_taken < taken - 1 and sum(told) < taken - 1
+        else:
+            assert rows_taken == taken - 1 and told == [0] * (CAPTURED + 2) + [1] * rows_taken
+
+
 # ---- what users do between
 
 
-def _between(rank, ranks, plan, options):
+def _between(rank, ranks, plan, options, rows=False):
     """Loops with prefetch and without, of the same steps, bit for bit."""
     torch.set_default_dtype(torch.float64)
     steps = [parts[rank] for parts in batches_of(12, ranks)]
@@ -188,7 +254,7 @@ def _between(rank, ranks, plan, options):
         torch.manual_seed(7)
         _, module, optimizer = compiled(plan, **options)
         loader = [tuple(x.clone() for x in batch) for batch in steps]
-        loader = des.prefetch(loader, module) if ahead else loader
+        loader = des.prefetch(loader, module, rows=rows) if ahead else loader
         for step, batch in enumerate(loader):
             if step == 5:
                 continue  # left out
@@ -206,6 +272,10 @@ def _between(rank, ranks, plan, options):
                 batch[1].copy_(batch[1].flip(0))
             if step == 9 and rank == 0:
                 batch = tuple(x.clone() for x in batch)
+            if step == 7:  # rows, by hand, of which some have gone ahead
+                with torch.no_grad():
+                    for p in (module.item.weight, module.user.weight):
+                        p.mul_(1.5)
             if step == 10:
                 module.eval()  # other training flags than when it was sent
             train(module, optimizer, *batch)
@@ -214,7 +284,7 @@ def _between(rank, ranks, plan, options):
             module.train()
         results.append(module)
         seen = loader
-    return difference(*results), seen.taken, seen.unused.calls
+    return difference(*results), seen.taken, seen.rows_taken, seen.unused.calls
 
 
 @pytest.mark.long
@@ -228,19 +298,25 @@ def _between(rank, ranks, plan, options):
     ],
 )
 def test_whatever_users_do_between(on_ranks, plan, options, goes):
-    for off, taken, unused in on_ranks(_between, 3, plan, options):
+    for off, taken, rows, unused in on_ranks(_between, 3, plan, options):
         # of 12 batches CAPTURED come too early, one is left out, three are not what was sent
-        assert off == 0 and taken == (12 - CAPTURED - 4) * goes and unused > 0
+        assert off == 0 and taken == (12 - CAPTURED - 4) * goes and unused > 0 and rows == 0
 
 
-def _swapped(rank, ranks):
+def test_whatever_users_do_between_when_rows_have_gone(on_ranks):
+    for off, taken, rows, unused in on_ranks(_between, 3, "unique_rows", {}, True):
+        # one more comes too early; of 4 steps one has a batch before it that came too early, and one finds other rows
+        assert off == 0 and (taken, rows) == (12 - CAPTURED - 1 - 4, 2) and unused > 0
+
+
+def _swapped(rank, ranks, plan, rows):
     """One rank takes two batches in the other order: of both something has gone ahead."""
     torch.set_default_dtype(torch.float64)
-    model, module, optimizer = compiled("table_wise")
+    model, module, optimizer = compiled(plan)
     reference = torch.optim.SGD(model.parameters(), lr=0.1)
     steps, taken = batches_of(8, ranks, [(2, 3)]), []  # of as many rows: what is mistaken fits
     order = [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 5, 4, 6, 7]]
-    for step, _ in enumerate(des.prefetch([p[rank] for p in steps], module)):
+    for step, _ in enumerate(des.prefetch([p[rank] for p in steps], module, rows=rows)):
         train(module, optimizer, *steps[order[rank][step]][rank])
         assert_counted(module)
         taken.append(AHEAD in module.traffic().calls_by_collective)
@@ -248,9 +324,10 @@ def _swapped(rank, ranks):
     return difference(module, model), taken
 
 
-def test_ranks_that_take_other_batches(on_ranks):
-    for off, taken in on_ranks(_swapped, 2):
-        assert off < 1e-10 and taken == [False] * 3 + [True, False, False, True, True]
+@pytest.mark.parametrize(("plan", "rows"), [("table_wise", False), ("unique_rows", True)])
+def test_ranks_that_take_other_batches(on_ranks, plan, rows):
+    for off, taken in on_ranks(_swapped, 2, plan, rows):
+        assert off < 1e-10 and taken == [False] * 3 + [not rows, False, False, True, True]
 
 
 # ---- batches that are wrong, and loaders that end

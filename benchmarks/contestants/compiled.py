@@ -22,7 +22,8 @@ from descompiler.planning.given import GivenPlan
 
 LOSS = "rank_mean"
 BY_BYTES, BY_CLUSTER, FORCED = "by bytes", "by cluster", "form "
-FUSED, PURE, AHEAD = ", fused optimiser", ", fused by PyTorch", ", fused, prefetched"
+FUSED, PURE = ", fused optimiser", ", fused by PyTorch"
+AHEAD, ROWS_AHEAD = ", fused, prefetched", ", fused, rows prefetched"
 CHOSEN = (
     BY_BYTES,
     f"{BY_BYTES}{FUSED}",
@@ -30,9 +31,11 @@ CHOSEN = (
     f"{BY_CLUSTER}{FUSED}",
     f"{BY_CLUSTER}{PURE}",
     f"{BY_CLUSTER}{AHEAD}",
+    f"{BY_CLUSTER}{ROWS_AHEAD}",
 )
 """Plans, and what updates their tables: an ordinary optimiser, or one in backward as TorchRec's and those by hand, with
-FBGEMM's kernels as they have them, or with PyTorch's operators; and with ids of the next batch sent ahead."""
+FBGEMM's kernels as they have them, or with PyTorch's operators; and with the next batch's ids sent ahead, or
+its rows, too."""
 
 
 def compiled(
@@ -44,11 +47,12 @@ def compiled(
     plan: GivenPlan = None,
     cluster: des.Cluster | str = "bytes",
     ahead: bool = False,
+    rows: bool = False,
 ) -> Contestant:
     """What `des.compile` makes; captured once for a case and layout, since that is most of its time.
 
     ``fused``: tables step in backward, as FBGEMM's do, with this backend of `des.fuse_optimizer`. ``ahead``: batches
-    come by `des.prefetch`.
+    come by `des.prefetch`; ``rows``: so do rows.
     """
     key = f"builder{layout}"
     builder = case.shared[key] = case.shared.get(key) or Builder.of(model, case.example)
@@ -74,7 +78,7 @@ def compiled(
         return {"traffic": module.traffic().total, "plan": " + ".join(forms)}
 
     loss = case.workload.loss
-    return Prefetched(module, loss, optimizers, says, case) if ahead else Module(module, loss, optimizers, says)
+    return Prefetched(module, loss, optimizers, says, case, rows) if ahead else Module(module, loss, optimizers, says)
 
 
 @dataclass
@@ -82,12 +86,13 @@ class Prefetched(Module):
     """The same batches, of which ids go ahead: other tensors each time, as a loader's."""
 
     case: Case | None = None
+    rows: bool = False
 
     def __post_init__(self) -> None:
         assert self.case is not None
         batches = [self.case.batch(i) for i in range(BATCHES)]
         loader = ((tuple(x.clone() for x in inputs), labels) for inputs, labels in itertools.cycle(batches))
-        self.coming = iter(des.prefetch(loader, self.module, inputs=lambda batch: batch[0]))
+        self.coming = iter(des.prefetch(loader, self.module, inputs=lambda batch: batch[0], rows=self.rows))
 
     def step(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         return super().step(*next(self.coming))

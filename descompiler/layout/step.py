@@ -26,6 +26,9 @@ class StepHeader(Transfer):
 AHEAD = Collective("all_to_all (header, ahead)", Stage.HEADER)
 """Of a batch that `descompiler.prefetch` has seen: beside the header of its step, and no part of a plan."""
 
+EARLY = Collective("all_to_all (which rows go ahead)", Stage.IDS_IN)
+"""Of rows that travel before their step: a bit of each that is asked for. No part of a plan, too."""
+
 AHEAD_BYTES = StepHeader.BYTES + 8  # and which batch it is
 
 

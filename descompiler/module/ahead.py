@@ -13,10 +13,12 @@ from descompiler.emit.ahead import Beginning
 from descompiler.emit.emit import Emitted
 from descompiler.module.contents import Contents
 from descompiler.module.sizes import Sized
+from descompiler.ops.local import plain
 from descompiler.runtime.agreement import Call
 from descompiler.runtime.ahead import Ahead, Announcement, Seen
+from descompiler.runtime.early_rows import EarlyRows
 from descompiler.runtime.fetch import fetch_start, prepared
-from descompiler.runtime.fetching import Fetching
+from descompiler.runtime.fetching import Fetching, hear_asked
 from descompiler.runtime.pulling import Pulling
 from descompiler.runtime.runtime import Runtime
 
@@ -43,6 +45,8 @@ class Prepared:
         The program that it is sent for.
     seen : Seen
         What is sent is made of these.
+    trains : bool
+        Whether its step is followed by a backward.
     """
 
     call: Call
@@ -52,6 +56,7 @@ class Prepared:
     rows: int
     entering: Sequence[Tensor] | None
     fetching: Fetching | Pulling | None
+    trains: bool
 
     @classmethod
     def of(
@@ -64,7 +69,7 @@ class Prepared:
         made_of = taken(first, emitted, now, tensors)
         if any(x.is_inference() for x in made_of):
             return None
-        seen, queue = Seen.of(made_of), iter(made_of)
+        seen, queue, trains = Seen.of(made_of), iter(made_of), torch.is_grad_enabled()
         values: list[Any] = []
         for s in (emitted.sources[place] for place in first.places):
             values.append(emitted.constant(s.name, runtime.device) if s.kind == "constant" else next(queue))
@@ -74,7 +79,7 @@ class Prepared:
             if runtime.problem(ids) is not None:
                 return None
             fetching = None if fetched is None else prepared(runtime, emitted.layout.fetches[0], fetched)
-        return cls(call, emitted, first, seen, rows, entering, fetching)
+        return cls(call, emitted, first, seen, rows, entering, fetching, trains)
 
     def announced(self, ranks: int, batch: int) -> list[Announcement]:
         """What each rank is told of it."""
@@ -91,7 +96,7 @@ class Prepared:
             self.fetching.hear(told)
             fetch_start(runtime, self.fetching)
         ahead = Ahead(told[0].batch, runtime.rows, entering, self.fetching, runtime.traffic)
-        return Waiting(self.call, self.emitted, self.beginning, self.seen, ahead)
+        return Waiting(self.call, self.emitted, self.beginning, self.seen, ahead, self.trains)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,9 +108,38 @@ class Waiting:
     beginning: Beginning
     seen: Seen
     ahead: Ahead
+    trains: bool
 
     def is_of(self, call: Call, emitted: Emitted, now: Contents, tensors: Sequence[Tensor]) -> bool:
         """Whether a step is that of this batch: the same program, on the very tensors, which nobody has changed."""
         if self.call != call or self.emitted is not emitted:
             return False
         return self.seen.is_now(taken(self.beginning, emitted, now, tensors))
+
+    def offer_rows(self, runtime: Runtime, before: Waiting) -> bool:
+        """Tell ranks which rows go ahead of this batch, during the step ``before`` it; whether any can. Collective."""
+        fetching, other = self.ahead.fetching, before.ahead.fetching
+        if not isinstance(fetching, Fetching) or not isinstance(other, Fetching) or not fetching.fetch.divided:
+            return False
+        if [t.name for t in fetching.fetch.tables] != [t.name for t in other.fetch.tables]:  # keys of others
+            return False
+        hear_asked(other, runtime.rank)
+        changing = other.served_keys if before.trains else [keys[:0] for keys in other.served_keys]
+        self.ahead.early = EarlyRows.offered(runtime, self.ahead.traffic, fetching, changing)
+        return True
+
+    def send_rows(self, now: Contents) -> None:
+        """Send the rows that were offered, once. Collective."""
+        if (early := self.ahead.early) is not None:
+            early.send(_weights(early.fetching, now), self.emitted.layout.wire_dtype)
+
+    def begin(self, now: Contents) -> None:
+        """Its step begins: see whether the rows that went ahead are what was sent."""
+        if (early := self.ahead.early) is not None:
+            self.send_rows(now)  # a step that begins before its turn
+            early.look(_weights(early.fetching, now))
+
+
+def _weights(fetching: Fetching, now: Contents) -> list[Tensor]:
+    """This rank's pieces of the tables of a fetch."""
+    return [plain(now.every_parameter[t.name]).detach() for t in fetching.fetch.tables]

@@ -348,6 +348,7 @@ class DistributedModule(StandardCalls, ChoosesPrograms, Reports):
         if found is None:
             return None
         self._ahead.remove(found)
+        found.begin(self._now())
         return found.ahead
 
     def _values(self, emitted: Emitted, sources: Sequence[Source], tensors: Sequence[Tensor] = ()) -> list[Tensor]:

@@ -3,6 +3,10 @@
     before batch k is given to the user:   unique ids, and ids into the region, of batch k + 1
                                            announcement of batch k + 2
 
+    where rows go ahead, too:              ids of batch k + 2, and announcement of batch k + 3
+                                           which rows go ahead of batch k + 1
+    when rows of batch k have come:        those rows
+
 An announcement has come by the next batch, so nobody waits for one, but for those of the first two. All that is sent is
 sent from here, in the order of the batches, which is one on all ranks; `descompiler.runtime.ahead` says what becomes of
 it. Ranks that have announced differently all know, and all leave that batch to its step; where a loader has ended, all
@@ -36,11 +40,17 @@ MANY_MISSED = 8
 """Batches of which something was sent ahead in vain, and of none not: users are told."""
 
 
+MANY_CHANGED = 3
+"""Steps in turn whose rows were sent again, as each had changed some: no more go ahead."""
+
+
 LOOPS = 32
 """From this bit of a batch's number on it is that of its loop."""
 
 
-def prefetch(loader: Iterable[B], module: nn.Module, inputs: Callable[[B], Any] | None = None) -> Prefetch[B]:
+def prefetch(
+    loader: Iterable[B], module: nn.Module, inputs: Callable[[B], Any] | None = None, *, rows: bool = False
+) -> Prefetch[B]:
     """Batches of a loader, unchanged, of which ids are exchanged before their step.
 
     While a step runs, forward, backward and optimiser, the next batch's ids travel to where they are looked up. Rows
@@ -56,6 +66,10 @@ def prefetch(loader: Iterable[B], module: nn.Module, inputs: Callable[[B], Any] 
     inputs : callable, optional
         Forward's arguments of a batch: a tuple of them, a dict, or one tensor; the very objects that forward will be
         called with. By default the batch itself, or as many of its first elements as the example had arguments.
+    rows : bool
+        Let rows travel early, too: those that the next batch asks for and this one does not, of tables whose unique
+        rows are fetched. They cross while this rank computes, which pays where links are slow; a row that has changed
+        when its step begins is sent again. The loader is asked for batches three steps early.
 
     Returns
     -------
@@ -89,7 +103,11 @@ def prefetch(loader: Iterable[B], module: nn.Module, inputs: Callable[[B], Any] 
         reason = "with ids='global' no id crosses"
     if reason is not None and runtime.rank == 0:
         warn(f"prefetch gives batches as they come: {reason}")
-    return Prefetch(loader, compiled, inputs, active=reason is None and runtime.ranks > 1)
+    active = reason is None and runtime.ranks > 1
+    fetched = [f for f in compiled.plan.layout.fetches if f.early and f.divided and not f.dynamic] if active else []
+    if active and rows and not fetched and runtime.rank == 0:
+        warn("prefetch: no rows go ahead, as no table of this plan has its unique rows fetched; ids do")
+    return Prefetch(loader, compiled, inputs, active=active, rows=rows and bool(fetched))
 
 
 class Prefetch(Generic[B]):
@@ -99,15 +117,24 @@ class Prefetch(Generic[B]):
     ----------
     taken : int
         Steps so far that have used what had gone ahead.
+    rows_taken : int
+        Steps so far that have used rows that had gone ahead, on every rank.
     unused : Traffic
         What has gone ahead and no step has used: sent besides what steps count.
     """
 
     def __init__(
-        self, loader: Iterable[B], module: DistributedModule, inputs: Callable[[B], Any] | None, *, active: bool
+        self,
+        loader: Iterable[B],
+        module: DistributedModule,
+        inputs: Callable[[B], Any] | None,
+        *,
+        active: bool,
+        rows: bool,
     ):
-        self._loader, self._module, self._inputs = loader, module, inputs
-        self.taken, self.unused, self._missed = 0, Traffic(), 0
+        self._loader, self._module, self._inputs, self._rows = loader, module, inputs, rows
+        self.taken, self.rows_taken, self.unused = 0, 0, Traffic()
+        self._missed = self._changed = 0
         self._runtime: Runtime | None = None
         if active:
             assert module._runtime.channels is not None
@@ -152,6 +179,8 @@ class Prefetch(Generic[B]):
         """What became of what had gone ahead of a batch, if anything had."""
         if waiting is not None and waiting.ahead.taken:
             self.taken += 1
+            if (early := waiting.ahead.early) is not None:
+                self._count_rows(any(early.changes))
             return
         if waiting is not None:
             self.unused.include(waiting.ahead.traffic)
@@ -163,6 +192,29 @@ class Prefetch(Generic[B]):
                 "loader, or say which they are with inputs=), and let no_grad() be around the loop, not in it. "
                 "docs/standard.md says of which programs nothing can go ahead"
             )
+
+    def offer_rows(self, before: Waiting, waiting: Waiting) -> Callable[[], object] | None:
+        """Tell ranks which rows go ahead of a batch, during the step before it; what sends them, if any do. Collective.
+
+        They are sent when rows of that step have come, or when what is returned is called.
+        """
+        module = self._module
+        if not self._rows or self._runtime is None or not waiting.offer_rows(self._runtime, before):
+            return None
+        module._runtime.then = send = lambda: waiting.send_rows(module._now())
+        return send
+
+    def _count_rows(self, changed: bool) -> None:
+        """A step has taken rows; ``changed``: some rank has sent them again. Ranks count alike."""
+        self.rows_taken += not changed
+        self._changed = self._changed + 1 if changed else 0
+        if self._changed == MANY_CHANGED:
+            self._rows = False
+            if self._module._runtime.rank == 0:
+                warn(
+                    "prefetch: no more rows go ahead, only ids: each step changes rows that its batch did not look up, "
+                    "which are sent again (optimisers do so that move all rows, as Adam with dense gradients)"
+                )
 
     def _arguments(self, given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward's: of a batch, those of the example."""
@@ -199,9 +251,6 @@ class _Announced(Generic[B]):
 class _Loop(Generic[B]):
     """One way through a loader."""
 
-    AHEAD = 2
-    """Batches between the loader and the one that the user has."""
-
     def __init__(self, owner: Prefetch[B], batches: Iterator[B], runtime: Runtime):
         self._owner, self._batches, self._runtime = owner, batches, runtime
         self._queue: deque[_Queued[B]] = deque()
@@ -209,6 +258,8 @@ class _Loop(Generic[B]):
         self._given: _Queued[B] | None = None
         self._error: Exception | None = None
         self._more = self._together = True  # the loader has more; all ranks' have
+        self._lead = 3 if owner._rows else 2  # batches between the loader and the one that the user has
+        self._send_rows: Callable[[], object] | None = None  # of the next batch
         channels = runtime.channels
         assert channels is not None
         channels.loops += 1
@@ -216,11 +267,15 @@ class _Loop(Generic[B]):
 
     def fill(self) -> bool:
         """Go on with the next batches; whether there is one."""
+        self._flush()
         self._forget(self._given)
         self._given = None
-        while self._more and len(self._queue) <= self.AHEAD:
+        while self._more and len(self._queue) <= self._lead:
             self._hear()
             self._pull()
+        before, following = [x.waiting for x in self._queue][:2] if len(self._queue) > 1 else (None, None)
+        if before is not None and following is not None:  # so they are on every rank
+            self._send_rows = self._owner.offer_rows(before, following)
         if not self._queue and self._error is not None:
             raise self._error
         return bool(self._queue)
@@ -232,12 +287,21 @@ class _Loop(Generic[B]):
 
     def end(self) -> None:
         """The user asks for no more."""
+        assert self._runtime.channels is not None
+        if self._runtime.channels.alive:  # a loop that an error has ended is closed when nobody has it any more
+            self._flush()
         for queued in (self._given, *self._queue):
             self._forget(queued)
         self._queue.clear()
         if self._announced is not None:
             self._owner.unused.include(self._announced.traffic)
         self._given = self._announced = None
+
+    def _flush(self) -> None:
+        """Send the rows that ranks wait for, if no step has."""
+        if self._send_rows is not None:
+            send, self._send_rows = self._send_rows, None
+            send()
 
     def _pull(self) -> None:
         """Ask the loader for a batch, and announce it."""
@@ -248,8 +312,8 @@ class _Loop(Generic[B]):
             if not all(seen.is_now(seen.tensors) for seen in before):
                 self.end()  # nobody should train on what is left of them
                 raise InputError(
-                    "the loader has changed a batch in place that it gave before: prefetch asks for batches two steps "
-                    "before they are used. Let it give other tensors each time"
+                    "the loader has changed a batch in place that it gave before: prefetch asks for batches "
+                    f"{self._lead} steps before they are used. Let it give other tensors each time"
                 )
             given = self._owner.given(batch)
             tensors = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and not x.is_inference()]

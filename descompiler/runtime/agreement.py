@@ -135,7 +135,7 @@ class Message:
     asked : int
         How many rows it will ask of the other; or another number for that one alone; or which batch went ahead.
     gathered : int
-        Of how many shared rows it will send a gradient to every rank.
+        Of how many shared rows it will send a gradient to every rank; or whether rows that went ahead have changed.
     """
 
     failed: bool
@@ -188,6 +188,8 @@ class Agreement(Communicator):
         What this rank does; ranks that do different things raise.
     rows : list of int
         Of all ranks, at the latest header.
+    changed : list of bool
+        By rank, whether its rows that went ahead of this step are others now.
     started : bool
         Whether the step's header was sent.
     failed : bool
@@ -199,6 +201,7 @@ class Agreement(Communicator):
     _: KW_ONLY
     call: Call = Call()
     rows: list[int] = field(default_factory=list)
+    changed: list[bool] = field(default_factory=list)
     started: bool = False
     failed: bool = False
     accepts: Callable[[int], bool] = any_rows
@@ -265,13 +268,21 @@ class Agreement(Communicator):
             )
         return self._agreed(told, same_call=same_call)
 
-    def header_ahead(self, batch: int, rows: Sequence[int]) -> None:
-        """The header of a step whose ids went ahead, with the ``rows`` of all ranks; it is heard in `settle`."""
+    def header_ahead(self, batch: int, rows: Sequence[int], changed: bool) -> None:
+        """The header of a step whose ids went ahead, with the ``rows`` of all ranks; it is heard in `settle`.
+
+        ``changed``: whether rows of this rank that went ahead are not what was sent any more.
+        """
         self.started, self.rows, self.call = True, list(rows), replace(self.call, kind=Kind.AHEAD)
         self._name_call()
-        mine = Header(False, batch, rows=rows[self.rank], call=self.call)
+        mine = Header(False, batch, int(changed), rows[self.rank], self.call)
         told = self.telling(step.StepHeader.SEND, [mine] * self.ranks)
-        self.due = lambda: self._agreed(self._unfailed(told(), None), same_call=True)
+
+        def hear() -> None:
+            heard = self._agreed(self._unfailed(told(), None), same_call=True)
+            self.changed = [bool(m.gathered) for m in heard]
+
+        self.due = hear
 
     def _name_call(self) -> None:
         if self.channels is not None:

@@ -8,16 +8,17 @@ this very batch on every rank, which its header tells, goes on with what has arr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 from torch import Tensor
 
 from descompiler.layout.fetches import Counts
-from descompiler.layout.step import AHEAD, AHEAD_BYTES, StepHeader
+from descompiler.layout.step import AHEAD, AHEAD_BYTES, EARLY, StepHeader
 from descompiler.layout.traffic import Traffic
 from descompiler.runtime.agreement import Agreement, Header
 from descompiler.runtime.border import Handle
+from descompiler.runtime.early_rows import EarlyRows
 from descompiler.runtime.fetching import Fetching
 from descompiler.runtime.pulling import Pulling
 
@@ -89,6 +90,8 @@ class Ahead:
         Unique ids, as `fetch_start` returns it.
     traffic : Traffic
         What it took.
+    early : EarlyRows or None
+        Rows, of what ``fetching`` asks.
     taken : bool
         Whether a step went on with it.
     """
@@ -98,6 +101,7 @@ class Ahead:
     entering: Handle | None
     fetching: Fetching | Pulling | None
     traffic: Traffic
+    early: EarlyRows | None = None
     taken: bool = False
 
 
@@ -111,6 +115,8 @@ class TakesAhead(Agreement):
         Unique ids of this step, by table.
     ahead : Ahead or None
         Of this step's batch.
+    then : callable or None
+        To be done once when rows that this rank waits for have come: other ranks' links are free.
     beside : Traffic
         What this step has sent and no layout says.
     """
@@ -118,6 +124,7 @@ class TakesAhead(Agreement):
     _: KW_ONLY
     unique: dict[str, Counts] = field(default_factory=dict)
     ahead: Ahead | None = None
+    then: Callable[[], object] | None = None
     beside: Traffic = field(default_factory=Traffic)
 
     def take_ahead(self) -> Ahead | None:
@@ -125,8 +132,10 @@ class TakesAhead(Agreement):
         if (ahead := self.ahead) is not None:
             self.traffic.include(ahead.traffic)
             self.beside.add(AHEAD, (self.ranks - 1) * AHEAD_BYTES)
-            ahead.taken = True
-            self.header_ahead(ahead.batch, ahead.rows)
+            ahead.taken, early = True, ahead.early
+            if early is not None:
+                self.beside.add(EARLY, early.bytes_told)
+            self.header_ahead(ahead.batch, ahead.rows, early is not None and early.changed)
         return ahead
 
     def leave_ahead(self) -> None:
@@ -136,6 +145,21 @@ class TakesAhead(Agreement):
         self.traffic, self.unique, self.beside, self.ahead = Traffic(), {}, Traffic(), None
         self.traffic.add(StepHeader.SEND, (self.ranks - 1) * StepHeader.BYTES)
         self.another_header()
+
+    def early_of(self, fetching: Fetching) -> EarlyRows | None:
+        """Rows of a fetch that have gone ahead."""
+        ahead = self.ahead
+        return ahead.early if ahead is not None and ahead.fetching is fetching else None
+
+    def rows_have_come(self) -> None:
+        """Rows that this rank waited for are here; others may cross."""
+        if self.then is not None:
+            then, self.then = self.then, None
+            then()
+
+    def count_unique(self, table: str, counts: Counts) -> None:
+        """Add to this step's unique ids."""
+        self.unique[table] = self.unique.get(table, Counts()) + counts
 
     def another_header(self) -> None:
         """This step has one more than layouts say."""

@@ -41,6 +41,11 @@ class Channels:
     loops: int = 0
     _ahead: Channels | None = None
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process groups have not been destroyed."""
+        return self.parent in dist.distributed_c10d._world.pg_map
+
     def ahead(self) -> Channels:
         """Those of what is sent of batches before their steps: no step's are mistaken for it. Collective, once."""
         if self._ahead is None:
@@ -55,8 +60,7 @@ class Channels:
     @classmethod
     def of(cls, parent: Any, timeout: float = TIMEOUT_S) -> Channels:
         """Those of a group. Collective where they are made."""
-        alive = dist.distributed_c10d._world.pg_map
-        for key in [k for k, c in _CHANNELS.items() if c.parent not in alive]:
+        for key in [k for k, c in _CHANNELS.items() if not c.alive]:
             ended = _CHANNELS.pop(key).watch
             for name in [n for n, (watch, _) in _WATCHED.items() if watch is ended]:
                 del _WATCHED[name]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from descompiler.layout.fetches import Counts, Fetch
+from descompiler.layout.fetches import Fetch
 from descompiler.layout.transfer import crosses_in
 from descompiler.ops.local import lookup, pool
 from descompiler.ops.operation import Operation
@@ -64,7 +64,7 @@ def pull_rows(runtime: Runtime, pulling: Pulling, creates: Sequence[bool], *weig
     runtime.settle()
     keys = pulling.heard()
     for i, t in enumerate(pulling.fetch.tables):
-        runtime.unique[t.name] = runtime.unique.get(t.name, Counts()) + pulling.counts(i, runtime.rank)
+        runtime.count_unique(t.name, pulling.counts(i, runtime.rank))
     every = zip(pulling.fetch.tables, keys, creates, weights, strict=True)
     found = [runtime.tables[t.name].look_up_keys(k, create=create, weight=w) for t, k, create, w in every]
     return [pulling, *_PullRows.apply(runtime, pulling, *found)]

@@ -28,15 +28,25 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from descompiler.layout.fetches import Counts, Fetch
-from descompiler.layout.transfer import crosses_in
+from descompiler.layout.fetches import Fetch
 from descompiler.ops.local import are_alike, bag, lookup, rows_at
 from descompiler.ops.operation import Operation
 from descompiler.runtime.agreement import Message
 from descompiler.runtime.backward import differentiable_once, lookups_of
 from descompiler.runtime.carriers import carries
-from descompiler.runtime.differences import decode
-from descompiler.runtime.fetching import Fetching, collected, dealt, message_sizes, prepare
+from descompiler.runtime.fetching import (
+    Fetching,
+    by_table,
+    collected,
+    cross_as,
+    dealt,
+    hear_asked,
+    message_sizes,
+    owned_rows,
+    prepare,
+    shared_rows,
+    unique_counts,
+)
 from descompiler.runtime.pulling import Pulling, prepare_pull
 from descompiler.runtime.runtime import Runtime
 from descompiler.runtime.shared_rows import (
@@ -215,25 +225,6 @@ def pull(runtime: Runtime, fetch: Fetch, weight: Tensor, ids: Tensor, mode: str 
     return take(fetching, fetch_wait(runtime, fetch_rows(runtime, fetching, weight)), 0, mode)
 
 
-def _by_table(keys: Tensor, bounds: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-    """Keys of a class's tables, taken apart: the rows within each table, and the order that they then have (None: as
-    they were). ``bounds`` are the tables' first keys, and the end."""
-    if len(bounds) == 2:
-        return None, [keys - bounds[0]]
-    table = torch.searchsorted(bounds, keys, right=True) - 1
-    # a table without rows here shares its first key with the next: the search finds the last of them, which has rows
-    order = torch.argsort(table, stable=True)
-    sizes = torch.bincount(table, minlength=len(bounds) - 1).tolist()
-    return order, list(torch.split((keys - bounds[table])[order], sizes))
-
-
-def _read(weights: Sequence[Tensor], keys: Tensor, bounds: Tensor, moves: Sequence[int]) -> Tensor:
-    """Rows of a class's tables, in the order of their keys; ``moves`` are the first rows that they have in pieces."""
-    order, rows = _by_table(keys, bounds)
-    found = torch.cat([rows_at(w, r + m) for w, r, m in zip(weights, rows, moves, strict=True)])
-    return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
-
-
 @carries(Fetch)
 class _FetchRows(Operation):
     """Pieces of tables -> the rows that were asked of this rank, under way to who asked; and the shared rows, by class.
@@ -243,35 +234,23 @@ class _FetchRows(Operation):
 
     @staticmethod
     def forward(ctx: Any, runtime: Runtime, fetching: Fetching, *weights: Tensor) -> tuple[Tensor, ...]:
-        fetch, space, rank = fetching.fetch, fetching.space, runtime.rank
-        own = space.own[rank]
-        asked = space.own.new_empty(0, dtype=torch.uint8) if fetching.asking is None else fetching.asking.wait()
-        received = decode(asked, fetching.served_counts, fetch.digits)  # no keys if not divided
-        sender = torch.repeat_interleave(torch.tensor(fetching.served_counts, device=received.device))
-        table = torch.searchsorted(own, received, right=True) - 1
-        _, of_table = fetch.on(received.device)
-        cls = of_table[table]
-        size, classes = len(fetch.tables), len(fetch.classes)
-        by_table = torch.bincount(sender * size + table, minlength=runtime.ranks * size).reshape(-1, size)
-        served = by_table.new_zeros((runtime.ranks, classes)).index_add_(1, of_table, by_table)
-        fetching.served = served.tolist()
-        fetching.served_keys = [received[cls == c] for c in range(classes)]
-        _record(runtime, fetching, by_table)
-        owned, shared = [], []
-        for c, members in enumerate(fetch.classes):
-            mine = [weights[t] for t in members]
-            bounds = slice(members.start, members.stop + 1)
-            owned.append(_read(mine, fetching.served_keys[c], own[bounds], [0] * len(members)))
-            sizes = [int(fetch.tables[t].sizes[rank]) for t in members]  # shared rows follow the own ones
-            shared.append(_read(mine, fetching.shared_keys[c], space.shared[bounds], sizes))
+        fetch = fetching.fetch
+        hear_asked(fetching, runtime.rank)
+        for name, counts in unique_counts(fetching, runtime.rank):
+            runtime.count_unique(name, counts)
+        owned = owned_rows(fetching, weights, runtime.rank, fetching.served_keys)
         ctx.runtime, ctx.fetching = runtime, fetching
         ctx.weights = [w.detach() for w in weights]
-        fetching.dtypes = [x.dtype for x in owned]
-        fetching.wires = [crosses_in(dtype, runtime.layout.wire_dtype) for dtype in fetching.dtypes]
+        cross_as(fetching, owned, runtime.layout.wire_dtype)
         if fetch.divided:
-            sent, sizes = (message_sizes(fetching, x) for x in (fetching.served, fetching.asked))
-            fetching.answering = runtime.exchange(dealt(fetching, owned, fetching.served), sent, sizes, Fetch.ROWS)
-        return tuple(shared)
+            rows, served, asked = owned, fetching.served, fetching.asked
+            if (early := runtime.early_of(fetching)) is not None:
+                runtime.settle()  # it is heard whose rows are as they were sent
+                rows, served, asked = early.rest(owned, runtime.changed)
+                runtime.beside.add(Fetch.ROWS, early.bytes_in_vain)
+            sent, sizes = (message_sizes(fetching, x) for x in (served, asked))
+            fetching.answering = runtime.exchange(dealt(fetching, rows, served), sent, sizes, Fetch.ROWS)
+        return tuple(shared_rows(fetching, weights, runtime.rank))
 
     @staticmethod
     @differentiable_once(lambda ctx: lookups_of(ctx.fetching.fetch.checks))
@@ -301,7 +280,7 @@ class _FetchRows(Operation):
 
 def _deposited(keys: Tensor, values: Tensor, bounds: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Rows of each table of a class, and what is added to them."""
-    order, rows = _by_table(keys, bounds)
+    order, rows = by_table(keys, bounds)
     ordered = values if order is None else values[order]
     return rows, list(torch.split(ordered, [len(r) for r in rows]))
 
@@ -325,11 +304,12 @@ class _FetchWait(Operation):
     @staticmethod
     def forward(ctx: Any, runtime: Runtime, fetching: Fetching, *shared: Tensor) -> tuple[Tensor, ...]:
         fetch = fetching.fetch
-        result = []
         if fetching.answering is not None:
             arrived = fetching.answering.wait()
-            for own, parts in zip(shared, collected(fetching, arrived, fetching.asked), strict=True):
-                result.append(torch.cat([own, *parts]))
+            runtime.rows_have_come()
+            early = runtime.early_of(fetching)
+            every = collected(fetching, arrived, fetching.asked) if early is None else early.with_rest(arrived)
+            result = [torch.cat([own, *parts]) for own, parts in zip(shared, every, strict=True)]
         else:
             result = [x.view_as(x) for x in shared]
         ctx.runtime, ctx.fetching = runtime, fetching
@@ -367,14 +347,3 @@ def _arrived(fetching: Fetching) -> list[Tensor]:
         return []
     served = _counts_of_trained(fetching.fetch, fetching.served)
     return [torch.cat(parts) for parts in collected(fetching, fetching.returning.wait(), served)]
-
-
-def _record(runtime: Runtime, fetching: Fetching, served: Tensor) -> None:
-    """Keep the step's unique ids, by table; ``served`` ``[N, T]``."""
-    rank = runtime.rank
-    others = (served.sum(0) - served[rank]).tolist()
-    every = zip(fetching.fetch.tables, fetching.by_table, fetching.bytes_by_table, others, strict=True)
-    for table, row, sizes, answered in every:
-        asked, asked_bytes = (sum(x[:-1]) - x[rank] for x in (row, sizes))
-        counts = Counts(asked, answered, row[-1], asked_bytes, sizes[-1])
-        runtime.unique[table.name] = runtime.unique.get(table.name, Counts()) + counts

@@ -6,18 +6,20 @@ tensor: shared ones first, then those of each owner, in order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from descompiler.layout.fetches import Fetch
+from descompiler.layout.fetches import Counts, Fetch
 from descompiler.layout.keys import KeySpace
+from descompiler.layout.transfer import crosses_in
+from descompiler.ops.local import rows_at
 from descompiler.ops.unique import unique
 from descompiler.runtime.agreement import Message
 from descompiler.runtime.collectives import Pending
-from descompiler.runtime.differences import differences, encode, sizes_of
+from descompiler.runtime.differences import decode, differences, encode, sizes_of
 from descompiler.runtime.messages import message_dtype, packed, size_in, unpacked
 
 
@@ -53,6 +55,7 @@ class Fetching:
     gathered_bytes: list[int] = field(default_factory=list)
     served: list[list[int]] = field(default_factory=list)
     served_keys: list[Tensor] = field(default_factory=list)  # by class, in order of rank, key
+    served_of_table: list[int] = field(default_factory=list)  # rows that the other ranks ask of this one
     dtypes: list[torch.dtype] = field(default_factory=list)  # of the rows of each class
     wires: list[torch.dtype] = field(default_factory=list)  # that they cross in
     asking: Pending | None = None  # keys
@@ -175,6 +178,79 @@ def _padding(fetch: Fetch, space: KeySpace, unique: Tensor, place: Tensor) -> li
         for t, at in zip(padded, torch.where(unique[index] == keys, place[index], -1).tolist(), strict=True):
             result[t] = at
     return result
+
+
+def by_table(keys: Tensor, bounds: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+    """Keys of a class's tables, taken apart: the rows within each table, and the order that they then have (None: as
+    they were). ``bounds`` are the tables' first keys, and the end."""
+    if len(bounds) == 2:
+        return None, [keys - bounds[0]]
+    table = torch.searchsorted(bounds, keys, right=True) - 1
+    # a table without rows here shares its first key with the next: the search finds the last of them, which has rows
+    order = torch.argsort(table, stable=True)
+    sizes = torch.bincount(table, minlength=len(bounds) - 1).tolist()
+    return order, list(torch.split((keys - bounds[table])[order], sizes))
+
+
+def _read(weights: Sequence[Tensor], keys: Tensor, bounds: Tensor, moves: Sequence[int]) -> Tensor:
+    """Rows of a class's tables, in the order of their keys; ``moves`` are the first rows that they have in pieces."""
+    order, rows = by_table(keys, bounds)
+    found = torch.cat([rows_at(w, r + m) for w, r, m in zip(weights, rows, moves, strict=True)])
+    return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
+
+
+def hear_asked(fetching: Fetching, rank: int) -> None:
+    """Wait for what each rank asks of this one; once."""
+    fetch, ranks = fetching.fetch, len(fetching.asked)
+    if fetching.served:
+        return
+    own = fetching.space.own[rank]
+    asked = own.new_empty(0, dtype=torch.uint8) if fetching.asking is None else fetching.asking.wait()
+    received = decode(asked, fetching.served_counts, fetch.digits)  # no keys if not divided
+    sender = torch.repeat_interleave(torch.tensor(fetching.served_counts, device=received.device))
+    table = torch.searchsorted(own, received, right=True) - 1
+    _, of_table = fetch.on(received.device)
+    cls = of_table[table]
+    size, classes = len(fetch.tables), len(fetch.classes)
+    counts = torch.bincount(sender * size + table, minlength=ranks * size).reshape(-1, size)
+    fetching.served = counts.new_zeros((ranks, classes)).index_add_(1, of_table, counts).tolist()
+    fetching.served_keys = [received[cls == c] for c in range(classes)]
+    fetching.served_of_table = (counts.sum(0) - counts[rank]).tolist()
+
+
+def owned_rows(fetching: Fetching, weights: Sequence[Tensor], rank: int, keys: Sequence[Tensor]) -> list[Tensor]:
+    """Rows of this rank's pieces, by class, of keys of its own."""
+    own, none = fetching.space.own[rank], [0] * len(weights)
+    return [
+        _read([weights[t] for t in of], k, own[of.start : of.stop + 1], none[: len(of)])
+        for of, k in zip(fetching.fetch.classes, keys, strict=True)
+    ]
+
+
+def shared_rows(fetching: Fetching, weights: Sequence[Tensor], rank: int) -> list[Tensor]:
+    """Rows that every rank holds, by class, of those that this rank looks up; they follow its own ones."""
+    fetch, result = fetching.fetch, []
+    for of, keys in zip(fetch.classes, fetching.shared_keys, strict=True):
+        sizes = [int(fetch.tables[t].sizes[rank]) for t in of]
+        bounds = fetching.space.shared[of.start : of.stop + 1]
+        result.append(_read([weights[t] for t in of], keys, bounds, sizes))
+    return result
+
+
+def cross_as(fetching: Fetching, rows: Sequence[Tensor], narrow: torch.dtype | None) -> None:
+    """Keep in what dtypes rows of each class are, and cross."""
+    fetching.dtypes = [x.dtype for x in rows]
+    fetching.wires = [crosses_in(dtype, narrow) for dtype in fetching.dtypes]
+
+
+def unique_counts(fetching: Fetching, rank: int) -> Iterator[tuple[str, Counts]]:
+    """The step's unique ids, of each table, once it is known what is asked of this rank."""
+    every = zip(
+        fetching.fetch.tables, fetching.by_table, fetching.bytes_by_table, fetching.served_of_table, strict=True
+    )
+    for table, row, sizes, answered in every:
+        asked, asked_bytes = (sum(x[:-1]) - x[rank] for x in (row, sizes))
+        yield table.name, Counts(asked, answered, row[-1], asked_bytes, sizes[-1])
 
 
 def message_sizes(fetching: Fetching, counts: Sequence[Sequence[int]]) -> list[int]:
