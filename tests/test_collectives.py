@@ -33,6 +33,40 @@ def test_through_the_host(on_ranks):
         assert direct[1].tolist() == [0, 10, 1, 11] and direct[2].tolist() == [0, 1, 2]
 
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
+
+
+def _sums(rank, ranks):
+    """Sums of tensors of many dtypes and sizes, and what lies in memory beside them."""
+    generator, found = torch.Generator().manual_seed(rank), []
+    for dtype in DTYPES:
+        for size in (0, 1, 7, 5000):
+            memory = torch.rand(3, size, 2, generator=generator, dtype=torch.float64).mul_(80).to(dtype)
+            before, x = memory.clone(), memory[1]
+            under_way = collectives.all_reduce(x, None)
+            assert under_way.wait() is x and under_way.wait() is x  # once is enough
+            assert torch.equal(memory[::2], before[::2])
+            found.append((before[1], x))
+    most = torch.tensor([rank, -rank])
+    collectives.all_reduce(most, None, dist.ReduceOp.MAX).wait()
+    return found, most.tolist()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_sums_over_ranks(on_ranks, ranks):
+    every = on_ranks(_sums, ranks)
+    for parts in zip(*(found for found, _ in every), strict=True):
+        total = torch.stack([before.double() for before, _ in parts]).sum(0)
+        for _, mine in parts:
+            assert torch.equal(mine, parts[0][1])  # the same bits on all ranks
+            eps = torch.finfo(mine.dtype).eps if mine.is_floating_point() else 0.0
+            torch.testing.assert_close(mine.double(), total, rtol=ranks * eps, atol=0.0)
+    assert [most for _, most in every] == [[ranks - 1, 0]] * ranks
+    if ranks == 2:
+        for (found, _), (staged, _) in zip(every, on_ranks(_through_the_host, 2, _sums), strict=True):
+            assert all(torch.equal(a[1], b[1]) for a, b in zip(found, staged, strict=True))
+
+
 def _train(rank, ranks):
     torch.manual_seed(0)
     model, inputs = MODELS["deepfm"]("fields", batch_norm=True).double(), make_inputs("deepfm", "fields", 6)

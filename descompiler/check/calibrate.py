@@ -28,7 +28,7 @@ from descompiler.check.rates import measured_rates, slowest_rates
 from descompiler.cost_models.collectives import BACKENDS
 from descompiler.errors import PlanError
 from descompiler.planning.cluster import COLLECTIVES, Cluster, Link
-from descompiler.runtime.collectives import Clock, all_gather
+from descompiler.runtime.collectives import Clock, all_gather, all_reduce
 from descompiler.runtime.ranks import Ranks
 
 SIZES_BYTES = (1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
@@ -225,7 +225,7 @@ def _call(
     whole = tensor(size / algorithms[collective].sent_bytes(1.0, n) / itemsize)
     sent = algorithms[collective].sent_bytes(whole.numel() * itemsize, n)
     if collective == "all_reduce":
-        return lambda: dist.all_reduce(whole, group=group), sent
+        return lambda: all_reduce(whole, group).wait(), sent
     return lambda: dist.broadcast(whole, group_src=0, group=group), sent
 
 

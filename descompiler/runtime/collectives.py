@@ -99,8 +99,30 @@ def all_gather(mine: Tensor, group: Any) -> Tensor:
     return Pending(work, every, entered=mark).wait().to(mine.device)
 
 
+@dataclass
+class _SumOfTwo(Pending):
+    """A sum under way: `out` is the other rank's tensor, until it is added to this one's, ``mine``."""
+
+    mine: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        if self.mine is not None:
+            other, mine, self.mine = super().wait(), self.mine, None
+            self.out = mine.add_(other.view_as(mine))
+        return self.out
+
+
 def all_reduce(x: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> Pending:
-    """Start a sum, or another reduction, over ranks, in place."""
+    """Start a sum, or another reduction, over ranks, in place.
+
+    Two ranks under gloo send each other theirs, and add: as many bytes as in a ring, in one message. Both have the same
+    bits, as addition commutes.
+    """
+    if op == dist.ReduceOp.SUM and dist.get_world_size(group) == 2 and dist.get_backend(group) == "gloo":
+        sizes = [0, 0]
+        sizes[1 - dist.get_rank(group)] = x.numel()
+        sent = all_to_all(x.reshape(-1), sizes, sizes, group)
+        return _SumOfTwo(sent.work, sent.out, sent.host, sent.entered, x)
     mark = entered(group)
     return Pending(dist.all_reduce(x, op=op, group=group, async_op=True), x, entered=mark)
 
