@@ -19,13 +19,13 @@ class Traffic:
     of.
     """
 
-    bytes_by_collective: dict[str, Fraction] = field(default_factory=dict)
+    bytes_by_collective: dict[str, int | Fraction] = field(default_factory=dict)
     calls_by_collective: dict[str, int] = field(default_factory=dict)
 
     def add(self, collective: str, sent_bytes: int | Fraction, calls: int = 1) -> None:
         """Add bytes, and ``calls`` calls of the collective that sent them."""
         if sent_bytes or calls:
-            self.bytes_by_collective[collective] = self.bytes_by_collective.get(collective, Fraction(0)) + sent_bytes
+            self.bytes_by_collective[collective] = self.bytes_by_collective.get(collective, 0) + sent_bytes
             self.calls_by_collective[collective] = self.calls_by_collective.get(collective, 0) + calls
 
     def include(self, other: Traffic) -> None:
@@ -36,7 +36,7 @@ class Traffic:
     @property
     def total(self) -> int:
         """All bytes, rounded to an integer."""
-        return round(sum(self.bytes_by_collective.values(), Fraction(0)))
+        return round(sum(self.bytes_by_collective.values()))
 
     @property
     def calls(self) -> int:

@@ -207,12 +207,11 @@ class FusedOptimizer(InBackward):
 
     def _where(self) -> list[int]:
         """Where tables and states lie; as long as one is held as a part of a storage nothing else can lie there."""
-        result = []
+        every: list[Tensor] = []
         for table, states in self.state.items():  # nothing is looked up by a tensor, which asks Python for its hash
             if id(table) not in self._dynamic:
-                result.append(table.data_ptr())
-                result += [x.data_ptr() for x in states.values()]
-        return result
+                every += (table, *states.values())
+        return [*map(torch.Tensor.data_ptr, every)]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Nothing: rows were updated in backward."""

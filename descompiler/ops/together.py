@@ -270,10 +270,10 @@ def _all_accumulate(ctx: Any, positions: Sequence[int]) -> bool:
     """Whether this backward adds gradients to these tables, and does not only return them (`torch.autograd.grad`)."""
     functions = ctx.next_functions  # of tensors alone
     nodes = [functions[i][0] for i in positions]
-    if any(type(n).__name__ != "AccumulateGrad" for n in nodes):
+    if {kind.__name__ for kind in {*map(type, nodes)}} != {"AccumulateGrad"}:
         return False  # something is computed of the table before it is looked up
     try:
-        return all(torch._C._will_engine_execute_node(n) for n in nodes)
+        return all(map(torch._C._will_engine_execute_node, nodes))
     except RuntimeError:  # what PyTorch raises of a leaf in autograd.grad
         return False
 

@@ -12,7 +12,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -247,7 +247,7 @@ class Used:
                         )
                     hooks.update({k: _WithGradient(h) for k, h in hooks.items() if _wants_gradient(h)})
                 waiting = x._post_accumulate_grad_hooks
-                if waiting and (x.grad is not None or not all(isinstance(h, TakesNone) for h in waiting.values())):
+                if waiting and (x.grad is not None or not {*map(type, waiting.values())} <= TakesNone.kinds):
                     before = _accumulated(x)
                     plain = {k: h.hook if isinstance(h, _Accumulated) else h for k, h in waiting.items()}
                     waiting.update({k: _Accumulated(h, before) for k, h in plain.items()})
@@ -289,7 +289,18 @@ def _wants_gradient(hook: Any) -> bool:
 
 
 class TakesNone:
-    """A hook that waits for an accumulated gradient, and looks itself whether there is one."""
+    """A hook that waits for an accumulated gradient, and looks itself whether there is one.
+
+    Attributes
+    ----------
+    kinds : set of type
+        Of such hooks: each backward asks of every table's hooks whether they are.
+    """
+
+    kinds: ClassVar[set[type]] = set()
+
+    def __init_subclass__(cls) -> None:
+        cls.kinds.add(cls)
 
 
 @dataclass

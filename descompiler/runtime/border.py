@@ -151,8 +151,14 @@ class Anchor(Operation):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        result = [None if like[3] is torch.sparse_coo else _zeros(*like) for like in ctx.like]
-        found = [(1 + i, Part.of(table(), *_no_rows(*ctx.like[i][:3]))) for i, table in ctx.sparse]  # behind the anchor
+        result = [None if like[3] in (None, torch.sparse_coo) else _zeros(*like) for like in ctx.like]
+        nothing: dict[Any, Any] = {}
+        found = []
+        for i, table in ctx.sparse:
+            shape, dtype, device, _ = ctx.like[i]
+            if (key := (shape[1:], dtype, device)) not in nothing:
+                nothing[key] = _no_rows(shape, dtype, device)
+            found.append((1 + i, Part.of(table(), *nothing[key])))  # behind the anchor
         if found and not are_updated(ctx, [i for i, _ in found], [part for _, part in found]):
             for i, _ in ctx.sparse:
                 result[i] = _zeros(*ctx.like[i])

@@ -270,15 +270,12 @@ class Runtime(TakesAhead):
         """
         anchor = torch.zeros((), dtype=self.wire_dtype, device=self.device, requires_grad=True)
         kinds: list[torch.layout | None] = [torch.strided] * len(used_elsewhere)
+        idle = [t.rows.tensor.data_ptr() for t in self.tables.values() if t.is_idle]  # dynamic ones without rows here
+        uses = [0 not in x.shape and not (idle and x.data_ptr() in idle) for x in region]
         kinds += [  # one that this rank uses gets its gradient there
-            None if 0 not in x.shape and not self._is_idle(x) else torch.sparse_coo if s else torch.strided
-            for x, s in zip(region, sparse, strict=True)
+            None if used else torch.sparse_coo if s else torch.strided for used, s in zip(uses, sparse, strict=True)
         ]
         return Anchor.apply(anchor, kinds, *used_elsewhere, *region)
-
-    def _is_idle(self, x: Tensor) -> bool:
-        """Whether a weight is a dynamic table's, of which this rank has no slices."""
-        return any(t.is_idle and t.rows.tensor.data_ptr() == x.data_ptr() for t in self.tables.values())
 
     def vocabulary(
         self, number: int, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Sequence[Tensor]
