@@ -164,9 +164,9 @@ def _in_one_process(dtype):
 
 
 TRAINED = [
-    *((1, "replicate", torch.float32, "auto"), (2, "row_wise", torch.float32, "fbgemm")),
-    *((2, "replicate", torch.float32, "auto"), (3, "hot_rows", torch.float32, "auto")),
-    *((2, "column_wise", torch.float32, "auto"), (3, "table_wise", torch.float32, "fbgemm")),
+    *((1, "replicate", torch.float32, "fbgemm"), (2, "row_wise", torch.float32, "fbgemm")),
+    *((2, "replicate", torch.float32, "fbgemm"), (3, "hot_rows", torch.float32, "fbgemm")),
+    *((2, "column_wise", torch.float32, "fbgemm"), (3, "table_wise", torch.float32, "fbgemm")),
     *((2, "unique_rows", torch.float32, "fbgemm"), (2, "row_wise", torch.float64, "fbgemm")),
     (2, "row_wise", torch.float32, "torch"),
 ]
@@ -194,6 +194,23 @@ def test_tables_are_trained_as_in_one_process(ranks, form, dtype, backend, on_ra
         assert all(torch.equal(x, state[name]) for state, *_ in every)
 
 
+def _chosen(rank, ranks, form):
+    """By default: whose kernels, of all tables, and of those with one column."""
+    module = des.compile(Model(), (IDS,), plan={"*": form}, loss="sum")
+    found = []
+    for params in (None, [module.linear.weight], [module.item.weight]):
+        tables = des.fuse_optimizer(module, torch.optim.Adagrad, params=params, **OPTIONS)
+        found.append(tables.backend)
+        tables.unfuse()
+    return found
+
+
+def test_by_default_the_kernel_is_for_narrow_tables(on_ranks):
+    """By their width in the original: two ranks have three columns each of the wide ones here."""
+    for found in (*on_ranks(_chosen, 1, "replicate"), *on_ranks(_chosen, 2, "column_wise")):
+        assert found == ["torch", "fbgemm", "torch"]
+
+
 def _without(rank, ranks, lacking):
     """Of a rank that lacks FBGEMM, where the others have it."""
     module = des.compile(Model(), (IDS,), plan={"*": "row_wise"}, loss="sum")
@@ -202,7 +219,7 @@ def _without(rank, ranks, lacking):
             patch.setattr(fbgemm, "lacks", lambda: "no FBGEMM here: pip install it")
         kinds = torch.optim.Adagrad, torch.optim.SGD
         said = [raised(lambda k=k: des.fuse_optimizer(module, k, backend="fbgemm")) for k in kinds]
-        tables = des.fuse_optimizer(module, torch.optim.Adagrad)
+        tables = des.fuse_optimizer(module, torch.optim.Adagrad, params=[module.linear.weight])
     return said, tables.backend
 
 

@@ -1,9 +1,9 @@
 """FBGEMM's Adagrad for rows of tables, over tables and states that stay PyTorch's (``descompiler[fbgemm]``).
 
 This kernel sorts ids, and then sums, squares and moves each row while it is in the cache. PyTorch's operators pass over
-the rows several times, but tables looked up with the same ids share a sort (`descompiler.ops.unique`). Neither is the
-faster always: docs/benchmarks.md has both. The kernel is for float32 on CPUs; lookups, SGD and Adagrad of one number
-a row take PyTorch's operators no more time.
+the rows several times, but tables looked up with the same ids share a sort (`descompiler.ops.unique`), and they are
+the faster for wide rows. The kernel is for float32 on CPUs; lookups, SGD and Adagrad of one number a row take PyTorch's
+operators no more time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from descompiler.eager.piece import Piece
 from descompiler.module.updates import Step, adagrad_rate
 
 OPERATOR = "split_embedding_backward_codegen_adagrad_cpu"
@@ -28,6 +29,10 @@ ARGUMENTS = (
 
 MOST_ROWS = 2**31 - 2
 """Of a table: the kernel has positions of 32 bits."""
+
+NARROW = 4
+"""Columns up to which the kernel is the faster, where PyTorch's operators sort the rows of all tables once; measured,
+docs/standard.md has the figures."""
 
 MOST_COLUMNS = 2**14
 """The kernel has one row on its stack."""
@@ -51,6 +56,11 @@ def lacks() -> str | None:
 def is_for(table: Tensor) -> bool:
     """Whether the kernel updates tables of this kind."""
     return table.dtype == torch.float32 and table.device.type == "cpu"
+
+
+def is_narrow(table: Tensor) -> bool:
+    """Whether the kernel is faster than PyTorch's operators, by its width in the original: alike on every rank."""
+    return (table.pieces.shape if isinstance(table, Piece) else table.shape)[1] <= NARROW
 
 
 def adagrad(s: Step) -> bool:

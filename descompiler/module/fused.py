@@ -290,8 +290,9 @@ def fuse_optimizer(
     row_wise : bool
         Adagrad with one number for each row, the mean of its squares.
     backend : {"auto", "fbgemm", "torch"}
-        Whose kernels make the step: FBGEMM's where every rank has it and it is the same to rounding, which is Adagrad
-        of float32 tables on CPUs, and PyTorch's for the rest. With "fbgemm" a rank that lacks it raises.
+        Whose kernels make the step. FBGEMM's are the same to rounding for Adagrad of float32 tables on CPUs; by default
+        they are called where every rank has them and all tables are narrow (four columns at most): of wider ones
+        PyTorch's take less time. With "fbgemm" a rank that lacks it raises.
     **options
         As the optimiser's: ``lr``, ``eps``, ``betas``, ``lr_decay``, ``initial_accumulator_value``, ``maximize``.
 
@@ -355,6 +356,8 @@ def _agreed_kernel(
 ) -> Callable[[Step], bool] | None:
     """FBGEMM's kernel for this optimiser, if every rank has it: what all ranks hold alike they have to round alike."""
     kernel = fbgemm.KERNELS.get(kind) if any(fbgemm.is_for(p) for p in chosen) else None
+    if backend == AUTO and not all(fbgemm.is_narrow(p) for p in chosen):
+        kernel = None
     if backend == TORCH or (backend == AUTO and kernel is None):
         return None
     told = say(fbgemm.lacks(), compiled._runtime.group, compiled._runtime.ranks)
