@@ -112,13 +112,19 @@ class _SumOfTwo(Pending):
         return self.out
 
 
+SMALL_SUM_BYTES = 1 << 16
+"""What two ranks send each other as it is. A ring sends parts of more, one after the other, and leaves room on the link
+for rows: a step of DeepFM on 100 Mbit/s, with 1.3 MB of dense gradients, takes 280 ms so, and 400 in one message."""
+
+
 def all_reduce(x: Tensor, group: Any, op: Any = dist.ReduceOp.SUM) -> Pending:
     """Start a sum, or another reduction, over ranks, in place.
 
-    Two ranks under gloo send each other theirs, and add: as many bytes as in a ring, in one message. Both have the same
-    bits, as addition commutes.
+    Two ranks under gloo send each other theirs if that is `SMALL_SUM_BYTES` at most, and add: as many bytes as in a
+    ring, in one message. Both have the same bits, as addition commutes.
     """
-    if op == dist.ReduceOp.SUM and dist.get_world_size(group) == 2 and dist.get_backend(group) == "gloo":
+    is_sum = op == dist.ReduceOp.SUM and x.nbytes <= SMALL_SUM_BYTES
+    if is_sum and dist.get_world_size(group) == 2 and dist.get_backend(group) == "gloo":
         sizes = [0, 0]
         sizes[1 - dist.get_rank(group)] = x.numel()
         sent = all_to_all(x.reshape(-1), sizes, sizes, group)
