@@ -248,6 +248,13 @@ def fused(module: Any, ids: Tensor) -> None:
     once(module, ids)
 
 
+def ahead(module: Any, ids: Tensor) -> None:
+    """A loop of steps, of which ids and rows go ahead."""
+    for (batch,) in des.prefetch([(ids.clone(),) for _ in range(6)], module, rows=True):
+        once(module, batch)
+        module.zero_grad()
+
+
 @dataclass(frozen=True)
 class Scenario:
     """What is trained, how it is compiled, and a step."""
@@ -272,6 +279,7 @@ SCENARIOS: dict[str, Scenario] = {
     "dynamic, own rows": Scenario(DynamicTowers, {"plan": {"*": "unique_rows"}}),
     "dynamic, alone": Scenario(DynamicTowers, alone=True),
     "dynamic, in part": Scenario(DynamicPartial),
+    "rows ahead": Scenario(Towers, {"plan": {"*": "unique_rows"}}, ahead),
     "batch norm": Scenario(lambda d: Towers(d, norm=True), {"plan": {"*": "row_wise"}}),
     "shared columns": Scenario(Wide, {"plan": {"*": "column_wise"}, "loss": "row_mean", "cluster": "bytes"}),
     "in-batch": Scenario(InBatch, {"plan": {"*": "row_wise"}}),
