@@ -25,7 +25,7 @@ from descompiler.module.fused_dynamic import DynamicRows, Taken
 from descompiler.module.installed import module_of
 from descompiler.module.updates import KINDS, Step, Update, as_one, rows_of
 from descompiler.ops.local import plain
-from descompiler.ops.together import Part, flat, on_device, summed, update_by
+from descompiler.ops.together import Mixed, Part, flat, on_device, summed, update_by
 from descompiler.ops.unique import Unique
 from descompiler.optim.kinds import called
 from descompiler.runtime.agreement import say
@@ -117,7 +117,7 @@ class FusedOptimizer(InBackward):
                     return False
         return True
 
-    def came(self, parts: Sequence[Part[Tensor]]) -> None:
+    def came(self, parts: Sequence[Part[Tensor] | Mixed[Tensor]]) -> None:
         """Rows of tables and their gradients: applied with the others of the same backward, at its end."""
         self._under_way().parts += parts
 
@@ -145,22 +145,21 @@ class FusedOptimizer(InBackward):
                 if (rows := self._dynamic.get(id(p))) is not None:
                     rows.step(self, group, came.rows.get(id(p), ()))
 
-    def _apply_parts(self, came: list[Part[Tensor]]) -> None:
+    def _apply_parts(self, came: list[Part[Tensor] | Mixed[Tensor]]) -> None:
         storages, places = self._stored()
         here = [[places[id(table)] for table in p.tables] for p in came]
         stepped = {number for of_part in here for _, _, number in of_part}
         self._steps[on_device(tuple(stepped), self._steps.device)] += 1
         steps = self._steps.tolist()
         # by storage, and steps that a table has made: parts, and where their tables begin
-        parts: dict[tuple[int, float], list[tuple[Part[Tensor], list[int]]]] = {}
+        parts: dict[tuple[int, float], list[tuple[Part[Tensor] | Mixed[Tensor], list[int]]]] = {}
         for p, of_part in zip(came, here, strict=True):
             of_tables = [((storage, steps[number]), start) for storage, start, number in of_part]
             if p.ids.shape[0] and len({key for key, _ in of_tables}) == 1:
                 parts.setdefault(of_tables[0][0], []).append((p, [start for _, start in of_tables]))
             elif p.ids.shape[0]:
                 for i, (key, start) in enumerate(of_tables):
-                    part = Part.of(p.tables[i], p.ids[:, i], p.gradients[:, i])
-                    parts.setdefault(key, []).append((part, [start]))
+                    parts.setdefault(key, []).append((p.of_table(i), [start]))
         known: list[tuple[Tensor, Unique]] = []
         for (storage, number), several in parts.items():
             group, (table, *states) = storages[storage]
@@ -235,7 +234,7 @@ class FusedOptimizer(InBackward):
 class _Waiting:
     """What a backward has brought: rows of tables, and of dynamic ones by parameter."""
 
-    parts: list[Part[Tensor]] = field(default_factory=list)
+    parts: list[Part[Tensor] | Mixed[Tensor]] = field(default_factory=list)
     rows: dict[int, list[Taken]] = field(default_factory=dict)
 
 

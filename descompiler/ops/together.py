@@ -41,6 +41,28 @@ class Part(NamedTuple, Generic[T]):
         ids = self.ids + on_device(tuple(starts), self.ids.device) if any(starts) else self.ids
         return ids.reshape(-1), self.gradients.reshape(-1, *self.gradients.shape[2:])
 
+    def of_table(self, i: int) -> Part[T]:
+        """That of one of its tables."""
+        return Part.of(self.tables[i], self.ids[:, i], self.gradients[:, i])
+
+
+class Mixed(NamedTuple, Generic[T]):
+    """Ids ``[n]`` of tables, ``which`` each is of, and gradients of their rows, ``[n, ...]``; in any order."""
+
+    tables: Sequence[T]
+    which: Tensor
+    ids: Tensor
+    gradients: Tensor
+
+    def flat(self, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """As `Part.flat`."""
+        return self.ids + on_device(tuple(starts), self.ids.device)[self.which], self.gradients
+
+    def of_table(self, i: int) -> Part[T]:
+        """As `Part.of_table`."""
+        mine = self.which == i
+        return Part.of(self.tables[i], self.ids[mine], self.gradients[mine])
+
 
 class Updater(Protocol):
     """What updates rows of tables in backward."""
@@ -49,7 +71,7 @@ class Updater(Protocol):
         """Whether it updates these tables, and nobody else waits for a gradient of theirs."""
         ...
 
-    def came(self, parts: Sequence[Part[Tensor]]) -> None:
+    def came(self, parts: Sequence[Part[Tensor] | Mixed[Tensor]]) -> None:
         """Rows of tables and their gradients, in the backward that is under way."""
         ...
 
@@ -176,7 +198,7 @@ def _coalesced(ctx: Any, parts: Sequence[Part[int]]) -> list[tuple[int, Tensor]]
     if len(_SORTED) >= MOST_SORTED:  # backwards that failed have not come to their ends, which clear it
         _SORTED.clear()
     begins: dict[int, int] = {}
-    bounds, receivers, starts = [0], [], []
+    bounds, receivers, starts = [0], list[int](), []
     for p in parts:
         starts.append(list[int]())
         for i in p.tables:
@@ -188,23 +210,38 @@ def _coalesced(ctx: Any, parts: Sequence[Part[int]]) -> list[tuple[int, Tensor]]
                 receivers.append(i)
             starts[-1].append(begins[key])
     once, sums = summed(*flat(parts, starts), _SORTED)
+    of_receivers = [ctx.tables[i] for i in receivers], [ctx.shapes[i] for i in receivers]
+    return list(zip(receivers, gradients_of(*of_receivers, bounds, once, sums), strict=True))
+
+
+def gradients_of(
+    tables: Sequence[weakref.ref[Tensor]],
+    shapes: Sequence[torch.Size],
+    bounds: Sequence[int],
+    once: Tensor,
+    sums: Tensor,
+) -> list[Tensor]:
+    """Coalesced gradients of tables, from the rows ``once`` ``[u]`` of all, ascending, and theirs; in a backward.
+
+    ``bounds``: where each table begins among the rows, and their end.
+    """
     cuts = torch.searchsorted(once, on_device(tuple(bounds), once.device)).tolist()
     counts = [end - start for start, end in itertools.pairwise(cuts)]
     once = once - _of_each(bounds[:-1], counts, once.device)
     result, marks = [], []
-    for i, own, values in zip(receivers, once[None].split(counts, 1), sums.split(counts), strict=True):
-        gradient = torch.sparse_coo_tensor(own, values, ctx.shapes[i], check_invariants=False, is_coalesced=True)
-        result.append((i, gradient))
-        marks.append((ctx.tables[i], own))
+    every = zip(tables, shapes, once[None].split(counts, 1), sums.split(counts), strict=True)
+    for table, shape, own, values in every:
+        result.append(torch.sparse_coo_tensor(own, values, shape, check_invariants=False, is_coalesced=True))
+        marks.append((table, own))
     torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_say_coalesced, marks))
     return result
 
 
-def flat(parts: Sequence[Part[Any]], starts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def flat(parts: Sequence[Part[Any] | Mixed[Any]], starts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Rows of one table, in which those of parts begin somewhere, and their gradients, one part after another."""
     if len(parts) == 1:
         return parts[0].flat(starts[0])
-    if all(len(p.tables) == 1 for p in parts):
+    if all(isinstance(p, Part) and len(p.tables) == 1 for p in parts):
         rows = _shifted([p.ids[:, 0] for p in parts], [start for (start,) in starts])
         return rows, torch.cat([p.gradients[:, 0] for p in parts])
     rows_of, gradients = zip(*(p.flat(s) for p, s in zip(parts, starts, strict=True)), strict=True)
@@ -245,7 +282,9 @@ def summed(rows: Tensor, values: Tensor, known: list[tuple[Tensor, Unique]]) -> 
     return found.ids, found.sums(values)
 
 
-def are_updated(ctx: Any, positions: Sequence[int], parts: Sequence[Part[Tensor | None]]) -> bool:
+def are_updated(
+    ctx: Any, positions: Sequence[int], parts: Sequence[Part[Tensor | None] | Mixed[Tensor | None]]
+) -> bool:
     """Give rows of tables to what updates all of them in backward; False if they have to become gradients.
 
     Parameters
@@ -253,7 +292,7 @@ def are_updated(ctx: Any, positions: Sequence[int], parts: Sequence[Part[Tensor 
     ctx : autograd function's
     positions : sequence of int
         Of these tables among the tensors that the function took.
-    parts : sequence of Part
+    parts : sequence of Part or Mixed
         Of tables; None: one that is gone.
     """
     tables = [t for p in parts for t in p.tables if t is not None]
@@ -262,7 +301,7 @@ def are_updated(ctx: Any, positions: Sequence[int], parts: Sequence[Part[Tensor 
     updater = updated_by(tables)
     if updater is None:
         return False
-    updater.came(cast(Sequence[Part[Tensor]], parts))
+    updater.came(cast(Sequence[Part[Tensor] | Mixed[Tensor]], parts))
     return True
 
 

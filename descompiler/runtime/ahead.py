@@ -159,7 +159,8 @@ class TakesAhead(Agreement):
 
     def count_unique(self, table: str, counts: Counts) -> None:
         """Add to this step's unique ids."""
-        self.unique[table] = self.unique.get(table, Counts()) + counts
+        known = self.unique.get(table)
+        self.unique[table] = counts if known is None else known + counts
 
     def another_header(self) -> None:
         """This step has one more than layouts say."""

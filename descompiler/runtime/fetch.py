@@ -22,6 +22,7 @@ Gradients are averages over ranks: what ranks send is summed, and divided by the
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -31,6 +32,8 @@ from torch import Tensor
 from descompiler.layout.fetches import Fetch
 from descompiler.ops.local import are_alike, bag, lookup, rows_at
 from descompiler.ops.operation import Operation
+from descompiler.ops.together import Mixed, are_updated, gradients_of
+from descompiler.ops.unique import unique
 from descompiler.runtime.agreement import Message
 from descompiler.runtime.backward import differentiable_once, lookups_of
 from descompiler.runtime.carriers import carries
@@ -45,6 +48,7 @@ from descompiler.runtime.fetching import (
     owned_rows,
     prepare,
     shared_rows,
+    table_of,
     unique_counts,
 )
 from descompiler.runtime.pulling import Pulling, prepare_pull
@@ -240,7 +244,7 @@ class _FetchRows(Operation):
             runtime.count_unique(name, counts)
         owned = owned_rows(fetching, weights, runtime.rank, fetching.served_keys)
         ctx.runtime, ctx.fetching = runtime, fetching
-        ctx.weights = [w.detach() for w in weights]
+        ctx.weights, ctx.tables = [w.detach() for w in weights], [weakref.ref(w) for w in weights]
         cross_as(fetching, owned, runtime.layout.wire_dtype)
         if fetch.divided:
             rows, served, asked = owned, fetching.served, fetching.asked
@@ -263,6 +267,10 @@ class _FetchRows(Operation):
             if not fetch.trained[c]:
                 continue
             bounds = slice(members.start, members.stop + 1)
+            of_owned_alone = fetch.divided and c not in shared and reduced.keys().isdisjoint(members)
+            if of_owned_alone and fetch.tables[members.start].sparse:
+                result[members.start : members.stop] = _sparse_gradients(ctx, c, owned[c])
+                continue
             deposits = []  # rows of each table, what is added to them, and whether they are shared rows
             if fetch.divided:
                 deposits.append((*_deposited(fetching.served_keys[c], owned[c], space.own[rank][bounds]), False))
@@ -276,6 +284,28 @@ class _FetchRows(Operation):
                 padding = fetch.padding_in_piece(t, rank) if fetch.tables[t].sparse else -1
                 result[t] = _gradient(ctx.weights[t], fetch.tables[t].sparse, padding, parts, runtime.ranks)
         return None, None, *result
+
+
+def _sparse_gradients(ctx: Any, c: int, values: Tensor) -> list[Tensor | None]:
+    """Gradients of a class's tables, from those of the rows that this rank was asked for; None: an optimiser has them.
+
+    The rows of all tables are sorted together.
+    """
+    runtime, fetching = ctx.runtime, ctx.fetching
+    fetch, rank, members = fetching.fetch, runtime.rank, fetching.fetch.classes[c]
+    bounds, keys = fetching.space.own[rank][members.start : members.stop + 1], fetching.served_keys[c]
+    weights, tables = (x[members.start : members.stop] for x in (ctx.weights, ctx.tables))
+    values = values.to(weights[0].dtype) / runtime.ranks
+    which = table_of(keys, bounds)
+    rows = keys - bounds[which]
+    paddings = [fetch.padding_in_piece(t, rank) for t in members]
+    if max(paddings) >= 0:  # an entry would move it: SparseAdam updates every row that has one
+        kept = rows != torch.tensor(paddings, device=rows.device)[which]
+        keys, which, rows, values = keys[kept], which[kept], rows[kept], values[kept]
+    if are_updated(ctx, members, [Mixed([t() for t in tables], which, rows, values)]):
+        return [None] * len(members)
+    once = unique(keys)
+    return [*gradients_of(tables, [w.shape for w in weights], bounds.tolist(), once.ids, once.sums(values))]
 
 
 def _deposited(keys: Tensor, values: Tensor, bounds: Tensor) -> tuple[list[Tensor], list[Tensor]]:

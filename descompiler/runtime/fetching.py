@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch import Tensor
 from descompiler.layout.fetches import Counts, Fetch
 from descompiler.layout.keys import KeySpace
 from descompiler.layout.transfer import crosses_in
-from descompiler.ops.local import rows_at
+from descompiler.ops.local import are_alike, rows_at
+from descompiler.ops.together import on_device, one_table
 from descompiler.ops.unique import unique
 from descompiler.runtime.agreement import Message
 from descompiler.runtime.collectives import Pending
@@ -75,7 +77,7 @@ class Fetching:
         """Of each rank: how many rows this one asks for, and the bytes of their ids, as one number."""
         return [sum(of) | n << COUNT_BITS for of, n in zip(self.asked, self.asked_bytes, strict=True)]
 
-    @property
+    @cached_property
     def asked_bytes(self) -> list[int]:
         """Of the ids that each rank is asked for."""
         return [sum(row[r] for row in self.bytes_by_table) for r in range(len(self.asked))]
@@ -129,8 +131,8 @@ def prepare(fetch: Fetch, ids: Sequence[Tensor], ranks: int) -> Fetching:
     device = ids[0].device
     space, of_table = fetch.on(device)
     tables, classes = len(fetch.tables), len(fetch.classes)
-    parts = [x.reshape(-1).long() + space.offsets[t] for x, t in zip(ids, fetch.lookups, strict=True)]
-    once = unique(torch.cat(parts))
+    sizes = [x.numel() for x in ids]
+    once = unique(_keys(fetch, space, ids, sizes))
     owner, key = space.locate(once.ids)
     owner = torch.where(owner < 0, ranks, owner)
     table = torch.searchsorted(space.offsets, once.ids, right=True) - 1
@@ -143,10 +145,9 @@ def prepare(fetch: Fetch, ids: Sequence[Tensor], ranks: int) -> Fetching:
     place = torch.empty_like(order)
     firsts = ends - by_class.sum(1)
     place[order] = torch.arange(len(order), device=device) - firsts[of_table[table[order]]]
-    positions = torch.split(place[once.inverse], [len(p) for p in parts])
+    positions = torch.split(place[once.inverse], sizes)
     counts = by_class.tolist()
-    sizes = [n for row in counts for n in (row[-1], *row[:-1])]
-    chunks = torch.split(order, sizes)
+    chunks = torch.split(order, [n for row in counts for n in (row[-1], *row[:-1])])
     asked = torch.cat([chunks[c * (ranks + 1) + 1 + r] for r in range(ranks) for c in range(classes)])
     gathered = torch.cat([order[:0], *(chunks[c * (ranks + 1)] for c in fetch.gathered_classes)])
     asking_ids, gathered_ids = (Ids.of(key[at], owner[at], fetch.digits) for at in (asked, gathered))
@@ -167,6 +168,15 @@ def prepare(fetch: Fetch, ids: Sequence[Tensor], ranks: int) -> Fetching:
     )
 
 
+def _keys(fetch: Fetch, space: KeySpace, ids: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Ids of all lookups, one after another, as keys that tell tables apart."""
+    first = space.offsets[on_device(fetch.lookups, space.offsets.device)]
+    if are_alike(ids):
+        return (torch.stack(list(ids)).view(len(ids), -1).long() + first[:, None]).view(-1)
+    lengths = torch.tensor(sizes, device=first.device)
+    return torch.cat([x.reshape(-1).long() for x in ids]) + first.repeat_interleave(lengths, output_size=sum(sizes))
+
+
 def _padding(fetch: Fetch, space: KeySpace, unique: Tensor, place: Tensor) -> list[int]:
     """The place of each table's padding row among the rows of its class; -1 where it isn't asked for."""
     result = [-1] * len(fetch.tables)
@@ -180,13 +190,20 @@ def _padding(fetch: Fetch, space: KeySpace, unique: Tensor, place: Tensor) -> li
     return result
 
 
+def table_of(keys: Tensor, bounds: Tensor) -> Tensor:
+    """Of which table of a class each key is; ``bounds`` are the tables' first keys, and the end.
+
+    A table without rows here shares its first key with the next: the search finds the last of them, which has rows.
+    """
+    return torch.searchsorted(bounds, keys, right=True) - 1
+
+
 def by_table(keys: Tensor, bounds: Tensor) -> tuple[Tensor | None, list[Tensor]]:
     """Keys of a class's tables, taken apart: the rows within each table, and the order that they then have (None: as
     they were). ``bounds`` are the tables' first keys, and the end."""
     if len(bounds) == 2:
         return None, [keys - bounds[0]]
-    table = torch.searchsorted(bounds, keys, right=True) - 1
-    # a table without rows here shares its first key with the next: the search finds the last of them, which has rows
+    table = table_of(keys, bounds)
     order = torch.argsort(table, stable=True)
     sizes = torch.bincount(table, minlength=len(bounds) - 1).tolist()
     return order, list(torch.split((keys - bounds[table])[order], sizes))
@@ -194,6 +211,13 @@ def by_table(keys: Tensor, bounds: Tensor) -> tuple[Tensor | None, list[Tensor]]
 
 def _read(weights: Sequence[Tensor], keys: Tensor, bounds: Tensor, moves: Sequence[int]) -> Tensor:
     """Rows of a class's tables, in the order of their keys; ``moves`` are the first rows that they have in pieces."""
+    held = [w for w in weights if w.shape[0]]
+    if held and (one := one_table(held)) is not None:
+        whole, begins = one
+        begin = iter(begins)  # a table without rows here has no keys
+        starts = [move + (next(begin) if w.shape[0] else 0) for w, move in zip(weights, moves, strict=True)]
+        shifts = on_device(tuple(starts), keys.device) - bounds[:-1]
+        return rows_at(whole, keys + (shifts if len(weights) == 1 else shifts[table_of(keys, bounds)]))
     order, rows = by_table(keys, bounds)
     found = torch.cat([rows_at(w, r + m) for w, r, m in zip(weights, rows, moves, strict=True)])
     return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
