@@ -117,7 +117,10 @@ def _trained(rank, ranks, kind, form, in_place, sparse=True):
     return des.full_state_dict(module), sent
 
 
-FUSED = list(itertools.product(KINDS, [("row_wise", False), ("hot_rows", True), ("replicate", False)]))
+FUSED = [
+    *itertools.product(KINDS, [("row_wise", False), ("hot_rows", True), ("replicate", False)]),
+    *itertools.product(KINDS, [("unique_rows", False)]),
+]
 
 
 @pytest.mark.long(but=1)

@@ -166,6 +166,9 @@ def _grouped(module):
     return sum(n.target is lookups for e in module._programs for n in e.module.graph.nodes)
 
 
+FETCHED = [(2, "unique_rows", hooked) for hooked in (False, True)]
+
+
 def _asked(rank, ranks, form, hooked):
     module = des.compile(Tables(), (IDS,), plan={"*": form} if ranks > 1 else None, loss="sum")
     tables = des.fuse_optimizer(module, torch.optim.SGD, lr=0.5)
@@ -194,8 +197,8 @@ def _asked(rank, ranks, form, hooked):
 @pytest.mark.parametrize(
     ("ranks", "form", "hooked"),
     cases(
-        [(1, "", False), (1, "", True), (2, "table_wise", False), (2, "column_wise", True)],
-        [(1, "", False), (1, "", True), (2, "table_wise", False)],
+        [(1, "", False), (1, "", True), (2, "table_wise", False), (2, "column_wise", True), *FETCHED],
+        [(1, "", False), (1, "", True), (2, "table_wise", False), *FETCHED],
     ),
 )
 def test_gradients_are_where_they_are_waited_for(ranks, form, hooked, on_ranks):
@@ -204,8 +207,8 @@ def test_gradients_are_where_they_are_waited_for(ranks, form, hooked, on_ranks):
     gradients = torch.autograd.grad(loss, [t.weight for t in (model.a, model.b, model.c)])
     for came, said, stands, seen, after, kept in on_ranks(_asked, ranks, form, hooked):
         assert stands
-        if form != "table_wise":  # all four lookups at once, or each table's gradient by itself
-            assert came == ([1, 1, 1] if hooked else [4])
+        if form != "table_wise":  # all four lookups at once, all fetched rows, or each table's gradient by itself
+            assert came == ([1, 1, 1] if hooked else [1] if form == "unique_rows" else [4])
         assert said is None or torch.allclose(said, gradients[0].to_dense())
         assert seen == [torch.sparse_coo] * hooked or form == "table_wise"
         for name, g in zip("abc", gradients, strict=True):
@@ -263,13 +266,19 @@ def _trained(rank, ranks, form, kind):
     return came, des.full_state_dict(module), _grouped(module)
 
 
-FORMS = (1, "replicate"), (2, "column_wise"), (2, "replicate"), (3, "table_wise")
+FORMS = (1, "replicate"), (2, "column_wise"), (2, "replicate"), (2, "unique_rows"), (3, "table_wise")
 TRAINED = [(*form, kind) for kind in OPTIMISERS for form in FORMS]
 
 
 @pytest.mark.parametrize(
     ("ranks", "form", "kind"),
-    cases(TRAINED, [(1, "replicate", "Adagrad"), (1, "replicate", "SGD"), (2, "column_wise", "SparseAdam")]),
+    cases(
+        TRAINED,
+        [
+            *((1, "replicate", "Adagrad"), (1, "replicate", "SGD"), (2, "column_wise", "SparseAdam")),
+            (2, "unique_rows", "SparseAdam"),
+        ],
+    ),
 )
 def test_optimisers_find_sorted_gradients(ranks, form, kind, on_ranks):
     """And train as in one process, also of several backwards, and where a rank has no rows."""
@@ -279,7 +288,7 @@ def test_optimisers_find_sorted_gradients(ranks, form, kind, on_ranks):
     _by_torch(model, kind, [IDS] * 4)
     for came, after, grouped in on_ranks(_trained, ranks, form, kind):
         if form != "table_wise" and (ranks, form) != (2, "replicate"):  # gradients of each table, or dense ones
-            assert grouped and came[0] == came[3] == [True] * 3
+            assert bool(grouped) == (form != "unique_rows") and came[0] == came[3] == [True] * 3
         for name, x in model.state_dict().items():
             torch.testing.assert_close(after[name], x, rtol=1e-10, atol=1e-12)
 
