@@ -6,7 +6,7 @@ from torch import nn
 
 import descompiler as des
 from descompiler.ops.local import FEW, MANY, SOME, lookup, put_rows, rows_at
-from descompiler.ops.together import lookups, one_table, stacked
+from descompiler.ops.together import Mixed, lookups, one_table, stacked
 from descompiler.runtime.border import Anchor
 from tests.harness.cases import cases
 from tests.harness.failures import raised
@@ -378,3 +378,16 @@ def test_put_rows_are_where_index_copy_puts_them(dtype, shape):
     assert table._version > version  # so that autograd sees it
     put_rows(table, rows[:0], values[:0])
     assert torch.equal(table, expected)
+
+
+def test_rows_of_several_tables_are_each_tables():
+    """In any order: as one table, in which each begins somewhere, and taken apart."""
+    which, ids = torch.tensor([2, 0, 2, 1, 0]), torch.tensor([3, 1, 0, 5, 1])
+    values = torch.arange(10.0).view(5, 2)
+    mixed = Mixed("abc", which, ids, values)
+    rows, gradients = mixed.flat([10, 20, 30])
+    assert rows.tolist() == [33, 11, 30, 25, 11] and gradients is values
+    parts = [mixed.of_table(i) for i in range(3)]
+    assert [p.tables for p in parts] == [["a"], ["b"], ["c"]]
+    assert [p.ids[:, 0].tolist() for p in parts] == [[1, 1], [5], [3, 0]]
+    assert [p.gradients[:, 0].tolist() for p in parts] == [[[2, 3], [8, 9]], [[6, 7]], [[0, 1], [4, 5]]]
