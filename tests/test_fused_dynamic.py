@@ -14,6 +14,7 @@ from descompiler.dynamic.changes import Changes
 from descompiler.dynamic.states import initial_of
 from descompiler.module.fused import FusedOptimizer
 from descompiler.module.updates import KINDS
+from descompiler.runtime.gradients import add_gradient
 from tests.harness.dynamic_ranks import (
     OPTIONS,
     PLANS,
@@ -167,6 +168,21 @@ def one_optimizer_of_all(rank, ranks):
 
 def test_static_tables_in_the_same_optimizer(on_ranks):
     on_ranks(one_optimizer_of_all, 2)
+
+
+def test_a_gradient_that_comes_when_all_others_are_applied_ends_no_step():
+    """As an average of ranks may, at the end of the backward."""
+    module = des.compile(Bare(), stream(0), plan=None, loss="sum")
+    params, queue = [module.item.weight, module.user.weight], torch.autograd.Variable._execution_engine.queue_callback
+    des.fuse_optimizer(module, torch.optim.SGD, params=params, lr=0.1)
+    before = module.item.weight.detach().clone()
+    late = torch.ones_like(before)
+    outputs = module(*stream(0))
+    outputs.register_hook(lambda g: queue(lambda: queue(lambda: add_gradient(module.item.weight, late))))
+    outputs.sum().backward()
+    assert module.user.step == 1
+    untouched = [i for i in range(50) if i not in stream(0)[1].tolist()]
+    torch.testing.assert_close(module.item.weight.detach()[untouched], before[untouched] - 0.1)
 
 
 class Two(nn.Module):
