@@ -241,6 +241,28 @@ def test_rows_go_ahead(on_ranks, plan, sparse, optimizer, ranks):
             assert rows_taken == taken - 1 and told == [0] * (CAPTURED + 2) + [1] * rows_taken
 
 
+def _cast(rank, ranks):
+    """Rows have gone ahead in a dtype that the module leaves before their step."""
+    torch.set_default_dtype(torch.float64)
+    steps, results = batches_of(9, ranks, [(5, 4), (3, 6)], most=40), []
+    for rows in (False, True):
+        module = des.compile(Two().double(), tuple(whole(steps[0])[:2]), plan={"*": "unique_rows"}, loss="sum")
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+        loader = [tuple(x.clone() for x in parts[rank]) for parts in steps]
+        ahead = des.prefetch(loader, module, inputs=lambda batch: batch[:2], rows=rows)
+        for step, (dense, ids, y) in enumerate(ahead):
+            if step == 7:
+                module.float()
+            train(module, optimizer, dense.to(module.top.weight.dtype), ids, y)
+        results.append(module)
+    return difference(*results), ahead.rows_taken
+
+
+def test_a_module_that_is_cast_when_rows_have_gone(on_ranks):
+    for off, rows in on_ranks(_cast, 2):
+        assert off == 0 and rows > 0
+
+
 # ---- what users do between
 
 

@@ -133,12 +133,14 @@ class EarlyRows:
     def with_rest(self, rest: Tensor) -> list[list[Tensor]]:
         """By class, the rows ``[n, dim]`` of each rank: what came ahead, and those in the message ``rest``."""
         assert self._answering is not None
-        early = collected(self.fetching, self._answering.wait(), _counts(self.came))
-        late = collected(self.fetching, rest, self._rest_asked())
+        ahead, late = self._answering.wait(), collected(self.fetching, rest, self._rest_asked())
+        if all(self.changes):  # of another dtype by now, perhaps
+            return late
+        early = collected(self.fetching, ahead, _counts(self.came))
         result: list[list[Tensor]] = []
-        for c, (ahead, behind) in enumerate(zip(early, late, strict=True)):
+        for c, of_class in enumerate(zip(early, late, strict=True)):
             result.append([])
-            for changed, of, came, rest_of in zip(self.changes, self.came, ahead, behind, strict=True):
+            for changed, of, came, rest_of in zip(self.changes, self.came, *of_class, strict=True):
                 rows = rest_of
                 if not changed:
                     rows = came.new_empty(len(came) + len(rest_of), came.shape[1])
