@@ -23,6 +23,8 @@ from benchmarks.workloads import WORKLOADS
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = [ROOT / "benchmarks" / "results" / name for name in ("where.md", "gpu.md")]
 """What `benchmarks/where.py` wrote, and `benchmarks/gpu.py` printed on a machine that had a GPU."""
+WHY = ROOT / "benchmarks" / "results" / "why.md"
+"""What was found of goals that are not met: written by hand, of the runs that are stored."""
 BAR = 40
 MANY = 1_000_000
 """Rows, where a workload is asked for its name alone."""
@@ -164,6 +166,7 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
     parts += ["## Goals\n", markdown(GOALS_HEAD, goals.rows(runs)), ""]
     by_workload = markdown(" | ".join(["model", *LINKS]), goals.by_workload(runs))
     parts += ["The step by cluster with FBGEMM through the best of all others, geometric means:\n", by_workload, ""]
+    parts += [WHY.read_text()] if WHY.exists() else []
     parts += ["## Ratios and regret, geometric means over all runs\n", summary(runs), ""]
     for name, factory in WORKLOADS.items():
         if of := [run for run in runs if run["workload"] == name]:
