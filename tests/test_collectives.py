@@ -47,6 +47,9 @@ def _sums(rank, ranks):
             assert under_way.wait() is x and under_way.wait() is x  # once is enough
             assert torch.equal(memory[::2], before[::2])
             found.append((before[1], x))
+    trained = torch.ones(2, requires_grad=True)
+    collectives.all_reduce(trained, None).wait()
+    assert trained.tolist() == [ranks, ranks] and trained.is_leaf  # autograd has nothing to do with it
     most = torch.tensor([rank, -rank])
     collectives.all_reduce(most, None, dist.ReduceOp.MAX).wait()
     return found, most.tolist()

@@ -108,7 +108,8 @@ class _SumOfTwo(Pending):
     def wait(self) -> Tensor:
         if self.mine is not None:
             other, mine, self.mine = super().wait(), self.mine, None
-            self.out = mine.add_(other.view_as(mine))
+            with torch.no_grad():  # of values that have a history, too: as a collective, it is none of autograd's
+                self.out = mine.add_(other.view_as(mine))
         return self.out
 
 
